@@ -1,0 +1,238 @@
+// The one file that knows torch, through LibTorch's stable ABI: one build serves every later torch and every Python.
+// Arguments were checked in Python (kernels/awp_kernels/_checks.py); these operations are private to the package.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "awp/cpu.h"
+#if defined(AWP_WITH_CUDA)
+#include <torch/csrc/stable/accelerator.h>
+
+#include "awp/cuda.h"
+// weak, so that a library built with nvcc also loads where torch has no CUDA
+#pragma weak aoti_torch_get_current_cuda_stream
+#endif
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+awp::DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return awp::DType::kFloat32;
+    case ScalarType::Half:
+      return awp::DType::kFloat16;
+    case ScalarType::BFloat16:
+      return awp::DType::kBFloat16;
+    default:
+      throw std::runtime_error("expected float32, float16 or bfloat16");
+  }
+}
+
+void parallel_for(int64_t count, int64_t grain, const awp::cpu::Body& body) {
+  torch::stable::parallel_for(0, count, grain, body);
+}
+
+// Describes the tensors, lets `run` do the work, and returns the scales.
+template <class Run>
+Tensor perturb(const Tensors& out, const Tensors& weights, const Tensors& grads, const Tensors& saved, double gamma,
+               int64_t scope, double eps, Run run) {
+  std::vector<awp::PerturbTensor> tensors(weights.size());
+  int64_t filters = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Tensor& weight = weights[i];
+    tensors[i] = {out[i].mutable_data_ptr(),
+                  weight.const_data_ptr(),
+                  grads[i].const_data_ptr(),
+                  saved.empty() ? nullptr : saved[i].mutable_data_ptr(),
+                  weight.numel(),
+                  weight.dim() > 1 ? weight.size(0) : 1};
+    filters += tensors[i].filters;
+  }
+  const auto kind = static_cast<awp::Scope>(scope);
+  const int64_t count = static_cast<int64_t>(weights.size());
+  const int64_t norms = kind == awp::Scope::kLayer ? count : kind == awp::Scope::kGlobal ? 1 : filters;
+  Tensor scales = torch::stable::new_empty(weights[0], {norms}, ScalarType::Float);
+  const awp::Perturb arguments{tensors.data(),       count, dtype_of(out[0]), dtype_of(weights[0]), dtype_of(grads[0]),
+                               kind,                 gamma, eps,
+                               static_cast<float*>(scales.mutable_data_ptr())};
+  run(arguments);
+  return scales;
+}
+
+std::vector<awp::CopyTensor> copies(const Tensors& destinations, const Tensors& sources) {
+  std::vector<awp::CopyTensor> result(destinations.size());
+  for (size_t i = 0; i < destinations.size(); ++i) {
+    result[i] = {destinations[i].mutable_data_ptr(), sources[i].const_data_ptr(),
+                 destinations[i].numel() * static_cast<int64_t>(destinations[i].element_size())};
+  }
+  return result;
+}
+
+awp::PgdInit pgd_init_arguments(const Tensor& x_adv, const Tensor& x, const Tensor& sample_ids, double epsilon,
+                                double radius, int64_t norm, int64_t seed) {
+  awp::PgdInit arguments{};
+  arguments.x_adv = x_adv.mutable_data_ptr();
+  arguments.x = x.const_data_ptr();
+  arguments.sample_ids = static_cast<const int64_t*>(sample_ids.const_data_ptr());
+  arguments.dtype = dtype_of(x_adv);
+  arguments.samples = x_adv.size(0);
+  arguments.elements = x_adv.numel() / x_adv.size(0);
+  arguments.dims = x_adv.is_contiguous() ? 0 : static_cast<int32_t>(x_adv.dim() - 1);
+  for (int32_t d = 0; d < arguments.dims; ++d) {
+    arguments.sizes[d] = x_adv.size(d + 1);
+    arguments.strides[d] = x_adv.stride(d + 1);
+  }
+  arguments.norm = static_cast<awp::Norm>(norm);
+  arguments.epsilon = static_cast<float>(epsilon);
+  arguments.radius = radius;
+  arguments.seed = static_cast<uint64_t>(seed);
+  return arguments;
+}
+
+awp::PgdStep pgd_step_arguments(const Tensor& x_adv, const Tensor& grad, const Tensor& x,
+                                const std::optional<Tensor>& mask, double step_size, double epsilon, double radius,
+                                int64_t norm, double low, double high) {
+  awp::PgdStep arguments{};
+  arguments.x_adv = x_adv.mutable_data_ptr();
+  arguments.grad = grad.const_data_ptr();
+  arguments.x = x.const_data_ptr();
+  arguments.mask = mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr;
+  arguments.dtype = dtype_of(x_adv);
+  arguments.grad_dtype = dtype_of(grad);
+  arguments.samples = x_adv.size(0);
+  arguments.elements = x_adv.numel() / x_adv.size(0);
+  arguments.norm = static_cast<awp::Norm>(norm);
+  arguments.step_size = step_size;
+  arguments.step = static_cast<float>(step_size);
+  arguments.epsilon = static_cast<float>(epsilon);
+  arguments.radius = radius;
+  arguments.low = static_cast<float>(low);
+  arguments.high = static_cast<float>(high);
+  return arguments;
+}
+
+Tensor perturb_cpu(Tensors out, Tensors weights, Tensors grads, Tensors saved, double gamma, int64_t scope,
+                   double eps) {
+  return perturb(out, weights, grads, saved, gamma, scope, eps,
+                 [](const awp::Perturb& arguments) { awp::cpu::perturb(arguments, parallel_for); });
+}
+
+void restore_cpu(Tensors weights, Tensors saved) {
+  const auto tensors = copies(weights, saved);
+  awp::cpu::restore(tensors.data(), static_cast<int64_t>(tensors.size()), parallel_for);
+}
+
+void pgd_init_cpu(Tensor x_adv, Tensor x, Tensor sample_ids, double epsilon, double radius, int64_t norm,
+                  int64_t seed) {
+  awp::cpu::pgd_init(pgd_init_arguments(x_adv, x, sample_ids, epsilon, radius, norm, seed), parallel_for);
+}
+
+void pgd_step_cpu(Tensor x_adv, Tensor grad, Tensor x, std::optional<Tensor> mask, double step_size, double epsilon,
+                  double radius, int64_t norm, double low, double high) {
+  awp::cpu::pgd_step(pgd_step_arguments(x_adv, grad, x, mask, step_size, epsilon, radius, norm, low, high),
+                     parallel_for);
+}
+
+std::string instruction_set() { return awp::cpu::instruction_set(); }
+
+#if defined(AWP_WITH_CUDA)
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA error: ") + cudaGetErrorString(error));
+}
+
+// Makes the tensor's device current and names torch's stream on it.
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_));
+  }
+  cudaStream_t stream() const { return static_cast<cudaStream_t>(stream_); }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+
+Tensor perturb_cuda(Tensors out, Tensors weights, Tensors grads, Tensors saved, double gamma, int64_t scope,
+                    double eps) {
+  const OnDevice device(weights[0]);
+  return perturb(out, weights, grads, saved, gamma, scope, eps, [&](const awp::Perturb& arguments) {
+    // doubles, for their alignment; torch's allocator knows the stream, so the scratch may go at the end of this block
+    const int64_t doubles = (awp::cuda::perturb_workspace_bytes(arguments) + 7) / 8;
+    const Tensor workspace = torch::stable::new_empty(weights[0], {doubles}, ScalarType::Double);
+    check(awp::cuda::perturb(arguments, workspace.mutable_data_ptr(), device.stream()));
+  });
+}
+
+void restore_cuda(Tensors weights, Tensors saved) {
+  const OnDevice device(weights[0]);
+  const auto tensors = copies(weights, saved);
+  check(awp::cuda::restore(tensors.data(), static_cast<int64_t>(tensors.size()), device.stream()));
+}
+
+void pgd_init_cuda(Tensor x_adv, Tensor x, Tensor sample_ids, double epsilon, double radius, int64_t norm,
+                   int64_t seed) {
+  const OnDevice device(x_adv);
+  check(awp::cuda::pgd_init(pgd_init_arguments(x_adv, x, sample_ids, epsilon, radius, norm, seed), device.stream()));
+}
+
+void pgd_step_cuda(Tensor x_adv, Tensor grad, Tensor x, std::optional<Tensor> mask, double step_size, double epsilon,
+                   double radius, int64_t norm, double low, double high) {
+  const OnDevice device(x_adv);
+  check(awp::cuda::pgd_step(pgd_step_arguments(x_adv, grad, x, mask, step_size, epsilon, radius, norm, low, high),
+                            device.stream()));
+}
+
+#endif
+
+}  // namespace
+
+#define AWP_DEFINE_OPERATIONS(m)                                                                                     \
+  m.def(                                                                                                             \
+      "perturb(Tensor(a!)[] out, Tensor[] weights, Tensor[] grads, Tensor(b!)[] saved, float gamma, int scope, "     \
+      "float eps) -> Tensor");                                                                                       \
+  m.def("restore(Tensor(a!)[] weights, Tensor[] saved) -> ()");                                                      \
+  m.def(                                                                                                             \
+      "pgd_init(Tensor(a!) x_adv, Tensor x, Tensor sample_ids, float epsilon, float radius, int norm, int seed) -> " \
+      "()");                                                                                                         \
+  m.def(                                                                                                             \
+      "pgd_step(Tensor(a!) x_adv, Tensor grad, Tensor x, Tensor? mask, float step_size, float epsilon, "             \
+      "float radius, int norm, float low, float high) -> ()")
+
+STABLE_TORCH_LIBRARY(awp_cpp, m) {
+  AWP_DEFINE_OPERATIONS(m);
+  m.def("instruction_set() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(awp_cpp, CPU, m) {
+  m.impl("perturb", TORCH_BOX(&perturb_cpu));
+  m.impl("restore", TORCH_BOX(&restore_cpu));
+  m.impl("pgd_init", TORCH_BOX(&pgd_init_cpu));
+  m.impl("pgd_step", TORCH_BOX(&pgd_step_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(awp_cpp, CompositeExplicitAutograd, m) {
+  m.impl("instruction_set", TORCH_BOX(&instruction_set));
+}
+
+#if defined(AWP_WITH_CUDA)
+STABLE_TORCH_LIBRARY(awp_cuda, m) { AWP_DEFINE_OPERATIONS(m); }
+
+STABLE_TORCH_LIBRARY_IMPL(awp_cuda, CUDA, m) {
+  m.impl("perturb", TORCH_BOX(&perturb_cuda));
+  m.impl("restore", TORCH_BOX(&restore_cuda));
+  m.impl("pgd_init", TORCH_BOX(&pgd_init_cuda));
+  m.impl("pgd_step", TORCH_BOX(&pgd_step_cuda));
+}
+#endif

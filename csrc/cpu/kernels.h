@@ -1,0 +1,33 @@
+// Single-threaded kernels on flat arrays, compiled once for each instruction set and chosen at run time.
+#pragma once
+
+#include "awp/types.h"
+
+namespace awp::cpu {
+
+struct Kernels {
+  const char* instruction_set;
+  double (*sum_of_squares)(const void* values, DType dtype, int64_t count);
+  // out = weight + scale * grad; saved, if not null, takes the weight's bits
+  void (*perturb)(void* out, DType out_dtype, const void* weight, DType weight_dtype, const void* grad,
+                  DType grad_dtype, void* saved, int64_t count, float scale);
+  void (*copy)(void* destination, const void* source, int64_t bytes);
+  void (*pgd_init_linf)(const PgdInit& arguments, int64_t sample);
+  void (*pgd_init_l2)(const PgdInit& arguments, int64_t sample);
+  void (*pgd_step_linf)(const PgdStep& arguments, int64_t begin, int64_t end);
+  void (*pgd_step_l2)(const PgdStep& arguments, int64_t sample);
+};
+
+extern const Kernels kBaselineKernels;
+#if defined(AWP_HAVE_AVX2)
+extern const Kernels kAvx2Kernels;
+#endif
+
+inline const void* advance(const void* pointer, DType dtype, int64_t elements) {
+  return static_cast<const char*>(pointer) + elements * size_of(dtype);
+}
+inline void* advance(void* pointer, DType dtype, int64_t elements) {
+  return static_cast<char*>(pointer) + elements * size_of(dtype);
+}
+
+}  // namespace awp::cpu

@@ -1,0 +1,148 @@
+// Cuts the operations into pieces for the threads. Sums are added up in an order that does not depend on their number.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "awp/cpu.h"
+#include "kernels.h"
+
+namespace awp::cpu {
+namespace {
+
+// Elements a thread takes at a time.
+constexpr int64_t kChunk = 16 * 1024;
+// Tensors are taken together until they hold this many elements, so that the second pass finds them in the cache.
+constexpr int64_t kGroup = 512 * 1024;
+
+const Kernels& kernels() {
+#if defined(AWP_HAVE_AVX2)
+  static const Kernels& chosen =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")
+          ? kAvx2Kernels
+          : kBaselineKernels;
+  return chosen;
+#else
+  return kBaselineKernels;
+#endif
+}
+
+struct Chunk {
+  int64_t tensor, begin, count;
+  double weight_squares, grad_squares;
+};
+
+void apply(const Perturb& p, const PerturbTensor& t, int64_t begin, int64_t count, float scale) {
+  kernels().perturb(advance(t.out, p.out_dtype, begin), p.out_dtype, advance(t.weight, p.weight_dtype, begin),
+                    p.weight_dtype, advance(t.grad, p.grad_dtype, begin), p.grad_dtype,
+                    t.saved ? advance(t.saved, p.weight_dtype, begin) : nullptr, count, scale);
+}
+
+float scale_from(const Perturb& p, double weight_squares, double grad_squares) {
+  return static_cast<float>(p.gamma * std::sqrt(weight_squares) / (std::sqrt(grad_squares) + p.eps));
+}
+
+void perturb_filters(const Perturb& p, const ParallelFor& parallel_for) {
+  float* scales = p.scales;
+  for (int64_t i = 0; i < p.count; ++i) {
+    const PerturbTensor& t = p.tensors[i];
+    const int64_t length = t.filters ? t.numel / t.filters : 0;
+    parallel_for(t.filters, std::max<int64_t>(1, kChunk / std::max<int64_t>(1, length)), [&](int64_t begin, int64_t end) {
+      for (int64_t filter = begin; filter < end; ++filter) {
+        const int64_t at = filter * length;
+        scales[filter] =
+            scale_from(p, kernels().sum_of_squares(advance(t.weight, p.weight_dtype, at), p.weight_dtype, length),
+                       kernels().sum_of_squares(advance(t.grad, p.grad_dtype, at), p.grad_dtype, length));
+        apply(p, t, at, length, scales[filter]);
+      }
+    });
+    scales += t.filters;
+  }
+}
+
+// Norms, then the move, of the tensors [first, last); with one common norm or one each.
+void perturb_group(const Perturb& p, int64_t first, int64_t last, bool common, const ParallelFor& parallel_for) {
+  std::vector<Chunk> chunks;
+  for (int64_t i = first; i < last; ++i) {
+    for (int64_t begin = 0; begin < p.tensors[i].numel; begin += kChunk) {
+      chunks.push_back({i, begin, std::min(kChunk, p.tensors[i].numel - begin), 0, 0});
+    }
+  }
+  const int64_t count = static_cast<int64_t>(chunks.size());
+  parallel_for(count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      Chunk& chunk = chunks[c];
+      const PerturbTensor& t = p.tensors[chunk.tensor];
+      chunk.weight_squares =
+          kernels().sum_of_squares(advance(t.weight, p.weight_dtype, chunk.begin), p.weight_dtype, chunk.count);
+      chunk.grad_squares =
+          kernels().sum_of_squares(advance(t.grad, p.grad_dtype, chunk.begin), p.grad_dtype, chunk.count);
+    }
+  });
+  const int64_t norms = common ? 1 : last - first;
+  std::vector<double> weight_squares(norms), grad_squares(norms);
+  for (const Chunk& chunk : chunks) {
+    const int64_t norm = common ? 0 : chunk.tensor - first;
+    weight_squares[norm] += chunk.weight_squares;
+    grad_squares[norm] += chunk.grad_squares;
+  }
+  float* scales = p.scales + (common ? 0 : first);
+  for (int64_t norm = 0; norm < norms; ++norm) scales[norm] = scale_from(p, weight_squares[norm], grad_squares[norm]);
+  parallel_for(count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const Chunk& chunk = chunks[c];
+      apply(p, p.tensors[chunk.tensor], chunk.begin, chunk.count, scales[common ? 0 : chunk.tensor - first]);
+    }
+  });
+}
+
+}  // namespace
+
+const char* instruction_set() { return kernels().instruction_set; }
+
+void perturb(const Perturb& p, const ParallelFor& parallel_for) {
+  if (p.scope == Scope::kFilter) return perturb_filters(p, parallel_for);
+  if (p.scope == Scope::kGlobal) return perturb_group(p, 0, p.count, true, parallel_for);
+  for (int64_t first = 0; first < p.count;) {
+    int64_t last = first, elements = 0;
+    while (last < p.count && (last == first || elements + p.tensors[last].numel <= kGroup)) {
+      elements += p.tensors[last++].numel;
+    }
+    perturb_group(p, first, last, false, parallel_for);
+    first = last;
+  }
+}
+
+void restore(const CopyTensor* tensors, int64_t count, const ParallelFor& parallel_for) {
+  constexpr int64_t kBytes = 4 * kChunk;
+  std::vector<CopyTensor> pieces;
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t begin = 0; begin < tensors[i].bytes; begin += kBytes) {
+      pieces.push_back({static_cast<char*>(tensors[i].destination) + begin,
+                        static_cast<const char*>(tensors[i].source) + begin,
+                        std::min(kBytes, tensors[i].bytes - begin)});
+    }
+  }
+  parallel_for(static_cast<int64_t>(pieces.size()), 4, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) kernels().copy(pieces[i].destination, pieces[i].source, pieces[i].bytes);
+  });
+}
+
+void pgd_init(const PgdInit& arguments, const ParallelFor& parallel_for) {
+  const auto sample = arguments.norm == Norm::kLinf ? kernels().pgd_init_linf : kernels().pgd_init_l2;
+  parallel_for(arguments.samples, std::max<int64_t>(1, 1024 / arguments.elements), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) sample(arguments, i);
+  });
+}
+
+void pgd_step(const PgdStep& arguments, const ParallelFor& parallel_for) {
+  if (arguments.norm == Norm::kLinf) {
+    parallel_for(arguments.samples * arguments.elements, kChunk,
+                 [&](int64_t begin, int64_t end) { kernels().pgd_step_linf(arguments, begin, end); });
+    return;
+  }
+  parallel_for(arguments.samples, std::max<int64_t>(1, kChunk / arguments.elements), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) kernels().pgd_step_l2(arguments, i);
+  });
+}
+
+}  // namespace awp::cpu

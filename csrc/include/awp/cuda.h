@@ -1,0 +1,26 @@
+// The operations on the current CUDA device, enqueued on a stream. Nothing here knows of torch, allocates or waits, so
+// every call can be captured in a graph. Arrays of tensors lie on the host and are free to go when a call returns.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "awp/types.h"
+
+namespace awp::cuda {
+
+// Bytes of device memory, 16-byte aligned, that perturb needs until it has run: 0 for Scope::kFilter, else about 16 KB.
+int64_t perturb_workspace_bytes(const Perturb& arguments);
+
+// Two launches for every 144 tensors; one for Scope::kFilter.
+cudaError_t perturb(const Perturb& arguments, void* workspace, cudaStream_t stream);
+
+// One launch for every 256 tensors.
+cudaError_t restore(const CopyTensor* tensors, int64_t count, cudaStream_t stream);
+
+// One launch. A sample holds fewer than 2^32 - 4 elements.
+cudaError_t pgd_init(const PgdInit& arguments, cudaStream_t stream);
+
+// One launch.
+cudaError_t pgd_step(const PgdStep& arguments, cudaStream_t stream);
+
+}  // namespace awp::cuda

@@ -1,0 +1,72 @@
+// What a kernel is told: plain pointers and sizes, checked by the caller (docs/design.md lists the guarantees).
+#pragma once
+
+#include <cstdint>
+
+namespace awp {
+
+enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+enum class Scope : int32_t { kLayer = 0, kGlobal = 1, kFilter = 2 };
+enum class Norm : int32_t { kLinf = 0, kL2 = 1 };
+
+constexpr int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// One tensor of a multi-tensor operation: flat arrays of numel elements in the same order.
+struct PerturbTensor {
+  void* out;           // may be weight itself
+  const void* weight;  //
+  const void* grad;    //
+  void* saved;         // takes the weight's bits; null: not wanted
+  int64_t numel;       //
+  int64_t filters;     // runs of numel / filters elements; used by Scope::kFilter alone, at least 1
+};
+
+struct Perturb {
+  const PerturbTensor* tensors;
+  int64_t count;
+  DType out_dtype, weight_dtype, grad_dtype;  // saved has weight_dtype
+  Scope scope;
+  double gamma, eps;
+  float* scales;  // [count], [1] or [sum of filters]
+};
+
+struct CopyTensor {
+  void* destination;
+  const void* source;
+  int64_t bytes;
+};
+
+constexpr int kMaxSampleDims = 8;
+
+// A batch of images: sample n is the n-th run of `elements` values.
+struct PgdInit {
+  void* x_adv;
+  const void* x;
+  const int64_t* sample_ids;  // [samples]
+  DType dtype;
+  int64_t samples, elements;
+  int32_t dims;                     // of one sample; 0 where logical order is memory order
+  int64_t sizes[kMaxSampleDims];    // of one sample, logical order
+  int64_t strides[kMaxSampleDims];  // in elements
+  Norm norm;
+  float epsilon;   // rounded toward zero
+  double radius;   // l2: epsilon less the rounding margin
+  uint64_t seed;
+};
+
+struct PgdStep {
+  void* x_adv;
+  const void* grad;
+  const void* x;
+  const uint8_t* mask;  // null: everywhere
+  DType dtype, grad_dtype;
+  int64_t samples, elements;
+  Norm norm;
+  double step_size;  // l2
+  float step;        // linf: step_size in fp32
+  float epsilon;     // rounded toward zero
+  double radius;     // l2: epsilon less the rounding margin
+  float low, high;   // the clip range
+};
+
+}  // namespace awp

@@ -1,0 +1,26 @@
+"""`python -m awp_kernels`: what was found, and which implementation serves which operation."""
+
+import torch
+
+from awp_kernels import _backend
+
+
+def main() -> None:
+    """Print the table."""
+    print(f"awp_kernels with torch {torch.__version__}, CUDA devices: {torch.cuda.device_count()}")
+    for backend in _backend.BACKENDS:
+        own_device = {"cuda": "cuda", "triton": "cuda" if torch.cuda.is_available() else "cpu"}.get(backend, "cpu")
+        print(f"  {backend:<10} {_backend.problem(backend, own_device) or 'available'}")
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    dtypes = {"float32, float16, bfloat16": torch.float32, "float64": torch.float64}
+    print(f"{'operation':<28} {'tensors':<34} implementation")
+    public = {"perturb": "perturb_, perturb_into_"} | {name: f"{name}_" for name in _backend.OPERATIONS[1:]}
+    for operation in _backend.OPERATIONS:
+        for device in devices:
+            for label, dtype in dtypes.items():
+                tensors = f"{device} {label}"
+                print(f"{public[operation]:<28} {tensors:<34} {_backend.backend_for(device, {dtype})}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Which implementation serves which call."""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+BACKENDS = ("reference", "cpp", "cuda", "triton")
+OPERATIONS = ("perturb", "restore", "pgd_init", "pgd_step")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
+_LIBRARY = Path(__file__).parent / "libawp_kernels.so"
+
+
+def _load_library() -> str | None:
+    """Load the compiled library; return why not, or None."""
+    if not _LIBRARY.exists():
+        return f"{_LIBRARY.name} was not built: install again where cmake and a C++17 compiler are found"
+    try:
+        torch.ops.load_library(str(_LIBRARY))
+    except OSError as error:
+        return f"{_LIBRARY.name} does not load with torch {torch.__version__} ({error}): install again"
+    return None
+
+
+def _forced_by_environment() -> str | None:
+    name = os.environ.get("AWP_BACKEND") or None
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"AWP_BACKEND: expected one of {', '.join(BACKENDS)}, got '{name}'")
+    return name
+
+
+_library_problem = _load_library()
+_forced = _forced_by_environment()
+
+
+def _triton_problem(device: str) -> str | None:
+    try:
+        import_module("triton")
+    except ImportError:
+        return "triton is not installed"
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "needs TRITON_INTERPRET=1 for CPU tensors"
+    if device == "cuda" and not torch.cuda.is_available():
+        return "no CUDA device"
+    return None
+
+
+@functools.cache
+def problem(backend: str, device: str) -> str | None:
+    """Why `backend` cannot serve tensors on `device` ("cpu", "cuda", ...); None if it can."""
+    if backend == "reference":
+        return None
+    if backend == "triton":
+        return _triton_problem(device)
+    own_device = "cpu" if backend == "cpp" else "cuda"
+    if device != own_device:
+        return f"serves {own_device} tensors"
+    if _library_problem is not None:
+        return _library_problem
+    if backend == "cuda" and not hasattr(torch.ops.awp_cuda, "perturb"):
+        return "built without nvcc"
+    if backend == "cuda" and not torch.cuda.is_available():
+        return "no CUDA device"
+    return None
+
+
+def implementation(backend: str, operation: str) -> Callable[..., Any]:
+    """The function of one backend for one operation, with the internal signature of docs/design.md."""
+    module: ModuleType
+    if backend in ("cpp", "cuda"):
+        module = import_module("awp_kernels._compiled")
+        return getattr(module, operation)(getattr(torch.ops, f"awp_{backend}"))
+    module = import_module(f"awp_kernels.{operation}.{backend}")
+    return getattr(module, operation)
+
+
+_cache: dict[tuple[str, str], Callable[..., Any]] = {}
+
+
+def backend_for(device: str, dtypes: set[torch.dtype]) -> str:
+    """The backend that serves tensors of these dtypes on this device.
+
+    Raises:
+        ValueError: a backend was forced that cannot serve them.
+    """
+    if _forced is not None:
+        unserved = [] if _forced == "reference" else sorted(str(dtype) for dtype in dtypes.difference(DTYPES))
+        why = f"{unserved[0]} is served by the reference alone" if unserved else problem(_forced, device)
+        if why is not None:
+            raise ValueError(f"backend '{_forced}' was forced but cannot serve {device} tensors here: {why}")
+        return _forced
+    if not dtypes.issubset(DTYPES):
+        return "reference"
+    return next(name for name in _PREFERENCE.get(device, ("reference",)) if problem(name, device) is None)
+
+
+def select(operation: str, device: torch.device, dtypes: set[torch.dtype]) -> Callable[..., Any]:
+    """The implementation of `operation` for tensors of these dtypes on this device."""
+    key = (backend_for(device.type, dtypes), operation)
+    if key not in _cache:
+        _cache[key] = implementation(*key)
+    return _cache[key]
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Force one implementation inside a `with` block, as AWP_BACKEND does for a process.
+
+    Args:
+        name: "reference", "cpp", "cuda" or "triton"; None chooses by device.
+
+    Raises:
+        ValueError: on an unknown name; inside the block, from an operation that the backend cannot serve.
+    """
+    global _forced
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"use_backend: expected one of {', '.join(BACKENDS)}, got '{name}'")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before

@@ -1,0 +1,164 @@
+"""Arguments are checked once, here, so that implementations see flat arrays; every error names the argument."""
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+SCOPES = ("layer", "global", "filter")
+NORMS = ("linf", "l2")
+
+
+def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is not one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def finite(name: str, value: float, *, minimum: float | None = None) -> None:
+    """Refuse a number that is not finite or lies below the minimum."""
+    if not math.isfinite(value) or (minimum is not None and value < minimum):
+        least = "" if minimum is None else f" >= {minimum:g}"
+        raise ValueError(f"{name}: expected a finite number{least}, got {value}")
+
+
+def dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one block of memory, in whatever order of dimensions."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return tensor.numel() == 0
+        expected *= size
+    return True
+
+
+def _same_strides(a: Tensor, b: Tensor) -> bool:
+    """Equal strides, where they matter: a dimension of size 1 may have any."""
+    if a.stride() == b.stride():
+        return True
+    return all(s == t or size == 1 for s, t, size in zip(a.stride(), b.stride(), a.shape, strict=True))
+
+
+def _outermost_first(tensor: Tensor) -> bool:
+    return tensor.ndim < 2 or tensor.shape[0] == 1 or tensor.stride(0) * tensor.shape[0] == tensor.numel()
+
+
+def _floating_strided(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATING:
+        raise ValueError(f"{name}: expected float64, float32, float16 or bfloat16, got {tensor.dtype}")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name}: expected a strided tensor, got layout {tensor.layout}")
+
+
+def _same_shape_and_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    if tensor.shape != like.shape:
+        raise ValueError(f"{name}: expected shape {tuple(like.shape)} like {like_name}, got {tuple(tensor.shape)}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device} like {like_name}, got {tensor.device}")
+
+
+def _writable(name: str, tensor: Tensor) -> None:
+    if not dense(tensor):
+        raise ValueError(
+            f"{name}: expected elements that fill one block of memory (contiguous, channels_last, ...), "
+            f"got strides {tensor.stride()} for shape {tuple(tensor.shape)}"
+        )
+
+
+def like(name: str, tensor: Tensor, like_name: str, model: Tensor) -> Tensor:
+    """`tensor` in the memory order of `model`, copied if it has another."""
+    _floating_strided(name, tensor)
+    _same_shape_and_device(name, tensor, like_name, model)
+    return tensor if _same_strides(tensor, model) else torch.empty_like(model, dtype=tensor.dtype).copy_(tensor)
+
+
+def tensor_lists(written: dict[str, list[Tensor]], read: dict[str, list[Tensor]], *, filters: bool = False) -> None:
+    """Check the lists of a multi-tensor operation against the first of `written`; copy what `read` has in another order.
+
+    Args:
+        written: lists that the operation writes, the first one the model for all shapes and strides.
+        read: lists that it reads; an entry whose strides differ is replaced by a copy.
+        filters: whether dimension 0 must be outermost in memory.
+
+    Raises:
+        ValueError: lengths, shapes, devices, dtypes, layouts or memory overlap.
+    """
+    (model_name, model), *_ = written.items()
+    for name, tensors in (written | read).items():
+        if len(tensors) != len(model):
+            raise ValueError(f"{name}: expected {len(model)} tensors like {model_name}, got {len(tensors)}")
+        for index, (tensor, first) in enumerate(zip(tensors, model, strict=True)):
+            label, model_label = f"{name}[{index}]", f"{model_name}[{index}]"
+            _floating_strided(label, tensor)
+            _same_shape_and_device(label, tensor, model_label, first)
+            if tensor.dtype != tensors[0].dtype:
+                raise ValueError(f"{label}: expected {tensors[0].dtype} like {name}[0], got {tensor.dtype}")
+            if tensor.device != model[0].device:
+                raise ValueError(
+                    f"{label}: expected device {model[0].device} like {model_name}[0], got {tensor.device}"
+                )
+            if name in written:
+                _writable(label, tensor)
+                if not _same_strides(tensor, first):
+                    raise ValueError(
+                        f"{label}: expected strides {first.stride()} like {model_label}, got {tensor.stride()}"
+                    )
+            elif not _same_strides(tensor, first):
+                tensors[index] = torch.empty_like(first, dtype=tensor.dtype).copy_(tensor)
+            if filters and not _outermost_first(first):
+                raise ValueError(
+                    f"{model_label}: scope 'filter' needs dimension 0 outermost, got strides {first.stride()}"
+                )
+    no_overlap(written, read)
+
+
+def no_overlap(written: dict[str, list[Tensor]], read: dict[str, list[Tensor]]) -> None:
+    """Refuse written memory that another argument shares."""
+    spans = sorted(
+        (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size(), name in written, name, index)
+        for name, tensors in (written | read).items()
+        for index, tensor in enumerate(tensors)
+        if tensor.numel()
+    )
+    # the furthest end so far, of any span and of written spans alone
+    last = last_written = None
+    for span in spans:
+        start, end, is_written, name, index = span
+        other = last if is_written else last_written
+        if other is not None and other[1] > start:
+            raise ValueError(
+                f"{name}[{index}]: shares memory with {other[3]}[{other[4]}]: pass each tensor once, and separate buffers"
+            )
+        if last is None or end > last[1]:
+            last = span
+        if is_written and (last_written is None or end > last_written[1]):
+            last_written = span
+
+
+def same_dtype(name: str, tensors: list[Tensor], like_name: str, model: list[Tensor]) -> None:
+    """Refuse a list whose dtype differs from another's."""
+    if tensors and model and tensors[0].dtype != model[0].dtype:
+        raise ValueError(f"{name}[0]: expected {model[0].dtype} like {like_name}, got {tensors[0].dtype}")
+
+
+def image_batch(x_adv: Tensor, x: Tensor) -> None:
+    """Check the pair that every attack operation takes.
+
+    Raises:
+        ValueError: dtype, shape, device, memory order or overlap.
+    """
+    _floating_strided("x_adv", x_adv)
+    if x_adv.ndim < 1:
+        raise ValueError("x_adv: expected a batch [N, ...], got a tensor without dimensions")
+    if x_adv.ndim > 9:
+        raise ValueError(f"x_adv: expected at most 9 dimensions, got {x_adv.ndim}")
+    _writable("x_adv", x_adv)
+    if x_adv.numel() and not _outermost_first(x_adv):
+        raise ValueError(f"x_adv: expected dimension 0 outermost in memory, got strides {x_adv.stride()}")
+    if x.dtype != x_adv.dtype:
+        raise ValueError(f"x: expected {x_adv.dtype} like x_adv, got {x.dtype}")

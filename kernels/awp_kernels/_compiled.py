@@ -1,0 +1,71 @@
+"""The compiled operations behind the internal signatures of docs/design.md."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from awp_kernels._ball import l2_radius, round_toward_zero
+
+_SCOPES = {"layer": 0, "global": 1, "filter": 2}
+_NORMS = {"linf": 0, "l2": 1}
+
+
+def perturb(namespace: Any) -> Callable[..., Tensor]:
+    """Bind `perturb` to `torch.ops.awp_cpp` or `torch.ops.awp_cuda`."""
+    operation = namespace.perturb.default
+
+    def call(
+        out: list[Tensor],
+        weights: list[Tensor],
+        grads: list[Tensor],
+        saved: list[Tensor],
+        gamma: float,
+        scope: str,
+        eps: float,
+    ) -> Tensor:
+        if not weights:
+            return torch.empty(0)
+        return operation(out, weights, grads, saved, gamma, _SCOPES[scope], eps)
+
+    return call
+
+
+def restore(namespace: Any) -> Callable[..., None]:
+    """Bind `restore`."""
+    return namespace.restore.default
+
+
+def pgd_init(namespace: Any) -> Callable[..., None]:
+    """Bind `pgd_init`."""
+    operation = namespace.pgd_init.default
+
+    def call(x_adv: Tensor, x: Tensor, sample_ids: Tensor, epsilon: float, norm: str, seed: int) -> None:
+        if x.numel():
+            bound, radius = round_toward_zero(epsilon, x.dtype), l2_radius(epsilon, x[0].numel(), x.dtype)
+            operation(x_adv, x, sample_ids, bound, radius, _NORMS[norm], seed)
+
+    return call
+
+
+def pgd_step(namespace: Any) -> Callable[..., None]:
+    """Bind `pgd_step`."""
+    operation = namespace.pgd_step.default
+
+    def call(
+        x_adv: Tensor,
+        grad: Tensor,
+        x: Tensor,
+        mask: Tensor | None,
+        step_size: float,
+        epsilon: float,
+        norm: str,
+        low: float,
+        high: float,
+    ) -> None:
+        if x.numel():
+            bound, radius = round_toward_zero(epsilon, x.dtype), l2_radius(epsilon, x[0].numel(), x.dtype)
+            operation(x_adv, grad, x, mask, step_size, bound, radius, _NORMS[norm], low, high)
+
+    return call

@@ -1,0 +1,92 @@
+"""Builds the compiled operations with CMake; everything else about the package stands in pyproject.toml.
+
+AWP_CUDA_ARCHS: CUDA architectures, "80;90a;100" if not set, empty to leave CUDA out.
+Where a tool is missing the package installs without that part, and `python -m awp_kernels` says what was missing.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def find_nvcc() -> str | None:
+    """nvcc on PATH, or in CUDA's usual place."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+
+
+def missing_tools() -> str | None:
+    """What keeps the C++ code from being built, or None."""
+    if sys.platform != "linux":
+        return f"built on Linux only, this is {sys.platform}"
+    if shutil.which("cmake") is None:
+        return "cmake was not found at installation: install cmake, then install again"
+    if shutil.which(os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None:
+        return "no C++ compiler was found at installation: install g++, then install again"
+    return None
+
+
+class CMakeBuild(build_ext):
+    """Runs CMake where setuptools would call the compiler."""
+
+    def get_ext_filename(self, fullname: str) -> str:  # noqa: D102
+        return fullname.replace(".", "/") + ".so"
+
+    def build_extension(self, ext: Extension) -> None:  # noqa: D102
+        library = Path(self.get_ext_fullpath(ext.name)).resolve()
+        library.parent.mkdir(parents=True, exist_ok=True)
+        problem = missing_tools()
+        archs = os.environ.get("AWP_CUDA_ARCHS", "80;90a;100")
+        nvcc = find_nvcc()
+        cuda_problem = problem or (
+            "left out at installation: AWP_CUDA_ARCHS is empty"
+            if not archs
+            else None
+            if nvcc
+            else "nvcc was not found at installation: install the CUDA toolkit, then install again"
+        )
+        if problem is None:
+            self.cmake(library, archs if cuda_problem is None else "", nvcc)
+        else:
+            library.unlink(missing_ok=True)
+            self.warn(problem)
+        report = {"cpp": problem, "cuda": cuda_problem}
+        (library.parent / "build.json").write_text(json.dumps(report, indent=2) + "\n")
+
+    def cmake(self, library: Path, archs: str, nvcc: str | None) -> None:
+        """Configure and build into a folder of its own, then put the library in its place."""
+        import torch
+
+        build = (ROOT / self.build_temp / "cmake").resolve()
+        options = [
+            f"-DAWP_TORCH_DIR={Path(torch.__file__).parent}",
+            f"-DAWP_CUDA_ARCHS={archs}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build}",
+        ]
+        if archs and nvcc:
+            options.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
+        # a cache from another torch or Python would win over the options
+        shutil.rmtree(build, ignore_errors=True)
+        subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), *options], check=True)
+        jobs = str(os.cpu_count() or 1)
+        subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
+        # a new file: a process that has the old one mapped keeps it
+        library.unlink(missing_ok=True)
+        shutil.copy2(build / "libawp_kernels.so", library)
+
+    def get_outputs(self) -> list[str]:  # noqa: D102
+        return [path for path in super().get_outputs() if Path(path).exists()]
+
+    def copy_extensions_to_source(self) -> None:
+        """Nothing to do: an in-place build writes to the source tree at once."""
+
+
+setup(ext_modules=[Extension("awp_kernels.libawp_kernels", sources=[])], cmdclass={"build_ext": CMakeBuild})

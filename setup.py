@@ -78,15 +78,20 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), *options], check=True)
         jobs = str(os.cpu_count() or 1)
         subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
-        # a new file: a process that has the old one mapped keeps it
-        library.unlink(missing_ok=True)
         shutil.copy2(build / "libawp_kernels.so", library)
 
     def get_outputs(self) -> list[str]:  # noqa: D102
         return [path for path in super().get_outputs() if Path(path).exists()]
 
     def copy_extensions_to_source(self) -> None:
-        """Nothing to do: an in-place build writes to the source tree at once."""
+        """Put what was built beside the sources, for an editable installation."""
+        source = ROOT / self.get_finalized_command("build_py").get_package_dir("awp_kernels")  # type: ignore[attr-defined]
+        for name in ("libawp_kernels.so", "build.json"):
+            # a new file: a process that has the old one mapped keeps it
+            (source / name).unlink(missing_ok=True)
+            built = Path(self.build_lib) / "awp_kernels" / name
+            if built.exists():
+                shutil.copy2(built, source / name)
 
 
 setup(ext_modules=[Extension("awp_kernels.libawp_kernels", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import os
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -19,10 +20,16 @@ _PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "referenc
 _LIBRARY = Path(__file__).parent / "libawp_kernels.so"
 
 
+def _build_report() -> dict[str, str | None]:
+    """What the installation left out, and why (setup.py writes it)."""
+    path = Path(__file__).parent / "build.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def _load_library() -> str | None:
     """Load the compiled library; return why not, or None."""
     if not _LIBRARY.exists():
-        return f"{_LIBRARY.name} was not built: install again where cmake and a C++17 compiler are found"
+        return _build_report().get("cpp") or f"{_LIBRARY.name} was not built: install the package, see README"
     try:
         torch.ops.load_library(str(_LIBRARY))
     except OSError as error:
@@ -66,7 +73,7 @@ def problem(backend: str, device: str) -> str | None:
     if _library_problem is not None:
         return _library_problem
     if backend == "cuda" and not hasattr(torch.ops.awp_cuda, "perturb"):
-        return "built without nvcc"
+        return _build_report().get("cuda") or "built without nvcc"
     if backend == "cuda" and not torch.cuda.is_available():
         return "no CUDA device"
     return None

@@ -1,6 +1,7 @@
 """Arguments are checked once, here, so that implementations see flat arrays; every error names the argument."""
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -45,7 +46,12 @@ def _same_strides(a: Tensor, b: Tensor) -> bool:
 
 
 def _outermost_first(tensor: Tensor) -> bool:
-    return tensor.ndim < 2 or tensor.shape[0] == 1 or tensor.stride(0) * tensor.shape[0] == tensor.numel()
+    return (
+        tensor.ndim < 2
+        or tensor.shape[0] == 1
+        or not tensor.numel()
+        or tensor.stride(0) * tensor.shape[0] == tensor.numel()
+    )
 
 
 def _floating_strided(name: str, tensor: Tensor) -> None:
@@ -77,6 +83,19 @@ def like(name: str, tensor: Tensor, like_name: str, model: Tensor) -> Tensor:
     return tensor if _same_strides(tensor, model) else torch.empty_like(model, dtype=tensor.dtype).copy_(tensor)
 
 
+def alike(model_name: str, model: Sequence[Tensor], others: Mapping[str, Sequence[Tensor]]) -> None:
+    """Refuse lists that differ in length, shapes or devices; also what a traced call is checked for."""
+    for name, tensors in {model_name: model, **others}.items():
+        if len(tensors) != len(model):
+            raise ValueError(f"{name}: expected {len(model)} tensors like {model_name}, got {len(tensors)}")
+        for index, (tensor, first) in enumerate(zip(tensors, model, strict=True)):
+            _same_shape_and_device(f"{name}[{index}]", tensor, f"{model_name}[{index}]", first)
+            if tensor.device != model[0].device:
+                raise ValueError(
+                    f"{name}[{index}]: expected device {model[0].device} like {model_name}[0], got {tensor.device}"
+                )
+
+
 def tensor_lists(written: dict[str, list[Tensor]], read: dict[str, list[Tensor]], *, filters: bool = False) -> None:
     """Check the lists of a multi-tensor operation against the first of `written`; copy what `read` has in another order.
 
@@ -89,19 +108,14 @@ def tensor_lists(written: dict[str, list[Tensor]], read: dict[str, list[Tensor]]
         ValueError: lengths, shapes, devices, dtypes, layouts or memory overlap.
     """
     (model_name, model), *_ = written.items()
-    for name, tensors in (written | read).items():
-        if len(tensors) != len(model):
-            raise ValueError(f"{name}: expected {len(model)} tensors like {model_name}, got {len(tensors)}")
+    lists = written | read
+    alike(model_name, model, lists)
+    for name, tensors in lists.items():
         for index, (tensor, first) in enumerate(zip(tensors, model, strict=True)):
             label, model_label = f"{name}[{index}]", f"{model_name}[{index}]"
             _floating_strided(label, tensor)
-            _same_shape_and_device(label, tensor, model_label, first)
             if tensor.dtype != tensors[0].dtype:
                 raise ValueError(f"{label}: expected {tensors[0].dtype} like {name}[0], got {tensor.dtype}")
-            if tensor.device != model[0].device:
-                raise ValueError(
-                    f"{label}: expected device {model[0].device} like {model_name}[0], got {tensor.device}"
-                )
             if name in written:
                 _writable(label, tensor)
                 if not _same_strides(tensor, first):

@@ -17,7 +17,7 @@ cudaError_t perturb(const Perturb& arguments, void* workspace, cudaStream_t stre
 // One launch for every 256 tensors.
 cudaError_t restore(const CopyTensor* tensors, int64_t count, cudaStream_t stream);
 
-// One launch. A sample holds fewer than 2^32 - 4 elements.
+// One launch. A sample holds at most 2^30 elements.
 cudaError_t pgd_init(const PgdInit& arguments, cudaStream_t stream);
 
 // One launch.

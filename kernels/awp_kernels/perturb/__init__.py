@@ -50,11 +50,13 @@ def _scales_like(weights: list[Tensor], scope: str) -> Tensor:
 
 @_perturb_.register_fake
 def _(weights: list[Tensor], grads: list[Tensor], gamma: float, saved: list[Tensor], scope: str, eps: float) -> Tensor:
+    _checks.alike("weights", weights, {"grads": grads} | ({"saved": saved} if saved else {}))
     return _scales_like(weights, scope)
 
 
 @_perturb_into_.register_fake
 def _(out: list[Tensor], weights: list[Tensor], grads: list[Tensor], gamma: float, scope: str, eps: float) -> Tensor:
+    _checks.alike("out", out, {"weights": weights, "grads": grads})
     return _scales_like(weights, scope)
 
 

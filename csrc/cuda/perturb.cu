@@ -1,0 +1,112 @@
+// Scopes layer and global: one pass that sums squares chunk by chunk, one that moves the weights.
+#include "awp/cuda.h"
+#include "launch.cuh"
+#include "perturb.cuh"
+#include "reduce.cuh"
+
+namespace awp::cuda {
+
+// Declared here, defined in perturb_filter.cu, so that the two compile side by side.
+cudaError_t perturb_filters(const Perturb& p, cudaStream_t stream);
+
+namespace {
+
+struct Chunk {
+  int entry;
+  int64_t begin, length;
+};
+
+__device__ __forceinline__ Chunk find_chunk(const PerturbTable& table, int32_t block, int64_t elements) {
+  const int entry = find_entry(table.first_block, table.count, block);
+  const int64_t begin = (block - table.first_block[entry]) * elements;
+  const int64_t left = table.run[entry] - begin;
+  return {entry, begin, left < elements ? left : elements};
+}
+
+}  // namespace
+
+// sums: one entry a block.
+template <typename W, typename G>
+__global__ void __launch_bounds__(kThreads, 4)
+    perturb_sums(const __grid_constant__ PerturbTable table, int64_t elements, SumPair* sums) {
+  __shared__ SumPair shared[kThreads / kWarp];
+  const Chunk chunk = find_chunk(table, static_cast<int32_t>(blockIdx.x), elements);
+  const SumPair sum =
+      sum_squares(static_cast<const W*>(table.weight[chunk.entry]) + chunk.begin,
+                  static_cast<const G*>(table.grad[chunk.entry]) + chunk.begin, chunk.length, threadIdx.x, kThreads);
+  const SumPair total = block_sum<kThreads>(sum, shared);
+  if (threadIdx.x == 0) sums[blockIdx.x] = total;
+}
+
+// Scope global: all_sums sums at `sums` give the one scale, which every tensor's first block writes. Scope layer:
+// all_sums is 0, and `sums` belongs to the table's first chunk.
+template <typename W, typename G>
+__global__ void __launch_bounds__(kThreads, 4)
+    perturb_move(const __grid_constant__ PerturbTable table, int64_t elements, const SumPair* sums, int32_t all_sums,
+                 DType out_dtype, Scaling scaling, float* scales) {
+  __shared__ SumPair shared[kThreads / kWarp];
+  // backwards: what the first pass read last is still in L2
+  const int32_t block = table.blocks - 1 - static_cast<int32_t>(blockIdx.x);
+  const Chunk chunk = find_chunk(table, block, elements);
+  const int32_t first = all_sums > 0 ? 0 : table.first_block[chunk.entry];
+  const int32_t end = all_sums > 0                    ? all_sums
+                      : chunk.entry + 1 < table.count ? table.first_block[chunk.entry + 1]
+                                                      : table.blocks;
+  SumPair sum{0, 0};
+#pragma unroll 4
+  for (int32_t i = first + static_cast<int32_t>(threadIdx.x); i < end; i += kThreads) sum = sum + sums[i];
+  const float scale = scale_from(block_sum<kThreads>(sum, shared), scaling);
+  if (threadIdx.x == 0 && chunk.begin == 0) scales[table.first_scale[chunk.entry]] = scale;
+
+  const W* weight = static_cast<const W*>(table.weight[chunk.entry]) + chunk.begin;
+  W* saved = static_cast<W*>(table.saved[chunk.entry]);
+  move(out_dtype, advance(table.out[chunk.entry], out_dtype, chunk.begin), weight,
+       static_cast<const G*>(table.grad[chunk.entry]) + chunk.begin, saved != nullptr ? saved + chunk.begin : nullptr,
+       chunk.length, scale, threadIdx.x, kThreads);
+}
+
+namespace {
+
+template <typename W, typename G>
+cudaError_t perturb_chunks(const Perturb& p, SumPair* sums, cudaStream_t stream) {
+  const int64_t elements = chunk_elements(p);
+  const bool global = p.scope == Scope::kGlobal;
+  PerturbTable table;
+  int64_t chunk = 0;
+  for (int64_t i = 0; i < p.count; chunk += table.blocks) {
+    i = fill_chunks(&table, p, i, elements);
+    const cudaError_t error = launch(perturb_sums<W, G>, table.blocks, kThreads, stream, table, elements, sums + chunk);
+    if (error != cudaSuccess) return error;
+  }
+  const auto all_sums = static_cast<int32_t>(global ? chunk : 0);
+  // full tables, the last one first: see perturb_move
+  for (int64_t i = (p.count - 1) / kPerturbCapacity * kPerturbCapacity; i >= 0; i -= kPerturbCapacity) {
+    fill_chunks(&table, p, i, elements);
+    chunk -= table.blocks;
+    const cudaError_t error =
+        launch(perturb_move<W, G>, table.blocks, kThreads, stream, table, elements, global ? sums : sums + chunk,
+               all_sums, p.out_dtype, Scaling{p.gamma, p.eps}, global ? p.scales : p.scales + i);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace
+
+int64_t perturb_workspace_bytes(const Perturb& p) {
+  if (p.scope == Scope::kFilter) return 0;
+  return total_chunks(p, chunk_elements(p)) * static_cast<int64_t>(sizeof(SumPair));
+}
+
+cudaError_t perturb(const Perturb& p, void* workspace, cudaStream_t stream) {
+  if (p.count == 0) return cudaSuccess;
+  if (p.scope == Scope::kFilter) return perturb_filters(p, stream);
+  return visit(p.weight_dtype, [&](auto weight) {
+    return visit(p.grad_dtype, [&](auto grad) {
+      return perturb_chunks<typename decltype(weight)::type, typename decltype(grad)::type>(
+          p, static_cast<SumPair*>(workspace), stream);
+    });
+  });
+}
+
+}  // namespace awp::cuda

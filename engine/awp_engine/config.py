@@ -1,0 +1,502 @@
+"""What a run is: frozen dataclasses, checked when they are made, and their strict JSON form.
+
+The string under each field is the help that the command line shows. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+_DECIMAL = r"(?:[0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})(?:[eE][+-]?[0-9]{1,2})?"
+_AMOUNT = re.compile(rf"{_DECIMAL}|[0-9]{{1,20}}/[0-9]{{1,20}}")
+_WIDE_RESNET = re.compile(r"wrn-([0-9]{1,4})-([0-9]{1,3})")
+_PRESET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
+_INT_LIMIT = 2**63
+
+# What a resumed run may change: none of it moves the weights, or the choice of the epoch.
+_FREE_ON_RESUME = frozenset(
+    {
+        "preset",
+        "run_dir",
+        "device",
+        "keep_checkpoints",
+        "checkpoint_every",
+        "log_interval",
+        "compare_without_awp",
+        "evaluation.batch_size",
+    }
+)
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message is one line that names it as its flag."""
+
+
+def flag(key: str) -> str:
+    """The flag of a key: `attack.bn_mode` is set by `--attack.bn-mode`."""
+    return "--" + key.replace("_", "-")
+
+
+def parse_amount(text: str) -> Fraction:
+    """The exact value of a fraction of whole numbers ("8/255") or a decimal ("0.2", "1e-3").
+
+    Raises:
+        ValueError: for anything else, a zero denominator and negative numbers included.
+    """
+    if not _AMOUNT.fullmatch(text):
+        raise ValueError(f"not a fraction or number >= 0: {text!r}")
+    _, _, denominator = text.partition("/")
+    if denominator and int(denominator) == 0:
+        raise ValueError(f"zero denominator: {text!r}")
+    return Fraction(text)
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def expectation(hint: Any) -> str:
+    """A type in the words of an error message."""
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(typing.get_args(hint))
+    if typing.get_origin(hint) is types.UnionType:
+        return " or ".join("none" if part is type(None) else expectation(part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return "a list of finite numbers"
+    words = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", Path: "a path"}
+    return words.get(hint, "a group of settings")
+
+
+def show(value: object) -> str:
+    """A value as messages quote it, long ones cut."""
+    text = repr(str(value) if isinstance(value, Path) else value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _refuse(key: str, expected: str, value: object) -> ConfigError:
+    return ConfigError(f"{flag(key)}: expected {expected}, got {show(value)}")
+
+
+def _coerce(hint: Any, value: Any, key: str) -> Any:
+    """`value` as the type `hint` says, where that loses nothing (an int is a float, a list is a tuple)."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        accepted = isinstance(value, str) and value in parts
+    elif origin is types.UnionType:
+        if value is None:
+            return None
+        return _coerce(next(part for part in parts if part is not type(None)), value, key)
+    elif origin is tuple:
+        if isinstance(value, (list, tuple)):
+            return tuple(_coerce(parts[0], item, key) for item in value)
+        accepted = False
+    elif hint is float:
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) < _INT_LIMIT:
+            value = float(value)
+        accepted = isinstance(value, float) and math.isfinite(value)
+    elif hint is int:
+        accepted = isinstance(value, int) and not isinstance(value, bool) and abs(value) < _INT_LIMIT
+    elif hint is Path:
+        if isinstance(value, str) and value and "\0" not in value:
+            value = Path(value)
+        accepted = isinstance(value, Path)
+    else:
+        accepted = isinstance(value, hint)
+    if not accepted:
+        raise _refuse(key, expectation(hint), value)
+    return value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Checked:
+    """Checks every field's type, then what the class itself demands."""
+
+    section: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for name, hint in _hints(type(self)).items():
+            object.__setattr__(self, name, _coerce(hint, getattr(self, name), self.section + name))
+        self._check()
+
+    def _check(self) -> None:
+        pass
+
+    def _require(self, condition: bool, name: str, expected: str) -> None:
+        if not condition:
+            raise _refuse(self.section + name, expected, getattr(self, name))
+
+    def _require_amount(self, name: str) -> Fraction:
+        try:
+            return parse_amount(getattr(self, name))
+        except ValueError:
+            expected = "a fraction or number >= 0 such as 8/255"
+            raise _refuse(self.section + name, expected, getattr(self, name)) from None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig(_Checked):
+    """Images to train on."""
+
+    section: ClassVar[str] = "data."
+
+    name: Literal["digits", "cifar10", "cifar100", "folder"] = "digits"
+    """Data set: digits ships with scikit-learn; folder is ROOT/train/CLASS/*.jpg|png and ROOT/test/CLASS/*."""
+    root: Path | None = None
+    """Directory that holds the data set; digits needs none."""
+    held_out_fraction: float = 0.1
+    """Part of the training images kept aside to choose the epoch by, more than 0 and less than 1."""
+    pad: int = 0
+    """Random crops are taken after padding by this many pixels a side; 0 means no crops."""
+    flip: bool = False
+    """Flip training images left to right at random."""
+
+    def _check(self) -> None:
+        self._require(0 < self.held_out_fraction < 1, "held_out_fraction", "a number more than 0 and less than 1")
+        self._require(0 <= self.pad <= 1024, "pad", "a whole number of pixels, 0 to 1024")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig(_Checked):
+    """The classifier."""
+
+    section: ClassVar[str] = "model."
+
+    name: str = "preact-resnet-digits"
+    """Architecture: preact-resnet-18, preact-resnet-digits or wrn-DEPTH-WIDTH, such as wrn-34-10."""
+    width: int | None = None
+    """Channels of the first stage; none means the architecture's own number."""
+    activation: Literal["relu", "silu"] = "relu"
+    """Nonlinearity."""
+
+    def _check(self) -> None:
+        wide = _WIDE_RESNET.fullmatch(self.name)
+        depth, widen = (int(wide[1]), int(wide[2])) if wide else (0, 0)
+        known = self.name in ("preact-resnet-18", "preact-resnet-digits") or (
+            depth >= 10 and (depth - 4) % 6 == 0 and widen >= 1
+        )
+        expected = "preact-resnet-18, preact-resnet-digits or wrn-DEPTH-WIDTH with DEPTH = 6n + 4, such as wrn-34-10"
+        self._require(known, "name", expected)
+        self._require(
+            self.width is None or 1 <= self.width <= 65536, "width", "a whole number from 1 to 65536, or none"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttackConfig(_Checked):
+    """Projected gradient descent that makes the training images."""
+
+    section: ClassVar[str] = "attack."
+
+    norm: Literal["linf", "l2"] = "linf"
+    """Norm of the ball around an image."""
+    epsilon: str = "0.2"
+    """Radius of the ball, on pixels in [0, 1], as an exact fraction or a decimal: 8/255, 0.2."""
+    step_size: str = "0.05"
+    """Length of one step, in epsilon's units, as an exact fraction or a decimal: 2/255, 0.05."""
+    steps: int = 10
+    """Number of steps, at least 1."""
+    bn_mode: Literal["train", "eval"] = "train"
+    """Mode of batch normalisation during the attack: by the batch's statistics, or by the running ones."""
+    random_start: bool = True
+    """Start from a uniform random point of the ball instead of the image itself."""
+
+    def _check(self) -> None:
+        epsilon = self._require_amount("epsilon")
+        self._require(self.norm != "linf" or epsilon <= 1, "epsilon", "at most 1 for linf, as pixels lie in [0, 1]")
+        self._require_amount("step_size")
+        self._require(self.steps >= 1, "steps", "a whole number >= 1 (--attack.epsilon 0 trains without an attack)")
+
+    @property
+    def epsilon_value(self) -> float:
+        """epsilon, on pixels in [0, 1]."""
+        return float(parse_amount(self.epsilon))
+
+    @property
+    def step_size_value(self) -> float:
+        """step_size, in the same units."""
+        return float(parse_amount(self.step_size))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AwpConfig(_Checked):
+    """Adversarial Weight Perturbation (Wu, Xia, Wang, NeurIPS 2020)."""
+
+    section: ClassVar[str] = "awp."
+
+    gamma: float = 0.002
+    """Size of the weight perturbation relative to the weights' norm; 0 turns it off."""
+    warmup: int = 0
+    """Epochs trained before the perturbation begins."""
+    scope: Literal["layer", "global", "filter"] = "layer"
+    """What one norm is taken over: a tensor (as in the paper), the whole model, or a filter."""
+    public_code: bool = False
+    """Do as the paper's public code does: which forwards move the BN statistics, and decay on w + gamma v."""
+
+    def _check(self) -> None:
+        self._require(self.gamma >= 0, "gamma", "a finite number >= 0")
+        self._require(self.warmup >= 0, "warmup", "a whole number of epochs >= 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(_Checked):
+    """Stochastic gradient descent and its learning rate."""
+
+    section: ClassVar[str] = "optimizer."
+
+    lr: float = 0.1
+    """Learning rate at the start."""
+    momentum: float = 0.9
+    """Momentum, at least 0 and less than 1."""
+    weight_decay: float = 5e-4
+    """L2 penalty added to the gradient."""
+    nesterov: bool = False
+    """Nesterov's momentum."""
+    schedule: Literal["piecewise", "cosine", "constant"] = "piecewise"
+    """How the learning rate changes: x0.1 at each milestone, half a cosine down to 0, or not at all."""
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    """Fractions of the epochs, rising, at which the piecewise schedule multiplies the rate by 0.1."""
+
+    def _check(self) -> None:
+        self._require(self.lr > 0, "lr", "a finite number > 0")
+        self._require(0 <= self.momentum < 1, "momentum", "a number >= 0 and < 1")
+        self._require(self.weight_decay >= 0, "weight_decay", "a finite number >= 0")
+        self._require(not self.nesterov or self.momentum > 0, "nesterov", "a momentum > 0 to go with it")
+        rising = all(a < b for a, b in zip((0.0, *self.milestones), (*self.milestones, 2.0), strict=True))
+        self._require(
+            rising and all(m <= 1 for m in self.milestones), "milestones", "rising fractions, more than 0, at most 1"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(_Checked):
+    """PGD on held-out images while training, and on the test split at the end, with the attack's norm and epsilon."""
+
+    section: ClassVar[str] = "evaluation."
+
+    steps: int = 20
+    """Number of steps, at least 1."""
+    step_size: str | None = None
+    """Length of one step, as an exact fraction or a decimal; none means epsilon / 4."""
+    batch_size: int = 512
+    """Images in a batch."""
+    evaluate_every: int = 1
+    """Epochs between evaluations on the held-out images."""
+    held_out_limit: int | None = None
+    """Evaluate while training on at most this many held-out images; none means all."""
+
+    def _check(self) -> None:
+        self._require(self.steps >= 1, "steps", "a whole number >= 1")
+        if self.step_size is not None:
+            self._require_amount("step_size")
+        self._require(self.batch_size >= 1, "batch_size", "a whole number >= 1")
+        self._require(self.evaluate_every >= 1, "evaluate_every", "a whole number of epochs >= 1")
+        limit = self.held_out_limit
+        self._require(limit is None or limit >= 1, "held_out_limit", "a whole number >= 1, or none")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(_Checked):
+    """Everything that a training run is told."""
+
+    preset: str = "digits"
+    """Preset that the other settings start from; giving it as the first argument says the same."""
+    method: Literal["at"] = "at"
+    """Loss: at is cross-entropy on the attacked images."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    attack: AttackConfig = AttackConfig()
+    awp: AwpConfig = AwpConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    run_dir: Path | None = None
+    """Directory for everything that the run leaves; a run found there goes on; none means runs/PRESET-seedSEED."""
+    seed: int = 0
+    """Seed of the weights, the order of the images, augmentation and noise."""
+    epochs: int = 30
+    """Passes over the training images."""
+    batch_size: int = 128
+    """Images in a batch."""
+    deterministic: bool = False
+    """Use only operations that give the same bits every time; slower on a GPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes a GPU if there is one."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    checkpoint_every: int = 1
+    """Epochs between checkpoints."""
+    log_interval: float = 10.0
+    """Seconds between lines of progress where the output is not a terminal."""
+    compare_without_awp: bool = False
+    """Train a second time without the weight perturbation, and show both in the table."""
+
+    def _check(self) -> None:
+        self._require(
+            _PRESET_NAME.fullmatch(self.preset) is not None, "preset", "a name of small letters, digits and '-'"
+        )
+        self._require(self.seed >= 0, "seed", "a whole number >= 0")
+        self._require(self.epochs >= 1, "epochs", "a whole number >= 1")
+        self._require(self.batch_size >= 1, "batch_size", "a whole number >= 1")
+        self._require(self.keep_checkpoints >= 1, "keep_checkpoints", "a whole number >= 1")
+        self._require(self.checkpoint_every >= 1, "checkpoint_every", "a whole number of epochs >= 1")
+        self._require(self.log_interval > 0, "log_interval", "a finite number of seconds > 0")
+        useful = not self.compare_without_awp or self.awp.gamma > 0
+        self._require(useful, "compare_without_awp", "--awp.gamma > 0, or there is nothing to compare with")
+
+    @property
+    def resolved_run_dir(self) -> Path:
+        """The run directory, with the default filled in."""
+        return self.run_dir or Path("runs") / f"{self.preset}-seed{self.seed}"
+
+    @property
+    def evaluation_step_size(self) -> float:
+        """The evaluation's step, on pixels in [0, 1]: its own, or epsilon / 4."""
+        given = self.evaluation.step_size
+        return float(parse_amount(self.attack.epsilon) / 4 if given is None else parse_amount(given))
+
+
+def learning_rate(config: OptimizerConfig, epochs: int, progress_in_epochs: float) -> float:
+    """The learning rate `progress_in_epochs` (99.5: halfway through the 100th) into a run of `epochs`.
+
+    The piecewise schedule changes at the start of an epoch only, as the paper's does (x0.1 at 100 and 150 of 200).
+    """
+    if config.schedule == "constant":
+        return config.lr
+    if config.schedule == "cosine":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * min(progress_in_epochs / epochs, 1.0)))
+    # 1e-9: a milestone such as 0.7 of 30 must not land an epoch late for a rounding error.
+    passed = sum(math.floor(progress_in_epochs) >= milestone * epochs - 1e-9 for milestone in config.milestones)
+    return config.lr * 0.1**passed
+
+
+def flags(cls: type = Config, prefix: str = "") -> dict[str, Any]:
+    """Every flag with its type."""
+    found: dict[str, Any] = {}
+    for name, hint in _hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            found |= flags(typing.cast(type, hint), f"{prefix}{name}.")
+        else:
+            found[flag(prefix + name)] = hint
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def to_json(config: Config) -> str:
+    """`config` as indented JSON, every key written out."""
+    return json.dumps(_plain(config), indent=2, allow_nan=False) + "\n"
+
+
+def _build(cls: type, values: object, prefix: str, source: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{source}: {prefix[:-1] or 'top level'}: expected a group of settings, got {show(values)}")
+    hints = _hints(cls)
+    for key in values:
+        if key not in hints:
+            raise ConfigError(f"{source}: {prefix}{show(key)[1:-1]}: unknown key; expected one of {', '.join(hints)}")
+    for key in hints:
+        if key not in values:
+            raise ConfigError(f"{source}: {prefix}{key}: missing key; add it, or write the file again")
+    nested = {
+        key: _build(typing.cast(type, hint), values[key], f"{prefix}{key}.", source)
+        if dataclasses.is_dataclass(hint)
+        else values[key]
+        for key, hint in hints.items()
+    }
+    try:
+        return cls(**nested)
+    except ConfigError as error:
+        raise ConfigError(str(error) if str(error).startswith(source) else f"{source}: {error}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) != len(pairs):
+        raise ValueError("a key is given twice")
+    return dict(pairs)
+
+
+def from_json(text: str, source: str = "config.json") -> Config:
+    """Reads what `to_json` wrote; `source` is the file's name for messages.
+
+    Raises:
+        ConfigError: naming the file and the key, for unknown and missing keys, wrong types and refused values.
+    """
+    try:
+        values = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{source}: not JSON as this program writes it: {' '.join(str(error).split())}") from None
+    return _build(Config, values, "", source)
+
+
+def load_config(path: Path) -> Config:
+    """Reads a `config.json`.
+
+    Raises:
+        ConfigError: naming the file, if it cannot be read or does not hold a configuration.
+    """
+    try:
+        return from_json(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not JSON as this program writes it: not UTF-8 text") from None
+
+
+def _trajectory(config: Config) -> dict[str, Any]:
+    """Dotted key -> value for all that determines the run's weights and its choice of epoch."""
+    values: dict[str, Any] = {}
+    for key, value in _plain(config).items():
+        values |= {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
+    if config.data.name != "folder":
+        # The standard data sets are the same wherever they lie.
+        del values["data.root"]
+    values["attack.epsilon"] = str(parse_amount(config.attack.epsilon))
+    values["attack.step_size"] = str(parse_amount(config.attack.step_size))
+    given = config.evaluation.step_size
+    values["evaluation.step_size"] = str(
+        parse_amount(config.attack.epsilon) / 4 if given is None else parse_amount(given)
+    )
+    return {key: value for key, value in values.items() if key not in _FREE_ON_RESUME}
+
+
+def config_hash(config: Config) -> str:
+    """SHA-256 (hex) over all that determines the run's weights and its choice of epoch.
+
+    Left out are the run directory, the device, checkpoint and log settings, and the root of a standard data set;
+    "8/255" and "16/510" count as equal.
+    """
+    canonical = json.dumps(_trajectory(config), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def require_same_run(saved: Config, given: Config, run_dir: Path) -> None:
+    """Refuses to go on with a run under other settings.
+
+    Raises:
+        ConfigError: naming the first key that differs, with both values.
+    """
+    before, now = _trajectory(saved), _trajectory(given)
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise ConfigError(
+                f"--run-dir: {run_dir} belongs to another configuration: {flag(key)} is {show(before.get(key))} there"
+                f" and {show(now.get(key))} here; give the same value or another --run-dir"
+            )

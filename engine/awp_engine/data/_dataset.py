@@ -1,0 +1,164 @@
+"""What every data set is made of: splits, statistics, a fingerprint, and the hold-out rule."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from awp_kernels.philox import mix_seed, sample_words
+from torch import Tensor
+
+_STREAM_HOLD_OUT = 4
+
+
+class DataError(ValueError):
+    """A data set cannot be had as asked; the message is one line with the file, what was expected and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Some of a data set's images, all on one device.
+
+    Attributes:
+        images: uint8 [N, C, H, W].
+        labels: int64 [N].
+        ids: int64 [N]; a sample's place in the order of the files, the test part after the training part, so unique in
+            the data set.
+    """
+
+    images: Tensor
+    labels: Tensor
+    ids: Tensor
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same split on another device."""
+        return type(self)(images=self.images.to(device), labels=self.labels.to(device), ids=self.ids.to(device))
+
+    def select(self, indices: Tensor) -> Self:
+        """The samples at `indices`, int64 [M], in that order."""
+        return type(self)(images=self.images[indices], labels=self.labels[indices], ids=self.ids[indices])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A data set whose training part is divided into `train` and `held_out`.
+
+    Attributes:
+        name: as given to `load_dataset`.
+        train: what is trained on.
+        held_out: the part of the training set that model selection uses; empty for a fraction of 0.
+        test: read once, after training.
+        class_names: one a label.
+        mean, std: one value a channel, of images in [0, 1].
+        fingerprint: SHA-256, hexadecimal, of the whole training part (train and held out, in file order) and the class
+            names.
+    """
+
+    name: str
+    train: Split
+    held_out: Split
+    test: Split
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawDataset:
+    """A data set as its files hold it: images uint8 [N, C, H, W], labels int64 [N].
+
+    `statistics` are mean and standard deviation; None means those of the training images.
+    """
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    class_names: tuple[str, ...]
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+
+
+def prepare(name: str, raw: RawDataset, *, held_out_fraction: float, seed: int) -> Dataset:
+    """Numbers the samples, holds some out, and adds statistics and fingerprint."""
+    train_count = len(raw.train_labels)
+    full = Split(images=raw.train_images, labels=raw.train_labels, ids=torch.arange(train_count))
+    held_out = hold_out(full, held_out_fraction, seed=seed, class_names=raw.class_names)
+    mean, std = channel_statistics(raw.train_images) if raw.statistics is None else raw.statistics
+    test_ids = torch.arange(train_count, train_count + len(raw.test_labels))
+    return Dataset(
+        name=name,
+        train=full.select(torch.nonzero(~held_out).squeeze(1)),
+        held_out=full.select(torch.nonzero(held_out).squeeze(1)),
+        test=Split(images=raw.test_images, labels=raw.test_labels, ids=test_ids),
+        class_names=raw.class_names,
+        mean=mean,
+        std=std,
+        fingerprint=fingerprint(raw),
+    )
+
+
+def hold_out(split: Split, fraction: float, *, seed: int, class_names: tuple[str, ...]) -> Tensor:
+    """Chooses the nearest whole number to `fraction` of every class, at least 1 where the fraction is positive.
+
+    A class's samples are ranked by random words of (seed, id), so the choice depends on neither the run nor the library
+    version.
+
+    Returns:
+        bool [N], true for what is held out.
+
+    Raises:
+        ValueError: fraction outside [0, 1).
+        DataError: a class would have nothing left to train on.
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"held_out_fraction: {fraction}; expected a number in [0, 1)")
+    chosen = torch.zeros(len(split), dtype=torch.bool)
+    if fraction == 0:
+        return chosen
+    rank = random_order_key(split.ids, seed=mix_seed(seed), stream=_STREAM_HOLD_OUT)
+    for label, class_name in enumerate(class_names):
+        members = torch.nonzero(split.labels == label).squeeze(1)
+        if len(members) == 0:
+            continue
+        count = max(1, int(fraction * len(members) + 0.5))
+        if count >= len(members):
+            raise DataError(
+                f"class {class_name!r} has {len(members)} training images and none is left "
+                f"after holding out {fraction:g}; "
+                "add images or hold out less"
+            )
+        chosen[members[torch.argsort(rank[members], stable=True)[:count]]] = True
+    return chosen
+
+
+def random_order_key(ids: Tensor, *, seed: int, stream: int) -> Tensor:
+    """63 random bits for every sample id, int64 [N]; sorting by them shuffles."""
+    words = sample_words(ids, 2, seed=seed, stream=stream)
+    return (words[:, 0] << 31) | (words[:, 1] >> 1)
+
+
+def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of every channel of images uint8 [N, C, H, W], in units of [0, 1], from exact integer sums."""
+    means, deviations = [], []
+    for channel in range(images.shape[1]):
+        histogram = torch.bincount(images[:, channel].flatten(), minlength=256).tolist()
+        count = sum(histogram)
+        total = sum(value * number for value, number in enumerate(histogram))
+        squares = sum(value * value * number for value, number in enumerate(histogram))
+        means.append(total / count / 255)
+        # One grey level at the least: a constant channel must not divide by zero.
+        deviations.append(max(((squares * count - total * total) ** 0.5) / count, 1.0) / 255)
+    return tuple(means), tuple(deviations)
+
+
+def fingerprint(raw: RawDataset) -> str:
+    """SHA-256 of shape, images, labels and class names of the training part."""
+    digest = hashlib.sha256()
+    digest.update(repr((tuple(raw.train_images.shape), raw.class_names)).encode())
+    digest.update(raw.train_images.contiguous().numpy().data)
+    digest.update(raw.train_labels.contiguous().numpy().astype("<i8").data)
+    return digest.hexdigest()

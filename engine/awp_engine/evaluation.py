@@ -1,0 +1,78 @@
+"""Accuracy, clean and under attack."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from awp_engine.attack import pgd
+from awp_engine.data import Split, eval_batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class PgdAttack:
+    """The attack that measures robustness: cross-entropy PGD from a random start, BN in eval mode.
+
+    Attributes:
+        epsilon: radius of the ball, on pixels in [0, 1].
+        step_size: length of a step, in the same units.
+        steps: number of steps.
+        norm: "linf" or "l2".
+        seed: of the starting points.
+    """
+
+    epsilon: float
+    step_size: float
+    steps: int
+    norm: Literal["linf", "l2"]
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """Fractions in [0, 1] of the same samples; an image counts as robust if it is right both clean and attacked."""
+
+    clean: float
+    robust: float
+
+
+def evaluate(model: nn.Module, split: Split, attack: PgdAttack, *, batch_size: int) -> Accuracy:
+    """Classify a split, clean and attacked; the model's mode is put back afterwards.
+
+    Args:
+        model: maps images in [0, 1] to logits, on the split's device.
+        split: the samples.
+        attack: how they are attacked.
+        batch_size: images a batch; does not change the result beyond rounding.
+
+    Raises:
+        ValueError: the split is empty.
+    """
+    if not len(split):
+        raise ValueError("split: expected at least one sample, got none")
+    training = model.training
+    model.eval()
+    try:
+        clean, robust = torch.zeros(2, dtype=torch.int64, device=split.labels.device)
+        for x, y, ids in eval_batches(split, batch_size):
+            with torch.no_grad():
+                right = model(x).argmax(1) == y
+            x_adv = pgd(
+                model,
+                x,
+                y,
+                epsilon=attack.epsilon,
+                step_size=attack.step_size,
+                steps=attack.steps,
+                norm=attack.norm,
+                sample_ids=ids,
+                seed=attack.seed,
+            )
+            with torch.no_grad():
+                held = right & (model(x_adv).argmax(1) == y)
+            clean = clean + right.sum()
+            robust = robust + held.sum()
+        return Accuracy(clean=clean.item() / len(split), robust=robust.item() / len(split))
+    finally:
+        model.train(training)

@@ -1,0 +1,12 @@
+"""Classifiers with the state-dict names of the public AWP and TRADES code.
+
+All models take images in [0, 1], [N, C, H, W], and normalise them inside; mean and standard deviation are
+non-persistent buffers.
+"""
+
+from awp_engine.models._build import build_model, load_public_state_dict, model_names
+from awp_engine.models._common import Activation
+from awp_engine.models.preact_resnet import PreActResNet
+from awp_engine.models.wide_resnet import WideResNet
+
+__all__ = ["Activation", "PreActResNet", "WideResNet", "build_model", "load_public_state_dict", "model_names"]

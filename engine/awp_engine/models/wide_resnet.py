@@ -1,0 +1,105 @@
+"""Wide residual networks (Zagoruyko and Komodakis, "Wide Residual Networks", 2016)."""
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from awp_engine.models._common import Activation, NormalizedClassifier, global_average_pool, make_activation
+
+
+class WideBlock(nn.Module):
+    """Two 3x3 convolutions, each after batch normalisation and activation.
+
+    Where the number of channels changes the shortcut is a 1x1 convolution of the activated input, else it is the input
+    itself.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, activation: Activation) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1, bias=False)
+        self.activation = make_activation(activation)
+        # camelCase because the name is part of the public state dict.
+        self.convShortcut: nn.Conv2d | None = None
+        if in_channels != out_channels:
+            self.convShortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in_channels, H, W] -> [N, out_channels, H / stride, W / stride], rounded up."""
+        activated = self.activation(self.bn1(x))
+        residual = self.conv2(self.activation(self.bn2(self.conv1(activated))))
+        return residual + (x if self.convShortcut is None else self.convShortcut(activated))
+
+
+class WideStage(nn.Module):
+    """`num_blocks` blocks in a row; exists for the public name, block1.layer.0."""
+
+    def __init__(
+        self, num_blocks: int, in_channels: int, out_channels: int, stride: int, activation: Activation
+    ) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(
+            WideBlock(in_channels, out_channels, stride, activation),
+            *(WideBlock(out_channels, out_channels, 1, activation) for _ in range(num_blocks - 1)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in_channels, H, W] -> [N, out_channels, H / stride, W / stride], rounded up."""
+        return self.layer(x)
+
+
+class WideResNet(NormalizedClassifier):
+    """WideResNet-depth-widen_factor with the state-dict names of the public TRADES and AWP code; no dropout; any input
+    size.
+
+    Initialised as there, from torch's global generator: convolutions normal with variance 2 / (kernel area * output
+    channels), batch normalisation 1 and 0, classifier bias 0, classifier weight PyTorch's default.
+
+    Args:
+        depth: 6 n + 4, with n blocks in each of three stages.
+        widen_factor: the stages have 16, 32 and 64 times as many channels.
+        num_classes: number of logits.
+        mean, std: one value a channel; images in [0, 1] become (x - mean) / std.
+        activation: "relu" as published, or "silu".
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        widen_factor: int,
+        num_classes: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        activation: Activation = "relu",
+    ) -> None:
+        super().__init__(num_classes, mean, std)
+        if depth < 10 or (depth - 4) % 6 != 0:
+            raise ValueError(f"depth: {depth}; a WideResNet has depth 6 n + 4, for example 28, 34 or 70")
+        if widen_factor < 1:
+            raise ValueError(f"widen_factor: {widen_factor}; expected at least 1")
+        num_blocks = (depth - 4) // 6
+        widths = [16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
+        self.conv1 = nn.Conv2d(len(mean), 16, kernel_size=3, padding=1, bias=False)
+        self.block1 = WideStage(num_blocks, 16, widths[0], 1, activation)
+        self.block2 = WideStage(num_blocks, widths[0], widths[1], 2, activation)
+        self.block3 = WideStage(num_blocks, widths[1], widths[2], 2, activation)
+        self.bn1 = nn.BatchNorm2d(widths[2])
+        self.activation = make_activation(activation)
+        self.fc = nn.Linear(widths[2], num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
+                nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [N, num_classes] of images [N, C, H, W] in [0, 1]."""
+        x = self.block3(self.block2(self.block1(self.conv1(self.normalize(images)))))
+        return self.fc(global_average_pool(self.activation(self.bn1(x))))

@@ -1,0 +1,309 @@
+"""What a run says while it works: metrics.jsonl, TensorBoard events and progress on the console.
+
+Nothing in here may stop the training: whatever cannot be written is reported once and left out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import queue
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Protocol, Self, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+
+from awp_engine.checkpoint import atomic_write_text
+from awp_engine.config import Config, to_json
+
+METRICS = "metrics.jsonl"
+_REDRAW_SECONDS = 0.2
+_CLOSE_SECONDS = 10.0
+
+_T = TypeVar("_T")
+Metrics = Mapping[str, float | int | str | None]
+
+
+class _Number(Protocol):
+    def __float__(self) -> float: ...
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The epochs in a run's metrics.jsonl; a line that a crash cut short is left out."""
+    path = run_dir / METRICS
+    epochs = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("epoch"), int):
+            epochs.append(entry)
+    return epochs
+
+
+def _finite(value: Any) -> Any:
+    # JSON has no NaN.
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class _Events:
+    """One TensorBoard event file, written synchronously.
+
+    SummaryWriter hands its bytes to a thread that dies of a full disk with a traceback, and then waits for it for ever.
+    """
+
+    def __init__(self, file: BinaryIO, start_epoch: int, config_text: str) -> None:
+        # Imported here, on the events' thread: slow, and a missing package is only a warning.
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.plugins.text.summary_v2 import text_pb
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = Event, Summary
+        self._records = RecordWriter(file)
+        self._write(file_version="brain.Event:2")
+        if start_epoch:
+            # Readers drop what an earlier file says from this epoch on.
+            self._write(step=start_epoch + 1, session_log=SessionLog(status=SessionLog.START))
+        self._write(step=start_epoch, summary=text_pb("config", f"```json\n{config_text}\n```"))
+
+    def _write(self, **fields: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+        self._records.flush()
+
+    def write(self, epoch: int, values: Mapping[str, float]) -> None:
+        summaries = [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._write(step=epoch, summary=self._summary(value=summaries))
+
+
+class _TensorBoard:
+    """Writes events on a thread of its own, so that a slow or broken disk neither delays nor stops the training."""
+
+    def __init__(self, directory: Path, start_epoch: int, config: Config, warn: Callable[[str], None]) -> None:
+        self._jobs: queue.SimpleQueue[tuple[int, dict[str, float]] | None] = queue.SimpleQueue()
+        self._directory = directory
+        self._warn = warn
+        self._thread = threading.Thread(
+            target=self._work, args=(directory, start_epoch, to_json(config)), name="tensorboard", daemon=True
+        )
+        self._thread.start()
+
+    def _work(self, directory: Path, start_epoch: int, config_text: str) -> None:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            name = f"events.out.tfevents.{time.time_ns() // 1000:017}.{socket.gethostname()}.{os.getpid()}"
+            with (directory / name).open("xb") as file:
+                events = _Events(file, start_epoch, config_text)
+                while (job := self._jobs.get()) is not None:
+                    events.write(*job)
+        except Exception as error:
+            # Whatever goes wrong with the events, the training goes on.
+            self._warn(
+                f"TensorBoard events in {directory} stop here, training goes on: {type(error).__name__}: {error}"
+            )
+
+    def add(self, epoch: int, values: dict[str, float]) -> None:
+        if self._thread.is_alive():
+            self._jobs.put((epoch, values))
+
+    def close(self) -> None:
+        self._jobs.put(None)
+        self._thread.join(timeout=_CLOSE_SECONDS)
+        if self._thread.is_alive():
+            self._warn(f"TensorBoard events in {self._directory} are not written in time; the last ones are left out")
+
+
+class RunLog:
+    """Metrics, events and progress of one run; a context manager.
+
+    Epochs count from 1. Where the output is a terminal there is a progress bar, elsewhere one line an interval, and
+    always one for the last epoch.
+
+        with RunLog(run_dir, config, config.epochs, config.log_interval, start_epoch=done) as log:
+            for epoch in range(done + 1, config.epochs + 1):
+                log.begin_epoch(epoch, steps)
+                for x, y in batches:
+                    ...
+                    log.step(loss, lr, len(x))
+                log.end_epoch(epoch, {"loss": ..., "held_out_pgd_accuracy": ...})
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Config,
+        total_epochs: int,
+        interval: float,
+        *,
+        start_epoch: int = 0,
+        console: Console | None = None,
+    ) -> None:
+        """Opens the log; what metrics.jsonl says about epochs after `start_epoch` is dropped, atomically.
+
+        Args:
+            run_dir: made if it is missing.
+            config: written into the TensorBoard events.
+            total_epochs: of the whole run.
+            interval: seconds between plain lines.
+            start_epoch: epochs done before, by the checkpoint that the run goes on from.
+            console: where to show progress; standard output by default.
+        """
+        self._run_dir, self._total_epochs, self._interval = run_dir, total_epochs, interval
+        self._console = console or Console(file=sys.stdout, highlight=False)
+        self._warned: set[str] = set()
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._epoch, self._steps, self._step = start_epoch, 1, 0
+        self._start_epoch = start_epoch
+        self._images_since_shown = 0
+        self._began = self._shown = self._rate_from = time.monotonic()
+        self._metrics_file = self._guard("metrics", self._open_metrics, start_epoch)
+        self._tensorboard = _TensorBoard(run_dir / "tensorboard", start_epoch, config, self._warn_once)
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._progress = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[numbers]}"),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                console=self._console,
+                expand=True,
+                refresh_per_second=4,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task("starting", total=None, numbers="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the progress bar and waits a few seconds for what is still to be written."""
+        if self._progress is not None:
+            self._guard("progress", self._progress.stop)
+            self._progress = None
+        self._tensorboard.close()
+        if self._metrics_file is not None:
+            os.close(self._metrics_file)
+            self._metrics_file = None
+
+    def message(self, text: str) -> None:
+        """Shows one line, above the progress bar where there is one."""
+        if self._console.is_terminal:
+            self._guard("console", self._console.print, text, markup=False, highlight=False)
+        else:
+            # Not rich's print: a line of a log file is not folded at 80 columns.
+            self._guard("console", print, text, file=self._console.file, flush=True)
+
+    def begin_epoch(self, epoch: int, steps: int) -> None:
+        """Starts epoch `epoch` (from 1) of `steps` steps."""
+        self._epoch, self._steps, self._step = epoch, steps, 0
+        self._images_since_shown = 0
+        self._rate_from = time.monotonic()
+
+    def step(self, loss: _Number, lr: float, images: int) -> None:
+        """Counts one step over `images` images; a tensor `loss` is read, and so waited for, only when it is shown."""
+        self._step += 1
+        self._images_since_shown += images
+        now = time.monotonic()
+        terminal = self._progress is not None
+        if now - self._shown < (_REDRAW_SECONDS if terminal else self._interval):
+            return
+        images_per_second = self._images_since_shown / max(now - self._rate_from, 1e-9)
+        numbers = f"loss {float(loss):.4f}  lr {lr:.4g}  {images_per_second:,.0f} images/s"
+        self._shown = self._rate_from = now
+        self._images_since_shown = 0
+        where = f"epoch {self._epoch}/{self._total_epochs} step {self._step}/{self._steps}"
+        if self._progress is not None:
+            done = (self._epoch - 1 - self._start_epoch) * self._steps + self._step
+            total = (self._total_epochs - self._start_epoch) * self._steps
+            self._guard(
+                "progress",
+                self._progress.update,
+                self._task,
+                description=where,
+                completed=done,
+                total=total,
+                numbers=numbers,
+            )
+        else:
+            self.message(f"{where}  {numbers}  ETA {self._time_left(now)}")
+
+    def _time_left(self, now: float) -> str:
+        done = self._epoch - 1 - self._start_epoch + self._step / self._steps
+        left = int((now - self._began) / max(done, 1e-9) * (self._total_epochs - self._start_epoch - done))
+        return f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+
+    def end_epoch(self, epoch: int, metrics: Metrics) -> None:
+        """Records an epoch; the learning curves use `loss`, `lr`, `train_pgd_accuracy`, `held_out_clean_accuracy` and
+        `held_out_pgd_accuracy` (fractions), None where nothing was measured.
+        """
+        entry = {"epoch": epoch, **{name: _finite(value) for name, value in metrics.items()}}
+        self._guard("metrics", self._append, json.dumps(entry, allow_nan=False).encode() + b"\n")
+        numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
+        self._tensorboard.add(epoch, numbers)
+        now = time.monotonic()
+        if self._progress is not None or epoch == self._total_epochs or now - self._shown >= self._interval:
+            self._shown = now
+            shown = "  ".join(f"{name} {_short(name, value)}" for name, value in metrics.items() if value is not None)
+            self.message(f"epoch {epoch}/{self._total_epochs}  {shown}")
+
+    def _open_metrics(self, start_epoch: int) -> int:
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        path = self._run_dir / METRICS
+        if path.exists():
+            kept = [entry for entry in read_metrics(self._run_dir) if entry["epoch"] <= start_epoch]
+            atomic_write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+
+    def _append(self, line: bytes) -> None:
+        if self._metrics_file is None:
+            return
+        size = os.fstat(self._metrics_file).st_size
+        reason = "no space"
+        try:
+            written = os.write(self._metrics_file, line)
+        except OSError as error:
+            written, reason = 0, error.strerror
+        if written != len(line):
+            # No half line: the next epoch's must begin on its own.
+            os.ftruncate(self._metrics_file, size)
+            raise OSError(f"{self._run_dir / METRICS}: {reason}, {written} of {len(line)} bytes written")
+
+    def _guard(self, what: str, action: Callable[..., _T], *args: Any, **kwargs: Any) -> _T | None:
+        try:
+            return action(*args, **kwargs)
+        except OSError as error:
+            self._warn_once(f"{what}: cannot be written, training goes on: {error}")
+            return None
+
+    def _warn_once(self, text: str) -> None:
+        kind = text.partition(" ")[0]
+        if kind in self._warned:
+            return
+        self._warned.add(kind)
+        try:
+            print(f"warning: {' '.join(text.split())}", file=sys.stderr, flush=True)
+        except OSError:
+            # Nowhere left to say it.
+            return
+
+
+def _short(name: str, value: float | str) -> str:
+    if isinstance(value, float):
+        return f"{value:.2%}" if name.endswith("accuracy") else f"{value:.4g}"
+    return str(value)

@@ -1,0 +1,60 @@
+"""Trains a robust classifier: `torchrun engine/train.py [PRESET] [flags]`; `--help` lists both."""
+
+import dataclasses
+
+from awp_engine.command_line import fail, parse_train
+from awp_engine.config import Config, ConfigError
+
+
+def rows(config: Config) -> list[tuple[str, dict]]:
+    """Train, and train again without the weight perturbation if that was asked for."""
+    from awp_engine.trainer import Trainer
+
+    trained = [("AT-AWP" if config.awp.gamma > 0 else "AT", Trainer(config).run())]
+    if config.compare_without_awp:
+        without = dataclasses.replace(
+            config,
+            awp=dataclasses.replace(config.awp, gamma=0.0),
+            compare_without_awp=False,
+            run_dir=config.resolved_run_dir / "without-awp",
+        )
+        trained.append(("AT", Trainer(without).run()))
+    return trained
+
+
+def main() -> None:
+    """Parse, build, run, close."""
+    config = parse_train()
+
+    from awp_engine.checkpoint import CheckpointError
+    from awp_engine.data import DataError
+    from awp_engine.report import print_table
+    from awp_engine.trainer import TrainingError
+
+    try:
+        trained = rows(config)
+    except (ConfigError, DataError) as error:
+        fail(str(error))
+    except (CheckpointError, TrainingError) as error:
+        fail(str(error), code=1)
+    except KeyboardInterrupt:
+        fail(f"interrupted; start again with --run-dir {config.resolved_run_dir} to go on", code=130)
+
+    attack = f"PGD-{config.evaluation.steps}"
+    table = [
+        {
+            "method": method,
+            "clean": f"{report['clean_accuracy']:.2%}",
+            attack: f"{report[f'pgd{config.evaluation.steps}_accuracy']:.2%}",
+            f"{attack} train": f"{report['train_pgd_accuracy']:.2%}",
+            "epoch": str(report["selected_epoch"]),
+            "seconds": f"{report['seconds']:.0f}",
+        }
+        for method, report in trained
+    ]
+    print_table(table, title=f"{config.data.name} test split, {config.attack.norm} epsilon {config.attack.epsilon}")
+    print(f"results in {config.resolved_run_dir}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""The norm-scaled perturbation of a list of tensors in one or two Triton launches."""
+
+# triton.jit is typed as the plain function: it knows neither constexpr arguments, nor launch options, nor tl types
+# pyright: reportArgumentType=false, reportCallIssue=false, reportInvalidTypeForm=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from awp_kernels._triton_common import BLOCK, CHUNK, FIRST, NUMEL, TYPES, WARPS, pointer, program_span, table
+from awp_kernels.perturb.reference import filters
+
+# squares of 32-bit numbers are exact in fp64, so fusing costs no rounding there and saves one in w + scale * g
+_OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
+# filters are short: 64 to a few thousand elements
+_FILTER_BLOCK = 1024
+_FILTER_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+
+
+@triton.jit
+def _square_sums(
+    row, start, begin, end, WEIGHT: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+):
+    weight = pointer(row, 0, start, WEIGHT, ALIGNED)
+    grad = pointer(row, 1, start, GRAD, ALIGNED)
+    weight_sum = tl.zeros([BLOCK], tl.float64)
+    grad_sum = tl.zeros([BLOCK], tl.float64)
+    for offset in range(begin, end, BLOCK):
+        index = offset + tl.arange(0, BLOCK)
+        w = tl.load(weight + index, mask=index < end, other=0.0).to(tl.float64)
+        g = tl.load(grad + index, mask=index < end, other=0.0).to(tl.float64)
+        weight_sum += w * w
+        grad_sum += g * g
+    return tl.sum(weight_sum), tl.sum(grad_sum)
+
+
+@triton.jit
+def _move(
+    row,
+    start,
+    begin,
+    end,
+    scale,
+    OUT: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    GRAD: tl.constexpr,
+    SAVE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    weight = pointer(row, 0, start, WEIGHT, ALIGNED)
+    grad = pointer(row, 1, start, GRAD, ALIGNED)
+    out = pointer(row, 2, start, OUT, ALIGNED)
+    for offset in range(begin, end, BLOCK):
+        index = offset + tl.arange(0, BLOCK)
+        w = tl.load(weight + index, mask=index < end)
+        g = tl.load(grad + index, mask=index < end)
+        if SAVE:
+            saved = pointer(row, 3, start, WEIGHT, ALIGNED)
+            tl.store(saved + index, w, mask=index < end)
+        moved = w.to(tl.float32) + scale * g.to(tl.float32)
+        tl.store(out + index, moved.to(OUT), mask=index < end)
+
+
+@triton.jit
+def _scale(weight_sum, grad_sum, gamma, eps):
+    return (gamma * tl.sqrt(weight_sum) / (tl.sqrt(grad_sum) + eps)).to(tl.float32)
+
+
+@triton.jit
+def partial_sums_kernel(rows, programs, partials, WEIGHT: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums of squares of each program's weights and gradients, fp64 [programs, 2]."""
+    row, start, count, wide = program_span(rows, programs, tl.int32)
+    weight_sum, grad_sum = _square_sums(row, start, 0, wide, WEIGHT, GRAD, True, BLOCK)
+    weight_rest, grad_rest = _square_sums(row, start, wide, count, WEIGHT, GRAD, False, BLOCK)
+    target = partials + tl.program_id(0).to(tl.int64) * 2
+    tl.store(target, weight_sum + weight_rest)
+    tl.store(target + 1, grad_sum + grad_rest)
+
+
+@triton.jit
+def apply_kernel(
+    rows,
+    programs,
+    partials,
+    scales,
+    gamma: tl.float64,
+    eps: tl.float64,
+    OUT: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    GRAD: tl.constexpr,
+    SAVE: tl.constexpr,
+    GLOBAL: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add up the partial sums again, in the same order in every program, then write w + scale * g."""
+    row, start, count, wide = program_span(rows, programs, tl.int32)
+    program = tl.program_id(0).to(tl.int64)
+    if GLOBAL:
+        first = program * 0
+        parts = tl.num_programs(0)
+    else:
+        first = tl.load(row + FIRST)
+        parts = tl.maximum(tl.cdiv(tl.load(row + NUMEL), CHUNK), 1).to(tl.int32)
+    weight_sum = tl.zeros([BLOCK], tl.float64)
+    grad_sum = tl.zeros([BLOCK], tl.float64)
+    partials += first * 2
+    for offset in range(0, parts, BLOCK):
+        index = offset + tl.arange(0, BLOCK)
+        weight_sum += tl.load(partials + index * 2, mask=index < parts, other=0.0)
+        grad_sum += tl.load(partials + index * 2 + 1, mask=index < parts, other=0.0)
+    scale = _scale(tl.sum(weight_sum), tl.sum(grad_sum), gamma, eps)
+    if program == first:
+        tl.store(scales if GLOBAL else scales + tl.load(programs + program), scale)
+    _move(row, start, 0, wide, scale, OUT, WEIGHT, GRAD, SAVE, True, BLOCK)
+    _move(row, start, wide, count, scale, OUT, WEIGHT, GRAD, SAVE, False, BLOCK)
+
+
+@triton.jit
+def filter_kernel(
+    rows,
+    programs,
+    scales,
+    gamma: tl.float64,
+    eps: tl.float64,
+    OUT: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    GRAD: tl.constexpr,
+    SAVE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a filter: its norms, then w + scale * g while the filter is still in the cache."""
+    row, start, count, wide = program_span(rows, programs, tl.int64)
+    weight_sum, grad_sum = _square_sums(row, start, 0, wide, WEIGHT, GRAD, True, BLOCK)
+    weight_rest, grad_rest = _square_sums(row, start, wide, count, WEIGHT, GRAD, False, BLOCK)
+    scale = _scale(weight_sum + weight_rest, grad_sum + grad_rest, gamma, eps)
+    tl.store(scales + tl.program_id(0), scale)
+    _move(row, start, 0, wide, scale, OUT, WEIGHT, GRAD, SAVE, True, BLOCK)
+    _move(row, start, wide, count, scale, OUT, WEIGHT, GRAD, SAVE, False, BLOCK)
+
+
+def perturb(
+    out: list[Tensor],
+    weights: list[Tensor],
+    grads: list[Tensor],
+    saved: list[Tensor],
+    gamma: float,
+    scope: str,
+    eps: float,
+) -> Tensor:
+    """Write w + gamma * ||w|| / (||g|| + eps) * g to `out`, and w to `saved`; return the scales."""
+    if not weights:
+        return torch.empty(0, dtype=torch.float32)
+    device = weights[0].device
+    types = {"OUT": TYPES[out[0].dtype], "WEIGHT": TYPES[weights[0].dtype], "GRAD": TYPES[grads[0].dtype]}
+    save = bool(saved)
+    lists = [weights, grads, out, *([saved] if saved else [])]
+    with torch.cuda.device_of(weights[0]):
+        if scope == "filter":
+            rows, programs, _ = table(lists, tuple(filters(weight) for weight in weights))
+            scales = torch.empty(len(programs), dtype=torch.float32, device=device)
+            if len(programs):
+                filter_kernel[(len(programs),)](
+                    rows, programs, scales, gamma, eps, **types, SAVE=save, BLOCK=_FILTER_BLOCK, **_FILTER_OPTIONS
+                )
+            return scales
+        rows, programs, _ = table(lists)
+        scales = torch.empty(1 if scope == "global" else len(weights), dtype=torch.float32, device=device)
+        partials = torch.empty(len(programs), 2, dtype=torch.float64, device=device)
+        partial_sums_kernel[(len(programs),)](
+            rows, programs, partials, types["WEIGHT"], types["GRAD"], BLOCK, **_OPTIONS
+        )
+        apply_kernel[(len(programs),)](
+            rows,
+            programs,
+            partials,
+            scales,
+            gamma,
+            eps,
+            **types,
+            SAVE=save,
+            GLOBAL=scope == "global",
+            CHUNK=CHUNK,
+            BLOCK=BLOCK,
+            **_OPTIONS,
+        )
+        return scales

@@ -1,0 +1,39 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+from awp_kernels import _backend
+
+# a fixed seed: what fails in CI fails again
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60)
+settings.load_profile("ci")
+
+# matplotlib, git and torch write below HOME at times
+os.environ.setdefault("MPLCONFIGDIR", str(Path(os.environ.get("TMPDIR", "/tmp")) / "awp-matplotlib"))
+
+
+def device_backends() -> list:
+    """Every (device, backend) pair that can run here; the CUDA ones are marked gpu."""
+    pairs = []
+    for device, backends in (("cpu", ("reference", "cpp")), ("cuda", ("reference", "cuda", "triton"))):
+        for backend in backends:
+            marks = [pytest.mark.gpu] if device == "cuda" else []
+            pairs.append(pytest.param((device, backend), marks=marks, id=f"{device}-{backend}"))
+    return pairs
+
+
+@pytest.fixture(params=device_backends())
+def target(request):
+    """(device, backend), with the backend forced for the test."""
+    device, backend = request.param
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    why = _backend.problem(backend, device)
+    if why is not None:
+        # the C++ library is part of the installation that README describes: its absence is a failure
+        pytest.fail(f"backend {backend}: {why}")
+    with _backend.use_backend(backend):
+        yield device, backend

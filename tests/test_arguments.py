@@ -1,0 +1,292 @@
+"""What an operation refuses, and what torch asks of a custom operation."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from samples import images, randn
+
+from awp_kernels import _backend, perturb_, perturb_into_, pgd_init_, pgd_step_, restore_, use_backend
+
+
+def w(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return randn(shape, dtype)
+
+
+OVERLAPPING = torch.zeros(10)
+META = torch.zeros(3, device="meta")
+
+BAD_CALLS = {
+    "unequal lists": (
+        lambda: perturb_([w(3), w(4)], [w(3)], 0.1),
+        "grads: expected 2 tensors like weights, got 1",
+    ),
+    "empty list": (lambda: perturb_([], [], 0.1), "weights: expected at least one tensor, got an empty list"),
+    "shape": (
+        lambda: perturb_([w(3), w(4)], [w(3), w(5)], 0.1),
+        "grads[1]: expected shape (4,) like weights[1], got (5,)",
+    ),
+    "device": (lambda: perturb_([w(3)], [META], 0.1), "grads[0]: expected device cpu like weights[0], got meta"),
+    "devices in one list": (
+        lambda: perturb_([w(3), META], [w(3), META], 0.1),
+        "weights[1]: expected device cpu like weights[0], got meta",
+    ),
+    "dtypes in one list": (
+        lambda: perturb_([w(3), w(3).half()], [w(3), w(3)], 0.1),
+        "weights[1]: expected torch.float32 like weights[0], got torch.float16",
+    ),
+    "gradient dtype": (
+        lambda: perturb_([w(3)], [w(3).half()], 0.1),
+        "grads[0]: expected torch.float32 like weights, got torch.float16",
+    ),
+    "saved dtype": (
+        lambda: perturb_([w(3)], [w(3)], 0.1, saved=[w(3).half()]),
+        "saved[0]: expected torch.float32 like weights, got torch.float16",
+    ),
+    "integers": (
+        lambda: perturb_([torch.ones(3, dtype=torch.int64)], [w(3)], 0.1),
+        "weights[0]: expected float64, float32, float16 or bfloat16, got torch.int64",
+    ),
+    "expanded": (
+        lambda: perturb_([torch.zeros(1).expand(4)], [w(4)], 0.1),
+        "weights[0]: expected elements that fill one block of memory",
+    ),
+    "sliced": (
+        lambda: perturb_([w(4, 6)[:, ::2]], [w(4, 3)], 0.1),
+        "weights[0]: expected elements that fill one block of memory",
+    ),
+    "sparse": (
+        lambda: perturb_([w(3)], [w(3).to_sparse()], 0.1),
+        "grads[0]: expected a strided tensor, got layout torch.sparse_coo",
+    ),
+    "same tensor twice": (
+        lambda: perturb_([OVERLAPPING, OVERLAPPING], [w(10), w(10)], 0.1),
+        "weights[1]: shares memory with weights[0]",
+    ),
+    "overlapping views": (
+        lambda: perturb_([OVERLAPPING[:6], OVERLAPPING[5:]], [w(6), w(5)], 0.1),
+        "weights[1]: shares memory with weights[0]",
+    ),
+    "gradient is the weight": (lambda: perturb_([OVERLAPPING], [OVERLAPPING], 0.1), "shares memory with"),
+    "saved is the weight": (
+        lambda: perturb_([OVERLAPPING], [w(10)], 0.1, saved=[OVERLAPPING]),
+        "shares memory with",
+    ),
+    "saved strides": (
+        lambda: perturb_([w(3, 4)], [w(3, 4)], 0.1, saved=[w(4, 3).t()]),
+        "saved[0]: expected strides (4, 1) like weights[0], got (1, 3)",
+    ),
+    "scope": (
+        lambda: perturb_([w(3)], [w(3)], 0.1, scope="x"),
+        "scope: expected one of layer, global, filter, got 'x'",
+    ),
+    "filter order": (
+        lambda: perturb_([w(3, 4).t()], [w(4, 3)], 0.1, scope="filter"),
+        "weights[0]: scope 'filter' needs dimension 0 outermost",
+    ),
+    "gamma": (lambda: perturb_([w(3)], [w(3)], float("nan")), "gamma: expected a finite number, got nan"),
+    "eps": (lambda: perturb_([w(3)], [w(3)], 0.1, eps=-1), "eps: expected a finite number >= 0, got -1.0"),
+    "out shape": (
+        lambda: perturb_into_([w(4)], [w(3)], [w(3)], 0.1),
+        "weights[0]: expected shape (4,) like out[0], got (3,)",
+    ),
+    "out is the weight": (
+        lambda: perturb_into_([OVERLAPPING], [OVERLAPPING], [w(10)], 0.1),
+        "shares memory with",
+    ),
+    "restore lengths": (lambda: restore_([w(3)], []), "saved: expected 1 tensors like weights, got 0"),
+    "restore dtype": (
+        lambda: restore_([w(3)], [w(3).half()]),
+        "saved[0]: expected torch.float32 like weights, got torch.float16",
+    ),
+    "ids shape": (
+        lambda: pgd_init_(w(3, 2), w(3, 2), epsilon=0.1, norm="linf", sample_ids=torch.arange(2), seed=0),
+        "sample_ids: expected int64 of shape (3,), got torch.int64 of shape (2,)",
+    ),
+    "ids dtype": (
+        lambda: pgd_init_(w(3, 2), w(3, 2), epsilon=0.1, norm="linf", sample_ids=torch.arange(3).int(), seed=0),
+        "sample_ids: expected int64 of shape (3,), got torch.int32 of shape (3,)",
+    ),
+    "seed": (
+        lambda: pgd_init_(w(3, 2), w(3, 2), epsilon=0.1, norm="linf", sample_ids=torch.arange(3), seed=-1),
+        "seed: expected a number in [0, 2^63), got -1",
+    ),
+    "epsilon": (
+        lambda: pgd_init_(w(3, 2), w(3, 2), epsilon=-0.1, norm="linf", sample_ids=torch.arange(3), seed=1),
+        "epsilon: expected a finite number >= 0, got -0.1",
+    ),
+    "norm": (
+        lambda: pgd_step_(w(3, 2), w(3, 2), w(3, 2), step_size=0.1, epsilon=0.1, norm="l1"),
+        "norm: expected one of linf, l2, got 'l1'",
+    ),
+    "step nan": (
+        lambda: pgd_step_(w(3, 2), w(3, 2), w(3, 2), step_size=float("nan"), epsilon=0.1, norm="l2"),
+        "step_size: expected a finite number, got nan",
+    ),
+    "clip": (
+        lambda: pgd_step_(w(3, 2), w(3, 2), w(3, 2), step_size=0.1, epsilon=0.1, norm="l2", clip=(1, 0)),
+        "clip: expected (low, high) with low <= high, got (1.0, 0.0)",
+    ),
+    "x dtype": (
+        lambda: pgd_step_(w(3, 2), w(3, 2), w(3, 2).half(), step_size=0.1, epsilon=0.1, norm="l2"),
+        "x: expected torch.float32 like x_adv, got torch.float16",
+    ),
+    "x shape": (
+        lambda: pgd_step_(w(3, 2), w(3, 2), w(2, 3), step_size=0.1, epsilon=0.1, norm="l2"),
+        "x: expected shape (3, 2) like x_adv, got (2, 3)",
+    ),
+    "x is x_adv": (
+        lambda: pgd_step_(OVERLAPPING, w(10), OVERLAPPING, step_size=0.1, epsilon=0.1, norm="linf"),
+        "shares memory with",
+    ),
+    "mask dtype": (
+        lambda: pgd_step_(w(3, 2), w(3, 2), w(3, 2), step_size=0.1, epsilon=0.1, norm="l2", mask=w(3, 2)),
+        "mask: expected torch.bool, got torch.float32",
+    ),
+    "mask shape": (
+        lambda: pgd_step_(
+            w(3, 2), w(3, 2), w(3, 2), step_size=0.1, epsilon=0.1, norm="l2", mask=torch.ones(3, dtype=torch.bool)
+        ),
+        "mask: expected a shape that broadcasts to (3, 2) like x_adv, got (3,)",
+    ),
+    "batch innermost": (
+        lambda: pgd_step_(w(2, 3).t(), w(3, 2), w(3, 2), step_size=0.1, epsilon=0.1, norm="l2"),
+        "x_adv: expected dimension 0 outermost in memory, got strides (1, 3)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD_CALLS))
+def test_bad_arguments_are_named_in_one_line(name):
+    call, message = BAD_CALLS[name]
+    before = OVERLAPPING.clone()
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    assert torch.equal(OVERLAPPING, before)
+
+
+def test_a_refused_call_writes_nothing():
+    weights, saved = [w(3), w(4)], [torch.zeros(3), torch.zeros(4)]
+    before = [t.clone() for t in weights]
+    with pytest.raises(ValueError):
+        perturb_(weights, [w(3), w(5)], 0.1, saved=saved)
+    assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
+    assert not any(t.any() for t in saved)
+
+
+OPCHECKS = {
+    "perturb_": (
+        torch.ops.awp.perturb_.default,
+        lambda d: ([w(4, 3).to(d), w(5).to(d)], [w(4, 3).to(d), w(5).to(d)], 0.1, [], "layer", 1e-20),
+    ),
+    "perturb_ saved filter": (
+        torch.ops.awp.perturb_.default,
+        lambda d: ([w(4, 3).to(d)], [w(4, 3).to(d)], 0.1, [w(4, 3).to(d)], "filter", 1e-20),
+    ),
+    "perturb_into_ half": (
+        torch.ops.awp.perturb_into_.default,
+        lambda d: ([w(4, 3).half().to(d)], [w(4, 3).to(d)], [w(4, 3).to(d)], 0.1, "global", 1e-20),
+    ),
+    "restore_": (torch.ops.awp.restore_.default, lambda d: ([w(4, 3).to(d)], [w(4, 3).to(d)])),
+    "pgd_init_": (
+        torch.ops.awp.pgd_init_.default,
+        lambda d: (w(2, 3, 4, 4).to(d), images((2, 3, 4, 4)).to(d), 0.1, "l2", torch.arange(2, device=d), 3),
+    ),
+    "pgd_step_": (
+        torch.ops.awp.pgd_step_.default,
+        lambda d: (
+            images((2, 3, 4, 4)).to(d),
+            w(2, 3, 4, 4).to(d),
+            images((2, 3, 4, 4)).to(d),
+            0.1,
+            0.2,
+            "linf",
+            0.0,
+            1.0,
+            torch.ones(4, 4, dtype=torch.bool, device=d),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(OPCHECKS))
+def test_opcheck(target, name):
+    device, _ = target
+    operation, arguments = OPCHECKS[name]
+    torch.library.opcheck(operation, arguments(device))
+
+
+def test_compiles_without_graph_breaks():
+    def move(weight, grad, saved):
+        scales = perturb_([weight * 1.0], [grad], 0.1)
+        moved = weight.clone()
+        perturb_([moved], [grad], 0.1, saved=[saved])
+        back = moved.clone()
+        restore_([back], [saved])
+        return scales, moved, back
+
+    weight, grad = w(5, 4), w(5, 4)
+    # "aot_eager" traces and functionalises as every backend does, and needs no C++ compilation of its own
+    compiled = torch.compile(move, fullgraph=True, backend="aot_eager")
+    expected, result = move(weight, grad, torch.zeros(5, 4)), compiled(weight, grad, torch.zeros(5, 4))
+    for a, b in zip(result, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_writes_are_seen_by_autograd():
+    weight = w(3).requires_grad_()
+    loss = (weight**2).sum()
+    perturb_([weight], [w(3)], 0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, check=False
+    )
+
+
+def test_backend_by_environment():
+    code = "from awp_kernels import _backend; import torch; print(_backend.backend_for('cpu', {torch.float32}))"
+    assert python(code, AWP_BACKEND="reference").stdout.strip() == "reference"
+    assert python(code, AWP_BACKEND="cpp").stdout.strip() == "cpp"
+    assert "needs TRITON_INTERPRET=1" in python(code, AWP_BACKEND="triton", TRITON_INTERPRET="0").stderr
+    wrong = python(code, AWP_BACKEND="fast")
+    assert wrong.returncode != 0
+    assert "AWP_BACKEND: expected one of reference, cpp, cuda, triton, got 'fast'" in wrong.stderr
+
+
+def test_use_backend_nests_and_refuses():
+    with use_backend("reference"):
+        with use_backend("cpp"):
+            assert _backend.backend_for("cpu", {torch.float32}) == "cpp"
+        assert _backend.backend_for("cpu", {torch.float32}) == "reference"
+    assert _backend.backend_for("cpu", {torch.float64}) == "reference"
+    with pytest.raises(ValueError, match="use_backend: expected one of"), use_backend("rust"):
+        pass
+    with use_backend("cuda"), pytest.raises(ValueError, match="backend 'cuda' was forced but cannot serve cpu tensors"):
+        perturb_([w(3)], [w(3)], 0.1)
+
+
+def test_summary_names_every_operation():
+    result = subprocess.run([sys.executable, "-m", "awp_kernels"], capture_output=True, text=True, check=True)
+    for name in ("perturb_", "perturb_into_", "restore_", "pgd_init_", "pgd_step_", "cpp        available"):
+        assert name in result.stdout
+
+
+def test_threads_and_instruction_sets_agree():
+    """Sums are added in an order of their own: the number of threads changes no bit."""
+    code = (
+        "import torch, json; from awp_kernels import perturb_; torch.set_num_threads({});"
+        "g = torch.Generator().manual_seed(0); w = [torch.randn(300, 700, generator=g), torch.randn(99, generator=g)];"
+        "s = perturb_(w, [torch.randn(t.shape, generator=g) for t in w], 0.01);"
+        "print(json.dumps([s.tolist(), [float(t.double().sum()) for t in w]]))"
+    )
+    one, two = (json.loads(python(code.format(threads)).stdout) for threads in (1, 2))
+    assert one == two

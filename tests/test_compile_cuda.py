@@ -1,0 +1,157 @@
+"""The CUDA sources: compiled for every architecture, read back as SASS, and run on the host by an emulator."""
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import sass
+
+# compiling takes a minute on two idle cores, and several where they are shared
+pytestmark = [pytest.mark.compile, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+ARCHS = ("80", "90a", "100")
+INCLUDES = [f"-I{ROOT / 'csrc' / 'include'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
+# what a launch may carry beyond bank 0's own first bytes
+PARAMETER_LIMIT = 32764
+FUNCTIONS = ("perturb_workspace_bytes", "perturb", "restore", "pgd_init", "pgd_step")
+HALVES = r"awp::cuda::(?:Half|BFloat16)"
+# kernel name: least LDG.128, least STG.128. Two packs of weights and two of gradients are in flight at once.
+WIDE = {
+    r"perturb_sums<": (2, 0),
+    r"perturb_sums<float, float>": (4, 0),
+    rf"perturb_sums<{HALVES}, {HALVES}>": (4, 0),
+    r"perturb_(move|filter)<": (2, 2),
+    r"perturb_(move|filter)<float, float>": (4, 4),
+    rf"perturb_(move|filter)<{HALVES}, {HALVES}>": (4, 4),
+    r"restore_copy": (4, 4),
+    r"pgd_init_\w+<float>": (1, 1),
+    r"pgd_step_\w+<": (1, 0),
+    r"pgd_step_\w+<float, ": (2, 1),
+    rf"pgd_step_\w+<{HALVES}, {HALVES}>": (3, 1),
+    # four 16-bit elements share a Philox block: 8 bytes
+    rf"pgd_init_\w+<{HALVES}>": (0, 0),
+}
+
+
+def _run(command: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+
+
+def _expect_success(done: subprocess.CompletedProcess[str]) -> None:
+    assert done.returncode == 0, f"{' '.join(done.args)}\n{done.stdout}{done.stderr}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Build:
+    objects: list[Path]
+    compilations: list[subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc not found on PATH: install the CUDA toolkit to compile the kernels")
+    folder = tmp_path_factory.mktemp("cuda")
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+    flags = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-Wall,-Wextra", "-Werror=all-warnings"]
+    flags += ["-Xptxas=-warn-spills,-warn-lmem-usage", *targets, *INCLUDES]
+
+    def compile_one(source: Path) -> subprocess.CompletedProcess[str]:
+        return _run([nvcc, *flags, "-c", source, "-o", folder / f"{source.stem}.o"])
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        compilations = list(pool.map(compile_one, SOURCES))
+    return Build(objects=[folder / f"{source.stem}.o" for source in SOURCES], compilations=compilations)
+
+
+@pytest.fixture(scope="module")
+def kernels(build: Build) -> list[sass.Kernel]:
+    if reason := sass.missing_tools():
+        pytest.skip(reason)
+    return [kernel for path in build.objects if path.exists() for kernel in sass.kernels(path)]
+
+
+def test_compiles_without_warnings(build: Build) -> None:
+    assert SOURCES
+    for done in build.compilations:
+        _expect_success(done)
+        assert not done.stderr.strip(), done.stderr
+
+
+def test_every_architecture_has_every_kernel(kernels: list[sass.Kernel]) -> None:
+    names = {arch: {kernel.name for kernel in kernels if kernel.arch == f"sm_{arch}"} for arch in ARCHS}
+    # sums, move and filter for 9 pairs of dtypes, 1 copy, 2 norms for 3 dtypes, 2 norms for 9 pairs
+    assert {arch: len(found) for arch, found in names.items()} == dict.fromkeys(ARCHS, 27 + 1 + 6 + 18)
+    assert names["80"] == names["90a"] == names["100"]
+
+
+def test_no_spills(kernels: list[sass.Kernel]) -> None:
+    assert not [str(kernel) for kernel in kernels if kernel.spills]
+
+
+def test_wide_accesses(kernels: list[sass.Kernel]) -> None:
+    narrow: list[str] = []
+    for kernel in kernels:
+        matches = [least for pattern, least in WIDE.items() if re.search(pattern, kernel.name)]
+        assert matches, f"no expectation for {kernel.name}: add it to WIDE"
+        loads, stores = max(least[0] for least in matches), max(least[1] for least in matches)
+        if kernel.wide_loads < loads or kernel.wide_stores < stores:
+            narrow.append(f"{kernel}: expected {loads} and {stores}")
+    assert not narrow
+
+
+def test_parameters_fit(kernels: list[sass.Kernel]) -> None:
+    assert not [str(kernel) for kernel in kernels if kernel.constant_bytes > PARAMETER_LIMIT]
+
+
+def test_links_and_loads(build: Build, tmp_path: Path) -> None:
+    library = tmp_path / "libawp_cuda.so"
+    for done in build.compilations:
+        _expect_success(done)
+    linker = ["-shared", "-cudart=static", "-Xlinker=-z,defs", "-Xcompiler=-fPIC"]
+    _expect_success(_run(["nvcc", *linker, *build.objects, "-o", library]))
+    ctypes.CDLL(str(library))
+    exported = _run(["nm", "-DC", "--defined-only", library]).stdout
+    assert not [name for name in FUNCTIONS if f"awp::cuda::{name}(" not in exported]
+
+
+def test_kernels_on_the_host(tmp_path: Path) -> None:
+    """Tails, alignment, chunk maps, tables, barriers and results of every kernel, under the address sanitizer."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("g++ not found on PATH")
+    host = ROOT / "tests" / "cuda_host"
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    # contraction off: as the kernels are compiled; the pragmas are nvcc's
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-ffp-contract=off",
+        "-Wno-unknown-pragmas",
+        *sanitizers,
+        f"-I{host / 'include'}",
+        *INCLUDES,
+    ]
+
+    def compile_one(source: Path) -> subprocess.CompletedProcess[str]:
+        return _run([compiler, *flags, "-x", "c++", "-c", source, "-o", tmp_path / f"{source.stem}.o"])
+
+    sources = [host / "check.cpp", host / "emulator.cpp", *SOURCES]
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        for done in pool.map(compile_one, sources):
+            _expect_success(done)
+    program = tmp_path / "check"
+    _expect_success(
+        _run([compiler, *sanitizers, *(tmp_path / f"{source.stem}.o" for source in sources), "-o", program])
+    )
+    _expect_success(_run([program]))

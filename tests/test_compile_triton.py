@@ -1,0 +1,170 @@
+"""Every Triton kernel compiled ahead of time, as its launcher specialises it, and read back as SASS.
+
+No GPU is needed: the launchers run on CPU tensors while a stand-in driver names the architecture and launching stops
+after compilation.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import pytest
+import sass
+import torch
+from torch import Tensor
+
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 leaves nothing to compile"
+    ),
+    pytest.mark.skipif(bool(sass.missing_tools()), reason=sass.missing_tools()),
+]
+
+ARCHITECTURES = [80, 90, 100]
+OPERATIONS = ["perturb", "restore", "pgd_init", "pgd_step"]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+# arrays that a kernel reads and writes with 16-byte accesses when all is aligned
+WIDE = {
+    "partial_sums_kernel": (2, 0),
+    "apply_kernel": (2, 2),
+    "filter_kernel": (4, 2),
+    "restore_kernel": (1, 1),
+    "init_linf_kernel": (1, 1),
+    "init_l2_kernel": (1, 1),
+    "step_linf_kernel": (3, 1),
+    "step_l2_kernel": (3, 1),
+}
+# these walk lists of tensors, some of which may be misaligned, and need a path for them beside the wide one
+LISTS = {"partial_sums_kernel", "apply_kernel", "filter_kernel", "restore_kernel"}
+
+
+@dataclass(frozen=True)
+class Driver:
+    """What triton asks of a driver before it launches."""
+
+    capability: int
+
+    def get_current_device(self) -> int:
+        # compiled kernels are cached by device: one for each architecture
+        return -self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return import_module("triton.backends.compiler").GPUTarget("cuda", self.capability, 32)
+
+
+@pytest.fixture
+def compiled(monkeypatch, tmp_path, request):
+    """A function that calls a launcher and returns the kernels that it would have launched."""
+    pytest.importorskip("triton", reason="triton is not installed: pip install triton")
+    jit = import_module("triton.runtime.jit")
+    monkeypatch.setattr(import_module("triton.runtime").driver, "_active", Driver(request.param))
+    launch, launched = jit.JITFunction.run, []
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        launched.append((self.__name__, kernel))
+        return kernel
+
+    monkeypatch.setattr(jit.JITFunction, "run", compile_only)
+
+    def compiled(launcher: Callable[[], Any]) -> list[sass.Kernel]:
+        launched.clear()
+        launcher()
+        found = []
+        for name, kernel in launched:
+            path = tmp_path / f"{name}.cubin"
+            path.write_bytes(kernel.asm["cubin"])
+            found += sass.kernels(path)
+        assert [kernel.name for kernel in found] == [name for name, _ in launched]
+        for kernel in found:
+            assert not kernel.spills, str(kernel)
+        return found
+
+    return compiled
+
+
+def operation(name: str) -> Callable[..., Any]:
+    return getattr(import_module(f"awp_kernels.{name}.triton"), name)
+
+
+def image_steps(x: Tensor, mask: Tensor | None, norm: str) -> Callable[[], None]:
+    def run() -> None:
+        ids = torch.arange(len(x))
+        operation("pgd_init")(torch.empty_like(x), x, ids, 8 / 255, norm, 5)
+        operation("pgd_step")(torch.empty_like(x), torch.empty_like(x), x, mask, 0.1, 8 / 255, norm, 0.0, 1.0)
+
+    return run
+
+
+def weight_steps(weights: list[Tensor], scope: str) -> Callable[[], None]:
+    def run() -> None:
+        operation("perturb")(weights, weights, weights, weights, 0.01, scope, 1e-20)
+        operation("restore")(weights, weights)
+
+    return run
+
+
+def assert_wide(kernels: list[sass.Kernel]) -> None:
+    for kernel in kernels:
+        loads, stores = WIDE[kernel.name]
+        assert kernel.wide_loads >= loads, str(kernel)
+        assert kernel.wide_stores >= stores, str(kernel)
+        if kernel.name in LISTS:
+            assert re.search(r"\bLDG\.E(?:\.U16)?(?:\.CONSTANT)? ", kernel.sass), f"no unaligned path: {kernel}"
+
+
+def test_every_kernel_is_known():
+    pytest.importorskip("triton", reason="triton is not installed: pip install triton")
+    modules = [import_module(f"awp_kernels.{name}.triton") for name in OPERATIONS]
+    assert {name for module in modules for name in vars(module) if name.endswith("_kernel")} == set(WIDE)
+
+
+@pytest.mark.parametrize("compiled", ARCHITECTURES, ids="sm_{}".format, indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights(compiled, dtype):
+    weights = [torch.zeros(64, 16, 3, 3, dtype=dtype)]
+    kernels = [kernel for scope in ("layer", "global", "filter") for kernel in compiled(weight_steps(weights, scope))]
+    assert {kernel.name for kernel in kernels} == LISTS
+    assert_wide(kernels)
+
+
+@pytest.mark.parametrize("compiled", ARCHITECTURES, ids="sm_{}".format, indirect=True)
+@pytest.mark.parametrize(("out", "grad"), [(torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)], ids=str)
+def test_weights_into_another_dtype(compiled, out, grad):
+    weights = [torch.zeros(64, 16, 3, 3)]
+    into, grads = [weights[0].to(out)], [weights[0].to(grad)]
+    for scope in ("layer", "filter"):
+        for kernel in compiled(lambda: operation("perturb")(into, weights, grads, [], 0.01, scope, 1e-20)):  # noqa: B023
+            loads, stores = WIDE[kernel.name]
+            assert kernel.wide_loads >= loads, str(kernel)
+            assert kernel.wide_stores >= stores // 2, str(kernel)
+
+
+@pytest.mark.parametrize("compiled", ARCHITECTURES, ids="sm_{}".format, indirect=True)
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["everywhere", "masked"])
+def test_images(compiled, dtype, norm, masked):
+    x = torch.zeros(16, 3, 32, 32, dtype=dtype)
+    if masked:
+        x = x.contiguous(memory_format=torch.channels_last)
+    kernels = compiled(image_steps(x, torch.empty_like(x, dtype=torch.uint8) if masked else None, norm))
+    assert {kernel.name for kernel in kernels} == {f"init_{norm}_kernel", f"step_{norm}_kernel"}
+    assert_wide(kernels)
+
+
+@pytest.mark.parametrize("compiled", ARCHITECTURES, ids="sm_{}".format, indirect=True)
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("shape", [(3, 3, 7, 5), (1, 1)], ids=str)
+def test_images_of_odd_sizes(compiled, shape, norm):
+    """Other specialisations: sizes that 16 does not divide, sizes of 1, misaligned memory."""
+    x = torch.zeros(torch.Size(shape).numel() + 1)[1:].view(shape)
+    assert len(compiled(image_steps(x, torch.ones_like(x, dtype=torch.uint8), norm))) == 2

@@ -1,0 +1,418 @@
+"""Every implementation of every operation against the fp64 definition, on one table of samples."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from samples import (
+    DTYPES,
+    LAYOUTS,
+    SCOPES,
+    SHAPES,
+    images,
+    perturbed_fp64,
+    plain_perturbed,
+    randn,
+    stepped_fp64,
+    weights_and_grads,
+)
+from torch import Tensor
+
+from awp_kernels import perturb_, perturb_into_, pgd_init_, pgd_step_, restore_, use_backend
+from awp_kernels.philox import normals, philox4x32, uniform_integers
+
+NORMS = {"linf": 8 / 255, "l2": 0.5}
+
+
+def on(device: str, tensors: list[Tensor]) -> list[Tensor]:
+    """Copies: what an operation writes must not be what it is compared with."""
+    return [t.clone().to(device) for t in tensors]
+
+
+def poisoned(tensors: list[Tensor]) -> list[Tensor]:
+    return [torch.full_like(t, float("nan")) for t in tensors]
+
+
+def bits(tensor: Tensor) -> Tensor:
+    width = {8: torch.int64, 4: torch.int32, 2: torch.int16}[tensor.element_size()]
+    return tensor.contiguous().reshape(-1).view(width)
+
+
+def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(bits(x), bits(y)) for x, y in zip(a, b, strict=True))
+
+
+def error(result: list[Tensor], exact: list[Tensor]) -> float:
+    """Norm of the difference, over all tensors."""
+    total = sum(((r.double().cpu() - e) ** 2).sum() for r, e in zip(result, exact, strict=True))
+    return math.sqrt(float(total))
+
+
+# ---- perturb_, perturb_into_, restore_
+
+
+@pytest.mark.parametrize("shapes", list(SHAPES))
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_perturb_within_twice_plain_pytorchs_error(target, shapes, scope, dtype):
+    device, _ = target
+    weights, grads = weights_and_grads(shapes, dtype)
+    exact, exact_scales = perturbed_fp64(weights, grads, 0.01, scope)
+    moved, saved = on(device, weights), poisoned(on(device, weights))
+    scales = perturb_(moved, on(device, grads), 0.01, saved=saved, scope=scope)
+
+    assert scales.dtype == torch.float32
+    torch.testing.assert_close(scales.cpu().double(), exact_scales, rtol=1e-6, atol=0)
+    # rounding to the dtype is the least error any implementation can have
+    rounding = error([e.to(dtype) for e in exact], exact)
+    plain = error(plain_perturbed(weights, grads, 0.01), exact) if scope == "layer" else rounding
+    assert error(moved, exact) <= 2 * max(plain, rounding)
+    assert same_bits(saved, on(device, weights))
+
+
+@pytest.mark.parametrize("shapes", list(SHAPES))
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_restore_leaves_no_differing_bit(target, shapes, dtype, layout):
+    device, backend = target
+    if dtype == torch.float64 and backend != "reference":
+        with pytest.raises(ValueError, match="float64 is served by the reference alone"):
+            perturb_([torch.ones(3, dtype=dtype, device=device)], [torch.ones(3, dtype=dtype, device=device)], 0.1)
+        return
+    before, grads = weights_and_grads(shapes, dtype)
+    weights = on(device, [layout.lay(w) for w in before])
+    saved = poisoned(weights)
+    perturb_(weights, on(device, grads), 0.01, saved=saved)
+    if any(w.numel() > 1 for w in before):
+        assert not same_bits(weights, on(device, before))
+    restore_(weights, saved)
+    assert same_bits(weights, on(device, before))
+
+
+def test_restore_keeps_nan_payloads_and_denormals(target):
+    device, _ = target
+    patterns = torch.tensor([0x7FC00001, 0x7F800001, -0x3FFFFF, 1, -0x7FFFFFFF, 0x7F800000], dtype=torch.int32)
+    source = patterns.view(torch.float32).to(device)
+    destination = torch.zeros_like(source)
+    restore_([destination], [source])
+    assert torch.equal(bits(destination), bits(source))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_perturb_does_not_depend_on_memory_layout(target, scope, layout):
+    device, _ = target
+    weights, grads = weights_and_grads("network", torch.float32)
+    plain = on(device, weights)
+    perturb_(plain, on(device, grads), 0.01, scope=scope)
+    laid_out = [layout.lay(w.to(device)) for w in weights]
+    # gradients in a layout of their own are followed all the same
+    perturb_(laid_out, on(device, grads), 0.01, scope=scope)
+    for a, b in zip(laid_out, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(("out", "weight", "grad"), list(itertools.product(DTYPES, repeat=3)), ids=str)
+def test_perturb_into_other_dtypes(target, out, weight, grad):
+    device, _ = target
+    weights, _ = weights_and_grads("network", weight)
+    _, grads = weights_and_grads("network", grad)
+    exact, _ = perturbed_fp64(weights, grads, 0.01, "layer")
+    sources = on(device, weights)
+    target_tensors = poisoned([t.to(out) for t in sources])
+    perturb_into_(target_tensors, sources, on(device, grads), 0.01)
+    rounding = error([e.to(out) for e in exact], exact)
+    assert error(target_tensors, exact) <= 2 * rounding
+    assert same_bits(sources, on(device, weights))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_perturb_zero_norms(target, dtype, scope):
+    device, _ = target
+    shapes = [(4, 5), (3, 2), (2, 2)]
+    weights = [randn(shapes[0], dtype, 1), torch.zeros(shapes[1], dtype=dtype), randn(shapes[2], dtype, 2)]
+    grads = [torch.zeros(shapes[0], dtype=dtype), randn(shapes[1], dtype, 3), torch.zeros(shapes[2], dtype=dtype)]
+    moved = on(device, weights)
+    scales = perturb_(moved, on(device, grads), 0.01, scope=scope)
+    assert torch.isfinite(scales).all()
+    assert all(torch.isfinite(m).all() for m in moved)
+    assert torch.equal(moved[0].cpu(), weights[0])
+    assert torch.equal(moved[2].cpu(), weights[2])
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-19, 1e19, 1e30])
+def test_perturb_range_of_fp32(target, scale):
+    """Squares of these gradients leave fp32's range; their norms do not."""
+    device, _ = target
+    weights, _ = weights_and_grads("network", torch.float32)
+    grads = [randn(tuple(w.shape), torch.float32, i, scale) for i, w in enumerate(weights)]
+    exact, _ = perturbed_fp64(weights, grads, 0.01, "layer")
+    moved = on(device, weights)
+    perturb_(moved, on(device, grads), 0.01)
+    for m, e in zip(moved, exact, strict=True):
+        torch.testing.assert_close(m.cpu().double(), e, rtol=3e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_perturb_passes_bad_gradients_on_like_the_reference(target, bad):
+    device, _ = target
+    weights, grads = weights_and_grads("network", torch.float32)
+    grads[2][1, 2, 0, 1] = bad
+    expected = [w.clone() for w in weights]
+    with use_backend("reference"):
+        perturb_(expected, grads, 0.01)
+    moved = on(device, weights)
+    perturb_(moved, on(device, grads), 0.01)
+    for m, e in zip(moved, expected, strict=True):
+        assert torch.equal(m.cpu().isnan(), e.isnan())
+
+
+def test_perturb_many_small_tensors(target):
+    """More tensors than one launch can name."""
+    device, _ = target
+    weights = [randn((1 + i % 5, 3), torch.float32, i) for i in range(700)]
+    grads = [randn((1 + i % 5, 3), torch.float32, 1000 + i) for i in range(700)]
+    for scope in SCOPES:
+        exact, exact_scales = perturbed_fp64(weights, grads, 0.01, scope)
+        moved, saved = on(device, weights), poisoned(on(device, weights))
+        scales = perturb_(moved, on(device, grads), 0.01, saved=saved, scope=scope)
+        torch.testing.assert_close(scales.cpu().double(), exact_scales, rtol=1e-6, atol=0)
+        for m, e in zip(moved, exact, strict=True):
+            torch.testing.assert_close(m.cpu().double(), e, rtol=1e-6, atol=1e-7)
+        restore_(moved, saved)
+        assert same_bits(moved, on(device, weights))
+
+
+def test_perturb_gives_the_same_bits_every_time(target):
+    device, _ = target
+    weights, grads = weights_and_grads("large", torch.float32)
+    grads = on(device, grads)
+    first = None
+    for _ in range(25):
+        moved = on(device, weights)
+        perturb_(moved, grads, 0.01)
+        first = first or moved
+        assert same_bits(moved, first)
+
+
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 7), max_size=4).map(tuple), min_size=1, max_size=5),
+    gamma=st.floats(-1, 1),
+    scope=st.sampled_from(SCOPES),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
+def test_perturb_any_shapes(shapes, gamma, scope, dtype, seed):
+    weights = [randn(shape, dtype, seed + i) for i, shape in enumerate(shapes)]
+    grads = [randn(shape, dtype, seed + 50 + i) for i, shape in enumerate(shapes)]
+    exact, exact_scales = perturbed_fp64(weights, grads, gamma, scope)
+    moved, saved = [w.clone() for w in weights], poisoned(weights)
+    scales = perturb_(moved, grads, gamma, saved=saved, scope=scope)
+    torch.testing.assert_close(scales.double(), exact_scales, rtol=1e-6, atol=1e-37)
+    tolerance = torch.finfo(dtype).eps
+    for m, e in zip(moved, exact, strict=True):
+        torch.testing.assert_close(m.double(), e, rtol=tolerance, atol=tolerance)
+    restore_(moved, saved)
+    assert same_bits(moved, weights)
+
+
+# ---- pgd_init_
+
+
+def started(x: Tensor, ids: Tensor, epsilon: float, norm: str, seed: int = 11) -> Tensor:
+    x_adv = torch.full_like(x, float("nan"))
+    pgd_init_(x_adv, x, epsilon=epsilon, norm=norm, sample_ids=ids, seed=seed)
+    return x_adv
+
+
+def test_philox_known_answers():
+    """Random123's published vectors for philox4x32-10."""
+
+    def words(value: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        word = torch.tensor([value])
+        return word, word, word, word
+
+    zeros = philox4x32(words(0), (0, 0))
+    ones = philox4x32(words(0xFFFFFFFF), (0xFFFFFFFF, 0xFFFFFFFF))
+    assert [int(w) for w in zeros] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert [int(w) for w in ones] == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+
+
+@pytest.mark.parametrize("norm", list(NORMS))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("shape", [(4, 3, 8, 8), (3, 3, 5, 7), (2, 1, 1, 1), (5, 13), (7,)], ids=str)
+def test_initial_noise_equal_to_the_last_bit(target, norm, dtype, layout, shape):
+    device, _ = target
+    x = images(shape, dtype)
+    ids = torch.tensor([0, 1, 2**31, 2**40 + 7, 2**62, 5, 6])[: shape[0]]
+    with use_backend("reference"):
+        expected = started(x, ids, NORMS[norm], norm, seed=2**62 + 12345)
+    result = started(layout.lay(x).to(device), ids.to(device), NORMS[norm], norm, seed=2**62 + 12345)
+    assert same_bits([result.cpu()], [expected])
+
+
+@pytest.mark.parametrize("norm", list(NORMS))
+def test_initial_noise_belongs_to_the_sample(target, norm):
+    device, _ = target
+    x, ids = images((6, 3, 4, 4)).to(device), torch.tensor([9, 4, 7, 1, 0, 3], device=device)
+    whole = started(x, ids, NORMS[norm], norm)
+    order = torch.tensor([5, 0, 3], device=device)
+    assert torch.equal(started(x[order], ids[order], NORMS[norm], norm), whole[order])
+    assert not torch.equal(started(x, ids, NORMS[norm], norm, seed=12), whole)
+
+
+@pytest.mark.parametrize("norm", list(NORMS))
+@pytest.mark.parametrize("epsilon", [0.0, 1 / 255, 8 / 255, 0.1, 0.5, 1.0])
+def test_initial_noise_lies_in_the_ball_exactly(target, norm, epsilon):
+    device, _ = target
+    x = images((16, 3, 16, 16)).to(device)
+    x_adv = started(x, torch.arange(16, device=device), epsilon, norm)
+    assert x_adv.min() >= 0
+    assert x_adv.max() <= 1
+    assert ball_norm(x_adv, x, norm) <= epsilon
+
+
+def ball_norm(x_adv: Tensor, x: Tensor, norm: str) -> float:
+    delta = (x_adv.cpu().double() - x.cpu().double()).flatten(1)
+    return float(delta.abs().max() if norm == "linf" else delta.norm(dim=1).max())
+
+
+def test_initial_noise_is_uniform(target):
+    device, _ = target
+    x = torch.full((2000, 3, 4, 4), 0.5, device=device)
+    ids = torch.arange(2000, device=device)
+    linf = (started(x, ids, 0.25, "linf") - x).double().cpu() / 0.25
+    # a uniform variable's moments, within five standard errors
+    assert abs(linf.mean()) < 5 * math.sqrt(1 / 3 / linf.numel())
+    assert abs((linf**2).mean() - 1 / 3) < 5 * math.sqrt(4 / 45 / linf.numel())
+    l2 = (started(x, ids, 0.25, "l2") - x).double().cpu().flatten(1) / 0.25
+    # in d dimensions radius^d is uniform in [0, 1]
+    radius = l2.norm(dim=1) ** 48
+    assert abs(radius.mean() - 0.5) < 5 * math.sqrt(1 / 12 / 2000)
+    assert abs(l2.mean()) < 5 * math.sqrt(1 / 50 / l2.numel())
+    # no direction is preferred: the coordinates are uncorrelated
+    assert (torch.corrcoef(l2.T) - torch.eye(48)).abs().max() < 0.15
+
+
+def test_normals_and_uniforms_have_their_moments():
+    z = normals(torch.arange(500), 400, seed=3).double()
+    assert abs(z.mean()) < 5 / math.sqrt(z.numel())
+    assert abs((z**2).mean() - 1) < 5 * math.sqrt(2 / z.numel())
+    assert abs((z**4).mean() - 3) < 5 * math.sqrt(96 / z.numel())
+    m = uniform_integers(torch.arange(500), 400, seed=3)
+    assert (m % 2 == 1).all()
+    assert m.abs().max() < 2**24
+
+
+# ---- pgd_step_
+
+
+@pytest.mark.parametrize("norm", list(NORMS))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("masked", [False, True], ids=["everywhere", "masked"])
+def test_pgd_step_against_fp64(target, norm, dtype, grad_dtype, layout, masked):
+    device, _ = target
+    epsilon = NORMS[norm]
+    x = images((5, 3, 9, 7), dtype)
+    start = started(x, torch.arange(5), epsilon, norm)
+    grad = randn((5, 3, 9, 7), grad_dtype, 4, 1e-3)
+    grad[1] = 0
+    mask = torch.rand((9, 7), generator=torch.Generator().manual_seed(5)) < 0.5 if masked else None
+    step = {"step_size": epsilon / 3, "epsilon": epsilon, "norm": norm}
+    exact = stepped_fp64(start, grad, x, mask=mask, **step)
+    x_adv = layout.lay(start).to(device)
+    pgd_step_(x_adv, grad.to(device), layout.lay(x).to(device), mask=None if mask is None else mask.to(device), **step)
+    # half an ulp of the result, and in fp32 the inward rounding of the ball on top
+    half_ulp = torch.finfo(dtype).eps / 2
+    inward = 2e-6 if norm == "l2" else 1.5e-7
+    assert (x_adv.cpu().double() - exact).abs().max() <= half_ulp + inward
+
+
+@pytest.mark.parametrize("norm", list(NORMS))
+@pytest.mark.parametrize("epsilon", [0.0, 1 / 255, 8 / 255, 0.1, 0.5, 1.0])
+def test_pgd_step_stays_in_the_ball_exactly(target, norm, epsilon):
+    device, _ = target
+    x = images((16, 3, 16, 16), seed=1).to(device)
+    x_adv = started(x, torch.arange(16, device=device), epsilon, norm)
+    for i in range(4):
+        grad = randn((16, 3, 16, 16), torch.float32, i).to(device)
+        pgd_step_(x_adv, grad, x, step_size=epsilon * 0.7 + 0.01, epsilon=epsilon, norm=norm)
+        assert x_adv.min() >= 0
+        assert x_adv.max() <= 1
+        assert ball_norm(x_adv, x, norm) <= epsilon
+    if epsilon == 0:
+        assert torch.equal(x_adv, x)
+
+
+def test_pgd_step_reaches_the_boundary(target):
+    device, _ = target
+    x = torch.full((1, 1, 2, 2), 0.5, device=device)
+    x_adv = x.clone()
+    grad = torch.tensor([[[[1.0, -1.0], [0.0, float("nan")]]]], device=device)
+    for _ in range(3):
+        pgd_step_(x_adv, grad, x, step_size=0.1, epsilon=0.25, norm="linf")
+    assert x_adv.cpu().flatten().tolist() == [0.75, 0.25, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-30, 1.0, 1e30])
+def test_l2_step_ignores_the_gradients_scale(target, scale):
+    device, _ = target
+    direction = torch.tensor([[3.0, 4.0]])
+    grad = (direction.double() * scale).to(torch.float32)
+    x = torch.full((1, 2), 0.5, device=device)
+    x_adv = x.clone()
+    pgd_step_(x_adv, grad.to(device), x, step_size=0.1, epsilon=1.0, norm="l2")
+    unit = grad.double() / grad.double().norm()
+    torch.testing.assert_close(x_adv.cpu().double(), 0.5 + 0.1 * unit, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
+def test_l2_step_without_a_usable_gradient_does_not_move(target, bad):
+    device, _ = target
+    x = images((2, 12)).to(device)
+    start = started(x, torch.arange(2, device=device), 0.3, "l2")
+    grad = randn((2, 12), torch.float32, 1).to(device)
+    grad[0] = bad
+    x_adv = start.clone()
+    pgd_step_(x_adv, grad, x, step_size=0.1, epsilon=0.3, norm="l2")
+    assert torch.equal(x_adv[0], start[0])
+    assert not torch.equal(x_adv[1], start[1])
+
+
+@given(
+    shape=st.lists(st.integers(1, 6), min_size=1, max_size=4).map(tuple),
+    epsilon=st.floats(0, 1),
+    ratio=st.floats(0, 3),
+    norm=st.sampled_from(["linf", "l2"]),
+    seed=st.integers(0, 1000),
+)
+def test_pgd_step_any_shape(shape, epsilon, ratio, norm, seed):
+    x, grad = images(shape, seed=seed), randn(shape, torch.float32, seed)
+    start = started(x, torch.arange(shape[0]), epsilon, norm)
+    x_adv = start.clone()
+    step_size = epsilon * ratio
+    pgd_step_(x_adv, grad, x, step_size=step_size, epsilon=epsilon, norm=norm)
+    exact = stepped_fp64(start, grad, x, step_size=step_size, epsilon=epsilon, norm=norm)
+    assert (x_adv.double() - exact).abs().max() <= 1e-6
+    assert ball_norm(x_adv.reshape(shape[0], -1), x.reshape(shape[0], -1), norm) <= epsilon
+
+
+def test_fp64_runs_the_definition_in_fp64():
+    x = images((3, 8), torch.float64)
+    x_adv = started(x, torch.arange(3), 0.2, "linf")
+    grad = randn((3, 8), torch.float64)
+    exact = stepped_fp64(x_adv, grad, x, step_size=0.05, epsilon=0.2, norm="linf")
+    pgd_step_(x_adv, grad, x, step_size=0.05, epsilon=0.2, norm="linf")
+    torch.testing.assert_close(x_adv, exact, rtol=0, atol=1e-15)
+    weights, grads = weights_and_grads("network", torch.float64)
+    exact_weights, _ = perturbed_fp64(weights, grads, 0.01, "layer")
+    assert perturb_(weights, grads, 0.01).dtype == torch.float64
+    for w, e in zip(weights, exact_weights, strict=True):
+        torch.testing.assert_close(w, e, rtol=1e-15, atol=0)

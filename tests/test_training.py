@@ -1,0 +1,335 @@
+"""Whole runs as a user starts them: real processes, real signals, real files."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from samples import images
+
+import awp_engine
+from awp_engine.config import AttackConfig, AwpConfig, Config, ConfigError, DataConfig, EvaluationConfig, ModelConfig
+from awp_engine.data import load_dataset
+from awp_engine.evaluation import PgdAttack, evaluate
+from awp_engine.trainer import Trainer, TrainingError
+
+ROOT = Path(__file__).parent.parent
+TRAIN = ROOT / "engine" / "train.py"
+# small enough for a test: a narrow network, two attack steps
+SMALL = ["--model.width", "2", "--attack.steps", "2", "--evaluation.steps", "3", "--batch-size", "256"]
+
+
+def start(*arguments: str | Path, **popen) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(TRAIN), *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **popen
+    )
+
+
+def run(*arguments: str | Path, **popen) -> tuple[int, str, str]:
+    process = start(*arguments, **popen)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode is not None
+    return process.returncode, out, err
+
+
+def small_config(run_dir: Path, **changes) -> Config:
+    config = Config(
+        run_dir=run_dir,
+        epochs=3,
+        batch_size=256,
+        data=DataConfig(pad=1),
+        model=ModelConfig(width=2),
+        attack=AttackConfig(steps=2),
+        awp=AwpConfig(gamma=0.005),
+        evaluation=EvaluationConfig(steps=3),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "finished"
+    code, out, err = run(*SMALL, "--epochs", "2", "--evaluation.steps", "20", "--run-dir", run_dir)
+    assert code == 0, err
+    assert "digits test split" in out
+    assert str(run_dir) in out
+    return run_dir
+
+
+def test_a_run_leaves_what_was_promised(finished):
+    report = json.loads((finished / "report.json").read_text())
+    for name in ("clean_accuracy", "pgd20_accuracy", "train_pgd_accuracy"):
+        assert 0 <= report[name] <= 1
+    assert report["epochs"] == 2
+    assert report["seconds"] > 0
+    assert report["versions"]["torch"].startswith(torch.__version__.partition("+")[0])
+    assert "commit" in report
+    assert json.loads((finished / "config.json").read_text())["model"]["width"] == 2
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert all(line["loss"] > 0 and 0 <= line["held_out_pgd_accuracy"] <= 1 for line in lines)
+    assert list((finished / "tensorboard").iterdir())
+    assert (finished / "checkpoints" / "epoch-2" / "manifest.json").exists()
+    assert (finished / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_is_what_the_selected_weights_give(finished):
+    """Measured again from model.safetensors alone."""
+    model = awp_engine.load_model(finished)
+    assert not model.training
+    report = json.loads((finished / "report.json").read_text())
+    data = load_dataset("digits", root=None, held_out_fraction=0.1, seed=0)
+    with torch.no_grad():
+        predicted = model(data.test.images / 255).argmax(1)
+    assert (predicted == data.test.labels).double().mean().item() == pytest.approx(report["clean_accuracy"])
+    attack = PgdAttack(epsilon=0.2, step_size=0.05, steps=20, norm="linf", seed=1)
+    accuracy = evaluate(model, data.test, attack, batch_size=100)
+    assert accuracy.robust == pytest.approx(report["pgd20_accuracy"], abs=0.03)
+    by_checkpoint = awp_engine.load_model(finished / "checkpoints" / f"epoch-{report['selected_epoch']}")
+    for a, b in zip(model.state_dict().values(), by_checkpoint.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_starting_a_finished_run_again_trains_nothing(finished):
+    before = weights(finished)
+    code, out, err = run(*SMALL, "--epochs", "2", "--evaluation.steps", "20", "--run-dir", finished)
+    assert code == 0, err
+    assert "going on after epoch 2" in out
+    assert "step 1/" not in out
+    assert equal(weights(finished), before)
+
+
+def test_evaluate_command(finished):
+    command = [sys.executable, str(ROOT / "engine" / "evaluate.py"), str(finished)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    report = json.loads((finished / "report.json").read_text())
+    assert f"{report['clean_accuracy']:.2%}" in result.stdout
+    assert f"{report['pgd20_accuracy']:.2%}" in result.stdout
+    missing = subprocess.run([*command[:2], "/nowhere/at/all"], capture_output=True, text=True, check=False)
+    assert missing.returncode == 2
+    assert missing.stderr.count("\n") == 1
+    assert "/nowhere/at/all" in missing.stderr
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "model.safetensors")
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def checkpoint_bits(run_dir: Path, epoch: int) -> dict[str, bytes]:
+    folder = run_dir / "checkpoints" / f"epoch-{epoch}"
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def test_a_killed_run_goes_on_and_ends_bit_equal(tmp_path):
+    """SIGKILL at three moments; weights, momentum and the selected weights equal those of an undisturbed run."""
+    arguments = [*SMALL, "--epochs", "5", "--deterministic"]
+    code, _, err = run(*arguments, "--run-dir", tmp_path / "whole")
+    assert code == 0, err
+    for attempt in range(3):
+        process = start(*arguments, "--run-dir", tmp_path / "killed")
+        metrics = tmp_path / "killed" / "metrics.jsonl"
+        deadline = time.monotonic() + 100
+        # one epoch further each time, and then a moment more
+        while time.monotonic() < deadline and process.poll() is None:
+            with contextlib.suppress(OSError):
+                if len(metrics.read_text().splitlines()) > attempt:
+                    break
+            time.sleep(0.01)
+        time.sleep(0.05 * attempt)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    code, out, err = run(*arguments, "--run-dir", tmp_path / "killed")
+    assert code == 0, err
+    assert "going on after epoch" in out
+    assert checkpoint_bits(tmp_path / "killed", 5) == checkpoint_bits(tmp_path / "whole", 5)
+    assert equal(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+    epochs = [json.loads(line)["epoch"] for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
+    assert epochs == [1, 2, 3, 4, 5]
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(tmp_path):
+    losses = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        Trainer(small_config(tmp_path / name, seed=seed, epochs=1)).run()
+        losses.append(json.loads((tmp_path / name / "metrics.jsonl").read_text())["loss"])
+    assert losses[0] == losses[1] != losses[2]
+    assert equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_interrupt_says_how_to_go_on(tmp_path):
+    process = start(*SMALL, "--epochs", "500", "--run-dir", tmp_path / "run")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"start again with --run-dir {tmp_path / 'run'} to go on" in err
+    assert "Traceback" not in err
+
+
+def test_comparison_without_awp_adds_a_row(tmp_path):
+    code, out, err = run(*SMALL, "--epochs", "1", "--compare-without-awp", "--run-dir", tmp_path / "run")
+    assert code == 0, err
+    assert "AT-AWP" in out
+    assert (tmp_path / "run" / "without-awp" / "report.json").exists()
+    assert not equal(weights(tmp_path / "run"), weights(tmp_path / "run" / "without-awp"))
+
+
+def test_warmup_trains_without_perturbation_at_first(tmp_path):
+    Trainer(small_config(tmp_path / "warm", awp=AwpConfig(gamma=0.02, warmup=1), epochs=1)).run()
+    Trainer(small_config(tmp_path / "plain", awp=AwpConfig(gamma=0.0), epochs=1)).run()
+    Trainer(small_config(tmp_path / "awp", awp=AwpConfig(gamma=0.02), epochs=1)).run()
+    assert equal(weights(tmp_path / "warm"), weights(tmp_path / "plain"))
+    assert not equal(weights(tmp_path / "awp"), weights(tmp_path / "plain"))
+
+
+def test_training_learns(tmp_path):
+    """Clean training (epsilon 0) of a small network classifies the digits."""
+    config = small_config(
+        tmp_path / "clean",
+        epochs=8,
+        batch_size=64,
+        model=ModelConfig(width=8),
+        attack=AttackConfig(epsilon="0", step_size="0", steps=1),
+        evaluation=EvaluationConfig(steps=1, evaluate_every=8),
+    )
+    assert Trainer(config).run()["clean_accuracy"] > 0.93
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path):
+    Trainer(small_config(tmp_path / "run", epochs=3)).run()
+    whole = weights(tmp_path / "run")
+    damaged = tmp_path / "run" / "checkpoints" / "epoch-3" / "model.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-7] ^= 1
+    damaged.write_bytes(content)
+    trainer = Trainer(small_config(tmp_path / "run", epochs=3))
+    assert trainer.progress.epoch == 2
+    assert any("epoch-3" in message for message in trainer.messages)
+    trainer.run()
+    assert equal(weights(tmp_path / "run"), whole)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    config = small_config(tmp_path / "run")
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=1e20))
+    with pytest.raises(TrainingError, match=r"the training loss is .*smaller --optimizer.lr"):
+        Trainer(config).run()
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="--nproc-per-node 1"):
+        Trainer(small_config(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def cifar_batch(count: int, seed: int) -> bytes:
+    pixels = (images((count, 3072), seed=seed) * 255).to(torch.uint8).numpy()
+    labels = (np.arange(count, dtype=np.uint8) % 10).reshape(-1, 1)
+    return np.concatenate([labels, pixels], axis=1).tobytes()
+
+
+def write_cifar10(root: Path, last: int = 10_000) -> None:
+    root.mkdir(parents=True)
+    for index in range(1, 6):
+        (root / f"data_batch_{index}.bin").write_bytes(cifar_batch(10_000 if index < 5 else last, index))
+    (root / "test_batch.bin").write_bytes(cifar_batch(10_000, 6))
+
+
+class Payload:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """A folder to start in; nothing may appear in it."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--attack.epsilom", "0.1"], ["--attack.epsilom", "--attack.epsilon"]),
+        (["--attack.epsilon", "-0.1"], ["--attack.epsilon", "-0.1"]),
+        (["--attack.epsilon", "nan"], ["--attack.epsilon", "nan", "8/255"]),
+        (["--attack.epsilon", "8/0"], ["--attack.epsilon", "8/0", "8/255"]),
+        (["--awp.gamma", "nan"], ["--awp.gamma", "nan"]),
+        (["--epochs", "many"], ["--epochs", "many", "whole number"]),
+        (["cifar"], ["preset", "cifar10-preact-resnet18-at-awp"]),
+        (["cifar10-preact-resnet18-at-awp"], ["--data.root", "cifar10"]),
+        (["cifar10-preact-resnet18-at-awp", "--data.root", "/nowhere/at/all"], ["/nowhere/at/all"]),
+        (["--device", "cuda"], ["--device", "cuda"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_input_is_one_line_and_writes_nothing(elsewhere, arguments, words):
+    if arguments == ["--device", "cuda"] and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    code, _, err = run(*arguments, cwd=elsewhere)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert all(word in err for word in words), err
+    assert not list(elsewhere.iterdir())
+
+
+def test_truncated_cifar_file_is_named(tmp_path, elsewhere):
+    write_cifar10(tmp_path / "data", last=9_999)
+    code, _, err = run("cifar10-preact-resnet18-at", "--data.root", tmp_path / "data", cwd=elsewhere)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "data_batch_5.bin" in err
+    assert not list(elsewhere.iterdir())
+
+
+def test_pickle_with_a_payload_is_refused(tmp_path, elsewhere):
+    root = tmp_path / "cifar-10-batches-py"
+    root.mkdir()
+    for name in (*[f"data_batch_{i}" for i in range(1, 6)], "test_batch", "batches.meta"):
+        (root / name).write_bytes(pickle.dumps({b"data": Payload(tmp_path / "executed")}))
+    code, _, err = run("cifar10-preact-resnet18-at", "--data.root", root, cwd=elsewhere)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_run_directory_of_another_configuration_is_refused(finished):
+    before = sorted(path.stat().st_mtime_ns for path in finished.rglob("*"))
+    code, _, err = run(*SMALL, "--epochs", "2", "--attack.epsilon", "0.1", "--run-dir", finished)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "--attack.epsilon" in err or "--evaluation.steps" in err
+    assert sorted(path.stat().st_mtime_ns for path in finished.rglob("*")) == before
+
+
+def test_a_directory_that_is_no_run_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    code, _, err = run(*SMALL, "--run-dir", tmp_path)
+    assert code == 2
+    assert "holds no config.json" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

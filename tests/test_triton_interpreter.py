@@ -1,0 +1,256 @@
+"""The Triton kernels on CPU tensors, in Triton's interpreter, against the reference.
+
+The interpreter has to be chosen before triton is imported, so one test runs the rest of this file in a process of its
+own. Its cast from float32 to bfloat16 truncates, so bfloat16 results may differ by one unit in the last place there.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import torch
+from awp_kernels import perturb_, perturb_into_, pgd_init_, pgd_step_, restore_, use_backend
+from samples import DTYPES, LAYOUTS, SCOPES, images, randn, weights_and_grads
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+NORMS = {"linf": 8 / 255, "l2": 0.5}
+# an interpreted program takes some 10 ms, and a filter is a program
+SMALL = ["scalar", "one", "warp_edges", "primes", "empty_tensors"]
+LEAST_TESTS = 200
+
+
+def test_kernels_in_the_interpreter(tmp_path):
+    triton = pytest.importorskip("triton", reason="triton is not installed: pip install triton")
+    numpy = pytest.importorskip("numpy")
+    if triton.__version__.startswith("3.6.") and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0":
+        pytest.skip("triton 3.6's interpreter cannot run loops with numpy >= 2.4: pip install 'numpy<2.4'")
+    report = tmp_path / "report.xml"
+    # numpy warns of the branch of tl.where that is not taken
+    options = ["-q", "--no-cov", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", f"--junit-xml={report}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, f"{Path(__file__)}::TestInterpreted"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    counts = next(ElementTree.parse(report).iter("testsuite")).attrib
+    assert int(counts["tests"]) >= LEAST_TESTS, counts
+    assert int(counts["skipped"]) == 0, counts
+
+
+def nans(tensors: list[Tensor]) -> list[Tensor]:
+    return [torch.full_like(t, float("nan")) for t in tensors]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    word = {2: torch.int16, 4: torch.int32}[a.element_size()]
+    return torch.equal(a.view(word), b.view(word))
+
+
+def assert_close(result: Tensor, expected: Tensor) -> None:
+    """Equal up to one unit in the last place."""
+    torch.testing.assert_close(result, expected, rtol=torch.finfo(result.dtype).eps, atol=1e-9, equal_nan=True)
+
+
+class TestInterpreted:
+    __test__ = INTERPRETED
+
+    @pytest.fixture(autouse=True)
+    def _backend(self):
+        with use_backend("triton"):
+            yield
+
+    @staticmethod
+    def reference(operation, *arguments, **options):
+        with use_backend("reference"):
+            return operation(*arguments, **options)
+
+    @pytest.mark.parametrize(
+        ("shapes", "scope"),
+        [*itertools.product(SMALL, SCOPES), *itertools.product(["network", "chunk_edges"], ["layer", "global"])],
+    )
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_perturb_and_restore(self, shapes, scope, dtype):
+        weights, grads = weights_and_grads(shapes, dtype)
+        expected, moved, saved = [w.clone() for w in weights], [w.clone() for w in weights], nans(weights)
+        expected_scales = self.reference(perturb_, expected, grads, 0.01, scope=scope)
+        scales = perturb_(moved, grads, 0.01, saved=saved, scope=scope)
+        assert_close(scales, expected_scales)
+        for m, e in zip(moved, expected, strict=True):
+            assert_close(m, e)
+        assert all(same_bits(s, w) for s, w in zip(saved, weights, strict=True))
+        restore_(moved, saved)
+        assert all(same_bits(m, w) for m, w in zip(moved, weights, strict=True))
+
+    @pytest.mark.parametrize("scope", SCOPES)
+    @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+    def test_perturb_in_any_layout(self, layout, scope):
+        weights = [randn((4, 3, 5, 2)), randn((33,), seed=1), randn((8, 4, 3, 3), seed=2)]
+        grads = [randn(tuple(w.shape), seed=3) for w in weights]
+        expected = [w.clone() for w in weights]
+        self.reference(perturb_, expected, grads, 0.01, scope=scope)
+        # one aligned tensor among misaligned ones: every tensor chooses its own path
+        moved = [layout.lay(w) for w in weights[:2]] + weights[2:]
+        perturb_(moved, [layout.lay(g) for g in grads[:2]] + grads[2:], 0.01, scope=scope)
+        for m, e in zip(moved, expected, strict=True):
+            assert_close(m, e)
+
+    @pytest.mark.parametrize("out", DTYPES, ids=str)
+    @pytest.mark.parametrize("grad", DTYPES, ids=str)
+    @pytest.mark.parametrize("scope", SCOPES)
+    def test_perturb_into_other_dtypes(self, out, grad, scope):
+        weights, _ = weights_and_grads("primes", torch.float32)
+        _, grads = weights_and_grads("primes", grad)
+        result, expected = nans([w.to(out) for w in weights]), nans([w.to(out) for w in weights])
+        self.reference(perturb_into_, expected, weights, grads, 0.01, scope=scope)
+        perturb_into_(result, weights, grads, 0.01, scope=scope)
+        for r, e in zip(result, expected, strict=True):
+            assert_close(r, e)
+
+    @pytest.mark.parametrize("scope", SCOPES)
+    @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 31, 32, 33, 1023, 2049])
+    @pytest.mark.parametrize("offset", [0, 1])
+    def test_nothing_is_written_outside(self, size, offset, scope):
+        weights, grads = [randn((2, size))], [randn((2, size), seed=1)]
+        memory = torch.full((2, 2 * size + 64), float("nan"))
+        out, saved = (row[32 + offset : 32 + offset + 2 * size].view(2, size) for row in memory)
+        saved.copy_(weights[0])
+        perturb_into_([out], weights, grads, 0.01, scope=scope)
+        perturb_([saved], grads, 0.01, saved=[weights[0]], scope=scope)
+        assert_close(saved, out)
+        restore_([saved], weights)
+        assert torch.equal(saved, weights[0])
+        assert memory[:, : 32 + offset].isnan().all()
+        assert memory[:, 32 + offset + 2 * size :].isnan().all()
+
+    @pytest.mark.parametrize("scope", SCOPES)
+    def test_zero_norms_and_bad_gradients(self, scope):
+        weights = [randn((4, 5), seed=1), torch.zeros(3, 2), randn((2, 2), seed=2)]
+        for last in (torch.zeros(2, 2), torch.tensor([[1.0, float("nan")], [float("inf"), 0.0]])):
+            grads = [torch.zeros(4, 5), randn((3, 2), seed=3), last]
+            moved, expected = [w.clone() for w in weights], [w.clone() for w in weights]
+            scales = perturb_(moved, grads, 0.01, scope=scope)
+            assert_close(scales, self.reference(perturb_, expected, grads, 0.01, scope=scope))
+            for m, e in zip(moved, expected, strict=True):
+                assert_close(m, e)
+
+    @pytest.mark.parametrize("scope", SCOPES)
+    def test_many_tensors(self, scope):
+        weights = [randn((1 + i % 3, 3), seed=i) for i in range(40)]
+        grads = [randn((1 + i % 3, 3), seed=1000 + i) for i in range(40)]
+        moved, expected, saved = [w.clone() for w in weights], [w.clone() for w in weights], nans(weights)
+        perturb_(moved, grads, 0.01, saved=saved, scope=scope)
+        self.reference(perturb_, expected, grads, 0.01, scope=scope)
+        for m, e in zip(moved, expected, strict=True):
+            assert_close(m, e)
+        restore_(moved, saved)
+        assert all(same_bits(m, w) for m, w in zip(moved, weights, strict=True))
+
+    def test_table_is_built_once_for_the_same_memory(self):
+        from awp_kernels import _triton_common
+
+        built = _triton_common._build_once.cache_info
+        weights, grads = weights_and_grads("network", torch.float32)
+        perturb_(weights, grads, 0.01)
+        before = built()
+        for w in weights:
+            w.mul_(3)
+        expected = [w.clone() for w in weights]
+        perturb_(weights, grads, 0.02)
+        assert (built().misses, built().hits) == (before.misses, before.hits + 1)
+        self.reference(perturb_, expected, grads, 0.02)
+        for w, e in zip(weights, expected, strict=True):
+            assert_close(w, e)
+        perturb_(weights, [g.clone() for g in grads], 0.01)
+        assert built().misses == before.misses + 1
+
+    @pytest.mark.parametrize("word", [torch.int16, torch.int32], ids=str)
+    def test_restore_keeps_every_pattern(self, word):
+        patterns = randn((777,), torch.float64).view(torch.int64).to(word)
+        special = [0x7FC00001, 0x7F800001, -0x3FFFFF, 1, -0x7FFFFFFF] if word == torch.int32 else [0x7C01, 1, -1]
+        patterns[: len(special)] = torch.tensor(special, dtype=word)
+        source = patterns.view(torch.float32 if word == torch.int32 else torch.float16)
+        target = torch.zeros_like(source)
+        restore_([target], [source])
+        assert same_bits(target, source)
+
+    @pytest.mark.parametrize("norm", list(NORMS))
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+    @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (2, 5, 1, 4), (3,)], ids=str)
+    def test_initial_noise_equal_to_the_last_bit(self, norm, dtype, layout, shape):
+        x = images(shape, dtype)
+        ids = torch.tensor([2**40 + 7, -1, 2**31])[: shape[0]]
+        options = {"epsilon": NORMS[norm], "norm": norm, "sample_ids": ids, "seed": 2**62 + 12345}
+        clean = layout.lay(x)
+        # `layout.lay` keeps the memory order, full_like would not in every layout
+        result, expected = layout.lay(torch.full_like(x, float("nan"))), torch.full_like(x, float("nan"))
+        pgd_init_(result, clean, **options)
+        self.reference(pgd_init_, expected, x, **options)
+        if dtype == torch.bfloat16:
+            assert_close(result, expected)
+        else:
+            assert torch.equal(result, expected)
+
+    @pytest.mark.parametrize("norm", list(NORMS))
+    @pytest.mark.parametrize(
+        ("layout", "seed"),
+        list(zip(LAYOUTS, [0, 1, 2**32 - 1, 2**63 - 1], strict=True)),
+        ids=lambda value: getattr(value, "name", str(value)),
+    )
+    def test_initial_noise_of_samples_larger_than_a_block(self, norm, layout, seed):
+        x = images((2, 3, 19, 23))
+        options = {"epsilon": NORMS[norm], "norm": norm, "sample_ids": torch.tensor([3, 2**33]), "seed": seed}
+        result, expected = layout.lay(torch.full_like(x, float("nan"))), torch.empty_like(x)
+        pgd_init_(result, layout.lay(x), **options)
+        self.reference(pgd_init_, expected, x, **options)
+        assert torch.equal(result, expected)
+
+    @pytest.mark.parametrize("norm", list(NORMS))
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+    @pytest.mark.parametrize("masked", [False, True], ids=["everywhere", "masked"])
+    def test_pgd_step(self, norm, dtype, layout, masked):
+        x, grad = images((3, 3, 9, 7), dtype), randn((3, 3, 9, 7), torch.float16 if masked else dtype, 4, 1e-3)
+        grad[1] = 0
+        grad[2, 0] = float("nan") if norm == "linf" else 0
+        start = (x + randn(x.shape, dtype, 6, NORMS[norm] / 4)).clamp(0, 1)
+        mask = torch.rand((9, 7), generator=torch.Generator().manual_seed(5)) < 0.5 if masked else None
+        options = {"step_size": NORMS[norm] / 3, "epsilon": NORMS[norm], "norm": norm, "mask": mask}
+        result, expected = layout.lay(start), start.clone()
+        pgd_step_(result, layout.lay(grad), layout.lay(x), **options)
+        self.reference(pgd_step_, expected, grad, x, **options)
+        if norm == "linf" and dtype != torch.bfloat16:
+            assert torch.equal(result, expected)
+        else:
+            assert_close(result, expected)
+
+    @pytest.mark.parametrize("norm", list(NORMS))
+    @pytest.mark.parametrize("shape", [(2, 3, 27, 31), (3, 1), (1, 2049), (0, 3)], ids=str)
+    @pytest.mark.parametrize("clip", [(0.0, 1.0), (-1.5, 0.75)], ids=str)
+    def test_pgd_step_of_any_size(self, norm, shape, clip):
+        x, grad = images(shape), randn(shape, seed=1)
+        result, expected = x.clone(), x.clone()
+        for _ in range(2):
+            options = {"step_size": 0.3, "epsilon": 0.5, "norm": norm, "clip": clip}
+            pgd_step_(result, grad, x, **options)
+            self.reference(pgd_step_, expected, grad, x, **options)
+        assert_close(result, expected)
+
+    @pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf"), 1e-44])
+    def test_l2_step_of_extreme_gradients(self, bad):
+        x, grad = images((2, 12)), randn((2, 12), seed=1)
+        grad[0] = bad
+        result, expected = x.clone(), x.clone()
+        options = {"step_size": 0.1, "epsilon": 0.3, "norm": "l2"}
+        pgd_step_(result, grad, x, **options)
+        self.reference(pgd_step_, expected, grad, x, **options)
+        assert_close(result, expected)
+        assert torch.equal(result[0], x[0]) == (bad != 1e-44)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.resolve()
 
 
 def find_nvcc() -> str | None:
-    """nvcc on PATH, or in CUDA's usual place."""
+    """The CUDA compiler on PATH, or in CUDA's usual place."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
 

@@ -62,8 +62,14 @@ Tensor perturb(const Tensors& out, const Tensors& weights, const Tensors& grads,
   const int64_t count = static_cast<int64_t>(weights.size());
   const int64_t norms = kind == awp::Scope::kLayer ? count : kind == awp::Scope::kGlobal ? 1 : filters;
   Tensor scales = torch::stable::new_empty(weights[0], {norms}, ScalarType::Float);
-  const awp::Perturb arguments{tensors.data(),       count, dtype_of(out[0]), dtype_of(weights[0]), dtype_of(grads[0]),
-                               kind,                 gamma, eps,
+  const awp::Perturb arguments{tensors.data(),
+                               count,
+                               dtype_of(out[0]),
+                               dtype_of(weights[0]),
+                               dtype_of(grads[0]),
+                               kind,
+                               gamma,
+                               eps,
                                static_cast<float*>(scales.mutable_data_ptr())};
   run(arguments);
   return scales;

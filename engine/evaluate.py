@@ -1,4 +1,4 @@
-"""Measures a trained model again: `python engine/evaluate.py RUN_DIR` prints clean and PGD accuracy on the test split."""
+"""Measures a trained model again: `python engine/evaluate.py RUN_DIR` prints its accuracies on the test split."""
 
 import argparse
 from pathlib import Path

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+
 from awp_engine import checkpoint
 from awp_engine.checkpoint import (
     CheckpointError,

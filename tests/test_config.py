@@ -10,6 +10,9 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from awp_engine.command_line import parse_train
 from awp_engine.config import (
     AttackConfig,
@@ -30,8 +33,6 @@ from awp_engine.config import (
     to_json,
 )
 from awp_engine.presets import PRESETS, build_preset
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 def run_python(code: str, *args: str) -> subprocess.CompletedProcess[str]:

@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from awp_engine.data import DataError, Split, augment, eval_batches, load_dataset, train_batches
-from awp_engine.data._cifar import CIFAR10, CIFAR100, CifarLayout, read_cifar
-from awp_engine.data._dataset import channel_statistics, hold_out
-from awp_kernels.philox import mix_seed, philox4x32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
+
+from awp_engine.data import DataError, Split, augment, eval_batches, load_dataset, train_batches
+from awp_engine.data._cifar import CIFAR10, CIFAR100, CifarLayout, read_cifar
+from awp_engine.data._dataset import channel_statistics, hold_out
+from awp_kernels.philox import mix_seed, philox4x32
 
 _SMALL10 = dataclasses.replace(CIFAR10, train_records=20, test_records=10)
 _SMALL100 = dataclasses.replace(CIFAR100, train_records=200, test_records=100)

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from awp_engine.models import build_model, load_public_state_dict, model_names
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+
+from awp_engine.models import build_model, load_public_state_dict, model_names
 
 _MEAN, _STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 _LAYOUTS = {"preact-resnet-18": "preact_resnet_18.json", "wrn-34-10": "wrn_34_10.json"}

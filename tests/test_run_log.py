@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+
 from awp_engine import report, run_log
 from awp_engine.config import Config
 from awp_engine.report import plot_learning_curves, print_table, source_commit, versions, write_report
 from awp_engine.run_log import RunLog, read_metrics
-from rich.console import Console
 
 EPOCHS = 4
 

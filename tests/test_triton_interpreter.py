@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from awp_kernels import perturb_, perturb_into_, pgd_init_, pgd_step_, restore_, use_backend
 from samples import DTYPES, LAYOUTS, SCOPES, images, randn, weights_and_grads
 from torch import Tensor
+
+from awp_kernels import perturb_, perturb_into_, pgd_init_, pgd_step_, restore_, use_backend
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NORMS = {"linf": 8 / 255, "l2": 0.5}
@@ -24,14 +25,16 @@ SMALL = ["scalar", "one", "warp_edges", "primes", "empty_tensors"]
 LEAST_TESTS = 200
 
 
+@pytest.mark.timeout(900)
 def test_kernels_in_the_interpreter(tmp_path):
     triton = pytest.importorskip("triton", reason="triton is not installed: pip install triton")
     numpy = pytest.importorskip("numpy")
     if triton.__version__.startswith("3.6.") and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0":
         pytest.skip("triton 3.6's interpreter cannot run loops with numpy >= 2.4: pip install 'numpy<2.4'")
     report = tmp_path / "report.xml"
-    # numpy warns of the branch of tl.where that is not taken
-    options = ["-q", "--no-cov", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", f"--junit-xml={report}"]
+    # numpy warns of the branch of tl.where that is not taken, and of how triton 3.6 reads loop bounds
+    ignored = ["-W", "ignore::RuntimeWarning", "-W", "ignore:Conversion of an array:DeprecationWarning"]
+    options = ["-q", "--no-cov", "-p", "no:cacheprovider", *ignored, f"--junit-xml={report}"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, f"{Path(__file__)}::TestInterpreted"],
         env={**os.environ, "TRITON_INTERPRET": "1"},
@@ -76,7 +79,7 @@ class TestInterpreted:
         ("shapes", "scope"),
         [*itertools.product(SMALL, SCOPES), *itertools.product(["network", "chunk_edges"], ["layer", "global"])],
     )
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
     def test_perturb_and_restore(self, shapes, scope, dtype):
         weights, grads = weights_and_grads(shapes, dtype)
         expected, moved, saved = [w.clone() for w in weights], [w.clone() for w in weights], nans(weights)
@@ -221,7 +224,8 @@ class TestInterpreted:
         x, grad = images((3, 3, 9, 7), dtype), randn((3, 3, 9, 7), torch.float16 if masked else dtype, 4, 1e-3)
         grad[1] = 0
         grad[2, 0] = float("nan") if norm == "linf" else 0
-        start = (x + randn(x.shape, dtype, 6, NORMS[norm] / 4)).clamp(0, 1)
+        # many values at the edge of the ball
+        start = (x + randn(x.shape, dtype, 6, NORMS[norm] / (1 if norm == "linf" else 8))).clamp(0, 1)
         mask = torch.rand((9, 7), generator=torch.Generator().manual_seed(5)) < 0.5 if masked else None
         options = {"step_size": NORMS[norm] / 3, "epsilon": NORMS[norm], "norm": norm, "mask": mask}
         result, expected = layout.lay(start), start.clone()
@@ -242,7 +246,10 @@ class TestInterpreted:
             options = {"step_size": 0.3, "epsilon": 0.5, "norm": norm, "clip": clip}
             pgd_step_(result, grad, x, **options)
             self.reference(pgd_step_, expected, grad, x, **options)
-        assert_close(result, expected)
+        if norm == "linf":
+            assert torch.equal(result, expected)
+        else:
+            assert_close(result, expected)
 
     @pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf"), 1e-44])
     def test_l2_step_of_extreme_gradients(self, bad):

@@ -27,7 +27,8 @@ inline uint16_t float_to_half(float value) {
   if (magnitude >= 0x47800000u) {  // 2^16 and more, infinity, NaN
     magnitude = magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;
   } else if (magnitude < 0x38800000u) {  // subnormal: adding 1/2 lets the adder round at the last place
-    magnitude = static_cast<uint32_t>(float_to_bits(bits_to_float(static_cast<int32_t>(magnitude)) + 0.5f)) - 0x3F000000u;
+    magnitude =
+        static_cast<uint32_t>(float_to_bits(bits_to_float(static_cast<int32_t>(magnitude)) + 0.5f)) - 0x3F000000u;
   } else {
     magnitude = (magnitude - (112u << 23) + 0xFFFu + (magnitude >> 13 & 1u)) >> 13;
   }

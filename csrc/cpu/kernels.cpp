@@ -144,7 +144,8 @@ void pgd_init_linf(const PgdInit& arguments, int64_t sample) {
   Words words;
   for_each_element(arguments, [&](int64_t i, int64_t place) {
     if (i % 4 == 0) {
-      words = sample_words(static_cast<uint32_t>(i / 4), arguments.sample_ids[sample], arguments.seed, Stream::kUniform);
+      words =
+          sample_words(static_cast<uint32_t>(i / 4), arguments.sample_ids[sample], arguments.seed, Stream::kUniform);
     }
     const float value = s.x[place] + uniform_integer(words.word[i % 4]) * unit;
     s.out[place] = project_linf(value, s.x[place], arguments.epsilon, 0.0f, 1.0f);
@@ -166,9 +167,8 @@ void pgd_init_l2(const PgdInit& arguments, int64_t sample) {
   int64_t total = 0;
   for (int64_t i = 0; i < count; ++i) total += square_fixed_point(z[i]);
   const float factor = static_cast<float>(arguments.radius / std::sqrt(static_cast<double>(total) * 0x1p-32));
-  for_each_element(arguments, [&](int64_t i, int64_t place) {
-    s.out[place] = clamp(s.x[place] + z[i] * factor, 0.0f, 1.0f);
-  });
+  for_each_element(arguments,
+                   [&](int64_t i, int64_t place) { s.out[place] = clamp(s.x[place] + z[i] * factor, 0.0f, 1.0f); });
   store_floats(s.target, arguments.dtype, s.out, arguments.elements);
 }
 

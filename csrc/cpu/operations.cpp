@@ -46,15 +46,16 @@ void perturb_filters(const Perturb& p, const ParallelFor& parallel_for) {
   for (int64_t i = 0; i < p.count; ++i) {
     const PerturbTensor& t = p.tensors[i];
     const int64_t length = t.filters ? t.numel / t.filters : 0;
-    parallel_for(t.filters, std::max<int64_t>(1, kChunk / std::max<int64_t>(1, length)), [&](int64_t begin, int64_t end) {
-      for (int64_t filter = begin; filter < end; ++filter) {
-        const int64_t at = filter * length;
-        scales[filter] =
-            scale_from(p, kernels().sum_of_squares(advance(t.weight, p.weight_dtype, at), p.weight_dtype, length),
-                       kernels().sum_of_squares(advance(t.grad, p.grad_dtype, at), p.grad_dtype, length));
-        apply(p, t, at, length, scales[filter]);
-      }
-    });
+    parallel_for(
+        t.filters, std::max<int64_t>(1, kChunk / std::max<int64_t>(1, length)), [&](int64_t begin, int64_t end) {
+          for (int64_t filter = begin; filter < end; ++filter) {
+            const int64_t at = filter * length;
+            scales[filter] =
+                scale_from(p, kernels().sum_of_squares(advance(t.weight, p.weight_dtype, at), p.weight_dtype, length),
+                           kernels().sum_of_squares(advance(t.grad, p.grad_dtype, at), p.grad_dtype, length));
+            apply(p, t, at, length, scales[filter]);
+          }
+        });
     scales += t.filters;
   }
 }

@@ -39,7 +39,7 @@ class ModelDescription:
 
 def _described(text: object, path: Path) -> ModelDescription:
     try:
-        fields = json.loads(text) if isinstance(text, str) else None
+        fields: dict[str, Any] = json.loads(str(text))
         return ModelDescription(**fields)
     except (TypeError, ValueError):
         raise CheckpointError(

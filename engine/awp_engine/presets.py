@@ -30,7 +30,7 @@ def digits() -> Config:
         awp=AwpConfig(gamma=0.002),
         optimizer=OptimizerConfig(lr=0.2, schedule="cosine"),
         evaluation=EvaluationConfig(steps=20, evaluate_every=2),
-        epochs=60,
+        epochs=50,
         batch_size=128,
     )
 

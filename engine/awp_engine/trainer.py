@@ -160,9 +160,9 @@ class Trainer:
             width=config.model.width,
             activation=config.model.activation,
         )
-        model = self.description.build().to(self.device)
+        model = self.description.build()
         self.memory_format = fast_memory_format(model, self.device)
-        self.model = model.to(memory_format=self.memory_format).train()
+        self.model = model.to(device=self.device, memory_format=self.memory_format).train()
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
             lr=config.optimizer.lr,

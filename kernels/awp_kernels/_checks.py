@@ -97,7 +97,7 @@ def alike(model_name: str, model: Sequence[Tensor], others: Mapping[str, Sequenc
 
 
 def tensor_lists(written: dict[str, list[Tensor]], read: dict[str, list[Tensor]], *, filters: bool = False) -> None:
-    """Check the lists of a multi-tensor operation against the first of `written`; copy what `read` has in another order.
+    """Check a multi-tensor operation's lists against the first of `written`; copy what `read` has in another order.
 
     Args:
         written: lists that the operation writes, the first one the model for all shapes and strides.
@@ -146,7 +146,8 @@ def no_overlap(written: dict[str, list[Tensor]], read: dict[str, list[Tensor]]) 
         other = last if is_written else last_written
         if other is not None and other[1] > start:
             raise ValueError(
-                f"{name}[{index}]: shares memory with {other[3]}[{other[4]}]: pass each tensor once, and separate buffers"
+                f"{name}[{index}]: shares memory with {other[3]}[{other[4]}]; "
+                "pass each tensor once, and separate buffers"
             )
         if last is None or end > last[1]:
             last = span

@@ -1,7 +1,8 @@
 """Counter-based random numbers in plain PyTorch: the definition that every implementation repeats to the last bit.
 
-Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3; SC 2011). The words depend on the
-seed and the counter alone, so noise keyed by sample id is the same whatever the batch order, the rank or the device.
+Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3; SC 2011). The words depend on
+the seed and the counter alone, so noise keyed by sample id is the same whatever the batch order, the number of ranks
+or the device.
 """
 
 import math

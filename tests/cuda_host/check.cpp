@@ -340,7 +340,7 @@ void check_pgd_init(DType dtype, Norm norm, const Images& images) {
 }
 
 void check_pgd_step(DType dtype, DType grad_dtype, Norm norm, int64_t elements, bool masked, int64_t shift) {
-  const int64_t samples = 4, total = samples * elements;
+  const int64_t samples = 5, total = samples * elements;
   Array x(dtype, total, shift), x_adv(dtype, total, shift), before(dtype, total), grad(grad_dtype, total, shift);
   std::vector<uint8_t> mask(static_cast<size_t>(total));
   x.fill(0, 1);
@@ -351,7 +351,8 @@ void check_pgd_step(DType dtype, DType grad_dtype, Norm norm, int64_t elements, 
   grad.fill(-1, 1);
   for (int64_t i = 0; i < elements; ++i) grad.set(elements + i, 0);
   grad.set(2 * elements, std::numeric_limits<float>::quiet_NaN());
-  mask[static_cast<size_t>(2 * elements)] = 1;
+  grad.set(3 * elements, std::numeric_limits<float>::infinity());
+  mask[static_cast<size_t>(2 * elements)] = mask[static_cast<size_t>(3 * elements)] = 1;
   before.copy(x_adv);
   PgdStep p{};
   p.x_adv = x_adv.data();

@@ -38,8 +38,9 @@ AWP_HOST_DEVICE Words philox4x32(Words counter, uint32_t key0, uint32_t key1) {
 // The four words of elements 4 * block .. 4 * block + 3 of one sample.
 AWP_HOST_DEVICE Words sample_words(uint32_t block, int64_t sample_id, uint64_t seed, Stream stream) {
   const uint64_t id = static_cast<uint64_t>(sample_id);
-  return philox4x32({{block, static_cast<uint32_t>(stream), static_cast<uint32_t>(id), static_cast<uint32_t>(id >> 32)}},
-                    static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+  return philox4x32(
+      {{block, static_cast<uint32_t>(stream), static_cast<uint32_t>(id), static_cast<uint32_t>(id >> 32)}},
+      static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
 }
 
 // An odd integer in (-2^24, 2^24); times 2^-24 uniform in (-1, 1).

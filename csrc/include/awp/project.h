@@ -5,7 +5,8 @@
 
 namespace awp {
 
-// x - epsilon, rounded up: the error of the sum is found exactly (Knuth's TwoSum), then one ulp inward where it matters.
+// x - epsilon, rounded up: the error of the sum is found exactly (Knuth's TwoSum), then one ulp inward where it
+// matters.
 AWP_HOST_DEVICE float lower_bound(float x, float epsilon) {
   const float sum = x - epsilon;
   const float back = sum - x;

@@ -49,8 +49,8 @@ struct PgdInit {
   int64_t sizes[kMaxSampleDims];    // of one sample, logical order
   int64_t strides[kMaxSampleDims];  // in elements
   Norm norm;
-  float epsilon;   // rounded toward zero
-  double radius;   // l2: epsilon less the rounding margin
+  float epsilon;  // rounded toward zero
+  double radius;  // l2: epsilon less the rounding margin
   uint64_t seed;
 };
 

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from awp_kernels.philox import STREAM_AUGMENT, mix_seed, sample_words
 from torch import Tensor
 
 from awp_engine.data._dataset import Split, random_order_key
+from awp_kernels.philox import STREAM_AUGMENT, mix_seed, sample_words
 
 _STREAM_ORDER = 3
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
-from awp_kernels.philox import mix_seed, sample_words
 from torch import Tensor
+
+from awp_kernels.philox import mix_seed, sample_words
 
 _STREAM_HOLD_OUT = 4
 

@@ -1,0 +1,161 @@
+#!/usr/bin/env bash
+# Builds, tests and times awp_kernels on a GPU machine, in less than nine minutes:
+#     bash bench/gpu.sh
+# DEVICE=cpu runs the same stages on the CPU. OUT: for logs and results (./gpu-out). PYTHON: the interpreter (python3).
+# BENCH_OPTIONS: for `pytest bench`. COMMIT: what is measured, where there is no git checkout.
+# A failing stage does not stop the rest; it shows in the exit code.
+set -euo pipefail
+
+export DEVICE=${DEVICE:-cuda} PYTHON=${PYTHON:-python3} OUT=${OUT:-gpu-out}
+mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# the sources are found even where neither pip nor setup.py can install
+export PYTHONPATH="$PWD/kernels:$PWD/engine${PYTHONPATH:+:$PYTHONPATH}" MPLCONFIGDIR="$OUT/matplotlib"
+
+# pyproject's options ask for coverage and leave the GPU out
+pytest=("$PYTHON" -m pytest -o addopts= --strict-markers -p no:cacheprovider -q)
+if [ "$DEVICE" = cpu ]; then
+  marker="not gpu and not compile" target=cpu-cpp
+else
+  marker=gpu target=cuda-cuda
+fi
+bench_options="--device $DEVICE ${BENCH_OPTIONS:---passes 2}"
+
+versions() {
+  "$PYTHON" - <<'PYTHON'
+import platform, torch
+print("python", platform.python_version(), "torch", torch.__version__, "CUDA", torch.version.cuda)
+for name in ("triton", "pytest", "pytest_benchmark", "setuptools", "tyro", "amp_C"):
+    try:
+        print(name, getattr(__import__(name), "__version__", "is there"))
+    except ImportError:
+        print(name, "is missing")
+if torch.cuda.is_available():
+    print(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+PYTHON
+  for tool in "nvidia-smi" "nvcc --version" "cmake --version" "c++ --version"; do
+    echo "\$ $tool"
+    $tool 2>&1 || echo "failed"
+  done
+  [ "$DEVICE" = cpu ] || "$PYTHON" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"'
+}
+
+# "90a" and later carry what that chip alone has
+device_architecture() {
+  "$PYTHON" -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + "a" * (a >= 9))'
+}
+
+build() {
+  if [ "$DEVICE" = cpu ]; then AWP_CUDA_ARCHS=; else AWP_CUDA_ARCHS=${AWP_CUDA_ARCHS-$(device_architecture)}; fi
+  export AWP_CUDA_ARCHS
+  echo "AWP_CUDA_ARCHS=$AWP_CUDA_ARCHS"
+  # what came with the tree was built elsewhere
+  rm -f kernels/awp_kernels/libawp_kernels.so kernels/awp_kernels/build.json
+  "$PYTHON" -m pip install --no-build-isolation --no-deps -e . || echo "pip cannot install here: building in place"
+  [ -f kernels/awp_kernels/libawp_kernels.so ] || "$PYTHON" setup.py build_ext --inplace
+  cat kernels/awp_kernels/build.json
+}
+
+implementations() {
+  "$PYTHON" -m awp_kernels | tee "$OUT/implementations.txt"
+  [ "$DEVICE" = cpu ] || grep -q "^  cuda  *available" "$OUT/implementations.txt"
+}
+
+# options that leave out test files whose imports are missing here
+ignored_tests() {
+  "$PYTHON" -W ignore - <<'PYTHON'
+import importlib, pathlib, sys
+sys.path.insert(0, "tests")
+for path in sorted(pathlib.Path("tests").glob("test_*.py")):
+    try:
+        importlib.import_module(path.stem)
+    except ModuleNotFoundError as error:
+        print(f"--ignore={path}")
+        print(f"left out: {path}: {error}", file=sys.stderr)
+    except BaseException as error:
+        print(f"{path}: {error!r}: pytest will tell more", file=sys.stderr)
+PYTHON
+}
+
+tests() {
+  local ignored options=(tests)
+  ignored=$(ignored_tests)
+  # the CPU has `pytest` for all of it; this stands for the stage
+  if [ "$DEVICE" = cpu ]; then options=(tests/test_awp.py); fi
+  # Triton compiles a kernel for each dtype: in several processes where pytest-xdist is there
+  if "$PYTHON" -c "import xdist" 2>/dev/null; then options+=(-n 8); fi
+  # shellcheck disable=SC2086  # one option a word
+  "${pytest[@]}" -m "$marker" --timeout=100 --durations=5 $ignored "${options[@]}"
+}
+
+# sanitize TOOL SECONDS: a short part of the tests; without torch's caching allocator each tensor has bounds of its own
+sanitize() {
+  local status=0 checker=(compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 20)
+  if ! command -v compute-sanitizer >/dev/null || [ "$DEVICE" = cpu ]; then
+    echo "compute-sanitizer is not there, or there is nothing for it to check: the tests run without"
+    checker=()
+  fi
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$2" "${checker[@]}" "${pytest[@]}" -m "$marker" --timeout=0 -x -v \
+    tests/test_operations.py -k "$target and (warp_edges or chunk_edges or pgd)" || status=$?
+  if [ $status -eq 124 ]; then
+    echo "not finished within $2 s; nothing was found until then"
+    status=0
+  fi
+  return $status
+}
+
+memcheck() { sanitize memcheck 50; }
+racecheck() { sanitize racecheck 40; }
+
+benchmarks() {
+  # shellcheck disable=SC2086  # one option a word
+  "${pytest[@]}" bench --benchmark-enable "--benchmark-json=$OUT/bench.json" $bench_options
+}
+
+summary() {
+  local name
+  name=$("$PYTHON" - <<'PYTHON'
+import datetime, os, re, torch
+name = torch.cuda.get_device_name() if os.environ["DEVICE"] == "cuda" else "cpu"
+print(re.sub(r"[^a-z0-9]+", "-", name.lower()), datetime.date.today(), sep="-")
+PYTHON
+  )
+  "$PYTHON" bench/summary.py "$OUT/bench.json" --plot "$OUT/bench.png" --result "$OUT/$name.json" \
+    --command "pytest bench --benchmark-enable -o addopts= --benchmark-json=bench.json $bench_options" \
+    --commit "${COMMIT:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}"
+}
+
+# `timeout` needs a program: this script, called with a stage's name
+if [ $# -eq 1 ]; then
+  "$1"
+  exit
+fi
+
+failed=()
+
+# stage NAME SECONDS LINES: runs a stage, keeps its output, shows the last lines
+stage() {
+  local begin=$SECONDS status=0
+  echo "== $1"
+  timeout --kill-after=5 "$2" bash bench/gpu.sh "$1" >"$OUT/$1.log" 2>&1 || status=$?
+  tail -n "$3" "$OUT/$1.log"
+  echo "== $1: exit code $status after $((SECONDS - begin)) s"
+  if [ $status -ne 0 ]; then failed+=("$1"); fi
+}
+
+rm -f "$OUT/bench.json"
+stage versions 20 40
+stage build 130 4
+stage implementations 20 20
+stage tests 110 12
+stage memcheck 60 4
+stage racecheck 50 4
+stage benchmarks 120 3
+stage summary 20 150
+
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "failed: ${failed[*]}"
+  exit 1
+fi
+echo "all stages passed"

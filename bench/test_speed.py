@@ -1,0 +1,158 @@
+"""Times every implementation of every operation beside what a user could call instead.
+
+    OMP_NUM_THREADS=2 pytest bench --benchmark-enable -o addopts= --benchmark-json=bench.json
+    python bench/summary.py bench.json --plot bench.png
+
+On a GPU machine the GPU is timed (`--device cpu` times the CPU there). Implementations take turns, `--passes` times,
+so that a noisy neighbour disturbs all of them; `summary.py` forms ratios inside a pass. Before each call the inputs are
+put back and a large copy empties the caches, as a forward and backward pass would; the copy's bandwidth is the
+yardstick. What pytest-benchmark reports is the time on the host's clock until the result is there. On GPUs `device_ms`
+is the time on the device alone, between two events, with all launches queued beforehand.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import image_operations
+import pytest
+import torch
+import weight_operations
+from workload import Workload, own_implementations
+
+from awp_kernels import use_backend
+
+# twice the last cache of the devices at hand: 32 MiB (EPYC), 60 MiB (H200)
+COPY_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
+# about 5 ms, while the host queues what is timed
+HEAD_START_CYCLES = 10_000_000
+
+
+@dataclass(frozen=True)
+class Case:
+    """One bar of the plot, in one pass."""
+
+    device: str
+    operation: str
+    inputs: str
+    implementation: str
+    attempt: int
+
+    def __str__(self) -> str:
+        return "-".join((self.operation, self.inputs, self.implementation, str(self.attempt))).replace(" ", "_")
+
+    def workload(self) -> Workload:
+        """The inputs, shared by neighbouring cases."""
+        if self.operation in weight_operations.ALTERNATIVES:
+            return weight_operations.weight_workload(self.operation, self.inputs, self.device)
+        return image_operations.image_workload(self.operation, self.device)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Operations one after the other; inside, passes; inside, implementations."""
+    option = metafunc.config.option
+    device: str = option.device
+    models = ["preact-resnet-18", *(["wrn-34-10"] if device == "cuda" else [])]
+    groups = [(o, m, names) for m in models for o, names in weight_operations.ALTERNATIVES.items()]
+    groups += [(o, "128x3x32x32", names) for o, names in image_operations.ALTERNATIVES.items()]
+    cases = [
+        Case(device, operation, inputs, implementation, attempt)
+        for operation, inputs, names in groups
+        for attempt in range(option.passes)
+        for implementation in own_implementations(device) + names
+        if implementation != "compile" or option.with_compile
+    ]
+    metafunc.parametrize("case", cases, ids=str)
+
+
+class CacheFlush:
+    """Copies a block larger than the caches, and notes the bandwidth in bytes a second."""
+
+    def __init__(self, device: str) -> None:
+        self.source = torch.rand(COPY_BYTES[device] // 4, device=device)
+        self.target = torch.empty_like(self.source)
+        self.bandwidths: list[float] = []
+
+    def __call__(self) -> None:
+        """Empty the caches once."""
+        device = self.source.device.type
+        # one launch needs no long head start
+        self.bandwidths.append(2 * COPY_BYTES[device] / seconds(self.copy, device, HEAD_START_CYCLES // 50))
+
+    def copy(self) -> None:
+        """Counted as bytes read plus bytes written."""
+        self.target.copy_(self.source)
+
+
+def seconds(call: Callable[[], object], device: str, head_start: int = HEAD_START_CYCLES) -> float:
+    """Time of one call: on the device alone for CUDA, else on the clock."""
+    if device == "cpu":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(head_start)
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) * 1e-3
+
+
+@pytest.fixture(scope="module")
+def flush(request: pytest.FixtureRequest) -> CacheFlush:
+    return CacheFlush(request.config.option.device)
+
+
+# libraries that are compared warn about their own things
+@pytest.mark.filterwarnings("default")
+@torch.no_grad()
+def test_speed(benchmark: Any, case: Case, flush: CacheFlush, request: pytest.FixtureRequest) -> None:
+    workload = case.workload()
+    if case.implementation in workload.missing:
+        pytest.skip(workload.missing[case.implementation])
+    call = workload.calls[case.implementation]
+    own = case.implementation in own_implementations(case.device)
+
+    def finished() -> None:
+        call()
+        if case.device == "cuda":
+            torch.cuda.synchronize()
+
+    def prepare() -> None:
+        workload.reset()
+        flush()
+
+    with use_backend(case.implementation if own else None):
+        workload.check(case.implementation)
+        flush.bandwidths.clear()
+        rounds: int = request.config.option.rounds
+        benchmark.group = f"{case.operation} {case.inputs}"
+        benchmark.pedantic(finished, setup=prepare, rounds=rounds, iterations=1, warmup_rounds=3)
+        if benchmark.stats is None:
+            return
+        best = benchmark.stats.stats.median
+        if case.device == "cuda":
+            on_device = []
+            for _ in range(rounds):
+                prepare()
+                on_device.append(seconds(call, case.device))
+            best = statistics.median(on_device)
+            benchmark.extra_info["device_ms"] = best * 1e3
+
+    copy = statistics.median(flush.bandwidths)
+    benchmark.extra_info |= {
+        "operation": case.operation,
+        "inputs": case.inputs,
+        "implementation": case.implementation,
+        "own": own,
+        "attempt": case.attempt,
+        "bytes_moved": workload.bytes_moved,
+        "gb_per_s": workload.bytes_moved / best / 1e9,
+        "copy_gb_per_s": copy / 1e9,
+        "share_of_copy": workload.bytes_moved / best / copy,
+        "load_average": os.getloadavg()[0],
+    }

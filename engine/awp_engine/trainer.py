@@ -162,7 +162,9 @@ class Trainer:
         )
         model = self.description.build()
         self.memory_format = fast_memory_format(model, self.device)
-        self.model = model.to(device=self.device, memory_format=self.memory_format).train()
+        # torch's stub does not know the keyword
+        model.to(device=self.device, memory_format=self.memory_format)  # pyright: ignore[reportCallIssue]
+        self.model = model.train()
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
             lr=config.optimizer.lr,
@@ -310,10 +312,12 @@ class Trainer:
         return fields
 
     def _momentum(self) -> dict[str, Tensor]:
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        states = self.optimizer.state.items()
-        buffers = ((names[parameter], state.get("momentum_buffer")) for parameter, state in states)
-        return {name: buffer for name, buffer in buffers if buffer is not None}
+        buffers = {
+            name: self.optimizer.state[parameter].get("momentum_buffer")
+            for name, parameter in self.model.named_parameters()
+            if parameter in self.optimizer.state
+        }
+        return {name: buffer for name, buffer in buffers.items() if buffer is not None}
 
     def _save(self) -> Path:
         state = dataclasses.asdict(self.progress) | {

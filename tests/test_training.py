@@ -79,7 +79,8 @@ def test_a_run_leaves_what_was_promised(finished):
     assert json.loads((finished / "config.json").read_text())["model"]["width"] == 2
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
-    assert all(line["loss"] > 0 and 0 <= line["held_out_pgd_accuracy"] <= 1 for line in lines)
+    assert all(line["loss"] > 0 for line in lines)
+    assert 0 <= lines[1]["held_out_pgd_accuracy"] <= 1  # the digits preset looks at every second epoch
     assert list((finished / "tensorboard").iterdir())
     assert (finished / "checkpoints" / "epoch-2" / "manifest.json").exists()
     assert (finished / "learning_curves.png").read_bytes().startswith(b"\x89PNG")

@@ -27,7 +27,7 @@ def digits() -> Config:
         data=DataConfig(name="digits", held_out_fraction=0.1, pad=1, flip=False),
         model=ModelConfig(name="preact-resnet-digits", width=16),
         attack=AttackConfig(norm="linf", epsilon="0.2", step_size="0.08", steps=5),
-        awp=AwpConfig(gamma=0.002),
+        awp=AwpConfig(gamma=0.005),
         optimizer=OptimizerConfig(lr=0.2, schedule="cosine"),
         evaluation=EvaluationConfig(steps=20, evaluate_every=2),
         epochs=50,

@@ -89,7 +89,8 @@ void perturb_group(const Perturb& p, int64_t first, int64_t last, bool common, c
   float* scales = p.scales + (common ? 0 : first);
   for (int64_t norm = 0; norm < norms; ++norm) scales[norm] = scale_from(p, weight_squares[norm], grad_squares[norm]);
   parallel_for(count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
+    // backwards: what a thread read last is what its caches still hold
+    for (int64_t c = end - 1; c >= begin; --c) {
       const Chunk& chunk = chunks[c];
       apply(p, p.tensors[chunk.tensor], chunk.begin, chunk.count, scales[common ? 0 : chunk.tensor - first]);
     }

@@ -1,5 +1,6 @@
 """Roundings that make the epsilon ball hold exactly rather than to rounding error."""
 
+import functools
 import math
 
 import torch
@@ -11,6 +12,7 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@functools.lru_cache(maxsize=64)
 def round_toward_zero(value: float, dtype: torch.dtype) -> float:
     """The largest number of `dtype`'s working precision that is not above `value`, for `value` >= 0."""
     rounded = torch.tensor(value, dtype=working_dtype(dtype))
@@ -19,6 +21,7 @@ def round_toward_zero(value: float, dtype: torch.dtype) -> float:
     return rounded.item()
 
 
+@functools.lru_cache(maxsize=64)
 def l2_radius(epsilon: float, elements: int, dtype: torch.dtype) -> float:
     """Epsilon less what rounding a sum x + delta in [0, 1] can add to the norm of `elements` differences."""
     margin = torch.finfo(working_dtype(dtype)).eps / 2 * math.sqrt(elements)

@@ -16,6 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     group.addoption("--passes", type=int, default=3, help="how often all implementations take turns")
     group.addoption("--rounds", type=int, default=15, help="timed calls of each implementation in a pass")
+    group.addoption("--trim-heap", action="store_true", help="give free memory back before each call")
     group.addoption("--with-compile", action="store_true", help="time torch.compile too (compiling takes minutes)")
 
 

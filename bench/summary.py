@@ -17,6 +17,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 # the implementation that this package chooses by itself is the first of these that ran
 _PREFERRED = ("cuda", "cpp", "triton", "reference")
+# key of a row: heading, format; a column that no row of an operation fills is left out
+_COLUMNS = {
+    "median_ms": ("median ms", "{:.3f}"),
+    "min_ms": ("least ms", "{:.3f}"),
+    "ratio": ("time ratio", "{:.2f}"),
+    "device_ms": ("on the device ms", "{:.3f}"),
+    "device_ratio": ("ratio there", "{:.2f}"),
+    "gb_per_s": ("GB/s", "{:.1f}"),
+    "share_of_copy": ("of a copy", "{:.0%}"),
+    "page_faults": ("page faults", "{:.0f}"),
+}
 
 Row = dict[str, Any]
 
@@ -61,6 +72,8 @@ def summarise(report: dict[str, Any]) -> list[Row]:
                 "gb_per_s": statistics.median(run["extra_info"]["gb_per_s"] for run in benchmarks),
                 "share_of_copy": statistics.median(run["extra_info"]["share_of_copy"] for run in benchmarks),
             }
+            if info["device"] == "cpu":
+                row["page_faults"] = statistics.median(run["extra_info"]["page_faults"] for run in benchmarks)
             if "device_ms" in info:
                 row["device_ms"] = statistics.median(run["extra_info"]["device_ms"] for run in benchmarks)
             if own_name is not None and name != own_name:
@@ -73,32 +86,17 @@ def summarise(report: dict[str, Any]) -> list[Row]:
     return rows
 
 
-def _number(row: Row, key: str, form: str) -> str:
-    return form.format(row[key]) if key in row else "-"
-
-
 def print_table(rows: list[Row]) -> None:
     """A Markdown table for each operation."""
-    group = None
-    for row in rows:
-        if group != (row["operation"], row["inputs"]):
-            group = (row["operation"], row["inputs"])
-            print(f"\n{row['operation']}, {row['inputs']}\n")
-            print(
-                "| implementation | median ms | least ms | device ms | GB/s | of a copy | time ratio | on the device |"
-            )
-            print("|---|---:|---:|---:|---:|---:|---:|---:|")
-        cells = [
-            row["implementation"],
-            _number(row, "median_ms", "{:.3f}"),
-            _number(row, "min_ms", "{:.3f}"),
-            _number(row, "device_ms", "{:.3f}"),
-            _number(row, "gb_per_s", "{:.1f}"),
-            _number(row, "share_of_copy", "{:.0%}"),
-            _number(row, "ratio", "{:.2f}"),
-            _number(row, "device_ratio", "{:.2f}"),
-        ]
-        print(f"| {' | '.join(cells)} |")
+    for operation, inputs in dict.fromkeys((row["operation"], row["inputs"]) for row in rows):
+        chosen = [row for row in rows if (row["operation"], row["inputs"]) == (operation, inputs)]
+        columns = {key: column for key, column in _COLUMNS.items() if any(key in row for row in chosen)}
+        print(f"\n{operation}, {inputs}\n")
+        print(f"| implementation | {' | '.join(heading for heading, _ in columns.values())} |")
+        print(f"|---|{'---:|' * len(columns)}")
+        for row in chosen:
+            cells = [form.format(row[key]) if key in row else "-" for key, (_, form) in columns.items()]
+            print(f"| {row['implementation']} | {' | '.join(cells)} |")
 
 
 def plot(rows: list[Row], title: str, path: Path) -> None:

@@ -8,9 +8,14 @@ so that a noisy neighbour disturbs all of them; `summary.py` forms ratios inside
 put back and a large copy empties the caches, as a forward and backward pass would; the copy's bandwidth is the
 yardstick. What pytest-benchmark reports is the time on the host's clock until the result is there. On GPUs `device_ms`
 is the time on the device alone, between two events, with all launches queued beforehand.
+
+On the CPU temporaries cost most where their memory must first be had from the system, which depends on what ran before:
+`page_faults` counts it, and `--trim-heap` puts every call where a new process stands.
 """
 
+import ctypes
 import os
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -102,6 +107,11 @@ def seconds(call: Callable[[], object], device: str, head_start: int = HEAD_STAR
     return begin.elapsed_time(end) * 1e-3
 
 
+def page_faults() -> int:
+    """Pages that this process was given so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
 @pytest.fixture(scope="module")
 def flush(request: pytest.FixtureRequest) -> CacheFlush:
     return CacheFlush(request.config.option.device)
@@ -122,9 +132,17 @@ def test_speed(benchmark: Any, case: Case, flush: CacheFlush, request: pytest.Fi
         if case.device == "cuda":
             torch.cuda.synchronize()
 
+    trim_heap = request.config.option.trim_heap
+    before: list[int] = []
+    faults: list[int] = []
+
     def prepare() -> None:
+        faults.append(page_faults() - before[-1] if before else 0)
         workload.reset()
         flush()
+        if trim_heap:
+            ctypes.CDLL(None).malloc_trim(0)
+        before.append(page_faults())
 
     with use_backend(case.implementation if own else None):
         workload.check(case.implementation)
@@ -145,6 +163,7 @@ def test_speed(benchmark: Any, case: Case, flush: CacheFlush, request: pytest.Fi
 
     copy = statistics.median(flush.bandwidths)
     benchmark.extra_info |= {
+        "device": case.device,
         "operation": case.operation,
         "inputs": case.inputs,
         "implementation": case.implementation,
@@ -154,5 +173,6 @@ def test_speed(benchmark: Any, case: Case, flush: CacheFlush, request: pytest.Fi
         "gb_per_s": workload.bytes_moved / best / 1e9,
         "copy_gb_per_s": copy / 1e9,
         "share_of_copy": workload.bytes_moved / best / copy,
+        "page_faults": statistics.median(faults),
         "load_average": os.getloadavg()[0],
     }

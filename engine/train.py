@@ -1,6 +1,7 @@
 """Trains a robust classifier: `torchrun engine/train.py [PRESET] [flags]`; `--help` lists both."""
 
 import dataclasses
+import os
 
 from awp_engine.command_line import fail, parse_train
 from awp_engine.config import Config, ConfigError
@@ -24,6 +25,8 @@ def rows(config: Config) -> list[tuple[str, dict]]:
 
 def main() -> None:
     """Parse, build, run, close."""
+    # before torch loads OpenMP: threads that spin while they wait run ten times slower beside any other busy process
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     config = parse_train()
 
     from awp_engine.checkpoint import CheckpointError

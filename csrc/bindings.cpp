@@ -42,10 +42,18 @@ void parallel_for(int64_t count, int64_t grain, const awp::cpu::Body& body) {
   torch::stable::parallel_for(0, count, grain, body);
 }
 
+// How long the perturbation is; `adaptive` is empty, or holds a flag a tensor.
+struct Scaling {
+  int64_t scale;
+  double eta;
+  std::optional<double> bound;
+  std::vector<int64_t> adaptive;
+};
+
 // Describes the tensors, lets `run` do the work, and returns the scales.
 template <class Run>
 Tensor perturb(const Tensors& out, const Tensors& weights, const Tensors& grads, const Tensors& saved, double gamma,
-               int64_t scope, double eps, Run run) {
+               int64_t scope, double eps, const Scaling& scaling, Run run) {
   std::vector<awp::PerturbTensor> tensors(weights.size());
   int64_t filters = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -55,7 +63,8 @@ Tensor perturb(const Tensors& out, const Tensors& weights, const Tensors& grads,
                   grads[i].const_data_ptr(),
                   saved.empty() ? nullptr : saved[i].mutable_data_ptr(),
                   weight.numel(),
-                  weight.dim() > 1 ? weight.size(0) : 1};
+                  weight.dim() > 1 ? weight.size(0) : 1,
+                  scaling.adaptive.empty() || scaling.adaptive[i] != 0};
     filters += tensors[i].filters;
   }
   const auto kind = static_cast<awp::Scope>(scope);
@@ -68,8 +77,11 @@ Tensor perturb(const Tensors& out, const Tensors& weights, const Tensors& grads,
                                dtype_of(weights[0]),
                                dtype_of(grads[0]),
                                kind,
+                               static_cast<awp::Scale>(scaling.scale),
                                gamma,
                                eps,
+                               static_cast<float>(scaling.eta),
+                               static_cast<float>(scaling.bound.value_or(-1.0)),
                                static_cast<float*>(scales.mutable_data_ptr())};
   run(arguments);
   return scales;
@@ -127,9 +139,9 @@ awp::PgdStep pgd_step_arguments(const Tensor& x_adv, const Tensor& grad, const T
   return arguments;
 }
 
-Tensor perturb_cpu(Tensors out, Tensors weights, Tensors grads, Tensors saved, double gamma, int64_t scope,
-                   double eps) {
-  return perturb(out, weights, grads, saved, gamma, scope, eps,
+Tensor perturb_cpu(Tensors out, Tensors weights, Tensors grads, Tensors saved, double gamma, int64_t scope, double eps,
+                   int64_t scale, double eta, std::optional<double> bound, std::vector<int64_t> adaptive) {
+  return perturb(out, weights, grads, saved, gamma, scope, eps, {scale, eta, bound, adaptive},
                  [](const awp::Perturb& arguments) { awp::cpu::perturb(arguments, parallel_for); });
 }
 
@@ -170,10 +182,11 @@ class OnDevice {
   void* stream_ = nullptr;
 };
 
-Tensor perturb_cuda(Tensors out, Tensors weights, Tensors grads, Tensors saved, double gamma, int64_t scope,
-                    double eps) {
+Tensor perturb_cuda(Tensors out, Tensors weights, Tensors grads, Tensors saved, double gamma, int64_t scope, double eps,
+                    int64_t scale, double eta, std::optional<double> bound, std::vector<int64_t> adaptive) {
   const OnDevice device(weights[0]);
-  return perturb(out, weights, grads, saved, gamma, scope, eps, [&](const awp::Perturb& arguments) {
+  const Scaling scaling{scale, eta, bound, adaptive};
+  return perturb(out, weights, grads, saved, gamma, scope, eps, scaling, [&](const awp::Perturb& arguments) {
     // doubles, for their alignment; torch's allocator knows the stream, so the scratch may go at the end of this block
     const int64_t doubles = (awp::cuda::perturb_workspace_bytes(arguments) + 7) / 8;
     const Tensor workspace = torch::stable::new_empty(weights[0], {doubles}, ScalarType::Double);
@@ -207,7 +220,7 @@ void pgd_step_cuda(Tensor x_adv, Tensor grad, Tensor x, std::optional<Tensor> ma
 #define AWP_DEFINE_OPERATIONS(m)                                                                                     \
   m.def(                                                                                                             \
       "perturb(Tensor(a!)[] out, Tensor[] weights, Tensor[] grads, Tensor(b!)[] saved, float gamma, int scope, "     \
-      "float eps) -> Tensor");                                                                                       \
+      "float eps, int scale, float eta, float? bound, int[] adaptive) -> Tensor");                                   \
   m.def("restore(Tensor(a!)[] weights, Tensor[] saved) -> ()");                                                      \
   m.def(                                                                                                             \
       "pgd_init(Tensor(a!) x_adv, Tensor x, Tensor sample_ids, float epsilon, float radius, int norm, int seed) -> " \

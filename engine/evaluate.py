@@ -1,40 +1,154 @@
-"""Measures a trained model again: `python engine/evaluate.py RUN_DIR` prints its accuracies on the test split."""
+"""Measures how robust a trained model is: `python engine/evaluate.py RUN_OR_CHECKPOINT --attacks clean pgd20 cw`."""
 
 import argparse
+import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from awp_engine.command_line import fail
-from awp_engine.config import ConfigError, load_config
+from awp_engine.config import ConfigError
+
+PROG = "evaluate.py"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message}; --help lists the flags", prog=PROG)
+
+
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text[:80]!r}") from None
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line's settings.
+
+    Raises:
+        SystemExit: 0 after --help; 2 after one line on stderr.
+    """
+    parser = _Parser(
+        prog=PROG,
+        description="Measures a trained model on the test split, under attack. What is not given is the run's own.",
+        epilog="attacks: clean; fgsm; pgdN, PGD of N steps on cross-entropy; cwN, PGD of N steps on the margin of "
+        "logits (cw is cw100); square and autoattack, by pyautoattack, which go on where they were killed; "
+        "regional-SHAPE-PERCENT, such as regional-frame-28, bounded by a region instead of epsilon: square, frame, "
+        "boxes or pixels.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("path", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run directory, a checkpoint or a .safetensors file")
+    add("--attacks", nargs="+", metavar="NAME", help="see below; clean fgsm pgd20 cw if not given")
+    add("--checkpoint", default="best", metavar="best|last|NAME|PATH", help="which weights of a run directory")
+    add("--epsilon", help="radius of the ball on pixels in [0, 1], exact: 8/255")
+    add("--norm", choices=("linf", "l2"), help="norm of the ball")
+    add("--step-size", help="step of pgd and cw; the run's own in its own ball, else epsilon / 4")
+    add("--restarts", type=_whole_number, default=1, help="random starts of pgd and cw; an image must hold in all")
+    add("--limit", type=_whole_number, metavar="N", help="evaluate on N images, evenly spread over the test split")
+    add("--seed", type=_whole_number, help="of all noise; the one of the run's own evaluation if not given")
+    add("--batch-size", type=_whole_number, help="images a batch")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU if there is one")
+    add("--threads", type=_whole_number, help="CPU threads")
+    add("--data-name", "--data.name", help="data set, for weights that belong to no run")
+    add("--data-root", "--data.root", type=Path, help="directory of the data set")
+    add(
+        "--transfer-to", type=Path, metavar="PATH", help="second run or checkpoint: do the attacked images fool it too?"
+    )
+    add("--output", type=Path, metavar="DIR", help="where the reports go; RUN_DIR/evaluation if not given")
+    add("--gates-limit", type=_whole_number, default=200, metavar="N", help="images of the sanity gates (200)")
+    add("--no-gates", action="store_true", help="leave out the sanity gates, and the curves they are read from")
+    group = parser.add_argument_group("RobustBench", "writes robustbench.json, its model_info format; needs autoattack")
+    group.add_argument("--robustbench", action="store_true", help="write it")
+    group.add_argument("--link", default="", help="of the paper")
+    group.add_argument("--name", default="", help="title of the paper")
+    group.add_argument("--authors", default="", help="of the paper")
+    group.add_argument("--venue", default="", help="such as 'NeurIPS 2020'; empty means unpublished")
+    group.add_argument("--architecture", default="", help="such as WideResNet-34-10")
+    group.add_argument("--reported", help="robust accuracy in the paper, in percent; the measured one if not given")
+    group.add_argument("--additional-data", action="store_true", help="other images than the training set were used")
+    return parser.parse_args(argv)
 
 
 def main() -> None:
     """Parse, build, run, close."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run_dir", type=Path, help="a run directory, as engine/train.py leaves it")
-    parser.add_argument("--steps", type=int, help="steps of PGD; the run's own number if not given")
-    parser.add_argument("--seed", type=int, help="seed of the attack's starting points; the run's own if not given")
-    arguments = parser.parse_args()
+    # before torch loads OpenMP: threads that spin while they wait run ten times slower beside any other busy process
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    arguments = parse()
+    if arguments.threads is not None and arguments.threads < 1:
+        fail(f"--threads: expected a whole number >= 1, got {arguments.threads}", prog=PROG)
+
+    import torch
 
     from awp_engine.checkpoint import CheckpointError
     from awp_engine.data import DataError
-    from awp_engine.evaluation import evaluate
-    from awp_engine.loading import load_model
+    from awp_engine.evaluation.attacks import EvaluationError
+    from awp_engine.evaluation.robustbench import Publication
+    from awp_engine.evaluation.run import DEFAULT_ATTACKS, evaluate_checkpoint
     from awp_engine.report import print_table
-    from awp_engine.trainer import choose_device, evaluation_attack, load_data
 
-    try:
-        config = load_config(arguments.run_dir / "config.json")
-        attack = evaluation_attack(config, steps=arguments.steps, seed=arguments.seed)
-        device = choose_device(config.device)
-        model = load_model(arguments.run_dir, device)
-        test = load_data(config).test.to(device)
-    except (ConfigError, DataError, CheckpointError) as error:
-        fail(str(error), prog="evaluate.py")
-    accuracy = evaluate(model, test, attack, batch_size=config.evaluation.batch_size)
-    print_table(
-        [{"clean": f"{accuracy.clean:.2%}", f"PGD-{attack.steps}": f"{accuracy.robust:.2%}"}],
-        title=f"{config.data.name} test split, {config.attack.norm} epsilon {config.attack.epsilon}",
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    # a measurement in full fp32: TF32 keeps 10 bits of the mantissa
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # pyright: ignore[reportAttributeAccessIssue]
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    publication = Publication(
+        link=arguments.link,
+        name=arguments.name,
+        authors=arguments.authors,
+        venue=arguments.venue,
+        architecture=arguments.architecture,
+        additional_data=arguments.additional_data,
+        reported=arguments.reported,
     )
+    try:
+        done = evaluate_checkpoint(
+            arguments.path,
+            attacks=arguments.attacks or DEFAULT_ATTACKS,
+            checkpoint=arguments.checkpoint,
+            epsilon=arguments.epsilon,
+            norm=arguments.norm,
+            step_size=arguments.step_size,
+            restarts=arguments.restarts,
+            seed=arguments.seed,
+            batch_size=arguments.batch_size,
+            limit=arguments.limit,
+            gates_limit=None if arguments.no_gates else arguments.gates_limit,
+            device=arguments.device,
+            data_name=arguments.data_name,
+            data_root=arguments.data_root,
+            transfer_to=arguments.transfer_to,
+            output=arguments.output,
+            publication=publication if arguments.robustbench else None,
+            say=lambda line: print(line, flush=True),
+        )
+    except (ConfigError, DataError, CheckpointError, EvaluationError) as error:
+        fail(str(error), prog=PROG)
+    except OSError as error:
+        fail(f"{error.filename or arguments.path}: {error.strerror or error}", code=1, prog=PROG)
+    except KeyboardInterrupt:
+        fail("interrupted; the same command again goes on with autoattack where it was", code=130, prog=PROG)
+    print_table(done.measurement.table(), title=done.title)
+    regional = done.measurement.regional_table()
+    if regional:
+        print_table(regional, title="regional attacks, means over the flipped images")
+    if done.measurement.gates is not None:
+        print_table(
+            [
+                {"gate": gate.name, "": "passed" if gate.passed else "FAILED"}
+                | {"measured": gate.measured, "bound": gate.bound}
+                for gate in done.measurement.gates.gates
+            ],
+            title=f"gates, on {done.measurement.gates.images} images",
+        )
+        for gate in done.measurement.gates.gates:
+            if not gate.passed:
+                print(f"FAILED {gate.name}: {gate.failure_means}")
+    print(f"reports in {done.output}")
 
 
 if __name__ == "__main__":

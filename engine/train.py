@@ -11,7 +11,7 @@ def rows(config: Config) -> list[tuple[str, dict]]:
     """Train, and train again without the weight perturbation if that was asked for."""
     from awp_engine.trainer import Trainer
 
-    trained = [("AT-AWP" if config.awp.gamma > 0 else "AT", Trainer(config).run())]
+    trained = [(config.title, Trainer(config).run())]
     if config.compare_without_awp:
         without = dataclasses.replace(
             config,
@@ -19,7 +19,7 @@ def rows(config: Config) -> list[tuple[str, dict]]:
             compare_without_awp=False,
             run_dir=config.resolved_run_dir / "without-awp",
         )
-        trained.append(("AT", Trainer(without).run()))
+        trained.append((without.title, Trainer(without).run()))
     return trained
 
 
@@ -50,6 +50,7 @@ def main() -> None:
             "clean": f"{report['clean_accuracy']:.2%}",
             attack: f"{report[f'pgd{config.evaluation.steps}_accuracy']:.2%}",
             f"{attack} train": f"{report['train_pgd_accuracy']:.2%}",
+            f"{attack} last": f"{report['last'][f'pgd{config.evaluation.steps}_accuracy']:.2%}",
             "epoch": str(report["selected_epoch"]),
             "seconds": f"{report['seconds']:.0f}",
         }

@@ -1,13 +1,21 @@
 """The inputs that every operation is tested on, and the fp64 definitions that it is compared with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SCOPES = ["layer", "global", "filter"]
+# what perturb_ takes beside the paper's defaults; gammas at which about half of a network's weights reach the bound
+VARIANTS: dict[str, dict[str, Any]] = {
+    "absolute": {"gamma": 0.05, "scale": "absolute"},
+    "elementwise": {"gamma": 0.5, "scale": "elementwise", "eta": 0.01},
+    "relative-bounded": {"gamma": 0.01, "bound": 0.01},
+    "elementwise-bounded": {"gamma": 0.5, "scale": "elementwise", "bound": 0.02},
+}
 SHAPES = {
     "scalar": [()],
     "one": [(1,)],
@@ -73,26 +81,51 @@ LAYOUTS = [
 
 
 def perturbed_fp64(
-    weights: list[Tensor], grads: list[Tensor], gamma: float, scope: str, eps: float = 1e-20
+    weights: list[Tensor],
+    grads: list[Tensor],
+    gamma: float,
+    scope: str,
+    eps: float = 1e-20,
+    *,
+    scale: str = "relative",
+    eta: float = 0.0,
+    adaptive: Sequence[bool] | None = None,
+    bound: float | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """The definition, written from the paper: new weights and scales, in fp64."""
+    """The definitions, written from the papers: new weights and scales, in fp64."""
     w64, g64 = [w.double() for w in weights], [g.double() for g in grads]
+    chosen = adaptive or [True] * len(weights)
+    factors = [
+        w.abs() + eta if scale == "elementwise" and flag else torch.ones_like(w)
+        for w, flag in zip(w64, chosen, strict=True)
+    ]
+    scaled = [t * g for t, g in zip(factors, g64, strict=True)]
+    w_norms, g_norms = norms_fp64(w64, scope), norms_fp64(scaled, scope)
+    scales = [
+        gamma * (w_norm if scale == "relative" else torch.ones_like(w_norm)) / (g_norm + eps)
+        for w_norm, g_norm in zip(w_norms, g_norms, strict=True)
+    ]
+    moved = []
+    for w, g, factor, multiplier in zip(w64, g64, factors, scales, strict=True):
+        v = multiplier * factor**2 * g
+        if bound is not None:
+            v = torch.maximum(torch.minimum(v, bound * w.abs()), -bound * w.abs())
+        moved.append(w + v)
     if scope == "global":
-        w_norm = torch.cat([w.flatten() for w in w64]).norm()
-        g_norm = torch.cat([g.flatten() for g in g64]).norm()
-        scale = gamma * w_norm / (g_norm + eps)
-        return [w + scale * g for w, g in zip(w64, g64, strict=True)], scale.reshape(1)
-    moved, scales = [], []
-    for w, g in zip(w64, g64, strict=True):
-        if scope == "layer" or w.ndim < 2:
-            scale = gamma * w.norm() / (g.norm() + eps)
-            scales.append(scale.reshape(1))
-            moved.append(w + scale * g)
-        else:
-            rows = [gamma * w[k].norm() / (g[k].norm() + eps) for k in range(len(w))]
-            scales += [row.reshape(1) for row in rows]
-            moved.append(torch.stack([w[k] + rows[k] * g[k] for k in range(len(w))]) if rows else w.clone())
-    return moved, torch.cat(scales) if scales else torch.empty(0, dtype=torch.float64)
+        return moved, scales[0].reshape(1)
+    return moved, torch.cat([value.flatten() for value in scales])
+
+
+def norms_fp64(tensors: list[Tensor], scope: str) -> list[Tensor]:
+    """Norms that broadcast over their tensors."""
+    if scope == "global":
+        return [torch.cat([t.flatten() for t in tensors]).norm()] * len(tensors)
+    if scope == "layer":
+        return [t.flatten().norm() for t in tensors]
+    return [
+        t.square().flatten(1).sum(1).sqrt().reshape(-1, *[1] * (t.ndim - 1)) if t.ndim > 1 else t.flatten().norm()
+        for t in tensors
+    ]
 
 
 def plain_perturbed(weights: list[Tensor], grads: list[Tensor], gamma: float) -> list[Tensor]:

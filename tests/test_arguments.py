@@ -10,7 +10,16 @@ import pytest
 import torch
 from samples import images, randn
 
-from awp_kernels import _backend, perturb_, perturb_into_, pgd_init_, pgd_step_, restore_, use_backend
+from awp_kernels import (
+    _backend,
+    perturb_,
+    perturb_into_,
+    pgd_init_,
+    pgd_init_normal_,
+    pgd_step_,
+    restore_,
+    use_backend,
+)
 
 
 def w(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -90,6 +99,50 @@ BAD_CALLS = {
     ),
     "gamma": (lambda: perturb_([w(3)], [w(3)], float("nan")), "gamma: expected a finite number, got nan"),
     "eps": (lambda: perturb_([w(3)], [w(3)], 0.1, eps=-1), "eps: expected a finite number >= 0, got -1.0"),
+    "scale": (
+        lambda: perturb_([w(3)], [w(3)], 0.1, scale="sam"),
+        "scale: expected one of relative, absolute, elementwise, got 'sam'",
+    ),
+    "eta": (
+        lambda: perturb_([w(3)], [w(3)], 0.1, scale="elementwise", eta=-1),
+        "eta: expected a finite number >= 0, got -1.0",
+    ),
+    "eta without elementwise": (
+        lambda: perturb_([w(3)], [w(3)], 0.1, eta=0.01),
+        "eta: scale 'elementwise' alone takes it, got 0.01 with scale 'relative'",
+    ),
+    "eta into without elementwise": (
+        lambda: perturb_into_([w(3)], [w(3)], [w(3)], 0.1, scale="absolute", eta=0.01),
+        "eta: scale 'elementwise' alone takes it, got 0.01 with scale 'absolute'",
+    ),
+    "bound": (
+        lambda: perturb_([w(3)], [w(3)], 0.1, bound=-0.5),
+        "bound: expected a finite number >= 0, got -0.5",
+    ),
+    "bound infinite": (
+        lambda: perturb_([w(3)], [w(3)], 0.1, bound=float("inf")),
+        "bound: expected a finite number >= 0, got inf",
+    ),
+    "adaptive without elementwise": (
+        lambda: perturb_([w(3)], [w(3)], 0.1, adaptive=[True]),
+        "adaptive: scale 'elementwise' alone takes it, got scale 'relative'",
+    ),
+    "adaptive length": (
+        lambda: perturb_([w(3)], [w(3)], 0.1, scale="elementwise", adaptive=[True, False]),
+        "adaptive: expected 1 flags like weights, got 2",
+    ),
+    "std": (
+        lambda: pgd_init_normal_(w(3, 2), w(3, 2), std=-0.1, sample_ids=torch.arange(3), seed=1),
+        "std: expected a finite number >= 0, got -0.1",
+    ),
+    "normal seed": (
+        lambda: pgd_init_normal_(w(3, 2), w(3, 2), std=0.1, sample_ids=torch.arange(3), seed=-1),
+        "seed: expected a number in [0, 2^63), got -1",
+    ),
+    "normal is not a norm": (
+        lambda: pgd_init_(w(3, 2), w(3, 2), epsilon=0.1, norm="normal", sample_ids=torch.arange(3), seed=1),
+        "norm: expected one of linf, l2, got 'normal'",
+    ),
     "out shape": (
         lambda: perturb_into_([w(4)], [w(3)], [w(3)], 0.1),
         "weights[0]: expected shape (4,) like out[0], got (3,)",
@@ -179,23 +232,44 @@ def test_a_refused_call_writes_nothing():
     assert not any(t.any() for t in saved)
 
 
+# scope, eps, scale, eta, bound, adaptive
+PLAIN = ("layer", 1e-20, "relative", 0.0, None, [])
 OPCHECKS = {
     "perturb_": (
         torch.ops.awp.perturb_.default,
-        lambda d: ([w(4, 3).to(d), w(5).to(d)], [w(4, 3).to(d), w(5).to(d)], 0.1, [], "layer", 1e-20),
+        lambda d: ([w(4, 3).to(d), w(5).to(d)], [w(4, 3).to(d), w(5).to(d)], 0.1, [], *PLAIN),
     ),
     "perturb_ saved filter": (
         torch.ops.awp.perturb_.default,
-        lambda d: ([w(4, 3).to(d)], [w(4, 3).to(d)], 0.1, [w(4, 3).to(d)], "filter", 1e-20),
+        lambda d: ([w(4, 3).to(d)], [w(4, 3).to(d)], 0.1, [w(4, 3).to(d)], "filter", *PLAIN[1:]),
     ),
     "perturb_into_ half": (
         torch.ops.awp.perturb_into_.default,
-        lambda d: ([w(4, 3).half().to(d)], [w(4, 3).to(d)], [w(4, 3).to(d)], 0.1, "global", 1e-20),
+        lambda d: ([w(4, 3).half().to(d)], [w(4, 3).to(d)], [w(4, 3).to(d)], 0.1, "global", *PLAIN[1:]),
+    ),
+    "perturb_ elementwise bounded": (
+        torch.ops.awp.perturb_.default,
+        lambda d: (
+            [w(4, 3).to(d), w(5).to(d)],
+            [w(4, 3).to(d), w(5).to(d)],
+            0.1,
+            [],
+            "global",
+            1e-16,
+            "elementwise",
+            0.01,
+            0.5,
+            [True, False],
+        ),
     ),
     "restore_": (torch.ops.awp.restore_.default, lambda d: ([w(4, 3).to(d)], [w(4, 3).to(d)])),
     "pgd_init_": (
         torch.ops.awp.pgd_init_.default,
         lambda d: (w(2, 3, 4, 4).to(d), images((2, 3, 4, 4)).to(d), 0.1, "l2", torch.arange(2, device=d), 3),
+    ),
+    "pgd_init_normal_": (
+        torch.ops.awp.pgd_init_normal_.default,
+        lambda d: (w(2, 3, 4, 4).to(d), images((2, 3, 4, 4)).to(d), 0.1, torch.arange(2, device=d), 3),
     ),
     "pgd_step_": (
         torch.ops.awp.pgd_step_.default,
@@ -276,7 +350,15 @@ def test_use_backend_nests_and_refuses():
 
 def test_summary_names_every_operation():
     result = subprocess.run([sys.executable, "-m", "awp_kernels"], capture_output=True, text=True, check=True)
-    for name in ("perturb_", "perturb_into_", "restore_", "pgd_init_", "pgd_step_", "cpp        available"):
+    for name in (
+        "perturb_",
+        "perturb_into_",
+        "restore_",
+        "pgd_init_",
+        "pgd_init_normal_",
+        "pgd_step_",
+        "cpp        available",
+    ):
         assert name in result.stdout
 
 

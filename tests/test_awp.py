@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from samples import perturbed_fp64, randn
-from torch import nn
+from samples import VARIANTS, perturbed_fp64, randn
+from torch import Tensor, nn
 
 from awp_engine.models import build_model
-from awp_kernels import AdversarialWeightPerturbation
+from awp_kernels import AdversarialWeightPerturbation, asam, every_parameter, sam
 
 
 class Net(nn.Module):
@@ -108,6 +108,22 @@ def test_misuse_is_named(net):
         AdversarialWeightPerturbation(net, gamma=0.1, scope="row")
     with pytest.raises(ValueError, match="model: no trainable parameter"):
         AdversarialWeightPerturbation(nn.BatchNorm2d(3), gamma=0.1)
+    with pytest.raises(ValueError, match="scale: expected one of relative, absolute, elementwise, got 'sam'"):
+        AdversarialWeightPerturbation(net, gamma=0.1, scale="sam")
+    with pytest.raises(ValueError, match=r"eta: scale 'elementwise' alone takes it, got 0\.1 with scale 'absolute'"):
+        AdversarialWeightPerturbation(net, gamma=0.1, scale="absolute", eta=0.1)
+    with pytest.raises(ValueError, match="adaptive: scale 'elementwise' alone takes it, got scale 'relative'"):
+        AdversarialWeightPerturbation(net, gamma=0.1, adaptive=every_parameter)
+    with pytest.raises(ValueError, match="bound: expected a finite number >= 0, got -1"):
+        AdversarialWeightPerturbation(net, gamma=0.1, bound=-1.0)
+    for method in (sam, asam):
+        with pytest.raises(ValueError, match=r"rho: expected a finite number >= 0, got -0\.1"):
+            method(net, rho=-0.1)
+        with pytest.raises(ValueError, match="model: no trainable parameter"):
+            method(nn.ReLU())
+    net.zero_grad()
+    with pytest.raises(RuntimeError, match="weights are not perturbed: again=True takes a further step"):
+        awp.perturb_(again=True)
 
 
 def test_frozen_and_unused_parameters_stay(net):
@@ -207,3 +223,293 @@ def test_training_with_it_equals_training_by_hand(net):
         theirs.zero_grad()
     for a, b in zip(net.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+# ---- SAM, ASAM and the bounded AWP, as their public code computes them, written for the tests from its description
+
+
+class PublicSam:
+    """The widespread PyTorch version: `adaptive` multiplies by w^2, without eta, in every parameter."""
+
+    def __init__(self, parameters: list[Tensor], rho: float, *, adaptive: bool) -> None:
+        self.parameters, self.rho, self.adaptive = parameters, rho, adaptive
+
+    def norm(self) -> Tensor:
+        return torch.stack([((p.abs() if self.adaptive else 1.0) * p.grad).norm(p=2) for p in self.parameters]).norm(
+            p=2
+        )
+
+    @torch.no_grad()
+    def ascend(self) -> None:
+        scale = self.rho / (self.norm() + 1e-12)
+        self.old = [p.clone() for p in self.parameters]
+        for p in self.parameters:
+            p.add_((p**2 if self.adaptive else 1.0) * p.grad * scale)
+
+    @torch.no_grad()
+    def descend(self) -> None:
+        for p, old in zip(self.parameters, self.old, strict=True):
+            p.copy_(old)
+
+
+class PublicAsam:
+    """The authors' version: gradients are multiplied by T where "weight" is in the name, twice."""
+
+    def __init__(self, model: nn.Module, rho: float, eta: float) -> None:
+        self.model, self.rho, self.eta = model, rho, eta
+
+    @torch.no_grad()
+    def ascend(self) -> None:
+        norms, factors = [], {}
+        for name, p in self.model.named_parameters():
+            if "weight" in name:
+                factors[name] = p.abs() + self.eta
+                p.grad.mul_(factors[name])
+            norms.append(p.grad.norm(p=2))
+        norm = torch.stack(norms).norm(p=2) + 1e-16
+        self.steps = {}
+        for name, p in self.model.named_parameters():
+            if name in factors:
+                p.grad.mul_(factors[name])
+            self.steps[name] = p.grad.clone().mul_(self.rho / norm)
+        self.old = [p.clone() for p in self.model.parameters()]
+        for name, p in self.model.named_parameters():
+            p.add_(self.steps[name])
+
+    @torch.no_grad()
+    def descend(self) -> None:
+        for p, old in zip(self.model.parameters(), self.old, strict=True):
+            p.copy_(old)
+
+
+class PublicBoundedAwp:
+    """The language-model fine-tuners' version: `adv_lr` is gamma, `adv_eps` the bound, for names with `adv_param`."""
+
+    def __init__(self, model: nn.Module, *, adv_lr: float, adv_eps: float, adv_param: str, e: float) -> None:
+        self.model, self.adv_lr, self.adv_eps, self.adv_param, self.e = model, adv_lr, adv_eps, adv_param, e
+        self.backup, self.backup_eps = {}, {}
+
+    def chosen(self) -> list[tuple[str, Tensor]]:
+        named = self.model.named_parameters()
+        return [(n, p) for n, p in named if p.requires_grad and p.grad is not None and self.adv_param in n]
+
+    @torch.no_grad()
+    def ascend(self) -> None:
+        for name, p in self.chosen():
+            if name not in self.backup:
+                self.backup[name] = p.clone()
+                grad_eps = self.adv_eps * p.abs()
+                self.backup_eps[name] = (self.backup[name] - grad_eps, self.backup[name] + grad_eps)
+        for name, p in self.chosen():
+            norm1, norm2 = p.grad.norm(), p.norm()
+            if norm1 != 0 and not norm1.isnan():
+                p.add_(self.adv_lr * p.grad / (norm1 + self.e) * (norm2 + self.e))
+                low, high = self.backup_eps[name]
+                p.copy_(torch.min(torch.max(p, low), high))
+
+    @torch.no_grad()
+    def descend(self) -> None:
+        for name, p in self.model.named_parameters():
+            if name in self.backup:
+                p.copy_(self.backup[name])
+        self.backup, self.backup_eps = {}, {}
+
+
+@torch.no_grad()
+def relative(result: nn.Module, expected: nn.Module) -> float:
+    pairs = zip(result.parameters(), expected.parameters(), strict=True)
+    return max(float((a - b).norm() / b.norm().clamp_min(1e-300)) for a, b in pairs)
+
+
+def bounded(model: nn.Module) -> AdversarialWeightPerturbation:
+    def select(name: str, parameter: Tensor) -> bool:
+        return "h" in name
+
+    return AdversarialWeightPerturbation(model, 0.05, bound=0.03, select=select)
+
+
+METHODS = {
+    "sam": (
+        lambda model: sam(model, rho=0.05),
+        lambda model: PublicSam(list(model.parameters()), 0.05, adaptive=False),
+    ),
+    "adaptive-sam-without-eta": (
+        lambda model: asam(model, rho=0.5, eta=0.0, adaptive=every_parameter, eps=1e-12),
+        lambda model: PublicSam(list(model.parameters()), 0.5, adaptive=True),
+    ),
+    "asam": (lambda model: asam(model, rho=0.5, eta=0.01), lambda model: PublicAsam(model, 0.5, 0.01)),
+    # its e is 1e-6 and also added to ||w||, which the operation does not do: the definitions meet as e goes to 0
+    "bounded": (bounded, lambda model: PublicBoundedAwp(model, adv_lr=0.05, adv_eps=0.03, adv_param="h", e=1e-20)),
+}
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_training_as_the_public_code_does_in_fp64(net, method):
+    """Weights at w + v and after every step, to 1e-12 of their norm; batch normalisation in the model."""
+    net = net.double()
+    other = copy.deepcopy(net)
+    make, make_public = METHODS[method]
+    awp, public = make(net), make_public(other)
+    ours = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    theirs = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    x = X.double()
+    for _ in range(5):
+        start = copy.deepcopy(net)
+        F.cross_entropy(other(x), Y).backward()
+        public.ascend()
+        other.zero_grad()
+        F.cross_entropy(net(x), Y).backward()
+        with awp.perturbed():
+            assert relative(net, other) <= 1e-12
+            assert relative(net, start) > 1e-4
+            F.cross_entropy(net(x), Y).backward()
+        assert relative(net, start) == 0
+        ours.step()
+        ours.zero_grad()
+        F.cross_entropy(other(x), Y).backward()
+        public.descend()
+        theirs.step()
+        theirs.zero_grad()
+        assert relative(net, other) <= 1e-12
+
+
+def test_the_public_codes_own_epsilon_moves_little(net):
+    """e = 1e-6 on both norms, as the public bounded AWP has it: within e / ||w|| + e / ||g|| of ours."""
+    net = net.double()
+    other = copy.deepcopy(net)
+    awp, public = bounded(net), PublicBoundedAwp(other, adv_lr=0.05, adv_eps=0.03, adv_param="h", e=1e-6)
+    for model in (net, other):
+        F.cross_entropy(model(X.double()), Y).backward()
+    grad_norm = min(float(p.grad.norm()) for p in awp.parameters.values())
+    weight_norm = min(float(p.detach().norm()) for p in awp.parameters.values())
+    public.ascend()
+    with awp.perturbed():
+        assert relative(net, other) <= 0.05 * (1e-6 / grad_norm + 1e-6 / weight_norm)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_method_restores_every_bit_and_names_what_moves(net, method, dtype):
+    net = net.to(dtype)
+    awp = METHODS[method][0](net)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    F.cross_entropy(net(X.to(dtype)), Y).backward()
+    with awp.perturbed():
+        moved = {name for name, p in net.named_parameters() if not torch.equal(p, before[name])}
+    assert set(awp.parameters) == ({n for n in before if "h" in n} if method == "bounded" else set(before))
+    # a bias before a normalisation has no gradient, one of 0 no |w|, and bfloat16 few digits
+    assert {"head.weight"} <= moved <= set(awp.parameters)
+    word = {4: torch.int32, 2: torch.int16}[dtype.itemsize]
+    assert all(torch.equal(p.detach().view(word), before[name].view(word)) for name, p in net.named_parameters())
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_direction_ignores_the_loss_scale_and_adds_up_over_micro_batches(net, method):
+    """Under a gradient scaler, and with the batch in two halves, the weights move as without."""
+    awp, moved = METHODS[method][0](net.eval()), []
+    for scale, parts in ((1.0, 1), (65536.0, 1), (1.0, 2)):
+        net.zero_grad()
+        for x, y in zip(X.chunk(parts), Y.chunk(parts), strict=True):
+            (F.cross_entropy(net(x), y) * scale / parts).backward()
+        with awp.perturbed():
+            moved.append([p.detach().clone() for p in awp.parameters.values()])
+    for other in moved[1:]:
+        for a, b in zip(other, moved[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_all_options_reach_the_operation(net, variant):
+    options = dict(VARIANTS[variant])
+    gamma = options.pop("gamma")
+    chosen = {"adaptive": lambda name, parameter: parameter.ndim > 2} if "scale" in options else {}
+    chosen = chosen if options.get("scale") == "elementwise" else {}
+    awp = AdversarialWeightPerturbation(net, gamma, scope="filter", **options, **chosen)
+    F.cross_entropy(net(X), Y).backward()
+    weights = [p.detach().clone() for p in awp.parameters.values()]
+    flags = [w.ndim > 2 for w in weights] if chosen else None
+    grads = [p.grad.clone() for p in awp.parameters.values()]
+    expected, _ = perturbed_fp64(weights, grads, gamma, "filter", adaptive=flags, **options)
+    with awp.perturbed():
+        for parameter, exact in zip(awp.parameters.values(), expected, strict=True):
+            torch.testing.assert_close(parameter.detach().double(), exact, rtol=1e-6, atol=1e-8)
+
+
+# ---- several ascent steps
+
+
+@pytest.mark.parametrize("bound", [None, 0.02])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_several_ascent_steps(net, bound, dtype):
+    """Each from where the one before has led; the bound holds around the start, and the start comes back."""
+    net = net.to(dtype)
+    other, x = copy.deepcopy(net), X.to(dtype)
+    awp = AdversarialWeightPerturbation(net, gamma=0.01, bound=bound)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    F.cross_entropy(net(x), Y).backward()
+    with awp.perturbed():
+        for _ in range(3):
+            F.cross_entropy(net(x), Y).backward()
+            awp.perturb_(again=True)
+            assert all(p.grad is None for p in net.parameters())
+        moved = {name: p.detach().clone() for name, p in net.named_parameters()}
+        displacement = awp.displacement()
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+
+    for _ in range(4):
+        other.zero_grad()
+        F.cross_entropy(other(x), Y).backward()
+        with torch.no_grad():
+            for name, p in other.named_parameters():
+                if name in awp.parameters:
+                    p.add_(0.01 * p.norm() / (p.grad.norm() + 1e-20) * p.grad)
+                    if bound is not None:
+                        reach = bound * before[name].abs()
+                        p.copy_(torch.maximum(torch.minimum(p, before[name] + reach), before[name] - reach))
+    rtol = 1e-12 if dtype == torch.float64 else 1e-4
+    for name, p in other.named_parameters():
+        torch.testing.assert_close(moved[name], p.detach(), rtol=rtol, atol=rtol * 0.1)
+        if name in awp.parameters:
+            torch.testing.assert_close(displacement[name], moved[name] - before[name])
+            if bound is not None:
+                reach = bound * before[name].double().abs()
+                assert ((moved[name].double() - before[name].double()).abs() <= reach).all()
+                assert ((moved[name].double() - before[name].double()).abs() >= 0.999 * reach).any()
+
+
+def test_a_further_step_saves_what_moves_for_the_first_time(net):
+    """A parameter without a gradient in the first step joins in the second, and comes back too."""
+    before = weight_bits(net)
+    awp = sam(net, rho=0.1)
+    F.cross_entropy(net(X), Y).backward()
+    net.conv.weight.grad = None
+    with awp.perturbed():
+        assert torch.equal(weight_bits(net)[0], before[0])
+        F.cross_entropy(net(X), Y).backward()
+        awp.perturb_(again=True)
+        assert not torch.equal(weight_bits(net)[0], before[0])
+        with pytest.raises(RuntimeError, match="no gradients to perturb along"):
+            awp.perturb_(again=True)
+        with pytest.raises(RuntimeError, match="perturbed already"):
+            awp.perturb_()
+    assert same(weight_bits(net), before)
+
+
+def test_one_norm_needs_one_dtype(net):
+    net.hidden.weight.data = net.hidden.weight.data.to(torch.float64)
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for method in (sam(net), asam(net)):
+        with pytest.raises(RuntimeError, match="scope 'global' needs all perturbed parameters to be of one dtype"):
+            method.perturb_()
+
+
+def test_a_gradient_scalers_overflow_is_undone(net):
+    """An infinite gradient makes the perturbed pass useless, so that the scaler skips it; the weights come back."""
+    before = weight_bits(net)
+    for method in (AdversarialWeightPerturbation(net, 0.01, bound=0.1), sam(net), asam(net)):
+        F.cross_entropy(net(X), Y).backward()
+        net.head.weight.grad[0, 0] = float("inf")
+        with method.perturbed():
+            assert net.head.weight.isnan().any()
+        assert same(weight_bits(net), before)

@@ -36,6 +36,7 @@ WIDE = {
     "restore_kernel": (1, 1),
     "init_linf_kernel": (1, 1),
     "init_l2_kernel": (1, 1),
+    "init_normal_kernel": (1, 1),
     "step_linf_kernel": (3, 1),
     "step_l2_kernel": (3, 1),
 }
@@ -94,6 +95,10 @@ def operation(name: str) -> Callable[..., Any]:
     return getattr(import_module(f"awp_kernels.{name}.triton"), name)
 
 
+def normal_start(x: Tensor) -> None:
+    operation("pgd_init")(x, x, torch.arange(len(x)), 0.001, "normal", 5)
+
+
 def image_steps(x: Tensor, mask: Tensor | None, norm: str) -> None:
     operation("pgd_init")(x, x, torch.arange(len(x)), 8 / 255, norm, 5)
     operation("pgd_step")(x, x, x, mask, 0.1, 8 / 255, norm, 0.0, 1.0)
@@ -101,13 +106,20 @@ def image_steps(x: Tensor, mask: Tensor | None, norm: str) -> None:
 
 def weight_steps(out: list[Tensor], weights: list[Tensor], grads: list[Tensor], saved: list[Tensor]) -> None:
     for scope in ("layer", "global", "filter"):
-        operation("perturb")(out, weights, grads, saved, 0.01, scope, 1e-20)
+        operation("perturb")(out, weights, grads, saved, 0.01, scope, 1e-20, "relative", 0.0, None, [])
     operation("restore")(weights, weights)
 
 
-def assert_wide(kernels: list[sass.Kernel], *, saved: bool = True) -> None:
+def every_length(weights: list[Tensor], scope: str) -> None:
+    for scale, bound in (("absolute", None), ("elementwise", None), ("relative", 0.01), ("elementwise", 0.01)):
+        operation("perturb")(weights, weights, weights, weights, 0.01, scope, 1e-20, scale, 0.0, bound, [])
+
+
+def assert_wide(kernels: list[sass.Kernel], *, saved: bool = True, relative: bool = True) -> None:
     for kernel in kernels:
         loads, stores = WIDE[kernel.name]
+        # SAM's first pass reads the gradients alone
+        loads -= kernel.name == "partial_sums_kernel" and not relative
         stores -= kernel.name in ("apply_kernel", "filter_kernel") and not saved
         assert kernel.wide_loads >= loads, str(kernel)
         assert kernel.wide_stores >= stores, str(kernel)
@@ -135,6 +147,28 @@ def test_weights_into_another_dtype(compiled):
     kernels = compiled(lambda: weight_steps(into, weights, weights, []))
     assert {kernel.name for kernel in kernels} == LISTS
     assert_wide(kernels, saved=False)
+
+
+@pytest.mark.parametrize(
+    ("compiled", "dtype", "scope"),
+    [(80, torch.float32, "filter"), (90, torch.bfloat16, "layer"), (100, torch.float32, "layer")],
+    indirect=["compiled"],
+    ids=str,
+)
+def test_every_length(compiled, dtype, scope):
+    weights = [torch.zeros(64, 16, 3, 3, dtype=dtype)]
+    kernels = compiled(lambda: every_length(weights, scope))
+    # the sums are those of three scales
+    assert len(kernels) == (4 if scope == "filter" else 3 + 4)
+    assert_wide(kernels, relative=False)
+
+
+@pytest.mark.parametrize("compiled", ARCHITECTURES, ids="sm_{}".format, indirect=True)
+def test_normal_start(compiled):
+    for x in (torch.zeros(16, 3, 32, 32), torch.zeros(16, 3, 32, 32).to(memory_format=torch.channels_last)):
+        (kernel,) = compiled(lambda x=x: normal_start(x))
+        assert kernel.name == "init_normal_kernel"
+        assert_wide([kernel])
 
 
 @pytest.mark.parametrize("compiled", ARCHITECTURES, ids="sm_{}".format, indirect=True)

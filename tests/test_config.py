@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from awp_engine.command_line import parse_train
 from awp_engine.config import (
     AttackConfig,
+    AverageConfig,
     AwpConfig,
     Config,
     ConfigError,
@@ -66,6 +67,37 @@ def test_presets_hold_the_papers_values() -> None:
     assert build_preset("digits").evaluation_step_size == 0.05
 
 
+@pytest.mark.parametrize(
+    ("name", "method", "gamma", "warmup", "bn_mode", "start"),
+    [
+        ("cifar10-preact-resnet18-trades-awp", "trades", 0.005, 10, "eval", "normal"),
+        ("cifar10-wrn-34-10-mart-awp", "mart", 0.005, 10, "eval", "normal"),
+        ("cifar10-wrn-28-10-rst-awp", "rst", 0.005, 10, "eval", "normal"),
+        ("cifar10-wrn-34-10-trades", "trades", 0.0, 0, "eval", "normal"),
+        ("svhn-preact-resnet18-at-awp", "at", 0.01, 5, "train", "uniform"),
+        ("svhn-preact-resnet18-at-awp-l2", "at", 0.01, 0, "train", "uniform"),
+        ("cifar100-preact-resnet18-at-awp", "at", 0.01, 0, "train", "uniform"),
+    ],
+)
+def test_every_method_has_the_papers_values(
+    name: str, method: str, gamma: float, warmup: int, bn_mode: str, start: str
+) -> None:
+    config = build_preset(name)
+    assert (config.method, config.beta, config.epochs) == (method, 6.0, 200)
+    assert (config.awp.gamma, config.awp.warmup) == (gamma, warmup)
+    assert (config.attack.bn_mode, config.attack.start, config.attack.steps) == (bn_mode, start, 10)
+    assert config.model.name in name.replace("resnet18", "resnet-18")
+    assert (config.optimizer.weight_decay, config.optimizer.momentum) == (5e-4, 0.9)
+    if method == "rst":
+        assert (config.batch_size, config.optimizer.nesterov, config.optimizer.schedule) == (256, True, "cosine")
+        assert config.data.extra_fraction == 0.5
+    if "svhn" in name:
+        assert config.optimizer.lr == 0.01
+        assert (config.data.pad, config.data.flip) == (0, False)
+    if name == "svhn-preact-resnet18-at-awp":
+        assert config.attack.step_size == "1/255"
+
+
 def test_piecewise_changes_at_the_papers_epochs() -> None:
     optimizer = OptimizerConfig()
     rates = [learning_rate(optimizer, 200, epoch) for epoch in (0, 99, 99.999, 100, 149.5, 150, 199.9)]
@@ -83,6 +115,14 @@ def test_other_schedules() -> None:
     cosine = OptimizerConfig(schedule="cosine")
     assert [learning_rate(cosine, 10, p) for p in (0, 5, 10)] == pytest.approx([0.1, 0.05, 0.0])
     assert learning_rate(OptimizerConfig(schedule="constant"), 10, 9.9) == 0.1
+    linear = OptimizerConfig(schedule="linear")
+    assert [learning_rate(linear, 10, p) for p in (0, 2.5, 10)] == pytest.approx([0.1, 0.075, 0.0])
+    cycle = OptimizerConfig(schedule="one-cycle", lr=0.2)
+    rates = [learning_rate(cycle, 30, p) for p in (0, 6, 12, 21, 30)]
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.1, 0.0])
+    warm = OptimizerConfig(schedule="cosine", warmup=2.0)
+    assert [learning_rate(warm, 10, p) for p in (0, 1)] == pytest.approx([0, learning_rate(cosine, 10, 1) / 2])
+    assert learning_rate(warm, 10, 2) == learning_rate(cosine, 10, 2)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +164,29 @@ BAD = {
     "--optimizer.milestones": lambda: OptimizerConfig(milestones=(0.75, 0.5)),
     "--evaluation.step-size": lambda: EvaluationConfig(step_size="x"),
     "--evaluation.held-out-limit": lambda: EvaluationConfig(held_out_limit=0),
+    "--evaluation.test-limit": lambda: EvaluationConfig(test_limit=0),
+    "--evaluation.patience": lambda: EvaluationConfig(patience=0),
+    "--data.cutout": lambda: DataConfig(cutout=-1),
+    "--data.cutmix": lambda: Config(method="mart", data=DataConfig(cutmix=0.5)),
+    "--data.train-limit": lambda: DataConfig(train_limit=0),
+    "--data.extra-fraction": lambda: DataConfig(extra_fraction=1.0),
+    "--attack.fast": lambda: Config(attack=AttackConfig(fast="free"), awp=AwpConfig(gamma=0.01)),
+    "--attack.fast-epochs": lambda: AttackConfig(fast_epochs=0),
+    "--attack.replays": lambda: AttackConfig(replays=0),
+    "--attack.start": lambda: AttackConfig(start="x"),  # pyright: ignore[reportArgumentType]
+    "--awp.every": lambda: AwpConfig(every=0),
+    "--awp.scale": lambda: AwpConfig(scale="x"),  # pyright: ignore[reportArgumentType]
+    "--awp.ascent": lambda: AwpConfig(ascent="shared", c_min=1.7),
+    "--awp.ascent-steps": lambda: AwpConfig(ascent_steps=0),
+    "--awp.c-min": lambda: AwpConfig(c_min=0.0),
+    "--awp.public-code": lambda: Config(method="trades", awp=AwpConfig(public_code=True)),
+    "--optimizer.warmup": lambda: OptimizerConfig(schedule="one-cycle", warmup=1.0),
+    "--optimizer.clip-norm": lambda: OptimizerConfig(clip_norm=0.0),
+    "--average.decay": lambda: AverageConfig(decay=1.0),
+    "--average.start": lambda: AverageConfig(start=-0.1),
+    "--average.bn-images": lambda: AverageConfig(bn_images=0),
+    "--beta": lambda: Config(beta=-1.0),
+    "--label-smoothing": lambda: Config(method="mart", label_smoothing=0.1),
     "--epochs": lambda: Config(epochs=True),
     "--seed": lambda: Config(seed=-1),
     "--batch-size": lambda: Config(batch_size="3"),  # pyright: ignore[reportArgumentType]
@@ -268,6 +331,8 @@ def test_any_arguments_give_a_configuration_or_one_line(argv: list[str]) -> None
         (["--epochs", "3", "digits"], "'digits': unexpected argument"),
         (["--deterministic=yes"], "--deterministic: takes no value"),
         (["cifar10-preact-resnet18-at-awp"], "--data.root: expected the directory that holds cifar10"),
+        (["--method", "rst"], "--data.extra: expected an .npz of pseudo-labelled images"),
+        (["--attack.fast", "n-fgsm", "--attack.norm", "l2"], "--attack.fast: expected none with --attack.norm l2"),
         (["digits", "--preset", "digits-at"], "--preset: expected 'digits'"),
         (["--run-dir", ""], "--run-dir: expected a path or none, got ''"),
     ],
@@ -313,8 +378,10 @@ def test_help_shows_presets_and_flags_and_every_flag_is_documented() -> None:
     assert result.returncode == 0
     assert result.stderr == ""
     assert all(name in result.stdout for name in (*PRESETS, *flags()))
-    for line in (line.strip("│ ") for line in result.stdout.splitlines()):
-        assert not line.startswith("(default:"), "a flag without help text"
+    lines = [line.strip("│ ") for line in result.stdout.splitlines()]
+    for before, line in zip(lines, lines[1:], strict=False):
+        # a long help text ends in a line with the default alone
+        assert not (line.startswith("(default:") and before.startswith("--")), f"{before}: a flag without help text"
 
 
 def test_neither_config_nor_command_line_imports_torch() -> None:

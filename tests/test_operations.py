@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from samples import (
     LAYOUTS,
     SCOPES,
     SHAPES,
+    VARIANTS,
     images,
     perturbed_fp64,
     plain_perturbed,
@@ -21,7 +23,15 @@ from samples import (
 )
 from torch import Tensor
 
-from awp_kernels import perturb_, perturb_into_, pgd_init_, pgd_step_, restore_, use_backend
+from awp_kernels import (
+    perturb_,
+    perturb_into_,
+    pgd_init_,
+    pgd_init_normal_,
+    pgd_step_,
+    restore_,
+    use_backend,
+)
 from awp_kernels.philox import normals, philox4x32, uniform_integers
 
 NORMS = {"linf": 8 / 255, "l2": 0.5}
@@ -220,6 +230,212 @@ def test_perturb_any_shapes(shapes, gamma, scope, dtype, seed):
     assert same_bits(moved, weights)
 
 
+# ---- the other lengths: absolute, elementwise, bounded
+
+
+def flags(weights: list[Tensor], options: dict) -> list[bool] | None:
+    """T = 1 for every third tensor of an elementwise perturbation."""
+    return [i % 3 != 1 for i in range(len(weights))] if options.get("scale") == "elementwise" else None
+
+
+def assert_rounded(moved: list[Tensor], exact: list[Tensor], weights: list[Tensor]) -> None:
+    """Half an ulp of the dtype, and an fp32 ulp of w for the inward rounding and a few of v for its factors."""
+    for m, e, w in zip(moved, exact, weights, strict=True):
+        info, fp32 = torch.finfo(m.dtype), torch.finfo(torch.float32).eps
+        start = w.double()
+        allowed = info.eps / 2 * e.abs() + fp32 * (1.5 * start.abs() + 4 * (e - start).abs())
+        allowed += info.tiny * info.eps
+        assert ((m.double().cpu() - e).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize("shapes", list(SHAPES))
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_length_against_fp64(target, shapes, scope, dtype, variant):
+    device, _ = target
+    weights, grads = weights_and_grads(shapes, dtype)
+    options = VARIANTS[variant] | {"scope": scope, "adaptive": flags(weights, VARIANTS[variant])}
+    exact, exact_scales = perturbed_fp64(weights, grads, **options)
+    moved, saved = on(device, weights), poisoned(on(device, weights))
+    scales = perturb_(moved, on(device, grads), saved=saved, **options)
+    torch.testing.assert_close(scales.cpu().double(), exact_scales, rtol=1e-6, atol=0)
+    assert_rounded(moved, exact, weights)
+    assert same_bits(saved, on(device, weights))
+    restore_(moved, saved)
+    assert same_bits(moved, on(device, weights))
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_every_length_in_any_layout(target, variant, scope, layout):
+    device, _ = target
+    weights, grads = weights_and_grads("network", torch.float32)
+    options = VARIANTS[variant] | {"scope": scope, "adaptive": flags(weights, VARIANTS[variant])}
+    exact, _ = perturbed_fp64(weights, grads, **options)
+    moved = [layout.lay(w.to(device)) for w in weights]
+    perturb_(moved, on(device, grads), **options)
+    assert_rounded(moved, exact, weights)
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize(("out", "weight", "grad"), list(itertools.product(DTYPES, repeat=3)), ids=str)
+def test_every_length_into_other_dtypes(target, out, weight, grad, variant):
+    device, _ = target
+    weights, _ = weights_and_grads("network", weight)
+    _, grads = weights_and_grads("network", grad)
+    options = VARIANTS[variant] | {"adaptive": flags(weights, VARIANTS[variant])}
+    exact, _ = perturbed_fp64(weights, grads, scope="layer", **options)
+    sources = on(device, weights)
+    result = poisoned([t.to(out) for t in sources])
+    perturb_into_(result, sources, on(device, grads), **options)
+    assert_rounded(result, exact, weights)
+    assert same_bits(sources, on(device, weights))
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_the_variants_are_what_they_say(variant):
+    """About half of the weights reach a bound, so that both sides of it are tested."""
+    weights, grads = weights_and_grads("network", torch.float64)
+    options = VARIANTS[variant]
+    moved, _ = perturbed_fp64(weights, grads, scope="layer", **options)
+    if "bound" in options:
+        at_bound = [
+            ((m - w).abs() >= 0.999 * options["bound"] * w.abs()).double().mean()
+            for m, w in zip(moved, weights, strict=True)
+        ]
+        assert 0.2 < float(torch.stack(at_bound).mean()) < 0.8
+    else:
+        plain, _ = perturbed_fp64(weights, grads, options["gamma"], "layer")
+        assert all(not torch.allclose(m, p, rtol=1e-4) for m, p in zip(moved, plain, strict=True))
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_length_at_zero_norms(target, dtype, scope, variant):
+    device, _ = target
+    shapes = [(4, 5), (3, 2), (2, 2)]
+    weights = [randn(shapes[0], dtype, 1), torch.zeros(shapes[1], dtype=dtype), randn(shapes[2], dtype, 2)]
+    grads = [torch.zeros(shapes[0], dtype=dtype), randn(shapes[1], dtype, 3), torch.zeros(shapes[2], dtype=dtype)]
+    moved = on(device, weights)
+    scales = perturb_(moved, on(device, grads), scope=scope, **VARIANTS[variant])
+    assert torch.isfinite(scales).all()
+    assert all(torch.isfinite(m).all() for m in moved)
+    assert torch.equal(moved[0].cpu(), weights[0])
+    assert torch.equal(moved[2].cpu(), weights[2])
+    if "bound" in VARIANTS[variant]:
+        assert not moved[1].any()
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize("scale", [1e-30, 1e-19, 1e19, 1e30])
+def test_every_length_over_the_range_of_fp32(target, scale, variant):
+    device, _ = target
+    weights, _ = weights_and_grads("network", torch.float32)
+    grads = [randn(tuple(w.shape), torch.float32, i, scale) for i, w in enumerate(weights)]
+    exact, _ = perturbed_fp64(weights, grads, scope="layer", **VARIANTS[variant])
+    moved = on(device, weights)
+    perturb_(moved, on(device, grads), **VARIANTS[variant])
+    assert_rounded(moved, exact, weights)
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_every_length_passes_bad_gradients_on_like_the_reference(target, bad, variant):
+    device, _ = target
+    weights, grads = weights_and_grads("network", torch.float32)
+    grads[2][1, 2, 0, 1] = bad
+    expected = [w.clone() for w in weights]
+    with use_backend("reference"):
+        perturb_(expected, grads, **VARIANTS[variant])
+    moved = on(device, weights)
+    perturb_(moved, on(device, grads), **VARIANTS[variant])
+    for m, e in zip(moved, expected, strict=True):
+        assert torch.equal(m.cpu().isnan(), e.isnan())
+    assert expected[2].isnan().any()
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_every_length_of_many_small_tensors(target, variant):
+    """More tensors than one launch can name."""
+    device, _ = target
+    weights = [randn((1 + i % 5, 3), torch.float32, i) for i in range(400)]
+    grads = [randn((1 + i % 5, 3), torch.float32, 1000 + i) for i in range(400)]
+    for scope in SCOPES:
+        options = VARIANTS[variant] | {"scope": scope, "adaptive": flags(weights, VARIANTS[variant])}
+        exact, exact_scales = perturbed_fp64(weights, grads, **options)
+        moved = on(device, weights)
+        scales = perturb_(moved, on(device, grads), **options)
+        torch.testing.assert_close(scales.cpu().double(), exact_scales, rtol=1e-6, atol=0)
+        assert_rounded(moved, exact, weights)
+
+
+FP32 = st.floats(-(2.0**60), 2.0**60, width=32)
+
+
+@given(
+    pairs=st.lists(st.tuples(FP32, st.floats(-(2.0**20), 2.0**20, width=32)), min_size=1, max_size=12),
+    bound=st.floats(0, 2),
+    gamma=st.floats(-3, 3),
+    scale=st.sampled_from(["relative", "absolute", "elementwise"]),
+    dtype=st.sampled_from([torch.float64, *DTYPES]),
+    backend=st.sampled_from(["reference", "cpp"]),
+)
+def test_no_weight_leaves_its_bound(pairs, bound, gamma, scale, dtype, backend):
+    """|v| <= bound * |w| without any tolerance: in rational numbers; 16-bit storage rounds both sides of it."""
+    w, g = (torch.tensor(column, dtype=torch.float32).to(dtype) for column in zip(*pairs, strict=True))
+    w, saved = torch.where(w.isfinite(), w, 1), torch.empty_like(w)
+    before = w.clone()
+    with use_backend("reference" if dtype == torch.float64 else backend):
+        perturb_([w], [g], gamma, saved=[saved], scale=scale, bound=bound)
+    for moved, start in zip(w.tolist(), before.tolist(), strict=True):
+        if math.isnan(moved):
+            continue
+        if dtype in (torch.float32, torch.float64):
+            assert abs(Fraction(moved) - Fraction(start)) <= Fraction(bound) * abs(Fraction(start))
+        else:
+            ends = torch.tensor([start - bound * abs(start), start + bound * abs(start)], dtype=torch.float64).to(dtype)
+            assert ends[0] <= moved <= ends[1]
+    assert not w.isnan().any() or not g.isfinite().all()
+    restore_([w], [saved])
+    assert same_bits([w], [before])
+
+
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 7), max_size=4).map(tuple), min_size=1, max_size=5),
+    gamma=st.floats(-1, 1),
+    scope=st.sampled_from(SCOPES),
+    scale=st.sampled_from(["absolute", "elementwise"]),
+    eta=st.sampled_from([0.0, 0.01, 1.0]),
+    bound=st.sampled_from([None, 0.0, 0.01, 1.0]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
+def test_every_length_of_any_shapes(shapes, gamma, scope, scale, eta, bound, dtype, seed):
+    weights = [randn(shape, dtype, seed + i) for i, shape in enumerate(shapes)]
+    grads = [randn(shape, dtype, seed + 50 + i) for i, shape in enumerate(shapes)]
+    options = {"scope": scope, "scale": scale, "bound": bound} | ({"eta": eta} if scale == "elementwise" else {})
+    exact, exact_scales = perturbed_fp64(weights, grads, gamma, **options)
+    moved, saved = [w.clone() for w in weights], poisoned(weights)
+    scales = perturb_(moved, grads, gamma, saved=saved, **options)
+    torch.testing.assert_close(scales.double(), exact_scales, rtol=1e-6, atol=1e-37)
+    assert_rounded(moved, exact, weights)
+    restore_(moved, saved)
+    assert same_bits(moved, weights)
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_every_length_in_fp64(variant):
+    weights, grads = weights_and_grads("network", torch.float64)
+    options = VARIANTS[variant] | {"adaptive": flags(weights, VARIANTS[variant])}
+    exact, _ = perturbed_fp64(weights, grads, scope="layer", **options)
+    assert perturb_(weights, grads, **options).dtype == torch.float64
+    for w, e in zip(weights, exact, strict=True):
+        torch.testing.assert_close(w, e, rtol=1e-15, atol=0)
+
+
 # ---- pgd_init_
 
 
@@ -297,6 +513,53 @@ def test_initial_noise_is_uniform(target):
     assert abs(l2.mean()) < 5 * math.sqrt(1 / 50 / l2.numel())
     # no direction is preferred: the coordinates are uncorrelated
     assert (torch.corrcoef(l2.T) - torch.eye(48)).abs().max() < 0.15
+
+
+def normal_start(x: Tensor, ids: Tensor, std: float, seed: int = 11) -> Tensor:
+    x_adv = torch.full_like(x, float("nan"))
+    pgd_init_normal_(x_adv, x, std=std, sample_ids=ids, seed=seed)
+    return x_adv
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("std", [0.001, 0.3, 0.0])
+@pytest.mark.parametrize("shape", [(4, 3, 8, 8), (3, 3, 5, 7), (2, 1, 1, 1), (5, 13), (7,)], ids=str)
+def test_normal_start_equal_to_the_last_bit(target, dtype, layout, std, shape):
+    """x + std * z with both roundings in fp32, against the definition written out."""
+    device, _ = target
+    x = images(shape, dtype)
+    ids = torch.tensor([0, 1, 2**31, 2**40 + 7, 2**62, 5, 6])[: shape[0]]
+    z = normals(ids, x[0].numel(), seed=2**62 + 12345).reshape(shape)
+    expected = (x.float() + z * torch.tensor(std, dtype=torch.float32)).to(dtype)
+    result = normal_start(layout.lay(x).to(device), ids.to(device), std, seed=2**62 + 12345)
+    assert same_bits([result.cpu()], [expected])
+
+
+def test_normal_start_belongs_to_the_sample(target):
+    device, _ = target
+    x, ids = images((6, 3, 4, 4)).to(device), torch.tensor([9, 4, 7, 1, 0, 3], device=device)
+    whole = normal_start(x, ids, 0.1)
+    order = torch.tensor([5, 0, 3], device=device)
+    assert torch.equal(normal_start(x[order], ids[order], 0.1), whole[order])
+    assert not torch.equal(normal_start(x, ids, 0.1, seed=12), whole)
+
+
+def test_normal_start_is_normal_and_leaves_the_range(target):
+    device, _ = target
+    x = torch.ones(2000, 3, 4, 4, device=device)
+    noise = (normal_start(x, torch.arange(2000, device=device), 0.25) - x).double().cpu() / 0.25
+    assert abs(noise.mean()) < 5 / math.sqrt(noise.numel())
+    assert abs((noise**2).mean() - 1) < 5 * math.sqrt(2 / noise.numel())
+    assert abs((noise**4).mean() - 3) < 5 * math.sqrt(96 / noise.numel())
+    # not clipped: half of it lies above 1
+    assert abs((noise > 0).double().mean() - 0.5) < 5 * math.sqrt(0.25 / noise.numel())
+
+
+def test_normal_start_in_fp64():
+    x, ids = images((3, 8), torch.float64), torch.arange(3)
+    expected = x + 0.001 * normals(ids, 8, seed=11).double()
+    assert torch.equal(normal_start(x, ids, 0.001), expected)
 
 
 def test_normals_and_uniforms_have_their_moments():

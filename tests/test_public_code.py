@@ -7,9 +7,9 @@ import torch
 from public_awp import PublicAwp, public_step
 from samples import images
 
-from awp_engine.config import AttackConfig
+from awp_engine.config import AttackConfig, AwpConfig
 from awp_engine.models import build_model
-from awp_engine.objectives import adversarial_training
+from awp_engine.objectives import AdversarialTraining
 from awp_engine.perturbation import TrainingStep
 from awp_kernels import AdversarialWeightPerturbation, pgd_init_
 
@@ -34,16 +34,16 @@ def both_ways(dtype: torch.dtype, steps: int, gamma: float = 0.01):
     """Trains two copies of a model, by the engine and by the public code; yields both after every step."""
     public_model, engine_model = small_model(dtype), small_model(dtype)
     public_sgd = torch.optim.SGD(public_model.parameters(), **SGD)
-    engine_sgd = torch.optim.SGD(engine_model.parameters(), **SGD)
+    engine_sgd = torch.optim.SGD(engine_model.parameters(), **SGD, fused=True)
     public_awp = PublicAwp(public_model, gamma)
     engine_awp = AdversarialWeightPerturbation(engine_model, gamma)
     step = TrainingStep(
         model=engine_model,
         optimizer=engine_sgd,
-        objective=adversarial_training,
+        objective=AdversarialTraining(),
         attack=ATTACK,
         awp=engine_awp,
-        public_code=True,
+        options=AwpConfig(gamma=gamma, public_code=True),
     )
     for index in range(steps):
         x = images((16, 1, 8, 8), dtype, seed=index)
@@ -103,8 +103,8 @@ def test_a_default_step_moves_the_statistics_once():
     model = small_model(torch.float32)
     step = TrainingStep(
         model=model,
-        optimizer=torch.optim.SGD(model.parameters(), **SGD),
-        objective=adversarial_training,
+        optimizer=torch.optim.SGD(model.parameters(), **SGD, fused=True),
+        objective=AdversarialTraining(),
         attack=ATTACK,
         awp=AdversarialWeightPerturbation(model, 0.01),
     )

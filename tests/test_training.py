@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +19,18 @@ from safetensors.torch import load_file
 from samples import images
 
 import awp_engine
-from awp_engine.config import AttackConfig, AwpConfig, Config, ConfigError, DataConfig, EvaluationConfig, ModelConfig
-from awp_engine.data import load_dataset
+from awp_engine.config import (
+    AttackConfig,
+    AverageConfig,
+    AwpConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+)
+from awp_engine.data import DataError, load_dataset
 from awp_engine.evaluation import PgdAttack, evaluate
 from awp_engine.trainer import Trainer, TrainingError
 
@@ -232,7 +243,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     config = small_config(tmp_path / "run")
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=1e20))
-    with pytest.raises(TrainingError, match=r"the training loss is .*smaller --optimizer.lr"):
+    with pytest.raises(TrainingError, match=r"steps had a gradient that is not finite.*smaller --optimizer.lr"):
         Trainer(config).run()
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
@@ -334,3 +345,129 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path):
     assert code == 2
     assert "holds no config.json" in err
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def further_images(path: Path, count: int = 200) -> Path:
+    pixels = (images((count, 8, 8, 1), seed=9) * 255).to(torch.uint8).numpy()
+    np.savez(path, image=pixels, label=np.arange(count) % 10)
+    return path
+
+
+OPTIONS = {
+    "ema": {"average": AverageConfig(kind="ema", decay=0.9, bn_images=300)},
+    "swa": {"average": AverageConfig(kind="swa", start=0.3, bn_images=300)},
+    "trades-awp": {"method": "trades", "attack": AttackConfig(steps=2, bn_mode="eval", start="normal")},
+    "free": {"attack": AttackConfig(fast="free", replays=2, fast_epochs=3), "awp": AwpConfig(gamma=0.005, warmup=3)},
+    "n-fgsm": {"attack": AttackConfig(steps=2, fast="n-fgsm", fast_epochs=2)},
+    "mixed": {"data": DataConfig(pad=1, cutout=2, cutmix=0.5, train_limit=600), "label_smoothing": 0.1},
+    "every": {"awp": AwpConfig(gamma=0.005, every=3), "optimizer": OptimizerConfig(clip_norm=1.0, decay_all=False)},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_resumed_run_ends_bit_equal_with(name, tmp_path):
+    """All that an option remembers is in the checkpoint: the run goes on after epoch 2 of 4 as if nothing was."""
+    config = small_config(tmp_path / "run", epochs=4, keep_checkpoints=4, deterministic=True, **OPTIONS[name])
+    whole = Trainer(config).run()
+    bits, last = weights(tmp_path / "run"), checkpoint_bits(tmp_path / "run", 4)
+    for epoch in (3, 4):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"epoch-{epoch}")
+    trainer = Trainer(config)
+    assert trainer.progress.epoch == 2
+    again = trainer.run()
+    assert equal(weights(tmp_path / "run"), bits)
+    assert checkpoint_bits(tmp_path / "run", 4) == last
+    for key in ("clean_accuracy", "pgd3_accuracy", "last", "selected_epoch"):
+        assert again[key] == whole[key]
+    torch.use_deterministic_algorithms(False)
+
+
+def test_the_average_is_what_is_measured_and_exported(tmp_path):
+    averaged = AverageConfig(kind="ema", decay=0.9, bn_images=300)
+    trainer = Trainer(small_config(tmp_path / "run", epochs=1, average=averaged))
+    report = trainer.run()
+    exported, live, average = weights(tmp_path / "run"), trainer.model.state_dict(), trainer.average.model.state_dict()
+    assert equal(exported, average)
+    assert not any(torch.equal(exported[name], live[name]) for name in exported if name.endswith("running_mean"))
+    data = trainer.data.test
+    model = awp_engine.load_model(tmp_path / "run")
+    with torch.no_grad():
+        right = (model(data.images / 255).argmax(1) == data.labels).double().mean().item()
+    assert report["clean_accuracy"] == pytest.approx(right)
+
+
+def test_patience_stops_the_run(tmp_path):
+    """With a learning rate of almost nothing no epoch is better than another."""
+    config = small_config(
+        tmp_path / "run",
+        epochs=30,
+        optimizer=OptimizerConfig(lr=1e-12),
+        evaluation=EvaluationConfig(steps=1, patience=2),
+    )
+    report = Trainer(config).run()
+    assert report["epochs"] < 10
+    again = Trainer(config)
+    assert again.progress.epoch == report["epochs"]
+    assert again.run()["epochs"] == report["epochs"]
+
+
+def test_robust_self_training_draws_from_both_sources(tmp_path):
+    extra = further_images(tmp_path / "extra.npz")
+    data = DataConfig(pad=1, extra=extra, extra_fraction=0.25)
+    trainer = Trainer(small_config(tmp_path / "run", epochs=1, method="rst", data=data, batch_size=128))
+    first = len(trainer.data.train) + len(trainer.data.held_out) + len(trainer.data.test)
+    batches = list(trainer._batches(1))
+    assert [int((batch.ids >= first).sum()) for batch in batches[:-1]] == [32] * (len(batches) - 1)
+    own = torch.cat([batch.ids[batch.ids < first] for batch in batches])
+    assert sorted(own.tolist()) == sorted(trainer.data.train.ids.tolist())
+    assert trainer.run()["train_images"] == len(own)
+    np.savez(extra, image=np.zeros((40, 8, 8, 1), dtype=np.uint8), label=np.zeros(40, dtype=np.int64))
+    with pytest.raises(ConfigError, match="was trained on other images"):
+        Trainer(trainer.config)
+    missing = dataclasses.replace(trainer.config, data=DataConfig(extra=tmp_path / "nowhere.npz"))
+    with pytest.raises(DataError, match=r"nowhere\.npz"):
+        Trainer(dataclasses.replace(missing, run_dir=tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_best_and_last_are_both_reported(finished):
+    report = json.loads((finished / "report.json").read_text())
+    assert set(report["last"]) == {"clean_accuracy", "pgd20_accuracy", "train_pgd_accuracy"}
+    if report["selected_epoch"] == report["epochs"]:
+        assert report["last"]["pgd20_accuracy"] == report["pgd20_accuracy"]
+
+
+def test_limits_are_kept(tmp_path):
+    config = small_config(
+        tmp_path / "run",
+        epochs=1,
+        data=DataConfig(train_limit=120),
+        evaluation=EvaluationConfig(steps=1, held_out_limit=50, test_limit=70),
+    )
+    report = Trainer(config).run()
+    assert (report["train_images"], report["test_images"]) == (120, 70)
+
+
+def test_sam_trains_on_clean_images(tmp_path):
+    """epsilon 0: no attack pass at all; ascent and descent are two passes on the images themselves."""
+    config = small_config(
+        tmp_path / "run",
+        epochs=1,
+        attack=AttackConfig(epsilon="0"),
+        awp=AwpConfig(gamma=0.05, scope="global", scale="absolute"),
+    )
+    trainer = Trainer(config)
+    calls = []
+    trainer.model.register_forward_hook(lambda module, inputs, output: calls.append(inputs[0]))
+    batch = next(trainer._batches(1))
+    list(trainer._steps(batch, 1, 0))
+    assert len(calls) == 2
+    assert all(torch.equal(x, batch.images) for x in calls)
+
+
+def test_gradient_masking_is_said_while_training(tmp_path, capsys):
+    """Logits times 1e6: the softmax saturates, and the input gradient is exactly zero."""
+    trainer = Trainer(small_config(tmp_path / "run", epochs=1))
+    trainer.model.linear.register_forward_hook(lambda module, inputs, output: output * 1e6)
+    trainer.run()
+    assert "warning: gradient masking: " in capsys.readouterr().out

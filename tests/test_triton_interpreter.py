@@ -13,16 +13,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from samples import DTYPES, LAYOUTS, SCOPES, images, randn, weights_and_grads
+from samples import DTYPES, LAYOUTS, SCOPES, VARIANTS, images, randn, weights_and_grads
 from torch import Tensor
 
-from awp_kernels import perturb_, perturb_into_, pgd_init_, pgd_step_, restore_, use_backend
+from awp_kernels import (
+    perturb_,
+    perturb_into_,
+    pgd_init_,
+    pgd_init_normal_,
+    pgd_step_,
+    restore_,
+    use_backend,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NORMS = {"linf": 8 / 255, "l2": 0.5}
 # an interpreted program takes some 10 ms, and a filter is a program
 SMALL = ["scalar", "one", "warp_edges", "primes", "empty_tensors"]
-LEAST_TESTS = 200
+LEAST_TESTS = 300
 
 
 @pytest.mark.timeout(900)
@@ -117,6 +125,72 @@ class TestInterpreted:
         for r, e in zip(result, expected, strict=True):
             assert_close(r, e)
 
+    @pytest.mark.parametrize("variant", list(VARIANTS))
+    @pytest.mark.parametrize("shapes", ["scalar", "primes", "empty_tensors"])
+    @pytest.mark.parametrize("scope", SCOPES)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    def test_every_length(self, variant, shapes, scope, dtype):
+        weights, grads = weights_and_grads(shapes, dtype)
+        options = VARIANTS[variant] | {"scope": scope}
+        if options.get("scale") == "elementwise":
+            options["adaptive"] = [i % 3 != 1 for i in range(len(weights))]
+        expected, moved, saved = [w.clone() for w in weights], [w.clone() for w in weights], nans(weights)
+        expected_scales = self.reference(perturb_, expected, grads, **options)
+        assert_close(perturb_(moved, grads, saved=saved, **options), expected_scales)
+        for m, e, w in zip(moved, expected, weights, strict=True):
+            assert_close(m, e)
+            if "bound" in options and dtype == torch.float32:
+                assert ((m.double() - w.double()).abs() <= options["bound"] * w.double().abs()).all()
+        restore_(moved, saved)
+        assert all(same_bits(m, w) for m, w in zip(moved, weights, strict=True))
+
+    @pytest.mark.parametrize("variant", list(VARIANTS))
+    @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+    def test_every_length_in_any_layout_and_of_several_chunks(self, layout, variant):
+        weights = [randn((4, 3, 5, 2)), randn((16385,), seed=1), randn((8, 4, 3, 3), seed=2)]
+        grads = [randn(tuple(w.shape), seed=3) for w in weights]
+        expected = [w.clone() for w in weights]
+        self.reference(perturb_, expected, grads, **VARIANTS[variant])
+        moved = [layout.lay(w) for w in weights[:2]] + weights[2:]
+        perturb_(moved, [layout.lay(g) for g in grads[:2]] + grads[2:], **VARIANTS[variant])
+        for m, e in zip(moved, expected, strict=True):
+            assert_close(m, e)
+
+    @pytest.mark.parametrize("variant", list(VARIANTS))
+    @pytest.mark.parametrize("out", DTYPES, ids=str)
+    @pytest.mark.parametrize("grad", DTYPES, ids=str)
+    def test_every_length_into_other_dtypes(self, out, grad, variant):
+        weights, _ = weights_and_grads("primes", torch.float32)
+        _, grads = weights_and_grads("primes", grad)
+        result, expected = nans([w.to(out) for w in weights]), nans([w.to(out) for w in weights])
+        self.reference(perturb_into_, expected, weights, grads, **VARIANTS[variant])
+        perturb_into_(result, weights, grads, **VARIANTS[variant])
+        for r, e in zip(result, expected, strict=True):
+            assert_close(r, e)
+
+    @pytest.mark.parametrize("variant", list(VARIANTS))
+    @pytest.mark.parametrize("scope", SCOPES)
+    def test_every_length_at_zero_norms_and_bad_gradients(self, scope, variant):
+        weights = [randn((4, 5), seed=1), torch.zeros(3, 2), randn((2, 2), seed=2)]
+        for last in (torch.zeros(2, 2), torch.tensor([[1.0, float("nan")], [float("inf"), 0.0]])):
+            grads = [torch.zeros(4, 5), randn((3, 2), seed=3), last]
+            moved, expected = [w.clone() for w in weights], [w.clone() for w in weights]
+            scales = perturb_(moved, grads, scope=scope, **VARIANTS[variant])
+            assert_close(scales, self.reference(perturb_, expected, grads, scope=scope, **VARIANTS[variant]))
+            for m, e in zip(moved, expected, strict=True):
+                assert_close(m, e)
+
+    def test_flags_are_part_of_the_kept_table(self):
+        """The same memory with other flags is another table."""
+        weights, grads = [randn((4, 5)), randn((3,), seed=1)], [randn((4, 5), seed=2), randn((3,), seed=3)]
+        for flags in ([True, False], [False, True], None):
+            out, expected = nans(weights), nans(weights)
+            options = {"scale": "elementwise", "eta": 0.01, "adaptive": flags}
+            self.reference(perturb_into_, expected, weights, grads, 0.5, **options)
+            perturb_into_(out, weights, grads, 0.5, **options)
+            for r, e in zip(out, expected, strict=True):
+                assert_close(r, e)
+
     @pytest.mark.parametrize("scope", SCOPES)
     @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 31, 32, 33, 1023, 2049])
     @pytest.mark.parametrize("offset", [0, 1])
@@ -197,6 +271,21 @@ class TestInterpreted:
         result, expected = layout.lay(torch.full_like(x, float("nan"))), torch.full_like(x, float("nan"))
         pgd_init_(result, clean, **options)
         self.reference(pgd_init_, expected, x, **options)
+        if dtype == torch.bfloat16:
+            assert_close(result, expected)
+        else:
+            assert torch.equal(result, expected)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+    @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (2, 5, 1, 4), (3,), (2, 3, 19, 23)], ids=str)
+    def test_normal_start_equal_to_the_last_bit(self, dtype, layout, shape):
+        x = images(shape, dtype)
+        ids = torch.tensor([2**40 + 7, -1, 2**31])[: shape[0]]
+        options = {"std": 0.1, "sample_ids": ids, "seed": 2**62 + 12345}
+        result, expected = layout.lay(torch.full_like(x, float("nan"))), torch.full_like(x, float("nan"))
+        pgd_init_normal_(result, layout.lay(x), **options)
+        self.reference(pgd_init_normal_, expected, x, **options)
         if dtype == torch.bfloat16:
             assert_close(result, expected)
         else:

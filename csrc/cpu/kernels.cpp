@@ -54,6 +54,39 @@ double sum_of_squares(const void* values, DType dtype, int64_t count) {
   return total;
 }
 
+double sum_of_products_squared(const float* a, const float* b, int64_t count) {
+  Double4 sums[4] = {};
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    for (int lane = 0; lane < 4; ++lane) {
+      // exact: 24 bits times 24 bits
+      const Double4 value = load_doubles(a + i + 4 * lane) * load_doubles(b + i + 4 * lane);
+      sums[lane] += value * value;
+    }
+  }
+  const Double4 sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  double total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  for (; i < count; ++i) {
+    const double value = static_cast<double>(a[i]) * b[i];
+    total += value * value;
+  }
+  return total;
+}
+
+double sum_of_scaled_squares(const void* weight, DType weight_dtype, const void* grad, DType grad_dtype, int64_t count,
+                             float eta) {
+  float weight_buffer[kTile], grad_buffer[kTile], factor[kTile];
+  double total = 0;
+  for (int64_t begin = 0; begin < count; begin += kTile) {
+    const int64_t size = std::min(kTile, count - begin);
+    const float* w = as_floats(advance(weight, weight_dtype, begin), weight_dtype, weight_buffer, size);
+    const float* g = as_floats(advance(grad, grad_dtype, begin), grad_dtype, grad_buffer, size);
+    for (int64_t i = 0; i < size; ++i) factor[i] = std::fabs(w[i]) + eta;
+    total += sum_of_products_squared(factor, g, size);
+  }
+  return total;
+}
+
 // Past the caches: a saved copy is not read before a whole forward and backward pass has run.
 void stream(void* destination, const void* source, int64_t bytes) {
 #if defined(__SSE2__)
@@ -77,8 +110,18 @@ void stream_end() {
 #endif
 }
 
-void perturb(void* out, DType out_dtype, const void* weight, DType weight_dtype, const void* grad, DType grad_dtype,
-             void* saved, int64_t count, float scale) {
+inline float multiply_add(float a, float b, float c) {
+#if defined(__FMA__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// out = move(weight, grad), saved = weight.
+template <class Move>
+void perturb_by(void* out, DType out_dtype, const void* weight, DType weight_dtype, const void* grad, DType grad_dtype,
+                void* saved, int64_t count, Move move) {
   float weight_buffer[kTile], grad_buffer[kTile], out_buffer[kTile];
   for (int64_t begin = 0; begin < count; begin += kTile) {
     const int64_t size = std::min(kTile, count - begin);
@@ -88,16 +131,35 @@ void perturb(void* out, DType out_dtype, const void* weight, DType weight_dtype,
     const float* g = as_floats(advance(grad, grad_dtype, begin), grad_dtype, grad_buffer, size);
     void* target = advance(out, out_dtype, begin);
     float* sum = float_target(target, out_dtype, out_buffer);
-#if defined(__FMA__)
 #pragma GCC ivdep
-    for (int64_t i = 0; i < size; ++i) sum[i] = __builtin_fmaf(scale, g[i], w[i]);
-#else
-#pragma GCC ivdep
-    for (int64_t i = 0; i < size; ++i) sum[i] = w[i] + scale * g[i];
-#endif
+    for (int64_t i = 0; i < size; ++i) sum[i] = move(w[i], g[i]);
     store_floats(target, out_dtype, sum, size);
   }
   if (saved) stream_end();
+}
+
+void perturb(void* out, DType out_dtype, const void* weight, DType weight_dtype, const void* grad, DType grad_dtype,
+             void* saved, int64_t count, float scale) {
+  perturb_by(out, out_dtype, weight, weight_dtype, grad, grad_dtype, saved, count,
+             [=](float w, float g) { return multiply_add(scale, g, w); });
+}
+
+void perturb_scaled(void* out, DType out_dtype, const void* weight, DType weight_dtype, const void* grad,
+                    DType grad_dtype, void* saved, int64_t count, float scale, float eta, float bound) {
+  const auto plain = [=](float w, float g) { return multiply_add(scale, g, w); };
+  const auto scaled = [=](float w, float g) {
+    const float factor = std::fabs(w) + eta;
+    return multiply_add(scale * g * factor, factor, w);
+  };
+  const auto run = [&](auto move) {
+    if (bound >= 0) {
+      perturb_by(out, out_dtype, weight, weight_dtype, grad, grad_dtype, saved, count,
+                 [=](float w, float g) { return project_relative(move(w, g), w, bound); });
+    } else {
+      perturb_by(out, out_dtype, weight, weight_dtype, grad, grad_dtype, saved, count, move);
+    }
+  };
+  eta >= 0 ? run(scaled) : run(plain);
 }
 
 void copy(void* destination, const void* source, int64_t bytes) { memcpy(destination, source, bytes); }
@@ -169,6 +231,21 @@ void pgd_init_l2(const PgdInit& arguments, int64_t sample) {
   const float factor = static_cast<float>(arguments.radius / std::sqrt(static_cast<double>(total) * 0x1p-32));
   for_each_element(arguments,
                    [&](int64_t i, int64_t place) { s.out[place] = clamp(s.x[place] + z[i] * factor, 0.0f, 1.0f); });
+  store_floats(s.target, arguments.dtype, s.out, arguments.elements);
+}
+
+void pgd_init_normal(const PgdInit& arguments, int64_t sample) {
+  Sample s(arguments, sample);
+  float z[4];
+  for_each_element(arguments, [&](int64_t i, int64_t place) {
+    if (i % 4 == 0) {
+      const Words words =
+          sample_words(static_cast<uint32_t>(i / 4), arguments.sample_ids[sample], arguments.seed, Stream::kNormal);
+      normal_pair(words.word[0], words.word[1], &z[0], &z[1]);
+      normal_pair(words.word[2], words.word[3], &z[2], &z[3]);
+    }
+    s.out[place] = s.x[place] + z[i % 4] * arguments.epsilon;
+  });
   store_floats(s.target, arguments.dtype, s.out, arguments.elements);
 }
 
@@ -264,7 +341,8 @@ void pgd_step_l2(const PgdStep& arguments, int64_t sample) {
 }  // namespace
 
 const Kernels AWP_KERNELS = {
-    AWP_INSTRUCTION_SET, sum_of_squares, perturb, copy, pgd_init_linf, pgd_init_l2, pgd_step_linf, pgd_step_l2,
+    AWP_INSTRUCTION_SET, sum_of_squares, sum_of_scaled_squares, perturb,       perturb_scaled, copy,
+    pgd_init_linf,       pgd_init_l2,    pgd_init_normal,       pgd_step_linf, pgd_step_l2,
 };
 
 }  // namespace awp::cpu

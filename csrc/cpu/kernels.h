@@ -8,12 +8,19 @@ namespace awp::cpu {
 struct Kernels {
   const char* instruction_set;
   double (*sum_of_squares)(const void* values, DType dtype, int64_t count);
+  // of (|weight| + eta) * grad
+  double (*sum_of_scaled_squares)(const void* weight, DType weight_dtype, const void* grad, DType grad_dtype,
+                                  int64_t count, float eta);
   // out = weight + scale * grad; saved, if not null, takes the weight's bits
   void (*perturb)(void* out, DType out_dtype, const void* weight, DType weight_dtype, const void* grad,
                   DType grad_dtype, void* saved, int64_t count, float scale);
+  // the same with grad * T^2 for grad where eta >= 0, T = |weight| + eta, and with a bound where bound >= 0
+  void (*perturb_scaled)(void* out, DType out_dtype, const void* weight, DType weight_dtype, const void* grad,
+                         DType grad_dtype, void* saved, int64_t count, float scale, float eta, float bound);
   void (*copy)(void* destination, const void* source, int64_t bytes);
   void (*pgd_init_linf)(const PgdInit& arguments, int64_t sample);
   void (*pgd_init_l2)(const PgdInit& arguments, int64_t sample);
+  void (*pgd_init_normal)(const PgdInit& arguments, int64_t sample);
   void (*pgd_step_linf)(const PgdStep& arguments, int64_t begin, int64_t end);
   void (*pgd_step_l2)(const PgdStep& arguments, int64_t sample);
 };

@@ -26,19 +26,44 @@ const Kernels& kernels() {
 #endif
 }
 
-struct Chunk {
-  int64_t tensor, begin, count;
-  double weight_squares, grad_squares;
-};
-
 void apply(const Perturb& p, const PerturbTensor& t, int64_t begin, int64_t count, float scale) {
-  kernels().perturb(advance(t.out, p.out_dtype, begin), p.out_dtype, advance(t.weight, p.weight_dtype, begin),
-                    p.weight_dtype, advance(t.grad, p.grad_dtype, begin), p.grad_dtype,
-                    t.saved ? advance(t.saved, p.weight_dtype, begin) : nullptr, count, scale);
+  void* out = advance(t.out, p.out_dtype, begin);
+  const void* weight = advance(t.weight, p.weight_dtype, begin);
+  const void* grad = advance(t.grad, p.grad_dtype, begin);
+  void* saved = t.saved ? advance(t.saved, p.weight_dtype, begin) : nullptr;
+  const bool adaptive = is_adaptive(p, t);
+  if (adaptive || p.bound >= 0) {
+    kernels().perturb_scaled(out, p.out_dtype, weight, p.weight_dtype, grad, p.grad_dtype, saved, count, scale,
+                             adaptive ? p.eta : -1.0f, p.bound);
+  } else {
+    kernels().perturb(out, p.out_dtype, weight, p.weight_dtype, grad, p.grad_dtype, saved, count, scale);
+  }
 }
 
-float scale_from(const Perturb& p, double weight_squares, double grad_squares) {
-  return static_cast<float>(p.gamma * std::sqrt(weight_squares) / (std::sqrt(grad_squares) + p.eps));
+struct Squares {
+  double weight, grad;
+};
+
+struct Chunk {
+  int64_t tensor, begin, count;
+  Squares sum;
+};
+
+// Sums of squares of w, where they are wanted, and of g or T g.
+Squares squares(const Perturb& p, const PerturbTensor& t, int64_t begin, int64_t count) {
+  const void* weight = advance(t.weight, p.weight_dtype, begin);
+  const void* grad = advance(t.grad, p.grad_dtype, begin);
+  Squares result{0, 0};
+  if (p.scale == Scale::kRelative) result.weight = kernels().sum_of_squares(weight, p.weight_dtype, count);
+  result.grad = is_adaptive(p, t)
+                    ? kernels().sum_of_scaled_squares(weight, p.weight_dtype, grad, p.grad_dtype, count, p.eta)
+                    : kernels().sum_of_squares(grad, p.grad_dtype, count);
+  return result;
+}
+
+float scale_from(const Perturb& p, Squares sum) {
+  const double length = p.scale == Scale::kRelative ? std::sqrt(sum.weight) : 1.0;
+  return static_cast<float>(p.gamma * length / (std::sqrt(sum.grad) + p.eps));
 }
 
 void perturb_filters(const Perturb& p, const ParallelFor& parallel_for) {
@@ -46,16 +71,14 @@ void perturb_filters(const Perturb& p, const ParallelFor& parallel_for) {
   for (int64_t i = 0; i < p.count; ++i) {
     const PerturbTensor& t = p.tensors[i];
     const int64_t length = t.filters ? t.numel / t.filters : 0;
-    parallel_for(
-        t.filters, std::max<int64_t>(1, kChunk / std::max<int64_t>(1, length)), [&](int64_t begin, int64_t end) {
-          for (int64_t filter = begin; filter < end; ++filter) {
-            const int64_t at = filter * length;
-            scales[filter] =
-                scale_from(p, kernels().sum_of_squares(advance(t.weight, p.weight_dtype, at), p.weight_dtype, length),
-                           kernels().sum_of_squares(advance(t.grad, p.grad_dtype, at), p.grad_dtype, length));
-            apply(p, t, at, length, scales[filter]);
-          }
-        });
+    parallel_for(t.filters, std::max<int64_t>(1, kChunk / std::max<int64_t>(1, length)),
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t filter = begin; filter < end; ++filter) {
+                     const int64_t at = filter * length;
+                     scales[filter] = scale_from(p, squares(p, t, at, length));
+                     apply(p, t, at, length, scales[filter]);
+                   }
+                 });
     scales += t.filters;
   }
 }
@@ -65,29 +88,25 @@ void perturb_group(const Perturb& p, int64_t first, int64_t last, bool common, c
   std::vector<Chunk> chunks;
   for (int64_t i = first; i < last; ++i) {
     for (int64_t begin = 0; begin < p.tensors[i].numel; begin += kChunk) {
-      chunks.push_back({i, begin, std::min(kChunk, p.tensors[i].numel - begin), 0, 0});
+      chunks.push_back({i, begin, std::min(kChunk, p.tensors[i].numel - begin), {}});
     }
   }
   const int64_t count = static_cast<int64_t>(chunks.size());
   parallel_for(count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       Chunk& chunk = chunks[c];
-      const PerturbTensor& t = p.tensors[chunk.tensor];
-      chunk.weight_squares =
-          kernels().sum_of_squares(advance(t.weight, p.weight_dtype, chunk.begin), p.weight_dtype, chunk.count);
-      chunk.grad_squares =
-          kernels().sum_of_squares(advance(t.grad, p.grad_dtype, chunk.begin), p.grad_dtype, chunk.count);
+      chunk.sum = squares(p, p.tensors[chunk.tensor], chunk.begin, chunk.count);
     }
   });
   const int64_t norms = common ? 1 : last - first;
-  std::vector<double> weight_squares(norms), grad_squares(norms);
+  std::vector<Squares> sums(norms);
   for (const Chunk& chunk : chunks) {
-    const int64_t norm = common ? 0 : chunk.tensor - first;
-    weight_squares[norm] += chunk.weight_squares;
-    grad_squares[norm] += chunk.grad_squares;
+    Squares& sum = sums[common ? 0 : chunk.tensor - first];
+    sum.weight += chunk.sum.weight;
+    sum.grad += chunk.sum.grad;
   }
   float* scales = p.scales + (common ? 0 : first);
-  for (int64_t norm = 0; norm < norms; ++norm) scales[norm] = scale_from(p, weight_squares[norm], grad_squares[norm]);
+  for (int64_t norm = 0; norm < norms; ++norm) scales[norm] = scale_from(p, sums[norm]);
   parallel_for(count, 1, [&](int64_t begin, int64_t end) {
     // backwards: what a thread read last is what its caches still hold
     for (int64_t c = end - 1; c >= begin; --c) {
@@ -130,7 +149,9 @@ void restore(const CopyTensor* tensors, int64_t count, const ParallelFor& parall
 }
 
 void pgd_init(const PgdInit& arguments, const ParallelFor& parallel_for) {
-  const auto sample = arguments.norm == Norm::kLinf ? kernels().pgd_init_linf : kernels().pgd_init_l2;
+  const auto sample = arguments.norm == Norm::kLinf ? kernels().pgd_init_linf
+                      : arguments.norm == Norm::kL2 ? kernels().pgd_init_l2
+                                                    : kernels().pgd_init_normal;
   parallel_for(arguments.samples, std::max<int64_t>(1, 1024 / arguments.elements), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) sample(arguments, i);
   });

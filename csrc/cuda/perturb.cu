@@ -25,22 +25,29 @@ __device__ __forceinline__ Chunk find_chunk(const PerturbTable& table, int32_t b
 
 }  // namespace
 
-// sums: one entry a block.
-template <typename W, typename G>
+// sums: one entry a block; without the weights' where not `Relative`.
+template <typename W, typename G, bool Relative>
 __global__ void __launch_bounds__(kThreads, 4)
-    perturb_sums(const __grid_constant__ PerturbTable table, int64_t elements, SumPair* sums) {
+    perturb_sums(const __grid_constant__ PerturbTable table, int64_t elements, float eta, SumPair* sums) {
   __shared__ SumPair shared[kThreads / kWarp];
   const Chunk chunk = find_chunk(table, static_cast<int32_t>(blockIdx.x), elements);
-  const SumPair sum =
-      sum_squares(static_cast<const W*>(table.weight[chunk.entry]) + chunk.begin,
-                  static_cast<const G*>(table.grad[chunk.entry]) + chunk.begin, chunk.length, threadIdx.x, kThreads);
+  const W* weight = static_cast<const W*>(table.weight[chunk.entry]) + chunk.begin;
+  const G* grad = static_cast<const G*>(table.grad[chunk.entry]) + chunk.begin;
+  SumPair sum{0, 0};
+  if constexpr (Relative) {
+    sum = sum_squares<false>(weight, grad, chunk.length, threadIdx.x, kThreads);
+  } else if (table.adaptive[chunk.entry]) {
+    sum.grad = sum_squares<true>(weight, grad, chunk.length, threadIdx.x, kThreads, true, eta).grad;
+  } else {
+    sum.grad = sum_grad_squares(grad, chunk.length, threadIdx.x, kThreads);
+  }
   const SumPair total = block_sum<kThreads>(sum, shared);
   if (threadIdx.x == 0) sums[blockIdx.x] = total;
 }
 
 // Scope global: all_sums sums at `sums` give the one scale, which every tensor's first block writes. Scope layer:
 // all_sums is 0, and `sums` belongs to the table's first chunk.
-template <typename W, typename G>
+template <typename W, typename G, bool Plain>
 __global__ void __launch_bounds__(kThreads, 4)
     perturb_move(const __grid_constant__ PerturbTable table, int64_t elements, const SumPair* sums, int32_t all_sums,
                  DType out_dtype, Scaling scaling, float* scales) {
@@ -60,9 +67,10 @@ __global__ void __launch_bounds__(kThreads, 4)
 
   const W* weight = static_cast<const W*>(table.weight[chunk.entry]) + chunk.begin;
   W* saved = static_cast<W*>(table.saved[chunk.entry]);
-  move(out_dtype, advance(table.out[chunk.entry], out_dtype, chunk.begin), weight,
-       static_cast<const G*>(table.grad[chunk.entry]) + chunk.begin, saved != nullptr ? saved + chunk.begin : nullptr,
-       chunk.length, scale, threadIdx.x, kThreads);
+  move<Plain>(out_dtype, advance(table.out[chunk.entry], out_dtype, chunk.begin), weight,
+              static_cast<const G*>(table.grad[chunk.entry]) + chunk.begin,
+              saved != nullptr ? saved + chunk.begin : nullptr, chunk.length, scale, table.adaptive[chunk.entry],
+              scaling, threadIdx.x, kThreads);
 }
 
 namespace {
@@ -71,11 +79,13 @@ template <typename W, typename G>
 cudaError_t perturb_chunks(const Perturb& p, SumPair* sums, cudaStream_t stream) {
   const int64_t elements = chunk_elements(p);
   const bool global = p.scope == Scope::kGlobal;
+  const auto sums_kernel = p.scale == Scale::kRelative ? perturb_sums<W, G, true> : perturb_sums<W, G, false>;
+  const auto move_kernel = is_plain(p) ? perturb_move<W, G, true> : perturb_move<W, G, false>;
   PerturbTable table;
   int64_t chunk = 0;
   for (int64_t i = 0; i < p.count; chunk += table.blocks) {
     i = fill_chunks(&table, p, i, elements);
-    const cudaError_t error = launch(perturb_sums<W, G>, table.blocks, kThreads, stream, table, elements, sums + chunk);
+    const cudaError_t error = launch(sums_kernel, table.blocks, kThreads, stream, table, elements, p.eta, sums + chunk);
     if (error != cudaSuccess) return error;
   }
   const auto all_sums = static_cast<int32_t>(global ? chunk : 0);
@@ -84,8 +94,8 @@ cudaError_t perturb_chunks(const Perturb& p, SumPair* sums, cudaStream_t stream)
     fill_chunks(&table, p, i, elements);
     chunk -= table.blocks;
     const cudaError_t error =
-        launch(perturb_move<W, G>, table.blocks, kThreads, stream, table, elements, global ? sums : sums + chunk,
-               all_sums, p.out_dtype, Scaling{p.gamma, p.eps}, global ? p.scales : p.scales + i);
+        launch(move_kernel, table.blocks, kThreads, stream, table, elements, global ? sums : sums + chunk, all_sums,
+               p.out_dtype, scaling_of(p), global ? p.scales : p.scales + i);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

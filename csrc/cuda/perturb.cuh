@@ -1,6 +1,7 @@
 // What the perturbation does to one run of elements, shared by all scopes.
 #pragma once
 
+#include "awp/project.h"
 #include "pack.cuh"
 #include "plan.h"
 
@@ -10,16 +11,48 @@ namespace awp::cuda {
 constexpr int kUnroll = 2;
 
 struct Scaling {
+  bool relative;  // gamma is a fraction of ||w||
   double gamma, eps;
+  float eta, bound;  // bound < 0: none
 };
 
+inline Scaling scaling_of(const Perturb& p) { return {p.scale == Scale::kRelative, p.gamma, p.eps, p.eta, p.bound}; }
+
+// Whether the move is w + scale * g.
+inline bool is_plain(const Perturb& p) { return p.scale != Scale::kElementwise && !(p.bound >= 0); }
+
 __device__ __forceinline__ float scale_from(SumPair squares, Scaling scaling) {
-  return static_cast<float>(scaling.gamma * sqrt(squares.weight) / (sqrt(squares.grad) + scaling.eps));
+  const double length = scaling.relative ? sqrt(squares.weight) : 1.0;
+  return static_cast<float>(scaling.gamma * length / (sqrt(squares.grad) + scaling.eps));
 }
 
-// A thread's share of the sums of squares.
-template <typename W, typename G>
-__device__ __forceinline__ SumPair sum_squares(const W* weight, const G* grad, int64_t length, int rank, int size) {
+// A thread's share of the gradient's sum of squares.
+template <typename G>
+__device__ __forceinline__ double sum_grad_squares(const G* grad, int64_t length, int rank, int size) {
+  double sum = 0;
+  walk<kPackOf<G, G>, 2 * kUnroll>(length, aligned16(grad), rank, size,
+                                   [&](auto pack, auto unroll, int64_t first, int64_t step) {
+                                     constexpr int N = decltype(pack)::value, M = decltype(unroll)::value;
+                                     Pack<G, N> grads[M];
+#pragma unroll
+                                     for (int m = 0; m < M; ++m) grads[m] = load<N>(grad + first + m * step);
+#pragma unroll
+                                     for (int m = 0; m < M; ++m) {
+                                       float g[N];
+                                       widen(grads[m], g);
+#pragma unroll
+                                       for (int i = 0; i < N; ++i) {
+                                         sum = fma(static_cast<double>(g[i]), static_cast<double>(g[i]), sum);
+                                       }
+                                     }
+                                   });
+  return sum;
+}
+
+// A thread's share of the sums of squares of w and g; with `Scaled` of T g, T = |w| + eta, where `adaptive`.
+template <bool Scaled, typename W, typename G>
+__device__ __forceinline__ SumPair sum_squares(const W* weight, const G* grad, int64_t length, int rank, int size,
+                                               bool adaptive = false, float eta = 0) {
   SumPair sum{0, 0};
   walk<kPackOf<W, G>, kUnroll>(length, aligned16(weight, grad), rank, size,
                                [&](auto pack, auto unroll, int64_t first, int64_t step) {
@@ -39,7 +72,12 @@ __device__ __forceinline__ SumPair sum_squares(const W* weight, const G* grad, i
 #pragma unroll
                                    for (int i = 0; i < N; ++i) {
                                      sum.weight = fma(static_cast<double>(w[i]), static_cast<double>(w[i]), sum.weight);
-                                     sum.grad = fma(static_cast<double>(g[i]), static_cast<double>(g[i]), sum.grad);
+                                     double value = static_cast<double>(g[i]);
+                                     if constexpr (Scaled) {
+                                       // exact: 24 bits times 24 bits
+                                       if (adaptive) value *= static_cast<double>(fabsf(w[i]) + eta);
+                                     }
+                                     sum.grad = fma(value, value, sum.grad);
                                    }
                                  }
                                });
@@ -62,11 +100,18 @@ __device__ __forceinline__ void store_as(DType dtype, void* to, int64_t at, cons
   }
 }
 
-// out = weight + scale * grad, saved = weight; a null `saved` is left out. The output's dtype is told apart here, at
-// the store, where it costs one uniform branch, instead of in three times as many kernels.
-template <typename W, typename G>
+// Where a weight goes that does not just move by scale * grad.
+__device__ __forceinline__ float moved_by(float weight, float grad, float scale, bool adaptive, Scaling scaling) {
+  const float factor = fabsf(weight) + scaling.eta;
+  const float moved = adaptive ? fmaf(scale * grad * factor, factor, weight) : fmaf(scale, grad, weight);
+  return scaling.bound >= 0.0f ? project_relative(moved, weight, scaling.bound) : moved;
+}
+
+// out = weight + scale * grad, or moved_by where not `Plain`; saved = weight; a null `saved` is left out. The output's
+// dtype is told apart here, at the store, where it costs one uniform branch, instead of in three times as many kernels.
+template <bool Plain, typename W, typename G>
 __device__ __forceinline__ void move(DType out_dtype, void* out, const W* weight, const G* grad, W* saved,
-                                     int64_t length, float scale, int rank, int size) {
+                                     int64_t length, float scale, bool adaptive, Scaling scaling, int rank, int size) {
   walk<kPackOf<W, G>, kUnroll>(length, aligned16(out, weight, grad, saved), rank, size,
                                [&](auto pack, auto unroll, int64_t first, int64_t step) {
                                  constexpr int N = decltype(pack)::value, M = decltype(unroll)::value;
@@ -85,7 +130,10 @@ __device__ __forceinline__ void move(DType out_dtype, void* out, const W* weight
                                    widen(weights[m], w);
                                    widen(grads[m], g);
 #pragma unroll
-                                   for (int i = 0; i < N; ++i) w[i] = fmaf(scale, g[i], w[i]);
+                                   for (int i = 0; i < N; ++i) {
+                                     w[i] = Plain ? fmaf(scale, g[i], w[i])
+                                                  : moved_by(w[i], g[i], scale, adaptive, scaling);
+                                   }
                                    store_as<N>(out_dtype, out, at, w);
                                  }
                                });

@@ -5,7 +5,7 @@
 
 namespace awp::cuda {
 
-template <typename W, typename G>
+template <typename W, typename G, bool Plain>
 __global__ void __launch_bounds__(kThreads, 4)
     perturb_filter(const __grid_constant__ PerturbTable table, DType out_dtype, Scaling scaling, float* scales) {
   __shared__ SumPair shared[kWarps];
@@ -24,27 +24,28 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int64_t begin = filter * run;
   const W* weight = static_cast<const W*>(table.weight[entry]) + begin;
   const G* grad = static_cast<const G*>(table.grad[entry]) + begin;
-  SumPair sum = sum_squares(weight, grad, run, rank, size);
+  const bool adaptive = table.adaptive[entry];
+  SumPair sum = sum_squares<!Plain>(weight, grad, run, rank, size, adaptive, scaling.eta);
   sum = whole_block ? block_sum<kThreads>(sum, shared) : warp_sum(sum);
   const float scale = scale_from(sum, scaling);
   if (rank == 0) scales[table.first_scale[entry] + filter] = scale;
 
   W* saved = static_cast<W*>(table.saved[entry]);
-  move(out_dtype, advance(table.out[entry], out_dtype, begin), weight, grad, saved != nullptr ? saved + begin : nullptr,
-       run, scale, rank, size);
+  move<Plain>(out_dtype, advance(table.out[entry], out_dtype, begin), weight, grad,
+              saved != nullptr ? saved + begin : nullptr, run, scale, adaptive, scaling, rank, size);
 }
 
 namespace {
 
 template <typename W, typename G>
 cudaError_t perturb_tables(const Perturb& p, cudaStream_t stream) {
+  const auto kernel = is_plain(p) ? perturb_filter<W, G, true> : perturb_filter<W, G, false>;
   PerturbTable table;
   float* scales = p.scales;
   for (int64_t i = 0; i < p.count;) {
     i = fill_filters(&table, p, i);
     if (table.blocks == 0 && i < p.count) return cudaErrorInvalidValue;
-    const cudaError_t error = launch(perturb_filter<W, G>, table.blocks, kThreads, stream, table, p.out_dtype,
-                                     Scaling{p.gamma, p.eps}, scales);
+    const cudaError_t error = launch(kernel, table.blocks, kThreads, stream, table, p.out_dtype, scaling_of(p), scales);
     if (error != cudaSuccess) return error;
     scales += table.scales;
   }

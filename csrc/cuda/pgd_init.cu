@@ -46,6 +46,11 @@ __device__ __forceinline__ void update_lanes(const PgdInit& p, int64_t sample, u
   }
 }
 
+// The sample of one of `total` Philox blocks, by a 32-bit division where that will do.
+__device__ __forceinline__ int64_t sample_of(int64_t index, uint32_t groups, int64_t total) {
+  return total <= UINT32_MAX ? static_cast<uint32_t>(index) / groups : index / groups;
+}
+
 __device__ __forceinline__ void normal_block(const PgdInit& p, int64_t id, uint32_t group, float (&z)[kLanes]) {
   const Words words = sample_words(group, id, p.seed, Stream::kNormal);
   normal_pair(words.word[0], words.word[1], &z[0], &z[1]);
@@ -60,14 +65,26 @@ __global__ void __launch_bounds__(kThreads)
     pgd_init_linf(const __grid_constant__ PgdInit p, uint32_t groups, int64_t total) {
   const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (index >= total) return;
-  // a 32-bit division where it will do
-  const int64_t sample = total <= UINT32_MAX ? static_cast<uint32_t>(index) / groups : index / groups;
+  const int64_t sample = sample_of(index, groups, total);
   const auto group = static_cast<uint32_t>(index - sample * groups);
   const Words words = sample_words(group, p.sample_ids[sample], p.seed, Stream::kUniform);
   const float unit = p.epsilon * (1.0f / 16777216.0f);
   update_lanes<T>(p, sample, group, [&](float x, int lane) {
     return project_linf(x + uniform_integer(words.word[lane]) * unit, x, p.epsilon, 0.0f, 1.0f);
   });
+}
+
+// The same with normal noise, neither projected nor clipped.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    pgd_init_normal(const __grid_constant__ PgdInit p, uint32_t groups, int64_t total) {
+  const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (index >= total) return;
+  const int64_t sample = sample_of(index, groups, total);
+  const auto group = static_cast<uint32_t>(index - sample * groups);
+  float z[kLanes];
+  normal_block(p, p.sample_ids[sample], group, z);
+  update_lanes<T>(p, sample, group, [&](float x, int lane) { return x + z[lane] * p.epsilon; });
 }
 
 // One block a sample; the normals are drawn a second time instead of being kept.
@@ -103,8 +120,8 @@ cudaError_t pgd_init(const PgdInit& p, cudaStream_t stream) {
     using T = typename decltype(dtype)::type;
     if (p.norm == Norm::kL2) return launch(pgd_init_l2<T>, p.samples, kSampleThreads, stream, p);
     const int64_t groups = ceil_div(p.elements, kLanes), total = groups * p.samples;
-    return launch(pgd_init_linf<T>, ceil_div(total, kThreads), kThreads, stream, p, static_cast<uint32_t>(groups),
-                  total);
+    const auto kernel = p.norm == Norm::kNormal ? pgd_init_normal<T> : pgd_init_linf<T>;
+    return launch(kernel, ceil_div(total, kThreads), kThreads, stream, p, static_cast<uint32_t>(groups), total);
   });
 }
 

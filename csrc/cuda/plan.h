@@ -43,6 +43,7 @@ struct PerturbTable {
   int32_t filters[kPerturbCapacity];
   int32_t first_block[kPerturbCapacity];
   int32_t first_scale[kPerturbCapacity];  // counted from the launch's first scale
+  bool adaptive[kPerturbCapacity];        // T = |w| + eta
   int32_t count, blocks, scales;
 };
 
@@ -76,8 +77,8 @@ inline int64_t total_chunks(const Perturb& p, int64_t chunk) {
 }
 
 // Appends one tensor; false where the table is full.
-inline bool append(PerturbTable* table, const PerturbTensor& t, int64_t run, int64_t filters, int64_t blocks,
-                   int64_t scales) {
+inline bool append(PerturbTable* table, const Perturb& p, const PerturbTensor& t, int64_t run, int64_t filters,
+                   int64_t blocks, int64_t scales) {
   const int at = table->count;
   if (at == kPerturbCapacity || table->blocks + blocks > kMaxBlocks) return false;
   table->out[at] = t.out;
@@ -88,6 +89,7 @@ inline bool append(PerturbTable* table, const PerturbTensor& t, int64_t run, int
   table->filters[at] = static_cast<int32_t>(filters);
   table->first_block[at] = table->blocks;
   table->first_scale[at] = table->scales;
+  table->adaptive[at] = is_adaptive(p, t);
   table->count += 1;
   table->blocks += static_cast<int32_t>(blocks);
   table->scales += static_cast<int32_t>(scales);
@@ -101,7 +103,7 @@ inline int64_t fill_chunks(PerturbTable* table, const Perturb& p, int64_t begin,
   for (; i < p.count; ++i) {
     const PerturbTensor& t = p.tensors[i];
     const int64_t scales = p.scope == Scope::kGlobal ? 0 : 1;
-    if (!append(table, t, t.numel, 1, chunks_of(t.numel, chunk), scales)) break;
+    if (!append(table, p, t, t.numel, 1, chunks_of(t.numel, chunk), scales)) break;
   }
   return i;
 }
@@ -118,7 +120,7 @@ inline int64_t fill_filters(PerturbTable* table, const Perturb& p, int64_t begin
     const PerturbTensor& t = p.tensors[i];
     if (t.filters == 0) continue;
     const int64_t run = t.numel / t.filters;
-    if (!append(table, t, run, t.filters, filter_blocks(run, t.filters), t.filters)) break;
+    if (!append(table, p, t, run, t.filters, filter_blocks(run, t.filters), t.filters)) break;
   }
   return i;
 }

@@ -3,18 +3,22 @@
 Source: Madry et al.: Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from awp_engine.batch_norm import batch_norm_mode
 from awp_kernels import pgd_init_, pgd_step_
+from awp_kernels.philox import normals
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Start = Literal["uniform", "normal", "none"]
+
+# what TRADES and MART start from: at the image itself the divergence has no gradient
+NORMAL_START = 0.001
 
 
 def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -22,28 +26,36 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, reduction="sum")
 
 
-@contextlib.contextmanager
-def batch_norm_mode(
-    model: nn.Module, mode: Literal["train", "eval"] | None = None, *, update_statistics: bool
-) -> Iterator[None]:
-    """Sets how the model's batch normalisation behaves inside the block, and puts everything back after it.
+def summed_margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """Largest wrong logit less the right one, summed over the batch.
 
-    Args:
-        model: any module.
-        mode: "train" normalises by the batch, "eval" by the running statistics; None leaves it as it is.
-        update_statistics: whether forward passes in train mode move the running statistics.
+    Source: Carlini, Wagner: Towards Evaluating the Robustness of Neural Networks, S&P 2017, without its confidence.
     """
-    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    before = [(layer.training, layer.track_running_stats) for layer in layers]
-    try:
-        for layer in layers:
-            layer.training = layer.training if mode is None else mode == "train"
-            # without tracking, train mode leaves the buffers alone, and eval mode still reads them
-            layer.track_running_stats &= update_statistics
-        yield
-    finally:
-        for layer, (training, tracking) in zip(layers, before, strict=True):
-            layer.training, layer.track_running_stats = training, tracking
+    right = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+    wrong = logits.scatter(1, labels.unsqueeze(1), -torch.inf).amax(1)
+    return (wrong - right).sum()
+
+
+def starting_point(
+    x: Tensor, start: Start | Tensor, *, epsilon: float, norm: Literal["linf", "l2"], sample_ids: Tensor, seed: int
+) -> Tensor:
+    """Where an attack begins: see `pgd`; a new tensor of x's shape and memory format.
+
+    Raises:
+        ValueError: start is neither a known name nor a tensor of x's shape.
+    """
+    if isinstance(start, Tensor):
+        if start.shape != x.shape:
+            raise ValueError(f"start: expected shape {tuple(x.shape)} like x, got {tuple(start.shape)}")
+        return torch.empty_like(x).copy_(start.detach())
+    x_adv = x.clone()
+    if start == "uniform":
+        pgd_init_(x_adv, x, epsilon=epsilon, norm=norm, sample_ids=sample_ids, seed=seed)
+    elif start == "normal":
+        x_adv += NORMAL_START * normals(sample_ids, x[0].numel(), seed=seed).view(x.shape).to(x.dtype)
+    elif start != "none":
+        raise ValueError(f"start: expected uniform, normal, none or a tensor, got {start!r}")
+    return x_adv
 
 
 def pgd(
@@ -55,33 +67,39 @@ def pgd(
     step_size: float,
     steps: int,
     norm: Literal["linf", "l2"] = "linf",
-    random_start: bool = True,
+    start: Start | Tensor = "uniform",
     sample_ids: Tensor | None = None,
     seed: int = 0,
     bn_mode: Literal["train", "eval"] = "eval",
     update_statistics: bool = False,
     loss: Loss = summed_cross_entropy,
     mask: Tensor | None = None,
+    shared: Sequence[nn.Parameter] = (),
+    observe: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Attack a batch: `steps` normalised ascent steps on the loss, each projected onto the ball and clipped to [0, 1].
 
-    Only gradients with respect to the images are computed; parameters and their gradients are left alone.
+    Only gradients with respect to the images are computed; parameters and their gradients are left alone, but for
+    those named in `shared`.
 
     Args:
         model: any module that maps images in [0, 1] to logits; the bare module, not a DistributedDataParallel wrapper.
         x: [N, C, H, W], values in [0, 1].
-        y: int64 [N], the labels.
+        y: what `loss` compares the logits with: int64 [N] labels, or fp32 [N, classes] of a mixture.
         epsilon: radius of the ball, on pixels in [0, 1].
         step_size: length of a step, in the same units.
         steps: number of steps, >= 0.
         norm: "linf" or "l2".
-        random_start: start from a uniform random point of the ball instead of x.
+        start: "uniform" in the ball, "normal" (x + 0.001 N(0, 1), as TRADES and MART do), "none" (x itself), or the
+            first iterate, [N, C, H, W].
         sample_ids: int64 [N], what a sample's noise is keyed by; its place in the batch if not given.
         seed: of the noise, in [0, 2^63).
         bn_mode: how batch normalisation behaves during the attack; put back afterwards.
         update_statistics: whether the attack's forward passes in train mode move the running statistics.
         loss: maps (logits, y) to a scalar to climb, summed rather than averaged.
         mask: bool, broadcastable to x: the region that may change.
+        shared: parameters whose `.grad` the last pass sets, besides moving the images: the gradient of `loss` there.
+        observe: called with every step's number (from 0) and gradient, [N, C, H, W], before the step is taken.
 
     Returns:
         The attacked images, detached, in x's dtype (at least fp32) and memory format.
@@ -93,20 +111,50 @@ def pgd(
         raise ValueError(f"steps: expected a whole number >= 0, got {steps}")
     if bn_mode not in ("train", "eval"):
         raise ValueError(f"bn_mode: expected train or eval, got {bn_mode!r}")
+    if shared and steps == 0:
+        raise ValueError("shared: needs at least one step, whose pass the gradients come from; got steps 0")
     if not x.is_floating_point():
         raise ValueError(f"x: expected floating-point images in [0, 1], got {x.dtype}; divide uint8 images by 255")
     # 16-bit images would lose steps: bfloat16 spaces the numbers below 1 by 1/256
     clean = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    x_adv = clean.clone()
-    if random_start:
-        ids = torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids
-        pgd_init_(x_adv, clean, epsilon=epsilon, norm=norm, sample_ids=ids, seed=seed)
-        if mask is not None:
-            x_adv = torch.where(mask, x_adv, clean)
+    ids = torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids
+    x_adv = starting_point(clean, start, epsilon=epsilon, norm=norm, sample_ids=ids, seed=seed)
+    if mask is not None:
+        x_adv = torch.where(mask, x_adv, clean)
     with batch_norm_mode(model, bn_mode, update_statistics=update_statistics), torch.enable_grad():
-        for _ in range(steps):
+        for step in range(steps):
+            parameters = shared if step == steps - 1 else ()
             x_adv.requires_grad_()
-            (gradient,) = torch.autograd.grad(loss(model(x_adv), y), x_adv)
+            gradient, *weight_gradients = torch.autograd.grad(loss(model(x_adv), y), [x_adv, *parameters])
+            for parameter, weight_gradient in zip(parameters, weight_gradients, strict=True):
+                parameter.grad = weight_gradient
+            if observe is not None:
+                observe(step, gradient)
             x_adv = x_adv.detach()
             pgd_step_(x_adv, gradient, clean, step_size=step_size, epsilon=epsilon, norm=norm, mask=mask)
     return x_adv
+
+
+def fast_attack(kind: str, x: Tensor, epsilon: float, *, sample_ids: Tensor, seed: int) -> dict[str, Any]:
+    """What `pgd` is to be told for a one-step attack.
+
+    Args:
+        kind: "fgsm-rs": uniform start, one step of 1.25 epsilon, projected; "n-fgsm": uniform noise of twice epsilon,
+            one step of epsilon, clipped to [0, 1] but not projected.
+        x: [N, C, H, W], in [0, 1].
+        epsilon: radius of the Linf ball, on pixels in [0, 1].
+        sample_ids: int64 [N].
+        seed: of the noise.
+
+    Raises:
+        ValueError: unknown kind.
+
+    Source: Wong, Rice, Kolter: Fast is better than free, ICLR 2020; de Jorge et al.: Make Some Noise, NeurIPS 2022.
+    """
+    if kind == "fgsm-rs":
+        return {"steps": 1, "step_size": 1.25 * epsilon, "start": "uniform"}
+    if kind == "n-fgsm":
+        start = starting_point(x, "uniform", epsilon=2 * epsilon, norm="linf", sample_ids=sample_ids, seed=seed)
+        # noise and step reach no farther than three epsilons, so that this ball projects nothing
+        return {"steps": 1, "step_size": epsilon, "start": start, "epsilon": 3 * epsilon}
+    raise ValueError(f"fast: expected fgsm-rs or n-fgsm, got {kind!r}")

@@ -122,7 +122,7 @@ def _parse(argv: Sequence[str], prog: str) -> Config:
         import tyro
     except ImportError:
         raise ConfigError("the package tyro is missing; install it with: pip install tyro") from None
-    presets = "\n\n".join(f"{name}: {(build.__doc__ or '').splitlines()[0]}" for name, build in PRESETS.items())
+    presets = "\n\n".join(f"{name}: {summary}" for name, summary in PRESETS.items())
     description = f"Trains a classifier: {prog} [PRESET] [flags].\n\nPresets (none means {DEFAULT}):\n\n{presets}"
     boxes = io.StringIO()
     try:
@@ -149,8 +149,7 @@ def parse_train(argv: Sequence[str] | None = None, prog: str = "train.py") -> Co
     """
     try:
         config = _parse(sys.argv[1:] if argv is None else argv, prog)
-        if config.data.name != "digits" and config.data.root is None:
-            raise ConfigError(f"--data.root: expected the directory that holds {config.data.name}, got nothing")
+        config.require_files()
         return config
     except ConfigError as error:
         fail(str(error), prog=prog)

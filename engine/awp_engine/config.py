@@ -35,6 +35,7 @@ _FREE_ON_RESUME = frozenset(
         "log_interval",
         "compare_without_awp",
         "evaluation.batch_size",
+        "evaluation.test_limit",
     }
 )
 
@@ -152,7 +153,7 @@ class DataConfig(_Checked):
 
     section: ClassVar[str] = "data."
 
-    name: Literal["digits", "cifar10", "cifar100", "folder"] = "digits"
+    name: Literal["digits", "cifar10", "cifar100", "svhn", "folder"] = "digits"
     """Data set: digits ships with scikit-learn; folder is ROOT/train/CLASS/*.jpg|png and ROOT/test/CLASS/*."""
     root: Path | None = None
     """Directory that holds the data set; digits needs none."""
@@ -162,10 +163,25 @@ class DataConfig(_Checked):
     """Random crops are taken after padding by this many pixels a side; 0 means no crops."""
     flip: bool = False
     """Flip training images left to right at random."""
+    cutout: int = 0
+    """Side in pixels of a square that is blanked at a random place of every training image; 0 means none."""
+    cutmix: float = 0.0
+    """Probability that a box of another training image is pasted over an image, and its label mixed in."""
+    train_limit: int | None = None
+    """Train on this many images, evenly spread over the classes; none means all that are not held out."""
+    extra: Path | None = None
+    """File of further images, synthetic or pseudo-labelled: .npz with `image`, uint8 [N, H, W, C], and `label`, [N]."""
+    extra_fraction: float = 0.5
+    """Part of every batch that is taken from the extra images."""
 
     def _check(self) -> None:
         self._require(0 < self.held_out_fraction < 1, "held_out_fraction", "a number more than 0 and less than 1")
         self._require(0 <= self.pad <= 1024, "pad", "a whole number of pixels, 0 to 1024")
+        self._require(0 <= self.cutout <= 1024, "cutout", "a whole number of pixels, 0 to 1024")
+        self._require(0 <= self.cutmix <= 1, "cutmix", "a probability, 0 to 1")
+        limit = self.train_limit
+        self._require(limit is None or limit >= 1, "train_limit", "a whole number >= 1, or none")
+        self._require(0 < self.extra_fraction < 1, "extra_fraction", "a number more than 0 and less than 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,14 +226,24 @@ class AttackConfig(_Checked):
     """Number of steps, at least 1."""
     bn_mode: Literal["train", "eval"] = "train"
     """Mode of batch normalisation during the attack: by the batch's statistics, or by the running ones."""
-    random_start: bool = True
-    """Start from a uniform random point of the ball instead of the image itself."""
+    start: Literal["uniform", "normal", "none"] = "uniform"
+    """First iterate: a uniform random point of the ball, the image plus 0.001 N(0, 1), or the image itself."""
+    fast: Literal["none", "fgsm-rs", "n-fgsm", "free"] = "none"
+    """Cheap attack in the first epochs: one step (Wong 2020; de Jorge 2022), or replayed batches (Shafahi 2019)."""
+    fast_epochs: int | None = None
+    """Epochs of the cheap attack before the full one; none means all."""
+    replays: int = 8
+    """Updates that --attack.fast free makes from one batch."""
 
     def _check(self) -> None:
         epsilon = self._require_amount("epsilon")
         self._require(self.norm != "linf" or epsilon <= 1, "epsilon", "at most 1 for linf, as pixels lie in [0, 1]")
         self._require_amount("step_size")
         self._require(self.steps >= 1, "steps", "a whole number >= 1 (--attack.epsilon 0 trains without an attack)")
+        self._require(self.fast == "none" or self.norm == "linf", "fast", "none with --attack.norm l2")
+        fast_epochs = self.fast_epochs
+        self._require(fast_epochs is None or fast_epochs >= 1, "fast_epochs", "a whole number >= 1, or none")
+        self._require(self.replays >= 1, "replays", "a whole number >= 1")
 
     @property
     def epsilon_value(self) -> float:
@@ -228,6 +254,10 @@ class AttackConfig(_Checked):
     def step_size_value(self) -> float:
         """step_size, in the same units."""
         return float(parse_amount(self.step_size))
+
+    def is_fast(self, epoch: int) -> bool:
+        """Whether the cheap attack serves in `epoch`, counted from 1."""
+        return self.fast != "none" and (self.fast_epochs is None or epoch <= self.fast_epochs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -240,14 +270,30 @@ class AwpConfig(_Checked):
     """Size of the weight perturbation relative to the weights' norm; 0 turns it off."""
     warmup: int = 0
     """Epochs trained before the perturbation begins."""
+    every: int = 1
+    """Perturb the weights in one step of this many."""
     scope: Literal["layer", "global", "filter"] = "layer"
     """What one norm is taken over: a tensor (as in the paper), the whole model, or a filter."""
+    scale: Literal["relative", "absolute", "elementwise"] = "relative"
+    """Length: gamma * ||w|| (AWP), gamma itself (SAM's rho), or gamma in units of each |w| (ASAM)."""
+    ascent: Literal["exact", "shared"] = "exact"
+    """Ascent gradient: of the training loss at the attacked images, or of the attack's last pass (cheaper)."""
+    ascent_steps: int = 1
+    """Ascent passes whose gradients are added up, each at the weights that the ones before it moved to (RWP: 10)."""
+    c_min: float | None = None
+    """Perturb the weights by the samples whose loss is below this alone (RWP: 1.7); none means by all."""
     public_code: bool = False
     """Do as the paper's public code does: which forwards move the BN statistics, and decay on w + gamma v."""
 
     def _check(self) -> None:
         self._require(self.gamma >= 0, "gamma", "a finite number >= 0")
         self._require(self.warmup >= 0, "warmup", "a whole number of epochs >= 0")
+        self._require(self.every >= 1, "every", "a whole number of steps >= 1")
+        self._require(self.ascent_steps >= 1, "ascent_steps", "a whole number >= 1")
+        self._require(self.c_min is None or self.c_min > 0, "c_min", "a number > 0, or none")
+        whole = self.ascent == "exact" or (self.ascent_steps == 1 and self.c_min is None and not self.public_code)
+        expected = "exact with --awp.ascent-steps > 1, --awp.c-min or --awp.public-code"
+        self._require(whole, "ascent", expected)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -264,10 +310,16 @@ class OptimizerConfig(_Checked):
     """L2 penalty added to the gradient."""
     nesterov: bool = False
     """Nesterov's momentum."""
-    schedule: Literal["piecewise", "cosine", "constant"] = "piecewise"
-    """How the learning rate changes: x0.1 at each milestone, half a cosine down to 0, or not at all."""
+    schedule: Literal["piecewise", "cosine", "linear", "one-cycle", "constant"] = "piecewise"
+    """How the learning rate changes: x0.1 at each milestone, down to 0 by half a cosine or a line, or up and down."""
     milestones: tuple[float, ...] = (0.5, 0.75)
     """Fractions of the epochs, rising, at which the piecewise schedule multiplies the rate by 0.1."""
+    warmup: float = 0.0
+    """Epochs in which the learning rate rises from 0 along a line, before the schedule's own value."""
+    clip_norm: float | None = None
+    """Largest norm of the whole gradient; a longer one is scaled down to it; none means no clipping."""
+    decay_all: bool = True
+    """Apply weight decay to biases and normalisation weights as well, as the papers do."""
 
     def _check(self) -> None:
         self._require(self.lr > 0, "lr", "a finite number > 0")
@@ -278,6 +330,31 @@ class OptimizerConfig(_Checked):
         self._require(
             rising and all(m <= 1 for m in self.milestones), "milestones", "rising fractions, more than 0, at most 1"
         )
+        self._require(self.warmup >= 0, "warmup", "a finite number of epochs >= 0")
+        own = self.warmup == 0 or self.schedule != "one-cycle"
+        self._require(own, "warmup", "0 with --optimizer.schedule one-cycle, which has its own")
+        self._require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "a finite number > 0, or none")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AverageConfig(_Checked):
+    """Average of the weights over training, which is then what is measured, selected and exported."""
+
+    section: ClassVar[str] = "average."
+
+    kind: Literal["none", "ema", "swa"] = "none"
+    """Exponential moving average of every step's weights, or equal average of every epoch's."""
+    decay: float = 0.995
+    """Share of the average that an EMA keeps in a step; smaller in the first steps."""
+    start: float = 0.5
+    """Fraction of the epochs after which SWA begins to average."""
+    bn_images: int = 2048
+    """Training images, attacked, that the average's BN statistics are computed anew from."""
+
+    def _check(self) -> None:
+        self._require(0 <= self.decay < 1, "decay", "a number >= 0 and < 1")
+        self._require(0 <= self.start < 1, "start", "a number >= 0 and < 1")
+        self._require(self.bn_images >= 1, "bn_images", "a whole number >= 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -296,6 +373,10 @@ class EvaluationConfig(_Checked):
     """Epochs between evaluations on the held-out images."""
     held_out_limit: int | None = None
     """Evaluate while training on at most this many held-out images; none means all."""
+    test_limit: int | None = None
+    """Measure the trained model on at most this many test images; none means all."""
+    patience: int | None = None
+    """Stop after this many evaluations without a better held-out PGD accuracy; none means never."""
 
     def _check(self) -> None:
         self._require(self.steps >= 1, "steps", "a whole number >= 1")
@@ -305,6 +386,9 @@ class EvaluationConfig(_Checked):
         self._require(self.evaluate_every >= 1, "evaluate_every", "a whole number of epochs >= 1")
         limit = self.held_out_limit
         self._require(limit is None or limit >= 1, "held_out_limit", "a whole number >= 1, or none")
+        limit = self.test_limit
+        self._require(limit is None or limit >= 1, "test_limit", "a whole number >= 1, or none")
+        self._require(self.patience is None or self.patience >= 1, "patience", "a whole number >= 1, or none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -313,13 +397,18 @@ class Config(_Checked):
 
     preset: str = "digits"
     """Preset that the other settings start from; giving it as the first argument says the same."""
-    method: Literal["at"] = "at"
-    """Loss: at is cross-entropy on the attacked images."""
+    method: Literal["at", "trades", "mart", "rst"] = "at"
+    """Loss: cross-entropy on the attacked images, TRADES, MART, or TRADES with pseudo-labelled images (RST)."""
+    beta: float = 6.0
+    """Weight of the divergence between attacked and clean images: beta of TRADES and RST, lambda of MART."""
+    label_smoothing: float = 0.0
+    """Part of a label that is spread over all classes, in AT's loss and in TRADES' clean one."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     attack: AttackConfig = AttackConfig()
     awp: AwpConfig = AwpConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    average: AverageConfig = AverageConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     run_dir: Path | None = None
     """Directory for everything that the run leaves; a run found there goes on; none means runs/PRESET-seedSEED."""
@@ -352,8 +441,48 @@ class Config(_Checked):
         self._require(self.keep_checkpoints >= 1, "keep_checkpoints", "a whole number >= 1")
         self._require(self.checkpoint_every >= 1, "checkpoint_every", "a whole number of epochs >= 1")
         self._require(self.log_interval > 0, "log_interval", "a finite number of seconds > 0")
+        self._require(self.beta >= 0, "beta", "a finite number >= 0")
+        self._require(0 <= self.label_smoothing < 1, "label_smoothing", "a number >= 0 and < 1")
+        self._check_combinations()
         useful = not self.compare_without_awp or self.awp.gamma > 0
         self._require(useful, "compare_without_awp", "--awp.gamma > 0, or there is nothing to compare with")
+
+    def _check_combinations(self) -> None:
+        """What one group of settings demands of another."""
+        hard_labels = "0 with --method mart, whose loss needs one right class"
+        self._require(self.method != "mart" or self.label_smoothing == 0, "label_smoothing", hard_labels)
+        if self.method == "mart" and self.data.cutmix > 0:
+            raise _refuse("data.cutmix", hard_labels, self.data.cutmix)
+        if self.awp.public_code and (self.method != "at" or self.attack.fast != "none" or self.data.cutmix > 0):
+            expected = "false for anything but --method at with PGD and whole labels"
+            raise _refuse("awp.public_code", expected, self.awp.public_code)
+        fast = self.attack.fast
+        if fast != "none" and self.method != "at":
+            raise _refuse("attack.fast", f"none with --method {self.method}", fast)
+        until = self.epochs if self.attack.fast_epochs is None else self.attack.fast_epochs
+        if fast == "free" and self.awp.gamma > 0 and self.awp.warmup < until:
+            expected = f"another, or --awp.warmup {until}: one pass for image and weights leaves none for the ascent"
+            raise _refuse("attack.fast", expected, fast)
+
+    def require_files(self) -> None:
+        """Make sure that every file the settings need is named.
+
+        Raises:
+            ConfigError: naming the flag that is missing.
+        """
+        if self.data.name != "digits" and self.data.root is None:
+            raise ConfigError(f"--data.root: expected the directory that holds {self.data.name}, got nothing")
+        if self.method == "rst" and self.data.extra is None:
+            raise ConfigError(
+                "--data.extra: expected an .npz of pseudo-labelled images for --method rst, got nothing; to train "
+                "without such images use --method trades"
+            )
+
+    @property
+    def title(self) -> str:
+        """What is trained, in the field's words: "TRADES-AWP"."""
+        perturbed = {"relative": "AWP", "absolute": "SAM", "elementwise": "ASAM"}[self.awp.scale]
+        return self.method.upper() + (f"-{perturbed}" if self.awp.gamma > 0 else "")
 
     @property
     def resolved_run_dir(self) -> Path:
@@ -370,15 +499,26 @@ class Config(_Checked):
 def learning_rate(config: OptimizerConfig, epochs: int, progress_in_epochs: float) -> float:
     """The learning rate `progress_in_epochs` (99.5: halfway through the 100th) into a run of `epochs`.
 
-    The piecewise schedule changes at the start of an epoch only, as the paper's does (x0.1 at 100 and 150 of 200).
+    The piecewise schedule changes at the start of an epoch only, as the paper's does (x0.1 at 100 and 150 of 200);
+    one-cycle rises from 0 to lr in the first 40% and falls to 0 in the rest (Wong, Rice, Kolter, ICLR 2020). During
+    warm-up the schedule's value is multiplied by the part of the warm-up that is done.
     """
+    done = min(progress_in_epochs / epochs, 1.0)
     if config.schedule == "constant":
-        return config.lr
-    if config.schedule == "cosine":
-        return config.lr * 0.5 * (1 + math.cos(math.pi * min(progress_in_epochs / epochs, 1.0)))
-    # 1e-9: a milestone such as 0.7 of 30 must not land an epoch late for a rounding error.
-    passed = sum(math.floor(progress_in_epochs) >= milestone * epochs - 1e-9 for milestone in config.milestones)
-    return config.lr * 0.1**passed
+        factor = 1.0
+    elif config.schedule == "cosine":
+        factor = 0.5 * (1 + math.cos(math.pi * done))
+    elif config.schedule == "linear":
+        factor = 1 - done
+    elif config.schedule == "one-cycle":
+        factor = done / 0.4 if done < 0.4 else (1 - done) / 0.6
+    else:
+        # 1e-9: a milestone such as 0.7 of 30 must not land an epoch late for a rounding error.
+        passed = sum(math.floor(progress_in_epochs) >= milestone * epochs - 1e-9 for milestone in config.milestones)
+        factor = 0.1**passed
+    if progress_in_epochs < config.warmup:
+        factor *= progress_in_epochs / config.warmup
+    return config.lr * factor
 
 
 def flags(cls: type = Config, prefix: str = "") -> dict[str, Any]:

@@ -1,9 +1,12 @@
-"""Named starting points of the command line; each is a function that returns a `Config`."""
+"""Presets: the published recipes, and small ones that run anywhere.
 
-from __future__ import annotations
+The recipes are those of Wu, Xia, Wang: Adversarial Weight Perturbation Helps Robust Generalization, NeurIPS 2020, its
+appendix and its public code, unless a line says otherwise.
+"""
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Callable
 
 from awp_engine.config import (
@@ -18,16 +21,27 @@ from awp_engine.config import (
     show,
 )
 
+_NAMES = {"at": "AT", "trades": "TRADES", "mart": "MART", "rst": "RST"}
+_SETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN"}
 
-def digits() -> Config:
-    """AT-AWP on scikit-learn's 8x8 handwritten digits; under two minutes on two CPU cores."""
+
+def digits(method: str = "at", gamma: float = 0.005) -> Config:
+    """scikit-learn's 8x8 handwritten digits, Linf 0.2; under two minutes on two CPU cores."""
     # Chosen on the held-out part of the training set, never on the test split.
+    trained_by_divergence = method != "at"
     return Config(
-        preset="digits",
+        method=method,  # pyright: ignore[reportArgumentType]
         data=DataConfig(name="digits", held_out_fraction=0.1, pad=1, flip=False),
         model=ModelConfig(name="preact-resnet-digits", width=16),
-        attack=AttackConfig(norm="linf", epsilon="0.2", step_size="0.08", steps=5),
-        awp=AwpConfig(gamma=0.005),
+        attack=AttackConfig(
+            norm="linf",
+            epsilon="0.2",
+            step_size="0.08",
+            steps=5,
+            bn_mode="eval" if trained_by_divergence else "train",
+            start="normal" if trained_by_divergence else "uniform",
+        ),
+        awp=AwpConfig(gamma=gamma, warmup=5 if trained_by_divergence else 0),
         optimizer=OptimizerConfig(lr=0.2, schedule="cosine"),
         evaluation=EvaluationConfig(steps=20, evaluate_every=2),
         epochs=50,
@@ -35,76 +49,145 @@ def digits() -> Config:
     )
 
 
-def digits_at() -> Config:
-    """The same without weight perturbation."""
-    return dataclasses.replace(digits(), preset="digits-at", awp=AwpConfig(gamma=0.0))
+def paper(data: str, model: str, method: str, *, awp: bool, norm: str = "linf") -> Config:
+    """A recipe of the AWP paper.
 
-
-def cifar10_preact_resnet18_at() -> Config:
-    """Adversarial training of PreActResNet-18 on CIFAR-10, Linf 8/255."""
-    # Wu, Xia, Wang 2020, table 1 and public code. 1,000 training images are held out, as Rice, Wong, Kolter 2020 do.
-    return Config(
-        preset="cifar10-preact-resnet18-at",
-        data=DataConfig(name="cifar10", held_out_fraction=0.02, pad=4, flip=True),
-        model=ModelConfig(name="preact-resnet-18"),
-        attack=AttackConfig(norm="linf", epsilon="8/255", step_size="2/255", steps=10),
-        awp=AwpConfig(gamma=0.0),
-        optimizer=OptimizerConfig(lr=0.1, momentum=0.9, weight_decay=5e-4, milestones=(0.5, 0.75)),
-        evaluation=EvaluationConfig(steps=20, step_size="2/255"),
+    Args:
+        data: "cifar10", "cifar100" or "svhn".
+        model: as `--model.name`.
+        method: "at", "trades", "mart" or "rst".
+        awp: with weight perturbation.
+        norm: "linf" (8/255) or "l2" (128/255).
+    """
+    at, svhn = method == "at", data == "svhn"
+    if norm == "l2":
+        epsilon, step_size = "128/255", "15/255"
+    else:
+        epsilon, step_size = "8/255", "1/255" if svhn else "2/255"
+    gamma, warmup = (0.01, 5 if svhn and norm == "linf" else 0) if at else (0.005, 10)
+    config = Config(
+        method=method,  # pyright: ignore[reportArgumentType]
+        data=DataConfig(
+            name=data,  # pyright: ignore[reportArgumentType]
+            # 1,000 of CIFAR's images, as Rice, Wong, Kolter 2020 hold out
+            held_out_fraction=0.02,
+            pad=0 if svhn else 4,
+            flip=not svhn,
+        ),
+        model=ModelConfig(name=model),
+        attack=AttackConfig(
+            norm=norm,  # pyright: ignore[reportArgumentType]
+            epsilon=epsilon,
+            step_size=step_size,
+            steps=10,
+            bn_mode="train" if at else "eval",
+            start="uniform" if at else "normal",
+        ),
+        awp=AwpConfig(gamma=gamma if awp else 0.0, warmup=warmup if awp else 0),
+        optimizer=OptimizerConfig(
+            lr=0.01 if svhn else 0.1, momentum=0.9, weight_decay=5e-4, schedule="piecewise", milestones=(0.5, 0.75)
+        ),
+        evaluation=EvaluationConfig(steps=20, step_size=step_size),
         epochs=200,
         batch_size=128,
         log_interval=30.0,
     )
-
-
-def cifar10_preact_resnet18_at_awp() -> Config:
-    """AT-AWP of PreActResNet-18 on CIFAR-10, Linf 8/255, gamma 0.01."""
-    base = cifar10_preact_resnet18_at()
-    return dataclasses.replace(base, preset="cifar10-preact-resnet18-at-awp", awp=AwpConfig(gamma=0.01))
-
-
-def cifar10_preact_resnet18_at_awp_paper() -> Config:
-    """The same as the paper's public code computes it: its BN forwards, and decay on w + gamma v."""
-    base = cifar10_preact_resnet18_at_awp()
-    awp = AwpConfig(gamma=0.01, public_code=True)
-    return dataclasses.replace(base, preset="cifar10-preact-resnet18-at-awp-paper", awp=awp)
-
-
-def cifar10_preact_resnet18_at_awp_l2() -> Config:
-    """AT-AWP of PreActResNet-18 on CIFAR-10, L2 128/255."""
+    if method != "rst":
+        return config
     return dataclasses.replace(
-        cifar10_preact_resnet18_at_awp(),
-        preset="cifar10-preact-resnet18-at-awp-l2",
-        attack=AttackConfig(norm="l2", epsilon="128/255", step_size="15/255", steps=10),
-        evaluation=EvaluationConfig(steps=20, step_size="15/255"),
+        config,
+        # half of a batch are pseudo-labelled images (--data.extra): 500,000 of 80 Million Tiny Images in the paper
+        data=dataclasses.replace(config.data, extra_fraction=0.5),
+        optimizer=OptimizerConfig(lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True, schedule="cosine"),
+        batch_size=256,
     )
 
 
-def cifar10_wrn_34_10_at_awp() -> Config:
-    """AT-AWP of WRN-34-10 on CIFAR-10, Linf 8/255."""
-    base = cifar10_preact_resnet18_at_awp()
-    return dataclasses.replace(base, preset="cifar10-wrn-34-10-at-awp", model=ModelConfig(name="wrn-34-10"))
+def public_code() -> Config:
+    """AT-AWP as the paper's public code computes it: its BN forward passes, and decay on w + gamma v."""
+    base = paper("cifar10", "preact-resnet-18", "at", awp=True)
+    return dataclasses.replace(base, awp=AwpConfig(gamma=0.01, public_code=True))
 
 
-def cifar100_preact_resnet18_at_awp() -> Config:
-    """AT-AWP of PreActResNet-18 on CIFAR-100, Linf 8/255."""
-    base = cifar10_preact_resnet18_at_awp()
-    data = dataclasses.replace(base.data, name="cifar100")
-    return dataclasses.replace(base, preset="cifar100-preact-resnet18-at-awp", data=data)
+def rwp() -> Config:
+    """AT-RWP: ten ascent steps by the samples with a loss below 1.7 (Yu et al., IJCAI 2022)."""
+    base = paper("cifar10", "preact-resnet-18", "at", awp=True)
+    return dataclasses.replace(base, awp=AwpConfig(gamma=0.01, scope="global", ascent_steps=10, c_min=1.7))
+
+
+def shared_ascent() -> Config:
+    """AT-AWP with the ascent gradient of the attack's last pass: one unit of work instead of three."""
+    base = paper("cifar10", "preact-resnet-18", "at", awp=True)
+    return dataclasses.replace(base, awp=AwpConfig(gamma=0.01, ascent="shared"))
+
+
+def fast(kind: str) -> Config:
+    """30 epochs of a one-step attack, one-cycle rate (Wong et al., ICLR 2020; de Jorge et al., NeurIPS 2022)."""
+    base = paper("cifar10", "preact-resnet-18", "at", awp=False)
+    return dataclasses.replace(
+        base,
+        attack=dataclasses.replace(base.attack, fast=kind),  # pyright: ignore[reportArgumentType]
+        optimizer=OptimizerConfig(lr=0.2, momentum=0.9, weight_decay=5e-4, schedule="one-cycle"),
+        # a batch is replayed eight times
+        epochs=4 if kind == "free" else 30,
+    )
+
+
+def sam() -> Config:
+    """SAM: clean images, and a perturbation of length rho = 0.05 over the whole model (Foret et al., ICLR 2021)."""
+    base = paper("cifar10", "preact-resnet-18", "at", awp=False)
+    return dataclasses.replace(
+        base,
+        attack=dataclasses.replace(base.attack, epsilon="0"),
+        awp=AwpConfig(gamma=0.05, scope="global", scale="absolute"),
+        evaluation=EvaluationConfig(steps=20, step_size="2/255"),
+    )
 
 
 DEFAULT = "digits"
 
-PRESETS: dict[str, Callable[[], Config]] = {
-    "digits": digits,
-    "digits-at": digits_at,
-    "cifar10-preact-resnet18-at": cifar10_preact_resnet18_at,
-    "cifar10-preact-resnet18-at-awp": cifar10_preact_resnet18_at_awp,
-    "cifar10-preact-resnet18-at-awp-paper": cifar10_preact_resnet18_at_awp_paper,
-    "cifar10-preact-resnet18-at-awp-l2": cifar10_preact_resnet18_at_awp_l2,
-    "cifar10-wrn-34-10-at-awp": cifar10_wrn_34_10_at_awp,
-    "cifar100-preact-resnet18-at-awp": cifar100_preact_resnet18_at_awp,
+_Build = Callable[[], Config]
+
+
+def _paper_presets() -> dict[str, tuple[str, _Build]]:
+    """Every data set, model, method and norm that the paper reports, with and without AWP."""
+    norms, methods = ("linf", "l2"), ("at", "trades", "mart")
+    grid = [("cifar10", "preact-resnet-18", method, norm) for method in methods for norm in norms]
+    grid += [(data, "preact-resnet-18", "at", norm) for data in ("cifar100", "svhn") for norm in norms]
+    grid += [("cifar10", "wrn-34-10", method, "linf") for method in methods]
+    grid += [("cifar10", "wrn-28-10", "rst", "linf")]
+    presets = {}
+    for data, model, method, norm in grid:
+        for awp in (False, True):
+            parts = [data, model.replace("resnet-", "resnet"), method, *["awp"] * awp, *["l2"] * (norm == "l2")]
+            ball = "L2 128/255" if norm == "l2" else "Linf 8/255"
+            summary = f"{_NAMES[method]}{'-AWP' if awp else ''} of {model} on {_SETS[data]}, {ball}."
+            presets["-".join(parts)] = (summary, functools.partial(paper, data, model, method, awp=awp, norm=norm))
+    return presets
+
+
+_ALL: dict[str, tuple[str, _Build]] = {
+    "digits": ("AT-AWP on scikit-learn's handwritten digits; under two minutes on two CPU cores.", digits),
+    "digits-at": ("The same without weight perturbation.", functools.partial(digits, gamma=0.0)),
+    "digits-trades": ("TRADES on the digits.", functools.partial(digits, "trades", 0.0)),
+    "digits-trades-awp": ("TRADES-AWP on the digits.", functools.partial(digits, "trades")),
+    "digits-mart": ("MART on the digits.", functools.partial(digits, "mart", 0.0)),
+    "digits-mart-awp": ("MART-AWP on the digits.", functools.partial(digits, "mart")),
+    **_paper_presets(),
+    "cifar10-preact-resnet18-at-awp-paper": ((public_code.__doc__ or ""), public_code),
+    "cifar10-preact-resnet18-at-awp-shared": ((shared_ascent.__doc__ or ""), shared_ascent),
+    "cifar10-preact-resnet18-at-rwp": ((rwp.__doc__ or ""), rwp),
+    "cifar10-preact-resnet18-fgsm-rs": ("FGSM-RS, 30 epochs, one-cycle rate.", functools.partial(fast, "fgsm-rs")),
+    "cifar10-preact-resnet18-n-fgsm": ("N-FGSM, 30 epochs, one-cycle rate.", functools.partial(fast, "n-fgsm")),
+    "cifar10-preact-resnet18-free": (
+        "Free adversarial training, 4 epochs of 8 replays.",
+        functools.partial(fast, "free"),
+    ),
+    "cifar10-preact-resnet18-sam": ((sam.__doc__ or ""), sam),
 }
+
+PRESETS: dict[str, str] = {name: summary for name, (summary, _) in _ALL.items()}
+"""Every preset with a line about it."""
 
 
 def build_preset(name: str) -> Config:
@@ -113,8 +196,8 @@ def build_preset(name: str) -> Config:
     Raises:
         ConfigError: for a name that is not in `PRESETS`, with the nearest one.
     """
-    if name in PRESETS:
-        return PRESETS[name]()
+    if name in _ALL:
+        return dataclasses.replace(_ALL[name][1](), preset=name)
     near = difflib.get_close_matches(name, PRESETS, n=1)
     hint = f"did you mean {near[0]}?" if near else "--help lists them"
     raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, got {show(name)}; {hint}")

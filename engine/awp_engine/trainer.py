@@ -1,7 +1,6 @@
 """Trains one model from a configuration, and goes on where a run directory left off."""
 
 import dataclasses
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -11,13 +10,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from awp_engine import checkpoint
-from awp_engine.config import Config, ConfigError, config_hash, learning_rate, load_config, require_same_run, to_json
-from awp_engine.data import Dataset, Split, load_dataset, train_batches
+from awp_engine import checkpoint, monitor
+from awp_engine.average import WeightAverage
+from awp_engine.config import (
+    Config,
+    ConfigError,
+    config_hash,
+    learning_rate,
+    load_config,
+    require_same_run,
+    to_json,
+)
+from awp_engine.data import (
+    Batch,
+    Dataset,
+    Split,
+    extra_fingerprint,
+    load_dataset,
+    load_extra,
+    steps_per_epoch,
+    train_batches,
+)
 from awp_engine.evaluation import PgdAttack, evaluate
 from awp_engine.loading import CHECKPOINTS, MODEL_FILE, ModelDescription
-from awp_engine.objectives import OBJECTIVES
-from awp_engine.perturbation import TrainingStep
+from awp_engine.objectives import build_objective
+from awp_engine.optimizer import build_optimizer
+from awp_engine.perturbation import StepResult, TrainingStep
 from awp_engine.report import plot_learning_curves, write_report
 from awp_engine.run_log import RunLog, read_metrics
 from awp_kernels import AdversarialWeightPerturbation
@@ -27,6 +45,10 @@ from awp_kernels.philox import mix_seed
 _HOLD_OUT_SEED = 0
 _ATTACK_NOISE = 1
 _EVALUATION_NOISE = 2
+_AVERAGE_NOISE = 3
+
+# of ASAM: keeps weights near zero movable
+_ETA = 0.01
 
 
 class TrainingError(RuntimeError):
@@ -42,6 +64,8 @@ class Progress:
     best_epoch: int = 0
     best_robust: float = -1.0
     best_clean: float = -1.0
+    since_best: int = 0
+    averaged: int = 0
 
 
 def choose_device(name: str) -> torch.device:
@@ -62,7 +86,13 @@ def load_data(config: Config) -> Dataset:
         DataError: naming the file that is missing or damaged.
     """
     data = config.data
-    return load_dataset(data.name, root=data.root, held_out_fraction=data.held_out_fraction, seed=_HOLD_OUT_SEED)
+    return load_dataset(
+        data.name,
+        root=data.root,
+        held_out_fraction=data.held_out_fraction,
+        seed=_HOLD_OUT_SEED,
+        train_limit=data.train_limit,
+    )
 
 
 def evaluation_attack(config: Config, *, steps: int | None = None, seed: int | None = None) -> PgdAttack:
@@ -139,10 +169,17 @@ class Trainer:
     def __init__(self, config: Config) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigError("torchrun: training with several processes is not supported yet; use --nproc-per-node 1")
+        config.require_files()
         self.config = config
         self.run_dir = config.resolved_run_dir
         self.device = choose_device(config.device)
         data = load_data(config)
+        extra = None if config.data.extra is None else load_extra(config.data.extra, like=data)
+        self.fingerprints = {
+            "data_fingerprint": data.fingerprint,
+            "extra_fingerprint": None if extra is None else extra_fingerprint(extra),
+        }
+        self.extra = None if extra is None else extra.to(self.device)
         self.data = dataclasses.replace(
             data,
             train=data.train.to(self.device),
@@ -165,21 +202,18 @@ class Trainer:
         # torch's stub does not know the keyword
         model.to(device=self.device, memory_format=self.memory_format)  # pyright: ignore[reportCallIssue]
         self.model = model.train()
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=config.optimizer.lr,
-            momentum=config.optimizer.momentum,
-            weight_decay=config.optimizer.weight_decay,
-            nesterov=config.optimizer.nesterov,
-        )
+        self.optimizer = build_optimizer(self.model, config.optimizer)
         self.step = TrainingStep(
             model=self.model,
             optimizer=self.optimizer,
-            objective=OBJECTIVES[config.method],
+            objective=build_objective(config.method, beta=config.beta, label_smoothing=config.label_smoothing),
             attack=config.attack,
             awp=self._weight_perturbation(),
-            public_code=config.awp.public_code,
+            options=config.awp,
+            clip_norm=config.optimizer.clip_norm,
         )
+        averaged = config.average.kind != "none"
+        self.average = WeightAverage(self.model, config.average, config.epochs) if averaged else None
         self.progress = Progress()
         self.best_weights = _copy(self.model.state_dict())
         self.messages: list[str] = []
@@ -187,7 +221,10 @@ class Trainer:
 
     def _weight_perturbation(self) -> AdversarialWeightPerturbation | None:
         awp = self.config.awp
-        return AdversarialWeightPerturbation(self.model, awp.gamma, scope=awp.scope) if awp.gamma > 0 else None
+        if awp.gamma == 0:
+            return None
+        eta = _ETA if awp.scale == "elementwise" else 0.0
+        return AdversarialWeightPerturbation(self.model, awp.gamma, scope=awp.scope, scale=awp.scale, eta=eta)
 
     def run(self) -> dict[str, Any]:
         """Train what is left, measure the selected weights on the test split, and write the results.
@@ -196,14 +233,16 @@ class Trainer:
             The fields of report.json.
 
         Raises:
-            TrainingError: the loss is not finite.
+            TrainingError: most of an epoch's steps had a gradient that is not finite.
             CheckpointError: a checkpoint could not be written; the one before is intact.
         """
         config = self.config
         with RunLog(self.run_dir, config, config.epochs, config.log_interval, start_epoch=self.progress.epoch) as log:
             for message in self.messages:
                 log.message(message)
-            for epoch in range(self.progress.epoch + 1, config.epochs + 1):
+            history = read_metrics(self.run_dir)
+            while self.progress.epoch < config.epochs and not self._out_of_patience():
+                epoch = self.progress.epoch + 1
                 began = time.monotonic()
                 metrics = self._train_epoch(epoch, log)
                 if epoch % config.evaluation.evaluate_every == 0 or epoch == config.epochs:
@@ -211,43 +250,94 @@ class Trainer:
                 self.progress.epoch = epoch
                 self.progress.seconds += time.monotonic() - began
                 log.end_epoch(epoch, metrics | {"seconds": self.progress.seconds})
-                if epoch % config.checkpoint_every == 0 or epoch == config.epochs:
+                history.append({"epoch": epoch, **metrics})
+                for warning in monitor.warnings(history):
+                    log.message(f"warning: {warning}")
+                if epoch % config.checkpoint_every == 0 or epoch == config.epochs or self._out_of_patience():
                     self._save()
-            log.message("measuring the selected weights on the test split")
+            if self._out_of_patience():
+                log.message(
+                    f"stopped after epoch {self.progress.epoch}: no better held-out PGD accuracy than "
+                    f"{self.progress.best_robust:.2%} of epoch {self.progress.best_epoch}"
+                )
+            log.message("measuring the selected and the last weights on the test split")
             return self._finish()
+
+    def _out_of_patience(self) -> bool:
+        patience = self.config.evaluation.patience
+        return patience is not None and self.progress.since_best >= patience
 
     def _train_epoch(self, epoch: int, log: RunLog) -> dict[str, float | int | None]:
         config = self.config
-        steps = math.ceil(len(self.data.train) / config.batch_size)
+        steps = steps_per_epoch(len(self.data.train), config.batch_size, self._extra_fraction())
         log.begin_epoch(epoch, steps)
-        loss_sum, correct = torch.zeros(2, dtype=torch.float64, device=self.device)
-        perturb = epoch > config.awp.warmup
-        seed = mix_seed(config.seed, epoch, _ATTACK_NOISE)
-        lr, began = 0.0, time.monotonic()
-        for index, (x, y, ids) in enumerate(self._batches(epoch)):
-            x = x.contiguous(memory_format=self.memory_format)
+        loss_sum, correct, skipped, zeros, trained = torch.zeros(5, dtype=torch.float64, device=self.device)
+        lr, seen, began = 0.0, 0, time.monotonic()
+        for index, batch in enumerate(self._batches(epoch)):
             lr = learning_rate(config.optimizer, config.epochs, epoch - 1 + index / steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            result = self.step(x, y, sample_ids=ids, seed=seed, perturb=perturb)
-            loss_sum += result.loss * len(x)
-            correct += result.correct
-            log.step(result.loss, lr, len(x))
-        loss, accuracy = (torch.stack([loss_sum, correct]) / len(self.data.train)).tolist()
-        if not math.isfinite(loss):
+            for result in self._steps(batch, epoch, (epoch - 1) * steps + index):
+                if self.average is not None:
+                    self.average.after_step()
+                count = len(batch.labels)
+                loss_sum += torch.where(result.skipped, 0.0, result.loss * count)
+                trained += torch.where(result.skipped, 0, count)
+                correct += result.correct
+                skipped += result.skipped
+                zeros += result.zero_gradients
+                seen += count
+                log.step(result.loss, lr, count)
+        if self.average is not None:
+            self.average.after_epoch(epoch)
+        made = steps * (config.attack.replays if self._is_free(epoch) else 1)
+        loss, accuracy, lost, masked = torch.stack(
+            [loss_sum / trained.clamp_min(1), correct / seen, skipped, zeros / made]
+        ).tolist()
+        if lost > made / 2:
             raise TrainingError(
-                f"epoch {epoch}: the training loss is {loss}; the checkpoint before it is kept: "
-                "start again elsewhere with a smaller --optimizer.lr"
+                f"epoch {epoch}: {lost:.0f} of {made} steps had a gradient that is not finite; the checkpoint before "
+                "it is kept: start again elsewhere with a smaller --optimizer.lr"
             )
         return {
             "loss": loss,
             "lr": lr,
             "train_pgd_accuracy": accuracy,
-            "images_per_second": len(self.data.train) / (time.monotonic() - began),
+            "zero_gradients": masked,
+            "skipped_steps": lost,
+            "images_per_second": seen / (time.monotonic() - began),
         }
 
-    def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _is_free(self, epoch: int) -> bool:
+        return self.config.attack.fast == "free" and self.config.attack.is_fast(epoch)
+
+    def _steps(self, batch: Batch, epoch: int, step_index: int) -> Iterator[StepResult]:
+        """The updates that one batch serves for: one, or several with free adversarial training."""
         config = self.config
+        x = batch.images.contiguous(memory_format=self.memory_format)
+        if self._is_free(epoch):
+            if self._delta is None or self._delta.shape[0] < len(x):
+                self._delta = torch.zeros_like(x)
+            for _ in range(config.attack.replays):
+                yield self.step.free(x, batch.labels, self._delta[: len(x)])
+            return
+        yield self.step(
+            x,
+            batch.labels,
+            sample_ids=batch.ids,
+            seed=mix_seed(config.seed, epoch, _ATTACK_NOISE),
+            perturb=epoch > config.awp.warmup and step_index % config.awp.every == 0,
+            fast=config.attack.is_fast(epoch),
+        )
+
+    def _extra_fraction(self) -> float | None:
+        return None if self.extra is None else self.config.data.extra_fraction
+
+    def _batches(self, epoch: int) -> Iterator[Batch]:
+        config = self.config
+        # free adversarial training carries its perturbation from batch to batch, but not into the next epoch: a
+        # checkpoint need not hold it
+        self._delta: Tensor | None = None
         return train_batches(
             self.data.train,
             batch_size=config.batch_size,
@@ -255,7 +345,34 @@ class Trainer:
             epoch=epoch,
             pad=config.data.pad,
             flip=config.data.flip,
+            cutout=config.data.cutout,
+            cutmix=config.data.cutmix,
+            num_classes=len(self.data.class_names),
+            fill=self.data.mean,
+            extra=self.extra,
+            extra_fraction=config.data.extra_fraction,
         )
+
+    def _measured_model(self, epoch: int) -> nn.Module:
+        """What is evaluated and kept: the average of the weights where there is one, with its own BN statistics."""
+        if self.average is None or not self.average.started:
+            return self.model
+        self.average.refresh_statistics(self._average_passes(self.average.model, epoch))
+        return self.average.model
+
+    def _average_passes(self, model: nn.Module, epoch: int) -> Iterator[None]:
+        """Forward passes over attacked training images, the ones that training itself makes."""
+        seen = 0
+        for batch in self._batches(epoch):
+            x = batch.images.contiguous(memory_format=self.memory_format)
+            seed = mix_seed(self.config.seed, epoch, _AVERAGE_NOISE)
+            # by the batch's statistics: the running ones are what is being computed
+            x_adv = self.step.attacked(model, x, batch.labels, batch.ids, seed, bn_mode="train")
+            self.step.objective.losses(model, x_adv, x, batch.labels)
+            yield
+            seen += len(x)
+            if seen >= self.config.average.bn_images:
+                return
 
     def _evaluate(self, model: nn.Module, split: Split) -> tuple[float, float]:
         batch_size = self.config.evaluation.batch_size
@@ -265,19 +382,31 @@ class Trainer:
     def _select(self, epoch: int) -> dict[str, float | int | None]:
         """Measure the epoch on held-out images, and keep its weights if none were better."""
         limit = self.config.evaluation.held_out_limit
-        clean, robust = self._evaluate(self.model, _sample(self.data.held_out, limit))
+        model = self._measured_model(epoch)
+        clean, robust = self._evaluate(model, _sample(self.data.held_out, limit))
         best = self.progress
         # the later of equals has trained longer; clean accuracy decides between equally robust ones
         if (robust, clean) >= (best.best_robust, best.best_clean):
+            best.since_best = 0 if robust > best.best_robust else best.since_best + 1
             best.best_epoch, best.best_robust, best.best_clean = epoch, robust, clean
-            self.best_weights = _copy(self.model.state_dict())
+            self.best_weights = _copy(model.state_dict())
+        else:
+            best.since_best += 1
         return {"held_out_clean_accuracy": clean, "held_out_pgd_accuracy": robust}
 
     def _finish(self) -> dict[str, Any]:
-        self.model.load_state_dict(self.best_weights)
-        test_clean, test_robust = self._evaluate(self.model, self.data.test)
+        model = self._measured_model(self.progress.epoch)
+        test = _sample(self.data.test, self.config.evaluation.test_limit)
         # as many training images as test images: the gap between the two is the overfitting
-        _, train_robust = self._evaluate(self.model, _sample(self.data.train, len(self.data.test)))
+        train = _sample(self.data.train, len(test))
+        last_clean, last_robust = self._evaluate(model, test)
+        _, last_train_robust = self._evaluate(model, train)
+        if self.progress.best_epoch == self.progress.epoch:
+            test_clean, test_robust, train_robust = last_clean, last_robust, last_train_robust
+        else:
+            model.load_state_dict(self.best_weights)
+            test_clean, test_robust = self._evaluate(model, test)
+            _, train_robust = self._evaluate(model, train)
         config, progress = self.config, self.progress
         checkpoint.export_model(
             self.run_dir / MODEL_FILE,
@@ -291,11 +420,15 @@ class Trainer:
             name: test_robust,
             "train_pgd_accuracy": train_robust,
             "held_out_pgd_accuracy": progress.best_robust,
+            "last": {"clean_accuracy": last_clean, name: last_robust, "train_pgd_accuracy": last_train_robust},
+            "test_images": len(test),
+            "train_images": len(self.data.train),
             "selected_epoch": progress.best_epoch,
             "epochs": progress.epoch,
             "seconds": progress.seconds,
             "preset": config.preset,
             "seed": config.seed,
+            "method": config.method,
             "gamma": config.awp.gamma,
             "attack": {
                 "norm": config.attack.norm,
@@ -304,7 +437,7 @@ class Trainer:
                 "step_size": config.evaluation_step_size,
             },
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
-            "data": {"name": self.data.name, "fingerprint": self.data.fingerprint},
+            "data": {"name": self.data.name, **self.fingerprints},
             "config_hash": config_hash(config),
         }
         plot_learning_curves(self.run_dir, read_metrics(self.run_dir), progress.best_epoch)
@@ -320,9 +453,11 @@ class Trainer:
         return {name: buffer for name, buffer in buffers.items() if buffer is not None}
 
     def _save(self) -> Path:
+        if self.average is not None:
+            self.progress.averaged = self.average.count
         state = dataclasses.asdict(self.progress) | {
             "config_hash": config_hash(self.config),
-            "data_fingerprint": self.data.fingerprint,
+            **self.fingerprints,
             **self.description.to_metadata(),
         }
         tensors = {
@@ -330,6 +465,8 @@ class Trainer:
             "optimizer": self._momentum(),
             "best_model": self.best_weights,
         }
+        if self.average is not None and self.average.started:
+            tensors["average"] = self.average.state()
         return checkpoint.save(
             self.run_dir / CHECKPOINTS,
             f"epoch-{self.progress.epoch}",
@@ -344,7 +481,7 @@ class Trainer:
         if found is None:
             return
         self.messages += [f"skipped a checkpoint: {line}" for line in found.skipped]
-        if found.state.get("data_fingerprint") != self.data.fingerprint:
+        if any(found.state.get(key) != value for key, value in self.fingerprints.items()):
             raise ConfigError(
                 f"--run-dir: {self.run_dir} was trained on other images; restore the data or choose another"
             )
@@ -352,10 +489,11 @@ class Trainer:
         for name, parameter in self.model.named_parameters():
             buffer = found.tensors["optimizer"].get(name)
             if buffer is not None:
-                # in the parameter's memory format, as the optimizer keeps it
-                self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(buffer)
+                self.optimizer.state[parameter]["momentum_buffer"].copy_(buffer)
         self.best_weights = found.tensors["best_model"]
         self.progress = Progress(**{field.name: found.state[field.name] for field in dataclasses.fields(Progress)})
+        if self.average is not None and self.progress.averaged:
+            self.average.load(found.tensors["average"], self.progress.averaged)
         self.messages.append(f"going on after epoch {self.progress.epoch}, from {found.path}")
 
 

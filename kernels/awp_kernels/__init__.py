@@ -5,18 +5,26 @@
 
 from awp_kernels._backend import use_backend as use_backend
 from awp_kernels.awp import AdversarialWeightPerturbation as AdversarialWeightPerturbation
+from awp_kernels.awp import asam as asam
+from awp_kernels.awp import every_parameter as every_parameter
+from awp_kernels.awp import sam as sam
 from awp_kernels.perturb import perturb_ as perturb_
 from awp_kernels.perturb import perturb_into_ as perturb_into_
 from awp_kernels.pgd_init import pgd_init_ as pgd_init_
+from awp_kernels.pgd_init import pgd_init_normal_ as pgd_init_normal_
 from awp_kernels.pgd_step import pgd_step_ as pgd_step_
 from awp_kernels.restore import restore_ as restore_
 
 __all__ = [
     "AdversarialWeightPerturbation",
+    "asam",
+    "every_parameter",
     "perturb_",
     "perturb_into_",
     "pgd_init_",
+    "pgd_init_normal_",
     "pgd_step_",
     "restore_",
+    "sam",
     "use_backend",
 ]

@@ -14,7 +14,8 @@ def main() -> None:
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     dtypes = {"float32, float16, bfloat16": torch.float32, "float64": torch.float64}
     print(f"{'operation':<28} {'tensors':<34} implementation")
-    public = {"perturb": "perturb_, perturb_into_"} | {name: f"{name}_" for name in _backend.OPERATIONS[1:]}
+    public = {name: f"{name}_" for name in _backend.OPERATIONS}
+    public |= {"perturb": "perturb_, perturb_into_", "pgd_init": "pgd_init_, pgd_init_normal_"}
     for operation in _backend.OPERATIONS:
         for device in devices:
             for label, dtype in dtypes.items():

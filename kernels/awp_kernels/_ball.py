@@ -28,14 +28,14 @@ def l2_radius(epsilon: float, elements: int, dtype: torch.dtype) -> float:
     return max(epsilon - margin, 0.0)
 
 
-def linf_bounds(x: Tensor, epsilon: float, low: float, high: float) -> tuple[Tensor, Tensor]:
+def linf_bounds(x: Tensor, epsilon: float | Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
     """[x - epsilon, x + epsilon] with both ends rounded inward, intersected with [low, high].
 
     Knuth's TwoSum gives the rounding error of x + e exactly; where the rounded bound lies outside, the next number
     inside is taken.
     """
 
-    def bound(offset: float, outward: int) -> Tensor:
+    def bound(offset: float | Tensor, outward: int) -> Tensor:
         total = x + offset
         back = total - x
         error = (x - (total - back)) + (offset - back)
@@ -45,6 +45,20 @@ def linf_bounds(x: Tensor, epsilon: float, low: float, high: float) -> tuple[Ten
     lower, upper = bound(-epsilon, -1), bound(epsilon, 1)
     # comparisons instead of min and max: a NaN bound gives way to the clip range
     return torch.where(lower > low, lower, low), torch.where(upper < high, upper, high)
+
+
+def within(value: Tensor, center: Tensor, bound: float) -> Tensor:
+    """Clamp to `bound` * |center| around `center`, which holds exactly in the working precision; NaN stays NaN.
+
+    Args:
+        value: in the working precision.
+        center: of the same shape and dtype.
+        bound: >= 0, in the working precision: see `round_toward_zero`.
+    """
+    radius = center.abs() * bound
+    # one number less, as the product may have been rounded up
+    radius = torch.nextafter(radius, torch.zeros_like(radius))
+    return clamp(value, *linf_bounds(center, radius, -torch.inf, torch.inf))
 
 
 def clamp(value: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SCOPES = ("layer", "global", "filter")
+SCALES = ("relative", "absolute", "elementwise")
 NORMS = ("linf", "l2")
 
 
@@ -22,6 +23,32 @@ def finite(name: str, value: float, *, minimum: float | None = None) -> None:
     if not math.isfinite(value) or (minimum is not None and value < minimum):
         least = "" if minimum is None else f" >= {minimum:g}"
         raise ValueError(f"{name}: expected a finite number{least}, got {value}")
+
+
+def scaling(scale: str, eta: float, bound: float | None) -> None:
+    """Refuse what does not say how long a perturbation is.
+
+    Raises:
+        ValueError: scale, eta or bound.
+    """
+    one_of("scale", scale, SCALES)
+    finite("eta", eta, minimum=0)
+    if eta and scale != "elementwise":
+        raise ValueError(f"eta: scale 'elementwise' alone takes it, got {eta} with scale {scale!r}")
+    if bound is not None:
+        finite("bound", bound, minimum=0)
+
+
+def adaptive_flags(adaptive: Sequence[bool], weights: Sequence[Tensor], scale: str) -> None:
+    """Refuse flags that do not belong to the weights.
+
+    Raises:
+        ValueError: flags without scale "elementwise", or not one a tensor.
+    """
+    if adaptive and scale != "elementwise":
+        raise ValueError(f"adaptive: scale 'elementwise' alone takes it, got scale {scale!r}")
+    if adaptive and len(adaptive) != len(weights):
+        raise ValueError(f"adaptive: expected {len(weights)} flags like weights, got {len(adaptive)}")
 
 
 def dense(tensor: Tensor) -> bool:

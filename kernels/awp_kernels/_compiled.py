@@ -9,7 +9,8 @@ from torch import Tensor
 from awp_kernels._ball import l2_radius, round_toward_zero
 
 _SCOPES = {"layer": 0, "global": 1, "filter": 2}
-_NORMS = {"linf": 0, "l2": 1}
+_SCALES = {"relative": 0, "absolute": 1, "elementwise": 2}
+_NORMS = {"linf": 0, "l2": 1, "normal": 2}
 
 
 def perturb(namespace: Any) -> Callable[..., Tensor]:
@@ -24,10 +25,16 @@ def perturb(namespace: Any) -> Callable[..., Tensor]:
         gamma: float,
         scope: str,
         eps: float,
+        scale: str,
+        eta: float,
+        bound: float | None,
+        adaptive: list[bool],
     ) -> Tensor:
         if not weights:
             return torch.empty(0)
-        return operation(out, weights, grads, saved, gamma, _SCOPES[scope], eps)
+        radius = None if bound is None else round_toward_zero(bound, weights[0].dtype)
+        flags = [int(flag) for flag in adaptive]
+        return operation(out, weights, grads, saved, gamma, _SCOPES[scope], eps, _SCALES[scale], eta, radius, flags)
 
     return call
 
@@ -43,7 +50,9 @@ def pgd_init(namespace: Any) -> Callable[..., None]:
 
     def call(x_adv: Tensor, x: Tensor, sample_ids: Tensor, epsilon: float, norm: str, seed: int) -> None:
         if x.numel():
-            bound, radius = round_toward_zero(epsilon, x.dtype), l2_radius(epsilon, x[0].numel(), x.dtype)
+            # a standard deviation is rounded to nearest, which the operation does
+            bound = epsilon if norm == "normal" else round_toward_zero(epsilon, x.dtype)
+            radius = l2_radius(epsilon, x[0].numel(), x.dtype)
             operation(x_adv, x, sample_ids, bound, radius, _NORMS[norm], seed)
 
     return call

@@ -18,11 +18,12 @@ WARPS = 8
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 # columns of a row of the table, int64
-ROW = tl.constexpr(8)
+ROW = tl.constexpr(9)
 NUMEL = tl.constexpr(4)
 FIRST = tl.constexpr(5)
 RUN = tl.constexpr(6)
 WIDE = tl.constexpr(7)
+FLAG = tl.constexpr(8)
 _POINTERS = 4
 
 
@@ -30,8 +31,8 @@ class Table(NamedTuple):
     """A list of tensors as a kernel sees it.
 
     Attributes:
-        rows: int64 [tensors, 8] on the device: four addresses, number of elements, index of the tensor's first
-            program, elements that a program takes, and whether every program may use 16-byte accesses.
+        rows: int64 [tensors, 9] on the device: four addresses, number of elements, index of the tensor's first
+            program, elements that a program takes, whether every program may use 16-byte accesses, and a flag.
         programs: int64 on the device: the tensor that each program works on.
         host: the memory that both were uploaded from.
     """
@@ -48,6 +49,7 @@ class _Key(NamedTuple):
     item_sizes: tuple[int, ...]
     numels: tuple[int, ...]
     counts: tuple[int, ...] | None
+    flags: tuple[bool, ...] | None
 
 
 def _build(key: _Key) -> Table:
@@ -60,6 +62,7 @@ def _build(key: _Key) -> Table:
         aligned = not any(address % 16 for address in addresses)
         wide = aligned and (count <= 1 or not any(run * size % 16 for size in key.item_sizes))
         rows += [*addresses, *[0] * (_POINTERS - len(addresses)), numel, first, run, int(wide)]
+        rows.append(int(key.flags is None or key.flags[index]))
         first += count
     programs = torch.repeat_interleave(torch.tensor(counts, dtype=torch.int64))
     host = torch.cat([torch.tensor(rows, dtype=torch.int64), programs])
@@ -73,12 +76,15 @@ _build_once = functools.lru_cache(maxsize=64)(_build)
 _captured: list[Tensor] = []
 
 
-def table(lists: list[list[Tensor]], counts: tuple[int, ...] | None = None) -> Table:
+def table(
+    lists: list[list[Tensor]], counts: tuple[int, ...] | None = None, flags: tuple[bool, ...] | None = None
+) -> Table:
     """The table of up to four equally long lists of flat tensors, kept for the next call with the same memory.
 
     Args:
         lists: tensors with equal element counts at equal places; the first list must not be empty.
         counts: programs for each tensor, each taking an equal run of its elements; None: one a CHUNK.
+        flags: a flag for each tensor, for the kernel to read; None: all set.
     """
     device = lists[0][0].device
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -90,6 +96,7 @@ def table(lists: list[list[Tensor]], counts: tuple[int, ...] | None = None) -> T
         tuple(tensors[0].element_size() for tensors in lists),
         tuple(tensor.numel() for tensor in lists[0]),
         counts,
+        flags,
     )
     if not capturing:
         return _build_once(key)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from awp_kernels import _checks
+from awp_kernels._ball import round_toward_zero, within, working_dtype
 from awp_kernels.perturb import perturb_
 from awp_kernels.restore import restore_
 
@@ -16,8 +17,21 @@ def is_perturbed(name: str, parameter: Tensor) -> bool:
     return parameter.ndim > 1 and "weight" in name
 
 
+def every_parameter(name: str, parameter: Tensor) -> bool:
+    """All trainable parameters, as SAM and ASAM perturb."""
+    return True
+
+
+def is_weight(name: str, parameter: Tensor) -> bool:
+    """ASAM's choice of what is normalised element by element: parameters whose name contains "weight"."""
+    return "weight" in name
+
+
 class AdversarialWeightPerturbation:
-    """Moves a model's weights to w + gamma * ||w|| * g / ||g|| for one forward and backward pass, and back.
+    """Moves a model's weights along their gradient for one forward and backward pass, and back.
+
+    By default to w + gamma * ||w|| * g / ||g||, tensor by tensor, as AWP does; `sam` and `asam` configure it as those
+    methods do, and `bound` keeps every weight within a fraction of itself, as fine-tuners of language models do.
 
     Between the ascent's backward pass and the optimizer's step:
 
@@ -29,15 +43,30 @@ class AdversarialWeightPerturbation:
     Works with loss scaling (the direction does not depend on the scale), with gradient accumulation (accumulate the
     ascent, then the descent inside the block) and under autocast (its cache of casts is cleared).
 
+    Several ascent steps, each from where the one before has led:
+
+        loss_fn(model(x_adv), y).backward()
+        with awp.perturbed():
+            for _ in range(steps - 1):
+                loss_fn(model(x_adv), y).backward()
+                awp.perturb_(again=True)
+            loss_fn(model(x_adv), y).backward()
+        optimizer.step()
+
     Args:
         model: any module; its parameters may be on any one device.
-        gamma: length of the perturbation as a fraction of ||w||, >= 0.
-        scope: "layer" (the paper's), "global" or "filter", as for `perturb_`.
+        gamma: length of the perturbation, >= 0: a fraction of ||w|| for scale "relative", else see `perturb_`.
+        scope: what a norm is taken over: "layer" (the paper's), "global" or "filter", as for `perturb_`.
+        scale: "relative" (the paper's), "absolute" (SAM's) or "elementwise" (ASAM's), as for `perturb_`.
+        eta: added to |w| for scale "elementwise", >= 0.
+        adaptive: for scale "elementwise", which parameters are normalised by |w| + eta, by name and tensor; by
+            default all.
+        bound: if given, every weight stays within bound * |w| of its own value w, >= 0.
         eps: added to ||g||.
         select: which parameters move, by name and tensor; by default `is_perturbed`.
 
     Raises:
-        ValueError: gamma, scope or eps out of range, or a model without a parameter to perturb.
+        ValueError: a number out of range, an unknown scope or scale, or a model without a parameter to perturb.
 
     Source: Wu, Xia, Wang: Adversarial Weight Perturbation Helps Robust Generalization, NeurIPS 2020.
     """
@@ -48,17 +77,29 @@ class AdversarialWeightPerturbation:
         gamma: float,
         *,
         scope: str = "layer",
+        scale: str = "relative",
+        eta: float = 0.0,
+        adaptive: Callable[[str, Tensor], bool] | None = None,
+        bound: float | None = None,
         eps: float = 1e-20,
         select: Callable[[str, Tensor], bool] = is_perturbed,
     ) -> None:
         _checks.finite("gamma", gamma, minimum=0)
         _checks.finite("eps", eps, minimum=0)
         _checks.one_of("scope", scope, _checks.SCOPES)
+        _checks.scaling(scale, eta, bound)
+        if adaptive is not None and scale != "elementwise":
+            raise ValueError(f"adaptive: scale 'elementwise' alone takes it, got scale {scale!r}")
         self.model, self.gamma, self.scope, self.eps = model, gamma, scope, eps
+        self.scale, self.eta, self.bound = scale, eta, bound
         # named_parameters lists a tied weight once
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and select(name, p)}
         if not self.parameters:
-            raise ValueError("model: no trainable parameter with ndim > 1 whose name contains 'weight'; pass select=")
+            raise ValueError(
+                "model: no trainable parameter that `select` takes (by default ndim > 1 and 'weight' in the name)"
+            )
+        # empty where nothing is normalised element by element
+        self._adaptive = {name: adaptive(name, p) for name, p in self.parameters.items()} if adaptive else {}
         self._saved: dict[str, Tensor] = {}
         self._active: list[str] = []
 
@@ -71,14 +112,22 @@ class AdversarialWeightPerturbation:
         return list(groups.values())
 
     @torch.no_grad()
-    def perturb_(self) -> None:
+    def perturb_(self, *, again: bool = False) -> None:
         """Save the weights, move them along their gradients, and clear all gradients.
 
+        Args:
+            again: take a further step from where the weights are, by a length that is measured there; `restore_`
+                brings back what the first step saved, and a bound holds around that.
+
         Raises:
-            RuntimeError: already perturbed, or no gradient to follow.
+            RuntimeError: perturbed already without `again`, not yet perturbed with it, or no gradient to follow.
         """
-        if self._active:
-            raise RuntimeError("weights are perturbed already: leave the perturbed() block first")
+        if self._active and not again:
+            raise RuntimeError("weights are perturbed already: leave the perturbed() block first, or pass again=True")
+        if again and not self._active:
+            raise RuntimeError(
+                "weights are not perturbed: again=True takes a further step inside the perturbed() block"
+            )
         groups = self._groups()
         if not groups:
             raise RuntimeError("no gradients to perturb along: call backward() on the ascent loss first")
@@ -86,7 +135,10 @@ class AdversarialWeightPerturbation:
             raise RuntimeError("scope 'global' needs all perturbed parameters to be of one dtype")
         try:
             for names in groups:
-                self._move(names)
+                if again:
+                    self._move_on(names)
+                else:
+                    self._move(names)
         except BaseException:
             self.restore_()
             raise
@@ -95,23 +147,46 @@ class AdversarialWeightPerturbation:
         # casts made before the move would hide it inside an autocast block
         torch.clear_autocast_cache()
 
-    def _move(self, names: list[str]) -> None:
+    def _buffer(self, name: str) -> Tensor:
+        """Where a weight's bits are kept; the same memory from step to step."""
+        weight, saved = self.parameters[name], self._saved.get(name)
+        layout = (weight.dtype, weight.device, weight.stride())
+        if saved is None or (saved.dtype, saved.device, saved.stride()) != layout:
+            saved = self._saved[name] = torch.empty_like(weight)
+        return saved
+
+    def _run(self, names: list[str], saved: list[Tensor] | None, bound: float | None) -> None:
         weights = [self.parameters[name] for name in names]
-        grads = [weight.grad for weight in weights if weight.grad is not None]
-        for name, weight in zip(names, weights, strict=True):
-            saved = self._saved.get(name)
-            layout = (weight.dtype, weight.device, weight.stride())
-            if saved is None or (saved.dtype, saved.device, saved.stride()) != layout:
-                self._saved[name] = torch.empty_like(weight)
         perturb_(
             weights,
-            grads,
+            [weight.grad for weight in weights if weight.grad is not None],
             self.gamma,
-            saved=[self._saved[name] for name in names],
+            saved=saved,
             scope=self.scope,
+            scale=self.scale,
+            eta=self.eta,
+            adaptive=[self._adaptive[name] for name in names] if self._adaptive else None,
+            bound=bound,
             eps=self.eps,
         )
+
+    def _move(self, names: list[str]) -> None:
+        self._run(names, [self._buffer(name) for name in names], self.bound)
         self._active += names
+
+    def _move_on(self, names: list[str]) -> None:
+        """A further step; weights that had no gradient before are saved now."""
+        active = set(self._active)
+        for name in names:
+            if name not in active:
+                self._buffer(name).copy_(self.parameters[name])
+                self._active.append(name)
+        self._run(names, None, None)
+        if self.bound is not None:
+            for name in names:
+                weight, saved = self.parameters[name], self._saved[name]
+                dtype = working_dtype(weight.dtype)
+                weight.copy_(within(weight.to(dtype), saved.to(dtype), round_toward_zero(self.bound, dtype)))
 
     @torch.no_grad()
     def restore_(self) -> None:
@@ -141,3 +216,82 @@ class AdversarialWeightPerturbation:
     def displacement(self) -> dict[str, Tensor]:
         """What the weights were moved by, inside `perturbed()`: name to tensor of the weight's shape."""
         return {name: self.parameters[name] - self._saved[name] for name in self._active}
+
+
+def sam(
+    model: nn.Module,
+    rho: float = 0.05,
+    *,
+    bound: float | None = None,
+    eps: float = 1e-12,
+    select: Callable[[str, Tensor], bool] = every_parameter,
+) -> AdversarialWeightPerturbation:
+    """Sharpness-aware minimisation: every parameter moves by rho * g / ||g||, one norm over all of them.
+
+        loss_fn(model(x), y).backward()
+        with perturbation.perturbed():
+            loss_fn(model(x), y).backward()
+        optimizer.step()
+
+    Args:
+        model: any module; its trainable parameters are of one dtype and on one device.
+        rho: length of the perturbation, in the units of the weights, >= 0.
+        bound: as for `AdversarialWeightPerturbation`.
+        eps: added to ||g||; 1e-12 as public code has it.
+        select: which parameters move, by name and tensor; by default all that are trainable.
+
+    Raises:
+        ValueError: a number out of range, or a model without a trainable parameter.
+
+    Source: Foret, Kleiner, Mobahi, Neyshabur: Sharpness-Aware Minimization for Efficiently Improving Generalization,
+    ICLR 2021.
+    """
+    _checks.finite("rho", rho, minimum=0)
+    return AdversarialWeightPerturbation(
+        model, rho, scope="global", scale="absolute", bound=bound, eps=eps, select=select
+    )
+
+
+def asam(
+    model: nn.Module,
+    rho: float = 0.5,
+    eta: float = 0.01,
+    *,
+    adaptive: Callable[[str, Tensor], bool] = is_weight,
+    bound: float | None = None,
+    eps: float = 1e-16,
+    select: Callable[[str, Tensor], bool] = every_parameter,
+) -> AdversarialWeightPerturbation:
+    """Adaptive SAM: every parameter moves by rho * T^2 g / ||T g||, one norm over all of them.
+
+    As in the authors' code, T = |w| + eta for parameters whose name contains "weight" (normalisation layers' too), and
+    T = 1 for all others, such as biases; pass `adaptive=every_parameter` for T = |w| + eta throughout, as the paper
+    writes it, with eta=0 for the variant without eta.
+
+    Args:
+        model: any module; its trainable parameters are of one dtype and on one device.
+        rho: length of T^-1 v, >= 0.
+        eta: added to |w|, in the units of the weights, >= 0.
+        adaptive: for which parameters T = |w| + eta, by name and tensor; for the others T = 1.
+        bound: as for `AdversarialWeightPerturbation`.
+        eps: added to ||T g||; 1e-16 as in the authors' code.
+        select: which parameters move, by name and tensor; by default all that are trainable.
+
+    Raises:
+        ValueError: a number out of range, or a model without a trainable parameter.
+
+    Source: Kwon, Kim, Park, Choi: ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of Deep
+    Neural Networks, ICML 2021.
+    """
+    _checks.finite("rho", rho, minimum=0)
+    return AdversarialWeightPerturbation(
+        model,
+        rho,
+        scope="global",
+        scale="elementwise",
+        eta=eta,
+        adaptive=adaptive,
+        bound=bound,
+        eps=eps,
+        select=select,
+    )

@@ -134,7 +134,7 @@ std::vector<PerturbTensor> random_tensors(int64_t count, int64_t largest) {
 
 void check_plan(int64_t count, int64_t largest) {
   const auto tensors = random_tensors(count, largest);
-  Perturb p{tensors.data(), count, {}, {}, {}, Scope::kLayer, 0, 0, nullptr};
+  Perturb p{tensors.data(), count, {}, {}, {}, Scope::kLayer, Scale::kRelative, 0, 0, 0, -1, nullptr};
   const int64_t chunk = cuda::chunk_elements(p);
   CHECK(chunk % cuda::kChunkUnit == 0);
   CHECK(cuda::total_chunks(p, chunk) <= cuda::kChunks + count);
@@ -197,6 +197,8 @@ struct Case {
   Scope scope;
   DType out, weight, grad;
   bool in_place = false, save = true;
+  Scale scale = Scale::kRelative;
+  float eta = 0, bound = -1;
 };
 
 void check_perturb(const Case& c, const std::vector<Shape>& shapes) {
@@ -215,7 +217,8 @@ void check_perturb(const Case& c, const std::vector<Shape>& shapes) {
     if (numel > 7) weight.back()->set(numel - 1, std::numeric_limits<float>::denorm_min());
     original.back()->copy(*weight.back());
     tensors.push_back({c.in_place ? weight.back()->data() : out.back()->data(), weight.back()->data(),
-                       grad.back()->data(), c.save ? saved.back()->data() : nullptr, numel, shape.filters});
+                       grad.back()->data(), c.save ? saved.back()->data() : nullptr, numel, shape.filters,
+                       tensors.size() % 3 != 1});
     scale_count += shape.filters;
   }
   const int64_t count = static_cast<int64_t>(shapes.size());
@@ -223,23 +226,33 @@ void check_perturb(const Case& c, const std::vector<Shape>& shapes) {
   if (c.scope == Scope::kGlobal) scale_count = 1;
   Array scales(DType::kFloat32, scale_count);
   const double gamma = 0.01, eps = 1e-20;
-  const Perturb p{
-      tensors.data(), count, c.out, c.weight, c.grad, c.scope, gamma, eps, reinterpret_cast<float*>(scales.data())};
+  const Perturb p{tensors.data(), count, c.out, c.weight, c.grad,  c.scope,
+                  c.scale,        gamma, eps,   c.eta,    c.bound, reinterpret_cast<float*>(scales.data())};
   Array workspace(DType::kFloat32, cuda::perturb_workspace_bytes(p) / 4);
   emulator::launches = 0;
   CHECK(cuda::perturb(p, workspace.data(), nullptr) == cudaSuccess);
   const int tables = static_cast<int>((count + cuda::kPerturbCapacity - 1) / cuda::kPerturbCapacity);
   CHECK(emulator::launches == tables * (c.scope == Scope::kFilter ? 1 : 2));
 
-  const auto squares = [](const Array& a, int64_t begin, int64_t end) {
+  const auto is_scaled = [&](size_t t) { return c.scale == Scale::kElementwise && tensors[t].adaptive; };
+  const auto factor = [&](size_t t, int64_t i) { return std::abs(original[t]->get(i)) + c.eta; };
+  const auto weight_squares = [&](size_t t, int64_t begin, int64_t end) {
     long double sum = 0;
-    for (int64_t i = begin; i < end; ++i) sum += static_cast<long double>(a.get(i)) * a.get(i);
+    for (int64_t i = begin; i < end; ++i) sum += static_cast<long double>(original[t]->get(i)) * original[t]->get(i);
+    return sum;
+  };
+  const auto grad_squares = [&](size_t t, int64_t begin, int64_t end) {
+    long double sum = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      const long double value = static_cast<long double>(grad[t]->get(i)) * (is_scaled(t) ? factor(t, i) : 1.0f);
+      sum += value * value;
+    }
     return sum;
   };
   long double all_weight = 0, all_grad = 0;
   for (size_t t = 0; t < shapes.size(); ++t) {
-    all_weight += squares(*original[t], 0, original[t]->count());
-    all_grad += squares(*grad[t], 0, grad[t]->count());
+    all_weight += weight_squares(t, 0, original[t]->count());
+    all_grad += grad_squares(t, 0, grad[t]->count());
   }
   int64_t at = 0;
   for (size_t t = 0; t < shapes.size(); ++t) {
@@ -248,14 +261,20 @@ void check_perturb(const Case& c, const std::vector<Shape>& shapes) {
     for (int64_t k = 0; k < runs; ++k) {
       const int64_t begin = numel / runs * k, end = numel / runs * (k + 1);
       const bool global = c.scope == Scope::kGlobal;
-      const long double w = global ? all_weight : squares(*original[t], begin, end);
-      const long double g = global ? all_grad : squares(*grad[t], begin, end);
-      const double expected = gamma * std::sqrt(static_cast<double>(w)) / (std::sqrt(static_cast<double>(g)) + eps);
+      const long double w = global ? all_weight : weight_squares(t, begin, end);
+      const long double g = global ? all_grad : grad_squares(t, begin, end);
+      const double length = c.scale == Scale::kRelative ? std::sqrt(static_cast<double>(w)) : 1.0;
+      const double expected = gamma * length / (std::sqrt(static_cast<double>(g)) + eps);
       const float scale = scales.get(global ? 0 : at++);
       CHECK(std::abs(scale - expected) <= 6e-8 * expected);
       for (int64_t i = begin; i < end; ++i) {
         const Array& result = c.in_place ? *weight[t] : *out[t];
-        CHECK(result.bits(i) == result.stored(std::fmaf(scale, grad[t]->get(i), original[t]->get(i))));
+        const float before = original[t]->get(i), step = grad[t]->get(i);
+        float moved = std::fmaf(scale, step, before);
+        if (is_scaled(t)) moved = std::fmaf(scale * step * factor(t, i), factor(t, i), before);
+        if (c.bound >= 0) moved = project_relative(moved, before, c.bound);
+        CHECK(result.bits(i) == result.stored(moved));
+        CHECK(!(c.bound >= 0) || std::abs(double{moved} - before) <= double{c.bound} * std::abs(double{before}));
         if (c.save) CHECK(saved[t]->bits(i) == original[t]->bits(i));
         if (!c.in_place) CHECK(weight[t]->bits(i) == original[t]->bits(i));
       }
@@ -334,6 +353,7 @@ void check_pgd_init(DType dtype, Norm norm, const Images& images) {
         const float delta = uniform_integer(word(e, Stream::kUniform)) * (p.epsilon * 0x1p-24f);
         expected = project_linf(clean + delta, clean, p.epsilon, 0, 1);
       }
+      if (norm == Norm::kNormal) expected = clean + z[static_cast<size_t>(e)] * p.epsilon;
       CHECK(x_adv.bits(at) == x_adv.stored(expected));
     }
   }
@@ -440,18 +460,42 @@ int main() {
     check_perturb({scope, DType::kFloat32, DType::kFloat32, DType::kFloat32}, many);
   }
 
+  const std::vector<Shape> few{{4, 0}, {9, 27}, {2, 1025, 1}, {1, 4101}};
+  for (const Scope scope : {Scope::kLayer, Scope::kGlobal, Scope::kFilter}) {
+    for (const Scale scale : {Scale::kRelative, Scale::kAbsolute, Scale::kElementwise}) {
+      for (const float bound : {-1.0f, 0.01f}) {
+        if (scale == Scale::kRelative && bound < 0) continue;
+        test = "perturb scope " + std::to_string(static_cast<int>(scope)) + " scale " +
+               std::to_string(static_cast<int>(scale)) + " bound " + std::to_string(bound);
+        const float eta = scale == Scale::kElementwise ? 0.01f : 0;
+        check_perturb({scope, DType::kFloat32, DType::kFloat32, DType::kFloat32, true, true, scale, eta, bound}, few);
+        if (bound < 0) continue;
+        check_perturb({scope, DType::kFloat16, DType::kFloat32, DType::kBFloat16, false, false, scale, eta, bound},
+                      few);
+      }
+    }
+  }
+  for (const DType weight : kDTypes) {
+    for (const DType grad : kDTypes) {
+      test = std::string("perturb elementwise bounded weight ") + name(weight) + " grad " + name(grad);
+      check_perturb({Scope::kLayer, weight, weight, grad, true, true, Scale::kElementwise, 0.0f, 0.5f},
+                    {{1, 1025}, {3, 27}, {2, 41, 1}});
+    }
+  }
+
   test = "restore";
   check_restore();
 
   const Images images[] = {{1, 1, 1},   {1, 1, 3},           {1, 2, 2},       {1, 8, 8},         {3, 3, 3},
                            {3, 32, 32}, {1, 8, 8, false, 1}, {3, 5, 7, true}, {3, 32, 32, true}, {3, 4, 4, true, 1}};
-  for (const Norm norm : {Norm::kLinf, Norm::kL2}) {
+  for (const Norm norm : {Norm::kLinf, Norm::kL2, Norm::kNormal}) {
     for (const DType dtype : kDTypes) {
       for (const Images& image : images) {
-        test = std::string("pgd_init ") + name(dtype) + (norm == Norm::kL2 ? " l2 " : " linf ") +
+        test = std::string("pgd_init ") + name(dtype) + " norm " + std::to_string(static_cast<int>(norm)) + " " +
                std::to_string(image.channels * image.height * image.width);
         check_pgd_init(dtype, norm, image);
       }
+      if (norm == Norm::kNormal) continue;
       for (const DType grad : kDTypes) {
         for (const int64_t elements : {1, 64, 3072, 4105}) {
           test = std::string("pgd_step ") + name(dtype) + " grad " + name(grad) +

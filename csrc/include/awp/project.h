@@ -1,5 +1,7 @@
-// The exact Linf projection, one element: shared by the CPU and CUDA kernels.
+// The exact projections, one element: shared by the CPU and CUDA kernels.
 #pragma once
+
+#include <cmath>
 
 #include "awp/philox.h"
 
@@ -34,6 +36,14 @@ AWP_HOST_DEVICE float clamp(float value, float low, float high) {
 AWP_HOST_DEVICE float project_linf(float value, float x, float epsilon, float low, float high) {
   const float lower = lower_bound(x, epsilon), upper = upper_bound(x, epsilon);
   return clamp(value, lower > low ? lower : low, upper < high ? upper : high);
+}
+
+// Clamps to bound * |center| around center.
+AWP_HOST_DEVICE float project_relative(float value, float center, float bound) {
+  const float product = fabsf(center) * bound;
+  // one number less, as the product may have been rounded up
+  const float radius = product > 0.0f ? bits_to_float(float_to_bits(product) - 1) : product;
+  return clamp(value, lower_bound(center, radius), upper_bound(center, radius));
 }
 
 }  // namespace awp

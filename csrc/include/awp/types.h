@@ -7,7 +7,10 @@ namespace awp {
 
 enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 enum class Scope : int32_t { kLayer = 0, kGlobal = 1, kFilter = 2 };
-enum class Norm : int32_t { kLinf = 0, kL2 = 1 };
+// What a perturbation's length is measured in: ||w||, 1, or T = |w| + eta element by element.
+enum class Scale : int32_t { kRelative = 0, kAbsolute = 1, kElementwise = 2 };
+// Of the noise: uniform in a ball, or normal.
+enum class Norm : int32_t { kLinf = 0, kL2 = 1, kNormal = 2 };
 
 constexpr int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
@@ -19,6 +22,7 @@ struct PerturbTensor {
   void* saved;         // takes the weight's bits; null: not wanted
   int64_t numel;       //
   int64_t filters;     // runs of numel / filters elements; used by Scope::kFilter alone, at least 1
+  bool adaptive;       // T = |w| + eta, else T = 1; used by Scale::kElementwise alone
 };
 
 struct Perturb {
@@ -26,9 +30,17 @@ struct Perturb {
   int64_t count;
   DType out_dtype, weight_dtype, grad_dtype;  // saved has weight_dtype
   Scope scope;
+  Scale scale;
   double gamma, eps;
+  float eta;      // of Scale::kElementwise
+  float bound;    // |out - weight| <= bound * |weight|, rounded toward zero; negative: no bound
   float* scales;  // [count], [1] or [sum of filters]
 };
+
+// Whether a tensor's elements are multiplied by T.
+inline bool is_adaptive(const Perturb& p, const PerturbTensor& t) {
+  return p.scale == Scale::kElementwise && t.adaptive;
+}
 
 struct CopyTensor {
   void* destination;
@@ -49,7 +61,7 @@ struct PgdInit {
   int64_t sizes[kMaxSampleDims];    // of one sample, logical order
   int64_t strides[kMaxSampleDims];  // in elements
   Norm norm;
-  float epsilon;  // rounded toward zero
+  float epsilon;  // rounded toward zero; normal: the standard deviation
   double radius;  // l2: epsilon less the rounding margin
   uint64_t seed;
 };

@@ -4,9 +4,12 @@ Order and augmentation are functions of (seed, epoch, sample id) alone: neither 
 nor the device, nor a resumed run changes what a sample looks like in an epoch.
 """
 
-from awp_engine.data._batches import Batch, augment, eval_batches, train_batches
+from awp_engine.data._augment import augment
+from awp_engine.data._batches import eval_batches, steps_per_epoch, train_batches
 from awp_engine.data._dataset import DataError, Dataset, Split
+from awp_engine.data._extra import extra_fingerprint, load_extra
 from awp_engine.data._load import dataset_names, load_dataset
+from awp_engine.data._recipe import Batch
 
 __all__ = [
     "Batch",
@@ -16,6 +19,9 @@ __all__ = [
     "augment",
     "dataset_names",
     "eval_batches",
+    "extra_fingerprint",
     "load_dataset",
+    "load_extra",
+    "steps_per_epoch",
     "train_batches",
 ]

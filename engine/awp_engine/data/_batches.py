@@ -1,47 +1,105 @@
 """Batches of one epoch, cut and augmented on the device that holds the images."""
 
+import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
+from awp_engine.data._augment import to_float
 from awp_engine.data._dataset import Split, random_order_key
-from awp_kernels.philox import STREAM_AUGMENT, mix_seed, sample_words
+from awp_engine.data._recipe import Batch, Drawn, Recipe
+from awp_kernels.philox import mix_seed
 
 _STREAM_ORDER = 3
-
-
-class Batch(NamedTuple):
-    """images: fp32 [B, C, H, W] in [0, 1]; labels: int64 [B]; ids: int64 [B]."""
-
-    images: Tensor
-    labels: Tensor
-    ids: Tensor
+_STREAM_EXTRA_ORDER = 8
+_STREAM_PLACE = 9
 
 
 def train_batches(
-    split: Split, *, batch_size: int, seed: int, epoch: int, pad: int, flip: bool, drop_last: bool = False
+    split: Split,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    pad: int,
+    flip: bool,
+    drop_last: bool = False,
+    cutout: int = 0,
+    fill: tuple[float, ...] | None = None,
+    cutmix: float = 0.0,
+    num_classes: int | None = None,
+    extra: Split | None = None,
+    extra_fraction: float = 0.5,
 ) -> Iterator[Batch]:
-    """One epoch of shuffled, augmented batches; every sample comes exactly once.
+    """One epoch of shuffled, augmented batches; every sample of `split` comes exactly once.
+
+    What a sample looks like depends on (seed, epoch, id) alone, and under CutMix on the set it belongs to. First comes
+    the crop, then mirroring, then Cutout, then CutMix, whose partner is cropped, mirrored and cut as in its own place.
+
+    Extra images are taken in a random order that goes on from epoch to epoch: each is used before any is used again,
+    and the order is drawn anew for every pass. An epoch that takes more of them than there are has some more than once,
+    with the same pixels. In which place of its batch a sample stands is random too.
 
     Args:
         split: on the device where the batches are wanted.
-        batch_size: samples a batch; the last one may be smaller.
+        batch_size: samples a batch, extra ones included; the last one may be smaller.
         seed: the run's seed.
         epoch: with the seed, decides order and augmentation.
         pad: zero padding of the random crop, in pixels; 0 for no crop.
         flip: mirror half of the images.
         drop_last: leave out a last batch that is not full, for the sake of equal shapes.
+        cutout: side in pixels of the square that is filled in every image; 0 for none.
+        fill: what Cutout fills with, one value in [0, 1] a channel: the data set's mean does what is done to normalised
+            images by zeros. Needed with cutout.
+        cutmix: probability that an image has a box replaced by that of another; 0 for never. Otherwise all labels are
+            shares, fp32 [B, num_classes].
+        num_classes: needed with cutmix.
+        extra: further images, of the same shape on the same device, with ids of their own. They are mixed with each
+            other, not with those of `split`.
+        extra_fraction: part of every batch that is extra, rounded to whole images, more than 0 and less than 1. The
+            last batch keeps the ratio as closely as it can.
 
     Raises:
-        ValueError: batch_size or pad out of range.
+        ValueError: an argument is out of range or missing, or does not fit `split`.
+
+    Source of the batches' composition: Carmon et al.: Unlabeled Data Improves Adversarial Robustness, NeurIPS 2019.
     """
-    _check(batch_size=batch_size, pad=pad)
+    _check_batch_size(batch_size)
+    recipe = Recipe(seed, epoch, pad, flip, cutout, fill, cutmix, num_classes)
+    recipe.check(split, "split")
+    own_size, extra_size = (batch_size, 0) if extra is None else _shares(batch_size, extra_fraction)
     order = torch.argsort(random_order_key(split.ids, seed=mix_seed(seed, epoch), stream=_STREAM_ORDER), stable=True)
-    # Drawn for the whole epoch at once: a few large operations instead of a few hundred small ones a batch.
-    window = _draw_windows(split.ids, seed=seed, epoch=epoch, pad=pad, flip=flip)
-    return _cut(split, order, window, batch_size, drop_last)
+    if drop_last:
+        order = order[: len(order) // own_size * own_size]
+    sizes = [min(own_size, len(order) - start) for start in range(0, len(order), own_size)]
+    drawn = recipe.draw(split, order)
+    if extra is None:
+        return (drawn.samples(piece) for piece in _pieces(sizes))
+    recipe.check(extra, "extra")
+    _check_extra(extra, split)
+    # Rounded half up, as in the full batches.
+    extra_sizes = [(2 * size * extra_size + own_size) // (2 * own_size) for size in sizes]
+    count = sum(extra_sizes)
+    drawn_extra = recipe.draw(extra, _extra_rows(extra.ids, first=epoch * count, count=count, seed=seed))
+    return _joined(drawn, sizes, drawn_extra, extra_sizes, seed=mix_seed(seed, epoch))
+
+
+def steps_per_epoch(
+    split_size: int, batch_size: int, extra_fraction: float | None = None, *, drop_last: bool = False
+) -> int:
+    """How many batches `train_batches` makes of `split_size` images, with extra ones unless extra_fraction is None.
+
+    Raises:
+        ValueError: batch_size or extra_fraction out of range.
+
+    >>> steps_per_epoch(50_000, 128), steps_per_epoch(50_000, 128, 0.5)
+    (391, 782)
+    """
+    _check_batch_size(batch_size)
+    own_size = batch_size if extra_fraction is None else _shares(batch_size, extra_fraction)[0]
+    return split_size // own_size if drop_last else -(-split_size // own_size)
 
 
 def eval_batches(split: Split, batch_size: int) -> Iterator[Batch]:
@@ -50,89 +108,63 @@ def eval_batches(split: Split, batch_size: int) -> Iterator[Batch]:
     Raises:
         ValueError: batch_size below 1.
     """
-    _check(batch_size=batch_size)
+    _check_batch_size(batch_size)
     return (
         Batch(
-            _to_float(split.images[i : i + batch_size]), split.labels[i : i + batch_size], split.ids[i : i + batch_size]
+            to_float(split.images[i : i + batch_size]), split.labels[i : i + batch_size], split.ids[i : i + batch_size]
         )
         for i in range(0, len(split), batch_size)
     )
 
 
-def augment(images: Tensor, ids: Tensor, *, seed: int, epoch: int, pad: int, flip: bool) -> Tensor:
-    """Random crop from zero padding, then random mirroring, each sample by itself.
-
-    With Philox words w of (seed, epoch, id) (stream 2), the crop starts at row w0 * (2 pad + 1) // 2^32 and column
-    w1 * (2 pad + 1) // 2^32 of the padded image, and is mirrored where w2 is odd.
-
-    Args:
-        images: uint8 [B, C, H, W].
-        ids: int64 [B], on the same device.
-        seed: the run's seed.
-        epoch: with seed and id, all that a sample's augmentation depends on.
-        pad: pixels of zero padding on all sides; 0 for no crop.
-        flip: mirror half of the images.
-
-    Returns:
-        fp32 [B, C, H, W] in [0, 1], contiguous.
-
-    Raises:
-        ValueError: pad below 0.
-    """
-    _check(pad=pad)
-    return _apply_windows(images, _draw_windows(ids, seed=seed, epoch=epoch, pad=pad, flip=flip))
+def _extra_rows(ids: Tensor, *, first: int, count: int, seed: int) -> Tensor:
+    """Places `first` to `first + count - 1` of an endless sequence of shuffled passes over all rows."""
+    size = len(ids)
+    pieces = [torch.empty_like(ids[:0])]
+    for number in range(first // size, -(-(first + count) // size)):
+        key = random_order_key(ids, seed=mix_seed(seed, number), stream=_STREAM_EXTRA_ORDER)
+        start = number * size
+        pieces.append(torch.argsort(key, stable=True)[max(first - start, 0) : first + count - start])
+    return torch.cat(pieces)
 
 
-class _Windows(NamedTuple):
-    """Crop offsets relative to the unpadded image, int64 [B], and bool [B]; None where nothing is to be done."""
-
-    rows: Tensor
-    columns: Tensor
-    mirrored: Tensor
+def _pieces(sizes: list[int]) -> Iterator[slice]:
+    return (slice(start, stop) for start, stop in pairwise(accumulate(sizes, initial=0)))
 
 
-def _draw_windows(ids: Tensor, *, seed: int, epoch: int, pad: int, flip: bool) -> _Windows | None:
-    if pad == 0 and not flip:
-        return None
-    words = sample_words(ids, 3, seed=mix_seed(seed, epoch), stream=STREAM_AUGMENT)
-    offsets = ((words[:, :2] * (2 * pad + 1)) >> 32) - pad
-    mirrored = (words[:, 2] & 1).bool() if flip else torch.zeros_like(words[:, 2], dtype=torch.bool)
-    return _Windows(offsets[:, 0], offsets[:, 1], mirrored)
+def _joined(own: Drawn, own_sizes: list[int], extra: Drawn, extra_sizes: list[int], *, seed: int) -> Iterator[Batch]:
+    own_key, extra_key = (random_order_key(drawn.ids, seed=seed, stream=_STREAM_PLACE) for drawn in (own, extra))
+    for piece, extra_piece in zip(_pieces(own_sizes), _pieces(extra_sizes), strict=True):
+        # Mixed, since ranks and their batch normalisation see a part of the batch.
+        place = torch.argsort(torch.cat([own_key[piece], extra_key[extra_piece]]), stable=True)
+        parts = zip(own.samples(piece), extra.samples(extra_piece), strict=True)
+        yield Batch(*(torch.cat(fields)[place] for fields in parts))
 
 
-def _apply_windows(images: Tensor, windows: _Windows | None) -> Tensor:
-    if windows is None:
-        return _to_float(images)
-    height, width = images.shape[2:]
-    rows = torch.arange(height, device=images.device) + windows.rows.unsqueeze(1)  # [B, H]
-    columns = torch.arange(width, device=images.device).expand(len(images), width)
-    columns = torch.where(windows.mirrored.unsqueeze(1), width - 1 - columns, columns) + windows.columns.unsqueeze(
-        1
-    )  # [B, W]
-    inside = ((rows >= 0) & (rows < height)).unsqueeze(2) & ((columns >= 0) & (columns < width)).unsqueeze(
-        1
-    )  # [B, H, W]
-    pixels = rows.clamp(0, height - 1).unsqueeze(2) * width + columns.clamp(0, width - 1).unsqueeze(1)  # [B, H, W]
-    pixels = pixels.flatten(1).unsqueeze(1).expand(-1, images.shape[1], -1)  # [B, C, H*W]
-    cropped = images.flatten(2).gather(2, pixels).view(images.shape)
-    return _to_float(cropped * inside.unsqueeze(1))
+def _shares(batch_size: int, extra_fraction: float) -> tuple[int, int]:
+    """How many images of a full batch are the split's and how many extra."""
+    if not 0 < extra_fraction < 1:
+        raise ValueError(f"extra_fraction: {extra_fraction}; expected a number more than 0 and less than 1")
+    own = math.floor(batch_size * (1 - extra_fraction) + 0.5)
+    if not 0 < own < batch_size:
+        raise ValueError(
+            f"extra_fraction: {extra_fraction} of a batch of {batch_size} leaves {own} images of the data set and "
+            f"{batch_size - own} extra ones; expected at least 1 of both"
+        )
+    return own, batch_size - own
 
 
-def _to_float(images: Tensor) -> Tensor:
-    # A tensor as divisor: CUDA multiplies by a Python number's reciprocal, which differs from the CPU in the last bit.
-    return images.to(torch.float32) / images.new_full((), 255, dtype=torch.float32)
-
-
-def _cut(split: Split, order: Tensor, windows: _Windows | None, batch_size: int, drop_last: bool) -> Iterator[Batch]:
-    end = len(order) - len(order) % batch_size if drop_last else len(order)
-    for start in range(0, end, batch_size):
-        chosen = order[start : start + batch_size]
-        chosen_windows = None if windows is None else _Windows(*(field[chosen] for field in windows))
-        yield Batch(_apply_windows(split.images[chosen], chosen_windows), split.labels[chosen], split.ids[chosen])
-
-
-def _check(*, batch_size: int = 1, pad: int = 0) -> None:
+def _check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise ValueError(f"batch_size: {batch_size}; expected at least 1")
-    if pad < 0:
-        raise ValueError(f"pad: {pad}; expected at least 0 pixels")
+
+
+def _check_extra(extra: Split, split: Split) -> None:
+    if len(extra) == 0:
+        raise ValueError("extra: no images; expected at least 1")
+    shape, device = tuple(split.images.shape[1:]), split.images.device
+    if extra.images.shape[1:] != shape or extra.images.device != device:
+        raise ValueError(
+            f"extra: images {list(extra.images.shape[1:])} on {extra.images.device}; "
+            f"expected {list(shape)} on {device} as those of split"
+        )

@@ -10,6 +10,7 @@ from torch import Tensor
 from awp_kernels.philox import mix_seed, sample_words
 
 _STREAM_HOLD_OUT = 4
+_STREAM_TRAIN_LIMIT = 5
 
 
 class DataError(ValueError):
@@ -23,8 +24,8 @@ class Split:
     Attributes:
         images: uint8 [N, C, H, W].
         labels: int64 [N].
-        ids: int64 [N]; a sample's place in the order of the files, the test part after the training part, so unique in
-            the data set.
+        ids: int64 [N]; a sample's place in the order of the files, the test part after the training part and extra
+            images after both, so unique in the data set.
     """
 
     images: Tensor
@@ -49,13 +50,13 @@ class Dataset:
 
     Attributes:
         name: as given to `load_dataset`.
-        train: what is trained on.
+        train: what is trained on; less than the files hold where a limit was given.
         held_out: the part of the training set that model selection uses; empty for a fraction of 0.
         test: read once, after training.
         class_names: one a label.
         mean, std: one value a channel, of images in [0, 1].
-        fingerprint: SHA-256, hexadecimal, of the whole training part (train and held out, in file order) and the class
-            names.
+        fingerprint: SHA-256, hexadecimal, of the training part that is used (train and held out, in file order) and the
+            class names; so of the whole training part, however much is held out, unless a limit leaves some of it out.
     """
 
     name: str
@@ -66,6 +67,11 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     fingerprint: str
+
+    @property
+    def first_extra_id(self) -> int:
+        """The id after the last one, where those of extra images begin."""
+        return int(self.test.ids.max()) + 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,22 +89,37 @@ class RawDataset:
     statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
 
-def prepare(name: str, raw: RawDataset, *, held_out_fraction: float, seed: int) -> Dataset:
-    """Numbers the samples, holds some out, and adds statistics and fingerprint."""
+def prepare(
+    name: str, raw: RawDataset, *, held_out_fraction: float, seed: int, train_limit: int | None = None
+) -> Dataset:
+    """Numbers the samples, holds some out, limits the rest, and adds statistics and fingerprint of what is left.
+
+    Raises:
+        ValueError: held_out_fraction out of range.
+        DataError: a class would have nothing left to train on, or train_limit cannot be had.
+    """
     train_count = len(raw.train_labels)
     full = Split(images=raw.train_images, labels=raw.train_labels, ids=torch.arange(train_count))
     held_out = hold_out(full, held_out_fraction, seed=seed, class_names=raw.class_names)
-    mean, std = channel_statistics(raw.train_images) if raw.statistics is None else raw.statistics
+    train = full.select(torch.nonzero(~held_out).squeeze(1))
+    used = full
+    if train_limit is not None:
+        kept = limit_evenly(train, train_limit, seed=seed, classes=len(raw.class_names))
+        train = train.select(torch.nonzero(kept).squeeze(1))
+        is_used = held_out.clone()
+        is_used[train.ids] = True
+        used = full.select(torch.nonzero(is_used).squeeze(1))
+    mean, std = channel_statistics(used.images) if raw.statistics is None else raw.statistics
     test_ids = torch.arange(train_count, train_count + len(raw.test_labels))
     return Dataset(
         name=name,
-        train=full.select(torch.nonzero(~held_out).squeeze(1)),
+        train=train,
         held_out=full.select(torch.nonzero(held_out).squeeze(1)),
         test=Split(images=raw.test_images, labels=raw.test_labels, ids=test_ids),
         class_names=raw.class_names,
         mean=mean,
         std=std,
-        fingerprint=fingerprint(raw),
+        fingerprint=fingerprint(used, raw.class_names),
     )
 
 
@@ -136,6 +157,33 @@ def hold_out(split: Split, fraction: float, *, seed: int, class_names: tuple[str
     return chosen
 
 
+def limit_evenly(split: Split, limit: int, *, seed: int, classes: int) -> Tensor:
+    """Chooses `limit` samples, as many of every class as there are, to within one.
+
+    A class's samples are ranked by random words of (seed, id), and the classes take turns until the limit is reached; a
+    class that has run out is passed over. So a larger limit chooses what a smaller one does, and more.
+
+    Returns:
+        bool [N], true for what is chosen.
+
+    Raises:
+        DataError: the limit is below the number of classes or above that of the samples.
+    """
+    if not classes <= limit <= len(split):
+        raise DataError(
+            f"train_limit: {limit}; expected at least {classes}, one image a class, and at most {len(split)}, "
+            "the training images that are not held out"
+        )
+    key = random_order_key(split.ids, seed=mix_seed(seed), stream=_STREAM_TRAIN_LIMIT)
+    turn = torch.empty_like(split.labels)
+    for label in range(classes):
+        members = torch.nonzero(split.labels == label).squeeze(1)
+        turn[members[torch.argsort(key[members], stable=True)]] = torch.arange(len(members))
+    chosen = torch.zeros(len(split), dtype=torch.bool)
+    chosen[torch.argsort(turn * classes + split.labels, stable=True)[:limit]] = True
+    return chosen
+
+
 def random_order_key(ids: Tensor, *, seed: int, stream: int) -> Tensor:
     """63 random bits for every sample id, int64 [N]; sorting by them shuffles."""
     words = sample_words(ids, 2, seed=seed, stream=stream)
@@ -156,10 +204,10 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     return tuple(means), tuple(deviations)
 
 
-def fingerprint(raw: RawDataset) -> str:
-    """SHA-256 of shape, images, labels and class names of the training part."""
+def fingerprint(split: Split, class_names: tuple[str, ...]) -> str:
+    """SHA-256, hexadecimal, of a split on the CPU: its shape, images, labels and class names."""
     digest = hashlib.sha256()
-    digest.update(repr((tuple(raw.train_images.shape), raw.class_names)).encode())
-    digest.update(raw.train_images.contiguous().numpy().data)
-    digest.update(raw.train_labels.contiguous().numpy().astype("<i8").data)
+    digest.update(repr((tuple(split.images.shape), class_names)).encode())
+    digest.update(split.images.contiguous().numpy().data)
+    digest.update(split.labels.contiguous().numpy().astype("<i8").data)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""`perturb_` and `perturb_into_`: move weights along their gradient by a fraction of their norm."""
+"""`perturb_` and `perturb_into_`: move weights along their gradient by a length that is measured in norms."""
 
 from collections.abc import Sequence
 
@@ -10,37 +10,66 @@ from awp_kernels._ball import working_dtype
 from awp_kernels.perturb.reference import filters
 
 
-def _checked(weights: list[Tensor], gamma: float, scope: str, eps: float) -> None:
+def _checked(
+    weights: list[Tensor],
+    gamma: float,
+    scope: str,
+    eps: float,
+    scale: str,
+    eta: float,
+    bound: float | None,
+    adaptive: Sequence[bool],
+) -> None:
     if not weights:
         raise ValueError("weights: expected at least one tensor, got an empty list")
     _checks.one_of("scope", scope, _checks.SCOPES)
     _checks.finite("gamma", gamma)
     _checks.finite("eps", eps, minimum=0)
+    _checks.scaling(scale, eta, bound)
+    _checks.adaptive_flags(adaptive, weights, scale)
 
 
 @torch.library.custom_op("awp::perturb_", mutates_args=("weights", "saved"))
 def _perturb_(
-    weights: list[Tensor], grads: list[Tensor], gamma: float, saved: list[Tensor], scope: str, eps: float
+    weights: list[Tensor],
+    grads: list[Tensor],
+    gamma: float,
+    saved: list[Tensor],
+    scope: str,
+    eps: float,
+    scale: str,
+    eta: float,
+    bound: float | None,
+    adaptive: Sequence[bool],
 ) -> Tensor:
-    _checked(weights, gamma, scope, eps)
+    _checked(weights, gamma, scope, eps, scale, eta, bound, adaptive)
     grads = list(grads)
     written = {"weights": weights, "saved": saved} if saved else {"weights": weights}
     _checks.tensor_lists(written, {"grads": grads}, filters=scope == "filter")
     _checks.same_dtype("grads", grads, "weights", weights)
     _checks.same_dtype("saved", saved, "weights", weights)
     run = _backend.select("perturb", weights[0].device, {weights[0].dtype})
-    return run(weights, weights, grads, saved, gamma, scope, eps)
+    return run(weights, weights, grads, saved, gamma, scope, eps, scale, eta, bound, list(adaptive))
 
 
 @torch.library.custom_op("awp::perturb_into_", mutates_args=("out",))
 def _perturb_into_(
-    out: list[Tensor], weights: list[Tensor], grads: list[Tensor], gamma: float, scope: str, eps: float
+    out: list[Tensor],
+    weights: list[Tensor],
+    grads: list[Tensor],
+    gamma: float,
+    scope: str,
+    eps: float,
+    scale: str,
+    eta: float,
+    bound: float | None,
+    adaptive: Sequence[bool],
 ) -> Tensor:
-    _checked(weights, gamma, scope, eps)
+    _checked(weights, gamma, scope, eps, scale, eta, bound, adaptive)
     weights, grads = list(weights), list(grads)
     _checks.tensor_lists({"out": out}, {"weights": weights, "grads": grads}, filters=scope == "filter")
     run = _backend.select("perturb", weights[0].device, {out[0].dtype, weights[0].dtype, grads[0].dtype})
-    return run(out, weights, grads, [], gamma, scope, eps)
+    return run(out, weights, grads, [], gamma, scope, eps, scale, eta, bound, list(adaptive))
 
 
 def _scales_like(weights: list[Tensor], scope: str) -> Tensor:
@@ -49,13 +78,35 @@ def _scales_like(weights: list[Tensor], scope: str) -> Tensor:
 
 
 @_perturb_.register_fake
-def _(weights: list[Tensor], grads: list[Tensor], gamma: float, saved: list[Tensor], scope: str, eps: float) -> Tensor:
+def _(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    gamma: float,
+    saved: list[Tensor],
+    scope: str,
+    eps: float,
+    scale: str,
+    eta: float,
+    bound: float | None,
+    adaptive: Sequence[bool],
+) -> Tensor:
     _checks.alike("weights", weights, {"grads": grads} | ({"saved": saved} if saved else {}))
     return _scales_like(weights, scope)
 
 
 @_perturb_into_.register_fake
-def _(out: list[Tensor], weights: list[Tensor], grads: list[Tensor], gamma: float, scope: str, eps: float) -> Tensor:
+def _(
+    out: list[Tensor],
+    weights: list[Tensor],
+    grads: list[Tensor],
+    gamma: float,
+    scope: str,
+    eps: float,
+    scale: str,
+    eta: float,
+    bound: float | None,
+    adaptive: Sequence[bool],
+) -> Tensor:
     _checks.alike("out", out, {"weights": weights, "grads": grads})
     return _scales_like(weights, scope)
 
@@ -68,29 +119,48 @@ def perturb_(
     *,
     saved: Sequence[Tensor] | None = None,
     scope: str = "layer",
+    scale: str = "relative",
+    eta: float = 0.0,
+    adaptive: Sequence[bool] | None = None,
+    bound: float | None = None,
     eps: float = 1e-20,
 ) -> Tensor:
-    """Add gamma * ||w|| / (||g|| + eps) * g to every weight, in place.
+    """Add a perturbation v along the gradient to every weight, in place.
 
-    Norms are accumulated in fp64 and the sum is formed in fp32 (all in fp64 for fp64 weights).
+        scale "relative"      v = gamma * ||w|| / (||g|| + eps) * g             AWP
+        scale "absolute"      v = gamma / (||g|| + eps) * g                     SAM, with scope "global"
+        scale "elementwise"   v = gamma / (||T g|| + eps) * T^2 g, T = |w| + eta    ASAM, with scope "global"
+
+    Norms are accumulated in fp64, the scale is rounded to fp32, and the sum is formed in fp32 (all in fp64 for fp64
+    weights).
 
     Args:
         weights: tensors of any shapes, one dtype (float64, float32, float16 or bfloat16), one device.
         grads: as many tensors, of the same shapes and dtype.
-        gamma: length of the perturbation as a fraction of ||w||; negative moves downhill.
+        gamma: length of the perturbation: as a fraction of ||w|| ("relative"), in the units of w ("absolute"), or in
+            multiples of T ("elementwise"); negative moves downhill.
         saved: tensors of the same shapes, strides and dtype that take the weights' bits, for `restore_`.
-        scope: what a norm is taken over: each tensor ("layer", the paper's), all of them ("global"), or each entry
-            of dimension 0 ("filter"; tensors below two dimensions count as one filter).
-        eps: added to ||g||, so that a zero gradient moves nothing.
+        scope: what a norm is taken over: each tensor ("layer"), all of them ("global"), or each entry of dimension 0
+            ("filter"; tensors below two dimensions count as one filter).
+        scale: "relative", "absolute" or "elementwise", as above.
+        eta: added to |w| in T, >= 0, in the units of w; for "elementwise" alone.
+        adaptive: a flag a tensor, for "elementwise" alone: where it is false, T is 1. By default true for all.
+        bound: if given, every weight stays within bound * |w| of where it was: |v| <= bound * |w| holds exactly in
+            float32 and float64; 16-bit storage rounds once more, to nearest.
+        eps: added to the gradient's norm, so that a zero gradient moves nothing.
 
     Returns:
-        The scales gamma * ||w|| / (||g|| + eps): float32 (float64 for float64 weights), [len(weights)], [1] or
-        [sum of filters].
+        The scales that g, or T^2 g, was multiplied by, before the bound: float32 (float64 for float64 weights),
+        [len(weights)], [1] or [sum of filters].
 
     Raises:
-        ValueError: lengths, shapes, dtypes, devices, layouts or memory that do not fit, named by argument.
+        ValueError: lengths, shapes, dtypes, devices, layouts or memory that do not fit, and numbers out of range,
+            named by argument.
 
-    Source: Wu, Xia, Wang: Adversarial Weight Perturbation Helps Robust Generalization, NeurIPS 2020.
+    Sources: Wu, Xia, Wang: Adversarial Weight Perturbation Helps Robust Generalization, NeurIPS 2020. Foret, Kleiner,
+    Mobahi, Neyshabur: Sharpness-Aware Minimization for Efficiently Improving Generalization, ICLR 2021. Kwon, Kim,
+    Park, Choi: ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of Deep Neural Networks,
+    ICML 2021.
 
     Example:
         >>> import torch
@@ -104,8 +174,23 @@ def perturb_(
         >>> restore_([w], [saved])
         >>> w
         tensor([3., 4.])
+        >>> perturb_([w], [g], gamma=0.1, scale="absolute")
+        tensor([0.0500])
+        >>> w
+        tensor([3.0000, 4.1000])
     """
-    return _perturb_(list(weights), list(grads), float(gamma), list(saved or ()), scope, float(eps))
+    return _perturb_(
+        list(weights),
+        list(grads),
+        float(gamma),
+        list(saved or ()),
+        scope,
+        float(eps),
+        scale,
+        float(eta),
+        None if bound is None else float(bound),
+        list(adaptive or ()),
+    )
 
 
 @torch.no_grad()
@@ -116,9 +201,13 @@ def perturb_into_(
     gamma: float,
     *,
     scope: str = "layer",
+    scale: str = "relative",
+    eta: float = 0.0,
+    adaptive: Sequence[bool] | None = None,
+    bound: float | None = None,
     eps: float = 1e-20,
 ) -> Tensor:
-    """Write w + gamma * ||w|| / (||g|| + eps) * g to other tensors; the weights stay as they are.
+    """Write w + v, with the perturbation v of `perturb_`, to other tensors; the weights stay as they are.
 
     A 16-bit working copy beside fp32 weights takes the perturbation this way, and restoring costs nothing. Mind
     that bfloat16 keeps too few digits for it: at gamma 0.01 the perturbation in it is wrong by 23%, in float16 by 3%.
@@ -129,6 +218,10 @@ def perturb_into_(
         grads: as for `perturb_`, of any one floating dtype.
         gamma: as for `perturb_`.
         scope: as for `perturb_`.
+        scale: as for `perturb_`.
+        eta: as for `perturb_`.
+        adaptive: as for `perturb_`.
+        bound: as for `perturb_`.
         eps: as for `perturb_`.
 
     Returns:
@@ -137,4 +230,15 @@ def perturb_into_(
     Raises:
         ValueError: as `perturb_` does.
     """
-    return _perturb_into_(list(out), list(weights), list(grads), float(gamma), scope, float(eps))
+    return _perturb_into_(
+        list(out),
+        list(weights),
+        list(grads),
+        float(gamma),
+        scope,
+        float(eps),
+        scale,
+        float(eta),
+        None if bound is None else float(bound),
+        list(adaptive or ()),
+    )

@@ -1,12 +1,15 @@
-"""The definition of the norm-scaled perturbation, in plain PyTorch.
+"""The definition of the norm-scaled perturbations, in plain PyTorch.
 
-Source: Wu, Xia, Wang: Adversarial Weight Perturbation Helps Robust Generalization, NeurIPS 2020, equation 10.
+Sources: Wu, Xia, Wang: Adversarial Weight Perturbation Helps Robust Generalization, NeurIPS 2020, equation 10
+("relative"). Foret, Kleiner, Mobahi, Neyshabur: Sharpness-Aware Minimization for Efficiently Improving Generalization,
+ICLR 2021 ("absolute"). Kwon, Kim, Park, Choi: ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning
+of Deep Neural Networks, ICML 2021 ("elementwise").
 """
 
 import torch
 from torch import Tensor
 
-from awp_kernels._ball import working_dtype
+from awp_kernels._ball import round_toward_zero, within, working_dtype
 
 
 def filters(tensor: Tensor) -> int:
@@ -38,19 +41,38 @@ def perturb(
     gamma: float,
     scope: str,
     eps: float,
+    scale: str,
+    eta: float,
+    bound: float | None,
+    adaptive: list[bool],
 ) -> Tensor:
-    """Write w + gamma * ||w|| / (||g|| + eps) * g to `out`, and w to `saved`; return the scales."""
+    """Write w + v to `out`, and w to `saved`; return the scales."""
     dtype = working_dtype(weights[0].dtype) if weights else torch.float32
+    # T of every tensor; None where it is 1
+    factors: list[Tensor | None] = [None] * len(weights)
+    if scale == "elementwise":
+        offset = torch.tensor(eta, dtype=dtype).item()
+        factors = [
+            w.to(dtype).abs() + offset if chosen else None
+            for w, chosen in zip(weights, adaptive or [True] * len(weights), strict=True)
+        ]
+    scaled = [g if t is None else t.double() * g.double() for g, t in zip(grads, factors, strict=True)]
+    grad_norms = _norms(scaled, scope)
+    lengths = _norms(weights, scope) if scale == "relative" else [torch.ones_like(norm) for norm in grad_norms]
     scales = [
-        (gamma * weight_norm / (grad_norm + eps)).to(dtype)
-        for weight_norm, grad_norm in zip(_norms(weights, scope), _norms(grads, scope), strict=True)
+        (gamma * length / (grad_norm + eps)).to(dtype) for length, grad_norm in zip(lengths, grad_norms, strict=True)
     ]
     for copy, weight in zip(saved, weights, strict=bool(saved)):
         copy.copy_(weight)
-    for target, weight, grad, scale in zip(out, weights, grads, scales, strict=True):
-        target.copy_(weight.to(dtype) + scale * grad.to(dtype))
+    for target, weight, grad, factor, multiplier in zip(out, weights, grads, factors, scales, strict=True):
+        start, step = weight.to(dtype), multiplier * grad.to(dtype)
+        # T twice, not T^2, which leaves fp32's range for small weights
+        moved = start + (step if factor is None else step * factor * factor)
+        if bound is not None:
+            moved = within(moved, start, round_toward_zero(bound, dtype))
+        target.copy_(moved)
     if not scales:
         return torch.empty(0, dtype=dtype)
     if scope == "filter":
-        return torch.cat([scale.reshape(-1) for scale in scales])
+        return torch.cat([value.reshape(-1) for value in scales])
     return scales[0].reshape(1) if scope == "global" else torch.stack(scales)

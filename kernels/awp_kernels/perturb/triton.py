@@ -1,4 +1,4 @@
-"""The norm-scaled perturbation of a list of tensors in one or two Triton launches."""
+"""The norm-scaled perturbations of a list of tensors in one or two Triton launches."""
 
 # triton.jit is typed as the plain function: it knows neither constexpr arguments, nor launch options, nor tl types
 # pyright: reportArgumentType=false, reportCallIssue=false, reportInvalidTypeForm=false
@@ -8,7 +8,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from awp_kernels._triton_common import BLOCK, CHUNK, FIRST, NUMEL, TYPES, WARPS, pointer, program_span, table
+from awp_kernels._ball import round_toward_zero
+from awp_kernels._triton_common import (
+    BLOCK,
+    CHUNK,
+    FIRST,
+    FLAG,
+    NUMEL,
+    TYPES,
+    WARPS,
+    pointer,
+    program_span,
+    project_linf,
+    table,
+)
 from awp_kernels.perturb.reference import filters
 
 # squares of 32-bit numbers are exact in fp64, so fusing costs no rounding there and saves one in w + scale * g
@@ -17,20 +30,44 @@ _OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
 _FILTER_BLOCK = 1024
 _FILTER_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
+_SCALES = {"relative": 0, "absolute": 1, "elementwise": 2}
+_RELATIVE = tl.constexpr(0)
+_ELEMENTWISE = tl.constexpr(2)
+
+
+@triton.jit
+def _factor(row, w, eta):
+    """T of a tensor's elements."""
+    return tl.where(tl.load(row + FLAG) != 0, tl.abs(w.to(tl.float32)) + eta, 1.0)
+
 
 @triton.jit
 def _square_sums(
-    row, start, begin, end, WEIGHT: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+    row,
+    start,
+    begin,
+    end,
+    eta,
+    SCALE: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    GRAD: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
+    """Of w, where the scale needs it, and of g or T g."""
     weight = pointer(row, 0, start, WEIGHT, ALIGNED)
     grad = pointer(row, 1, start, GRAD, ALIGNED)
     weight_sum = tl.zeros([BLOCK], tl.float64)
     grad_sum = tl.zeros([BLOCK], tl.float64)
     for offset in range(begin, end, BLOCK):
         index = offset + tl.arange(0, BLOCK)
-        w = tl.load(weight + index, mask=index < end, other=0.0).to(tl.float64)
         g = tl.load(grad + index, mask=index < end, other=0.0).to(tl.float64)
-        weight_sum += w * w
+        if SCALE == _RELATIVE:
+            w = tl.load(weight + index, mask=index < end, other=0.0).to(tl.float64)
+            weight_sum += w * w
+        elif SCALE == _ELEMENTWISE:
+            w = tl.load(weight + index, mask=index < end, other=0.0)
+            g = _factor(row, w, eta).to(tl.float64) * g
         grad_sum += g * g
     return tl.sum(weight_sum), tl.sum(grad_sum)
 
@@ -42,6 +79,10 @@ def _move(
     begin,
     end,
     scale,
+    eta,
+    bound,
+    SCALE: tl.constexpr,
+    BOUNDED: tl.constexpr,
     OUT: tl.constexpr,
     WEIGHT: tl.constexpr,
     GRAD: tl.constexpr,
@@ -59,21 +100,42 @@ def _move(
         if SAVE:
             saved = pointer(row, 3, start, WEIGHT, ALIGNED)
             tl.store(saved + index, w, mask=index < end)
-        moved = w.to(tl.float32) + scale * g.to(tl.float32)
+        step = scale * g.to(tl.float32)
+        if SCALE == _ELEMENTWISE:
+            factor = _factor(row, w, eta)
+            step = step * factor * factor
+        moved = w.to(tl.float32) + step
+        if BOUNDED:
+            product = tl.abs(w.to(tl.float32)) * bound
+            # one number less, as the product may have been rounded up
+            below = (product.to(tl.int32, bitcast=True) - 1).to(tl.float32, bitcast=True)
+            radius = tl.where(product > 0.0, below, product)
+            moved = project_linf(moved, w.to(tl.float32), radius, float("-inf"), float("inf"))
         tl.store(out + index, moved.to(OUT), mask=index < end)
 
 
 @triton.jit
-def _scale(weight_sum, grad_sum, gamma, eps):
-    return (gamma * tl.sqrt(weight_sum) / (tl.sqrt(grad_sum) + eps)).to(tl.float32)
+def _scale(weight_sum, grad_sum, gamma, eps, SCALE: tl.constexpr):
+    if SCALE == _RELATIVE:
+        gamma = gamma * tl.sqrt(weight_sum)
+    return (gamma / (tl.sqrt(grad_sum) + eps)).to(tl.float32)
 
 
 @triton.jit
-def partial_sums_kernel(rows, programs, partials, WEIGHT: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr):
+def partial_sums_kernel(
+    rows,
+    programs,
+    partials,
+    eta,
+    SCALE: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Sums of squares of each program's weights and gradients, fp64 [programs, 2]."""
     row, start, count, wide = program_span(rows, programs, tl.int32)
-    weight_sum, grad_sum = _square_sums(row, start, 0, wide, WEIGHT, GRAD, True, BLOCK)
-    weight_rest, grad_rest = _square_sums(row, start, wide, count, WEIGHT, GRAD, False, BLOCK)
+    weight_sum, grad_sum = _square_sums(row, start, 0, wide, eta, SCALE, WEIGHT, GRAD, True, BLOCK)
+    weight_rest, grad_rest = _square_sums(row, start, wide, count, eta, SCALE, WEIGHT, GRAD, False, BLOCK)
     target = partials + tl.program_id(0).to(tl.int64) * 2
     tl.store(target, weight_sum + weight_rest)
     tl.store(target + 1, grad_sum + grad_rest)
@@ -87,6 +149,10 @@ def apply_kernel(
     scales,
     gamma: tl.float64,
     eps: tl.float64,
+    eta,
+    bound,
+    SCALE: tl.constexpr,
+    BOUNDED: tl.constexpr,
     OUT: tl.constexpr,
     WEIGHT: tl.constexpr,
     GRAD: tl.constexpr,
@@ -95,7 +161,7 @@ def apply_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Add up the partial sums again, in the same order in every program, then write w + scale * g."""
+    """Add up the partial sums again, in the same order in every program, then write w + v."""
     row, start, count, wide = program_span(rows, programs, tl.int32)
     program = tl.program_id(0).to(tl.int64)
     if GLOBAL:
@@ -111,11 +177,11 @@ def apply_kernel(
         index = offset + tl.arange(0, BLOCK)
         weight_sum += tl.load(partials + index * 2, mask=index < parts, other=0.0)
         grad_sum += tl.load(partials + index * 2 + 1, mask=index < parts, other=0.0)
-    scale = _scale(tl.sum(weight_sum), tl.sum(grad_sum), gamma, eps)
+    scale = _scale(tl.sum(weight_sum), tl.sum(grad_sum), gamma, eps, SCALE)
     if program == first:
         tl.store(scales if GLOBAL else scales + tl.load(programs + program), scale)
-    _move(row, start, 0, wide, scale, OUT, WEIGHT, GRAD, SAVE, True, BLOCK)
-    _move(row, start, wide, count, scale, OUT, WEIGHT, GRAD, SAVE, False, BLOCK)
+    _move(row, start, 0, wide, scale, eta, bound, SCALE, BOUNDED, OUT, WEIGHT, GRAD, SAVE, True, BLOCK)
+    _move(row, start, wide, count, scale, eta, bound, SCALE, BOUNDED, OUT, WEIGHT, GRAD, SAVE, False, BLOCK)
 
 
 @triton.jit
@@ -125,20 +191,24 @@ def filter_kernel(
     scales,
     gamma: tl.float64,
     eps: tl.float64,
+    eta,
+    bound,
+    SCALE: tl.constexpr,
+    BOUNDED: tl.constexpr,
     OUT: tl.constexpr,
     WEIGHT: tl.constexpr,
     GRAD: tl.constexpr,
     SAVE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a filter: its norms, then w + scale * g while the filter is still in the cache."""
+    """One program a filter: its norms, then w + v while the filter is still in the cache."""
     row, start, count, wide = program_span(rows, programs, tl.int64)
-    weight_sum, grad_sum = _square_sums(row, start, 0, wide, WEIGHT, GRAD, True, BLOCK)
-    weight_rest, grad_rest = _square_sums(row, start, wide, count, WEIGHT, GRAD, False, BLOCK)
-    scale = _scale(weight_sum + weight_rest, grad_sum + grad_rest, gamma, eps)
+    weight_sum, grad_sum = _square_sums(row, start, 0, wide, eta, SCALE, WEIGHT, GRAD, True, BLOCK)
+    weight_rest, grad_rest = _square_sums(row, start, wide, count, eta, SCALE, WEIGHT, GRAD, False, BLOCK)
+    scale = _scale(weight_sum + weight_rest, grad_sum + grad_rest, gamma, eps, SCALE)
     tl.store(scales + tl.program_id(0), scale)
-    _move(row, start, 0, wide, scale, OUT, WEIGHT, GRAD, SAVE, True, BLOCK)
-    _move(row, start, wide, count, scale, OUT, WEIGHT, GRAD, SAVE, False, BLOCK)
+    _move(row, start, 0, wide, scale, eta, bound, SCALE, BOUNDED, OUT, WEIGHT, GRAD, SAVE, True, BLOCK)
+    _move(row, start, wide, count, scale, eta, bound, SCALE, BOUNDED, OUT, WEIGHT, GRAD, SAVE, False, BLOCK)
 
 
 def perturb(
@@ -149,28 +219,48 @@ def perturb(
     gamma: float,
     scope: str,
     eps: float,
+    scale: str,
+    eta: float,
+    bound: float | None,
+    adaptive: list[bool],
 ) -> Tensor:
-    """Write w + gamma * ||w|| / (||g|| + eps) * g to `out`, and w to `saved`; return the scales."""
+    """Write w + v to `out`, and w to `saved`; return the scales."""
     if not weights:
         return torch.empty(0, dtype=torch.float32)
     device = weights[0].device
     types = {"OUT": TYPES[out[0].dtype], "WEIGHT": TYPES[weights[0].dtype], "GRAD": TYPES[grads[0].dtype]}
+    variant = {"SCALE": _SCALES[scale], "BOUNDED": bound is not None}
+    radius = 0.0 if bound is None else round_toward_zero(bound, torch.float32)
+    # a fused multiply-add would skip a rounding of the projection
+    fusion = {"enable_fp_fusion": bound is None}
     save = bool(saved)
     lists = [weights, grads, out, *([saved] if saved else [])]
+    flags = tuple(adaptive) if adaptive else None
     with torch.cuda.device_of(weights[0]):
         if scope == "filter":
-            rows, programs, _ = table(lists, tuple(filters(weight) for weight in weights))
+            rows, programs, _ = table(lists, tuple(filters(weight) for weight in weights), flags)
             scales = torch.empty(len(programs), dtype=torch.float32, device=device)
             if len(programs):
                 filter_kernel[(len(programs),)](
-                    rows, programs, scales, gamma, eps, **types, SAVE=save, BLOCK=_FILTER_BLOCK, **_FILTER_OPTIONS
+                    rows,
+                    programs,
+                    scales,
+                    gamma,
+                    eps,
+                    eta,
+                    radius,
+                    **variant,
+                    **types,
+                    SAVE=save,
+                    BLOCK=_FILTER_BLOCK,
+                    **(_FILTER_OPTIONS | fusion),
                 )
             return scales
-        rows, programs, _ = table(lists)
+        rows, programs, _ = table(lists, flags=flags)
         scales = torch.empty(1 if scope == "global" else len(weights), dtype=torch.float32, device=device)
         partials = torch.empty(len(programs), 2, dtype=torch.float64, device=device)
         partial_sums_kernel[(len(programs),)](
-            rows, programs, partials, types["WEIGHT"], types["GRAD"], BLOCK, **_OPTIONS
+            rows, programs, partials, eta, variant["SCALE"], types["WEIGHT"], types["GRAD"], BLOCK, **_OPTIONS
         )
         apply_kernel[(len(programs),)](
             rows,
@@ -179,11 +269,14 @@ def perturb(
             scales,
             gamma,
             eps,
+            eta,
+            radius,
+            **variant,
             **types,
             SAVE=save,
             GLOBAL=scope == "global",
             CHUNK=CHUNK,
             BLOCK=BLOCK,
-            **_OPTIONS,
+            **(_OPTIONS | fusion),
         )
         return scales

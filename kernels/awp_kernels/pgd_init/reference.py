@@ -1,4 +1,4 @@
-"""The definition of the attack's starting point: uniform in the epsilon ball, clipped to [0, 1]."""
+"""The definition of the attack's starting point: uniform in the epsilon ball, clipped to [0, 1]; or normal."""
 
 import math
 
@@ -10,7 +10,7 @@ from awp_kernels.philox import normals, uniform_integers
 
 
 def pgd_init(x_adv: Tensor, x: Tensor, sample_ids: Tensor, epsilon: float, norm: str, seed: int) -> None:
-    """Write x plus noise keyed by `seed` and `sample_ids` to `x_adv`."""
+    """Write x plus noise keyed by `seed` and `sample_ids` to `x_adv`; for norm "normal", epsilon is its deviation."""
     if not x.numel():
         return
     dtype = working_dtype(x.dtype)
@@ -21,6 +21,10 @@ def pgd_init(x_adv: Tensor, x: Tensor, sample_ids: Tensor, epsilon: float, norm:
         integers = uniform_integers(sample_ids, elements, seed=seed).to(dtype).reshape(x.shape)
         lower, upper = linf_bounds(clean, bound, 0.0, 1.0)
         x_adv.copy_(clamp(clean + integers * (bound * 2.0**-24), lower, upper))
+        return
+    if norm == "normal":
+        z = normals(sample_ids, elements, seed=seed).to(dtype).reshape(x.shape)
+        x_adv.copy_(clean + z * torch.tensor(epsilon, dtype=dtype, device=x.device))
         return
     # the first d coordinates of a uniform point on the sphere in d + 2 dimensions are uniform in the ball
     z = normals(sample_ids, elements + 2, seed=seed)

@@ -147,8 +147,32 @@ def init_l2_kernel(
         tl.store(x_adv + index, result.to(x_adv.dtype.element_ty), mask=place < elements)
 
 
+@triton.jit
+def init_normal_kernel(
+    x_adv,
+    x,
+    sample_ids,
+    seed: tl.int64,
+    elements,
+    std,
+    SIZES: tl.constexpr,
+    STRIDES: tl.constexpr,
+    LOGICALS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program for BLOCK elements of a sample."""
+    blocks = tl.cdiv(elements, BLOCK)
+    sample = tl.program_id(0) // blocks
+    place = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    index = sample.to(tl.int64) * elements + place
+    element = _logical_index(place, SIZES, STRIDES, LOGICALS)
+    z = _normals(element, tl.load(sample_ids + sample), seed)
+    result = tl.load(x + index, mask=place < elements).to(tl.float32) + z * std
+    tl.store(x_adv + index, result.to(x_adv.dtype.element_ty), mask=place < elements)
+
+
 def pgd_init(x_adv: Tensor, x: Tensor, sample_ids: Tensor, epsilon: float, norm: str, seed: int) -> None:
-    """Write x plus noise keyed by `seed` and `sample_ids` to `x_adv`."""
+    """Write x plus noise keyed by `seed` and `sample_ids` to `x_adv`; for norm "normal", epsilon is its deviation."""
     if not x.numel():
         return
     samples, elements = len(x), x.numel() // len(x)
@@ -156,10 +180,12 @@ def pgd_init(x_adv: Tensor, x: Tensor, sample_ids: Tensor, epsilon: float, norm:
     # a fused multiply-add would skip a rounding
     options = {**order, "BLOCK": _BLOCK, "num_warps": _WARPS, "enable_fp_fusion": False}
     with torch.cuda.device_of(x):
+        grid = (samples * triton.cdiv(elements, _BLOCK),)
         if norm == "linf":
             bound = round_toward_zero(epsilon, x.dtype)
-            grid = (samples * triton.cdiv(elements, _BLOCK),)
             init_linf_kernel[grid](x_adv, x, sample_ids, seed, elements, bound, **options)
+        elif norm == "normal":
+            init_normal_kernel[grid](x_adv, x, sample_ids, seed, elements, epsilon, **options)
         else:
             radius = l2_radius(epsilon, elements, x.dtype)
             init_l2_kernel[(samples,)](x_adv, x, sample_ids, seed, elements, radius, **options)

@@ -8,6 +8,10 @@ from torch import nn
 
 from awp_engine.attack import pgd
 from awp_engine.data import Split, eval_batches
+from awp_kernels.philox import mix_seed
+
+# separates the evaluation's noise from the training's, which is derived from the same seed
+_EVALUATION_NOISE = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,18 @@ class Accuracy:
 
     clean: float
     robust: float
+
+
+def evaluation_seed(run_seed: int) -> int:
+    """The seed of the starting points that a run with `run_seed` is measured from."""
+    return mix_seed(run_seed, _EVALUATION_NOISE)
+
+
+def spread(split: Split, limit: int | None) -> Split:
+    """`limit` samples at even distances, all of them for None: files are often sorted by class."""
+    if limit is None or limit >= len(split):
+        return split
+    return split.select(torch.arange(limit, device=split.labels.device) * len(split) // limit)
 
 
 def evaluate(model: nn.Module, split: Split, attack: PgdAttack, *, batch_size: int) -> Accuracy:

@@ -1,0 +1,81 @@
+"""Averages of the weights over training.
+
+Source: Izmailov et al.: Averaging Weights Leads to Wider Optima and Better Generalization, UAI 2018 (SWA); Gowal et
+al.: Uncovering the Limits of Adversarial Training, 2020 (EMA in adversarial training).
+"""
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from awp_engine.batch_norm import recompute_statistics
+from awp_engine.config import AverageConfig
+
+
+class WeightAverage:
+    """A second model that holds the average of the first one's parameters; the two share no memory.
+
+    Its batch-normalisation statistics are those of no model that ever ran: `refresh_statistics` computes them anew and
+    has to be called before the average is used.
+
+    Args:
+        model: the model in training.
+        config: kind, decay and start.
+        epochs: of the whole run.
+
+    Attributes:
+        model: the average, in eval mode.
+        count: how many sets of weights are in it.
+    """
+
+    def __init__(self, model: nn.Module, config: AverageConfig, epochs: int) -> None:
+        self.config, self.epochs = config, epochs
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.count = 0
+        self._live: list[Tensor] = list(model.parameters())
+
+    @property
+    def started(self) -> bool:
+        """Whether there is an average to use."""
+        return self.count > 0
+
+    def after_step(self) -> None:
+        """Take the weights in after a step (EMA)."""
+        if self.config.kind == "ema":
+            # the usual warm-up: an average of few steps must not remember the random start
+            self._take_in(1 - min(self.config.decay, (1 + self.count) / (10 + self.count)))
+
+    def after_epoch(self, epoch: int) -> None:
+        """Take the weights in after an epoch, counted from 1 (SWA)."""
+        if self.config.kind == "swa" and epoch > self.config.start * self.epochs:
+            self._take_in(1 / (self.count + 1))
+
+    @torch.no_grad()
+    def _take_in(self, weight: float) -> None:
+        averages: list[Tensor] = list(self.model.parameters())
+        if self.count == 0:
+            torch._foreach_copy_(averages, self._live)  # pyright: ignore[reportPrivateImportUsage]
+        else:
+            torch._foreach_lerp_(averages, self._live, weight)  # pyright: ignore[reportPrivateImportUsage]
+        self.count += 1
+
+    def refresh_statistics(self, forward_passes: Iterable[object]) -> None:
+        """Compute the average's batch-normalisation statistics anew.
+
+        Args:
+            forward_passes: of `self.model`, made while this is iterated.
+        """
+        recompute_statistics(self.model, forward_passes)
+
+    def state(self) -> dict[str, Tensor]:
+        """The averaged parameters, for a checkpoint."""
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor], count: int) -> None:
+        """What `state` gave, and `count`."""
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(state[name])
+        self.count = count

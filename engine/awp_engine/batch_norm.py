@@ -1,0 +1,94 @@
+"""Batch normalisation's running statistics: held still, put back, computed anew."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def layers(model: nn.Module) -> list[_BatchNorm]:
+    """The model's batch-normalisation layers."""
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
+
+
+@contextlib.contextmanager
+def batch_norm_mode(
+    model: nn.Module, mode: Literal["train", "eval"] | None = None, *, update_statistics: bool
+) -> Iterator[None]:
+    """Sets how the model's batch normalisation behaves inside the block, and puts everything back after it.
+
+    Args:
+        model: any module.
+        mode: "train" normalises by the batch, "eval" by the running statistics; None leaves it as it is.
+        update_statistics: whether forward passes in train mode move the running statistics.
+    """
+    found = layers(model)
+    before = [(layer.training, layer.track_running_stats) for layer in found]
+    try:
+        for layer in found:
+            layer.training = layer.training if mode is None else mode == "train"
+            # without tracking, train mode leaves the buffers alone, and eval mode still reads them
+            layer.track_running_stats &= update_statistics
+        yield
+    finally:
+        for layer, (training, tracking) in zip(found, before, strict=True):
+            layer.training, layer.track_running_stats = training, tracking
+
+
+class Statistics:
+    """Copies of a model's running statistics."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._live = [buffer for layer in layers(model) for buffer in layer.buffers(recurse=False)]
+        self._saved = [buffer.clone() for buffer in self._live]
+
+    @torch.no_grad()
+    def restore_(self) -> None:
+        """Put the copies back."""
+        for live, saved in zip(self._live, self._saved, strict=True):
+            live.copy_(saved)
+
+    @torch.no_grad()
+    def restore_where(self, condition: Tensor) -> None:
+        """Put the copies back if `condition`, a bool scalar, is true; decided on the device."""
+        for live, saved in zip(self._live, self._saved, strict=True):
+            live.copy_(torch.where(condition, saved, live))
+
+
+@contextlib.contextmanager
+def saved_statistics(model: nn.Module) -> Iterator[Statistics]:
+    """Running statistics as they are on entry; they come back if the block ends by an exception."""
+    statistics = Statistics(model)
+    try:
+        yield statistics
+    except BaseException:
+        statistics.restore_()
+        raise
+
+
+@torch.no_grad()
+def recompute_statistics(model: nn.Module, forward_passes: Iterable[object]) -> None:
+    """Replace the running statistics by the plain average over forward passes.
+
+    Args:
+        model: any module; its mode is put back afterwards.
+        forward_passes: iterated in train mode; each item is made by one or more forward passes of `model`.
+    """
+    found = layers(model)
+    if not found:
+        return
+    momenta, training = [layer.momentum for layer in found], model.training
+    try:
+        for layer in found:
+            layer.reset_running_stats()
+            layer.momentum = None
+        model.train()
+        for _ in forward_passes:
+            pass
+    finally:
+        for layer, momentum in zip(found, momenta, strict=True):
+            layer.momentum = momentum
+        model.train(training)

@@ -1,0 +1,191 @@
+"""Attacks by name, and those among them that follow the gradient inside the epsilon ball."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from awp_engine.attack import Start, pgd, summed_cross_entropy, summed_margin
+from awp_engine.data import Split, eval_batches
+from awp_kernels.philox import mix_seed
+
+Family = Literal["clean", "fgsm", "pgd", "cw", "square", "autoattack", "regional"]
+Shape = Literal["square", "frame", "boxes", "pixels"]
+NAMES = (
+    "clean, fgsm, pgdN, cwN (cw is cw100), square, autoattack, regional-SHAPE-PERCENT (square, frame, boxes, pixels)"
+)
+_CW_STEPS = 100
+_RESTART = 7
+_STEPPED = re.compile(r"(pgd|cw)([1-9][0-9]{0,4})")
+_REGIONAL = re.compile(rf"regional-({'|'.join(get_args(Shape))})-([1-9][0-9]?)")
+
+
+class EvaluationError(ValueError):
+    """An evaluation that cannot be made as asked; the message is one line that says what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack:
+    """What a name stands for.
+
+    Attributes:
+        name: as given, cw spelled out as cw100.
+        family: which code runs it.
+        steps: of pgd and cw.
+        shape, percent: the region of a regional attack, and its share of the area.
+    """
+
+    name: str
+    family: Family
+    steps: int = 0
+    shape: Shape | None = None
+    percent: int = 0
+
+    @property
+    def bounded(self) -> bool:
+        """Whether it stays inside the epsilon ball; the regional attacks are bounded by their region alone."""
+        return self.family != "regional"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threat:
+    """What an attacker may do: a ball around the image, within [0, 1].
+
+    Attributes:
+        epsilon: radius, on pixels in [0, 1].
+        norm: "linf" or "l2".
+        step_size: length of a step of pgd and cw, in epsilon's units.
+    """
+
+    epsilon: Fraction
+    norm: Literal["linf", "l2"]
+    step_size: Fraction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What an attack did to N samples.
+
+    Attributes:
+        x_adv: fp32 [N, C, H, W], the attacked images.
+        held: bool [N], right both clean and attacked.
+        parameters: the attack's, for the receipt.
+        details: what else it measured.
+    """
+
+    x_adv: Tensor
+    held: Tensor
+    parameters: dict[str, Any]
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def parse_attack(name: str) -> Attack:
+    """The attack that `name` stands for, such as pgd20, cw, or regional-frame-28.
+
+    Raises:
+        EvaluationError: for any other name.
+    """
+    if name == "cw":
+        name = f"cw{_CW_STEPS}"
+    if name in ("clean", "fgsm", "square", "autoattack"):
+        return Attack(name=name, family=name)
+    if match := _STEPPED.fullmatch(name):
+        return Attack(name=name, family="pgd" if match[1] == "pgd" else "cw", steps=int(match[2]))
+    if match := _REGIONAL.fullmatch(name):
+        shape: Any = match[1]
+        return Attack(name=name, family="regional", shape=shape, percent=int(match[2]))
+    raise EvaluationError(f"--attacks: expected {NAMES}; got {name[:80]!r}")
+
+
+@contextlib.contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and no gradients for parameters (FAB would leave some behind); both are put back afterwards."""
+    training = [module.training for module in model.modules()]
+    required = [parameter.requires_grad for parameter in model.parameters()]
+    try:
+        model.eval().requires_grad_(False)
+        yield
+    finally:
+        for module, mode in zip(model.modules(), training, strict=True):
+            module.training = mode
+        for parameter, needed in zip(model.parameters(), required, strict=True):
+            parameter.requires_grad_(needed)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
+    """Predicted classes, int64 [N], of fp32 images [N, C, H, W] in [0, 1]."""
+    return torch.cat([model(part).argmax(1) for part in images.split(batch_size)])
+
+
+def gradient_attack(
+    model: nn.Module,
+    split: Split,
+    attack: Attack,
+    threat: Threat,
+    *,
+    restarts: int,
+    seed: int,
+    batch_size: int,
+) -> Outcome:
+    """Runs clean, fgsm, pgd or cw on a split; a sample's noise depends on the seed and its id alone.
+
+    Restart 0 starts where the training's own evaluation does; the others are spent on images that still hold. An image
+    holds if its last iterate is classified right in every restart.
+
+    Args:
+        model: in eval mode, on the split's device.
+        split: the samples.
+        attack: of one of these four families.
+        threat: the ball, and the step of pgd and cw; fgsm takes one step of epsilon from the image itself.
+        restarts: of pgd and cw, at least 1.
+        seed: of the starting points.
+        batch_size: images a batch; does not change the result beyond rounding.
+    """
+    epsilon, steps, step_size = threat.epsilon, attack.steps, threat.step_size
+    start: Start = "uniform"
+    if attack.family == "fgsm":
+        steps, step_size, start, restarts = 1, epsilon, "none", 1
+    elif attack.family == "clean":
+        epsilon, step_size, start, restarts = Fraction(0), Fraction(0), "none", 1
+    loss = summed_margin if attack.family == "cw" else summed_cross_entropy
+    attacked, held = [], []
+    for x, y, ids in eval_batches(split, batch_size):
+        x_adv = x.clone()
+        holds = predict(model, x, batch_size) == y
+        for restart in range(restarts if steps else 0):
+            left = torch.arange(len(x), device=x.device) if restart == 0 else torch.nonzero(holds).squeeze(1)
+            if not len(left):
+                break
+            moved = pgd(
+                model,
+                x[left],
+                y[left],
+                epsilon=float(epsilon),
+                step_size=float(step_size),
+                steps=steps,
+                norm=threat.norm,
+                start=start,
+                sample_ids=ids[left],
+                seed=seed if restart == 0 else mix_seed(seed, _RESTART, restart),
+                loss=loss,
+            )
+            x_adv[left] = moved
+            holds[left] &= predict(model, moved, batch_size) == y[left]
+        attacked.append(x_adv)
+        held.append(holds)
+    parameters: dict[str, Any] = {}
+    if attack.family != "clean":
+        parameters = {
+            "loss": "margin of logits (CW)" if attack.family == "cw" else "cross-entropy",
+            "steps": steps,
+            "step_size": str(step_size),
+            "start": start,
+            "restarts": restarts,
+        }
+    return Outcome(x_adv=torch.cat(attacked), held=torch.cat(held), parameters=parameters)

@@ -1,0 +1,255 @@
+"""AutoAttack by the package `pyautoattack`, attack by attack, so that a killed evaluation goes on where it was.
+
+Source: Croce, Hein: Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse Parameter-free Attacks,
+ICML 2020.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from awp_engine.data import Split, eval_batches
+from awp_engine.evaluation.attack_state import AttackState, StateFile
+from awp_engine.evaluation.attacks import EvaluationError, Outcome, Threat
+
+STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
+_TARGETS = 9
+_SAVE_SECONDS = 60.0
+_LOGGER = "auto-attack"
+
+
+class _Flags(logging.Handler):
+    """Keeps what the package warns of: randomised or dynamic models, zero gradients, probabilities for logits."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage().partition(" See flags_doc.md")[0]
+        if message not in self.messages:
+            self.messages.append(message)
+
+
+@contextlib.contextmanager
+def _quiet_package(device: torch.device) -> Iterator[_Flags]:
+    """Collects the package's warnings, and puts back what it sets for the whole process: random state and tracer."""
+    flags, logger, tracer = _Flags(), logging.getLogger(_LOGGER), sys.gettrace()
+    propagate = logger.propagate
+    logger.addHandler(flags)
+    logger.propagate = False
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+            yield flags
+    finally:
+        logger.removeHandler(flags)
+        logger.propagate = propagate
+        sys.settrace(tracer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How long the attacks go on; other numbers than the standard version's are for a quick look.
+
+    Attributes:
+        iterations: of APGD and FAB.
+        queries: of Square; the schedule of its squares is stretched to another number.
+    """
+
+    iterations: int = 100
+    queries: int = 5000
+
+
+STANDARD_BUDGET = Budget()
+
+
+def _package(model: nn.Module, threat: Threat, seed: int, device: torch.device, classes: int, budget: Budget) -> Any:
+    """The package's object for the standard version, with no more targets than there are wrong classes."""
+    try:
+        from pyautoattack import AutoAttack
+    except ImportError:
+        raise EvaluationError(
+            "the package pyautoattack is missing; install it with: pip install pyautoattack"
+        ) from None
+    norm = "Linf" if threat.norm == "linf" else "L2"
+    package = AutoAttack(model, norm=norm, eps=float(threat.epsilon), version="standard", seed=seed, device=device)
+    package.apgd_targeted.n_target_classes = package.fab.n_target_classes = min(_TARGETS, classes - 1)
+    if budget.queries != package.square.n_queries:
+        # the schedule of square sizes is written for the full number
+        package.square.n_queries, package.square.rescale_schedule = budget.queries, True
+    if budget.iterations != package.apgd.n_iter:
+        package.fab.n_iter = budget.iterations
+        for apgd in (package.apgd, package.apgd_targeted):
+            # its constructor derives when it may halve the step from the number of iterations
+            apgd.__init__(
+                apgd.model,
+                n_iter=budget.iterations,
+                norm=apgd.norm,
+                n_restarts=apgd.n_restarts,
+                eps=apgd.eps,
+                seed=seed,
+                device=apgd.device,
+                logger=apgd.logger,
+            )
+        package.apgd_targeted.n_target_classes = package.fab.n_target_classes
+    return package
+
+
+def _perturb(package: Any, attack: str, x: Tensor, y: Tensor) -> Tensor:
+    """One attack on one batch, set up as the package's own loop does; it seeds itself for every batch."""
+    if attack == "apgd-ce":
+        package.apgd.loss = "ce"
+        return package.apgd.perturb(x, y)
+    if attack == "apgd-t":
+        return package.apgd_targeted.perturb(x, y)
+    if attack == "fab-t":
+        package.fab.targeted = True
+        package.fab.n_restarts = 1
+        return package.fab.perturb(x, y)
+    return package.square.perturb(x, y)
+
+
+def _refuse_unsuitable(split: Split, classes: int, attacks: Sequence[str], threat: Threat) -> None:
+    height = split.images.shape[2]
+    if classes < 4 and "apgd-t" in attacks:
+        raise EvaluationError(
+            f"autoattack: expected at least 4 classes, which its targeted DLR loss compares, got {classes}; "
+            "use pgdN, cwN and square"
+        )
+    if threat.norm == "l2" and height < 5 and "square" in attacks:
+        raise EvaluationError(f"autoattack: its Square attack in l2 needs images of at least 5 rows, got {height}")
+
+
+def _check_model(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[str], package: Any) -> None:
+    """The package's own checks of the model, on the first batch; what they find goes to the log."""
+    from pyautoattack import checks
+
+    logger = logging.getLogger(_LOGGER)
+    checks.check_randomized(model, x, y, bs=len(x), logger=logger)
+    classes = checks.check_range_output(model, x, logger=logger)
+    checks.check_dynamic(model, x, False, logger=logger)
+    targets = package.apgd_targeted.n_target_classes
+    checks.check_n_classes(classes, attacks, targets, package.fab.n_target_classes, logger=logger)
+
+
+def autoattack(
+    model: nn.Module,
+    split: Split,
+    threat: Threat,
+    *,
+    seed: int,
+    batch_size: int,
+    attacks: Sequence[str] = STANDARD,
+    budget: Budget = STANDARD_BUDGET,
+    state_file: StateFile | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Outcome:
+    """Runs AutoAttack's standard version; equal to the last sample to `AutoAttack.run_standard_evaluation`.
+
+    Every attack is run on the images that withstood those before. With `state_file` the attacked images are saved after
+    every attack, and within one after a batch if a minute has passed; started again, it goes on from there to the same
+    result, as every batch is seeded by itself.
+
+    Args:
+        model: in eval mode, on the split's device; logits of at least 4 classes.
+        split: the samples.
+        threat: the ball.
+        seed: of every attack on every batch, as the package does it.
+        batch_size: images a batch; part of the result, as random numbers are drawn for a batch.
+        attacks: in this order, out of the standard ones.
+        budget: how long they go on.
+        state_file: where to save, and to go on from.
+        say: is told the running upper bound of the accuracy after every attack.
+
+    Raises:
+        EvaluationError: the package is missing, or cannot attack such images or so few classes.
+        CheckpointError: the state could not be written.
+    """
+    x, y, _ = next(eval_batches(split, len(split)))
+    with _quiet_package(x.device) as flags:
+        classes = int(model(x[:1]).shape[1])
+        _refuse_unsuitable(split, classes, attacks, threat)
+        package = _package(model, threat, seed, x.device, classes, budget)
+        state = state_file.load(say) if state_file is not None else None
+        if state is None:
+            _check_model(model, x[:batch_size], y[:batch_size], attacks, package)
+            right = torch.cat(
+                [model(part).max(1)[1] == labels for part, labels in _batches(x, y, batch_size)]
+            )  # max, not argmax, as the package does
+            state = AttackState(x_adv=x.clone(), robust=right, begun=right.clone(), counts={"clean": int(right.sum())})
+        else:
+            state = state.to(x.device)
+            say(f"autoattack: going on with {attacks[state.attack] if state.attack < len(attacks) else 'the result'}")
+        _run(model, x, y, package, attacks, batch_size, state, state_file, flags, say)
+    square_gain = state.counts.get("fab-t", 0) - state.counts.get("square", 0)
+    if "fab-t" in state.counts and square_gain > 0.002 * len(split):
+        state.warnings.append(
+            f"the black-box Square attack broke {square_gain} images that the gradient attacks did not"
+        )
+    parameters = {
+        "package": f"pyautoattack {importlib.metadata.version('pyautoattack')}",
+        "version": "standard" if tuple(attacks) == STANDARD and budget == STANDARD_BUDGET else "custom",
+        "attacks": list(attacks),
+        "target_classes": package.apgd_targeted.n_target_classes,
+        "iterations": budget.iterations,
+        "queries": budget.queries,
+        "seed": seed,
+        "batch_size": batch_size,
+    }
+    details = {"right_after": state.counts, "warnings": state.warnings}
+    return Outcome(x_adv=state.x_adv, held=state.robust, parameters=parameters, details=details)
+
+
+def _batches(x: Tensor, y: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(x.split(batch_size), y.split(batch_size), strict=True)
+
+
+def _run(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    package: Any,
+    attacks: Sequence[str],
+    batch_size: int,
+    state: AttackState,
+    state_file: StateFile | None,
+    flags: _Flags,
+    say: Callable[[str], None],
+) -> None:
+    """Moves `state` from where it stands to the end."""
+    flags.messages += [message for message in state.warnings if message not in flags.messages]
+    saved = began = time.monotonic()
+    for attack, name in enumerate(attacks):
+        if attack < state.attack:
+            continue
+        batches = torch.nonzero(state.begun).squeeze(1).split(batch_size) if bool(state.begun.any()) else ()
+        for batch, chosen in enumerate(batches):
+            if batch < state.batch:
+                continue
+            attacked = _perturb(package, name, x[chosen], y[chosen])
+            fooled = model(attacked).max(1)[1] != y[chosen]
+            state.robust[chosen[fooled]] = False
+            state.x_adv[chosen[fooled]] = attacked[fooled]
+            if state_file is not None and batch + 1 < len(batches) and time.monotonic() - saved > _SAVE_SECONDS:
+                state.warnings = list(flags.messages)
+                state_file.save(state, next_attack=attack, next_batch=batch + 1)
+                saved = time.monotonic()
+        state.begun, state.batch = state.robust.clone(), 0
+        count, images = int(state.robust.sum()), len(x)
+        state.counts[name] = count
+        state.warnings = list(flags.messages)
+        if state_file is not None:
+            state_file.save(state, next_attack=attack + 1, next_batch=0)
+            saved = time.monotonic()
+        seconds = time.monotonic() - began
+        say(f"autoattack: after {name} at most {count / images:.2%} right ({count} of {images}), {seconds:.0f} s")

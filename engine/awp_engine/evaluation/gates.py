@@ -1,0 +1,180 @@
+"""Checks that a robust accuracy can be believed.
+
+Source: Carlini et al.: On Evaluating Adversarial Robustness, 2019; Athalye, Carlini, Wagner: Obfuscated Gradients
+Give a False Sense of Security, ICML 2018.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import nn
+
+from awp_engine.attack import summed_cross_entropy
+from awp_engine.data import Split, eval_batches
+from awp_engine.evaluation.attacks import Threat, gradient_attack, parse_attack, predict
+from awp_engine.evaluation.autoattack import Budget, autoattack
+
+IMAGES = 200
+QUERIES = 500
+STEPS = (1, 5, 20, 100)
+_WHITE_BOX = 100
+_EPSILON_STEPS = "pgd40"
+# a few images of a subset may go either way
+_NEARLY_NONE = Fraction(2, 100)
+_SLACK = Fraction(1, 100)
+_WITHOUT_EPSILON = {"linf": Fraction(8, 255), "l2": Fraction(1, 2)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """One check: what was measured, what was expected, and what a failure means."""
+
+    name: str
+    measured: str
+    bound: str
+    passed: bool
+    failure_means: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateReport:
+    """All checks, and the curves that they were read from.
+
+    Attributes:
+        gates: in order.
+        images: how many they ran on.
+        epsilon_curve: (epsilon, images right), from 0 to a ball that holds every image.
+        steps_curve: (steps of PGD, images right) at the evaluation's epsilon.
+        epsilon: that epsilon; a stand-in where the evaluation has 0.
+    """
+
+    gates: tuple[Gate, ...]
+    images: int
+    epsilon_curve: tuple[tuple[Fraction, int], ...]
+    steps_curve: tuple[tuple[int, int], ...]
+    epsilon: Fraction
+
+
+def _radii(epsilon: Fraction, threat: Threat, values: int) -> list[Fraction]:
+    # beyond this radius every image of [0, 1] can be made into every other
+    everything = Fraction(1) if threat.norm == "linf" else Fraction(math.isqrt(values - 1) + 1)
+    inner = [epsilon * factor for factor in (Fraction(0), Fraction(1, 2), Fraction(1), Fraction(2), Fraction(4))]
+    return [*(radius for radius in inner if radius < everything), everything]
+
+
+def _percent(count: int, images: int) -> str:
+    return f"{count / images:.1%}"
+
+
+def _zero_gradients(model: nn.Module, split: Split, batch_size: int) -> tuple[int, float]:
+    """Images whose gradient is zero everywhere, and the share of zero entries overall."""
+    images, entries = 0, 0
+    for x, y, _ in eval_batches(split, batch_size):
+        x.requires_grad_()
+        with torch.enable_grad():
+            output = summed_cross_entropy(model(x), y)
+            # a model that cuts the graph has no gradient at all
+            gradient = torch.autograd.grad(output, x)[0] if output.requires_grad else torch.zeros_like(x)
+        zero = (gradient == 0).flatten(1)
+        images += int(zero.all(1).sum())
+        entries += int(zero.sum())
+    return images, entries / split.images.numel()
+
+
+def run_gates(
+    model: nn.Module,
+    split: Split,
+    threat: Threat,
+    *,
+    seed: int,
+    batch_size: int,
+    queries: int = QUERIES,
+    say: Callable[[str], None] = lambda _: None,
+) -> GateReport:
+    """Runs the five checks on a small split.
+
+    Args:
+        model: in eval mode, on the split's device.
+        split: a few hundred samples.
+        threat: the evaluation's ball; where epsilon is 0, 8/255 (l2: 1/2) stands in for it.
+        seed: of all starting points.
+        batch_size: images a batch.
+        queries: of the black-box attack.
+        say: is told how far it is.
+
+    Raises:
+        EvaluationError: pyautoattack, which the black-box attack is from, is missing.
+    """
+    images = len(split)
+    epsilon = threat.epsilon or _WITHOUT_EPSILON[threat.norm]
+    slack = math.floor(_SLACK * images)
+
+    def right(attack: str, radius: Fraction, step_size: Fraction) -> torch.Tensor:
+        ball = dataclasses.replace(threat, epsilon=radius, step_size=step_size)
+        outcome = gradient_attack(
+            model, split, parse_attack(attack), ball, restarts=1, seed=seed, batch_size=batch_size
+        )
+        return outcome.held
+
+    say(f"gates: accuracy against epsilon, on {images} images")
+    radii = _radii(epsilon, threat, split.images[0].numel())
+    held_at = {radius: right(_EPSILON_STEPS, radius, radius / 10) for radius in radii}
+    epsilon_curve = tuple((radius, int(held.sum())) for radius, held in held_at.items())
+    say("gates: accuracy against steps")
+    held_after = {steps: right(f"pgd{steps}", epsilon, epsilon / 4) for steps in STEPS}
+    steps_curve = tuple((steps, int(held.sum())) for steps, held in held_after.items())
+    white = int((held_after[_WHITE_BOX] & right(f"cw{_WHITE_BOX}", epsilon, epsilon / 4)).sum())
+    say(f"gates: Square with {queries} queries")
+    ball = dataclasses.replace(threat, epsilon=epsilon)
+    square = autoattack(
+        model, split, ball, seed=seed, batch_size=batch_size, attacks=("square",), budget=Budget(queries=queries)
+    )
+    black = int(square.held.sum())
+    whole = next(eval_batches(split, images))
+    clean = predict(model, whole.images, batch_size) == whole.labels
+    differing = int((clean != held_at[Fraction(0)]).sum())
+    rises = [later - earlier for (_, earlier), (_, later) in itertools.pairwise(steps_curve)]
+    no_gradient, zero_entries = _zero_gradients(model, split, batch_size)
+    gates = (
+        Gate(
+            name="accuracy falls as epsilon grows",
+            measured=f"{_percent(epsilon_curve[-1][1], images)} right at epsilon {radii[-1]}",
+            bound=f"at most {float(_NEARLY_NONE):.0%}",
+            passed=epsilon_curve[-1][1] <= _NEARLY_NONE * images,
+            failure_means="the attack cannot find what must be there: gradients are masked, or the attack is broken",
+        ),
+        Gate(
+            name="more steps do not help the defender",
+            measured=", ".join(f"{steps}: {_percent(count, images)}" for steps, count in steps_curve),
+            bound=f"no rise of more than {slack} of {images} images from one to the next",
+            passed=max(rises) <= slack,
+            failure_means="the loss surface misleads the attack; a stronger or adaptive one would find more",
+        ),
+        Gate(
+            name="black-box does not beat white-box",
+            measured=f"Square {_percent(black, images)} right, PGD-{_WHITE_BOX} and CW {_percent(white, images)}",
+            bound=f"Square not below them by more than {slack} of {images} images",
+            passed=black >= white - slack,
+            failure_means="gradients point nowhere useful: accuracy under gradient attacks says too much",
+        ),
+        Gate(
+            name="epsilon 0 is clean accuracy",
+            measured=f"{differing} of {images} images differ",
+            bound="none",
+            passed=differing == 0,
+            failure_means="attack and clean evaluation do not see the same model or images",
+        ),
+        Gate(
+            name="gradients are not masked",
+            measured=f"{_percent(no_gradient, images)} of images without gradient, {zero_entries:.1%} of values zero",
+            bound=f"at most {float(_SLACK):.0%} of images, half of the values",
+            passed=no_gradient <= slack and zero_entries <= 0.5,
+            failure_means="a step of the model has no gradient, or its logits saturate the loss",
+        ),
+    )
+    return GateReport(gates=gates, images=images, epsilon_curve=epsilon_curve, steps_curve=steps_curve, epsilon=epsilon)

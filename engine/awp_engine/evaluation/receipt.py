@@ -1,0 +1,101 @@
+"""What a measured accuracy depends on, written down beside it."""
+
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import nn
+
+from awp_engine.data import Split
+from awp_engine.evaluation.attacks import Threat
+from awp_engine.report import source_commit, versions
+
+
+def split_hash(split: Split) -> str:
+    """SHA-256, hexadecimal, of the shape, images, labels and ids of a split, in its order."""
+    digest = hashlib.sha256(repr(tuple(split.images.shape)).encode())
+    digest.update(split.images.cpu().contiguous().numpy().data)
+    for numbers in (split.labels, split.ids):
+        digest.update(numbers.cpu().contiguous().numpy().astype("<i8").data)
+    return digest.hexdigest()
+
+
+def percent(count: int, total: int, digits: int = 2) -> str:
+    """`count / total` in percent, rounded once from the exact fraction."""
+    hundredths = round(Fraction(count, total) * 100 * 10**digits)
+    return f"{hundredths // 10**digits}.{hundredths % 10**digits:0{digits}d}"
+
+
+def _normalisation(model: nn.Module) -> dict[str, Any]:
+    buffers = dict(model.named_buffers(recurse=False))
+    if not {"mean", "std"} <= buffers.keys():
+        return {"where": "unknown: the model has no buffers mean and std"}
+    return {"where": "inside the model"} | {name: buffers[name].flatten().tolist() for name in ("mean", "std")}
+
+
+def _precision(model: nn.Module) -> dict[str, Any]:
+    kinds = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
+    return {
+        "weights": sorted(kinds),
+        "images": "float32",
+        "autocast": torch.is_autocast_enabled(),
+        "matmul": torch.backends.cuda.matmul.fp32_precision,
+        # torch makes this attribute at run time
+        "convolution": torch.backends.cudnn.conv.fp32_precision,  # pyright: ignore[reportAttributeAccessIssue]
+    }
+
+
+def _package_versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = dict(versions())
+    for name in ("pyautoattack", "safetensors"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def make_receipt(
+    model: nn.Module,
+    split: Split,
+    threat: Threat,
+    *,
+    checkpoint: Mapping[str, Any],
+    data: Mapping[str, Any],
+    seed: int,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Everything but the attacks' own parameters, as JSON holds it.
+
+    Args:
+        model: what is measured.
+        split: the samples that are measured.
+        threat: the ball.
+        checkpoint: where the weights came from, with their SHA-256.
+        data: name of the data, and hash and size of the whole test split.
+        seed: that all seeds are derived from.
+        batch_size: images a batch.
+    """
+    device = split.images.device
+    return {
+        "checkpoint": dict(checkpoint),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "data": {**data, "images": len(split), "sha256_of_these_images": split_hash(split)},
+        "epsilon": str(threat.epsilon),
+        "epsilon_as_float": float(threat.epsilon),
+        "norm": threat.norm,
+        "step_size": str(threat.step_size),
+        "normalisation": _normalisation(model),
+        "batch_norm": "eval: running statistics",
+        "precision": _precision(model),
+        "seed": seed,
+        "batch_size": batch_size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "versions": _package_versions(),
+        "commit": source_commit(),
+    }

@@ -1,0 +1,197 @@
+"""Attacks on a part of the image.
+
+Source: Ozbulak, Peck, De Neve, Goossens, Saeys, Van Messem: Regional Image Perturbations Reduce Lp Norms of
+Adversarial Examples While Maintaining Model-to-model Transferability, ICML workshop on uncertainty, 2020.
+"""
+
+import math
+from fractions import Fraction
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from awp_engine.data import Split, eval_batches
+from awp_engine.evaluation.attacks import Attack, EvaluationError, Outcome, Shape
+from awp_kernels import pgd_step_
+from awp_kernels.philox import STREAM_UNIFORM, mix_seed, sample_words
+
+# one grey level of an 8-bit image: small steps, as the attack stops when the prediction flips
+STEP = Fraction(1, 255)
+STEPS = 255
+_MASK_NOISE = 11
+_BOXES_AT_FIRST = 64
+
+
+def _rectangle(height: int, width: int, share: float) -> Tensor:
+    """Centred rectangle of the image's own proportions, bool [H, W]."""
+    rows, columns = round(height * math.sqrt(share)), round(width * math.sqrt(share))
+    inside = torch.zeros(height, width, dtype=torch.bool)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    inside[top : top + rows, left : left + columns] = True
+    return inside
+
+
+def _first_covered(corners: Tensor, side: int, height: int, width: int) -> Tensor:
+    """For every pixel the number of the first square over it, their count where there is none: int64 [N, H * W]."""
+    rows, columns = torch.arange(height, device=corners.device), torch.arange(width, device=corners.device)
+    samples, count = corners.shape[:2]
+    first = torch.full((samples, height, width), count, device=corners.device)
+    for number in reversed(range(count)):
+        top, left = corners[:, number, 0, None], corners[:, number, 1, None]
+        covers = ((rows >= top) & (rows < top + side)).unsqueeze(2) & (
+            (columns >= left) & (columns < left + side)
+        ).unsqueeze(1)  # [N, H, W]
+        first.masked_fill_(covers, number)
+    return first.flatten(1)
+
+
+def _box_ranks(sample_ids: Tensor, pixels: int, height: int, width: int, seed: int) -> Tensor:
+    """Sort keys, int64 [N, H * W]: pixels in the order in which random boxes cover them."""
+    side = max(1, min(height, width) // 4)
+    count = _BOXES_AT_FIRST
+    while True:
+        words = sample_words(sample_ids, 2 * count, seed=seed, stream=STREAM_UNIFORM).view(-1, count, 2)
+        # boxes may hang over the edge, so that border pixels are hit as often as others
+        spans = torch.tensor([height + side - 1, width + side - 1], device=words.device)
+        first = _first_covered((words * spans >> 32) - (side - 1), side, height, width)
+        if bool(((first < count).sum(1) >= pixels).all()):
+            return first * (height * width) + torch.arange(height * width, device=first.device)
+        count *= 2
+
+
+def region_mask(shape: Shape, percent: int, height: int, width: int, *, sample_ids: Tensor, seed: int) -> Tensor:
+    """Where a regional attack may change an image.
+
+    Args:
+        shape: "square", a centred rectangle of the image's proportions; "frame", what such a rectangle leaves free;
+            "boxes", random squares of a quarter of the shorter side, the last one cut to measure; "pixels", random
+            ones.
+        percent: share of the area; exact to half a pixel for boxes and pixels, to half a row and half a column for the
+            others, so that a frame may be thicker at the bottom and on the right.
+        height: of the image.
+        width: of the image.
+        sample_ids: int64 [N]; random regions are keyed by seed and id.
+        seed: in [0, 2^63).
+
+    Returns:
+        bool [N, 1, H, W].
+
+    Raises:
+        EvaluationError: the share is less than a pixel of such an image.
+    """
+    share = percent / 100
+    pixels = math.floor(share * height * width + 0.5)
+    noise = mix_seed(seed, _MASK_NOISE)
+    if shape in ("square", "frame"):
+        one = _rectangle(height, width, share) if shape == "square" else ~_rectangle(height, width, 1 - share)
+        mask = one.to(sample_ids.device).expand(len(sample_ids), 1, height, width)
+    else:
+        if shape == "pixels":
+            ranks = sample_words(sample_ids, height * width, seed=noise, stream=STREAM_UNIFORM)
+        else:
+            ranks = _box_ranks(sample_ids, pixels, height, width, noise)
+        chosen = torch.argsort(ranks, dim=1, stable=True)[:, :pixels]
+        mask = torch.zeros_like(ranks, dtype=torch.bool).scatter(1, chosen, True).view(-1, 1, height, width)
+    if not bool(mask.flatten(1).any(1).all()):
+        raise EvaluationError(f"--attacks: {percent}% of a {height}x{width} image is less than a pixel")
+    return mask
+
+
+def perturbation_norms(x_adv: Tensor, x: Tensor) -> dict[str, Tensor]:
+    """Norms of x_adv - x, a sample each, fp64 [N].
+
+    L0 counts the pixels of which any channel changed, L2 is the Euclidean norm over all values, Linf the largest
+    change.
+    """
+    delta = (x_adv.double() - x.double()).flatten(2)  # [N, C, H * W]
+    return {
+        "L0": (delta != 0).any(1).sum(1).double(),
+        "L2": torch.linalg.vector_norm(delta.flatten(1), dim=1),
+        "Linf": delta.abs().amax((1, 2)),
+    }
+
+
+def regional_attack(
+    model: nn.Module,
+    split: Split,
+    attack: Attack,
+    *,
+    seed: int,
+    batch_size: int,
+    step_size: Fraction = STEP,
+    steps: int = STEPS,
+) -> Outcome:
+    """Step by step x <- clip(x - step * sign(d CE(f(x), target) / dx) * mask), until the prediction is not the label.
+
+    The target is the wrong class with the largest logit on the clean image. Images that the model gets wrong clean are
+    left alone. `details` holds how many were flipped and, over those, the mean L0, L2 and Linf and number of steps.
+
+    Args:
+        model: in eval mode, on the split's device.
+        split: the samples.
+        attack: of the regional family.
+        seed: of random regions.
+        batch_size: images a batch.
+        step_size: length of a step.
+        steps: after how many to give up.
+
+    Raises:
+        EvaluationError: the region is less than a pixel.
+    """
+    if attack.shape is None:
+        raise ValueError(f"attack: expected a regional one, got {attack.name}")
+    attacked, held, norms, taken = [], [], [], []
+    height, width = split.images.shape[2:]
+    for x, y, ids in eval_batches(split, batch_size):
+        mask = region_mask(attack.shape, attack.percent, height, width, sample_ids=ids, seed=seed)
+        with torch.no_grad():
+            logits = model(x)
+        right = logits.argmax(1) == y
+        target = logits.scatter(1, y.unsqueeze(1), -torch.inf).argmax(1)
+        x_adv, active = x.clone(), torch.nonzero(right).squeeze(1)
+        count = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        for _ in range(steps):
+            if not len(active):
+                break
+            current = x_adv[active].requires_grad_()
+            with torch.enable_grad():
+                loss = F.cross_entropy(model(current), target[active], reduction="sum")
+                (gradient,) = torch.autograd.grad(loss, current)
+            moved = current.detach()
+            # epsilon 1 bounds nothing on [0, 1]
+            pgd_step_(
+                moved,
+                gradient,
+                x[active],
+                step_size=-float(step_size),
+                epsilon=1.0,
+                norm="linf",
+                mask=mask[active],
+            )
+            x_adv[active] = moved
+            count[active] += 1
+            with torch.no_grad():
+                active = active[model(moved).argmax(1) == y[active]]
+        holds = torch.zeros_like(right).index_fill(0, active, True)
+        flipped = right & ~holds
+        norms.append({name: value[flipped] for name, value in perturbation_norms(x_adv, x).items()})
+        taken.append(count[flipped])
+        attacked.append(x_adv)
+        held.append(holds)
+    flipped_steps = torch.cat(taken)
+    details: dict[str, Any] = {"flipped": len(flipped_steps)}
+    if len(flipped_steps):
+        details |= {name: torch.cat([part[name] for part in norms]).mean().item() for name in ("L0", "L2", "Linf")}
+        details["L0_share"] = details["L0"] / (height * width)
+        details["steps"] = flipped_steps.double().mean().item()
+    parameters = {
+        "region": attack.shape,
+        "percent": attack.percent,
+        "step_size": str(step_size),
+        "most_steps": steps,
+        "target": "wrong class with the largest clean logit",
+        "bound": "the region and [0, 1] alone, no epsilon",
+    }
+    return Outcome(x_adv=torch.cat(attacked), held=torch.cat(held), parameters=parameters, details=details)

@@ -1,0 +1,137 @@
+"""What an evaluation found: rows, worst case, gates and pictures."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from awp_engine.evaluation.gates import GateReport
+from awp_engine.evaluation.receipt import percent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One attack's result.
+
+    Attributes:
+        attack: its name.
+        right: images right both clean and attacked.
+        images: how many were attacked.
+        seconds: it took, saved parts of an earlier start not counted.
+        largest: largest perturbation found, measured again in fp64, in the ball's norm.
+        in_ball: whether that is within epsilon; None for regional attacks, which have none.
+        transferred: images that fooled this model and, right before, the second model too; None without one.
+        transferable: images that fooled this model and were right on the second one before.
+        parameters, details: the attack's own.
+    """
+
+    attack: str
+    right: int
+    images: int
+    seconds: float
+    largest: float
+    in_ball: bool | None
+    transferred: int | None
+    transferable: int | None
+    parameters: Mapping[str, Any]
+    details: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """A few images of one attack: fp32 [K, C, H, W] on the CPU, labels and predicted classes."""
+
+    attack: str
+    clean: Tensor
+    attacked: Tensor
+    labels: tuple[int, ...]
+    clean_predictions: tuple[int, ...]
+    predictions: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """All that was measured.
+
+    Attributes:
+        rows: in the order of the attacks.
+        clean: images right without an attack.
+        worst: images right under every attack of the ball.
+        worst_over: the names of those.
+        images: how many there are.
+        gates: None if they were not wanted.
+        pictures: of every attack.
+    """
+
+    rows: tuple[Row, ...]
+    clean: int
+    worst: int
+    worst_over: tuple[str, ...]
+    images: int
+    gates: GateReport | None
+    pictures: tuple[Pictures, ...]
+
+    def table(self) -> list[dict[str, str]]:
+        """Rows of text for `report.print_table`."""
+        transfers = any(row.transferable is not None for row in self.rows)
+        lines = []
+        for row in self.rows:
+            line = {
+                "attack": row.attack,
+                "accuracy": f"{percent(row.right, row.images)}%",
+                "right": f"{row.right}/{row.images}",
+                "largest": f"{row.largest:.4g}",
+                "seconds": f"{row.seconds:.1f}",
+            }
+            if transfers:
+                line["transfer"] = f"{percent(row.transferred or 0, row.transferable)}%" if row.transferable else "-"
+            lines.append(line)
+        worst: dict[str, str] = dict.fromkeys(lines[0], "") | {
+            "attack": "worst of " + ", ".join(self.worst_over),
+            "accuracy": f"{percent(self.worst, self.images)}%",
+            "right": f"{self.worst}/{self.images}",
+        }
+        return [*lines, worst]
+
+    def regional_table(self) -> list[dict[str, str]]:
+        """The regional attacks' norms, as text: means over the images that were flipped."""
+        lines = []
+        for row in self.rows:
+            if row.in_ball is not None:
+                continue
+            norms = {name: f"{row.details[name]:.4g}" if name in row.details else "-" for name in ("L0", "L2", "Linf")}
+            share = f"{row.details['L0_share']:.1%}" if "L0_share" in row.details else "-"
+            steps = f"{row.details['steps']:.1f}" if "steps" in row.details else "-"
+            transfer = "-"
+            if row.transferable is not None:
+                transfer = f"{row.transferred}/{row.transferable}"
+            flipped = f"{row.details['flipped']}/{self.clean}"
+            line = {"attack": row.attack, "flipped": flipped, **norms, "L0 share": share, "steps": steps}
+            lines.append(line | {"transfer": transfer})
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        rows = [
+            {**asdict(row), "accuracy": row.right / row.images, "accuracy_percent": percent(row.right, row.images)}
+            for row in self.rows
+        ]
+        worst = {"right": self.worst, "images": self.images, "over": list(self.worst_over)}
+        return {
+            "clean": {"right": self.clean, "images": self.images},
+            "attacks": rows,
+            "robust_to_all": worst | {"accuracy_percent": percent(self.worst, self.images)},
+            "gates": None if self.gates is None else _gates_to_dict(self.gates),
+        }
+
+
+def _gates_to_dict(report: GateReport) -> dict[str, Any]:
+    return {
+        "passed": all(gate.passed for gate in report.gates),
+        "images": report.images,
+        "gates": [asdict(gate) for gate in report.gates],
+        "epsilon_curve": [{"epsilon": str(radius), "right": count} for radius, count in report.epsilon_curve],
+        "steps_curve": [{"steps": steps, "right": count} for steps, count in report.steps_curve],
+        "epsilon": str(report.epsilon),
+    }

@@ -1,0 +1,299 @@
+"""One evaluation from a checkpoint to its reports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from awp_engine.checkpoint import atomic_write_text
+from awp_engine.config import parse_amount
+from awp_engine.data import Dataset, load_dataset
+from awp_engine.evaluation.accuracy import evaluation_seed, spread
+from awp_engine.evaluation.attacks import EvaluationError, Threat, parse_attack
+from awp_engine.evaluation.autoattack import STANDARD_BUDGET, Budget
+from awp_engine.evaluation.receipt import make_receipt, split_hash
+from awp_engine.evaluation.results import Measurement
+from awp_engine.evaluation.robustbench import Publication, model_info
+from awp_engine.evaluation.subject import Subject, choose_device, load_subject
+from awp_engine.evaluation.suite import measure
+
+JSON, PAGE, LEADERBOARD = "evaluation.json", "evaluation.html", "robustbench.json"
+DEFAULT_ATTACKS = ("clean", "fgsm", "pgd20", "cw")
+_BATCH_SIZE = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What `evaluate_checkpoint` leaves.
+
+    Attributes:
+        measurement: the numbers.
+        report: what evaluation.json holds, the receipt included.
+        output: the directory with the reports.
+        title: of the table.
+    """
+
+    measurement: Measurement
+    report: dict[str, Any]
+    output: Path
+    title: str
+
+
+def _amount(name: str, text: str) -> Fraction:
+    try:
+        return parse_amount(text)
+    except ValueError:
+        raise EvaluationError(
+            f"--{name}: expected a fraction or number >= 0 such as 8/255, got {text[:80]!r}"
+        ) from None
+
+
+def _threat(subject: Subject, epsilon: str | None, norm: Literal["linf", "l2"] | None, step_size: str | None) -> Threat:
+    """The ball that was asked for, or else the run's own; a step goes with its ball, else it is epsilon / 4."""
+    config = subject.config
+    if config is None and (epsilon is None or norm is None):
+        raise EvaluationError(
+            f"{subject.weights}: belongs to no run whose config.json could say it: give --epsilon and --norm"
+        )
+    own = config is not None and epsilon is None and norm in (None, config.attack.norm)
+    if epsilon is None and config is not None:
+        epsilon = config.attack.epsilon
+    if norm is None and config is not None:
+        norm = config.attack.norm
+    radius = _amount("epsilon", epsilon or "")
+    if norm == "linf" and radius > 1:
+        raise EvaluationError(f"--epsilon: expected at most 1 for linf, as pixels lie in [0, 1], got {epsilon}")
+    if step_size is None and own and config is not None:
+        step_size = config.evaluation.step_size
+    step = radius / 4 if step_size is None else _amount("step-size", step_size)
+    return Threat(epsilon=radius, norm=norm or "linf", step_size=step)
+
+
+def _data(subject: Subject, name: str | None, root: Path | None) -> Dataset:
+    config = subject.config
+    if name is None:
+        if config is None:
+            raise EvaluationError(
+                f"{subject.weights}: belongs to no run whose config.json could say what it was trained on: "
+                "give --data-name"
+            )
+        name = config.data.name
+    if root is None and config is not None and name == config.data.name:
+        root = config.data.root
+    return load_dataset(name, root=root, held_out_fraction=0.0, seed=0)
+
+
+def _output(path: Path, subject: Subject) -> Path:
+    if subject.run_dir is not None:
+        return subject.run_dir / ("evaluation" if subject.name == "best" else f"evaluation-{subject.name}")
+    return path.parent / f"{path.stem}-evaluation"
+
+
+def _positive(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise EvaluationError(f"--{name}: expected a whole number >= 1, got {value}")
+
+
+def _require_fit(subject: Subject, dataset: Dataset, device: torch.device, what: str) -> None:
+    image = dataset.test.images[:1].to(device).float() / 255
+    try:
+        with torch.no_grad():
+            logits = subject.model(image)
+    except RuntimeError as error:
+        shape = "x".join(map(str, image.shape[1:]))
+        reason = str(error).splitlines()[0]
+        raise EvaluationError(f"{what}: cannot classify {dataset.name}'s {shape} images: {reason}") from None
+    if logits.shape[1] != len(dataset.class_names):
+        raise EvaluationError(f"{what}: has {logits.shape[1]} classes, {dataset.name} {len(dataset.class_names)}")
+
+
+def evaluate_checkpoint(
+    path: Path | str,
+    *,
+    attacks: Sequence[str] = DEFAULT_ATTACKS,
+    checkpoint: str = "best",
+    epsilon: str | None = None,
+    norm: Literal["linf", "l2"] | None = None,
+    step_size: str | None = None,
+    restarts: int = 1,
+    seed: int | None = None,
+    batch_size: int | None = None,
+    limit: int | None = None,
+    gates_limit: int | None = 200,
+    device: str = "auto",
+    data_name: str | None = None,
+    data_root: Path | None = None,
+    transfer_to: Path | None = None,
+    output: Path | None = None,
+    publication: Publication | None = None,
+    budget: Budget = STANDARD_BUDGET,
+    say: Callable[[str], None] = lambda _: None,
+) -> Evaluated:
+    """Measures a checkpoint on the test split, and writes evaluation.json, evaluation.html and what was asked for.
+
+    What is not given is the run's own, from the config.json beside or above the weights.
+
+    Args:
+        path: a run directory, one of its checkpoints, or a .safetensors file.
+        attacks: names, see `parse_attack`.
+        checkpoint: of a run directory: best, last, or a checkpoint's name or path.
+        epsilon: radius of the ball, exact: "8/255".
+        norm: "linf" or "l2".
+        step_size: of pgd and cw, exact; the run's own in its own ball, else epsilon / 4.
+        restarts: of pgd and cw.
+        seed: of all noise; if not given, the one that the run's own evaluation uses.
+        batch_size: images a batch.
+        limit: evaluate on so many images, evenly spread.
+        gates_limit: images of the gates; None leaves them out.
+        device: auto, cpu or cuda.
+        data_name: the data set.
+        data_root: its directory.
+        transfer_to: a second run, checkpoint or file, on which every attack's images are tried.
+        output: directory of the reports; RUN_DIR/evaluation if not given.
+        publication: write RobustBench's description, robustbench.json; needs autoattack.
+        budget: of autoattack and square, for quick looks.
+        say: is told how far it is, one line at a time.
+
+    Raises:
+        EvaluationError, ConfigError, DataError, CheckpointError: one line that says what is wrong.
+        OSError: a report cannot be written.
+    """
+    path = Path(path)
+    wanted = [parse_attack(name) for name in dict.fromkeys(attacks)]
+    for name, value in (("restarts", restarts), ("batch-size", batch_size), ("limit", limit)):
+        _positive(name, value)
+    _positive("gates-limit", gates_limit)
+    if seed is not None and not 0 <= seed < 2**63:
+        raise EvaluationError(f"--seed: expected a whole number in [0, 2^63), got {seed}")
+    if publication is not None and "autoattack" not in attacks:
+        raise EvaluationError("--robustbench: its description needs autoattack; add it to --attacks")
+    place = choose_device(device)
+    subject = load_subject(path, which=checkpoint, device=place)
+    threat = _threat(subject, epsilon, norm, step_size)
+    dataset = _data(subject, data_name, data_root)
+    _require_fit(subject, dataset, place, str(path))
+    second = None if transfer_to is None else load_subject(transfer_to, device=place)
+    if second is not None:
+        _require_fit(second, dataset, place, f"--transfer-to {transfer_to}")
+    split = spread(dataset.test, limit).to(place)
+    config = subject.config
+    if seed is None:
+        seed = evaluation_seed(0 if config is None else config.seed)
+    if batch_size is None:
+        batch_size = _BATCH_SIZE if config is None else config.evaluation.batch_size
+    output = output or _output(path, subject)
+    receipt = make_receipt(
+        subject.model,
+        split,
+        threat,
+        checkpoint={
+            "name": subject.name,
+            "file": subject.weights.name,
+            "sha256": subject.sha256,
+            "architecture": subject.architecture,
+        },
+        data={
+            "name": dataset.name,
+            "split": "test",
+            "images_in_split": len(dataset.test),
+            "sha256_of_split": split_hash(dataset.test),
+            "limit": limit,
+            "chosen": "all" if limit is None else "evenly spread",
+        },
+        seed=seed,
+        batch_size=batch_size,
+    )
+    if second is not None:
+        receipt["transfer_to"] = {"name": second.name, "file": second.weights.name, "sha256": second.sha256}
+    measurement = measure(
+        subject.model,
+        split,
+        wanted,
+        threat,
+        seed=seed,
+        batch_size=batch_size,
+        restarts=restarts,
+        gates_limit=gates_limit,
+        second=None if second is None else second.model,
+        budget=budget,
+        states=output,
+        identity={
+            "checkpoint": subject.sha256,
+            "images": receipt["data"]["sha256_of_these_images"],
+            "device": place.type,
+            "torch": receipt["versions"]["torch"],
+            "pyautoattack": receipt["versions"]["pyautoattack"],
+        },
+        say=say,
+    )
+    report = {"receipt": receipt, **measurement.to_dict()}
+    _write(output, subject, dataset, threat, measurement, report)
+    if publication is not None:
+        _write_leaderboard(output, publication, dataset.name, threat, measurement, limit, say)
+    title = f"{dataset.name} test split, {threat.norm} epsilon {threat.epsilon}, {len(split)} images"
+    return Evaluated(measurement=measurement, report=report, output=output, title=title)
+
+
+def _write(
+    output: Path,
+    subject: Subject,
+    dataset: Dataset,
+    threat: Threat,
+    measurement: Measurement,
+    report: dict[str, Any],
+) -> None:
+    # matplotlib is imported at the end: it takes a second
+    from awp_engine.evaluation.figures import epsilon_curve, learning_curves, picture_rows, steps_curve
+    from awp_engine.evaluation.page import render_page
+
+    figures: list[tuple[str, bytes]] = []
+    if measurement.gates is not None:
+        on = f"on {measurement.gates.images} images"
+        figures.append((f"Accuracy under PGD-40 against epsilon, {on}", epsilon_curve(measurement.gates, threat.norm)))
+        figures.append((f"Accuracy against the steps of PGD, {on}", steps_curve(measurement.gates)))
+    if subject.run_dir is not None and (curves := learning_curves(subject.run_dir)) is not None:
+        figures.append(("Learning curves of the run", curves))
+    for pictures in measurement.pictures:
+        caption = f"{pictures.attack}: clean, attacked, and the difference stretched around grey; wrong labels in red"
+        figures.append((caption, picture_rows(pictures, dataset.class_names)))
+    output.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(output / JSON, json.dumps(report, indent=2, allow_nan=False) + "\n")
+    atomic_write_text(output / PAGE, render_page(report, [measurement.table(), measurement.regional_table()], figures))
+
+
+def _write_leaderboard(
+    output: Path,
+    publication: Publication,
+    dataset: str,
+    threat: Threat,
+    measurement: Measurement,
+    limit: int | None,
+    say: Callable[[str], None],
+) -> None:
+    autoattack = next(row for row in measurement.rows if row.attack == "autoattack")
+    reasons = {
+        "the gates were not run": measurement.gates is None,
+        "a gate failed": measurement.gates is not None and not all(g.passed for g in measurement.gates.gates),
+        "AutoAttack warned": bool(autoattack.details["warnings"]),
+        "it is not AutoAttack's standard version": autoattack.parameters["version"] != "standard",
+        f"only {measurement.images} images were measured": limit is not None,
+    }
+    doubts = [reason for reason, holds in reasons.items() if holds]
+    if doubts:
+        say(f"{LEADERBOARD}: marked unreliable: {', '.join(doubts)}")
+    info = model_info(
+        publication,
+        dataset=dataset,
+        epsilon=threat.epsilon,
+        clean=measurement.clean,
+        autoattack=autoattack.right,
+        images=measurement.images,
+        unreliable=bool(doubts),
+    )
+    atomic_write_text(output / LEADERBOARD, json.dumps(info, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,209 @@
+"""All attacks on one model, and the gates."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from awp_engine.data import Split, eval_batches
+from awp_engine.evaluation.accuracy import spread
+from awp_engine.evaluation.attack_state import StateFile
+from awp_engine.evaluation.attacks import (
+    Attack,
+    EvaluationError,
+    Outcome,
+    Threat,
+    gradient_attack,
+    measuring,
+    predict,
+)
+from awp_engine.evaluation.autoattack import STANDARD, STANDARD_BUDGET, Budget, autoattack
+from awp_engine.evaluation.gates import Gate, run_gates
+from awp_engine.evaluation.receipt import percent
+from awp_engine.evaluation.regional import perturbation_norms, regional_attack
+from awp_engine.evaluation.results import Measurement, Pictures, Row
+
+_PICTURES = 6
+# fp32 rounds x + delta; nothing that is more than rounding passes
+_BALL_SLACK = 1e-5
+
+
+def _run_attack(
+    model: nn.Module,
+    split: Split,
+    attack: Attack,
+    threat: Threat,
+    *,
+    restarts: int,
+    seed: int,
+    batch_size: int,
+    budget: Budget,
+    states: Path | None,
+    identity: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> Outcome:
+    if attack.family == "regional":
+        return regional_attack(model, split, attack, seed=seed, batch_size=batch_size)
+    if attack.family not in ("autoattack", "square"):
+        return gradient_attack(model, split, attack, threat, restarts=restarts, seed=seed, batch_size=batch_size)
+    names = STANDARD if attack.family == "autoattack" else ("square",)
+    state_file = None
+    if states is not None:
+        depends = {
+            **identity,
+            "epsilon": str(threat.epsilon),
+            "norm": threat.norm,
+            "seed": seed,
+            "batch_size": batch_size,
+            "attacks": list(names),
+            "budget": asdict(budget),
+        }
+        state_file = StateFile(states, depends)
+    return autoattack(
+        model,
+        split,
+        threat,
+        seed=seed,
+        batch_size=batch_size,
+        attacks=names,
+        budget=budget,
+        state_file=state_file,
+        say=say,
+    )
+
+
+def _ball_gate(rows: Sequence[Row], threat: Threat) -> Gate:
+    bounded = [row for row in rows if row.in_ball is not None]
+    largest = max((row.largest for row in bounded), default=0.0)
+    return Gate(
+        name="attacked images lie in the ball",
+        measured=f"largest {threat.norm} perturbation {largest:.7g}",
+        bound=f"epsilon {threat.epsilon} ({float(threat.epsilon):.7g}), to fp32 rounding, and pixels in [0, 1]",
+        passed=all(row.in_ball for row in bounded),
+        failure_means="an attack did more than it may: its accuracy says too little",
+    )
+
+
+def _pictures(attack: Attack, x: Tensor, y: Tensor, clean: Tensor, outcome: Outcome, after: Tensor) -> Pictures:
+    # those that were right before and are not any more come first
+    order = torch.argsort(((clean != y) | (after == y)).long(), stable=True)[:_PICTURES]
+    return Pictures(
+        attack=attack.name,
+        clean=x[order].cpu(),
+        attacked=outcome.x_adv[order].float().cpu(),
+        labels=tuple(y[order].tolist()),
+        clean_predictions=tuple(clean[order].tolist()),
+        predictions=tuple(after[order].tolist()),
+    )
+
+
+def measure(
+    model: nn.Module,
+    split: Split,
+    attacks: Sequence[Attack],
+    threat: Threat,
+    *,
+    seed: int,
+    batch_size: int,
+    restarts: int = 1,
+    gates_limit: int | None = 200,
+    second: nn.Module | None = None,
+    budget: Budget = STANDARD_BUDGET,
+    states: Path | None = None,
+    identity: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Measurement:
+    """Runs the attacks one after the other, and the gates; the model is left as it was.
+
+    Args:
+        model: maps images in [0, 1] to logits, on the split's device.
+        split: the samples.
+        attacks: as `parse_attack` gives them.
+        threat: the ball.
+        seed: of all noise.
+        batch_size: images a batch.
+        restarts: of pgd and cw.
+        gates_limit: images of the gates, evenly spread; None leaves the gates out.
+        second: another classifier of the same images; every attack's images are tried on it.
+        budget: of autoattack and square.
+        states: directory where autoattack and square save their progress, to go on from.
+        identity: what identifies weights and samples there; needed with `states`.
+        say: is told how far it is, one line at a time.
+
+    Raises:
+        EvaluationError: no attacks, no images, or something that an attack cannot do.
+        CheckpointError: the progress could not be saved.
+    """
+    if not len(split):
+        raise EvaluationError("split: expected at least one image, got none")
+    if not attacks:
+        raise EvaluationError("--attacks: expected at least one name, got none")
+    if states is not None and not identity:
+        raise ValueError("identity: needed with states, to tell one evaluation's progress from another's")
+    x, y, _ = next(eval_batches(split, len(split)))
+    rows, pictures = [], []
+    with measuring(model), measuring(second if second is not None else nn.Identity()):
+        clean = predict(model, x, batch_size)
+        second_right = None if second is None else predict(second, x, batch_size) == y
+        worst = clean == y
+        for attack in attacks:
+            began = time.monotonic()
+            outcome = _run_attack(
+                model,
+                split,
+                attack,
+                threat,
+                restarts=restarts,
+                seed=seed,
+                batch_size=batch_size,
+                budget=budget,
+                states=states,
+                identity=identity or {},
+                say=say,
+            )
+            seconds = time.monotonic() - began
+            if attack.bounded:
+                worst &= outcome.held
+            after = predict(model, outcome.x_adv, batch_size)
+            transferred, transferable = None, None
+            if second is not None and second_right is not None:
+                candidates = (clean == y) & ~outcome.held & second_right
+                transferable = int(candidates.sum())
+                transferred = int((candidates & (predict(second, outcome.x_adv, batch_size) != y)).sum())
+            largest = perturbation_norms(outcome.x_adv, x)["Linf" if threat.norm == "linf" else "L2"].max().item()
+            inside = bool(((outcome.x_adv >= 0) & (outcome.x_adv <= 1)).all())
+            fits = inside and largest <= float(threat.epsilon) * (1 + _BALL_SLACK) + _BALL_SLACK / 100
+            rows.append(
+                Row(
+                    attack=attack.name,
+                    right=int(outcome.held.sum()),
+                    images=len(split),
+                    seconds=seconds,
+                    largest=largest,
+                    in_ball=fits if attack.bounded else None,
+                    transferred=transferred,
+                    transferable=transferable,
+                    parameters=outcome.parameters,
+                    details=outcome.details,
+                )
+            )
+            say(f"{attack.name}: {percent(rows[-1].right, len(split))}% of {len(split)} right, {seconds:.1f} s")
+            if attack.family != "clean":
+                pictures.append(_pictures(attack, x, y, clean, outcome, after))
+        gates = None
+        if gates_limit is not None:
+            gates = run_gates(model, spread(split, gates_limit), threat, seed=seed, batch_size=batch_size, say=say)
+            gates = replace(gates, gates=(*gates.gates, _ball_gate(rows, threat)))
+    return Measurement(
+        rows=tuple(rows),
+        clean=int((clean == y).sum()),
+        worst=int(worst.sum()),
+        worst_over=tuple(attack.name for attack in attacks if attack.bounded),
+        images=len(split),
+        gates=gates,
+        pictures=tuple(pictures),
+    )

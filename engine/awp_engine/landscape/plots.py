@@ -1,0 +1,197 @@
+"""The figures: curves, surfaces and flatness, several runs on one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; markers and line styles differ as well.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_STYLES = ("-", "--", "-.", ":")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# a wider range than this is drawn on a logarithmic axis
+_WIDE = 12
+
+
+def _style(index: int) -> dict[str, Any]:
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "linestyle": _STYLES[index % len(_STYLES)],
+        "marker": _MARKERS[index % len(_MARKERS)],
+        "markersize": 4,
+    }
+
+
+def _tidy(axes: Axes) -> None:
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _loss_axis(axes: Axes, values: Sequence[float]) -> None:
+    from matplotlib.ticker import LogLocator, ScalarFormatter
+
+    if min(values) > 0 and max(values) > _WIDE * min(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_locator(LogLocator(subs=()))
+
+
+def _save(figure: Figure, path: Path) -> None:
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        figure.savefig(temporary, dpi=140, format="png")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+_AXIS = {
+    "random": "distance along a random direction,\nas a fraction of each filter's norm",
+    "adversarial": "distance along the gradient of the robust loss,\nas a fraction of each layer's norm",
+}
+
+
+def plot_curves(path: Path, runs: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Draws the robust loss along the directions: one panel a kind, one line a run, with 95 % bands.
+
+    Args:
+        path: the PNG file.
+        runs: each with `label` and `curves`: kind to `amounts`, `mean`, `low`, `high` [points] and `by_direction`
+            [directions, points].
+        title: one line on images and attack.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    kinds = list(runs[0]["curves"])
+    figure = Figure(figsize=(5.6 * len(kinds), 4.6), layout="constrained")
+    panels = figure.subplots(1, len(kinds), squeeze=False)[0]
+    for axes, kind in zip(panels, kinds, strict=True):
+        drawn = []
+        for index, run in enumerate(runs):
+            curve = run["curves"][kind]
+            style = _style(index)
+            if len(curve["by_direction"]) > 1:
+                for single in curve["by_direction"]:
+                    axes.plot(curve["amounts"], single, color=style["color"], linewidth=0.5, alpha=0.4)
+                    drawn += single
+            axes.fill_between(
+                curve["amounts"], curve["low"], curve["high"], color=style["color"], alpha=0.18, linewidth=0
+            )
+            axes.plot(curve["amounts"], curve["mean"], label=run["label"], **style)
+            drawn += [*curve["low"], *curve["high"]]
+        axes.axvline(0, color="black", linewidth=0.8, linestyle=":")
+        axes.set_xlabel(_AXIS[kind])
+        _loss_axis(axes, drawn)
+        _tidy(axes)
+    panels[0].set_ylabel("robust loss (cross-entropy, nats)")
+    panels[0].legend(frameon=False, loc="best")
+    figure.suptitle(f"{title}; bands: 95 % confidence", fontsize="medium")
+    _save(figure, path)
+
+
+def plot_surfaces(path: Path, runs: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Draws the robust loss over a plane, one panel a run, with common colours and level lines.
+
+    Args:
+        path: the PNG file.
+        runs: each with `label` and `surface`: `kinds` [2], `first` and `second` amounts, `mean` [first, second].
+        title: one line on images and attack.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    every = [value for run in runs for row in run["surface"]["mean"] for value in row]
+    lowest, highest = min(every), max(every)
+    if lowest > 0 and highest > _WIDE * lowest:
+        # a little wider, as rounding must leave no point outside
+        lowest, highest, steps = lowest * 0.999, highest * 1.001, 16
+        levels = [lowest * (highest / lowest) ** (i / steps) for i in range(steps + 1)]
+        norm = LogNorm(lowest, highest)
+    else:
+        # a flat surface still needs rising levels
+        levels = [float(level) for level in MaxNLocator(16).tick_values(lowest, max(highest, lowest + 1e-6))]
+        norm = Normalize(levels[0], levels[-1])
+    columns = min(len(runs), 3)
+    lines = math.ceil(len(runs) / columns)
+    figure = Figure(figsize=(4.6 * columns + 1.2, 4.4 * lines + 0.4), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).ravel()
+    filled = None
+    for axes, run in zip(panels, runs, strict=False):
+        surface = run["surface"]
+        # rows of the table belong to the first, horizontal, direction
+        table = [list(column) for column in zip(*surface["mean"], strict=True)]
+        filled = axes.contourf(surface["first"], surface["second"], table, levels=levels, norm=norm, cmap="cividis")
+        drawn = axes.contour(
+            surface["first"], surface["second"], table, levels=levels[2::3], colors="white", linewidths=0.7
+        )
+        axes.clabel(drawn, fmt="%.3g", fontsize=7)
+        axes.plot(0, 0, marker="+", color="white", markersize=11, markeredgewidth=2)
+        axes.set_title(run["label"], fontsize="medium")
+        axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+        first, second = surface["kinds"]
+        axes.set_xlabel(_AXIS[first])
+        axes.set_ylabel(_AXIS[second].replace("a random", "another random") if first == second else _AXIS[second])
+    for axes in panels[len(runs) :]:
+        axes.set_visible(False)
+    assert filled is not None
+    bar = figure.colorbar(filled, ax=list(panels), format="%.3g", ticks=levels[::2])
+    bar.set_label("robust loss (cross-entropy, nats)")
+    figure.suptitle(title, fontsize="medium")
+    _save(figure, path)
+
+
+def plot_flatness(path: Path, runs: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Draws average-case and worst-case flatness over xi, one series a run, with 95 % intervals.
+
+    Args:
+        path: the PNG file.
+        runs: each with `label`, `average` and `worst`: lists of `xi`, `value`, `low`, `high`.
+        title: one line on images and attack.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 4.4), layout="constrained")
+    kinds = [kind for kind in ("average", "worst") if runs[0][kind]]
+    panels = figure.subplots(1, len(kinds), squeeze=False)[0]
+    for axes, kind in zip(panels, kinds, strict=True):
+        radii = [entry["xi"] for entry in runs[0][kind]]
+        for index, run in enumerate(runs):
+            # beside one another, as the intervals would hide each other
+            places = [i + 0.09 * (index - (len(runs) - 1) / 2) for i in range(len(radii))]
+            values = [entry["value"] for entry in run[kind]]
+            errors = [
+                [max(0.0, entry["value"] - entry["low"]) for entry in run[kind]],
+                [max(0.0, entry["high"] - entry["value"]) for entry in run[kind]],
+            ]
+            style = _style(index) | {"markersize": 6}
+            if len(radii) == 1:
+                style["linestyle"] = "none"
+            axes.errorbar(places, values, yerr=errors, capsize=4, label=run["label"], **style)
+        axes.set_xticks(range(len(radii)), [f"{radius:g}" for radius in radii])
+        axes.set_xlim(-0.5, len(radii) - 0.5)
+        axes.axhline(0, color="black", linewidth=0.8, linestyle=":")
+        axes.set_xlabel("xi: radius of the ball, as a fraction of each layer's norm")
+        axes.set_title(f"{kind}-case flatness (lower is flatter)", fontsize="medium")
+        _tidy(axes)
+    panels[0].set_ylabel("rise of the robust loss (nats)")
+    panels[0].legend(frameon=False, loc="best")
+    figure.suptitle(f"{title}; bars: 95 % confidence", fontsize="medium")
+    _save(figure, path)

@@ -1,0 +1,189 @@
+"""The runs that a figure compares: their weights, and what they must have in common."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from awp_engine import checkpoint
+from awp_engine.checkpoint import CheckpointError
+from awp_engine.config import Config, ConfigError, config_hash, load_config, parse_amount
+from awp_engine.data import DataError, Dataset, Split
+from awp_engine.evaluation.accuracy import spread
+from awp_engine.loading import CHECKPOINTS, MODEL_FILE, load_model
+from awp_engine.trainer import load_data
+
+CONFIG = "config.json"
+SPLITS = {"train": "train", "held-out": "held_out", "test": "test"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """One model to look at.
+
+    Attributes:
+        label: its name in plots, unlike all others.
+        path: as the user gave it.
+        file: the safetensors file that holds its weights.
+        sha256: of that file.
+        config: of the run that it belongs to.
+        model: in eval mode.
+        data: the data set of `config`.
+    """
+
+    label: str
+    path: Path
+    file: Path
+    sha256: str
+    config: Config
+    model: nn.Module
+    data: Dataset
+
+    def facts(self) -> dict[str, object]:
+        """What identifies the weights."""
+        return {
+            "label": self.label,
+            "path": str(self.path),
+            "file": str(self.file),
+            "sha256": self.sha256,
+            "config_hash": config_hash(self.config),
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+        }
+
+
+def find_config(path: Path) -> Config:
+    """The configuration of the run that `path`, its directory, checkpoint or weights, belongs to.
+
+    Raises:
+        ConfigError: there is no config.json in it or in the two folders above, or it is not one.
+    """
+    folders = [path, *path.resolve().parents[:2]] if path.is_dir() else list(path.resolve().parents[:3])
+    for folder in folders:
+        if (folder / CONFIG).is_file():
+            return load_config(folder / CONFIG)
+    raise ConfigError(
+        f"{path}: expected a run directory, or weights inside one: no {CONFIG} here or in the folders above, "
+        "which says what images and which attack to measure with"
+    )
+
+
+def find_weights(path: Path, which: str | None) -> tuple[Path, Path]:
+    """Where a run's weights are.
+
+    Args:
+        path: a run directory, one of its checkpoints, or a .safetensors file.
+        which: "best" or "last"; None means best. For run directories only.
+
+    Returns:
+        What `load_model` is to be given, and the safetensors file that it reads.
+
+    Raises:
+        CheckpointError: nothing there, or `which` for a path that is one set of weights already.
+    """
+    is_checkpoint = (path / "manifest.json").is_file()
+    if which is not None and (path.is_file() or is_checkpoint):
+        raise CheckpointError(
+            f"{path}: --checkpoint {which} chooses within a run directory; leave it out for {path.name}"
+        )
+    if path.is_file():
+        return path, path
+    if is_checkpoint:
+        return path, path / MODEL_FILE
+    if which != "last" and (path / MODEL_FILE).is_file():
+        return path, path / MODEL_FILE
+    latest = checkpoint.load_latest(path / CHECKPOINTS) if path.is_dir() else None
+    if latest is None:
+        raise CheckpointError(
+            f"{path}: expected a run directory, a checkpoint or a .safetensors file; found none of them"
+        )
+    return (
+        (latest.path, latest.path / MODEL_FILE) if which == "last" else (path, latest.path / "best_model.safetensors")
+    )
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    names = [path.resolve().name for path in paths]
+    labels = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
+    if len(set(labels)) != len(labels):
+        raise ConfigError(f"RUN: {next(x for x in labels if labels.count(x) > 1)} is given twice; give each run once")
+    return labels
+
+
+def open_runs(paths: Sequence[Path], *, which: str | None, device: torch.device) -> list[Run]:
+    """Load all runs' weights and data.
+
+    Raises:
+        CheckpointError, ConfigError, DataError: naming what is wrong; also if the runs' attacks differ.
+    """
+    runs: list[Run] = []
+    for label, path in zip(_labels(paths), paths, strict=True):
+        # first, as a path that does not exist has neither
+        source, file = find_weights(path, which)
+        config = find_config(path)
+        known = next((run.data for run in runs if run.config.data == config.data), None)
+        model = load_model(source, device)
+        data = load_data(config) if known is None else known
+        sha256 = sha256_of(file)
+        runs.append(Run(label=label, path=path, file=file, sha256=sha256, config=config, model=model, data=data))
+    for run in runs[1:]:
+        _require_same_attack(runs[0], run)
+    return runs
+
+
+def attack_facts(config: Config) -> dict[str, str]:
+    """Norm, epsilon and step of the attack that a run is measured by, amounts as exact fractions."""
+    given = config.evaluation.step_size
+    epsilon = parse_amount(config.attack.epsilon)
+    return {
+        "norm": config.attack.norm,
+        "epsilon": str(epsilon),
+        "step_size": str(epsilon / 4 if given is None else parse_amount(given)),
+    }
+
+
+def _require_same_attack(first: Run, other: Run) -> None:
+    here, there = attack_facts(first.config), attack_facts(other.config)
+    for key in here:
+        if here[key] != there[key]:
+            raise ConfigError(
+                f"{other.path}: its attack has {key} {there[key]}, that of {first.path} has {here[key]}; "
+                "losses under different attacks do not compare: give runs of one attack"
+            )
+
+
+def common_images(runs: Sequence[Run], split: str, count: int) -> Split:
+    """The images that all runs are measured on: `count` of the split, evenly spread, or all.
+
+    Args:
+        runs: at least one.
+        split: a key of `SPLITS`.
+        count: >= 1.
+
+    Raises:
+        DataError: the split is empty, or the runs' splits differ.
+    """
+    first = getattr(runs[0].data, SPLITS[split])
+    if not len(first):
+        raise DataError(f"--split {split}: {runs[0].path} has no such images; choose another split")
+    for run in runs[1:]:
+        other = getattr(run.data, SPLITS[split])
+        same = other is first or (
+            other.images.shape == first.images.shape
+            and torch.equal(other.images, first.images)
+            and torch.equal(other.labels, first.labels)
+        )
+        if not same:
+            raise DataError(
+                f"{run.path}: its {split} images ({run.data.name}, {len(other)}) are not those of {runs[0].path} "
+                f"({runs[0].data.name}, {len(first)}); give runs on the same images"
+            )
+    return spread(first, count)

@@ -1,0 +1,67 @@
+"""Warns of the ways in which adversarial training is known to go wrong."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# a trained network's input gradient has next to no exact zeros; a quantised or saturated one consists of them
+_ZERO_GRADIENTS = 0.25
+# of a working attack both accuracies move together; after the collapse the held-out one is near nothing
+_COLLAPSE = 0.5
+_JUMP = 0.05
+
+
+def _known(epochs: Sequence[Mapping[str, Any]], *names: str) -> list[Mapping[str, Any]]:
+    return [epoch for epoch in epochs if all(epoch.get(name) is not None for name in names)]
+
+
+def gradient_masking(epoch: Mapping[str, Any]) -> str | None:
+    """A warning if much of the attack's gradient is exactly zero, so that the attack sees nothing to climb."""
+    zeros = epoch.get("zero_gradients")
+    if zeros is None or zeros <= _ZERO_GRADIENTS:
+        return None
+    return (
+        f"gradient masking: {zeros:.0%} of the attack's input gradients are exactly zero, so it cannot find what is "
+        "there; look for saturated losses, quantised inputs or dead units, and do not trust the robust accuracy"
+    )
+
+
+def catastrophic_overfitting(epochs: Sequence[Mapping[str, Any]]) -> str | None:
+    """A warning if training accuracy under attack jumped while held-out PGD accuracy collapsed.
+
+    Compares the last epoch with the best one before: held-out PGD accuracy below half, and training accuracy under
+    attack higher by 5 points.
+
+    Args:
+        epochs: a run's metrics so far, with train_pgd_accuracy and held_out_pgd_accuracy where they were measured.
+
+    Source: Wong, Rice, Kolter: Fast is better than free: Revisiting adversarial training, ICLR 2020.
+    """
+    measured = _known(epochs, "train_pgd_accuracy", "held_out_pgd_accuracy")
+    if len(measured) < 2 or measured[-1] is not epochs[-1]:
+        return None
+    now, best = measured[-1], max(measured[:-1], key=lambda epoch: epoch["held_out_pgd_accuracy"])
+    held_out, before = now["held_out_pgd_accuracy"], best["held_out_pgd_accuracy"]
+    trained, trained_before = now["train_pgd_accuracy"], best["train_pgd_accuracy"]
+    if held_out >= _COLLAPSE * before or trained < trained_before + _JUMP:
+        return None
+    return (
+        f"catastrophic overfitting: since epoch {best['epoch']} training accuracy under attack rose from "
+        f"{trained_before:.0%} to {trained:.0%} while held-out PGD accuracy fell from {before:.0%} to {held_out:.0%}; "
+        "go back to that epoch with more attack steps, --attack.fast n-fgsm, or a smaller epsilon"
+    )
+
+
+def skipped_steps(epoch: Mapping[str, Any]) -> str | None:
+    """A word on steps that were left out."""
+    skipped = epoch.get("skipped_steps")
+    if not skipped:
+        return None
+    return (
+        f"{skipped:.0f} steps skipped in epoch {epoch['epoch']}: a gradient was not finite; weights stayed as they were"
+    )
+
+
+def warnings(epochs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """All that is to be said after the last of `epochs`."""
+    said = [gradient_masking(epochs[-1]), catastrophic_overfitting(epochs), skipped_steps(epochs[-1])]
+    return [text for text in said if text]

@@ -1,0 +1,169 @@
+"""The robust loss around trained weights: `python engine/landscape.py RUN...` draws it and measures its flatness.
+
+Modes: 1d, the loss along random filter-normalised directions and along the gradient; 2d, over a plane of two
+directions; flatness, Stutz's average-case and worst-case flatness. Every figure comes with 95 % confidence intervals
+and with a JSON file of all numbers. The images are attacked anew at every point; the weights on disk are only read.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+from awp_engine.command_line import fail
+from awp_engine.config import ConfigError
+
+PROG = "landscape.py"
+MODES = ("1d", "2d", "flatness")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints take one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with the message alone, without the usage."""
+        fail(f"{message}; --help lists the flags", prog=PROG)
+
+
+def modes(text: str) -> tuple[str, ...]:
+    """A list of modes, such as "1d,flatness"."""
+    names = tuple(dict.fromkeys(text.split(",")))
+    if any(name not in MODES for name in names):
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(MODES)}, got {text!r}")
+    return names
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """A list of numbers, such as "0.001,0.003"."""
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers separated by commas, got {text!r}") from None
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments; ends the program with one line for what is wrong with them."""
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = Parser(prog=PROG, description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add(
+        "runs",
+        metavar="RUN",
+        type=Path,
+        nargs="+",
+        help="run directories, checkpoints or .safetensors files inside one",
+    )
+    add("--mode", type=modes, default="1d", help="what to do, separated by commas: 1d, 2d, flatness")
+    add("--output", type=Path, help="directory for figures and numbers; RUN/landscape if not given")
+    add("--checkpoint", choices=("best", "last"), help="weights of a run directory; best if not given")
+    add("--split", choices=("train", "held-out", "test"), default="test", help="images to measure on")
+    add("--images", type=int, default=1000, help="their number, evenly spread over the split")
+    add("--steps", type=int, default=10, help="steps of PGD")
+    add("--restarts", type=int, default=1, help="attacks an image, of which the worst counts")
+    add("--seed", type=int, default=0, help="of directions, starting points and intervals")
+    add("--batch-size", type=int, default=128, help="images a batch; worst-case flatness takes a step for each")
+    add("--points", type=int, default=21, help="1d: points a curve, an odd number")
+    add("--radius", type=float, default=1.0, help="1d, 2d: reach along random directions, relative to filters' norms")
+    add("--adversarial-radius", type=float, default=0.02, help="1d, 2d: reach along the gradient, relative to layers'")
+    add("--directions", type=int, default=1, help="1d: random directions")
+    add("--points-2d", type=int, default=11, help="2d: points a side, an odd number")
+    add("--plane", choices=("random", "adversarial"), default="random", help="2d: horizontal direction")
+    add("--average-xi", type=numbers, default="0.5", help="flatness: relative radii of the average case")
+    add("--draws", type=int, default=10, help="flatness: random v of the average case")
+    add("--worst-xi", type=numbers, default="0.003", help="flatness: relative radii of the worst case")
+    add("--epochs", type=int, default=20, help="flatness: passes over the images in the worst case")
+    add("--attempts", type=int, default=3, help="flatness: random starts in the worst case; the paper takes 10")
+    add("--threads", type=int, help="threads; as many as PyTorch takes if not given")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    arguments = parser.parse_args(argv)
+    for name in ("images", "steps", "batch_size", "threads"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected a whole number >= 1, got {value}")
+    if not 0 <= arguments.seed < 2**63:
+        parser.error(f"--seed: expected a whole number in [0, 2^63), got {arguments.seed}")
+    return arguments
+
+
+def measure(arguments: argparse.Namespace) -> list[Path]:
+    """Load the runs, measure them in all modes, and write each mode's files as soon as it is done."""
+    import dataclasses
+
+    import torch
+
+    from awp_engine.landscape import measure as measuring
+    from awp_engine.landscape.files import Receipt, prepare_output, write
+    from awp_engine.landscape.progress import Progress
+    from awp_engine.landscape.robust_loss import as_batches
+    from awp_engine.landscape.runs import common_images, open_runs
+    from awp_engine.trainer import choose_device, evaluation_attack, fast_memory_format
+
+    fields = dataclasses.fields(measuring.Settings)
+    try:
+        settings = measuring.Settings(**{field.name: getattr(arguments, field.name) for field in fields})
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    device = choose_device(arguments.device)
+    runs = open_runs(arguments.runs, which=arguments.checkpoint, device=device)
+    images = common_images(runs, arguments.split, arguments.images).to(device)
+    output = prepare_output(arguments.output, arguments.runs)
+    layout = torch.contiguous_format
+    for run in runs:
+        layout = fast_memory_format(run.model, device)
+        # torch's stub does not know the keyword
+        run.model.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+    batches = as_batches(images, arguments.batch_size, layout)
+    attack = evaluation_attack(runs[0].config, steps=arguments.steps, seed=arguments.seed)
+    progress = Progress(
+        sum(measuring.work(mode, settings, len(runs), len(images), attack.steps) for mode in arguments.mode)
+    )
+    chosen: dict[str, Any] = {
+        "1d": measuring.measure_curves,
+        "2d": measuring.measure_surfaces,
+        "flatness": measuring.measure_flatness,
+    }
+    written = []
+    for mode in arguments.mode:
+        began = time.monotonic()
+        found = chosen[mode](runs, batches, attack, settings, progress)
+        receipt = Receipt(
+            mode=mode,
+            runs=runs,
+            split=arguments.split,
+            images=images,
+            attack=attack,
+            settings=settings,
+            batch_size=arguments.batch_size,
+            device=device,
+            seconds=time.monotonic() - began,
+        )
+        written += write(output, receipt, found)
+    return written
+
+
+def main() -> None:
+    """Parse, build, run, close."""
+    # before torch loads OpenMP: threads that spin while they wait run ten times slower beside any other busy process
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    arguments = parse()
+
+    from awp_engine.checkpoint import CheckpointError
+    from awp_engine.data import DataError
+
+    try:
+        written = measure(arguments)
+    except (ConfigError, DataError, CheckpointError) as error:
+        fail(str(error), prog=PROG)
+    except OSError as error:
+        fail(f"{error.filename}: cannot be written: {error.strerror}", code=1, prog=PROG)
+    except KeyboardInterrupt:
+        fail("interrupted; modes that were finished are written", code=130, prog=PROG)
+    print("\n".join(f"wrote {path}" for path in written), file=sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

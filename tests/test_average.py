@@ -1,0 +1,141 @@
+"""EMA and SWA of the weights, their statistics, and the monitor's warnings."""
+
+import copy
+
+import pytest
+import torch
+from samples import images
+from torch import nn
+
+from awp_engine import monitor
+from awp_engine.average import WeightAverage
+from awp_engine.batch_norm import recompute_statistics
+from awp_engine.config import AverageConfig
+from awp_engine.models import build_model
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(0)
+    return build_model("preact-resnet-digits", 10, (0.5,), (0.25,), width=4).double().train()
+
+
+def walk(model: nn.Module, seed: int) -> list[torch.Tensor]:
+    """Moves the weights as a training step would; returns copies."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    model(images((8, 1, 8, 8), torch.float64, seed=seed))  # the live statistics move
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_swa_is_the_plain_mean_of_the_epochs_after_its_start():
+    model = small_model()
+    average = WeightAverage(model, AverageConfig(kind="swa", start=0.5), epochs=8)
+    seen = []
+    for epoch in range(1, 9):
+        weights = walk(model, epoch)
+        average.after_step()  # changes nothing
+        average.after_epoch(epoch)
+        if epoch > 4:
+            seen.append(weights)
+        assert average.started == (epoch > 4)
+    for averaged, *epochs in zip(average.model.parameters(), *seen, strict=True):
+        torch.testing.assert_close(averaged.detach(), torch.stack(epochs).mean(0), rtol=1e-12, atol=1e-12)
+
+
+def test_ema_follows_its_recursion():
+    model = small_model()
+    average = WeightAverage(model, AverageConfig(kind="ema", decay=0.9), epochs=1)
+    expected = None
+    for step in range(30):
+        weights = walk(model, step)
+        average.after_step()
+        decay = min(0.9, (1 + step) / (10 + step))
+        if expected is None:
+            expected = weights
+        else:
+            expected = [decay * old + (1 - decay) * new for old, new in zip(expected, weights, strict=True)]
+    for averaged, reference in zip(average.model.parameters(), expected, strict=True):
+        torch.testing.assert_close(averaged.detach(), reference, rtol=1e-12, atol=1e-12)
+
+
+def test_the_average_shares_no_memory_with_the_model():
+    model = small_model()
+    average = WeightAverage(model, AverageConfig(kind="ema"), epochs=1)
+    average.after_step()
+    pointers = {t.data_ptr() for t in model.state_dict().values()}
+    assert not pointers & {t.data_ptr() for t in average.model.state_dict().values()}
+    before = copy.deepcopy(average.model.state_dict())
+    walk(model, 1)
+    assert all(torch.equal(v, before[name]) for name, v in average.model.state_dict().items())
+
+
+def test_statistics_are_the_mean_over_the_passes():
+    """Of a layer that is fed directly: mean over passes of the batch's mean and of its unbiased variance."""
+    layer = nn.BatchNorm2d(3).double()
+    passes = [images((4, 3, 5, 5), torch.float64, seed=s) for s in range(5)]
+    layer(7 + passes[0])  # something to forget
+    layer.eval()
+    recompute_statistics(layer, (layer(x) for x in passes))
+    mean = torch.stack([x.mean((0, 2, 3)) for x in passes]).mean(0)
+    var = torch.stack([x.var((0, 2, 3), unbiased=True) for x in passes]).mean(0)
+    torch.testing.assert_close(layer.running_mean, mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer.running_var, var, rtol=1e-12, atol=1e-12)
+    assert layer.momentum == 0.1
+    assert not layer.training
+
+
+def test_a_model_without_batch_norm_needs_no_pass():
+    def never():
+        pytest.fail("was iterated")
+        yield
+
+    recompute_statistics(nn.Linear(2, 2), never())
+
+
+def test_load_restores_what_state_gave():
+    model = small_model()
+    average = WeightAverage(model, AverageConfig(kind="ema"), epochs=1)
+    for step in range(3):
+        walk(model, step)
+        average.after_step()
+    other = WeightAverage(small_model(), AverageConfig(kind="ema"), epochs=1)
+    other.load({name: t.clone() for name, t in average.state().items()}, average.count)
+    assert other.count == 3
+    for a, b in zip(average.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def epochs(*pairs: tuple[float, float | None]) -> list[dict]:
+    return [
+        {"epoch": number, "train_pgd_accuracy": train, "held_out_pgd_accuracy": held_out}
+        for number, (train, held_out) in enumerate(pairs, 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "warned"),
+    [
+        ([(0.30, 0.30), (0.35, 0.33), (0.80, 0.02)], True),  # what FGSM training does
+        ([(0.30, 0.30), (0.35, None), (0.80, 0.02)], True),
+        ([(0.30, 0.30), (0.50, 0.45), (0.75, 0.40)], False),  # robust overfitting is slow
+        ([(0.50, 0.45), (0.20, 0.10)], False),  # both fell: the optimizer's trouble
+        ([(0.80, 0.02)], False),
+        ([(0.30, 0.30), (0.80, None)], False),  # not measured in this epoch
+    ],
+)
+def test_catastrophic_overfitting_is_named(pairs, warned):
+    said = [text for text in monitor.warnings(epochs(*pairs)) if "catastrophic overfitting" in text]
+    assert bool(said) == warned
+    if warned:
+        assert "epoch 2" in said[0] or "epoch 1" in said[0]
+        assert "from 33% to 2%" in said[0] or "from 30% to 2%" in said[0]
+
+
+def test_masking_and_skipped_steps_are_named():
+    history = [{"epoch": 4, "zero_gradients": 0.9, "skipped_steps": 3.0}]
+    said = monitor.warnings(history)
+    assert any("gradient masking: 90%" in text for text in said)
+    assert any("3 steps skipped in epoch 4" in text for text in said)
+    assert monitor.warnings([{"epoch": 4, "zero_gradients": 0.01, "skipped_steps": 0.0}]) == []

@@ -26,7 +26,7 @@ train() { # preset gamma seed
 measure() { # preset gamma seed
   local run="$out/$1-seed$3"
   [ -e "$run/evaluation/evaluation.json" ] ||
-    python "$root/engine/evaluate.py" "$run" --checkpoint last --attacks clean pgd20 autoattack --limit 500 \
+    python "$root/engine/evaluate.py" "$run" --checkpoint last --attacks clean pgd20 autoattack --limit 500 --output "$run/evaluation" \
       > "$run-evaluation.log" 2>&1
   [ -e "$run/landscape/flatness.json" ] ||
     python "$root/engine/landscape.py" "$run" --checkpoint last --mode flatness --images 200 --attempts 2 --epochs 10 \

@@ -93,12 +93,13 @@ def measure(arguments: argparse.Namespace) -> list[Path]:
 
     import torch
 
+    from awp_engine.device import choose_device, fast_memory_format
     from awp_engine.landscape import measure as measuring
     from awp_engine.landscape.files import Receipt, prepare_output, write
     from awp_engine.landscape.progress import Progress
     from awp_engine.landscape.robust_loss import as_batches
     from awp_engine.landscape.runs import common_images, open_runs
-    from awp_engine.trainer import choose_device, evaluation_attack, fast_memory_format
+    from awp_engine.trainer import evaluation_attack
 
     fields = dataclasses.fields(measuring.Settings)
     try:

@@ -1,6 +1,7 @@
 """Configurations, presets and the command line: whatever a user writes is accepted, or refused in one line."""
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -379,7 +380,7 @@ def test_help_shows_presets_and_flags_and_every_flag_is_documented() -> None:
     assert result.stderr == ""
     assert all(name in result.stdout for name in (*PRESETS, *flags()))
     lines = [line.strip("│ ") for line in result.stdout.splitlines()]
-    for before, line in zip(lines, lines[1:], strict=False):
+    for before, line in itertools.pairwise(lines):
         # a long help text ends in a line with the default alone
         assert not (line.startswith("(default:") and before.startswith("--")), f"{before}: a flag without help text"
 

@@ -1,4 +1,4 @@
-"""Every preset as it stands, but for its images, their number and the attack's length: it builds and trains two steps."""
+"""Every preset, but for its images, their number and the attack's length: it builds and trains two steps."""
 
 import dataclasses
 from pathlib import Path

@@ -35,7 +35,7 @@ def namespace(monkeypatch):
 
 
 def test_readme_has_its_examples():
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
     assert "@@" not in README
 
 

@@ -275,7 +275,7 @@ class AwpConfig(_Checked):
     scope: Literal["layer", "global", "filter"] = "layer"
     """What one norm is taken over: a tensor (as in the paper), the whole model, or a filter."""
     scale: Literal["relative", "absolute", "elementwise"] = "relative"
-    """Length: gamma * ||w|| (AWP), gamma itself (SAM's rho), or gamma in units of each |w| (ASAM)."""
+    """gamma * ||w|| over weights (AWP), or gamma over all parameters: itself (SAM's rho), or in each |w| (ASAM)."""
     ascent: Literal["exact", "shared"] = "exact"
     """Ascent gradient: of the training loss at the attacked images, or of the attack's last pass (cheaper)."""
     ascent_steps: int = 1

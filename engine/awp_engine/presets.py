@@ -138,6 +138,7 @@ def sam() -> Config:
     base = paper("cifar10", "preact-resnet-18", "at", awp=False)
     return dataclasses.replace(
         base,
+        # no attack pass is made for a ball of one point
         attack=dataclasses.replace(base.attack, epsilon="0"),
         awp=AwpConfig(gamma=0.05, scope="global", scale="absolute"),
         evaluation=EvaluationConfig(steps=20, step_size="2/255"),

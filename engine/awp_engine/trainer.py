@@ -31,24 +31,21 @@ from awp_engine.data import (
     steps_per_epoch,
     train_batches,
 )
-from awp_engine.evaluation import PgdAttack, evaluate
+from awp_engine.device import choose_device, fast_memory_format
+from awp_engine.evaluation import PgdAttack, evaluate, evaluation_seed, spread
 from awp_engine.loading import CHECKPOINTS, MODEL_FILE, ModelDescription
 from awp_engine.objectives import build_objective
 from awp_engine.optimizer import build_optimizer
 from awp_engine.perturbation import StepResult, TrainingStep
 from awp_engine.report import plot_learning_curves, write_report
 from awp_engine.run_log import RunLog, read_metrics
-from awp_kernels import AdversarialWeightPerturbation
+from awp_kernels import AdversarialWeightPerturbation, asam, sam
 from awp_kernels.philox import mix_seed
 
 # the hold-out is the same for every run, so that runs of different seeds can be compared
 _HOLD_OUT_SEED = 0
 _ATTACK_NOISE = 1
-_EVALUATION_NOISE = 2
 _AVERAGE_NOISE = 3
-
-# of ASAM: keeps weights near zero movable
-_ETA = 0.01
 
 
 class TrainingError(RuntimeError):
@@ -66,17 +63,6 @@ class Progress:
     best_clean: float = -1.0
     since_best: int = 0
     averaged: int = 0
-
-
-def choose_device(name: str) -> torch.device:
-    """The device that `--device` asks for.
-
-    Raises:
-        ConfigError: cuda was asked for and there is none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device: expected a machine with a CUDA device for 'cuda', found none; use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def load_data(config: Config) -> Dataset:
@@ -115,7 +101,7 @@ def evaluation_attack(config: Config, *, steps: int | None = None, seed: int | N
         step_size=config.evaluation_step_size,
         steps=config.evaluation.steps if steps is None else steps,
         norm=config.attack.norm,
-        seed=mix_seed(config.seed, _EVALUATION_NOISE) if seed is None else seed,
+        seed=evaluation_seed(config.seed) if seed is None else seed,
     )
 
 
@@ -125,13 +111,6 @@ def _set_up_torch(config: Config, device: torch.device) -> None:
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = device.type == "cuda" and not config.deterministic
     torch.manual_seed(mix_seed(config.seed))
-
-
-def fast_memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
-    """channels_last, which convolutions run fastest in, where it is safe."""
-    # torch 2.13's oneDNN writes past the end in 1x1 convolutions with stride, channels_last, of fewer than 8 channels
-    narrow = any(isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.in_channels < 8 for m in model.modules())
-    return torch.contiguous_format if device.type == "cpu" and narrow else torch.channels_last
 
 
 def prepare_run_dir(config: Config) -> None:
@@ -223,8 +202,11 @@ class Trainer:
         awp = self.config.awp
         if awp.gamma == 0:
             return None
-        eta = _ETA if awp.scale == "elementwise" else 0.0
-        return AdversarialWeightPerturbation(self.model, awp.gamma, scope=awp.scope, scale=awp.scale, eta=eta)
+        if awp.scale == "relative":
+            return AdversarialWeightPerturbation(self.model, awp.gamma, scope=awp.scope)
+        perturbation = sam(self.model, awp.gamma) if awp.scale == "absolute" else asam(self.model, awp.gamma)
+        perturbation.scope = awp.scope
+        return perturbation
 
     def run(self) -> dict[str, Any]:
         """Train what is left, measure the selected weights on the test split, and write the results.
@@ -383,7 +365,7 @@ class Trainer:
         """Measure the epoch on held-out images, and keep its weights if none were better."""
         limit = self.config.evaluation.held_out_limit
         model = self._measured_model(epoch)
-        clean, robust = self._evaluate(model, _sample(self.data.held_out, limit))
+        clean, robust = self._evaluate(model, spread(self.data.held_out, limit))
         best = self.progress
         # the later of equals has trained longer; clean accuracy decides between equally robust ones
         if (robust, clean) >= (best.best_robust, best.best_clean):
@@ -396,9 +378,9 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         model = self._measured_model(self.progress.epoch)
-        test = _sample(self.data.test, self.config.evaluation.test_limit)
+        test = spread(self.data.test, self.config.evaluation.test_limit)
         # as many training images as test images: the gap between the two is the overfitting
-        train = _sample(self.data.train, len(test))
+        train = spread(self.data.train, len(test))
         last_clean, last_robust = self._evaluate(model, test)
         _, last_train_robust = self._evaluate(model, train)
         if self.progress.best_epoch == self.progress.epoch:
@@ -499,10 +481,3 @@ class Trainer:
 
 def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
-
-
-def _sample(split: Split, limit: int | None) -> Split:
-    if limit is None or limit >= len(split):
-        return split
-    # evenly spread: files are often sorted by class
-    return split.select(torch.arange(limit, device=split.labels.device) * len(split) // limit)

@@ -14,13 +14,14 @@ import torch
 from awp_engine.checkpoint import atomic_write_text
 from awp_engine.config import parse_amount
 from awp_engine.data import Dataset, load_dataset
+from awp_engine.device import choose_device
 from awp_engine.evaluation.accuracy import evaluation_seed, spread
 from awp_engine.evaluation.attacks import EvaluationError, Threat, parse_attack
 from awp_engine.evaluation.autoattack import STANDARD_BUDGET, Budget
 from awp_engine.evaluation.receipt import make_receipt, split_hash
 from awp_engine.evaluation.results import Measurement
 from awp_engine.evaluation.robustbench import Publication, model_info
-from awp_engine.evaluation.subject import Subject, choose_device, load_subject
+from awp_engine.evaluation.subject import Subject, load_subject
 from awp_engine.evaluation.suite import measure
 
 JSON, PAGE, LEADERBOARD = "evaluation.json", "evaluation.html", "robustbench.json"

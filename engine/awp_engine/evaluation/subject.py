@@ -42,19 +42,6 @@ class Subject:
     config: Config | None
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that `--device` asks for; auto takes a GPU if there is one.
-
-    Raises:
-        EvaluationError: cuda was asked for and there is none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise EvaluationError(
-            "--device: expected a machine with a CUDA device for 'cuda', found none; use --device cpu"
-        )
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def _sha256(path: Path) -> str:
     try:
         with path.open("rb") as file:

@@ -1,0 +1,24 @@
+"""Where to compute, and in which memory format."""
+
+import torch
+from torch import nn
+
+from awp_engine.config import ConfigError
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `--device` asks for; auto takes a GPU if there is one.
+
+    Raises:
+        ConfigError: cuda was asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device: expected a machine with a CUDA device for 'cuda', found none; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def fast_memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
+    """channels_last, which convolutions run fastest in, where it is safe."""
+    # torch 2.13's oneDNN writes past the end in 1x1 convolutions with stride, channels_last, of fewer than 8 channels
+    narrow = any(isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.in_channels < 8 for m in model.modules())
+    return torch.contiguous_format if device.type == "cpu" and narrow else torch.channels_last

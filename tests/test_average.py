@@ -120,6 +120,7 @@ def epochs(*pairs: tuple[float, float | None]) -> list[dict]:
         ([(0.30, 0.30), (0.35, 0.33), (0.80, 0.02)], True),  # what FGSM training does
         ([(0.30, 0.30), (0.35, None), (0.80, 0.02)], True),
         ([(0.30, 0.30), (0.50, 0.45), (0.75, 0.40)], False),  # robust overfitting is slow
+        ([(0.27, 0.24), (0.75, 0.126)], False),  # so is the strongest of it, on 500 images (docs/study.md)
         ([(0.50, 0.45), (0.20, 0.10)], False),  # both fell: the optimizer's trouble
         ([(0.80, 0.02)], False),
         ([(0.30, 0.30), (0.80, None)], False),  # not measured in this epoch

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from awp_engine.batch_norm import batch_norm_mode
-from awp_kernels import pgd_init_, pgd_step_
-from awp_kernels.philox import normals
+from awp_kernels import pgd_init_, pgd_init_normal_, pgd_step_
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Start = Literal["uniform", "normal", "none"]
@@ -52,7 +51,7 @@ def starting_point(
     if start == "uniform":
         pgd_init_(x_adv, x, epsilon=epsilon, norm=norm, sample_ids=sample_ids, seed=seed)
     elif start == "normal":
-        x_adv += NORMAL_START * normals(sample_ids, x[0].numel(), seed=seed).view(x.shape).to(x.dtype)
+        pgd_init_normal_(x_adv, x, std=NORMAL_START, sample_ids=sample_ids, seed=seed)
     elif start != "none":
         raise ValueError(f"start: expected uniform, normal, none or a tensor, got {start!r}")
     return x_adv

@@ -4,19 +4,11 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from awp_engine.command_line import fail
+from awp_engine.command_line import OneLineParser, fail
 from awp_engine.config import ConfigError
 
 PROG = "evaluate.py"
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        fail(f"{message}; --help lists the flags", prog=PROG)
 
 
 def _whole_number(text: str) -> int:
@@ -32,7 +24,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         SystemExit: 0 after --help; 2 after one line on stderr.
     """
-    parser = _Parser(
+    parser = OneLineParser(
         prog=PROG,
         description="Measures a trained model on the test split, under attack. What is not given is the run's own.",
         epilog="attacks: clean; fgsm; pgdN, PGD of N steps on cross-entropy; cwN, PGD of N steps on the margin of "

@@ -10,21 +10,13 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from awp_engine.command_line import fail
+from awp_engine.command_line import OneLineParser, fail
 from awp_engine.config import ConfigError
 
 PROG = "landscape.py"
 MODES = ("1d", "2d", "flatness")
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose complaints take one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """End with the message alone, without the usage."""
-        fail(f"{message}; --help lists the flags", prog=PROG)
 
 
 def modes(text: str) -> tuple[str, ...]:
@@ -46,7 +38,7 @@ def numbers(text: str) -> tuple[float, ...]:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments; ends the program with one line for what is wrong with them."""
     formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = Parser(prog=PROG, description=__doc__, formatter_class=formatter)
+    parser = OneLineParser(prog=PROG, description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add(
         "runs",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import difflib
 import io
@@ -30,6 +31,14 @@ def fail(message: str, code: int = 2, prog: str = "train.py") -> NoReturn:
     """
     print(f"{prog}: error: {one_line(message)}", file=sys.stderr, flush=True)
     raise SystemExit(code)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose complaints take one line: the message alone, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program as `fail` does."""
+        fail(f"{message}; --help lists the flags", prog=self.prog)
 
 
 def _unknown_flag(given: str, known: Sequence[str]) -> ConfigError:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from awp_engine.attack import pgd
 from awp_engine.data import Split, eval_batches
@@ -31,6 +31,22 @@ class PgdAttack:
     steps: int
     norm: Literal["linf", "l2"]
     seed: int = 0
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, *, sample_ids: Tensor | None, seed: int | None = None
+    ) -> Tensor:
+        """The attacked images; see `pgd`. `seed` stands in for the attack's own."""
+        return pgd(
+            model,
+            x,
+            y,
+            epsilon=self.epsilon,
+            step_size=self.step_size,
+            steps=self.steps,
+            norm=self.norm,
+            sample_ids=sample_ids,
+            seed=self.seed if seed is None else seed,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,17 +90,7 @@ def evaluate(model: nn.Module, split: Split, attack: PgdAttack, *, batch_size: i
         for x, y, ids in eval_batches(split, batch_size):
             with torch.no_grad():
                 right = model(x).argmax(1) == y
-            x_adv = pgd(
-                model,
-                x,
-                y,
-                epsilon=attack.epsilon,
-                step_size=attack.step_size,
-                steps=attack.steps,
-                norm=attack.norm,
-                sample_ids=ids,
-                seed=attack.seed,
-            )
+            x_adv = attack(model, x, y, sample_ids=ids)
             with torch.no_grad():
                 held = right & (model(x_adv).argmax(1) == y)
             clean = clean + right.sum()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from awp_engine.attack import batch_norm_mode, pgd, summed_cross_entropy
+from awp_engine.attack import batch_norm_mode, summed_cross_entropy
 from awp_engine.data import Batch
 from awp_engine.evaluation import PgdAttack
 from awp_kernels.awp import is_perturbed
@@ -127,17 +127,7 @@ def adversarial_direction(
     chosen = [parameters[name] for name in names]
     sums = [torch.zeros_like(parameter) for parameter in chosen]
     for x, y, ids in batches:
-        x_adv = pgd(
-            model,
-            x,
-            y,
-            epsilon=attack.epsilon,
-            step_size=attack.step_size,
-            steps=attack.steps,
-            norm=attack.norm,
-            sample_ids=ids,
-            seed=attack.seed,
-        )
+        x_adv = attack(model, x, y, sample_ids=ids)
         with batch_norm_mode(model, "eval", update_statistics=False), torch.enable_grad():
             gradients = torch.autograd.grad(summed_cross_entropy(model(x_adv), y), chosen)
         for total, gradient in zip(sums, gradients, strict=True):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awp_engine.attack import batch_norm_mode, pgd
+from awp_engine.attack import batch_norm_mode
 from awp_engine.data import Batch, Split, eval_batches
 from awp_engine.evaluation import PgdAttack
 from awp_kernels.philox import mix_seed
@@ -58,17 +58,7 @@ def robust_loss(
         raise ValueError(f"restarts: expected a whole number >= 1, got {restarts}")
     worst = None
     for restart in range(restarts):
-        x_adv = pgd(
-            model,
-            x,
-            y,
-            epsilon=attack.epsilon,
-            step_size=attack.step_size,
-            steps=attack.steps,
-            norm=attack.norm,
-            sample_ids=sample_ids,
-            seed=restart_seed(attack.seed, restart),
-        )
+        x_adv = attack(model, x, y, sample_ids=sample_ids, seed=restart_seed(attack.seed, restart))
         losses = cross_entropies(model, x_adv, y)
         worst = losses if worst is None else torch.maximum(worst, losses)
         if report is not None:

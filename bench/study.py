@@ -28,9 +28,12 @@ def read_run(run: Path) -> dict[str, Any]:
     """The figures of one run, all of its last weights but for `best`."""
     report = json.loads((run / "report.json").read_text())
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    config = json.loads((run / "config.json").read_text())
+    # where it lay is nobody else's concern
+    config["run_dir"] = config["data"]["root"] = None
     result = {
         "run": run.name,
-        "config": json.loads((run / "config.json").read_text()),
+        "config": config,
         "training_seconds": sum(report["train_images"] / m["images_per_second"] for m in metrics),
         "best": {
             "epoch": report["selected_epoch"],

@@ -185,7 +185,11 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(tmp_path):
 
 
 def test_interrupt_says_how_to_go_on(tmp_path):
-    process = start(*SMALL, "--epochs", "500", "--run-dir", tmp_path / "run")
+    def heed_interrupts() -> None:
+        # a shell starts what runs in its background with SIGINT ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    process = start(*SMALL, "--epochs", "500", "--run-dir", tmp_path / "run", preexec_fn=heed_interrupts)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text()):
         assert process.poll() is None

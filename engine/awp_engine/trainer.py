@@ -193,6 +193,7 @@ class Trainer:
         )
         averaged = config.average.kind != "none"
         self.average = WeightAverage(self.model, config.average, config.epochs) if averaged else None
+        self._delta: Tensor | None = None
         self.progress = Progress()
         self.best_weights = _copy(self.model.state_dict())
         self.messages: list[str] = []
@@ -204,9 +205,8 @@ class Trainer:
             return None
         if awp.scale == "relative":
             return AdversarialWeightPerturbation(self.model, awp.gamma, scope=awp.scope)
-        perturbation = sam(self.model, awp.gamma) if awp.scale == "absolute" else asam(self.model, awp.gamma)
-        perturbation.scope = awp.scope
-        return perturbation
+        sharpness_aware = sam if awp.scale == "absolute" else asam
+        return sharpness_aware(self.model, awp.gamma, scope=awp.scope)
 
     def run(self) -> dict[str, Any]:
         """Train what is left, measure the selected weights on the test split, and write the results.
@@ -253,6 +253,9 @@ class Trainer:
         config = self.config
         steps = steps_per_epoch(len(self.data.train), config.batch_size, self._extra_fraction())
         log.begin_epoch(epoch, steps)
+        # free adversarial training carries its perturbation from batch to batch, but not into the next epoch: a
+        # checkpoint need not hold it
+        self._delta = None
         loss_sum, correct, skipped, zeros, trained = torch.zeros(5, dtype=torch.float64, device=self.device)
         lr, seen, began = 0.0, 0, time.monotonic()
         for index, batch in enumerate(self._batches(epoch)):
@@ -317,9 +320,6 @@ class Trainer:
 
     def _batches(self, epoch: int) -> Iterator[Batch]:
         config = self.config
-        # free adversarial training carries its perturbation from batch to batch, but not into the next epoch: a
-        # checkpoint need not hold it
-        self._delta: Tensor | None = None
         return train_batches(
             self.data.train,
             batch_size=config.batch_size,

@@ -222,6 +222,7 @@ def sam(
     model: nn.Module,
     rho: float = 0.05,
     *,
+    scope: str = "global",
     bound: float | None = None,
     eps: float = 1e-12,
     select: Callable[[str, Tensor], bool] = every_parameter,
@@ -236,6 +237,7 @@ def sam(
     Args:
         model: any module; its trainable parameters are of one dtype and on one device.
         rho: length of the perturbation, in the units of the weights, >= 0.
+        scope: what the norm is taken over; the paper's is "global".
         bound: as for `AdversarialWeightPerturbation`.
         eps: added to ||g||; 1e-12 as public code has it.
         select: which parameters move, by name and tensor; by default all that are trainable.
@@ -247,9 +249,7 @@ def sam(
     ICLR 2021.
     """
     _checks.finite("rho", rho, minimum=0)
-    return AdversarialWeightPerturbation(
-        model, rho, scope="global", scale="absolute", bound=bound, eps=eps, select=select
-    )
+    return AdversarialWeightPerturbation(model, rho, scope=scope, scale="absolute", bound=bound, eps=eps, select=select)
 
 
 def asam(
@@ -258,6 +258,7 @@ def asam(
     eta: float = 0.01,
     *,
     adaptive: Callable[[str, Tensor], bool] = is_weight,
+    scope: str = "global",
     bound: float | None = None,
     eps: float = 1e-16,
     select: Callable[[str, Tensor], bool] = every_parameter,
@@ -273,6 +274,7 @@ def asam(
         rho: length of T^-1 v, >= 0.
         eta: added to |w|, in the units of the weights, >= 0.
         adaptive: for which parameters T = |w| + eta, by name and tensor; for the others T = 1.
+        scope: what the norm is taken over; the paper's is "global".
         bound: as for `AdversarialWeightPerturbation`.
         eps: added to ||T g||; 1e-16 as in the authors' code.
         select: which parameters move, by name and tensor; by default all that are trainable.
@@ -287,7 +289,7 @@ def asam(
     return AdversarialWeightPerturbation(
         model,
         rho,
-        scope="global",
+        scope=scope,
         scale="elementwise",
         eta=eta,
         adaptive=adaptive,

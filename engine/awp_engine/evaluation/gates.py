@@ -162,7 +162,8 @@ def run_gates(
         ),
         Gate(
             name="black-box does not beat white-box",
-            measured=f"Square {_percent(black, images)} right, PGD-{_WHITE_BOX} and CW-{_WHITE_BOX} {_percent(white, images)}",
+            measured=f"Square {_percent(black, images)} right, "
+            f"PGD-{_WHITE_BOX} and CW-{_WHITE_BOX} {_percent(white, images)}",
             bound=f"Square not below them by more than {slack} of {images} images",
             passed=black >= white - slack,
             failure_means="gradients point nowhere useful: accuracy under gradient attacks says too much",

@@ -14,6 +14,7 @@ from awp_engine.attack import Loss, batch_norm_mode, fast_attack, pgd
 from awp_engine.batch_norm import saved_statistics
 from awp_engine.config import AttackConfig, AwpConfig
 from awp_engine.objectives import Objective
+from awp_engine.regions import region
 from awp_kernels import AdversarialWeightPerturbation
 
 
@@ -79,19 +80,24 @@ class TrainingStep:
         awp = self.awp if perturb else None
         public_code = self.options.public_code
         with saved_statistics(self.model) as statistics:
-            x_adv, zero_gradients = self._attacked(x, y, sample_ids, seed, fast, share=awp is not None)
+            with region("attack"):
+                x_adv, zero_gradients = self._attacked(x, y, sample_ids, seed, fast, share=awp is not None)
             if awp is None:
-                loss, correct = self._backward(x_adv, x, y, update_statistics=True)
+                with region("descent"):
+                    loss, correct = self._backward(x_adv, x, y, update_statistics=True)
                 ascent_norm = loss.new_zeros(())
             else:
-                ascent_norm = self._ascend(awp, x_adv, x, y)
+                with region("ascent"):
+                    ascent_norm = self._ascend(awp, x_adv, x, y)
                 try:
-                    loss, correct = self._backward(x_adv, x, y, update_statistics=True)  # at w + v
+                    with region("descent"):
+                        loss, correct = self._backward(x_adv, x, y, update_statistics=True)  # at w + v
                     if public_code:
                         self._decay_perturbed(awp)
                 finally:
                     awp.restore_()
-            skipped = self._update(ascent_norm)  # at w
+            with region("update"):
+                skipped = self._update(ascent_norm)  # at w
             if public_code:
                 self._forward_for_statistics(x)
             statistics.restore_where(skipped)

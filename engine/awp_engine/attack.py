@@ -67,6 +67,7 @@ def pgd(
     steps: int,
     norm: Literal["linf", "l2"] = "linf",
     start: Start | Tensor = "uniform",
+    start_epsilon: float | None = None,
     sample_ids: Tensor | None = None,
     seed: int = 0,
     bn_mode: Literal["train", "eval"] = "eval",
@@ -91,6 +92,7 @@ def pgd(
         norm: "linf" or "l2".
         start: "uniform" in the ball, "normal" (x + 0.001 N(0, 1), as TRADES and MART do), "none" (x itself), or the
             first iterate, [N, C, H, W].
+        start_epsilon: radius of the ball that a uniform start is drawn from; None means epsilon.
         sample_ids: int64 [N], what a sample's noise is keyed by; its place in the batch if not given.
         seed: of the noise, in [0, 2^63).
         bn_mode: how batch normalisation behaves during the attack; put back afterwards.
@@ -117,7 +119,8 @@ def pgd(
     # 16-bit images would lose steps: bfloat16 spaces the numbers below 1 by 1/256
     clean = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     ids = torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids
-    x_adv = starting_point(clean, start, epsilon=epsilon, norm=norm, sample_ids=ids, seed=seed)
+    radius = epsilon if start_epsilon is None else start_epsilon
+    x_adv = starting_point(clean, start, epsilon=radius, norm=norm, sample_ids=ids, seed=seed)
     if mask is not None:
         x_adv = torch.where(mask, x_adv, clean)
     with batch_norm_mode(model, bn_mode, update_statistics=update_statistics), torch.enable_grad():
@@ -134,16 +137,13 @@ def pgd(
     return x_adv
 
 
-def fast_attack(kind: str, x: Tensor, epsilon: float, *, sample_ids: Tensor, seed: int) -> dict[str, Any]:
+def fast_attack(kind: str, epsilon: float) -> dict[str, Any]:
     """What `pgd` is to be told for a one-step attack.
 
     Args:
         kind: "fgsm-rs": uniform start, one step of 1.25 epsilon, projected; "n-fgsm": uniform noise of twice epsilon,
             one step of epsilon, clipped to [0, 1] but not projected.
-        x: [N, C, H, W], in [0, 1].
         epsilon: radius of the Linf ball, on pixels in [0, 1].
-        sample_ids: int64 [N].
-        seed: of the noise.
 
     Raises:
         ValueError: unknown kind.
@@ -153,7 +153,12 @@ def fast_attack(kind: str, x: Tensor, epsilon: float, *, sample_ids: Tensor, see
     if kind == "fgsm-rs":
         return {"steps": 1, "step_size": 1.25 * epsilon, "start": "uniform"}
     if kind == "n-fgsm":
-        start = starting_point(x, "uniform", epsilon=2 * epsilon, norm="linf", sample_ids=sample_ids, seed=seed)
         # noise and step reach no farther than three epsilons, so that this ball projects nothing
-        return {"steps": 1, "step_size": epsilon, "start": start, "epsilon": 3 * epsilon}
+        return {
+            "steps": 1,
+            "step_size": epsilon,
+            "start": "uniform",
+            "start_epsilon": 2 * epsilon,
+            "epsilon": 3 * epsilon,
+        }
     raise ValueError(f"fast: expected fgsm-rs or n-fgsm, got {kind!r}")

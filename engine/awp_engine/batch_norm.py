@@ -38,12 +38,39 @@ def batch_norm_mode(
             layer.training, layer.track_running_stats = training, tracking
 
 
-class Statistics:
-    """Copies of a model's running statistics."""
+@torch.no_grad()
+def share_memory(model: nn.Module) -> list[Tensor]:
+    """Lay the running statistics of all layers side by side, so that one operation reaches all of them.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._live = [buffer for layer in layers(model) for buffer in layer.buffers(recurse=False)]
-        self._saved = [buffer.clone() for buffer in self._live]
+    Returns:
+        A flat tensor for each dtype and device; the layers' buffers become views of them, with their values. Other
+        modules that share the buffers have to be made afterwards.
+    """
+    groups: dict[tuple[torch.dtype, torch.device], list[tuple[nn.Module, str, Tensor]]] = {}
+    for layer in layers(model):
+        for name, buffer in layer.named_buffers(recurse=False):
+            groups.setdefault((buffer.dtype, buffer.device), []).append((layer, name, buffer))
+    flats = []
+    for found in groups.values():
+        flat = torch.cat([buffer.reshape(-1) for _, _, buffer in found])
+        begin = 0
+        for layer, name, buffer in found:
+            setattr(layer, name, flat[begin : begin + buffer.numel()].view(buffer.shape))
+            begin += buffer.numel()
+        flats.append(flat)
+    return flats
+
+
+class Statistics:
+    """Copies of running statistics, to put them back.
+
+    Args:
+        live: what `share_memory` returned.
+    """
+
+    @torch.no_grad()
+    def __init__(self, live: list[Tensor]) -> None:
+        self._live, self._saved = live, [tensor.clone() for tensor in live]
 
     @torch.no_grad()
     def restore_(self) -> None:
@@ -56,17 +83,6 @@ class Statistics:
         """Put the copies back if `condition`, a bool scalar, is true; decided on the device."""
         for live, saved in zip(self._live, self._saved, strict=True):
             live.copy_(torch.where(condition, saved, live))
-
-
-@contextlib.contextmanager
-def saved_statistics(model: nn.Module) -> Iterator[Statistics]:
-    """Running statistics as they are on entry; they come back if the block ends by an exception."""
-    statistics = Statistics(model)
-    try:
-        yield statistics
-    except BaseException:
-        statistics.restore_()
-        raise
 
 
 @torch.no_grad()

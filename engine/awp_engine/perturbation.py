@@ -3,19 +3,22 @@
 Source: Wu, Xia, Wang: Adversarial Weight Perturbation Helps Robust Generalization, NeurIPS 2020.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from awp_engine.attack import Loss, batch_norm_mode, fast_attack, pgd
-from awp_engine.batch_norm import saved_statistics
+from awp_engine.attack import Loss, batch_norm_mode, fast_attack, pgd, starting_point
+from awp_engine.batch_norm import Statistics
 from awp_engine.config import AttackConfig, AwpConfig
 from awp_engine.objectives import Objective
+from awp_engine.precision import Copies, LossScale
 from awp_engine.regions import region
-from awp_kernels import AdversarialWeightPerturbation
+from awp_kernels import SGD, AdversarialWeightPerturbation, total_norm
+
+# lifts the attack's 16-bit gradients out of underflow; the step ignores the scale
+_ATTACK_LOSS_SCALE = 1024.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,32 +39,47 @@ class StepResult:
     zero_gradients: Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
 class TrainingStep:
     """Attack, ascent, descent, update.
 
-    Attributes:
-        model: in train mode.
-        optimizer: over the model's parameters, fused, as `build_optimizer` makes it.
+    Args:
+        model: in train mode; its parameters are the masters.
+        optimizer: over the model's parameters, as `build_optimizer` makes it.
         objective: what is climbed and minimised.
         attack: how the images are attacked.
-        awp: the weight perturbation, or None.
+        awp: the weight perturbation, or None; with `working=copies.working`.
         options: how its ascent is done.
         clip_norm: largest norm of the descent gradient, or None.
+        copies: the models that the parts run on; by default all on `model` itself.
+        compile: by torch.compile; batches of another size than the first one's run uncompiled.
+
+    Attributes:
+        loss_scale: of the descent in fp16, else None.
     """
 
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    objective: Objective
-    attack: AttackConfig
-    awp: AdversarialWeightPerturbation | None
-    options: AwpConfig = field(default_factory=AwpConfig)
-    clip_norm: float | None = None
-
-    def __post_init__(self) -> None:
-        if not self.optimizer.defaults.get("fused"):
-            # the others ignore found_inf, and would take a step with NaN
-            raise ValueError("optimizer: expected one made with fused=True, which can leave a step out")
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        optimizer: SGD,
+        objective: Objective,
+        attack: AttackConfig,
+        awp: AdversarialWeightPerturbation | None,
+        options: AwpConfig | None = None,
+        clip_norm: float | None = None,
+        copies: Copies | None = None,
+        compile: bool = False,
+    ) -> None:
+        self.model, self.optimizer, self.objective = model, optimizer, objective
+        self.attack, self.awp, self.options = attack, awp, options or AwpConfig()
+        self.clip_norm = clip_norm
+        shared = awp is not None and self.options.ascent == "shared"
+        self.copies = copies or Copies(model, shared_ascent=shared)
+        device = next(model.parameters()).device
+        self.loss_scale = LossScale(device) if self.copies.precision.descent == torch.float16 else None
+        self._statistics = self.copies.statistics
+        self._compiled: dict[int, nn.Module] = {}
+        self._compile, self._compiled_size = compile, 0
 
     def __call__(
         self, x: Tensor, y: Tensor, *, sample_ids: Tensor, seed: int, perturb: bool = True, fast: bool = False
@@ -76,31 +94,45 @@ class TrainingStep:
             perturb: whether the weights are perturbed in this step.
             fast: attack by the cheap attack of the settings.
         """
-        self.optimizer.zero_grad(set_to_none=True)
+        return self.from_start(x, y, self.start(x, sample_ids, seed, fast=fast), perturb=perturb, fast=fast)
+
+    def start(self, x: Tensor, sample_ids: Tensor, seed: int, *, fast: bool = False) -> Tensor:
+        """Where the attack on a batch begins, [N, C, H, W]: all of a step that depends on the seed."""
+        arguments = self._attack_arguments(fast=fast)
+        return starting_point(
+            x.detach(),
+            arguments["start"],
+            epsilon=arguments.get("start_epsilon", arguments["epsilon"]),
+            norm=arguments["norm"],
+            sample_ids=sample_ids,
+            seed=seed,
+        )
+
+    def from_start(self, x: Tensor, y: Tensor, start: Tensor, *, perturb: bool = True, fast: bool = False) -> StepResult:
+        """Train on one batch, the attack beginning at `start`: see `__call__`."""
+        self._clear_gradients()
         awp = self.awp if perturb else None
         public_code = self.options.public_code
-        with saved_statistics(self.model) as statistics:
+        statistics = Statistics(self._statistics)
+        try:
             with region("attack"):
-                x_adv, zero_gradients = self._attacked(x, y, sample_ids, seed, fast, share=awp is not None)
-            if awp is None:
-                with region("descent"):
-                    loss, correct = self._backward(x_adv, x, y, update_statistics=True)
-                ascent_norm = loss.new_zeros(())
-            else:
+                x_adv, zero_gradients = self._attacked(x, y, start, fast, share=awp is not None)
+            ascent_norm = None
+            if awp is not None:
                 with region("ascent"):
                     ascent_norm = self._ascend(awp, x_adv, x, y)
-                try:
-                    with region("descent"):
-                        loss, correct = self._backward(x_adv, x, y, update_statistics=True)  # at w + v
-                    if public_code:
-                        self._decay_perturbed(awp)
-                finally:
-                    awp.restore_()
+            with region("descent"):
+                loss, correct = self._descend(x_adv, x, y)  # at w + v
             with region("update"):
-                skipped = self._update(ascent_norm)  # at w
+                skipped = self._update(awp, ascent_norm)  # at w
             if public_code:
                 self._forward_for_statistics(x)
             statistics.restore_where(skipped)
+        except BaseException:
+            if awp is not None:
+                awp.restore_()
+            statistics.restore_()
+            raise
         return StepResult(loss=loss, correct=correct, skipped=skipped, zero_gradients=zero_gradients)
 
     def free(self, x: Tensor, y: Tensor, delta: Tensor) -> StepResult:
@@ -108,119 +140,153 @@ class TrainingStep:
 
         Source: Shafahi et al.: Adversarial Training for Free!, NeurIPS 2019.
         """
-        self.optimizer.zero_grad(set_to_none=True)
+        self._clear_gradients()
         epsilon = self.attack.epsilon_value
-        with saved_statistics(self.model) as statistics:
+        statistics = Statistics(self._statistics)
+        try:
             x_adv = (x + delta).clamp_(0, 1).requires_grad_()
-            loss, correct = self._backward(x_adv, x, y, update_statistics=True)
+            loss, correct = self._descend(x_adv, x, y)
             assert x_adv.grad is not None
             delta.add_(x_adv.grad.sign(), alpha=epsilon).clamp_(-epsilon, epsilon)
-            skipped = self._update(loss.new_zeros(()))
+            skipped = self._update(None, None)
             statistics.restore_where(skipped)
+        except BaseException:
+            statistics.restore_()
+            raise
         zero_gradients = (x_adv.grad == 0).float().mean()
         return StepResult(loss=loss, correct=correct, skipped=skipped, zero_gradients=zero_gradients)
 
     def attacked(self, model: nn.Module, x: Tensor, y: Tensor, sample_ids: Tensor, seed: int, **changes: Any) -> Tensor:
         """The images that training attacks `model` with; `changes` are arguments of `pgd`."""
+        arguments = self._attack_arguments(fast=False) | {"sample_ids": sample_ids, "seed": seed} | changes
+        return self._attack(model, x, y, arguments)
+
+    def refresh_(self) -> None:
+        """Bring working copies up to date: to be called when the weights were changed by anything but a step."""
+        self.copies.refresh_()
+
+    def _clear_gradients(self) -> None:
+        for module in (self.model, self.copies.ascent, self.copies.descent):
+            module.zero_grad(set_to_none=True)
+
+    def _attack_arguments(self, *, fast: bool) -> dict[str, Any]:
+        """How training attacks, in the arguments of `pgd`."""
         attack = self.attack
-        if attack.epsilon_value == 0:
-            return x
-        loss = self._attack_loss(model, x, y, changes.get("bn_mode", attack.bn_mode))
         arguments: dict[str, Any] = {
             "epsilon": attack.epsilon_value,
             "step_size": attack.step_size_value,
             "steps": attack.steps,
             "norm": attack.norm,
             "start": attack.start,
-            "sample_ids": sample_ids,
-            "seed": seed,
             "bn_mode": attack.bn_mode,
-            "loss": loss,
         }
-        return pgd(model, x, y, **(arguments | changes))
+        return arguments | (fast_attack(attack.fast, attack.epsilon_value) if fast else {})
 
-    @torch.no_grad()
-    def _attack_loss(self, model: nn.Module, x: Tensor, y: Tensor, bn_mode: Any) -> Loss:
-        with batch_norm_mode(model, bn_mode, update_statistics=False):
-            return self.objective.attack_loss(model, x, y)
+    def _attack(self, model: nn.Module, x: Tensor, y: Tensor, arguments: dict[str, Any]) -> Tensor:
+        if self.attack.epsilon_value == 0:
+            return x
+        with torch.no_grad(), batch_norm_mode(model, arguments["bn_mode"], update_statistics=False):
+            loss = self.objective.attack_loss(model, x, y)
+        scale = _ATTACK_LOSS_SCALE if self.copies.precision.attack == torch.float16 else 1.0
+        return pgd(model, x, y, loss=lambda logits, labels: scale * loss(logits, labels), **arguments)
 
-    def _attacked(
-        self, x: Tensor, y: Tensor, sample_ids: Tensor, seed: int, fast: bool, *, share: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _attacked(self, x: Tensor, y: Tensor, start: Tensor, fast: bool, *, share: bool) -> tuple[Tensor, Tensor]:
         """The attacked images, and the part of zeros in the last gradient."""
+        arguments = self._attack_arguments(fast=fast)
         zeros = x.new_zeros(())
 
-        def count_zeros(_: int, gradient: Tensor) -> None:
+        def count_zeros(step: int, gradient: Tensor) -> None:
             nonlocal zeros
-            zeros = (gradient == 0).float().mean()
+            if step == arguments["steps"] - 1:
+                zeros = (gradient == 0).float().mean()
 
-        changes: dict[str, Any] = {"observe": count_zeros, "update_statistics": self.options.public_code}
+        changes: dict[str, Any] = {
+            "start": start,
+            "observe": count_zeros,
+            "update_statistics": self.options.public_code,
+        }
         if share and self.options.ascent == "shared" and self.awp is not None:
-            changes["shared"] = list(self.awp.parameters.values())
-        if fast:
-            changes |= fast_attack(self.attack.fast, x, self.attack.epsilon_value, sample_ids=sample_ids, seed=seed)
-        x_adv = self.attacked(self.model, x, y, sample_ids, seed, **changes)
+            changes["shared"] = [self.copies.attack.get_parameter(name) for name in self.awp.parameters]
+        x_adv = self._attack(self._runner(self.copies.attack, x), x, y, arguments | changes)
         if self.options.public_code:
             with batch_norm_mode(self.model, self.attack.bn_mode, update_statistics=True):
                 self._forward_for_statistics(x_adv)
         return x_adv, zeros
 
+    def _runner(self, model: nn.Module, x: Tensor) -> nn.Module:
+        """`model` as it is called: compiled, for batches of the first one's size."""
+        if not self._compile:
+            return model
+        self._compiled_size = self._compiled_size or len(x)
+        if len(x) != self._compiled_size:
+            return model
+        if id(model) not in self._compiled:
+            # sizes stay fixed: a general kernel is slower, and compiling once more takes minutes
+            self._compiled[id(model)] = torch.compile(model, dynamic=False)  # pyright: ignore[reportArgumentType]
+        return self._compiled[id(model)]
+
     def _ascend(self, awp: AdversarialWeightPerturbation, x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """Perturb the weights; returns the norm of the gradient that they followed."""
-        norm = x.new_zeros(())
+        norm = x.new_zeros((), dtype=torch.float64)
         sums: dict[str, Tensor] = {}
-        try:
-            for step in range(self.options.ascent_steps):
-                if self.options.ascent == "exact" or self.attack.epsilon_value == 0:
-                    below = self._ascent_backward(x_adv, x, y)
-                    if step and below == 0:
-                        break
-                for name, parameter in awp.parameters.items():
-                    if parameter.grad is not None:
-                        sums[name] = sums[name] + parameter.grad if name in sums else parameter.grad
-                # every pass is taken where the ones before it moved to, and all are added up at w, as RWP does
-                awp.restore_()
-                for name, total in sums.items():
-                    awp.parameters[name].grad = total
-                norm = get_total_norm(list(sums.values()))
-                awp.perturb_()
-        except BaseException:
+        for step in range(self.options.ascent_steps):
+            if self.options.ascent == "exact" or self.attack.epsilon_value == 0:
+                below = self._ascent_backward(x_adv, x, y)
+                if step and below == 0:
+                    break
+            for name in awp.parameters:
+                gradient = self.copies.ascent.get_parameter(name).grad
+                if gradient is not None:
+                    sums[name] = sums[name] + gradient if name in sums else gradient
+            # every pass is taken where the ones before it moved to, and all are added up at w, as RWP does
             awp.restore_()
-            raise
+            norm = total_norm(list(sums.values()))
+            awp.perturb_(gradients=sums)
+            self._clear_gradients()
         return norm
 
     def _ascent_backward(self, x_adv: Tensor, x: Tensor, y: Tensor) -> int:
         """Gradients of the ascent's loss; returns how many samples are in it."""
-        c_min = self.options.c_min
-        with batch_norm_mode(self.model, update_statistics=False):
-            losses, _ = self.objective.losses(self.model, x_adv, x, y)
+        c_min, model = self.options.c_min, self._runner(self.copies.ascent, x)
+        # the perturbation's direction does not depend on the scale
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.value
+        with batch_norm_mode(model, update_statistics=False):
+            losses, _ = self.objective.losses(model, x_adv, x, y)
             if c_min is None:
-                losses.mean().backward()
+                (losses.mean() * scale).backward()
                 return len(losses)
             below = losses.detach() < c_min
-            (losses * below).mean().backward()
+            ((losses * below).mean() * scale).backward()
         return int(below.sum())
 
-    def _backward(self, x_adv: Tensor, x: Tensor, y: Tensor, *, update_statistics: bool) -> tuple[Tensor, Tensor]:
-        """Gradients of the training loss; returns it and the number of right answers."""
-        with batch_norm_mode(self.model, update_statistics=update_statistics):
-            losses, logits = self.objective.losses(self.model, x_adv, x, y)
+    def _descend(self, x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of the training loss; returns it and the number of right answers. Moves the BN statistics."""
+        model = self._runner(self.copies.descent, x)
+        with batch_norm_mode(model, update_statistics=True):
+            losses, logits = self.objective.losses(model, x_adv, x, y)
             loss = losses.mean()
-            loss.backward()
+            (loss if self.loss_scale is None else loss * self.loss_scale.value).backward()
         labels = y if y.ndim == 1 else y.argmax(1)
         return loss.detach(), (logits.argmax(1) == labels).sum()
 
     @torch.no_grad()
-    def _update(self, ascent_norm: Tensor) -> Tensor:
-        """The optimizer's step, unless a gradient is not finite; returns whether it was left out, on the device."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        skipped = ~(torch.isfinite(norm) & torch.isfinite(ascent_norm))
-        if self.clip_norm is not None:
-            clip_grads_with_norm_(parameters, self.clip_norm, norm)
-        # the fused optimizers' own way to leave a step out, made for loss scaling
-        self.optimizer.found_inf = skipped.float()  # pyright: ignore[reportAttributeAccessIssue]
-        self.optimizer.step()
+    def _update(self, awp: AdversarialWeightPerturbation | None, ascent_norm: Tensor | None) -> Tensor:
+        """The optimizer's step at w, unless a gradient is not finite; returns whether it was left out, on the device."""
+        optimizer = self.optimizer
+        norm = total_norm(optimizer.gradients())
+        finite = torch.isfinite(norm)
+        skipped = ~(finite if ascent_norm is None else finite & torch.isfinite(ascent_norm))
+        optimizer.found_inf, optimizer.grad_norm, optimizer.max_norm = skipped.float(), norm, self.clip_norm
+        optimizer.grad_scale = None if self.loss_scale is None else self.loss_scale.value
+        if awp is not None and awp.working is None:
+            if self.options.public_code:
+                self._decay_perturbed(awp)
+            awp.restore_()
+        optimizer.step()
+        if awp is not None:
+            awp.forget_()  # the update wrote the working copy anew
+        if self.loss_scale is not None:
+            self.loss_scale.update_(skipped)
         return skipped
 
     @torch.no_grad()

@@ -1,14 +1,15 @@
 """Adversarial weight perturbation for any trainer."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from awp_kernels import _checks
 from awp_kernels._ball import round_toward_zero, within, working_dtype
-from awp_kernels.perturb import perturb_
+from awp_kernels.perturb import perturb_, perturb_into_
 from awp_kernels.restore import restore_
 
 
@@ -53,6 +54,10 @@ class AdversarialWeightPerturbation:
             loss_fn(model(x_adv), y).backward()
         optimizer.step()
 
+    With `working`, a second module of the same parameter names whose weights may be stored in 16 bits, the masters in
+    `model` are never written: gradients are those of `working`, which takes w + v and has to get its weights anew from
+    the masters after the update, as `awp_kernels.SGD(..., working=...)` does, or by `restore_`.
+
     Args:
         model: any module; its parameters may be on any one device.
         gamma: length of the perturbation, >= 0: a fraction of ||w|| for scale "relative", else see `perturb_`.
@@ -64,9 +69,12 @@ class AdversarialWeightPerturbation:
         bound: if given, every weight stays within bound * |w| of its own value w, >= 0.
         eps: added to ||g||.
         select: which parameters move, by name and tensor; by default `is_perturbed`.
+        working: takes the perturbed weights in place of `model`; bfloat16 is refused, whose rounding would be 23% to
+            46% of the perturbation at the paper's gamma.
 
     Raises:
-        ValueError: a number out of range, an unknown scope or scale, or a model without a parameter to perturb.
+        ValueError: a number out of range, an unknown scope or scale, a model without a parameter to perturb, or a
+            working copy that lacks one or stores it in bfloat16.
 
     Source: Wu, Xia, Wang: Adversarial Weight Perturbation Helps Robust Generalization, NeurIPS 2020.
     """
@@ -83,6 +91,7 @@ class AdversarialWeightPerturbation:
         bound: float | None = None,
         eps: float = 1e-20,
         select: Callable[[str, Tensor], bool] = is_perturbed,
+        working: nn.Module | None = None,
     ) -> None:
         _checks.finite("gamma", gamma, minimum=0)
         _checks.finite("eps", eps, minimum=0)
@@ -98,29 +107,44 @@ class AdversarialWeightPerturbation:
             raise ValueError(
                 "model: no trainable parameter that `select` takes (by default ndim > 1 and 'weight' in the name)"
             )
+        self.working = working
+        self._targets = self.parameters if working is None else self._found_in(working)
         # empty where nothing is normalised element by element
         self._adaptive = {name: adaptive(name, p) for name, p in self.parameters.items()} if adaptive else {}
         self._saved: dict[str, Tensor] = {}
         self._active: list[str] = []
 
-    def _groups(self) -> list[list[str]]:
-        """Names of parameters that have a gradient, by dtype: an operation takes one dtype."""
-        groups: dict[torch.dtype, list[str]] = {}
+    def _found_in(self, working: nn.Module) -> dict[str, nn.Parameter]:
+        found = dict(working.named_parameters())
         for name, parameter in self.parameters.items():
-            if parameter.grad is not None:
-                groups.setdefault(parameter.dtype, []).append(name)
+            if name not in found or found[name].shape != parameter.shape:
+                raise ValueError(f"working: expected a parameter {name} of shape {tuple(parameter.shape)}")
+            if found[name].dtype == torch.bfloat16 and parameter.dtype != torch.bfloat16:
+                raise ValueError(
+                    f"working: {name} is bfloat16, whose rounding is 23% to 46% of a perturbation; use float16"
+                )
+        return {name: found[name] for name in self.parameters}
+
+    def _groups(self, gradients: Mapping[str, Tensor]) -> list[list[str]]:
+        """Names of parameters that have a gradient, by dtypes: an operation takes one dtype a list."""
+        groups: dict[tuple[torch.dtype, ...], list[str]] = {}
+        for name, gradient in gradients.items():
+            key = (self.parameters[name].dtype, self._targets[name].dtype, gradient.dtype)
+            groups.setdefault(key, []).append(name)
         return list(groups.values())
 
     @torch.no_grad()
-    def perturb_(self, *, again: bool = False) -> None:
+    def perturb_(self, *, again: bool = False, gradients: Mapping[str, Tensor] | None = None) -> None:
         """Save the weights, move them along their gradients, and clear all gradients.
 
         Args:
             again: take a further step from where the weights are, by a length that is measured there; `restore_`
                 brings back what the first step saved, and a bound holds around that.
+            gradients: to follow in place of the parameters' own `.grad`, by name; of any floating-point dtype.
 
         Raises:
-            RuntimeError: perturbed already without `again`, not yet perturbed with it, or no gradient to follow.
+            RuntimeError: perturbed already without `again`, not yet perturbed with it, `again` with a working copy,
+                or no gradient to follow.
         """
         if self._active and not again:
             raise RuntimeError("weights are perturbed already: leave the perturbed() block first, or pass again=True")
@@ -128,7 +152,11 @@ class AdversarialWeightPerturbation:
             raise RuntimeError(
                 "weights are not perturbed: again=True takes a further step inside the perturbed() block"
             )
-        groups = self._groups()
+        if again and self.working is not None:
+            raise RuntimeError("again=True: not with a working copy; add the ascents' gradients up and pass the sum")
+        if gradients is None:
+            gradients = {name: p.grad for name, p in self._targets.items() if p.grad is not None}
+        groups = self._groups(gradients)
         if not groups:
             raise RuntimeError("no gradients to perturb along: call backward() on the ascent loss first")
         if self.scope == "global" and len(groups) > 1:
@@ -136,14 +164,15 @@ class AdversarialWeightPerturbation:
         try:
             for names in groups:
                 if again:
-                    self._move_on(names)
+                    self._move_on(names, gradients)
                 else:
-                    self._move(names)
+                    self._move(names, gradients)
         except BaseException:
             self.restore_()
             raise
-        for parameter in self.model.parameters():
-            parameter.grad = None
+        for module in (self.model, self.working):
+            for parameter in () if module is None else module.parameters():
+                parameter.grad = None
         # casts made before the move would hide it inside an autocast block
         torch.clear_autocast_cache()
 
@@ -155,33 +184,44 @@ class AdversarialWeightPerturbation:
             saved = self._saved[name] = torch.empty_like(weight)
         return saved
 
-    def _run(self, names: list[str], saved: list[Tensor] | None, bound: float | None) -> None:
-        weights = [self.parameters[name] for name in names]
-        perturb_(
-            weights,
-            [weight.grad for weight in weights if weight.grad is not None],
-            self.gamma,
-            saved=saved,
-            scope=self.scope,
-            scale=self.scale,
-            eta=self.eta,
-            adaptive=[self._adaptive[name] for name in names] if self._adaptive else None,
-            bound=bound,
-            eps=self.eps,
-        )
+    def _options(self, names: list[str], bound: float | None) -> dict[str, Any]:
+        return {
+            "scope": self.scope,
+            "scale": self.scale,
+            "eta": self.eta,
+            "adaptive": [self._adaptive[name] for name in names] if self._adaptive else None,
+            "bound": bound,
+            "eps": self.eps,
+        }
 
-    def _move(self, names: list[str]) -> None:
-        self._run(names, [self._buffer(name) for name in names], self.bound)
+    def _run(
+        self, names: list[str], gradients: Mapping[str, Tensor], saved: list[Tensor] | None, bound: float | None
+    ) -> None:
+        weights = [self.parameters[name] for name in names]
+        grads = [gradients[name].to(weight.dtype) for name, weight in zip(names, weights, strict=True)]
+        perturb_(weights, grads, self.gamma, saved=saved, **self._options(names, bound))
+
+    def _move(self, names: list[str], gradients: Mapping[str, Tensor]) -> None:
+        if self.working is None:
+            self._run(names, gradients, [self._buffer(name) for name in names], self.bound)
+        else:
+            perturb_into_(
+                [self._targets[name] for name in names],
+                [self.parameters[name] for name in names],
+                [gradients[name] for name in names],
+                self.gamma,
+                **self._options(names, self.bound),
+            )
         self._active += names
 
-    def _move_on(self, names: list[str]) -> None:
+    def _move_on(self, names: list[str], gradients: Mapping[str, Tensor]) -> None:
         """A further step; weights that had no gradient before are saved now."""
         active = set(self._active)
         for name in names:
             if name not in active:
                 self._buffer(name).copy_(self.parameters[name])
                 self._active.append(name)
-        self._run(names, None, None)
+        self._run(names, gradients, None, None)
         if self.bound is not None:
             for name in names:
                 weight, saved = self.parameters[name], self._saved[name]
@@ -190,12 +230,22 @@ class AdversarialWeightPerturbation:
 
     @torch.no_grad()
     def restore_(self) -> None:
-        """Put the weights back, bit for bit; nothing happens if they are not perturbed."""
-        groups: dict[torch.dtype, list[str]] = {}
+        """Put the weights back, bit for bit (a working copy: from the masters); nothing happens if none is moved."""
+        sources = self._saved if self.working is None else self.parameters
+        groups: dict[tuple[torch.dtype, torch.dtype], list[str]] = {}
         for name in self._active:
-            groups.setdefault(self.parameters[name].dtype, []).append(name)
-        for names in groups.values():
-            restore_([self.parameters[name] for name in names], [self._saved[name] for name in names])
+            groups.setdefault((self._targets[name].dtype, sources[name].dtype), []).append(name)
+        for (dtype, source_dtype), names in groups.items():
+            targets: list[Tensor] = [self._targets[name] for name in names]
+            originals = [sources[name] for name in names]
+            if dtype == source_dtype:
+                restore_(targets, originals)
+            else:
+                torch._foreach_copy_(targets, originals)  # pyright: ignore[reportPrivateImportUsage]
+        self.forget_()
+
+    def forget_(self) -> None:
+        """Say that the weights are back by other means: an update that wrote the working copy anew."""
         self._active = []
         torch.clear_autocast_cache()
 
@@ -215,7 +265,9 @@ class AdversarialWeightPerturbation:
     @torch.no_grad()
     def displacement(self) -> dict[str, Tensor]:
         """What the weights were moved by, inside `perturbed()`: name to tensor of the weight's shape."""
-        return {name: self.parameters[name] - self._saved[name] for name in self._active}
+        if self.working is None:
+            return {name: self.parameters[name] - self._saved[name] for name in self._active}
+        return {name: self._targets[name] - self.parameters[name] for name in self._active}
 
 
 def sam(

@@ -53,6 +53,25 @@ class NormalizedClassifier(nn.Module):
         return (images - self.mean) / self.std
 
 
-def global_average_pool(features: Tensor) -> Tensor:
-    """Mean over all pixels, [N, C, H, W] -> [N, C], by the public code's kernel and so equal to it on 32x32 images."""
-    return functional.avg_pool2d(features, (features.shape[2], features.shape[3])).flatten(1)
+class Stem(nn.Conv2d):
+    """A convolution in the images' precision; what follows goes on in the precision of its weight.
+
+    16-bit images would lose attack steps: bfloat16 spaces the numbers below 1 by 1/256.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, out_channels, ...], in the weight's dtype."""
+        return self._conv_forward(images, self.weight.to(images.dtype), None).to(self.weight.dtype)
+
+
+class Head(nn.Linear):
+    """Mean over all pixels, then logits, in the precision of its bias, which is full where weights are 16-bit copies.
+
+    The mean is taken by the public code's kernel and so equal to it on 32x32 images.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, classes]."""
+        features = features.to(self.bias.dtype)
+        pooled = functional.avg_pool2d(features, (features.shape[2], features.shape[3])).flatten(1)
+        return functional.linear(pooled, self.weight.to(self.bias.dtype), self.bias)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from awp_engine.models._common import Activation, NormalizedClassifier, global_average_pool, make_activation
+from awp_engine.models._common import Activation, Head, NormalizedClassifier, Stem, make_activation
 
 
 class PreActBlock(nn.Module):
@@ -63,7 +63,7 @@ class PreActResNet(NormalizedClassifier):
         super().__init__(num_classes, mean, std)
         if width < 1:
             raise ValueError(f"width: {width}; expected at least 1")
-        self.conv1 = nn.Conv2d(len(mean), width, kernel_size=3, padding=1, bias=False)
+        self.conv1 = Stem(len(mean), width, kernel_size=3, padding=1, bias=False)
         channels = width
         for stage, blocks in enumerate(num_blocks):
             out_channels = width * 2**stage
@@ -76,11 +76,11 @@ class PreActResNet(NormalizedClassifier):
         self.num_stages = len(num_blocks)
         self.bn = nn.BatchNorm2d(channels)
         self.activation = make_activation(activation)
-        self.linear = nn.Linear(channels, num_classes)
+        self.linear = Head(channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, num_classes] of images [N, C, H, W] in [0, 1]."""
         x = self.conv1(self.normalize(images))
         for stage in range(self.num_stages):
             x = self.get_submodule(f"layer{stage + 1}")(x)
-        return self.linear(global_average_pool(self.activation(self.bn(x))))
+        return self.linear(self.activation(self.bn(x)))

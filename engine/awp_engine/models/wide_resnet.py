@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from awp_engine.models._common import Activation, NormalizedClassifier, global_average_pool, make_activation
+from awp_engine.models._common import Activation, Head, NormalizedClassifier, Stem, make_activation
 
 
 class WideBlock(nn.Module):
@@ -86,13 +86,13 @@ class WideResNet(NormalizedClassifier):
             raise ValueError(f"widen_factor: {widen_factor}; expected at least 1")
         num_blocks = (depth - 4) // 6
         widths = [16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
-        self.conv1 = nn.Conv2d(len(mean), 16, kernel_size=3, padding=1, bias=False)
+        self.conv1 = Stem(len(mean), 16, kernel_size=3, padding=1, bias=False)
         self.block1 = WideStage(num_blocks, 16, widths[0], 1, activation)
         self.block2 = WideStage(num_blocks, widths[0], widths[1], 2, activation)
         self.block3 = WideStage(num_blocks, widths[1], widths[2], 2, activation)
         self.bn1 = nn.BatchNorm2d(widths[2])
         self.activation = make_activation(activation)
-        self.fc = nn.Linear(widths[2], num_classes)
+        self.fc = Head(widths[2], num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
@@ -102,4 +102,4 @@ class WideResNet(NormalizedClassifier):
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, num_classes] of images [N, C, H, W] in [0, 1]."""
         x = self.block3(self.block2(self.block1(self.conv1(self.normalize(images)))))
-        return self.fc(global_average_pool(self.activation(self.bn1(x))))
+        return self.fc(self.activation(self.bn1(x)))

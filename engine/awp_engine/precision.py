@@ -1,0 +1,156 @@
+"""Which precision serves which part of a step, and the models that compute in it.
+
+Masters stay in full precision. A part in 16 bits runs on a working copy: a second module whose convolution and linear
+weights are stored in 16 bits, while biases, batch normalisation and its statistics are the model's own.
+"""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from awp_engine.batch_norm import share_memory
+from awp_engine.config import Config, ConfigError
+
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_PARTS = ("attack", "ascent", "descent")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """What the parts of a step compute in; None is the model's own precision."""
+
+    attack: torch.dtype | None = None
+    ascent: torch.dtype | None = None
+    descent: torch.dtype | None = None
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 in hardware; without, it is slower than fp32."""
+    path = Path("/proc/cpuinfo")
+    flags = path.read_text() if path.exists() else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def choose_precision(config: Config, device: torch.device) -> Precision:
+    """The precision that a run computes in.
+
+    Raises:
+        ConfigError: fp16 on the CPU, which has no arithmetic for it.
+    """
+    cuda = device.type == "cuda"
+    chosen: dict[str, torch.dtype | None] = {}
+    for part in _PARTS:
+        name = getattr(config.precision, part)
+        if name == "fp16" and not cuda:
+            raise ConfigError(f"--precision.{part}: expected fp32 or bf16 on the CPU, got 'fp16'")
+        if name != "auto":
+            chosen[part] = _DTYPES[name]
+        elif cuda:
+            chosen[part] = torch.float16
+        else:
+            chosen[part] = torch.bfloat16 if part == "attack" and has_fast_bfloat16() else None
+    if config.awp.gamma > 0 and config.awp.ascent == "shared":
+        # the ascent's gradient comes out of the attack's last pass
+        chosen["attack"] = chosen["ascent"]
+    return Precision(**chosen)
+
+
+def _weights(model: nn.Module) -> list[nn.Parameter]:
+    """The weights that a working copy holds in 16 bits: of convolutions and linear layers."""
+    found = [m.weight for m in model.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]
+    return list(dict.fromkeys(found))
+
+
+def working_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A second module with `model`'s convolution and linear weights in `dtype`; all other tensors are the model's own.
+
+    Args:
+        model: any module; modes of its layers are copied, and from then on each module's own.
+        dtype: 16-bit.
+    """
+    # deepcopy takes what the memo holds in place of a copy
+    memo: dict[int, object] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for weight in _weights(model):
+        memo[id(weight)] = nn.Parameter(weight.detach().to(dtype), requires_grad=weight.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
+def frozen_view(model: nn.Module) -> nn.Module:
+    """A second module over the same memory, none of whose parameters asks for a gradient."""
+    memo: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+    return copy.deepcopy(model, memo)
+
+
+class Copies:
+    """The models that the parts of a step run on.
+
+    Args:
+        model: holds the masters.
+        precision: of the parts.
+        shared_ascent: the ascent's gradient is that of the attack's last pass, which therefore runs on `ascent`.
+
+    Attributes:
+        model: as given.
+        attack: asks for no gradient of its parameters, but where `shared_ascent`.
+        ascent, descent: the model itself, or a working copy.
+        statistics: all running statistics, see `share_memory`.
+    """
+
+    def __init__(self, model: nn.Module, precision: Precision | None = None, *, shared_ascent: bool = False) -> None:
+        precision = precision or Precision()
+        self.model, self.precision = model, precision
+        self.statistics = share_memory(model)
+        self._by_dtype: dict[torch.dtype | None, nn.Module] = {None: model}
+        for dtype in (precision.descent, precision.ascent, precision.attack):
+            if dtype not in self._by_dtype and dtype is not None:
+                self._by_dtype[dtype] = working_copy(model, dtype)
+        self.ascent, self.descent = self._by_dtype[precision.ascent], self._by_dtype[precision.descent]
+        of_attack = self._by_dtype[precision.attack]
+        self.attack = of_attack if shared_ascent else frozen_view(of_attack)
+
+    @property
+    def working(self) -> nn.Module | None:
+        """The copy that takes the perturbed weights: the descent's; None where the descent runs on the masters."""
+        return None if self.descent is self.model else self.descent
+
+    @torch.no_grad()
+    def refresh_(self) -> None:
+        """Bring all working copies up to date with the masters."""
+        masters: list[Tensor] = list(_weights(self.model))
+        for copied in self._by_dtype.values():
+            if copied is not self.model:
+                targets: list[Tensor] = list(_weights(copied))
+                torch._foreach_copy_(targets, masters)  # pyright: ignore[reportPrivateImportUsage]
+
+
+class LossScale:
+    """The factor that lifts 16-bit gradients out of underflow; grows and shrinks on the device, as torch.amp's does.
+
+    Attributes:
+        value: fp32 scalar.
+        growth: int32 scalar, steps since it last changed.
+    """
+
+    def __init__(self, device: torch.device, initial: float = 2.0**15) -> None:
+        self.value = torch.full((), initial, device=device)
+        self.growth = torch.zeros((), dtype=torch.int32, device=device)
+
+    @torch.no_grad()
+    def update_(self, skipped: Tensor) -> None:
+        """Halve after a step whose gradient was not finite, double after 2,000 steps without one."""
+        torch._amp_update_scale_(self.value, self.growth, skipped.float(), 2.0, 0.5, 2000)
+
+    def state(self) -> dict[str, Tensor]:
+        """For a checkpoint."""
+        return {"value": self.value, "growth": self.growth}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        """What `state` gave."""
+        self.value.copy_(state["value"])
+        self.growth.copy_(state["growth"])

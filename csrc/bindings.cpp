@@ -48,6 +48,7 @@ struct Scaling {
   double eta;
   std::optional<double> bound;
   std::vector<int64_t> adaptive;
+  std::optional<Tensor> weight_norms;
 };
 
 // Describes the tensors, lets `run` do the work, and returns the scales.
@@ -71,20 +72,93 @@ Tensor perturb(const Tensors& out, const Tensors& weights, const Tensors& grads,
   const int64_t count = static_cast<int64_t>(weights.size());
   const int64_t norms = kind == awp::Scope::kLayer ? count : kind == awp::Scope::kGlobal ? 1 : filters;
   Tensor scales = torch::stable::new_empty(weights[0], {norms}, ScalarType::Float);
-  const awp::Perturb arguments{tensors.data(),
-                               count,
-                               dtype_of(out[0]),
-                               dtype_of(weights[0]),
-                               dtype_of(grads[0]),
-                               kind,
-                               static_cast<awp::Scale>(scaling.scale),
-                               gamma,
-                               eps,
-                               static_cast<float>(scaling.eta),
-                               static_cast<float>(scaling.bound.value_or(-1.0)),
-                               static_cast<float*>(scales.mutable_data_ptr())};
+  const awp::Perturb arguments{
+      tensors.data(),
+      count,
+      dtype_of(out[0]),
+      dtype_of(weights[0]),
+      dtype_of(grads[0]),
+      kind,
+      static_cast<awp::Scale>(scaling.scale),
+      gamma,
+      eps,
+      static_cast<float>(scaling.eta),
+      static_cast<float>(scaling.bound.value_or(-1.0)),
+      static_cast<float*>(scales.mutable_data_ptr()),
+      scaling.weight_norms ? static_cast<const double*>(scaling.weight_norms->const_data_ptr()) : nullptr};
   run(arguments);
   return scales;
+}
+
+awp::Number number(double value, const std::optional<Tensor>& tensor) {
+  if (!tensor) return {value, nullptr, awp::NumberType::kFloat32};
+  switch (tensor->scalar_type()) {
+    case ScalarType::Float:
+      return {value, tensor->const_data_ptr(), awp::NumberType::kFloat32};
+    case ScalarType::Double:
+      return {value, tensor->const_data_ptr(), awp::NumberType::kFloat64};
+    case ScalarType::Bool:
+      return {value, tensor->const_data_ptr(), awp::NumberType::kBool};
+    default:
+      throw std::runtime_error("expected float32, float64 or bool");
+  }
+}
+
+// The lists and numbers of an optimizer step, as the operations take them.
+struct SgdArguments {
+  const Tensors &weights, &grads, &buffers, &averages, &out;
+  const std::vector<double>& decay;
+  awp::SgdRule rule;
+};
+
+// Describes the tensors, lets `run` do the work, and returns the norms.
+template <class Run>
+Tensor sgd_step(const SgdArguments& a, Run run) {
+  std::vector<awp::SgdTensor> tensors(a.weights.size());
+  const auto floats = [](const Tensors& list, size_t i) {
+    return list.empty() ? nullptr : static_cast<float*>(list[i].mutable_data_ptr());
+  };
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    tensors[i] = {floats(a.weights, i),
+                  a.grads[i].const_data_ptr(),
+                  floats(a.buffers, i),
+                  floats(a.averages, i),
+                  a.out.empty() ? nullptr : a.out[i].mutable_data_ptr(),
+                  a.weights[i].numel(),
+                  static_cast<float>(a.decay[i])};
+  }
+  const int64_t count = static_cast<int64_t>(tensors.size());
+  Tensor norms = torch::stable::new_empty(a.weights[0], {count}, ScalarType::Double);
+  run(awp::SgdStep{tensors.data(), count, dtype_of(a.grads[0]),
+                   a.out.empty() ? awp::DType::kFloat32 : dtype_of(a.out[0]), a.rule,
+                   static_cast<double*>(norms.mutable_data_ptr())});
+  return norms;
+}
+
+awp::SgdRule sgd_rule(double lr, const std::optional<Tensor>& lr_tensor, double momentum, bool nesterov,
+                      const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+                      const std::optional<Tensor>& grad_norm, std::optional<double> max_norm, double average_weight,
+                      const std::optional<Tensor>& average_weight_tensor, bool decay_at_out) {
+  return {number(lr, lr_tensor),
+          number(average_weight, average_weight_tensor),
+          number(1, grad_scale),
+          number(0, found_inf),
+          number(0, grad_norm),
+          max_norm.value_or(-1.0),
+          static_cast<float>(momentum),
+          nesterov,
+          decay_at_out};
+}
+
+// The same of the list for a norm over all tensors.
+template <class Run>
+Tensor total_norm(const Tensors& list, Run run) {
+  std::vector<awp::NormTensor> tensors(list.size());
+  for (size_t i = 0; i < list.size(); ++i) tensors[i] = {list[i].const_data_ptr(), dtype_of(list[i]), list[i].numel()};
+  Tensor norm = torch::stable::new_empty(list[0], {}, ScalarType::Double);
+  run(awp::TotalNorm{tensors.data(), static_cast<int64_t>(tensors.size()),
+                     static_cast<double*>(norm.mutable_data_ptr())});
+  return norm;
 }
 
 std::vector<awp::CopyTensor> copies(const Tensors& destinations, const Tensors& sources) {
@@ -140,14 +214,30 @@ awp::PgdStep pgd_step_arguments(const Tensor& x_adv, const Tensor& grad, const T
 }
 
 Tensor perturb_cpu(Tensors out, Tensors weights, Tensors grads, Tensors saved, double gamma, int64_t scope, double eps,
-                   int64_t scale, double eta, std::optional<double> bound, std::vector<int64_t> adaptive) {
-  return perturb(out, weights, grads, saved, gamma, scope, eps, {scale, eta, bound, adaptive},
+                   int64_t scale, double eta, std::optional<double> bound, std::vector<int64_t> adaptive,
+                   std::optional<Tensor> weight_norms) {
+  return perturb(out, weights, grads, saved, gamma, scope, eps, {scale, eta, bound, adaptive, weight_norms},
                  [](const awp::Perturb& arguments) { awp::cpu::perturb(arguments, parallel_for); });
 }
 
 void restore_cpu(Tensors weights, Tensors saved) {
   const auto tensors = copies(weights, saved);
   awp::cpu::restore(tensors.data(), static_cast<int64_t>(tensors.size()), parallel_for);
+}
+
+Tensor sgd_step_cpu(Tensors weights, Tensors grads, Tensors momentum_buffers, Tensors averages, Tensors out,
+                    std::vector<double> weight_decay, double lr, std::optional<Tensor> lr_tensor, double momentum,
+                    bool nesterov, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+                    std::optional<Tensor> grad_norm, std::optional<double> max_norm, double average_weight,
+                    std::optional<Tensor> average_weight_tensor, bool decay_at_out) {
+  return sgd_step({weights, grads, momentum_buffers, averages, out, weight_decay,
+                   sgd_rule(lr, lr_tensor, momentum, nesterov, grad_scale, found_inf, grad_norm, max_norm,
+                            average_weight, average_weight_tensor, decay_at_out)},
+                  [](const awp::SgdStep& arguments) { awp::cpu::sgd_step(arguments, parallel_for); });
+}
+
+Tensor total_norm_cpu(Tensors tensors) {
+  return total_norm(tensors, [](const awp::TotalNorm& arguments) { awp::cpu::total_norm(arguments, parallel_for); });
 }
 
 void pgd_init_cpu(Tensor x_adv, Tensor x, Tensor sample_ids, double epsilon, double radius, int64_t norm,
@@ -182,14 +272,18 @@ class OnDevice {
   void* stream_ = nullptr;
 };
 
+// Doubles, for their alignment; torch's allocator knows the stream, so it may go before the kernels have run.
+Tensor scratch(const Tensor& like, int64_t bytes) {
+  return torch::stable::new_empty(like, {(bytes + 7) / 8}, ScalarType::Double);
+}
+
 Tensor perturb_cuda(Tensors out, Tensors weights, Tensors grads, Tensors saved, double gamma, int64_t scope, double eps,
-                    int64_t scale, double eta, std::optional<double> bound, std::vector<int64_t> adaptive) {
+                    int64_t scale, double eta, std::optional<double> bound, std::vector<int64_t> adaptive,
+                    std::optional<Tensor> weight_norms) {
   const OnDevice device(weights[0]);
-  const Scaling scaling{scale, eta, bound, adaptive};
+  const Scaling scaling{scale, eta, bound, adaptive, weight_norms};
   return perturb(out, weights, grads, saved, gamma, scope, eps, scaling, [&](const awp::Perturb& arguments) {
-    // doubles, for their alignment; torch's allocator knows the stream, so the scratch may go at the end of this block
-    const int64_t doubles = (awp::cuda::perturb_workspace_bytes(arguments) + 7) / 8;
-    const Tensor workspace = torch::stable::new_empty(weights[0], {doubles}, ScalarType::Double);
+    const Tensor workspace = scratch(weights[0], awp::cuda::perturb_workspace_bytes(arguments));
     check(awp::cuda::perturb(arguments, workspace.mutable_data_ptr(), device.stream()));
   });
 }
@@ -198,6 +292,29 @@ void restore_cuda(Tensors weights, Tensors saved) {
   const OnDevice device(weights[0]);
   const auto tensors = copies(weights, saved);
   check(awp::cuda::restore(tensors.data(), static_cast<int64_t>(tensors.size()), device.stream()));
+}
+
+Tensor sgd_step_cuda(Tensors weights, Tensors grads, Tensors momentum_buffers, Tensors averages, Tensors out,
+                     std::vector<double> weight_decay, double lr, std::optional<Tensor> lr_tensor, double momentum,
+                     bool nesterov, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+                     std::optional<Tensor> grad_norm, std::optional<double> max_norm, double average_weight,
+                     std::optional<Tensor> average_weight_tensor, bool decay_at_out) {
+  const OnDevice device(weights[0]);
+  return sgd_step({weights, grads, momentum_buffers, averages, out, weight_decay,
+                   sgd_rule(lr, lr_tensor, momentum, nesterov, grad_scale, found_inf, grad_norm, max_norm,
+                            average_weight, average_weight_tensor, decay_at_out)},
+                  [&](const awp::SgdStep& arguments) {
+                    const Tensor workspace = scratch(weights[0], awp::cuda::sgd_step_workspace_bytes(arguments));
+                    check(awp::cuda::sgd_step(arguments, workspace.mutable_data_ptr(), device.stream()));
+                  });
+}
+
+Tensor total_norm_cuda(Tensors tensors) {
+  const OnDevice device(tensors[0]);
+  return total_norm(tensors, [&](const awp::TotalNorm& arguments) {
+    const Tensor workspace = scratch(tensors[0], awp::cuda::total_norm_workspace_bytes(arguments));
+    check(awp::cuda::total_norm(arguments, workspace.mutable_data_ptr(), device.stream()));
+  });
 }
 
 void pgd_init_cuda(Tensor x_adv, Tensor x, Tensor sample_ids, double epsilon, double radius, int64_t norm,
@@ -220,8 +337,14 @@ void pgd_step_cuda(Tensor x_adv, Tensor grad, Tensor x, std::optional<Tensor> ma
 #define AWP_DEFINE_OPERATIONS(m)                                                                                     \
   m.def(                                                                                                             \
       "perturb(Tensor(a!)[] out, Tensor[] weights, Tensor[] grads, Tensor(b!)[] saved, float gamma, int scope, "     \
-      "float eps, int scale, float eta, float? bound, int[] adaptive) -> Tensor");                                   \
+      "float eps, int scale, float eta, float? bound, int[] adaptive, Tensor? weight_norms) -> Tensor");             \
   m.def("restore(Tensor(a!)[] weights, Tensor[] saved) -> ()");                                                      \
+  m.def(                                                                                                             \
+      "sgd_step(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] averages, "        \
+      "Tensor(d!)[] out, float[] weight_decay, float lr, Tensor? lr_tensor, float momentum, bool nesterov, "         \
+      "Tensor? grad_scale, Tensor? found_inf, Tensor? grad_norm, float? max_norm, float average_weight, "            \
+      "Tensor? average_weight_tensor, bool decay_at_out) -> Tensor");                                                \
+  m.def("total_norm(Tensor[] tensors) -> Tensor");                                                                   \
   m.def(                                                                                                             \
       "pgd_init(Tensor(a!) x_adv, Tensor x, Tensor sample_ids, float epsilon, float radius, int norm, int seed) -> " \
       "()");                                                                                                         \
@@ -237,6 +360,8 @@ STABLE_TORCH_LIBRARY(awp_cpp, m) {
 STABLE_TORCH_LIBRARY_IMPL(awp_cpp, CPU, m) {
   m.impl("perturb", TORCH_BOX(&perturb_cpu));
   m.impl("restore", TORCH_BOX(&restore_cpu));
+  m.impl("sgd_step", TORCH_BOX(&sgd_step_cpu));
+  m.impl("total_norm", TORCH_BOX(&total_norm_cpu));
   m.impl("pgd_init", TORCH_BOX(&pgd_init_cpu));
   m.impl("pgd_step", TORCH_BOX(&pgd_step_cpu));
 }
@@ -251,6 +376,8 @@ STABLE_TORCH_LIBRARY(awp_cuda, m) { AWP_DEFINE_OPERATIONS(m); }
 STABLE_TORCH_LIBRARY_IMPL(awp_cuda, CUDA, m) {
   m.impl("perturb", TORCH_BOX(&perturb_cuda));
   m.impl("restore", TORCH_BOX(&restore_cuda));
+  m.impl("sgd_step", TORCH_BOX(&sgd_step_cuda));
+  m.impl("total_norm", TORCH_BOX(&total_norm_cuda));
   m.impl("pgd_init", TORCH_BOX(&pgd_init_cuda));
   m.impl("pgd_step", TORCH_BOX(&pgd_step_cuda));
 }

@@ -162,6 +162,52 @@ void perturb_scaled(void* out, DType out_dtype, const void* weight, DType weight
   eta >= 0 ? run(scaled) : run(plain);
 }
 
+// One tile: w, buffer = step(g, w, buffer), with the decay taken from `anchor`, which may be w.
+template <bool Momentum, bool Nesterov>
+void sgd_tile(float* w, const float* grad, float* buffer, const float* anchor, int64_t size, const SgdFactors& factors,
+              float decay, float momentum) {
+  const float scale = factors.grad, descent = factors.descent;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < size; ++i) {
+    float d = scale * grad[i];
+    if (decay != 0.0f) d = multiply_add(decay, anchor[i], d);
+    if constexpr (Momentum) {
+      buffer[i] = multiply_add(momentum, buffer[i], d);
+      d = Nesterov ? multiply_add(momentum, buffer[i], d) : buffer[i];
+    }
+    w[i] = multiply_add(descent, d, w[i]);
+  }
+}
+
+double sgd_step(const SgdStep& step, const SgdTensor& tensor, const SgdFactors& factors, int64_t begin, int64_t count) {
+  const SgdRule& rule = step.rule;
+  const auto tile = tensor.buffer == nullptr ? sgd_tile<false, false>
+                    : rule.nesterov          ? sgd_tile<true, true>
+                                             : sgd_tile<true, false>;
+  float grad_buffer[kTile], anchor_buffer[kTile];
+  double total = 0;
+  for (const int64_t end = begin + count; begin < end; begin += kTile) {
+    const int64_t size = std::min(kTile, end - begin);
+    float* w = tensor.weight + begin;
+    void* out = tensor.out ? advance(tensor.out, step.out_dtype, begin) : nullptr;
+    if (!factors.leave_out) {
+      const float* grad = as_floats(advance(tensor.grad, step.grad_dtype, begin), step.grad_dtype, grad_buffer, size);
+      const float* anchor = rule.decay_at_out ? as_floats(out, step.out_dtype, anchor_buffer, size) : w;
+      tile(w, grad, tensor.buffer + (tensor.buffer ? begin : 0), anchor, size, factors, tensor.decay, rule.momentum);
+      if (tensor.average) {
+        float* average = tensor.average + begin;
+        const float share = factors.average_weight;
+#pragma GCC ivdep
+        for (int64_t i = 0; i < size; ++i) average[i] = multiply_add(share, w[i] - average[i], average[i]);
+      }
+    }
+    if (out && step.out_dtype == DType::kFloat32) memcpy(out, w, size * sizeof(float));
+    if (out) store_floats(out, step.out_dtype, w, size);
+    total += sum_of_squares(w, size);
+  }
+  return total;
+}
+
 void copy(void* destination, const void* source, int64_t bytes) { memcpy(destination, source, bytes); }
 
 // Calls visit(logical index, memory index) for one sample, in logical order.
@@ -341,7 +387,7 @@ void pgd_step_l2(const PgdStep& arguments, int64_t sample) {
 }  // namespace
 
 const Kernels AWP_KERNELS = {
-    AWP_INSTRUCTION_SET, sum_of_squares, sum_of_scaled_squares, perturb,       perturb_scaled, copy,
+    AWP_INSTRUCTION_SET, sum_of_squares, sum_of_scaled_squares, perturb,       perturb_scaled, sgd_step, copy,
     pgd_init_linf,       pgd_init_l2,    pgd_init_normal,       pgd_step_linf, pgd_step_l2,
 };
 

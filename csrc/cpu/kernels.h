@@ -1,6 +1,7 @@
 // Single-threaded kernels on flat arrays, compiled once for each instruction set and chosen at run time.
 #pragma once
 
+#include "awp/sgd.h"
 #include "awp/types.h"
 
 namespace awp::cpu {
@@ -17,6 +18,9 @@ struct Kernels {
   // the same with grad * T^2 for grad where eta >= 0, T = |weight| + eta, and with a bound where bound >= 0
   void (*perturb_scaled)(void* out, DType out_dtype, const void* weight, DType weight_dtype, const void* grad,
                          DType grad_dtype, void* saved, int64_t count, float scale, float eta, float bound);
+  // steps `count` elements of a tensor from `begin` on; returns the sum of squares of what its weights then are
+  double (*sgd_step)(const SgdStep& step, const SgdTensor& tensor, const SgdFactors& factors, int64_t begin,
+                     int64_t count);
   void (*copy)(void* destination, const void* source, int64_t bytes);
   void (*pgd_init_linf)(const PgdInit& arguments, int64_t sample);
   void (*pgd_init_l2)(const PgdInit& arguments, int64_t sample);

@@ -49,12 +49,25 @@ struct Chunk {
   Squares sum;
 };
 
+// The tensors [first, last) in chunks, in their order.
+template <class List>
+std::vector<Chunk> chunks_of(const List& list, int64_t first, int64_t last) {
+  std::vector<Chunk> chunks;
+  for (int64_t i = first; i < last; ++i) {
+    for (int64_t begin = 0; begin < list.tensors[i].numel; begin += kChunk) {
+      chunks.push_back({i, begin, std::min(kChunk, list.tensors[i].numel - begin), {}});
+    }
+  }
+  return chunks;
+}
+
 // Sums of squares of w, where they are wanted, and of g or T g.
 Squares squares(const Perturb& p, const PerturbTensor& t, int64_t begin, int64_t count) {
   const void* weight = advance(t.weight, p.weight_dtype, begin);
   const void* grad = advance(t.grad, p.grad_dtype, begin);
   Squares result{0, 0};
-  if (p.scale == Scale::kRelative) result.weight = kernels().sum_of_squares(weight, p.weight_dtype, count);
+  if (p.scale == Scale::kRelative && !p.weight_norms)
+    result.weight = kernels().sum_of_squares(weight, p.weight_dtype, count);
   result.grad = is_adaptive(p, t)
                     ? kernels().sum_of_scaled_squares(weight, p.weight_dtype, grad, p.grad_dtype, count, p.eta)
                     : kernels().sum_of_squares(grad, p.grad_dtype, count);
@@ -85,12 +98,7 @@ void perturb_filters(const Perturb& p, const ParallelFor& parallel_for) {
 
 // Norms, then the move, of the tensors [first, last); with one common norm or one each.
 void perturb_group(const Perturb& p, int64_t first, int64_t last, bool common, const ParallelFor& parallel_for) {
-  std::vector<Chunk> chunks;
-  for (int64_t i = first; i < last; ++i) {
-    for (int64_t begin = 0; begin < p.tensors[i].numel; begin += kChunk) {
-      chunks.push_back({i, begin, std::min(kChunk, p.tensors[i].numel - begin), {}});
-    }
-  }
+  std::vector<Chunk> chunks = chunks_of(p, first, last);
   const int64_t count = static_cast<int64_t>(chunks.size());
   parallel_for(count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
@@ -104,6 +112,9 @@ void perturb_group(const Perturb& p, int64_t first, int64_t last, bool common, c
     Squares& sum = sums[common ? 0 : chunk.tensor - first];
     sum.weight += chunk.sum.weight;
     sum.grad += chunk.sum.grad;
+  }
+  for (int64_t i = first; p.weight_norms && i < last; ++i) {
+    sums[common ? 0 : i - first].weight += p.weight_norms[i] * p.weight_norms[i];
   }
   float* scales = p.scales + (common ? 0 : first);
   for (int64_t norm = 0; norm < norms; ++norm) scales[norm] = scale_from(p, sums[norm]);
@@ -146,6 +157,34 @@ void restore(const CopyTensor* tensors, int64_t count, const ParallelFor& parall
   parallel_for(static_cast<int64_t>(pieces.size()), 4, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) kernels().copy(pieces[i].destination, pieces[i].source, pieces[i].bytes);
   });
+}
+
+void sgd_step(const SgdStep& s, const ParallelFor& parallel_for) {
+  const SgdFactors factors = sgd_factors(s.rule);
+  std::vector<Chunk> chunks = chunks_of(s, 0, s.count);
+  parallel_for(static_cast<int64_t>(chunks.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      Chunk& chunk = chunks[c];
+      chunk.sum.weight = kernels().sgd_step(s, s.tensors[chunk.tensor], factors, chunk.begin, chunk.count);
+    }
+  });
+  std::fill_n(s.norms, s.count, 0.0);
+  for (const Chunk& chunk : chunks) s.norms[chunk.tensor] += chunk.sum.weight;
+  for (int64_t i = 0; i < s.count; ++i) s.norms[i] = std::sqrt(s.norms[i]);
+}
+
+void total_norm(const TotalNorm& n, const ParallelFor& parallel_for) {
+  std::vector<Chunk> chunks = chunks_of(n, 0, n.count);
+  parallel_for(static_cast<int64_t>(chunks.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const NormTensor& t = n.tensors[chunks[c].tensor];
+      chunks[c].sum.grad =
+          kernels().sum_of_squares(advance(t.data, t.dtype, chunks[c].begin), t.dtype, chunks[c].count);
+    }
+  });
+  double total = 0;
+  for (const Chunk& chunk : chunks) total += chunk.sum.grad;
+  *n.norm = std::sqrt(total);
 }
 
 void pgd_init(const PgdInit& arguments, const ParallelFor& parallel_for) {

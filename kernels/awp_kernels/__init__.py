@@ -14,6 +14,8 @@ from awp_kernels.pgd_init import pgd_init_ as pgd_init_
 from awp_kernels.pgd_init import pgd_init_normal_ as pgd_init_normal_
 from awp_kernels.pgd_step import pgd_step_ as pgd_step_
 from awp_kernels.restore import restore_ as restore_
+from awp_kernels.sgd_step import sgd_step_ as sgd_step_
+from awp_kernels.total_norm import total_norm as total_norm
 
 __all__ = [
     "AdversarialWeightPerturbation",
@@ -26,5 +28,7 @@ __all__ = [
     "pgd_step_",
     "restore_",
     "sam",
+    "sgd_step_",
+    "total_norm",
     "use_backend",
 ]

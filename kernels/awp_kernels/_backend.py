@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
-OPERATIONS = ("perturb", "restore", "pgd_init", "pgd_step")
+OPERATIONS = ("perturb", "restore", "sgd_step", "total_norm", "pgd_init", "pgd_step")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -92,26 +92,34 @@ def implementation(backend: str, operation: str) -> Callable[..., Any]:
 _cache: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
-def backend_for(device: str, dtypes: set[torch.dtype]) -> str:
+def backend_for(device: str, dtypes: set[torch.dtype], unserved: str | None = None) -> str:
     """The backend that serves tensors of these dtypes on this device.
+
+    Args:
+        device: "cpu", "cuda", ...
+        dtypes: of all tensors.
+        unserved: what else of the call the reference alone serves, such as "torch.float16 for weights".
 
     Raises:
         ValueError: a backend was forced that cannot serve them.
     """
     if _forced is not None:
-        unserved = [] if _forced == "reference" else sorted(str(dtype) for dtype in dtypes.difference(DTYPES))
-        why = f"{unserved[0]} is served by the reference alone" if unserved else problem(_forced, device)
+        alone = sorted(str(dtype) for dtype in dtypes.difference(DTYPES)) + ([unserved] if unserved else [])
+        served = _forced == "reference" or not alone
+        why = problem(_forced, device) if served else f"{alone[0]} is served by the reference alone"
         if why is not None:
             raise ValueError(f"backend '{_forced}' was forced but cannot serve {device} tensors here: {why}")
         return _forced
-    if not dtypes.issubset(DTYPES):
+    if unserved or not dtypes.issubset(DTYPES):
         return "reference"
     return next(name for name in _PREFERENCE.get(device, ("reference",)) if problem(name, device) is None)
 
 
-def select(operation: str, device: torch.device, dtypes: set[torch.dtype]) -> Callable[..., Any]:
-    """The implementation of `operation` for tensors of these dtypes on this device."""
-    key = (backend_for(device.type, dtypes), operation)
+def select(
+    operation: str, device: torch.device, dtypes: set[torch.dtype], *, unserved: str | None = None
+) -> Callable[..., Any]:
+    """The implementation of `operation` for tensors of these dtypes on this device; `unserved` as for `backend_for`."""
+    key = (backend_for(device.type, dtypes, unserved), operation)
     if key not in _cache:
         _cache[key] = implementation(*key)
     return _cache[key]

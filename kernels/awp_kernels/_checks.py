@@ -51,6 +51,26 @@ def adaptive_flags(adaptive: Sequence[bool], weights: Sequence[Tensor], scale: s
         raise ValueError(f"adaptive: expected {len(weights)} flags like weights, got {len(adaptive)}")
 
 
+def weight_norms(norms: Tensor, weights: Sequence[Tensor], scope: str, scale: str) -> None:
+    """Refuse norms that do not belong to the weights, or that no scale is made of.
+
+    Raises:
+        ValueError: dtype, shape, device, scope or scale.
+    """
+    if scale != "relative" or scope == "filter":
+        raise ValueError(
+            "weight_norms: scale 'relative' with scope 'layer' or 'global' alone takes them, "
+            f"got scale {scale!r} with scope {scope!r}"
+        )
+    if norms.dtype != torch.float64 or norms.shape != (len(weights),) or not norms.is_contiguous():
+        raise ValueError(
+            f"weight_norms: expected contiguous float64 of shape ({len(weights)},) like weights, "
+            f"got {norms.dtype} of shape {tuple(norms.shape)}"
+        )
+    if norms.device != weights[0].device:
+        raise ValueError(f"weight_norms: expected device {weights[0].device} like weights[0], got {norms.device}")
+
+
 def dense(tensor: Tensor) -> bool:
     """Whether the elements fill one block of memory, in whatever order of dimensions."""
     if tensor.is_contiguous():
@@ -123,6 +143,34 @@ def alike(model_name: str, model: Sequence[Tensor], others: Mapping[str, Sequenc
                 )
 
 
+def scalar(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], like_name: str, model: Tensor) -> None:
+    """Refuse what is not one number of these dtypes on the model's device."""
+    if tensor.numel() != 1 or tensor.layout != torch.strided:
+        raise ValueError(f"{name}: expected a tensor of one element, got shape {tuple(tensor.shape)}")
+    if tensor.dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{name}: expected {names}, got {tensor.dtype}")
+    if tensor.device != model.device:
+        raise ValueError(f"{name}: expected device {model.device} like {like_name}, got {tensor.device}")
+
+
+def flat(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors of a list that has no model, each in one block of memory: copied if it has gaps.
+
+    Raises:
+        ValueError: an empty list, dtypes, layouts or devices.
+    """
+    if not tensors:
+        raise ValueError(f"{name}: expected at least one tensor, got an empty list")
+    for index, tensor in enumerate(tensors):
+        _floating_strided(f"{name}[{index}]", tensor)
+        if tensor.device != tensors[0].device:
+            raise ValueError(
+                f"{name}[{index}]: expected device {tensors[0].device} like {name}[0], got {tensor.device}"
+            )
+    return [tensor if dense(tensor) else tensor.contiguous() for tensor in tensors]
+
+
 def _fit(lists: Mapping[str, Sequence[Tensor]], model: Sequence[Tensor], *, filters: bool) -> bool:
     """Whether nothing needs a closer look: the usual case, told in one cheap pass."""
     device = model[0].device
@@ -142,13 +190,20 @@ def _fit(lists: Mapping[str, Sequence[Tensor]], model: Sequence[Tensor], *, filt
     return all(dense(tensor) and (not filters or _outermost_first(tensor)) for tensor in model)
 
 
-def tensor_lists(written: dict[str, list[Tensor]], read: dict[str, list[Tensor]], *, filters: bool = False) -> None:
+def tensor_lists(
+    written: dict[str, list[Tensor]],
+    read: dict[str, list[Tensor]],
+    *,
+    filters: bool = False,
+    numbers: dict[str, list[Tensor]] | None = None,
+) -> None:
     """Check a multi-tensor operation's lists against the first of `written`; copy what `read` has in another order.
 
     Args:
         written: lists that the operation writes, the first one the model for all shapes and strides.
         read: lists that it reads; an entry whose strides differ is replaced by a copy.
         filters: whether dimension 0 must be outermost in memory.
+        numbers: further tensors that it reads, of any shapes, which must not be written either.
 
     Raises:
         ValueError: lengths, shapes, devices, dtypes, layouts or memory overlap.
@@ -157,7 +212,7 @@ def tensor_lists(written: dict[str, list[Tensor]], read: dict[str, list[Tensor]]
     lists = written | read
     if not _fit(lists, model, filters=filters):
         _look_closely(model_name, written, read, filters=filters)
-    no_overlap(written, read)
+    no_overlap(written, read | numbers if numbers else read)
 
 
 def _look_closely(

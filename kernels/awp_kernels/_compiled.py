@@ -29,12 +29,16 @@ def perturb(namespace: Any) -> Callable[..., Tensor]:
         eta: float,
         bound: float | None,
         adaptive: list[bool],
+        weight_norms: Tensor | None = None,
     ) -> Tensor:
         if not weights:
             return torch.empty(0)
         radius = None if bound is None else round_toward_zero(bound, weights[0].dtype)
         flags = [int(flag) for flag in adaptive]
-        return operation(out, weights, grads, saved, gamma, _SCOPES[scope], eps, _SCALES[scale], eta, radius, flags)
+        kind = _SCALES[scale]
+        return operation(
+            out, weights, grads, saved, gamma, _SCOPES[scope], eps, kind, eta, radius, flags, weight_norms
+        )
 
     return call
 
@@ -42,6 +46,57 @@ def perturb(namespace: Any) -> Callable[..., Tensor]:
 def restore(namespace: Any) -> Callable[..., None]:
     """Bind `restore`."""
     return namespace.restore.default
+
+
+def sgd_step(namespace: Any) -> Callable[..., Tensor]:
+    """Bind `sgd_step`."""
+    operation = namespace.sgd_step.default
+
+    def call(
+        weights: list[Tensor],
+        grads: list[Tensor],
+        momentum_buffers: list[Tensor],
+        averages: list[Tensor],
+        out: list[Tensor],
+        weight_decay: list[float],
+        lr: float | Tensor,
+        momentum: float,
+        nesterov: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        grad_norm: Tensor | None,
+        max_norm: float | None,
+        average_weight: float | Tensor,
+        decay_at_out: bool,
+    ) -> Tensor:
+        return operation(
+            weights,
+            grads,
+            momentum_buffers,
+            averages,
+            out,
+            weight_decay,
+            *_number(lr),
+            momentum,
+            nesterov,
+            grad_scale,
+            found_inf,
+            grad_norm,
+            max_norm,
+            *_number(average_weight),
+            decay_at_out,
+        )
+
+    return call
+
+
+def _number(value: float | Tensor) -> tuple[float, Tensor | None]:
+    return (0.0, value) if isinstance(value, Tensor) else (value, None)
+
+
+def total_norm(namespace: Any) -> Callable[..., Tensor]:
+    """Bind `total_norm`."""
+    return namespace.total_norm.default
 
 
 def pgd_init(namespace: Any) -> Callable[..., None]:

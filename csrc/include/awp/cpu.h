@@ -13,6 +13,8 @@ using ParallelFor = std::function<void(int64_t count, int64_t grain, const Body&
 
 void perturb(const Perturb& arguments, const ParallelFor& parallel_for);
 void restore(const CopyTensor* tensors, int64_t count, const ParallelFor& parallel_for);
+void sgd_step(const SgdStep& arguments, const ParallelFor& parallel_for);
+void total_norm(const TotalNorm& arguments, const ParallelFor& parallel_for);
 void pgd_init(const PgdInit& arguments, const ParallelFor& parallel_for);
 void pgd_step(const PgdStep& arguments, const ParallelFor& parallel_for);
 

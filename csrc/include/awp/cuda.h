@@ -17,6 +17,16 @@ cudaError_t perturb(const Perturb& arguments, void* workspace, cudaStream_t stre
 // One launch for every 256 tensors.
 cudaError_t restore(const CopyTensor* tensors, int64_t count, cudaStream_t stream);
 
+// Bytes of device memory, 16-byte aligned, that sgd_step and total_norm need until they have run: about 8 KB.
+int64_t sgd_step_workspace_bytes(const SgdStep& arguments);
+int64_t total_norm_workspace_bytes(const TotalNorm& arguments);
+
+// One launch for every 224 tensors, and a small one that finishes their norms. All numbers are read on the device.
+cudaError_t sgd_step(const SgdStep& arguments, void* workspace, cudaStream_t stream);
+
+// One launch for every 320 tensors, of whatever dtypes, and a small one.
+cudaError_t total_norm(const TotalNorm& arguments, void* workspace, cudaStream_t stream);
+
 // One launch. A sample holds at most 2^30 elements.
 cudaError_t pgd_init(const PgdInit& arguments, cudaStream_t stream);
 

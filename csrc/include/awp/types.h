@@ -35,12 +35,61 @@ struct Perturb {
   float eta;      // of Scale::kElementwise
   float bound;    // |out - weight| <= bound * |weight|, rounded toward zero; negative: no bound
   float* scales;  // [count], [1] or [sum of filters]
+  // Scale::kRelative, all scopes but filter: ||w|| of every tensor, [count]; null: to be found
+  const double* weight_norms = nullptr;
 };
 
 // Whether a tensor's elements are multiplied by T.
 inline bool is_adaptive(const Perturb& p, const PerturbTensor& t) {
   return p.scale == Scale::kElementwise && t.adaptive;
 }
+
+// One tensor of an optimizer step: flat arrays of numel elements in the same order.
+struct SgdTensor {
+  float* weight;
+  const void* grad;
+  float* buffer;   // null: no momentum
+  float* average;  // null: none is kept
+  void* out;       // null: no copy is wanted
+  int64_t numel;
+  float decay;
+};
+
+// A number that the host knows, or one in the device's memory that kernels read when they run.
+enum class NumberType : int32_t { kFloat32 = 0, kFloat64 = 1, kBool = 2 };
+struct Number {
+  double value;
+  const void* at;  // null: value
+  NumberType type;
+};
+
+struct SgdRule {
+  Number lr, average_weight, grad_scale, found_inf, grad_norm;
+  double max_norm;  // negative: gradients are not clipped
+  float momentum;
+  bool nesterov;
+  bool decay_at_out;  // decay is taken from what out holds before
+};
+
+struct SgdStep {
+  const SgdTensor* tensors;
+  int64_t count;
+  DType grad_dtype, out_dtype;
+  SgdRule rule;
+  double* norms;  // ||w|| of every stepped tensor, [count]
+};
+
+struct NormTensor {
+  const void* data;
+  DType dtype;
+  int64_t numel;
+};
+
+struct TotalNorm {
+  const NormTensor* tensors;
+  int64_t count;
+  double* norm;  // [1]
+};
 
 struct CopyTensor {
   void* destination;

@@ -19,6 +19,7 @@ def _checked(
     eta: float,
     bound: float | None,
     adaptive: Sequence[bool],
+    weight_norms: Tensor | None,
 ) -> None:
     if not weights:
         raise ValueError("weights: expected at least one tensor, got an empty list")
@@ -27,6 +28,8 @@ def _checked(
     _checks.finite("eps", eps, minimum=0)
     _checks.scaling(scale, eta, bound)
     _checks.adaptive_flags(adaptive, weights, scale)
+    if weight_norms is not None:
+        _checks.weight_norms(weight_norms, weights, scope, scale)
 
 
 @torch.library.custom_op("awp::perturb_", mutates_args=("weights", "saved"))
@@ -41,15 +44,17 @@ def _perturb_(
     eta: float,
     bound: float | None,
     adaptive: Sequence[bool],
+    weight_norms: Tensor | None = None,
 ) -> Tensor:
-    _checked(weights, gamma, scope, eps, scale, eta, bound, adaptive)
+    _checked(weights, gamma, scope, eps, scale, eta, bound, adaptive, weight_norms)
     grads = list(grads)
     written = {"weights": weights, "saved": saved} if saved else {"weights": weights}
-    _checks.tensor_lists(written, {"grads": grads}, filters=scope == "filter")
+    numbers = {} if weight_norms is None else {"weight_norms": [weight_norms]}
+    _checks.tensor_lists(written, {"grads": grads}, filters=scope == "filter", numbers=numbers)
     _checks.same_dtype("grads", grads, "weights", weights)
     _checks.same_dtype("saved", saved, "weights", weights)
     run = _backend.select("perturb", weights[0].device, {weights[0].dtype})
-    return run(weights, weights, grads, saved, gamma, scope, eps, scale, eta, bound, list(adaptive))
+    return run(weights, weights, grads, saved, gamma, scope, eps, scale, eta, bound, list(adaptive), weight_norms)
 
 
 @torch.library.custom_op("awp::perturb_into_", mutates_args=("out",))
@@ -64,12 +69,15 @@ def _perturb_into_(
     eta: float,
     bound: float | None,
     adaptive: Sequence[bool],
+    weight_norms: Tensor | None = None,
 ) -> Tensor:
-    _checked(weights, gamma, scope, eps, scale, eta, bound, adaptive)
+    _checked(weights, gamma, scope, eps, scale, eta, bound, adaptive, weight_norms)
     weights, grads = list(weights), list(grads)
-    _checks.tensor_lists({"out": out}, {"weights": weights, "grads": grads}, filters=scope == "filter")
+    numbers = {} if weight_norms is None else {"weight_norms": [weight_norms]}
+    read = {"weights": weights, "grads": grads}
+    _checks.tensor_lists({"out": out}, read, filters=scope == "filter", numbers=numbers)
     run = _backend.select("perturb", weights[0].device, {out[0].dtype, weights[0].dtype, grads[0].dtype})
-    return run(out, weights, grads, [], gamma, scope, eps, scale, eta, bound, list(adaptive))
+    return run(out, weights, grads, [], gamma, scope, eps, scale, eta, bound, list(adaptive), weight_norms)
 
 
 def _scales_like(weights: list[Tensor], scope: str) -> Tensor:
@@ -89,6 +97,7 @@ def _(
     eta: float,
     bound: float | None,
     adaptive: Sequence[bool],
+    weight_norms: Tensor | None = None,
 ) -> Tensor:
     _checks.alike("weights", weights, {"grads": grads} | ({"saved": saved} if saved else {}))
     return _scales_like(weights, scope)
@@ -106,6 +115,7 @@ def _(
     eta: float,
     bound: float | None,
     adaptive: Sequence[bool],
+    weight_norms: Tensor | None = None,
 ) -> Tensor:
     _checks.alike("out", out, {"weights": weights, "grads": grads})
     return _scales_like(weights, scope)
@@ -124,6 +134,7 @@ def perturb_(
     adaptive: Sequence[bool] | None = None,
     bound: float | None = None,
     eps: float = 1e-20,
+    weight_norms: Tensor | None = None,
 ) -> Tensor:
     """Add a perturbation v along the gradient to every weight, in place.
 
@@ -148,6 +159,8 @@ def perturb_(
         bound: if given, every weight stays within bound * |w| of where it was: |v| <= bound * |w| holds exactly in
             float32 and float64; 16-bit storage rounds once more, to nearest.
         eps: added to the gradient's norm, so that a zero gradient moves nothing.
+        weight_norms: if given, ||w|| of every weight as it is, float64 [len(weights)], which `sgd_step_` returned: the
+            weights are then read once, not twice. For scale "relative" with scope "layer" or "global".
 
     Returns:
         The scales that g, or T^2 g, was multiplied by, before the bound: float32 (float64 for float64 weights),
@@ -190,6 +203,7 @@ def perturb_(
         float(eta),
         None if bound is None else float(bound),
         list(adaptive or ()),
+        weight_norms,
     )
 
 
@@ -206,6 +220,7 @@ def perturb_into_(
     adaptive: Sequence[bool] | None = None,
     bound: float | None = None,
     eps: float = 1e-20,
+    weight_norms: Tensor | None = None,
 ) -> Tensor:
     """Write w + v, with the perturbation v of `perturb_`, to other tensors; the weights stay as they are.
 
@@ -223,6 +238,7 @@ def perturb_into_(
         adaptive: as for `perturb_`.
         bound: as for `perturb_`.
         eps: as for `perturb_`.
+        weight_norms: as for `perturb_`.
 
     Returns:
         The scales, as `perturb_` does.
@@ -241,4 +257,5 @@ def perturb_into_(
         float(eta),
         None if bound is None else float(bound),
         list(adaptive or ()),
+        weight_norms,
     )

@@ -45,6 +45,7 @@ def perturb(
     eta: float,
     bound: float | None,
     adaptive: list[bool],
+    weight_norms: Tensor | None = None,
 ) -> Tensor:
     """Write w + v to `out`, and w to `saved`; return the scales."""
     dtype = working_dtype(weights[0].dtype) if weights else torch.float32
@@ -58,7 +59,10 @@ def perturb(
         ]
     scaled = [g if t is None else t.double() * g.double() for g, t in zip(grads, factors, strict=True)]
     grad_norms = _norms(scaled, scope)
-    lengths = _norms(weights, scope) if scale == "relative" else [torch.ones_like(norm) for norm in grad_norms]
+    if weight_norms is not None:
+        lengths = [weight_norms.norm()] * len(weights) if scope == "global" else list(weight_norms)
+    else:
+        lengths = _norms(weights, scope) if scale == "relative" else [torch.ones_like(norm) for norm in grad_norms]
     scales = [
         (gamma * length / (grad_norm + eps)).to(dtype) for length, grad_norm in zip(lengths, grad_norms, strict=True)
     ]

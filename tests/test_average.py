@@ -12,6 +12,7 @@ from awp_engine.average import WeightAverage
 from awp_engine.batch_norm import recompute_statistics
 from awp_engine.config import AverageConfig
 from awp_engine.models import build_model
+from awp_kernels import SGD
 
 
 def small_model() -> nn.Module:
@@ -29,13 +30,23 @@ def walk(model: nn.Module, seed: int) -> list[torch.Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
 
+def step_where_it_stands(model: nn.Module, average: WeightAverage) -> None:
+    """A step of length 0: the weights stay, and the average takes them in."""
+    optimizer = SGD(model.parameters(), lr=0.0)
+    average.follow(optimizer)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    average.before_step()
+    optimizer.step()
+
+
 def test_swa_is_the_plain_mean_of_the_epochs_after_its_start():
     model = small_model()
     average = WeightAverage(model, AverageConfig(kind="swa", start=0.5), epochs=8)
     seen = []
     for epoch in range(1, 9):
         weights = walk(model, epoch)
-        average.after_step()  # changes nothing
+        step_where_it_stands(model, average)  # changes nothing
         average.after_epoch(epoch)
         if epoch > 4:
             seen.append(weights)
@@ -50,7 +61,7 @@ def test_ema_follows_its_recursion():
     expected = None
     for step in range(30):
         weights = walk(model, step)
-        average.after_step()
+        step_where_it_stands(model, average)
         decay = min(0.9, (1 + step) / (10 + step))
         if expected is None:
             expected = weights
@@ -63,7 +74,7 @@ def test_ema_follows_its_recursion():
 def test_the_average_shares_no_memory_with_the_model():
     model = small_model()
     average = WeightAverage(model, AverageConfig(kind="ema"), epochs=1)
-    average.after_step()
+    step_where_it_stands(model, average)
     pointers = {t.data_ptr() for t in model.state_dict().values()}
     assert not pointers & {t.data_ptr() for t in average.model.state_dict().values()}
     before = copy.deepcopy(average.model.state_dict())
@@ -99,7 +110,7 @@ def test_load_restores_what_state_gave():
     average = WeightAverage(model, AverageConfig(kind="ema"), epochs=1)
     for step in range(3):
         walk(model, step)
-        average.after_step()
+        step_where_it_stands(model, average)
     other = WeightAverage(small_model(), AverageConfig(kind="ema"), epochs=1)
     other.load({name: t.clone() for name, t in average.state().items()}, average.count)
     assert other.count == 3

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from awp_engine.batch_norm import recompute_statistics
 from awp_engine.config import AverageConfig
+from awp_kernels import SGD
 
 
 class WeightAverage:
@@ -34,18 +35,28 @@ class WeightAverage:
         self.config, self.epochs = config, epochs
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.count = 0
-        self._live: list[Tensor] = list(model.parameters())
+        self._live = list(model.parameters())
+        # on the device, where a captured step reads it
+        self._weight = torch.ones((), dtype=torch.float64, device=self._live[0].device)
 
     @property
     def started(self) -> bool:
         """Whether there is an average to use."""
         return self.count > 0
 
-    def after_step(self) -> None:
-        """Take the weights in after a step (EMA)."""
+    def follow(self, optimizer: SGD) -> None:
+        """Have every step of `optimizer`, over the live model, take the weights in (EMA); see `before_step`."""
+        if self.config.kind == "ema":
+            optimizer.averages = dict(zip(self._live, self.model.parameters(), strict=True))
+            optimizer.average_weight = self._weight
+
+    def before_step(self) -> None:
+        """Say how much the weights of the step to come are to count (EMA)."""
         if self.config.kind == "ema":
             # the usual warm-up: an average of few steps must not remember the random start
-            self._take_in(1 - min(self.config.decay, (1 + self.count) / (10 + self.count)))
+            share = 1 - min(self.config.decay, (1 + self.count) / (10 + self.count)) if self.count else 1.0
+            self._weight.fill_(share)
+            self.count += 1
 
     def after_epoch(self, epoch: int) -> None:
         """Take the weights in after an epoch, counted from 1 (SWA)."""
@@ -55,10 +66,11 @@ class WeightAverage:
     @torch.no_grad()
     def _take_in(self, weight: float) -> None:
         averages: list[Tensor] = list(self.model.parameters())
+        live: list[Tensor] = list(self._live)
         if self.count == 0:
-            torch._foreach_copy_(averages, self._live)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_copy_(averages, live)  # pyright: ignore[reportPrivateImportUsage]
         else:
-            torch._foreach_lerp_(averages, self._live, weight)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_lerp_(averages, live, weight)  # pyright: ignore[reportPrivateImportUsage]
         self.count += 1
 
     def refresh_statistics(self, forward_passes: Iterable[object]) -> None:

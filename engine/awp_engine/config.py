@@ -34,6 +34,9 @@ _FREE_ON_RESUME = frozenset(
         "checkpoint_every",
         "log_interval",
         "compare_without_awp",
+        "compile",
+        "cuda_graphs",
+        "profile",
         "evaluation.batch_size",
         "evaluation.test_limit",
     }
@@ -358,6 +361,20 @@ class AverageConfig(_Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PrecisionConfig(_Checked):
+    """What the parts of a step compute in; masters, batch normalisation and images are fp32 throughout."""
+
+    section: ClassVar[str] = "precision."
+
+    attack: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the attack; auto is fp16 on a GPU, and on a CPU bf16 where the processor multiplies it, else fp32."""
+    ascent: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the gradient that the weights climb; auto is fp16 on a GPU, fp32 on a CPU."""
+    descent: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the pass at the perturbed weights; auto is fp16 on a GPU, fp32 on a CPU."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(_Checked):
     """PGD on held-out images while training, and on the test split at the end, with the attack's norm and epsilon."""
 
@@ -409,6 +426,7 @@ class Config(_Checked):
     awp: AwpConfig = AwpConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     average: AverageConfig = AverageConfig()
+    precision: PrecisionConfig = PrecisionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     run_dir: Path | None = None
     """Directory for everything that the run leaves; a run found there goes on; none means runs/PRESET-seedSEED."""
@@ -422,6 +440,12 @@ class Config(_Checked):
     """Use only operations that give the same bits every time; slower on a GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU if there is one."""
+    compile: bool = False
+    """Compile the model's passes by torch.compile, which takes minutes; results then differ by rounding."""
+    cuda_graphs: bool = True
+    """On a GPU, capture the whole step in a CUDA graph, where the settings allow; results stay the same."""
+    profile: int = 0
+    """Write a torch.profiler trace of this many steps, after the first five, into the run directory; 0 writes none."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
     checkpoint_every: int = 1
@@ -441,6 +465,7 @@ class Config(_Checked):
         self._require(self.keep_checkpoints >= 1, "keep_checkpoints", "a whole number >= 1")
         self._require(self.checkpoint_every >= 1, "checkpoint_every", "a whole number of epochs >= 1")
         self._require(self.log_interval > 0, "log_interval", "a finite number of seconds > 0")
+        self._require(self.profile >= 0, "profile", "a whole number of steps >= 0")
         self._require(self.beta >= 0, "beta", "a finite number >= 0")
         self._require(0 <= self.label_smoothing < 1, "label_smoothing", "a number >= 0 and < 1")
         self._check_combinations()
@@ -456,6 +481,14 @@ class Config(_Checked):
         if self.awp.public_code and (self.method != "at" or self.attack.fast != "none" or self.data.cutmix > 0):
             expected = "false for anything but --method at with PGD and whole labels"
             raise _refuse("awp.public_code", expected, self.awp.public_code)
+        for part in ("ascent", "descent"):
+            if self.awp.gamma > 0 and getattr(self.precision, part) == "bf16":
+                # the perturbation is a few thousandths of a weight, and bfloat16 keeps 8 bits
+                expected = "fp32 or fp16: bf16 would blur the weight perturbation by a quarter or more"
+                raise _refuse(f"precision.{part}", expected, "bf16")
+        if self.awp.ascent_steps > 1 and self.precision.ascent != self.precision.descent:
+            expected = f"{self.precision.descent} like --precision.descent with --awp.ascent-steps > 1"
+            raise _refuse("precision.ascent", expected, self.precision.ascent)
         fast = self.attack.fast
         if fast != "none" and self.method != "at":
             raise _refuse("attack.fast", f"none with --method {self.method}", fast)

@@ -1,25 +1,40 @@
 """Stochastic gradient descent as the step needs it."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from awp_engine.config import OptimizerConfig
+from awp_kernels import SGD
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.SGD:
-    """SGD over all parameters, fused, which can leave a step out without asking the host."""
+def build_optimizer(model: nn.Module, config: OptimizerConfig, *, working: nn.Module | None = None) -> SGD:
+    """SGD over all parameters of `model`, in one or two launches a step.
+
+    Args:
+        model: its parameters are stepped.
+        config: rate, momentum and decay.
+        working: a working copy of `model`, whose gradients are taken where it has any, and which gets the new weights.
+    """
+    parameters = dict(model.named_parameters())
     # biases and normalisation weights are the parameters of one dimension
-    groups = [[p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim <= 1]]
+    groups = [[p for p in parameters.values() if p.ndim > 1], [p for p in parameters.values() if p.ndim <= 1]]
     decays = [config.weight_decay, config.weight_decay if config.decay_all else 0.0]
-    optimizer = torch.optim.SGD(
+    # on the device, where a captured step reads it
+    lr = torch.tensor(config.lr, dtype=torch.float64, device=next(iter(parameters.values())).device)
+    copies = {} if working is None else dict(working.named_parameters())
+    return SGD(
         [{"params": group, "weight_decay": decay} for group, decay in zip(groups, decays, strict=True) if group],
-        lr=config.lr,
+        lr=lr,
         momentum=config.momentum,
         nesterov=config.nesterov,
-        fused=True,
+        working={p: copies[name] for name, p in parameters.items() if name in copies and copies[name] is not p},
     )
-    if config.momentum > 0:
-        # a first step that is left out would leave torch's own buffers uninitialised
-        for parameter in model.parameters():
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
+
+
+def set_learning_rate(optimizer: SGD, lr: float) -> None:
+    """Set the rate of all groups, in place where it is a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr

@@ -110,7 +110,7 @@ class TrainingStep:
 
     def from_start(self, x: Tensor, y: Tensor, start: Tensor, *, perturb: bool = True, fast: bool = False) -> StepResult:
         """Train on one batch, the attack beginning at `start`: see `__call__`."""
-        self._clear_gradients()
+        self.clear_gradients()
         awp = self.awp if perturb else None
         public_code = self.options.public_code
         statistics = Statistics(self._statistics)
@@ -140,7 +140,7 @@ class TrainingStep:
 
         Source: Shafahi et al.: Adversarial Training for Free!, NeurIPS 2019.
         """
-        self._clear_gradients()
+        self.clear_gradients()
         epsilon = self.attack.epsilon_value
         statistics = Statistics(self._statistics)
         try:
@@ -165,7 +165,14 @@ class TrainingStep:
         """Bring working copies up to date: to be called when the weights were changed by anything but a step."""
         self.copies.refresh_()
 
-    def _clear_gradients(self) -> None:
+    @property
+    def capturable(self) -> bool:
+        """Whether a step is the same sequence of launches every time, so that a CUDA graph can hold it."""
+        # with c_min the number of samples below it decides how many passes are made
+        return self.options.c_min is None and not self.options.public_code
+
+    def clear_gradients(self) -> None:
+        """Drop the gradients of all models."""
         for module in (self.model, self.copies.ascent, self.copies.descent):
             module.zero_grad(set_to_none=True)
 
@@ -242,7 +249,7 @@ class TrainingStep:
             awp.restore_()
             norm = total_norm(list(sums.values()))
             awp.perturb_(gradients=sums)
-            self._clear_gradients()
+            self.clear_gradients()
         return norm
 
     def _ascent_backward(self, x_adv: Tensor, x: Tensor, y: Tensor) -> int:
@@ -283,6 +290,7 @@ class TrainingStep:
                 self._decay_perturbed(awp)
             awp.restore_()
         optimizer.step()
+        self.copies.refresh_rest_()
         if awp is not None:
             awp.forget_()  # the update wrote the working copy anew
         if self.loss_scale is not None:

@@ -118,14 +118,27 @@ class Copies:
         """The copy that takes the perturbed weights: the descent's; None where the descent runs on the masters."""
         return None if self.descent is self.model else self.descent
 
+    @property
+    def updated(self) -> nn.Module | None:
+        """The copy that an update writes along with the masters: the descent's, else the ascent's or the attack's."""
+        copies = [copied for dtype, copied in self._by_dtype.items() if dtype is not None]
+        return copies[0] if copies else None
+
     @torch.no_grad()
     def refresh_(self) -> None:
         """Bring all working copies up to date with the masters."""
+        self._refresh([copied for dtype, copied in self._by_dtype.items() if dtype is not None])
+
+    @torch.no_grad()
+    def refresh_rest_(self) -> None:
+        """Bring those up to date that an update does not write: see `updated`."""
+        self._refresh([copied for copied in self._by_dtype.values() if copied not in (self.model, self.updated)])
+
+    def _refresh(self, copies: list[nn.Module]) -> None:
         masters: list[Tensor] = list(_weights(self.model))
-        for copied in self._by_dtype.values():
-            if copied is not self.model:
-                targets: list[Tensor] = list(_weights(copied))
-                torch._foreach_copy_(targets, masters)  # pyright: ignore[reportPrivateImportUsage]
+        for copied in copies:
+            targets: list[Tensor] = list(_weights(copied))
+            torch._foreach_copy_(targets, masters)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class LossScale:

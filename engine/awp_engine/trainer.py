@@ -33,12 +33,17 @@ from awp_engine.data import (
 )
 from awp_engine.device import choose_device, fast_memory_format
 from awp_engine.evaluation import PgdAttack, evaluate, evaluation_seed, spread
+from awp_engine.graphs import GraphedStep
 from awp_engine.loading import CHECKPOINTS, MODEL_FILE, ModelDescription
 from awp_engine.objectives import build_objective
-from awp_engine.optimizer import build_optimizer
+from awp_engine.optimizer import build_optimizer, set_learning_rate
 from awp_engine.perturbation import StepResult, TrainingStep
+from awp_engine.precision import Copies, choose_precision
+from awp_engine.profile import StepProfiler
+from awp_engine.regions import region
 from awp_engine.report import plot_learning_curves, write_report
 from awp_engine.run_log import RunLog, read_metrics
+from awp_engine.throughput import forward_flops, forward_units, matmul_ceiling, peak_memory
 from awp_kernels import AdversarialWeightPerturbation, asam, sam
 from awp_kernels.philox import mix_seed
 
@@ -152,6 +157,7 @@ class Trainer:
         self.config = config
         self.run_dir = config.resolved_run_dir
         self.device = choose_device(config.device)
+        precision = choose_precision(config, self.device)
         data = load_data(config)
         extra = None if config.data.extra is None else load_extra(config.data.extra, like=data)
         self.fingerprints = {
@@ -181,32 +187,44 @@ class Trainer:
         # torch's stub does not know the keyword
         model.to(device=self.device, memory_format=self.memory_format)  # pyright: ignore[reportCallIssue]
         self.model = model.train()
-        self.optimizer = build_optimizer(self.model, config.optimizer)
+        copies = Copies(self.model, precision, shared_ascent=config.awp.gamma > 0 and config.awp.ascent == "shared")
+        self.optimizer = build_optimizer(self.model, config.optimizer, working=copies.updated)
+        averaged = config.average.kind != "none"
+        self.average = WeightAverage(self.model, config.average, config.epochs) if averaged else None
+        if self.average is not None:
+            self.average.follow(self.optimizer)
         self.step = TrainingStep(
             model=self.model,
             optimizer=self.optimizer,
             objective=build_objective(config.method, beta=config.beta, label_smoothing=config.label_smoothing),
             attack=config.attack,
-            awp=self._weight_perturbation(),
+            awp=self._weight_perturbation(copies.working),
             options=config.awp,
             clip_norm=config.optimizer.clip_norm,
+            copies=copies,
+            compile=config.compile,
         )
-        averaged = config.average.kind != "none"
-        self.average = WeightAverage(self.model, config.average, config.epochs) if averaged else None
+        self._run_step = GraphedStep(self.step) if self._captures() else self.step
         self._delta: Tensor | None = None
+        self._flops, self._ceiling = 0.0, None
+        self._profiler = StepProfiler(config.profile, self.run_dir / "trace.json")
         self.progress = Progress()
         self.best_weights = _copy(self.model.state_dict())
         self.messages: list[str] = []
         self._resume()
 
-    def _weight_perturbation(self) -> AdversarialWeightPerturbation | None:
+    def _weight_perturbation(self, working: nn.Module | None) -> AdversarialWeightPerturbation | None:
         awp = self.config.awp
         if awp.gamma == 0:
             return None
         if awp.scale == "relative":
-            return AdversarialWeightPerturbation(self.model, awp.gamma, scope=awp.scope)
+            return AdversarialWeightPerturbation(self.model, awp.gamma, scope=awp.scope, working=working)
         sharpness_aware = sam if awp.scale == "absolute" else asam
-        return sharpness_aware(self.model, awp.gamma, scope=awp.scope)
+        return sharpness_aware(self.model, awp.gamma, scope=awp.scope, working=working)
+
+    def _captures(self) -> bool:
+        """Whether steps are captured in a CUDA graph."""
+        return self.device.type == "cuda" and self.config.cuda_graphs and self.step.capturable
 
     def run(self) -> dict[str, Any]:
         """Train what is left, measure the selected weights on the test split, and write the results.
@@ -242,6 +260,8 @@ class Trainer:
                     f"stopped after epoch {self.progress.epoch}: no better held-out PGD accuracy than "
                     f"{self.progress.best_robust:.2%} of epoch {self.progress.best_epoch}"
                 )
+            if message := self._profiler.close():
+                log.message(message)
             log.message("measuring the selected and the last weights on the test split")
             return self._finish()
 
@@ -258,13 +278,15 @@ class Trainer:
         self._delta = None
         loss_sum, correct, skipped, zeros, trained = torch.zeros(5, dtype=torch.float64, device=self.device)
         lr, seen, began = 0.0, 0, time.monotonic()
-        for index, batch in enumerate(self._batches(epoch)):
+        # loading a checkpoint and measuring an average both write weights
+        self.step.refresh_()
+        batches = self._batches(epoch)
+        for index in range(steps):
+            with region("data"):
+                batch = next(batches)
             lr = learning_rate(config.optimizer, config.epochs, epoch - 1 + index / steps)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            set_learning_rate(self.optimizer, lr)
             for result in self._steps(batch, epoch, (epoch - 1) * steps + index):
-                if self.average is not None:
-                    self.average.after_step()
                 count = len(batch.labels)
                 loss_sum += torch.where(result.skipped, 0.0, result.loss * count)
                 trained += torch.where(result.skipped, 0, count)
@@ -273,6 +295,8 @@ class Trainer:
                 zeros += result.zero_gradients
                 seen += count
                 log.step(result.loss, lr, count)
+                if message := self._profiler.step():
+                    log.message(message)
         if self.average is not None:
             self.average.after_epoch(epoch)
         made = steps * (config.attack.replays if self._is_free(epoch) else 1)
@@ -290,7 +314,21 @@ class Trainer:
             "train_pgd_accuracy": accuracy,
             "zero_gradients": masked,
             "skipped_steps": lost,
-            "images_per_second": seen / (time.monotonic() - began),
+            **self._throughput(seen / (time.monotonic() - began)),
+        }
+
+    def _throughput(self, images_per_second: float) -> dict[str, float]:
+        """Of the operations that the method needs; what a run does beyond them does not count."""
+        if self._ceiling is None:
+            image: tuple[int, int, int] = tuple(self.data.train.images.shape[1:])  # pyright: ignore[reportAssignmentType]
+            self._flops = forward_units(self.config) * forward_flops(self.model, image)
+            self._ceiling = matmul_ceiling(self.device, self.step.copies.precision.attack or torch.float32)
+        flops = images_per_second * self._flops
+        return {
+            "images_per_second": images_per_second,
+            "tflops": flops / 1e12,
+            "share_of_matmul": flops / self._ceiling,
+            "memory_gb": peak_memory(self.device) / 1e9,
         }
 
     def _is_free(self, epoch: int) -> bool:
@@ -304,9 +342,11 @@ class Trainer:
             if self._delta is None or self._delta.shape[0] < len(x):
                 self._delta = torch.zeros_like(x)
             for _ in range(config.attack.replays):
+                self._before_step()
                 yield self.step.free(x, batch.labels, self._delta[: len(x)])
             return
-        yield self.step(
+        self._before_step()
+        yield self._run_step(
             x,
             batch.labels,
             sample_ids=batch.ids,
@@ -314,6 +354,10 @@ class Trainer:
             perturb=epoch > config.awp.warmup and step_index % config.awp.every == 0,
             fast=config.attack.is_fast(epoch),
         )
+
+    def _before_step(self) -> None:
+        if self.average is not None:
+            self.average.before_step()
 
     def _extra_fraction(self) -> float | None:
         return None if self.extra is None else self.config.data.extra_fraction
@@ -449,6 +493,8 @@ class Trainer:
         }
         if self.average is not None and self.average.started:
             tensors["average"] = self.average.state()
+        if self.step.loss_scale is not None:
+            tensors["loss_scale"] = self.step.loss_scale.state()
         return checkpoint.save(
             self.run_dir / CHECKPOINTS,
             f"epoch-{self.progress.epoch}",
@@ -471,11 +517,13 @@ class Trainer:
         for name, parameter in self.model.named_parameters():
             buffer = found.tensors["optimizer"].get(name)
             if buffer is not None:
-                self.optimizer.state[parameter]["momentum_buffer"].copy_(buffer)
+                self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(buffer)
         self.best_weights = found.tensors["best_model"]
         self.progress = Progress(**{field.name: found.state[field.name] for field in dataclasses.fields(Progress)})
         if self.average is not None and self.progress.averaged:
             self.average.load(found.tensors["average"], self.progress.averaged)
+        if self.step.loss_scale is not None and "loss_scale" in found.tensors:
+            self.step.loss_scale.load(found.tensors["loss_scale"])
         self.messages.append(f"going on after epoch {self.progress.epoch}, from {found.path}")
 
 

@@ -1,0 +1,70 @@
+"""What a step costs, and what the machine could do: for the log and for the benchmarks."""
+
+import resource
+import time
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from awp_engine.config import Config
+
+
+def forward_flops(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
+    """Floating-point operations of one image's forward pass; a multiplication and an addition count as two.
+
+    Args:
+        model: any classifier, on any device.
+        image_shape: [C, H, W].
+    """
+    parameter = next(model.parameters())
+    training = [module.training for module in model.modules()]
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model.eval()(torch.zeros(1, *image_shape, device=parameter.device, dtype=parameter.dtype))
+    finally:
+        for module, mode in zip(model.modules(), training, strict=True):
+            module.training = mode
+    return counter.get_total_flops()
+
+
+def forward_units(config: Config) -> float:
+    """What one step of a method must compute for an image, in forward passes.
+
+    A backward pass costs one unit for the gradient of activations, and one for that of weights.
+    """
+    steps = config.attack.steps if config.attack.epsilon_value > 0 else 0
+    # AT passes attacked images alone, the others clean ones as well
+    training = 3.0 if config.method == "at" else 6.0
+    attack = 2.0 * steps + (1.0 if config.method in ("trades", "rst") and steps else 0.0)
+    if config.awp.gamma == 0:
+        ascent = 0.0
+    elif config.awp.ascent == "shared":
+        ascent = 1.0
+    else:
+        ascent = training * config.awp.ascent_steps / config.awp.every
+    return attack + ascent + training
+
+
+def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large square matrix product, the best of a few; takes about 0.2 s."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.rand(size, size, device=device).to(dtype)
+    best, began = 0.0, time.perf_counter()
+    while time.perf_counter() - began < 0.2 or best == 0.0:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: of the GPU's memory by tensors, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # kilobytes on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

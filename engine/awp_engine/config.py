@@ -369,9 +369,9 @@ class PrecisionConfig(_Checked):
     attack: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of the attack; auto is fp16 on a GPU, and on a CPU bf16 where the processor multiplies it, else fp32."""
     ascent: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the gradient that the weights climb; auto is fp16 on a GPU, fp32 on a CPU."""
+    """Of the gradient that the weights climb; auto is fp16 on a GPU (fp32 for SAM and ASAM), fp32 on a CPU."""
     descent: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the pass at the perturbed weights; auto is fp16 on a GPU, fp32 on a CPU."""
+    """Of the pass at the perturbed weights; auto is fp16 on a GPU (fp32 for SAM and ASAM), fp32 on a CPU."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -486,6 +486,9 @@ class Config(_Checked):
                 # the perturbation is a few thousandths of a weight, and bfloat16 keeps 8 bits
                 expected = "fp32 or fp16: bf16 would blur the weight perturbation by a quarter or more"
                 raise _refuse(f"precision.{part}", expected, "bf16")
+            if self.awp.gamma > 0 and self.awp.scale != "relative" and getattr(self.precision, part) == "fp16":
+                expected = f"fp32 with --awp.scale {self.awp.scale}, whose norm is taken over all parameters"
+                raise _refuse(f"precision.{part}", expected, "fp16")
         if self.awp.ascent_steps > 1 and self.precision.ascent != self.precision.descent:
             expected = f"{self.precision.descent} like --precision.descent with --awp.ascent-steps > 1"
             raise _refuse("precision.ascent", expected, self.precision.ascent)

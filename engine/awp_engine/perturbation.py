@@ -54,7 +54,7 @@ class TrainingStep:
         compile: by torch.compile; batches of another size than the first one's run uncompiled.
 
     Attributes:
-        loss_scale: of the descent in fp16, else None.
+        loss_scale: of ascent and descent where one of them is in fp16, else None.
     """
 
     def __init__(
@@ -76,7 +76,9 @@ class TrainingStep:
         shared = awp is not None and self.options.ascent == "shared"
         self.copies = copies or Copies(model, shared_ascent=shared)
         device = next(model.parameters()).device
-        self.loss_scale = LossScale(device) if self.copies.precision.descent == torch.float16 else None
+        precision = self.copies.precision
+        half = torch.float16 in (precision.ascent, precision.descent)
+        self.loss_scale = LossScale(device) if half else None
         self._statistics = self.copies.statistics
         self._compiled: dict[int, nn.Module] = {}
         self._compile, self._compiled_size = compile, 0

@@ -1,7 +1,7 @@
 """Which precision serves which part of a step, and the models that compute in it.
 
 Masters stay in full precision. A part in 16 bits runs on a working copy: a second module whose convolution and linear
-weights are stored in 16 bits, while biases, batch normalisation and its statistics are the model's own.
+weights are stored in 16 bits, its other parameters as they are; the running statistics are the model's own.
 """
 
 import copy
@@ -41,6 +41,8 @@ def choose_precision(config: Config, device: torch.device) -> Precision:
         ConfigError: fp16 on the CPU, which has no arithmetic for it.
     """
     cuda = device.type == "cuda"
+    # one norm over parameters of two precisions: see `Config`
+    sharpness_aware = config.awp.gamma > 0 and config.awp.scale != "relative"
     chosen: dict[str, torch.dtype | None] = {}
     for part in _PARTS:
         name = getattr(config.precision, part)
@@ -49,7 +51,7 @@ def choose_precision(config: Config, device: torch.device) -> Precision:
         if name != "auto":
             chosen[part] = _DTYPES[name]
         elif cuda:
-            chosen[part] = torch.float16
+            chosen[part] = None if sharpness_aware and part != "attack" else torch.float16
         else:
             chosen[part] = torch.bfloat16 if part == "attack" and has_fast_bfloat16() else None
     if config.awp.gamma > 0 and config.awp.ascent == "shared":
@@ -58,23 +60,19 @@ def choose_precision(config: Config, device: torch.device) -> Precision:
     return Precision(**chosen)
 
 
-def _weights(model: nn.Module) -> list[nn.Parameter]:
-    """The weights that a working copy holds in 16 bits: of convolutions and linear layers."""
-    found = [m.weight for m in model.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]
-    return list(dict.fromkeys(found))
-
-
 def working_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A second module with `model`'s convolution and linear weights in `dtype`; all other tensors are the model's own.
+    """A second module with parameters of its own, the weights of convolutions and linear layers in `dtype`.
 
     Args:
-        model: any module; modes of its layers are copied, and from then on each module's own.
+        model: any module; its buffers, such as running statistics, serve both.
         dtype: 16-bit.
     """
+    lowered = {id(m.weight) for m in model.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))}
     # deepcopy takes what the memo holds in place of a copy
-    memo: dict[int, object] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    for weight in _weights(model):
-        memo[id(weight)] = nn.Parameter(weight.detach().to(dtype), requires_grad=weight.requires_grad)
+    memo: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
+    for p in model.parameters():
+        copied = p.detach().clone().to(dtype if id(p) in lowered else p.dtype)
+        memo[id(p)] = nn.Parameter(copied, requires_grad=p.requires_grad)
     return copy.deepcopy(model, memo)
 
 
@@ -99,6 +97,7 @@ class Copies:
         attack: asks for no gradient of its parameters, but where `shared_ascent`.
         ascent, descent: the model itself, or a working copy.
         statistics: all running statistics, see `share_memory`.
+        all: the working copies.
     """
 
     def __init__(self, model: nn.Module, precision: Precision | None = None, *, shared_ascent: bool = False) -> None:
@@ -109,6 +108,7 @@ class Copies:
         for dtype in (precision.descent, precision.ascent, precision.attack):
             if dtype not in self._by_dtype and dtype is not None:
                 self._by_dtype[dtype] = working_copy(model, dtype)
+        self.all = [copied for dtype, copied in self._by_dtype.items() if dtype is not None]
         self.ascent, self.descent = self._by_dtype[precision.ascent], self._by_dtype[precision.descent]
         of_attack = self._by_dtype[precision.attack]
         self.attack = of_attack if shared_ascent else frozen_view(of_attack)
@@ -121,23 +121,22 @@ class Copies:
     @property
     def updated(self) -> nn.Module | None:
         """The copy that an update writes along with the masters: the descent's, else the ascent's or the attack's."""
-        copies = [copied for dtype, copied in self._by_dtype.items() if dtype is not None]
-        return copies[0] if copies else None
+        return self.all[0] if self.all else None
 
     @torch.no_grad()
     def refresh_(self) -> None:
         """Bring all working copies up to date with the masters."""
-        self._refresh([copied for dtype, copied in self._by_dtype.items() if dtype is not None])
+        self._refresh(self.all)
 
     @torch.no_grad()
     def refresh_rest_(self) -> None:
         """Bring those up to date that an update does not write: see `updated`."""
-        self._refresh([copied for copied in self._by_dtype.values() if copied not in (self.model, self.updated)])
+        self._refresh(self.all[1:])
 
     def _refresh(self, copies: list[nn.Module]) -> None:
-        masters: list[Tensor] = list(_weights(self.model))
+        masters: list[Tensor] = list(self.model.parameters())
         for copied in copies:
-            targets: list[Tensor] = list(_weights(copied))
+            targets: list[Tensor] = list(copied.parameters())
             torch._foreach_copy_(targets, masters)  # pyright: ignore[reportPrivateImportUsage]
 
 

@@ -220,7 +220,7 @@ class Trainer:
         if awp.scale == "relative":
             return AdversarialWeightPerturbation(self.model, awp.gamma, scope=awp.scope, working=working)
         sharpness_aware = sam if awp.scale == "absolute" else asam
-        return sharpness_aware(self.model, awp.gamma, scope=awp.scope, working=working)
+        return sharpness_aware(self.model, awp.gamma, scope=awp.scope)
 
     def _captures(self) -> bool:
         """Whether steps are captured in a CUDA graph."""

@@ -44,14 +44,17 @@ class StepProfiler:
         assert self._profile is not None
         self._profile.stop()
         self._running = False
-        steps = self._seen - _SKIPPED
+        recorded, self._profile = self._profile, None
         try:
-            self._profile.export_chrome_trace(str(self.path))
-        except OSError as error:
-            return f"warning: {self.path} cannot be written: {error.strerror or error}"
-        finally:
-            self._profile = None
-        return f"trace of {steps} steps in {self.path}"
+            self.path.unlink(missing_ok=True)
+            recorded.export_chrome_trace(str(self.path))
+            # torch only prints when it cannot write
+            written = self.path.exists()
+        except OSError:
+            written = False
+        if not written:
+            return f"warning: {self.path} cannot be written: the trace is lost, training goes on"
+        return f"trace of {self._seen - _SKIPPED} steps in {self.path}"
 
     def close(self) -> str | None:
         """Write what a run that ended early has recorded; returns what to tell the user."""

@@ -118,6 +118,7 @@ class TrainingStep:
         statistics = Statistics(self._statistics)
         try:
             with region("attack"):
+                self.copies.prepare_attack_()
                 x_adv, zero_gradients = self._attacked(x, y, start, fast, share=awp is not None)
             ascent_norm = None
             if awp is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from awp_engine.batch_norm import share_memory
 from awp_engine.config import Config, ConfigError
+from awp_engine.folding import FoldedView
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PARTS = ("attack", "ascent", "descent")
@@ -91,6 +92,7 @@ class Copies:
         model: holds the masters.
         precision: of the parts.
         shared_ascent: the ascent's gradient is that of the attack's last pass, which therefore runs on `ascent`.
+        fold: fold batch normalisation into convolutions where the attack, in eval mode, allows; see `FoldedView`.
 
     Attributes:
         model: as given.
@@ -100,7 +102,14 @@ class Copies:
         all: the working copies.
     """
 
-    def __init__(self, model: nn.Module, precision: Precision | None = None, *, shared_ascent: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        precision: Precision | None = None,
+        *,
+        shared_ascent: bool = False,
+        fold: bool = False,
+    ) -> None:
         precision = precision or Precision()
         self.model, self.precision = model, precision
         self.statistics = share_memory(model)
@@ -112,6 +121,12 @@ class Copies:
         self.ascent, self.descent = self._by_dtype[precision.ascent], self._by_dtype[precision.descent]
         of_attack = self._by_dtype[precision.attack]
         self.attack = of_attack if shared_ascent else frozen_view(of_attack)
+        self._folded = FoldedView(self.attack, model) if fold and not shared_ascent else None
+
+    def prepare_attack_(self) -> None:
+        """Compute once a step what all passes of the attack use."""
+        if self._folded is not None:
+            self._folded.refresh_()
 
     @property
     def working(self) -> nn.Module | None:

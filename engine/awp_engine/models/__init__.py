@@ -6,7 +6,16 @@ non-persistent buffers.
 
 from awp_engine.models._build import build_model, load_public_state_dict, model_names
 from awp_engine.models._common import Activation
-from awp_engine.models.preact_resnet import PreActResNet
-from awp_engine.models.wide_resnet import WideResNet
+from awp_engine.models.preact_resnet import PreActBlock, PreActResNet
+from awp_engine.models.wide_resnet import WideBlock, WideResNet
 
-__all__ = ["Activation", "PreActResNet", "WideResNet", "build_model", "load_public_state_dict", "model_names"]
+__all__ = [
+    "Activation",
+    "PreActBlock",
+    "PreActResNet",
+    "WideBlock",
+    "WideResNet",
+    "build_model",
+    "load_public_state_dict",
+    "model_names",
+]

@@ -1,0 +1,65 @@
+// The convolutions' part of the bindings, see bindings.cpp. Arguments were checked in Python (awp_kernels/conv).
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include "awp/conv.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+awp::DType dtype_of(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Float ? awp::DType::kFloat32 : awp::DType::kBFloat16;
+}
+
+void parallel_for(int64_t count, int64_t grain, const awp::cpu::Body& body) {
+  torch::stable::parallel_for(0, count, grain, body);
+}
+
+// A channels_last batch [N, C, H, W].
+awp::Images images(const Tensor& tensor) {
+  return {tensor.data_ptr(), dtype_of(tensor), tensor.size(0), tensor.size(2), tensor.size(3), tensor.size(1)};
+}
+
+int64_t conv3x3_transformed_size(int64_t outputs, int64_t inputs) {
+  return awp::cpu::conv3x3_available() ? awp::cpu::conv3x3_transformed_size(outputs, inputs) : 0;
+}
+
+void conv3x3_transform(Tensor weight, bool transposed, Tensor out) {
+  const awp::Filters filters{weight.data_ptr(),
+                             dtype_of(weight),
+                             weight.size(0),
+                             weight.size(1),
+                             {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)}};
+  awp::cpu::conv3x3_transform(filters, transposed, static_cast<float*>(out.mutable_data_ptr()), parallel_for);
+}
+
+void conv3x3(Tensor x, Tensor transformed, Tensor out) {
+  awp::cpu::conv3x3(images(x), static_cast<const float*>(transformed.const_data_ptr()), images(out), parallel_for);
+}
+
+void conv3x3_grad_weight(Tensor x, Tensor grad_y, Tensor out) {
+  awp::cpu::conv3x3_grad_weight(images(x), images(grad_y), static_cast<float*>(out.mutable_data_ptr()), parallel_for);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(awp_cpp, m) {
+  m.def("conv3x3_transformed_size(int outputs, int inputs) -> int");
+  m.def("conv3x3_transform(Tensor weight, bool transposed, Tensor(a!) out) -> ()");
+  m.def("conv3x3(Tensor x, Tensor transformed, Tensor(a!) out) -> ()");
+  m.def("conv3x3_grad_weight(Tensor x, Tensor grad_y, Tensor(a!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(awp_cpp, CPU, m) {
+  m.impl("conv3x3_transform", TORCH_BOX(&conv3x3_transform));
+  m.impl("conv3x3", TORCH_BOX(&conv3x3));
+  m.impl("conv3x3_grad_weight", TORCH_BOX(&conv3x3_grad_weight));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(awp_cpp, CompositeExplicitAutograd, m) {
+  m.impl("conv3x3_transformed_size", TORCH_BOX(&conv3x3_transformed_size));
+}

@@ -23,11 +23,13 @@ constexpr float kG0 = 1.0 / kProduct, kGa = kWeightA, kGb = kWeightB;
 constexpr float kGa1 = kWeightA * kA, kGb1 = kWeightB * kB, kGa2 = kWeightA * kA2, kGb2 = kWeightB * kB2;
 
 #if defined(__AVX512F__)
-constexpr int kRows = 14;      // of a product's piece that is held in registers; it has two vectors of columns
+constexpr int kRows = 14;     // of a product's piece that is held in registers; it has two vectors of columns
 constexpr int kGradRows = 8;  // divides kLanes
+constexpr int64_t kBlock = kRows;
 #else
 constexpr int kRows = 6;
 constexpr int kGradRows = 4;
+constexpr int64_t kBlock = 2 * kRows;
 #endif
 constexpr int64_t kPanel = 2 * kLanes;
 
@@ -181,6 +183,8 @@ void multiply(const float* rows, int64_t block_stride, const float* columns, int
   Vector sums[kCount][2] = {};
   for (int64_t begin = 0; begin < inputs; begin += kLanes, rows += block_stride) {
     const int64_t size = std::min<int64_t>(kLanes, inputs - begin);
+    // pieces too short and too far apart for the hardware to foresee
+    AWP_UNROLL for (int r = 0; r < kCount; r += 16 / kLanes) __builtin_prefetch(rows + block_stride + r * kLanes);
     for (int64_t c = 0; c < size; ++c, columns += kPanel) {
       const Vector left = load(columns), right = load(columns + kLanes);
       AWP_UNROLL for (int r = 0; r < kCount; ++r) {
@@ -198,9 +202,9 @@ void multiply(const float* rows, int64_t block_stride, const float* columns, int
 
 using Multiply = void (*)(const float*, int64_t, const float*, int64_t, float*);
 constexpr Multiply kMultiply[] = {
-    nullptr,     multiply<1>,  multiply<2>,  multiply<3>,  multiply<4>, multiply<5>, multiply<6>,
+    nullptr,     multiply<1>, multiply<2>, multiply<3>,  multiply<4>,  multiply<5>,  multiply<6>,
 #if defined(__AVX512F__)
-    multiply<7>, multiply<8>,  multiply<9>,  multiply<10>, multiply<11>, multiply<12>, multiply<13>, multiply<14>,
+    multiply<7>, multiply<8>, multiply<9>, multiply<10>, multiply<11>, multiply<12>, multiply<13>, multiply<14>,
 #endif
 };
 
@@ -209,8 +213,8 @@ void store_tile(const Images& y, const Place& place, int64_t channel, const Vect
   const int64_t height = std::min<int64_t>(4, y.height - place.row);
   const int64_t width = std::min<int64_t>(4, y.width - place.column);
   const int64_t count = y.channels - channel;
-  T* to = static_cast<T*>(y.data) +
-          ((place.sample * y.height + place.row) * y.width + place.column) * y.channels + channel;
+  T* to =
+      static_cast<T*>(y.data) + ((place.sample * y.height + place.row) * y.width + place.column) * y.channels + channel;
   for (int64_t i = 0; i < height; ++i) {
     for (int64_t j = 0; j < width; ++j) {
       T* pixel = to + (i * y.width + j) * y.channels;
@@ -304,10 +308,11 @@ void weights(const Filters& weights, bool transposed, float* transformed, bool s
 
 // kGradRows output channels by kColumns vectors of input channels of one position.
 template <int kColumns>
-void multiply_transposed(const float* rows, const float* columns, int64_t block_stride, int64_t count, float* sums,
-                         int64_t row_stride) {
+void multiply_transposed(const float* rows, const float* columns, int64_t block_stride, int64_t count,
+                         const float* ahead, float* sums, int64_t row_stride) {
   Vector values[kGradRows][kColumns] = {};
-  for (int64_t tile = 0; tile < count; ++tile, rows += kLanes, columns += kLanes) {
+  for (int64_t tile = 0; tile < count; ++tile, rows += kLanes, columns += kLanes, ahead += kLanes) {
+    __builtin_prefetch(ahead);
     Vector column[kColumns];
     AWP_UNROLL for (int v = 0; v < kColumns; ++v) column[v] = load(columns + v * block_stride);
     AWP_UNROLL for (int r = 0; r < kGradRows; ++r) {
@@ -333,10 +338,15 @@ void grad_weight(const Tiles& x, const Tiles& grad_y, int64_t count, int64_t out
         const int64_t k = output + row;
         const float* from = tile_at(grad_y, k / kLanes * kLanes, 0) + k % kLanes + position * grad_y.stride;
         float* to = sums + position * stride + row * row_stride + v * kLanes;
+        // of the next position, each piece brings a part
+        const int64_t part = row / kGradRows;
+        const float* ahead = part < 2
+                                 ? columns + x.stride + part * block_stride
+                                 : tile_at(grad_y, (output + (part - 2) * kLanes), 0) + (position + 1) * grad_y.stride;
         if (v + 1 < vectors) {
-          multiply_transposed<2>(from, columns, block_stride, count, to, row_stride);
+          multiply_transposed<2>(from, columns, block_stride, count, ahead, to, row_stride);
         } else {
-          multiply_transposed<1>(from, columns, block_stride, count, to, row_stride);
+          multiply_transposed<1>(from, columns, block_stride, count, ahead, to, row_stride);
         }
       }
     }
@@ -388,7 +398,7 @@ void any_grad_output(const Images& grad_y, int64_t first, int64_t count, const f
 }  // namespace
 
 const Winograd AWP_WINOGRAD = {
-    AWP_INSTRUCTION_SET, kLanes, any_weights, any_input, any_output, any_grad_output, grad_weight,
+    AWP_INSTRUCTION_SET, kLanes, kBlock, any_weights, any_input, any_output, any_grad_output, grad_weight,
 };
 
 }  // namespace awp::cpu

@@ -9,8 +9,6 @@
 namespace awp::cpu {
 
 constexpr int64_t kPositions = 36;
-// Vectors of channels that a piece of the weight's gradient has at most, each way.
-constexpr int64_t kBlock = 4;
 
 // Transformed tiles: values[position * stride + (channel / lanes * tiles + tile) * lanes + channel % lanes].
 struct Tiles {
@@ -22,6 +20,7 @@ struct Tiles {
 struct Winograd {
   const char* instruction_set;
   int64_t lanes;  // floats a vector; a panel of the transformed weights is two vectors of outputs
+  int64_t block;  // tiles that a thread keeps in its second-level cache, a multiple of the rows it keeps in registers
 
   // Panels [begin, end) of the transformed weights: [panel][position][input][2 * lanes].
   void (*weights)(const Filters& weights, bool transposed, float* transformed, bool stream, int64_t begin, int64_t end);
@@ -34,7 +33,7 @@ struct Winograd {
   void (*grad_output)(const Images& grad_y, int64_t first, int64_t count, const float* zeros, const Tiles& into,
                       int64_t at);
   // The gradient of `outputs` channels from `output` on by `inputs` channels from `input` on, summed over the first
-  // `count` tiles; both start at a multiple of `lanes` and are at most kBlock vectors long. `sums` is scratch.
+  // `count` tiles; both start at a multiple of `lanes` and are two vectors long at most. `sums` is scratch.
   void (*grad_weight)(const Tiles& x, const Tiles& grad_y, int64_t count, int64_t output, int64_t outputs,
                       int64_t input, int64_t inputs, bool add, const Filters& grad, float* sums);
 };

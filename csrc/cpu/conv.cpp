@@ -2,11 +2,11 @@
 #include "awp/conv.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <new>
 
+#include "tasks.h"
 #include "winograd.h"
 
 namespace awp::cpu {
@@ -62,15 +62,6 @@ class Scratch {
 
 thread_local Scratch shared_scratch;  // of the calling thread, read by all
 thread_local Scratch own_scratch;
-
-// Runs task(i) for i in [0, count); a thread takes the next one when it is done.
-template <class Task>
-void for_each_task(int64_t count, const ParallelFor& parallel_for, const Task& task) {
-  std::atomic<int64_t> next{0};
-  parallel_for(count, 1, [&](int64_t, int64_t) {
-    for (int64_t i; (i = next.fetch_add(1)) < count;) task(i);
-  });
-}
 
 Tiles tiles_in(float* values, int64_t channels, int64_t tiles) {
   const int64_t lanes = winograd()->lanes;

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from awp_kernels import _backend
+from awp_kernels._autograd import needed
 from awp_kernels.conv import _weights, reference
 from awp_kernels.conv._weights import forget_all as conv3x3_forget
 from awp_kernels.conv._weights import held_bytes as conv3x3_held_bytes
@@ -92,21 +93,6 @@ def _grad_weight(grad: Tensor, x: Tensor) -> Tensor:
         x.contiguous(memory_format=torch.channels_last), grad.contiguous(memory_format=torch.channels_last), out
     )
     return out.permute(0, 3, 1, 2)
-
-
-def needed(ctx: Any, index: int) -> bool:
-    """Whether the running backward pass wants the gradient of input `index`.
-
-    `ctx.needs_input_grad` is what the forward pass knew: with `torch.autograd.grad(loss, images)` the weights would get
-    gradients that nobody asked for.
-    """
-    if not ctx.needs_input_grad[index]:
-        return False
-    node = ctx.next_functions[index][0]
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except (AttributeError, RuntimeError):  # RuntimeError: a leaf that torch.autograd.grad was asked for
-        return True
 
 
 class _Conv3x3(torch.autograd.Function):

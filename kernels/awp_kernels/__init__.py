@@ -8,6 +8,12 @@ from awp_kernels.awp import AdversarialWeightPerturbation as AdversarialWeightPe
 from awp_kernels.awp import asam as asam
 from awp_kernels.awp import every_parameter as every_parameter
 from awp_kernels.awp import sam as sam
+from awp_kernels.bn_relu import bn_relu as bn_relu
+from awp_kernels.bn_relu import bn_relu_available as bn_relu_available
+from awp_kernels.conv import conv3x3 as conv3x3
+from awp_kernels.conv import conv3x3_available as conv3x3_available
+from awp_kernels.conv import conv3x3_forget as conv3x3_forget
+from awp_kernels.conv import conv3x3_held_bytes as conv3x3_held_bytes
 from awp_kernels.perturb import perturb_ as perturb_
 from awp_kernels.perturb import perturb_into_ as perturb_into_
 from awp_kernels.pgd_init import pgd_init_ as pgd_init_
@@ -22,6 +28,12 @@ __all__ = [
     "SGD",
     "AdversarialWeightPerturbation",
     "asam",
+    "bn_relu",
+    "bn_relu_available",
+    "conv3x3",
+    "conv3x3_available",
+    "conv3x3_forget",
+    "conv3x3_held_bytes",
     "every_parameter",
     "perturb_",
     "perturb_into_",

@@ -1,0 +1,137 @@
+// Cuts batch normalisation with ReLU into pieces for the threads. Sums are added up in one order, whoever does it:
+// fp32 within a block of rows, fp64 over the blocks.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "bn_relu.h"
+#include "tasks.h"
+
+namespace awp::cpu {
+namespace {
+
+const BnReluKernels* kernels() {
+#if defined(AWP_HAVE_AVX2)
+  static const BnReluKernels* chosen = __builtin_cpu_supports("avx512f") ? &kAvx512BnRelu
+                                       : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &kAvx2BnRelu
+                                                                                                         : nullptr;
+  return chosen;
+#else
+  return nullptr;
+#endif
+}
+
+// Blocks of rows that stay in the first-level cache or close to it; not so long that fp32 sums lose digits.
+struct Blocks {
+  explicit Blocks(const BnRelu& a)
+      : size(std::clamp<int64_t>(16384 / a.channels, 8, 256)), count((a.rows + size - 1) / size), rows(a.rows) {}
+  int64_t begin(int64_t block) const { return block * size; }
+  int64_t end(int64_t block) const { return std::min(rows, (block + 1) * size); }
+
+  int64_t size, count, rows;
+};
+
+// Rows [begin, end) for every block of several at a time, so that a piece is worth handing out.
+template <class Task>
+void for_each_block(const Blocks& blocks, const ParallelFor& parallel_for, const Task& task) {
+  constexpr int64_t kTogether = 4;
+  for_each_task((blocks.count + kTogether - 1) / kTogether, parallel_for, [&](int64_t piece) {
+    const int64_t last = std::min(blocks.count, (piece + 1) * kTogether);
+    for (int64_t block = piece * kTogether; block < last; ++block) task(block, blocks.begin(block), blocks.end(block));
+  });
+}
+
+float* row_of(const BnRelu& a, BnRow row) { return a.table + row * a.stride; }
+
+void fill_table(const BnRelu& a, const BnParameters& p, int64_t channel, double mean, double variance) {
+  const double invstd = 1 / std::sqrt(variance + p.eps);
+  row_of(a, kBnMean)[channel] = static_cast<float>(mean);
+  row_of(a, kBnInvstd)[channel] = static_cast<float>(invstd);
+  row_of(a, kBnScale)[channel] = static_cast<float>((p.weight ? p.weight[channel] : 1.0f) * invstd);
+  row_of(a, kBnBias)[channel] = p.bias ? p.bias[channel] : 0.0f;
+}
+
+void normalize(const BnRelu& a, void* out, uint8_t* mask, const ParallelFor& parallel_for) {
+  for_each_block(Blocks(a), parallel_for,
+                 [&](int64_t, int64_t begin, int64_t end) { kernels()->normalize(a, begin, end, out, mask); });
+}
+
+}  // namespace
+
+bool bn_relu_available() { return kernels() != nullptr; }
+
+void bn_relu_train(const BnRelu& a, const BnParameters& p, void* out, const ParallelFor& parallel_for) {
+  const Blocks blocks(a);
+  std::vector<float> parts(blocks.count * 2 * a.stride);
+  for_each_block(blocks, parallel_for, [&](int64_t block, int64_t begin, int64_t end) {
+    kernels()->statistics(a, begin, end, parts.data() + block * 2 * a.stride);
+  });
+  // mean of the means, then spread within and between the blocks
+  std::vector<double> means(a.stride), spreads(a.stride);
+  for (int64_t block = 0; block < blocks.count; ++block) {
+    const float* part = parts.data() + block * 2 * a.stride;
+    const double weight = static_cast<double>(blocks.end(block) - blocks.begin(block)) / static_cast<double>(a.rows);
+    for (int64_t c = 0; c < a.channels; ++c) means[c] += weight * part[c];
+  }
+  for (int64_t block = 0; block < blocks.count; ++block) {
+    const float* part = parts.data() + block * 2 * a.stride;
+    const double size = static_cast<double>(blocks.end(block) - blocks.begin(block));
+    for (int64_t c = 0; c < a.channels; ++c) {
+      const double distance = part[c] - means[c];
+      spreads[c] += part[a.stride + c] + size * distance * distance;
+    }
+  }
+  for (int64_t c = 0; c < a.channels; ++c) {
+    fill_table(a, p, c, means[c], spreads[c] / static_cast<double>(a.rows));
+    if (p.running_mean) {
+      p.running_mean[c] = static_cast<float>((1 - p.momentum) * p.running_mean[c] + p.momentum * means[c]);
+    }
+    if (p.running_variance) {
+      const double unbiased = spreads[c] / static_cast<double>(a.rows - 1);
+      p.running_variance[c] = static_cast<float>((1 - p.momentum) * p.running_variance[c] + p.momentum * unbiased);
+    }
+  }
+  normalize(a, out, nullptr, parallel_for);
+}
+
+void bn_relu_eval(const BnRelu& a, const BnParameters& p, void* out, uint8_t* mask, const ParallelFor& parallel_for) {
+  for (int64_t c = 0; c < a.channels; ++c) fill_table(a, p, c, p.running_mean[c], p.running_variance[c]);
+  normalize(a, out, mask, parallel_for);
+}
+
+void bn_relu_backward(const BnRelu& a, bool train, const void* grad, const uint8_t* mask, void* grad_x,
+                      float* grad_weight, float* grad_bias, const ParallelFor& parallel_for) {
+  const Blocks blocks(a);
+  if (mask) {
+    for_each_block(blocks, parallel_for, [&](int64_t, int64_t begin, int64_t end) {
+      kernels()->grad_x_by_mask(a, grad, mask, begin, end, grad_x);
+    });
+    return;
+  }
+  std::vector<float> coefficients;
+  if (train || grad_weight || grad_bias) {
+    std::vector<float> parts(blocks.count * 2 * a.stride);
+    for_each_block(blocks, parallel_for, [&](int64_t block, int64_t begin, int64_t end) {
+      kernels()->sums(a, grad, begin, end, parts.data() + block * 2 * a.stride);
+    });
+    std::vector<double> totals(2 * a.stride);
+    for (int64_t block = 0; block < blocks.count; ++block) {
+      for (int64_t i = 0; i < 2 * a.stride; ++i) totals[i] += parts[block * 2 * a.stride + i];
+    }
+    coefficients.resize(2 * a.stride);
+    const double rows = static_cast<double>(a.rows);
+    for (int64_t c = 0; c < a.channels; ++c) {
+      const double invstd = row_of(a, kBnInvstd)[c], sum = totals[c], product = totals[a.stride + c];
+      coefficients[c] = static_cast<float>(sum / rows);
+      coefficients[a.stride + c] = static_cast<float>(product * invstd * invstd / rows);
+      if (grad_weight) grad_weight[c] = static_cast<float>(product * invstd);
+      if (grad_bias) grad_bias[c] = static_cast<float>(sum);
+    }
+  }
+  if (!grad_x) return;
+  for_each_block(blocks, parallel_for, [&](int64_t, int64_t begin, int64_t end) {
+    kernels()->grad_x(a, grad, train ? coefficients.data() : nullptr, begin, end, grad_x);
+  });
+}
+
+}  // namespace awp::cpu

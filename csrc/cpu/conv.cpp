@@ -1,0 +1,170 @@
+// Cuts the convolutions into pieces for the threads. A sum is added up in one order, whoever does it.
+#include "awp/conv.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "tasks.h"
+#include "winograd.h"
+
+namespace awp::cpu {
+namespace {
+
+constexpr int64_t kLine = 16;  // floats
+// Floats. Transformed weights larger than this are written past the caches,
+constexpr int64_t kStreamed = int64_t{2} << 20;
+// and larger than this they are read once a call if possible, not once a block of tiles.
+constexpr int64_t kReadOnce = int64_t{3} << 20;
+// Transformed tiles that all threads share, so that they stay in the third-level cache.
+constexpr int64_t kShared = int64_t{2} << 20;
+// Tiles a thread transforms at a time, and tiles it multiplies at a time where they are shared.
+constexpr int64_t kPiece = 8, kStrip = 64;
+
+const Winograd* winograd() {
+#if defined(AWP_HAVE_AVX2)
+  static const Winograd* chosen = __builtin_cpu_supports("avx512f")                                 ? &kAvx512Winograd
+                                  : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &kAvx2Winograd
+                                                                                                    : nullptr;
+  return chosen;
+#else
+  return nullptr;
+#endif
+}
+
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+int64_t count_tiles(const Images& images) {
+  return images.samples * divide_up(images.height, 4) * divide_up(images.width, 4);
+}
+
+// Memory that a thread keeps from call to call.
+class Scratch {
+ public:
+  float* at_least(int64_t floats) {
+    if (floats > size_) {
+      memory_.reset(static_cast<float*>(std::aligned_alloc(64, round_up(floats, kLine) * sizeof(float))));
+      size_ = memory_ ? floats : 0;
+      if (!memory_) throw std::bad_alloc();
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(float* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<float, Free> memory_;
+  int64_t size_ = 0;
+};
+
+thread_local Scratch shared_scratch;  // of the calling thread, read by all
+thread_local Scratch own_scratch;
+
+Tiles tiles_in(float* values, int64_t channels, int64_t tiles) {
+  const int64_t lanes = winograd()->lanes;
+  // a line more, so that the 36 positions do not fall into one set of the cache
+  return {values, round_up(channels, lanes) * tiles + kLine, tiles};
+}
+
+int64_t panels_of(int64_t outputs) { return divide_up(outputs, 2 * winograd()->lanes); }
+
+// Scratch for `output` on so many tiles.
+int64_t products_size(int64_t tiles) { return kPositions * (tiles * 2 * winograd()->lanes + kLine); }
+
+// Equal parts of the tiles, of `room` or fewer; at least a strip, however many channels there are.
+int64_t share(int64_t tiles, int64_t room) { return divide_up(tiles, divide_up(tiles, std::max(room, kStrip))); }
+
+}  // namespace
+
+bool conv3x3_available() { return winograd() != nullptr; }
+
+int64_t conv3x3_transformed_size(int64_t outputs, int64_t inputs) {
+  return panels_of(outputs) * 2 * winograd()->lanes * kPositions * inputs;
+}
+
+void conv3x3_transform(const Filters& weights, bool transposed, float* transformed, const ParallelFor& parallel_for) {
+  const int64_t outputs = transposed ? weights.inputs : weights.outputs;
+  const int64_t inputs = transposed ? weights.outputs : weights.inputs;
+  // what the caches would not keep goes past them
+  const bool stream = conv3x3_transformed_size(outputs, inputs) > kStreamed;
+  parallel_for(panels_of(outputs), 1, [&](int64_t begin, int64_t end) {
+    winograd()->weights(weights, transposed, transformed, stream, begin, end);
+  });
+}
+
+void conv3x3(const Images& x, const float* transformed, const Images& y, const ParallelFor& parallel_for) {
+  const int64_t tiles = count_tiles(x), panels = panels_of(y.channels);
+  const int64_t zeros_size = round_up(x.channels, kLine);
+  const int64_t local = winograd()->block;
+  if (conv3x3_transformed_size(y.channels, x.channels) <= kReadOnce && tiles >= 2 * local) {
+    // each thread transforms a block of tiles into its second-level cache and takes it through all panels
+    const int64_t blocks = divide_up(tiles, local);
+    for_each_task(blocks, parallel_for, [&](int64_t block) {
+      const int64_t first = block * local, count = std::min(local, tiles - first);
+      const Tiles layout = tiles_in(nullptr, x.channels, count);
+      float* scratch = own_scratch.at_least(zeros_size + kPositions * layout.stride + products_size(count));
+      std::fill_n(scratch, zeros_size, 0.0f);
+      const Tiles from{scratch + zeros_size, layout.stride, count};
+      winograd()->input(x, first, count, scratch, from, 0);
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        winograd()->output(from, transformed, panel, x.channels, y, first, count,
+                           from.values + kPositions * from.stride);
+      }
+    });
+    return;
+  }
+  // all threads transform some tiles, then each takes panels of the weights, which are read once
+  const int64_t size = share(tiles, 2 * kShared / (kPositions * round_up(x.channels, winograd()->lanes)));
+  const Tiles layout = tiles_in(nullptr, x.channels, size);
+  float* scratch = shared_scratch.at_least(zeros_size + kPositions * layout.stride);
+  std::fill_n(scratch, zeros_size, 0.0f);
+  const Tiles from{scratch + zeros_size, layout.stride, size};
+  for (int64_t first = 0; first < tiles; first += size) {
+    const int64_t count = std::min(size, tiles - first), strips = divide_up(count, kStrip);
+    for_each_task(divide_up(count, kPiece), parallel_for, [&](int64_t piece) {
+      const int64_t at = piece * kPiece;
+      winograd()->input(x, first + at, std::min(kPiece, count - at), scratch, from, at);
+    });
+    for_each_task(panels * strips, parallel_for, [&](int64_t task) {
+      const int64_t at = task % strips * kStrip, some = std::min(kStrip, count - at);
+      const Tiles strip{from.values + at * winograd()->lanes, from.stride, from.tiles};
+      winograd()->output(strip, transformed, task / strips, x.channels, y, first + at, some,
+                         own_scratch.at_least(products_size(kStrip)));
+    });
+  }
+}
+
+void conv3x3_grad_weight(const Images& x, const Images& grad_y, float* grad_weight, const ParallelFor& parallel_for) {
+  const int64_t lanes = winograd()->lanes, tiles = count_tiles(x);
+  const int64_t channels = round_up(x.channels, lanes) + round_up(grad_y.channels, lanes);
+  const int64_t zeros_size = round_up(std::max(x.channels, grad_y.channels), kLine);
+  const int64_t size = share(tiles, kShared / (kPositions * channels));
+  const Tiles x_layout = tiles_in(nullptr, x.channels, size), grad_layout = tiles_in(nullptr, grad_y.channels, size);
+  float* scratch = shared_scratch.at_least(zeros_size + kPositions * (x_layout.stride + grad_layout.stride));
+  std::fill_n(scratch, zeros_size, 0.0f);
+  const Tiles x_tiles{scratch + zeros_size, x_layout.stride, size};
+  const Tiles grad_tiles{x_tiles.values + kPositions * x_layout.stride, grad_layout.stride, size};
+  const Filters grad{grad_weight, DType::kFloat32, grad_y.channels, x.channels, {}};
+
+  const int64_t block = 2 * lanes;
+  const int64_t columns = divide_up(x.channels, block), rows = divide_up(grad_y.channels, block);
+  for (int64_t first = 0; first < tiles; first += size) {
+    const int64_t count = std::min(size, tiles - first);
+    for_each_task(divide_up(count, kPiece), parallel_for, [&](int64_t piece) {
+      const int64_t at = piece * kPiece, some = std::min(kPiece, count - at);
+      winograd()->input(x, first + at, some, scratch, x_tiles, at);
+      winograd()->grad_output(grad_y, first + at, some, scratch, grad_tiles, at);
+    });
+    for_each_task(rows * columns, parallel_for, [&](int64_t task) {
+      const int64_t output = task / columns * block, input = task % columns * block;
+      float* sums = own_scratch.at_least(kPositions * (block * block + kLine));
+      winograd()->grad_weight(x_tiles, grad_tiles, count, output, std::min(block, grad_y.channels - output), input,
+                              std::min(block, x.channels - input), first > 0, grad, sums);
+    });
+  }
+}
+
+}  // namespace awp::cpu

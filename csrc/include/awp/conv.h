@@ -1,0 +1,44 @@
+// 3x3 convolutions, stride 1, padding 1, by Winograd's F(4x4, 3x3) in fp32; the caller brings memory and threads.
+#pragma once
+
+#include <cstdint>
+
+#include "awp/cpu.h"
+#include "awp/types.h"
+
+namespace awp {
+
+// A batch in channels_last order: [samples, height, width, channels], fp32 or bf16.
+struct Images {
+  void* data;
+  DType dtype;
+  int64_t samples, height, width, channels;
+};
+
+// [outputs, inputs, 3, 3] in any memory order, fp32 or bf16.
+struct Filters {
+  void* data;
+  DType dtype;
+  int64_t outputs, inputs;
+  int64_t strides[4];  // in elements
+};
+
+namespace cpu {
+
+// Whether this processor has a kernel (AVX2 with FMA, or AVX-512F).
+bool conv3x3_available();
+
+// Floats that transformed weights take.
+int64_t conv3x3_transformed_size(int64_t outputs, int64_t inputs);
+
+// `transposed`: for the gradient with respect to the input, which is the convolution of the output's gradient with the
+// turned weights. `transformed` is aligned to 64 bytes.
+void conv3x3_transform(const Filters& weights, bool transposed, float* transformed, const ParallelFor& parallel_for);
+
+void conv3x3(const Images& x, const float* transformed, const Images& y, const ParallelFor& parallel_for);
+
+// grad_weight: fp32 [outputs, 3, 3, inputs].
+void conv3x3_grad_weight(const Images& x, const Images& grad_y, float* grad_weight, const ParallelFor& parallel_for);
+
+}  // namespace cpu
+}  // namespace awp

@@ -1,0 +1,186 @@
+"""`bn_relu`: batch normalisation and ReLU in one, on the CPU."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+
+from awp_kernels import _backend
+from awp_kernels._autograd import needed
+from awp_kernels.bn_relu import reference
+
+__all__ = ["bn_relu", "bn_relu_available"]
+
+_DTYPES = (torch.float32, torch.bfloat16)
+_PLAIN = (Tensor, Parameter)
+
+
+@functools.cache
+def _operations() -> Any:
+    """The compiled operations; None where they were not built, or where the processor is too old for them."""
+    if _backend.problem("cpp", "cpu") is not None or not hasattr(torch.ops.awp_cpp, "bn_relu_available"):
+        return None
+    return torch.ops.awp_cpp if torch.ops.awp_cpp.bn_relu_available() else None
+
+
+def _plain_vector(tensor: Tensor | None) -> bool:
+    return tensor is None or (
+        type(tensor) in _PLAIN
+        and tensor.dtype == torch.float32
+        and tensor.device.type == "cpu"
+        and tensor.is_contiguous()
+    )
+
+
+def bn_relu_available(x: Tensor, *vectors: Tensor | None) -> bool:
+    """Whether `bn_relu` with these tensors is computed by the compiled kernel; if not, torch computes it.
+
+    It is for fp32 and bf16 images on the CPU with fp32 parameters and statistics, where the library was built and the
+    processor has AVX2 with FMA or AVX-512.
+
+    Args:
+        x: images.
+        vectors: weight, bias, running_mean, running_var.
+    """
+    return (
+        x.ndim == 4
+        and x.dtype in _DTYPES
+        and x.device.type == "cpu"
+        and type(x) in _PLAIN
+        and all(map(_plain_vector, vectors))
+        and _backend._forced in (None, "cpp")
+        and _operations() is not None
+        and x.numel() > 0
+    )
+
+
+def _check(x: Tensor, vectors: dict[str, Tensor | None], training: bool) -> None:
+    if x.ndim != 4:
+        raise ValueError(f"x: expected a batch [N, C, H, W], got shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"x: expected a floating-point tensor, got {x.dtype}")
+    channels = x.shape[1]
+    for name, tensor in vectors.items():
+        if tensor is not None and (tensor.ndim != 1 or tensor.shape[0] != channels):
+            raise ValueError(f"{name}: expected {channels} values, one a channel of x, got {tuple(tensor.shape)}")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: expected device {x.device} like x, got {tensor.device}")
+    if (vectors["running_mean"] is None) != (vectors["running_var"] is None):
+        raise ValueError("running_var: expected together with running_mean, or neither")
+    if not training and vectors["running_mean"] is None:
+        raise ValueError("running_mean: expected running statistics with training=False, got None")
+    if training and x.numel() and x.numel() == channels:
+        raise ValueError(f"x: expected more than one value a channel with training=True, got shape {tuple(x.shape)}")
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    want_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The output, and the table and the mask that the backward pass takes; x is channels_last."""
+    samples, channels, height, width = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
+    stride = (channels + 15) // 16 * 16
+    table = torch.empty((4, stride), dtype=torch.float32)
+    mask = None
+    if training:
+        _operations().bn_relu_train.default(x, weight, bias, running_mean, running_var, momentum, eps, out, table)
+        if running_mean is not None and running_var is not None:
+            torch.autograd.graph.increment_version((running_mean, running_var))
+    else:
+        if want_mask:
+            mask = torch.empty((samples * height * width, stride // 8), dtype=torch.uint8)
+        _operations().bn_relu_eval.default(x, weight, bias, running_mean, running_var, eps, out, table, mask)
+    return out, table, mask
+
+
+class _BnRelu(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        # in eval mode the gradient for x alone needs one bit an element
+        want_mask = not training and not ctx.needs_input_grad[1] and not ctx.needs_input_grad[2]
+        out, table, mask = _forward(x, weight, bias, running_mean, running_var, training, momentum, eps, want_mask)
+        ctx.save_for_backward(None if want_mask else x, table, mask)
+        ctx.training = training
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, table, mask = ctx.saved_tensors
+        channels = grad.shape[1]
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad_x = (
+            torch.empty(grad.shape, dtype=grad.dtype, memory_format=torch.channels_last) if needed(ctx, 0) else None
+        )
+        grad_weight = torch.empty(channels, dtype=torch.float32) if needed(ctx, 1) else None
+        grad_bias = torch.empty(channels, dtype=torch.float32) if needed(ctx, 2) else None
+        _operations().bn_relu_backward.default(grad, x, table, mask, ctx.training, grad_x, grad_weight, grad_bias)
+        return grad_x, grad_weight, grad_bias, None, None, None, None, None
+
+
+def bn_relu(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """relu(batch_norm(x)), as `torch.nn.functional` has them.
+
+    On the CPU in two passes over x, with sums in fp32 over some hundred rows and in fp64 over these; elsewhere, under
+    torch.compile, and for other dtypes by torch. Differentiable once with respect to x, weight and bias. Kept for the
+    backward pass: x itself and four values a channel; in eval mode, where neither weight nor bias needs a gradient,
+    one bit an element instead of x.
+
+    Args:
+        x: [N, C, H, W]; in another order than channels_last it is copied.
+        weight, bias: [C]; None: 1 and 0.
+        running_mean, running_var: [C]; with `training` they are moved in place, or may be None.
+        training: normalise by the batch, else by the running statistics.
+        momentum: weight of this batch in the running statistics.
+        eps: added to the variance.
+
+    Returns:
+        [N, C, H, W], x's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, named by argument; one value a channel with `training`; a
+            backend that was forced does not serve them.
+    """
+    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    _check(x, vectors, training)
+    if torch.compiler.is_compiling():
+        return reference.bn_relu(x, weight, bias, running_mean, running_var, training, momentum, eps)
+    if not bn_relu_available(x, weight, bias, running_mean, running_var):
+        if _backend._forced == "cpp":
+            raise ValueError(f"backend 'cpp' was forced but does not normalise {x.dtype} on {x.device.type} here")
+        return reference.bn_relu(x, weight, bias, running_mean, running_var, training, momentum, eps)
+    x = x.contiguous(memory_format=torch.channels_last)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return _BnRelu.apply(x, weight, bias, running_mean, running_var, training, momentum, eps)  # type: ignore
+    return _forward(x, weight, bias, running_mean, running_var, training, momentum, eps, False)[0]

@@ -1,0 +1,206 @@
+"""`conv3x3`: 3x3 convolution on the CPU by Winograd's F(4x4, 3x3), in fp32 arithmetic."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+
+from awp_kernels import _backend
+from awp_kernels._autograd import needed
+from awp_kernels.conv import _weights, reference
+from awp_kernels.conv._weights import forget_all as conv3x3_forget
+from awp_kernels.conv._weights import held_bytes as conv3x3_held_bytes
+
+__all__ = ["conv3x3", "conv3x3_available", "conv3x3_forget", "conv3x3_held_bytes"]
+
+_DTYPES = (torch.float32, torch.bfloat16)
+_PLAIN = (Tensor, Parameter)
+
+
+@functools.cache
+def _operations() -> Any:
+    """The compiled operations; None where they were not built, or where the processor is too old for them."""
+    if _backend.problem("cpp", "cpu") is not None or not hasattr(torch.ops.awp_cpp, "conv3x3"):
+        return None
+    return torch.ops.awp_cpp if torch.ops.awp_cpp.conv3x3_transformed_size(1, 1) else None
+
+
+def _served(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.dtype in _DTYPES
+        and weight.dtype in _DTYPES
+        and x.device.type == "cpu"
+        and type(x) in _PLAIN
+        and type(weight) in _PLAIN
+        and _backend._forced in (None, "cpp")
+        and _operations() is not None
+        and x.numel() > 0
+        and weight.numel() > 0
+    )
+
+
+def conv3x3_available(x: Tensor, weight: Tensor) -> bool:
+    """Whether `conv3x3(x, weight)` is computed by the compiled kernel; if not, `conv2d` computes it.
+
+    It is for fp32 and bf16 CPU tensors, where the library was built and the processor has AVX2 with FMA or AVX-512.
+    """
+    return x.ndim == 4 and weight.ndim == 4 and weight.shape[2:] == (3, 3) and _served(x, weight)
+
+
+def _check(x: Tensor, weight: Tensor) -> None:
+    if x.ndim != 4:
+        raise ValueError(f"x: expected a batch [N, C, H, W], got shape {tuple(x.shape)}")
+    if weight.ndim != 4 or weight.shape[2] != 3 or weight.shape[3] != 3:
+        raise ValueError(f"weight: expected shape [K, C, 3, 3], got {tuple(weight.shape)}")
+    if weight.shape[1] != x.shape[1]:
+        raise ValueError(f"weight: expected {x.shape[1]} input channels like x, got shape {tuple(weight.shape)}")
+    if weight.device != x.device:
+        raise ValueError(f"weight: expected device {x.device} like x, got {weight.device}")
+    for name, tensor in (("x", x), ("weight", weight)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+
+
+def _channels_last(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+
+
+def _forward(x: Tensor, weight: Tensor) -> Tensor:
+    operations = _operations()
+    samples, _, height, width = x.shape
+    out = _channels_last((samples, weight.shape[0], height, width), x.dtype)
+    u = _weights.transformed(operations, weight, False)
+    operations.conv3x3.default(x.contiguous(memory_format=torch.channels_last), u, out)
+    return out
+
+
+def _grad_x(grad: Tensor, weight: Tensor) -> Tensor:
+    operations = _operations()
+    samples, _, height, width = grad.shape
+    out = _channels_last((samples, weight.shape[1], height, width), grad.dtype)
+    u = _weights.transformed(operations, weight, True)
+    operations.conv3x3.default(grad.contiguous(memory_format=torch.channels_last), u, out)
+    return out
+
+
+def _grad_weight(grad: Tensor, x: Tensor) -> Tensor:
+    """[K, C, 3, 3] in fp32, channels_last in memory."""
+    out = torch.empty((grad.shape[1], 3, 3, x.shape[1]), dtype=torch.float32)
+    _operations().conv3x3_grad_weight.default(
+        x.contiguous(memory_format=torch.channels_last), grad.contiguous(memory_format=torch.channels_last), out
+    )
+    return out.permute(0, 3, 1, 2)
+
+
+class _Conv3x3(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return _forward(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        return (
+            _grad_x(grad, weight) if needed(ctx, 0) else None,
+            _grad_weight(grad, x) if needed(ctx, 1) else None,
+        )
+
+
+# The same for torch.compile, which must not look inside: the memory of weights goes by object. Called one by one these
+# cost 100 us more than the function above.
+
+
+@torch.library.custom_op("awp::conv3x3", mutates_args=(), device_types="cpu")
+def _traced(x: Tensor, weight: Tensor) -> Tensor:
+    return _forward(x, weight)
+
+
+@torch.library.custom_op("awp::conv3x3_grad_x", mutates_args=(), device_types="cpu")
+def _traced_grad_x(grad: Tensor, weight: Tensor) -> Tensor:
+    return _grad_x(grad, weight)
+
+
+@torch.library.custom_op("awp::conv3x3_grad_weight", mutates_args=(), device_types="cpu")
+def _traced_grad_weight(grad: Tensor, x: Tensor) -> Tensor:
+    return _grad_weight(grad, x)
+
+
+@_traced.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    shape = (x.shape[0], weight.shape[0], x.shape[2], x.shape[3])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+@_traced_grad_x.register_fake
+def _(grad: Tensor, weight: Tensor) -> Tensor:
+    shape = (grad.shape[0], weight.shape[1], grad.shape[2], grad.shape[3])
+    return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
+
+
+@_traced_grad_weight.register_fake
+def _(grad: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty((grad.shape[1], 3, 3, x.shape[1]), dtype=torch.float32).permute(0, 3, 1, 2)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _traced_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    x, weight = ctx.saved_tensors
+    need_x, need_weight = ctx.needs_input_grad
+    return (
+        _traced_grad_x(grad, weight) if need_x else None,
+        _traced_grad_weight(grad, x).to(weight.dtype) if need_weight else None,
+    )
+
+
+_traced.register_autograd(_traced_backward, setup_context=_setup_context)
+
+
+def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
+    """Convolve with 3x3 weights, stride 1, padding 1, without bias.
+
+    On the CPU by Winograd's F(4x4, 3x3) (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016) in
+    fp32 arithmetic, whatever the storage; elsewhere, and for other dtypes, by `torch.nn.functional.conv2d`. Transformed
+    weights are kept until the weights change: 4 bytes times 36 for every 9 weights, and as much again once a gradient
+    with respect to x was taken.
+
+    Differentiable once. The result has x's dtype and is channels_last; x in another order is copied.
+
+    Args:
+        x: [N, C, H, W]. Under autocast to bf16 it is cast first, as for `conv2d`.
+        weight: [K, C, 3, 3], of x's dtype or fp32. Its gradient is computed in fp32.
+
+    Returns:
+        [N, K, H, W].
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, named by argument; a backend that was forced does not
+            serve them.
+    """
+    _check(x, weight)
+    if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        x = x.to(torch.get_autocast_dtype("cpu"))
+    if torch.compiler.is_compiling():
+        usable = x.device.type == "cpu" and x.dtype in _DTYPES and weight.dtype in _DTYPES
+        return _traced(x, weight) if usable and _usable_when_traced() else reference.conv3x3(x, weight)
+    if not _served(x, weight):
+        if _backend._forced == "cpp":
+            raise ValueError(
+                f"backend 'cpp' was forced but does not convolve {x.dtype} by {weight.dtype} on {x.device.type} here"
+            )
+        return reference.conv3x3(x, weight)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _Conv3x3.apply(x, weight)  # type: ignore[no-any-return]
+    return _forward(x, weight)
+
+
+@torch.compiler.assume_constant_result
+def _usable_when_traced() -> bool:
+    return _backend._forced in (None, "cpp") and _operations() is not None

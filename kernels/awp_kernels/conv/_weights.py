@@ -1,0 +1,72 @@
+"""Transformed weights, kept for as long as the weights stay as they are.
+
+Weights are known by the tensor object and told to be unchanged by its version counter, its address, and a fingerprint
+of 256 of their values, since writes through `.data` move no counter.
+"""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Entry:
+    """The transforms of one tensor: for the forward pass and for the gradient with respect to the input."""
+
+    __slots__ = ("reference", "states", "transformed")
+
+    def __init__(self, reference: "weakref.ref[Tensor]") -> None:
+        self.reference = reference
+        self.transformed: list[Tensor | None] = [None, None]
+        self.states: list[tuple[int, int, int] | None] = [None, None]
+
+
+_entries: dict[int, _Entry] = {}
+
+
+def _entry_for(weight: Tensor) -> _Entry:
+    key = id(weight)
+
+    def forget(reference: "weakref.ref[Tensor]") -> None:
+        # another tensor may have come to the same address
+        if key in _entries and _entries[key].reference is reference:
+            del _entries[key]
+
+    entry = _entries[key] = _Entry(weakref.ref(weight, forget))
+    return entry
+
+
+def transform(operations: Any, weight: Tensor, transposed: bool, out: Tensor | None = None) -> Tensor:
+    """The Winograd transform of [K, C, 3, 3] weights, in the compiled kernels' order."""
+    outputs, inputs = weight.shape[:2]
+    if out is None:
+        sizes = (inputs, outputs) if transposed else (outputs, inputs)
+        out = torch.empty(operations.conv3x3_transformed_size.default(*sizes), dtype=torch.float32)
+    operations.conv3x3_transform.default(weight, transposed, out)
+    return out
+
+
+def transformed(operations: Any, weight: Tensor, transposed: bool) -> Tensor:
+    """The same, from memory if the weights have not changed."""
+    if weight.is_inference():  # has no version
+        return transform(operations, weight, transposed)
+    entry = _entries.get(id(weight))
+    if entry is None or entry.reference() is not weight:
+        entry = _entry_for(weight)
+    state = (weight._version, weight.data_ptr(), operations.conv3x3_fingerprint.default(weight))
+    known = entry.transformed[transposed]
+    if known is None or entry.states[transposed] != state:
+        known = entry.transformed[transposed] = transform(operations, weight, transposed, known)
+        entry.states[transposed] = state
+    return known
+
+
+def held_bytes() -> int:
+    """Memory that transformed weights take now."""
+    return sum(t.nbytes for entry in _entries.values() for t in entry.transformed if t is not None)
+
+
+def forget_all() -> None:
+    """Give that memory back; what is needed again is computed again."""
+    _entries.clear()

@@ -14,10 +14,12 @@ from awp_kernels.pgd_init import pgd_init_ as pgd_init_
 from awp_kernels.pgd_init import pgd_init_normal_ as pgd_init_normal_
 from awp_kernels.pgd_step import pgd_step_ as pgd_step_
 from awp_kernels.restore import restore_ as restore_
+from awp_kernels.sgd import SGD as SGD
 from awp_kernels.sgd_step import sgd_step_ as sgd_step_
 from awp_kernels.total_norm import total_norm as total_norm
 
 __all__ = [
+    "SGD",
     "AdversarialWeightPerturbation",
     "asam",
     "every_parameter",

@@ -1,7 +1,7 @@
 """The SGD step of a list of tensors in one Triton launch, and a small one that finishes the norms."""
 
 # triton.jit is typed as the plain function: it knows neither constexpr arguments, nor launch options, nor tl types
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportInvalidTypeForm=false
 
 import struct
 
@@ -25,7 +25,9 @@ from awp_kernels._triton_common import (
     table,
 )
 
+_OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
 _FINISH_BLOCK = 256
+_FINISH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -81,18 +83,12 @@ def _update(
         mask = index < end
         w = tl.load(weight + index, mask=mask, other=0.0)
         d = tl.load(grad + index, mask=mask, other=0.0).to(tl.float32) * factor
-        if DECAY_AT_OUT:
-            anchor = tl.load(out + index, mask=mask, other=0.0).to(tl.float32)
-        else:
-            anchor = w
+        anchor = tl.load(out + index, mask=mask, other=0.0).to(tl.float32) if DECAY_AT_OUT else w
         d = tl.where(decay != 0.0, d + decay * anchor, d)
         if MOMENTUM:
             b = momentum * tl.load(buffer + index, mask=mask, other=0.0) + d
             tl.store(buffer + index, b, mask=mask)
-            if NESTEROV:
-                d = d + momentum * b
-            else:
-                d = b
+            d = d + momentum * b if NESTEROV else b
         w = w - lr * d
         tl.store(weight + index, w, mask=mask)
         if AVERAGE:
@@ -106,9 +102,7 @@ def _update(
 
 
 @triton.jit
-def _keep(
-    row, start, begin, end, OUT: tl.constexpr, COPY: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
-):
+def _keep(row, start, begin, end, OUT: tl.constexpr, COPY: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
     weight = pointer(row, 0, start, tl.float32, ALIGNED)
     out = pointer(row, 4, start, OUT, ALIGNED)
     total = tl.zeros([BLOCK], tl.float64)
@@ -157,16 +151,46 @@ def sgd_kernel(
         if share_at is not None:
             share = tl.load(share_at).to(tl.float32)
         decay = tl.load(row + FLAG).to(tl.int32).to(tl.float32, bitcast=True)
-        # fmt: off
         total = _update(
-            row, start, 0, wide, factor, lr, decay, momentum, share,
-            GRAD, OUT, NESTEROV, MOMENTUM, AVERAGE, COPY, DECAY_AT_OUT, True, BLOCK,
+            row,
+            start,
+            0,
+            wide,
+            factor,
+            lr,
+            decay,
+            momentum,
+            share,
+            GRAD,
+            OUT,
+            NESTEROV,
+            MOMENTUM,
+            AVERAGE,
+            COPY,
+            DECAY_AT_OUT,
+            True,
+            BLOCK,
         )
         rest = _update(
-            row, start, wide, count, factor, lr, decay, momentum, share,
-            GRAD, OUT, NESTEROV, MOMENTUM, AVERAGE, COPY, DECAY_AT_OUT, False, BLOCK,
+            row,
+            start,
+            wide,
+            count,
+            factor,
+            lr,
+            decay,
+            momentum,
+            share,
+            GRAD,
+            OUT,
+            NESTEROV,
+            MOMENTUM,
+            AVERAGE,
+            COPY,
+            DECAY_AT_OUT,
+            False,
+            BLOCK,
         )
-        # fmt: on
     tl.store(partials + tl.program_id(0), total + rest)
 
 
@@ -230,8 +254,7 @@ def sgd_step(
             COPY=bool(out),
             DECAY_AT_OUT=decay_at_out,
             BLOCK=BLOCK,
-            num_warps=WARPS,
-            enable_fp_fusion=True,
+            **_OPTIONS,
         )
-        sgd_norms_kernel[(len(weights),)](rows, partials, norms, CHUNK, _FINISH_BLOCK, num_warps=4)
+        sgd_norms_kernel[(len(weights),)](rows, partials, norms, CHUNK, _FINISH_BLOCK, **_FINISH_OPTIONS)
     return norms

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from awp_kernels._triton_common import BLOCK, CHUNK, TYPES, WARPS, add_up, pointer, program_span, table
 
+_OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
+
 
 @triton.jit
 def _square_sum(row, start, begin, end, TYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
@@ -51,7 +53,7 @@ def total_norm(tensors: list[Tensor]) -> Tensor:
         for dtype, group in by_dtype.items():
             rows, programs, _ = table([group])
             sums = partials[first : first + counts[dtype]]
-            norm_sums_kernel[(len(programs),)](rows, programs, sums, TYPES[dtype], BLOCK, num_warps=WARPS)
+            norm_sums_kernel[(len(programs),)](rows, programs, sums, TYPES[dtype], BLOCK, **_OPTIONS)
             first += counts[dtype]
-        norm_kernel[(1,)](partials, len(partials), norm, BLOCK, num_warps=WARPS)
+        norm_kernel[(1,)](partials, len(partials), norm, BLOCK, **_OPTIONS)
     return norm

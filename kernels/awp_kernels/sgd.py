@@ -1,0 +1,208 @@
+"""SGD on the fused step, in place of torch.optim.SGD."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from awp_kernels import _checks
+from awp_kernels.sgd_step import sgd_step_
+
+
+class _Call(NamedTuple):
+    """What all tensors of one call have in common."""
+
+    device: torch.device
+    dtype: torch.dtype
+    grad_dtype: torch.dtype
+    lr: float | tuple[str, int]
+    momentum: float
+    nesterov: bool
+
+
+class _Lists(NamedTuple):
+    lr: float | Tensor
+    weights: list[Tensor]
+    grads: list[Tensor]
+    momentum_buffers: list[Tensor]
+    weight_decay: list[float]
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent, as torch.optim.SGD with dampening 0 computes it, by `sgd_step_`.
+
+        optimizer = awp_kernels.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+        loss_fn(model(x), y).backward()
+        optimizer.step()
+
+    A step makes one call a kind of parameter (device, dtypes, learning rate, momentum), whatever their number and
+    weight decays. Parameters without a gradient are left alone. State dictionaries are those of torch.optim.SGD and go
+    both ways. With torch.amp.GradScaler the gradients are unscaled, and a step with infinite ones is left out, inside
+    the same call and without waiting for the device; momentum buffers start as zeros, so that this may be the first.
+
+    Args:
+        params: parameters or groups of them, as torch.optim.Optimizer takes them.
+        lr: learning rate >= 0; a one-element tensor on the parameters' device is read there, at every step and at every
+            replay of a captured CUDA graph.
+        momentum: >= 0.
+        dampening: 0; nothing else is served.
+        weight_decay: >= 0.
+        nesterov: Nesterov's momentum; needs momentum > 0.
+        maximize: False; nothing else is served.
+
+    Raises:
+        ValueError: a number out of range, or what is not served: dampening, maximize, and, in `step`, sparse gradients.
+
+    Example:
+        >>> import torch
+        >>> from awp_kernels import SGD
+        >>> w = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> optimizer = SGD([w], lr=0.5, momentum=0.9)
+        >>> for _ in range(2):
+        ...     optimizer.zero_grad()
+        ...     w.square().sum().backward()
+        ...     optimizer.step()
+        >>> w.data
+        tensor([-0.9000])
+    """
+
+    # torch.amp.GradScaler then sets grad_scale and found_inf for the length of a step, and unscales nothing itself
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        # foreach, differentiable and fused stand in torch's state dictionaries; None and False leave torch the choice
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": None,
+            "differentiable": False,
+            "fused": None,
+        }
+        _check(defaults)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with options of their own, as torch.optim.Optimizer does.
+
+        Args:
+            param_group: "params", and options that differ from the defaults.
+
+        Raises:
+            ValueError: as the class does.
+        """
+        _check(self.defaults | {name: value for name, value in param_group.items() if name in self.defaults})
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        defaults = state.get("defaults") or self.defaults
+        for group in state["param_groups"]:
+            for name, value in defaults.items():
+                group.setdefault(name, value)
+            _check(group)
+        super().__setstate__(state)
+
+    def _buffer(self, parameter: Tensor) -> Tensor:
+        """The parameter's momentum, in its memory order; zeros at first."""
+        state = self.state[parameter]
+        buffer = state.get("momentum_buffer")
+        if buffer is None:
+            buffer = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        elif buffer.stride() != parameter.stride() or buffer.dtype != parameter.dtype:
+            # torch's buffers have the gradient's order
+            buffer = torch.empty_like(parameter, memory_format=torch.preserve_format).copy_(buffer)
+        state["momentum_buffer"] = buffer
+        return buffer
+
+    def _calls(self) -> dict[_Call, _Lists]:
+        calls: dict[_Call, _Lists] = {}
+        for group in self.param_groups:
+            _check(group)
+            lr, momentum = group["lr"], float(group["momentum"])
+            rate = ("tensor", id(lr)) if isinstance(lr, Tensor) else float(lr)
+            for parameter in group["params"]:
+                grad = parameter.grad
+                if grad is None:
+                    continue
+                if grad.is_sparse:
+                    raise ValueError("params: sparse gradients are not served, use torch.optim.SGD for them")
+                call = _Call(parameter.device, parameter.dtype, grad.dtype, rate, momentum, bool(group["nesterov"]))
+                lists = calls.setdefault(call, _Lists(lr, [], [], [], []))
+                lists.weights.append(parameter)
+                lists.grads.append(grad)
+                lists.weight_decay.append(float(group["weight_decay"]))
+                if momentum:
+                    lists.momentum_buffers.append(self._buffer(parameter))
+        return calls
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Step all parameters that have a gradient.
+
+        Args:
+            closure: computes the loss anew, and its gradients.
+
+        Returns:
+            What the closure returned, else None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # what GradScaler has set
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        for call, lists in self._calls().items():
+            sgd_step_(
+                lists.weights,
+                lists.grads,
+                lists.momentum_buffers,
+                lr=_on(call.device, lists.lr),
+                weight_decay=lists.weight_decay,
+                momentum=call.momentum,
+                nesterov=call.nesterov,
+                grad_scale=_on(call.device, grad_scale),
+                found_inf=_on(call.device, found_inf),
+            )
+        return loss
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    """Tensors on the device; nothing is copied where they are there already."""
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+
+def _check(options: dict[str, Any]) -> None:
+    """Refuse what the step does not serve.
+
+    Raises:
+        ValueError: named by option.
+    """
+    lr = options["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"lr: expected a tensor of one element, got shape {tuple(lr.shape)}")
+    else:
+        _checks.finite("lr", lr, minimum=0)
+    for name in ("momentum", "weight_decay"):
+        _checks.finite(name, options[name], minimum=0)
+    if options["dampening"]:
+        raise ValueError(f"dampening: 0 alone is served, got {options['dampening']}; use torch.optim.SGD")
+    if options["maximize"]:
+        raise ValueError("maximize: False alone is served, got True; use torch.optim.SGD, or negate the loss")
+    if options["nesterov"] and not options["momentum"]:
+        raise ValueError("nesterov: expected momentum > 0, got momentum 0")

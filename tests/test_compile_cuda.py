@@ -22,7 +22,17 @@ ARCHS = ("80", "90a", "100")
 INCLUDES = [f"-I{ROOT / 'csrc' / 'include'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
 # what a launch may carry beyond bank 0's own first bytes
 PARAMETER_LIMIT = 32764
-FUNCTIONS = ("perturb_workspace_bytes", "perturb", "restore", "pgd_init", "pgd_step")
+FUNCTIONS = (
+    "perturb_workspace_bytes",
+    "perturb",
+    "restore",
+    "sgd_step_workspace_bytes",
+    "sgd_step",
+    "total_norm_workspace_bytes",
+    "total_norm",
+    "pgd_init",
+    "pgd_step",
+)
 HALVES = r"awp::cuda::(?:Half|BFloat16)"
 # kernel name: least LDG.128, least STG.128. Two packs of weights and two of gradients are in flight at once.
 WIDE = {
@@ -33,6 +43,17 @@ WIDE = {
     r"perturb_(move|filter)<float, float, ": (4, 4),
     rf"perturb_(move|filter)<{HALVES}, {HALVES}, ": (4, 4),
     r"restore_copy": (4, 4),
+    # two packs of weights, and of fp32 gradients, where a step is taken, and two of weights where it is left out;
+    # written are the weights and, of each dtype, their copy
+    r"sgd_update<": (4, 4),
+    r"sgd_update<float, ": (6, 4),
+    # momentum buffers, or averages, or both
+    r"sgd_update<.*(true, false|false, true)>": (6, 6),
+    r"sgd_update<.*true, true>": (8, 8),
+    r"sgd_update<float, true, true>": (10, 8),
+    # four packs of each of three dtypes
+    r"norm_sums": (12, 0),
+    r"sgd_norms|norm_total": (0, 0),
     r"pgd_init_\w+<float>": (1, 1),
     r"pgd_step_\w+<": (1, 0),
     r"pgd_step_\w+<float, ": (2, 1),
@@ -90,8 +111,9 @@ def test_compiles_without_warnings(build: Build) -> None:
 
 def test_every_architecture_has_every_kernel(kernels: list[sass.Kernel]) -> None:
     names = {arch: {kernel.name for kernel in kernels if kernel.arch == f"sm_{arch}"} for arch in ARCHS}
-    # sums, move and filter, plain and not, for 9 pairs of dtypes, 1 copy, 3 starts for 3 dtypes, 2 steps for 9 pairs
-    assert {arch: len(found) for arch, found in names.items()} == dict.fromkeys(ARCHS, 54 + 1 + 9 + 18)
+    # sums, move and filter, plain and not, for 9 pairs of dtypes, 1 copy, 3 starts for 3 dtypes, 2 steps for 9 pairs;
+    # 4 optimizer steps for 3 dtypes, and their norms; 2 of the norm over all
+    assert {arch: len(found) for arch, found in names.items()} == dict.fromkeys(ARCHS, 54 + 1 + 9 + 18 + 13 + 2)
     assert names["80"] == names["90a"] == names["100"]
 
 

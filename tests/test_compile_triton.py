@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 ARCHITECTURES = [80, 90, 100]
-OPERATIONS = ["perturb", "restore", "pgd_init", "pgd_step"]
+OPERATIONS = ["perturb", "restore", "sgd_step", "total_norm", "pgd_init", "pgd_step"]
 # float16 compiles to the same accesses as bfloat16
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -34,6 +34,11 @@ WIDE = {
     "apply_kernel": (2, 2),
     "filter_kernel": (4, 2),
     "restore_kernel": (1, 1),
+    # weights and gradients; a left-out step's weights
+    "sgd_kernel": (3, 1),
+    "sgd_norms_kernel": (0, 0),
+    "norm_sums_kernel": (1, 0),
+    "norm_kernel": (0, 0),
     "init_linf_kernel": (1, 1),
     "init_l2_kernel": (1, 1),
     "init_normal_kernel": (1, 1),
@@ -115,6 +120,28 @@ def every_length(weights: list[Tensor], scope: str) -> None:
         operation("perturb")(weights, weights, weights, weights, 0.01, scope, 1e-20, scale, 0.0, bound, [])
 
 
+def optimizer_step(
+    weights: list[Tensor], grads: list[Tensor], lists: dict[str, list[Tensor]], *, clip: bool, numbers: bool
+) -> None:
+    """A step with the lists of `lists`, and with numbers in memory or known to the host."""
+    fp32, fp64 = torch.zeros((), dtype=torch.float32), torch.zeros((), dtype=torch.float64)
+    operation("sgd_step")(
+        weights,
+        grads,
+        *(lists.get(name, []) for name in ("momentum_buffers", "averages", "out")),
+        [0.1] * len(weights),
+        fp64 if numbers else 0.1,
+        0.9,
+        clip,
+        fp32 if numbers else None,
+        torch.zeros((), dtype=torch.bool) if clip else fp32 if numbers else None,
+        fp64 if clip else fp32 if numbers else None,
+        1.0 if clip else None,
+        fp32 if numbers else 0.1,
+        clip and "out" in lists,
+    )
+
+
 def assert_wide(kernels: list[sass.Kernel], *, saved: bool = True, relative: bool = True) -> None:
     for kernel in kernels:
         loads, stores = WIDE[kernel.name]
@@ -161,6 +188,53 @@ def test_every_length(compiled, dtype, scope):
     # the sums are those of three scales
     assert len(kernels) == (4 if scope == "filter" else 3 + 4)
     assert_wide(kernels, relative=False)
+
+
+@pytest.mark.parametrize("compiled", ARCHITECTURES, ids="sm_{}".format, indirect=True)
+@pytest.mark.parametrize("grad", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("names", "clip", "numbers"),
+    [
+        ((), False, False),
+        (("momentum_buffers", "averages", "out"), True, True),
+        (("momentum_buffers", "out"), False, True),
+        (("averages",), True, False),
+    ],
+    ids=["plain", "all", "numbers", "clip"],
+)
+def test_optimizer_step(compiled, grad, names, clip, numbers):
+    """Two kernels, whose reads and writes of every list take 16 bytes where a dtype's 8 elements hold as many."""
+    weights = [torch.zeros(64, 16, 3, 3)]
+    lists = {name: [torch.zeros(64, 16, 3, 3, dtype=torch.bfloat16 if name == "out" else None)] for name in names}
+    step, norms = compiled(
+        lambda: optimizer_step(weights, [w.to(grad) for w in weights], lists, clip=clip, numbers=numbers)
+    )
+    assert (step.name, norms.name) == ("sgd_kernel", "sgd_norms_kernel")
+    assert_wide([step, norms])
+    fp32 = [name for name in names if name != "out"]
+    # a weight's 8 elements are two accesses, and the copy is written by both branches
+    assert step.wide_loads >= WIDE["sgd_kernel"][0] + len(fp32), str(step)
+    assert step.wide_stores >= WIDE["sgd_kernel"][1] + len(names) + ("out" in names), str(step)
+
+
+@pytest.mark.parametrize("compiled", ARCHITECTURES, ids="sm_{}".format, indirect=True)
+def test_total_norm(compiled):
+    kernels = compiled(lambda: operation("total_norm")([torch.zeros(4096, dtype=dtype) for dtype in DTYPES]))
+    # one a dtype, and the one that adds up
+    assert [kernel.name for kernel in kernels] == ["norm_sums_kernel", "norm_sums_kernel", "norm_kernel"]
+    assert_wide(kernels)
+
+
+@pytest.mark.parametrize("compiled", ARCHITECTURES, ids="sm_{}".format, indirect=True)
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_weights_whose_norms_are_known(compiled, scope):
+    weights, grads = [torch.zeros(64, 16, 3, 3)], [torch.zeros(64, 16, 3, 3)]
+    norms = torch.zeros(1, dtype=torch.float64)
+    kernels = compiled(
+        lambda: operation("perturb")(grads, weights, grads, [], 0.01, scope, 1e-20, "relative", 0.0, None, [], norms)
+    )
+    assert [kernel.name for kernel in kernels] == ["partial_sums_kernel", "apply_kernel"]
+    assert_wide(kernels, saved=False, relative=False)
 
 
 @pytest.mark.parametrize("compiled", ARCHITECTURES, ids="sm_{}".format, indirect=True)

@@ -1,5 +1,6 @@
 // Scopes layer and global: one pass that sums squares chunk by chunk, one that moves the weights.
 #include "awp/cuda.h"
+#include "chunk.cuh"
 #include "launch.cuh"
 #include "perturb.cuh"
 #include "reduce.cuh"
@@ -8,22 +9,6 @@ namespace awp::cuda {
 
 // Declared here, defined in perturb_filter.cu, so that the two compile side by side.
 cudaError_t perturb_filters(const Perturb& p, cudaStream_t stream);
-
-namespace {
-
-struct Chunk {
-  int entry;
-  int64_t begin, length;
-};
-
-__device__ __forceinline__ Chunk find_chunk(const PerturbTable& table, int32_t block, int64_t elements) {
-  const int entry = find_entry(table.first_block, table.count, block);
-  const int64_t begin = (block - table.first_block[entry]) * elements;
-  const int64_t left = table.run[entry] - begin;
-  return {entry, begin, left < elements ? left : elements};
-}
-
-}  // namespace
 
 // sums: one entry a block; without the weights' where not `Relative`.
 template <typename W, typename G, bool Relative>
@@ -39,7 +24,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   } else if (table.adaptive[chunk.entry]) {
     sum.grad = sum_squares<true>(weight, grad, chunk.length, threadIdx.x, kThreads, true, eta).grad;
   } else {
-    sum.grad = sum_grad_squares(grad, chunk.length, threadIdx.x, kThreads);
+    sum.grad = sum_squares_of(grad, chunk.length, threadIdx.x, kThreads);
   }
   const SumPair total = block_sum<kThreads>(sum, shared);
   if (threadIdx.x == 0) sums[blockIdx.x] = total;
@@ -50,7 +35,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 template <typename W, typename G, bool Plain>
 __global__ void __launch_bounds__(kThreads, 4)
     perturb_move(const __grid_constant__ PerturbTable table, int64_t elements, const SumPair* sums, int32_t all_sums,
-                 DType out_dtype, Scaling scaling, float* scales) {
+                 DType out_dtype, Scaling scaling, const double* norms, int32_t tensors, float* scales) {
   __shared__ SumPair shared[kThreads / kWarp];
   // backwards: what the first pass read last is still in L2
   const int32_t block = table.blocks - 1 - static_cast<int32_t>(blockIdx.x);
@@ -62,6 +47,13 @@ __global__ void __launch_bounds__(kThreads, 4)
   SumPair sum{0, 0};
 #pragma unroll 4
   for (int32_t i = first + static_cast<int32_t>(threadIdx.x); i < end; i += kThreads) sum = sum + sums[i];
+  if (norms != nullptr) {
+    const int32_t first_norm = all_sums > 0 ? 0 : chunk.entry;
+    const int32_t end_norm = all_sums > 0 ? tensors : chunk.entry + 1;
+    for (int32_t i = first_norm + static_cast<int32_t>(threadIdx.x); i < end_norm; i += kThreads) {
+      sum.weight += norms[i] * norms[i];
+    }
+  }
   const float scale = scale_from(block_sum<kThreads>(sum, shared), scaling);
   if (threadIdx.x == 0 && chunk.begin == 0) scales[table.first_scale[chunk.entry]] = scale;
 
@@ -79,7 +71,8 @@ template <typename W, typename G>
 cudaError_t perturb_chunks(const Perturb& p, SumPair* sums, cudaStream_t stream) {
   const int64_t elements = chunk_elements(p);
   const bool global = p.scope == Scope::kGlobal;
-  const auto sums_kernel = p.scale == Scale::kRelative ? perturb_sums<W, G, true> : perturb_sums<W, G, false>;
+  const auto sums_kernel =
+      p.scale == Scale::kRelative && p.weight_norms == nullptr ? perturb_sums<W, G, true> : perturb_sums<W, G, false>;
   const auto move_kernel = is_plain(p) ? perturb_move<W, G, true> : perturb_move<W, G, false>;
   PerturbTable table;
   int64_t chunk = 0;
@@ -93,9 +86,10 @@ cudaError_t perturb_chunks(const Perturb& p, SumPair* sums, cudaStream_t stream)
   for (int64_t i = (p.count - 1) / kPerturbCapacity * kPerturbCapacity; i >= 0; i -= kPerturbCapacity) {
     fill_chunks(&table, p, i, elements);
     chunk -= table.blocks;
+    const double* norms = p.weight_norms == nullptr || global ? p.weight_norms : p.weight_norms + i;
     const cudaError_t error =
         launch(move_kernel, table.blocks, kThreads, stream, table, elements, global ? sums : sums + chunk, all_sums,
-               p.out_dtype, scaling_of(p), global ? p.scales : p.scales + i);
+               p.out_dtype, scaling_of(p), norms, static_cast<int32_t>(p.count), global ? p.scales : p.scales + i);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

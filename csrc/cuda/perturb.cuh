@@ -2,13 +2,9 @@
 #pragma once
 
 #include "awp/project.h"
-#include "pack.cuh"
-#include "plan.h"
+#include "stream.cuh"
 
 namespace awp::cuda {
-
-// Packs of each array in flight a thread: 64 bytes of loads, 64 KB on a multiprocessor.
-constexpr int kUnroll = 2;
 
 struct Scaling {
   bool relative;  // gamma is a fraction of ||w||
@@ -24,29 +20,6 @@ inline bool is_plain(const Perturb& p) { return p.scale != Scale::kElementwise &
 __device__ __forceinline__ float scale_from(SumPair squares, Scaling scaling) {
   const double length = scaling.relative ? sqrt(squares.weight) : 1.0;
   return static_cast<float>(scaling.gamma * length / (sqrt(squares.grad) + scaling.eps));
-}
-
-// A thread's share of the gradient's sum of squares.
-template <typename G>
-__device__ __forceinline__ double sum_grad_squares(const G* grad, int64_t length, int rank, int size) {
-  double sum = 0;
-  walk<kPackOf<G, G>, 2 * kUnroll>(length, aligned16(grad), rank, size,
-                                   [&](auto pack, auto unroll, int64_t first, int64_t step) {
-                                     constexpr int N = decltype(pack)::value, M = decltype(unroll)::value;
-                                     Pack<G, N> grads[M];
-#pragma unroll
-                                     for (int m = 0; m < M; ++m) grads[m] = load<N>(grad + first + m * step);
-#pragma unroll
-                                     for (int m = 0; m < M; ++m) {
-                                       float g[N];
-                                       widen(grads[m], g);
-#pragma unroll
-                                       for (int i = 0; i < N; ++i) {
-                                         sum = fma(static_cast<double>(g[i]), static_cast<double>(g[i]), sum);
-                                       }
-                                     }
-                                   });
-  return sum;
 }
 
 // A thread's share of the sums of squares of w and g; with `Scaled` of T g, T = |w| + eta, where `adaptive`.
@@ -82,22 +55,6 @@ __device__ __forceinline__ SumPair sum_squares(const W* weight, const G* grad, i
                                  }
                                });
   return sum;
-}
-
-__device__ __forceinline__ void* advance(void* pointer, DType dtype, int64_t elements) {
-  return static_cast<char*>(pointer) + elements * (dtype == DType::kFloat32 ? 4 : 2);
-}
-
-template <int N>
-__device__ __forceinline__ void store_as(DType dtype, void* to, int64_t at, const float (&value)[N]) {
-  switch (dtype) {
-    case DType::kFloat16:
-      return store<N>(static_cast<Half*>(to) + at, narrow<N, Half>(value));
-    case DType::kBFloat16:
-      return store<N>(static_cast<BFloat16*>(to) + at, narrow<N, BFloat16>(value));
-    default:
-      return store<N>(static_cast<float*>(to) + at, narrow<N, float>(value));
-  }
 }
 
 // Where a weight goes that does not just move by scale * grad.

@@ -20,9 +20,12 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kSampleThreads = 512;     // of a block that holds one image: there are few of them
 constexpr int64_t kShortFilter = 1024;  // up to here a warp takes a filter by itself
 
-// The tables are kernel parameters; both stay under 7.5 KB, of the 32 KB that a launch may carry.
+// The tables are kernel parameters; they stay under 7.5 KB, and an optimizer step's under 13 KB, of the 32 KB that a
+// launch may carry.
 constexpr int kPerturbCapacity = 144;
 constexpr int kCopyCapacity = 256;
+constexpr int kNormCapacity = 304;
+constexpr int kSgdCapacity = 224;                 // all parameters of a WRN-70-16
 constexpr int64_t kMaxBlocks = int64_t{1} << 27;  // of one launch, so that a scale's index fits 32 bits
 
 // About two waves of blocks on an H200; every block of the second pass reads up to this many partial sums.
@@ -55,22 +58,51 @@ struct CopyTable {
   int32_t count, blocks;
 };
 
-static_assert(sizeof(PerturbTable) <= 7680 && sizeof(CopyTable) <= 7680);
+struct SgdTable {
+  float* weight[kSgdCapacity];
+  const void* grad[kSgdCapacity];
+  float* buffer[kSgdCapacity];
+  float* average[kSgdCapacity];
+  void* out[kSgdCapacity];
+  int64_t run[kSgdCapacity];
+  int32_t first_block[kSgdCapacity];
+  float decay[kSgdCapacity];
+  int32_t count, blocks;
+};
+
+// Of a table's tensors, the first of the blocks that have summed each up; one entry more than tensors.
+struct SumsTable {
+  int32_t first[kSgdCapacity + 1];
+  int32_t count;
+};
+
+struct NormTable {
+  const void* data[kNormCapacity];
+  int64_t run[kNormCapacity];
+  int32_t first_block[kNormCapacity];
+  DType dtype[kNormCapacity];
+  int32_t count, blocks;
+};
+
+static_assert(sizeof(PerturbTable) <= 7680 && sizeof(CopyTable) <= 7680 && sizeof(NormTable) <= 7680);
+static_assert(sizeof(SgdTable) <= 13312);
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // An empty tensor keeps one empty chunk, which writes its scale.
 constexpr int64_t chunks_of(int64_t numel, int64_t chunk) { return numel > chunk ? ceil_div(numel, chunk) : 1; }
 
-// Elements a block sums up or moves.
-inline int64_t chunk_elements(const Perturb& p) {
+// Elements a block works on, of any list of tensors.
+template <class List>
+int64_t chunk_elements(const List& p) {
   int64_t total = 0;
   for (int64_t i = 0; i < p.count; ++i) total += p.tensors[i].numel;
   const int64_t even = ceil_div(ceil_div(total, kChunks), kChunkUnit) * kChunkUnit;
   return even > kChunkUnit ? even : kChunkUnit;
 }
 
-inline int64_t total_chunks(const Perturb& p, int64_t chunk) {
+template <class List>
+int64_t total_chunks(const List& p, int64_t chunk) {
   int64_t total = 0;
   for (int64_t i = 0; i < p.count; ++i) total += chunks_of(p.tensors[i].numel, chunk);
   return total;
@@ -104,6 +136,55 @@ inline int64_t fill_chunks(PerturbTable* table, const Perturb& p, int64_t begin,
     const PerturbTensor& t = p.tensors[i];
     const int64_t scales = p.scope == Scope::kGlobal ? 0 : 1;
     if (!append(table, p, t, t.numel, 1, chunks_of(t.numel, chunk), scales)) break;
+  }
+  return i;
+}
+
+// The same for an optimizer step.
+inline int64_t fill_steps(SgdTable* table, const SgdStep& s, int64_t begin, int64_t chunk) {
+  table->count = table->blocks = 0;
+  int64_t i = begin;
+  for (; i < s.count && table->count < kSgdCapacity; ++i) {
+    const SgdTensor& t = s.tensors[i];
+    const int64_t blocks = chunks_of(t.numel, chunk);
+    if (table->blocks + blocks > kMaxBlocks) break;
+    const int at = table->count++;
+    table->weight[at] = t.weight;
+    table->grad[at] = t.grad;
+    table->buffer[at] = t.buffer;
+    table->average[at] = t.average;
+    table->out[at] = t.out;
+    table->run[at] = t.numel;
+    table->first_block[at] = table->blocks;
+    table->decay[at] = t.decay;
+    table->blocks += static_cast<int32_t>(blocks);
+  }
+  return i;
+}
+
+// Where the sums of a table's tensors lie.
+inline SumsTable sums_of(const SgdTable& table) {
+  SumsTable sums;
+  for (int i = 0; i < table.count; ++i) sums.first[i] = table.first_block[i];
+  sums.first[table.count] = table.blocks;
+  sums.count = table.count;
+  return sums;
+}
+
+// The same for a norm.
+inline int64_t fill_norms(NormTable* table, const TotalNorm& n, int64_t begin, int64_t chunk) {
+  table->count = table->blocks = 0;
+  int64_t i = begin;
+  for (; i < n.count && table->count < kNormCapacity; ++i) {
+    const NormTensor& t = n.tensors[i];
+    const int64_t blocks = chunks_of(t.numel, chunk);
+    if (table->blocks + blocks > kMaxBlocks) break;
+    const int at = table->count++;
+    table->data[at] = t.data;
+    table->run[at] = t.numel;
+    table->first_block[at] = table->blocks;
+    table->dtype[at] = t.dtype;
+    table->blocks += static_cast<int32_t>(blocks);
   }
   return i;
 }

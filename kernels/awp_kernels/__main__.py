@@ -15,7 +15,11 @@ def main() -> None:
     dtypes = {"float32, float16, bfloat16": torch.float32, "float64": torch.float64}
     print(f"{'operation':<28} {'tensors':<34} implementation")
     public = {name: f"{name}_" for name in _backend.OPERATIONS}
-    public |= {"perturb": "perturb_, perturb_into_", "pgd_init": "pgd_init_, pgd_init_normal_", "total_norm": "total_norm"}
+    public |= {
+        "perturb": "perturb_, perturb_into_",
+        "pgd_init": "pgd_init_, pgd_init_normal_",
+        "total_norm": "total_norm",
+    }
     for operation in _backend.OPERATIONS:
         for device in devices:
             for label, dtype in dtypes.items():

@@ -36,9 +36,7 @@ def perturb(namespace: Any) -> Callable[..., Tensor]:
         radius = None if bound is None else round_toward_zero(bound, weights[0].dtype)
         flags = [int(flag) for flag in adaptive]
         kind = _SCALES[scale]
-        return operation(
-            out, weights, grads, saved, gamma, _SCOPES[scope], eps, kind, eta, radius, flags, weight_norms
-        )
+        return operation(out, weights, grads, saved, gamma, _SCOPES[scope], eps, kind, eta, radius, flags, weight_norms)
 
     return call
 

@@ -18,21 +18,22 @@ WARPS = 8
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 # columns of a row of the table, int64
-ROW = tl.constexpr(9)
-NUMEL = tl.constexpr(4)
-FIRST = tl.constexpr(5)
-RUN = tl.constexpr(6)
-WIDE = tl.constexpr(7)
-FLAG = tl.constexpr(8)
-_POINTERS = 4
+ROW = tl.constexpr(10)
+NUMEL = tl.constexpr(5)
+FIRST = tl.constexpr(6)
+RUN = tl.constexpr(7)
+WIDE = tl.constexpr(8)
+FLAG = tl.constexpr(9)
+_POINTERS = 5
 
 
 class Table(NamedTuple):
     """A list of tensors as a kernel sees it.
 
     Attributes:
-        rows: int64 [tensors, 9] on the device: four addresses, number of elements, index of the tensor's first
-            program, elements that a program takes, whether every program may use 16-byte accesses, and a flag.
+        rows: int64 [tensors, 10] on the device: five addresses, number of elements, index of the tensor's first
+            program, elements that a program takes, whether every program may use 16-byte accesses, and a flag or
+            another number.
         programs: int64 on the device: the tensor that each program works on.
         host: the memory that both were uploaded from.
     """
@@ -49,7 +50,7 @@ class _Key(NamedTuple):
     item_sizes: tuple[int, ...]
     numels: tuple[int, ...]
     counts: tuple[int, ...] | None
-    flags: tuple[bool, ...] | None
+    flags: tuple[int, ...] | None
 
 
 def _build(key: _Key) -> Table:
@@ -57,7 +58,7 @@ def _build(key: _Key) -> Table:
     rows: list[int] = []
     first = 0
     for index, (numel, count) in enumerate(zip(key.numels, counts, strict=True)):
-        addresses = [column[index] for column in key.addresses]
+        addresses = [column[index] if column else 0 for column in key.addresses]
         run = numel // max(count, 1) if key.counts else CHUNK
         aligned = not any(address % 16 for address in addresses)
         wide = aligned and (count <= 1 or not any(run * size % 16 for size in key.item_sizes))
@@ -77,14 +78,14 @@ _captured: list[Tensor] = []
 
 
 def table(
-    lists: list[list[Tensor]], counts: tuple[int, ...] | None = None, flags: tuple[bool, ...] | None = None
+    lists: list[list[Tensor]], counts: tuple[int, ...] | None = None, flags: tuple[int, ...] | None = None
 ) -> Table:
-    """The table of up to four equally long lists of flat tensors, kept for the next call with the same memory.
+    """The table of up to five equally long lists of flat tensors, kept for the next call with the same memory.
 
     Args:
-        lists: tensors with equal element counts at equal places; the first list must not be empty.
+        lists: tensors with equal element counts at equal places; the first list must not be empty, any other may.
         counts: programs for each tensor, each taking an equal run of its elements; None: one a CHUNK.
-        flags: a flag for each tensor, for the kernel to read; None: all set.
+        flags: a flag or another number for each tensor, for the kernel to read; None: 1 for all.
     """
     device = lists[0][0].device
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -93,7 +94,7 @@ def table(
         # another stream would not wait for this one's upload
         torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0,
         tuple(tuple(tensor.data_ptr() for tensor in tensors) for tensors in lists),
-        tuple(tensors[0].element_size() for tensors in lists),
+        tuple(tensors[0].element_size() for tensors in lists if tensors),
         tuple(tensor.numel() for tensor in lists[0]),
         counts,
         flags,
@@ -104,6 +105,16 @@ def table(
     built = _build(key)
     _captured.append(built.host)
     return built
+
+
+@triton.jit
+def add_up(partials, first, parts, BLOCK: tl.constexpr):
+    """The sum of `parts` fp64 numbers from `first` on, in a fixed order."""
+    total = tl.zeros([BLOCK], tl.float64)
+    for offset in range(0, parts, BLOCK):
+        index = offset + tl.arange(0, BLOCK)
+        total += tl.load(partials + first + index, mask=index < parts, other=0.0)
+    return tl.sum(total)
 
 
 def logical_order(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

@@ -1,7 +1,7 @@
-"""`SGD`: torch.optim.SGD on top of `sgd_step_`."""
+"""SGD on the fused step, in place of torch.optim.SGD."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,41 +11,87 @@ from awp_kernels import _checks
 from awp_kernels.sgd_step import sgd_step_
 
 
-class SGD(Optimizer):
-    """Stochastic gradient descent, one launch for all tensors that agree in dtypes and settings.
+class _Call(NamedTuple):
+    """What all tensors of one call have in common."""
 
-    A drop-in for torch.optim.SGD: same arguments, same steps to rounding, and state dictionaries that load either way.
-    torch.amp.GradScaler leaves unscaling and skipping to it, so that no step waits for the device. With `working`, the
-    parameters are masters: where one has a working copy, the copy's gradient is taken, and the copy gets the new
-    weights, rounded.
+    device: torch.device
+    dtype: torch.dtype
+    grad_dtype: torch.dtype
+    out_dtype: torch.dtype | None
+    averaged: bool
+    lr: float | tuple[str, int]
+    momentum: float
+    nesterov: bool
+
+
+class _Lists(NamedTuple):
+    lr: float | Tensor
+    weights: list[Tensor]
+    grads: list[Tensor]
+    momentum_buffers: list[Tensor]
+    weight_decay: list[float]
+    averages: list[Tensor]
+    out: list[Tensor]
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent, as torch.optim.SGD with dampening 0 computes it, by `sgd_step_`.
+
+        optimizer = awp_kernels.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+        loss_fn(model(x), y).backward()
+        optimizer.step()
+
+    A step makes one call a kind of parameter (device, dtypes, learning rate, momentum), whatever their number and
+    weight decays. Parameters without a gradient are left alone. State dictionaries are those of torch.optim.SGD and go
+    both ways. With torch.amp.GradScaler the gradients are unscaled, and a step with infinite ones is left out, inside
+    the same call and without waiting for the device; momentum buffers start as zeros, so that this may be the first.
+
+    With `working` the parameters are masters: where one has a working copy, the copy's gradient is followed if it has
+    one, and the copy gets the new weights, rounded.
 
     Args:
-        params: parameters, or groups of them.
-        lr: learning rate >= 0, a number or a one-element tensor on the parameters' device.
+        params: parameters or groups of them, as torch.optim.Optimizer takes them.
+        lr: learning rate >= 0; a one-element tensor on the parameters' device is read there, at every step and at every
+            replay of a captured CUDA graph.
         momentum: >= 0.
-        dampening: 0; other values are refused.
+        dampening: 0; nothing else is served.
         weight_decay: >= 0.
         nesterov: Nesterov's momentum; needs momentum > 0.
-        maximize: False; True is refused.
-        working: by master, its working copy: of the same shape and strides, of any floating dtype.
+        maximize: False; nothing else is served.
+        working: by parameter, its working copy: of the same shape and memory order, of any floating dtype.
 
     Attributes:
-        grad_scale: what gradients were multiplied by, a one-element fp32 tensor, or None; set by GradScaler.
-        found_inf: whether to leave the step out, a one-element fp32 tensor, or None; set by GradScaler.
-        grad_norm, max_norm: norm of all gradients as they are (see `total_norm`), and what they are shortened to.
-        averages: by parameter, a tensor that follows it, moved by `average_weight` in every step.
-        average_weight: in [0, 1], a number or a one-element tensor.
-        decay_at_out: decay from what the working copies hold, w + v, instead of from w.
-        weight_norms: after a step, the norms of tensors that were stepped together: lists of parameters, and fp64 [n].
+        grad_scale, found_inf: as `sgd_step_` takes them; GradScaler sets and removes them.
+        grad_norm, max_norm: likewise, for clipping by the norm of all gradients.
+        averages: by parameter, a tensor that follows it.
+        average_weight: what a step counts in the averages, in [0, 1], a number or a one-element tensor.
+        decay_at_out: decay from what working copies hold, such as w + v, instead of from w.
+        weight_norms: after a step, for every call the parameters and their new norms, fp64 [n].
 
     Raises:
-        ValueError: a number out of range, dampening, maximize, or Nesterov's momentum without momentum.
+        ValueError: a number out of range, or what is not served: dampening, maximize, and, in `step`, sparse gradients.
+
+    Example:
+        >>> import torch
+        >>> from awp_kernels import SGD
+        >>> w = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> optimizer = SGD([w], lr=0.5, momentum=0.9)
+        >>> for _ in range(2):
+        ...     optimizer.zero_grad()
+        ...     w.square().sum().backward()
+        ...     optimizer.step()
+        >>> w.data
+        tensor([-0.9000])
     """
 
-    # GradScaler then hands over its scale instead of unscaling, and removes the two attributes after the step
+    # torch.amp.GradScaler then sets grad_scale and found_inf for the length of a step, and unscales nothing itself
     _step_supports_amp_scaling = True
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+    grad_norm: Tensor | None = None
+    max_norm: float | None = None
+    average_weight: float | Tensor = 0.0
+    decay_at_out = False
 
     def __init__(
         self,
@@ -60,12 +106,9 @@ class SGD(Optimizer):
         working: Mapping[nn.Parameter, Tensor] | None = None,
     ) -> None:
         self.working: dict[Tensor, Tensor] = dict(working or {})
-        self.grad_norm: Tensor | None = None
-        self.max_norm: float | None = None
-        self.averages: dict[nn.Parameter, nn.Parameter] = {}
-        self.average_weight: float | Tensor = 0.0
-        self.decay_at_out = False
+        self.averages: dict[Tensor, Tensor] = {}
         self.weight_norms: list[tuple[list[Tensor], Tensor]] = []
+        # foreach, differentiable and fused stand in torch's state dictionaries; None and False leave torch the choice
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -73,121 +116,152 @@ class SGD(Optimizer):
             "weight_decay": weight_decay,
             "nesterov": nesterov,
             "maximize": maximize,
-            # torch's own keys, so that its SGD takes this one's state
             "foreach": None,
             "differentiable": False,
             "fused": None,
         }
+        _check(defaults)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, with settings of its own or the defaults."""
+        """Add parameters with options of their own, as torch.optim.Optimizer does.
+
+        Args:
+            param_group: "params", and options that differ from the defaults.
+
+        Raises:
+            ValueError: as the class does.
+        """
+        _check(self.defaults | {name: value for name, value in param_group.items() if name in self.defaults})
         super().add_param_group(param_group)
-        try:
-            self._check(self.param_groups[-1])
-        except ValueError:
-            self.param_groups.pop()
-            raise
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state of this class or of torch.optim.SGD."""
-        for group in state_dict["param_groups"]:
-            self._check(group)
-        super().load_state_dict(state_dict)
+    def __getstate__(self) -> dict[str, Any]:
+        # torch's keeps three attributes; a copy has to go on with working copies and averages too
+        return super().__getstate__() | {"working": self.working, "averages": self.averages, "weight_norms": []}
 
-    @staticmethod
-    def _check(group: dict[str, Any]) -> None:
-        if not isinstance(group["lr"], Tensor):
-            _checks.finite("lr", group["lr"], minimum=0)
-        elif group["lr"].numel() != 1:
-            raise ValueError(f"lr: expected a number or a tensor of one element, got shape {tuple(group['lr'].shape)}")
-        _checks.finite("momentum", group["momentum"], minimum=0)
-        _checks.finite("weight_decay", group["weight_decay"], minimum=0)
-        if group.get("dampening"):
-            raise ValueError(f"dampening: expected 0, got {group['dampening']}; use torch.optim.SGD for another")
-        if group.get("maximize"):
-            raise ValueError("maximize: expected False; negate the loss, or use torch.optim.SGD")
-        if group["nesterov"] and not group["momentum"]:
-            raise ValueError("nesterov: expected momentum > 0, got momentum 0")
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        defaults = state.get("defaults") or self.defaults
+        for group in state["param_groups"]:
+            for name, value in defaults.items():
+                group.setdefault(name, value)
+            _check(group)
+        super().__setstate__(state)
+
+    def _buffer(self, parameter: Tensor) -> Tensor:
+        """The parameter's momentum, in its memory order; zeros at first."""
+        state = self.state[parameter]
+        buffer = state.get("momentum_buffer")
+        if buffer is None:
+            buffer = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        elif buffer.stride() != parameter.stride() or buffer.dtype != parameter.dtype:
+            # torch's buffers have the gradient's order
+            buffer = torch.empty_like(parameter, memory_format=torch.preserve_format).copy_(buffer)
+        state["momentum_buffer"] = buffer
+        return buffer
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
-        """What a parameter is stepped by: its working copy's gradient where it has one, else its own."""
+        """What a parameter follows: its working copy's gradient where there is one, else its own."""
         copied = self.working.get(parameter)
         return parameter.grad if copied is None or copied.grad is None else copied.grad
 
     def gradients(self) -> list[Tensor]:
-        """All gradients that there are, as they are (still scaled)."""
-        found = (self.gradient(p) for group in self.param_groups for p in group["params"])
+        """All gradients that there are, as they are (still scaled): for `total_norm`."""
+        found = (self.gradient(parameter) for group in self.param_groups for parameter in group["params"])
         return [gradient for gradient in found if gradient is not None]
 
-    def _batches(self) -> list[tuple[list[Tensor], dict[str, Any], list[float]]]:
-        """Parameters that can be stepped together, the settings that they share, and the decay of each."""
-        batches: dict[tuple[Any, ...], tuple[list[Tensor], dict[str, Any], list[float]]] = {}
+    def _calls(self) -> dict[_Call, _Lists]:
+        calls: dict[_Call, _Lists] = {}
         for group in self.param_groups:
-            lr = group["lr"]
+            _check(group)
+            lr, momentum = group["lr"], float(group["momentum"])
+            rate = ("tensor", id(lr)) if isinstance(lr, Tensor) else float(lr)
             for parameter in group["params"]:
-                gradient = self.gradient(parameter)
-                if gradient is None:
+                grad, copied, average = self.gradient(parameter), self.working.get(parameter), self.averages.get(parameter)
+                if grad is None:
                     continue
-                if gradient.is_sparse:
-                    raise ValueError("grad: expected dense gradients, got a sparse one; use torch.optim.SGD")
-                copied = self.working.get(parameter)
-                key = (
+                if grad.is_sparse:
+                    raise ValueError("params: sparse gradients are not served, use torch.optim.SGD for them")
+                call = _Call(
                     parameter.device,
                     parameter.dtype,
-                    gradient.dtype,
+                    grad.dtype,
                     None if copied is None else copied.dtype,
-                    id(lr) if isinstance(lr, Tensor) else lr,
-                    group["momentum"],
-                    group["nesterov"],
-                    parameter in self.averages,
+                    average is not None,
+                    rate,
+                    momentum,
+                    bool(group["nesterov"]),
                 )
-                tensors, _, decays = batches.setdefault(key, ([], group, []))
-                tensors.append(parameter)
-                decays.append(float(group["weight_decay"]))
-        return list(batches.values())
-
-    def _buffer(self, parameter: Tensor) -> Tensor:
-        state = self.state[parameter]
-        if state.get("momentum_buffer") is None:
-            # zeros, so that a first step that is left out leaves what torch's first step amounts to
-            state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        return state["momentum_buffer"]
+                lists = calls.setdefault(call, _Lists(lr, [], [], [], [], [], []))
+                lists.weights.append(parameter)
+                lists.grads.append(grad)
+                lists.weight_decay.append(float(group["weight_decay"]))
+                if momentum:
+                    lists.momentum_buffers.append(self._buffer(parameter))
+                if copied is not None:
+                    lists.out.append(copied)
+                if average is not None:
+                    lists.averages.append(average)
+        return calls
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step; parameters without a gradient stay.
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Step all parameters that have a gradient.
 
         Args:
-            closure: evaluates the model anew and returns the loss.
+            closure: computes the loss anew, and its gradients.
 
         Returns:
-            What `closure` returned, or None.
+            What the closure returned, else None.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self.weight_norms = []
-        for parameters, group, decays in self._batches():
-            copies = [self.working[p] for p in parameters if p in self.working]
-            averages = [self.averages[p] for p in parameters if p in self.averages]  # pyright: ignore[reportArgumentType]
+        for call, lists in self._calls().items():
             norms = sgd_step_(
-                parameters,
-                [g for p in parameters if (g := self.gradient(p)) is not None],
-                [self._buffer(p) for p in parameters] if group["momentum"] else None,
-                lr=group["lr"],
-                weight_decay=decays,
-                momentum=group["momentum"],
-                nesterov=group["nesterov"],
-                grad_scale=self.grad_scale,
-                found_inf=self.found_inf,
-                grad_norm=self.grad_norm,
+                lists.weights,
+                lists.grads,
+                lists.momentum_buffers,
+                lr=_on(call.device, lists.lr),
+                weight_decay=lists.weight_decay,
+                momentum=call.momentum,
+                nesterov=call.nesterov,
+                grad_scale=_on(call.device, self.grad_scale),
+                found_inf=_on(call.device, self.found_inf),
+                grad_norm=_on(call.device, self.grad_norm),
                 max_norm=self.max_norm,
-                averages=averages or None,
-                average_weight=self.average_weight if averages else None,
-                out=copies or None,
-                decay_at_out=self.decay_at_out and bool(copies),
+                averages=lists.averages,
+                average_weight=self.average_weight if lists.averages else None,
+                out=lists.out,
+                decay_at_out=self.decay_at_out and bool(lists.out),
             )
-            self.weight_norms.append((parameters, norms))
+            self.weight_norms.append((lists.weights, norms))
         return loss
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    """Tensors on the device; nothing is copied where they are there already."""
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+
+def _check(options: dict[str, Any]) -> None:
+    """Refuse what the step does not serve.
+
+    Raises:
+        ValueError: named by option.
+    """
+    lr = options["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"lr: expected a tensor of one element, got shape {tuple(lr.shape)}")
+    else:
+        _checks.finite("lr", lr, minimum=0)
+    for name in ("momentum", "weight_decay"):
+        _checks.finite(name, options[name], minimum=0)
+    if options["dampening"]:
+        raise ValueError(f"dampening: 0 alone is served, got {options['dampening']}; use torch.optim.SGD")
+    if options["maximize"]:
+        raise ValueError("maximize: False alone is served, got True; use torch.optim.SGD, or negate the loss")
+    if options["nesterov"] and not options["momentum"]:
+        raise ValueError("nesterov: expected momentum > 0, got momentum 0")

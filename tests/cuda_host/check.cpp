@@ -10,6 +10,7 @@
 
 #include "awp/cuda.h"
 #include "awp/project.h"
+#include "awp/sgd.h"
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
 #include "cuda_runtime.h"
@@ -199,6 +200,7 @@ struct Case {
   bool in_place = false, save = true;
   Scale scale = Scale::kRelative;
   float eta = 0, bound = -1;
+  bool norms = false;  // ||w|| is given
 };
 
 void check_perturb(const Case& c, const std::vector<Shape>& shapes) {
@@ -226,8 +228,15 @@ void check_perturb(const Case& c, const std::vector<Shape>& shapes) {
   if (c.scope == Scope::kGlobal) scale_count = 1;
   Array scales(DType::kFloat32, scale_count);
   const double gamma = 0.01, eps = 1e-20;
-  const Perturb p{tensors.data(), count, c.out, c.weight, c.grad,  c.scope,
-                  c.scale,        gamma, eps,   c.eta,    c.bound, reinterpret_cast<float*>(scales.data())};
+  Perturb p{tensors.data(), count, c.out, c.weight, c.grad,  c.scope,
+            c.scale,        gamma, eps,   c.eta,    c.bound, reinterpret_cast<float*>(scales.data())};
+  std::vector<double> norms;
+  for (const auto& w : original) {
+    double squares = 0;
+    for (int64_t i = 0; i < w->count(); ++i) squares += double{w->get(i)} * w->get(i);
+    norms.push_back(std::sqrt(squares));
+  }
+  if (c.norms) p.weight_norms = norms.data();
   Array workspace(DType::kFloat32, cuda::perturb_workspace_bytes(p) / 4);
   emulator::launches = 0;
   CHECK(cuda::perturb(p, workspace.data(), nullptr) == cudaSuccess);
@@ -280,6 +289,124 @@ void check_perturb(const Case& c, const std::vector<Shape>& shapes) {
       }
     }
   }
+}
+
+struct SgdCase {
+  DType grad;
+  bool momentum, average;
+  int out = -1;  // a dtype, or none
+  bool nesterov = false, decay_at_out = false;
+  bool found_inf = false;
+  double grad_norm = 0, max_norm = -1;
+  NumberType number = NumberType::kFloat32;
+};
+
+// A step, taken where the numbers lie in memory, and taken where the host knows them.
+void check_sgd(const SgdCase& c, const std::vector<Shape>& shapes) {
+  const DType kind = c.out < 0 ? DType::kFloat32 : static_cast<DType>(c.out);
+  std::vector<std::unique_ptr<Array>> weight, grad, buffer, average, out, old_weight, old_buffer, old_average, old_out;
+  std::vector<SgdTensor> tensors;
+  const auto add = [](auto& list, DType dtype, int64_t numel, int64_t shift) -> Array& {
+    list.push_back(std::make_unique<Array>(dtype, numel, shift));
+    list.back()->fill(-1, 1);
+    return *list.back();
+  };
+  const auto keep = [](auto& list, DType dtype, const Array& array) {
+    list.push_back(std::make_unique<Array>(dtype, array.count()));
+    list.back()->copy(array);
+  };
+  const auto floats = [](const Array& array) { return reinterpret_cast<float*>(array.data()); };
+  for (const Shape& shape : shapes) {
+    const int64_t numel = shape.filters * shape.run;
+    const Array& w = add(weight, DType::kFloat32, numel, shape.shift);
+    const Array& g = add(grad, c.grad, numel, shape.shift);
+    const Array& b = add(buffer, DType::kFloat32, numel, shape.shift);
+    const Array& a = add(average, DType::kFloat32, numel, shape.shift);
+    const Array& o = add(out, kind, numel, shape.shift);
+    keep(old_weight, DType::kFloat32, w);
+    keep(old_buffer, DType::kFloat32, b);
+    keep(old_average, DType::kFloat32, a);
+    keep(old_out, kind, o);
+    tensors.push_back({floats(w), g.data(), c.momentum ? floats(b) : nullptr, c.average ? floats(a) : nullptr,
+                       c.out < 0 ? nullptr : o.data(), numel, tensors.size() % 3 == 1 ? 0.0f : 0.05f});
+  }
+  const int64_t count = static_cast<int64_t>(tensors.size());
+  const float scale = 48, found = c.found_inf ? 1 : 0;
+  const double rate = 0.1f, share = 0.01f;
+  const float rate32 = 0.1f, share32 = 0.01f, norm32 = static_cast<float>(c.grad_norm);
+  const uint8_t flag = c.found_inf ? 1 : 0;
+  const auto number = [&](double value, const void* wide, const void* narrow) -> Number {
+    if (c.number == NumberType::kBool) return {value, nullptr, NumberType::kFloat32};
+    return {-1, c.number == NumberType::kFloat64 ? wide : narrow, c.number};
+  };
+  const Number found_inf{0, c.number == NumberType::kBool ? static_cast<const void*>(&flag) : &found,
+                         c.number == NumberType::kBool ? NumberType::kBool : NumberType::kFloat32};
+  const double grad_norm = c.number == NumberType::kFloat64 ? c.grad_norm : double{norm32};
+  const SgdRule rule{number(rate, &rate, &rate32),
+                     number(share, &share, &share32),
+                     {1, &scale, NumberType::kFloat32},
+                     found_inf,
+                     number(grad_norm, &c.grad_norm, &norm32),
+                     c.max_norm,
+                     0.9f,
+                     c.nesterov,
+                     c.decay_at_out};
+  std::vector<double> norms(static_cast<size_t>(count), std::numeric_limits<double>::quiet_NaN());
+  const SgdStep s{tensors.data(), count, c.grad, kind, rule, norms.data()};
+  Array workspace(DType::kFloat32, cuda::sgd_step_workspace_bytes(s) / 4);
+  emulator::launches = 0;
+  CHECK(cuda::sgd_step(s, workspace.data(), nullptr) == cudaSuccess);
+  CHECK(emulator::launches == 2 * ((count + cuda::kSgdCapacity - 1) / cuda::kSgdCapacity));
+
+  const bool left_out = c.found_inf || !std::isfinite(c.grad_norm);
+  double clip = 1;
+  if (c.max_norm >= 0) clip = std::min(1.0, c.max_norm / (grad_norm / scale + 1e-6));
+  const float factor = static_cast<float>(clip / scale);
+  for (size_t t = 0; t < tensors.size(); ++t) {
+    long double squares = 0;
+    for (int64_t i = 0; i < tensors[t].numel; ++i) {
+      float w = old_weight[t]->get(i), b = old_buffer[t]->get(i), a = old_average[t]->get(i);
+      if (!left_out) {
+        float d = factor * grad[t]->get(i);
+        const float decay = tensors[t].decay, anchor = c.decay_at_out ? old_out[t]->get(i) : w;
+        if (decay != 0) d = std::fmaf(decay, anchor, d);
+        if (c.momentum) {
+          b = std::fmaf(0.9f, b, d);
+          d = c.nesterov ? std::fmaf(0.9f, b, d) : b;
+        }
+        w = std::fmaf(-0.1f, d, w);
+        if (c.average) a = std::fmaf(0.01f, w - a, a);
+      }
+      CHECK(weight[t]->bits(i) == weight[t]->stored(w));
+      CHECK(buffer[t]->bits(i) == buffer[t]->stored(b));
+      CHECK(average[t]->bits(i) == average[t]->stored(a));
+      CHECK(out[t]->bits(i) == (c.out < 0 ? old_out[t]->bits(i) : out[t]->stored(w)));
+      squares += static_cast<long double>(w) * w;
+    }
+    CHECK(std::abs(norms[t] - std::sqrt(static_cast<double>(squares))) <= 1e-12 * norms[t]);
+  }
+}
+
+void check_total_norm(const std::vector<Shape>& shapes) {
+  std::vector<std::unique_ptr<Array>> arrays;
+  std::vector<NormTensor> tensors;
+  long double squares = 0;
+  for (const Shape& shape : shapes) {
+    const DType dtype = kDTypes[tensors.size() % 3];
+    arrays.push_back(std::make_unique<Array>(dtype, shape.filters * shape.run, shape.shift));
+    arrays.back()->fill(-1, 1);
+    tensors.push_back({arrays.back()->data(), dtype, arrays.back()->count()});
+    for (int64_t i = 0; i < arrays.back()->count(); ++i) {
+      squares += static_cast<long double>(arrays.back()->get(i)) * arrays.back()->get(i);
+    }
+  }
+  double norm = -1;
+  const TotalNorm n{tensors.data(), static_cast<int64_t>(tensors.size()), &norm};
+  Array workspace(DType::kFloat32, cuda::total_norm_workspace_bytes(n) / 4);
+  emulator::launches = 0;
+  CHECK(cuda::total_norm(n, workspace.data(), nullptr) == cudaSuccess);
+  CHECK(emulator::launches == 1 + static_cast<int>((n.count + cuda::kNormCapacity - 1) / cuda::kNormCapacity));
+  CHECK(std::abs(norm - std::sqrt(static_cast<double>(squares))) <= 1e-12 * norm);
 }
 
 void check_restore() {
@@ -482,6 +609,45 @@ int main() {
                     {{1, 1025}, {3, 27}, {2, 41, 1}});
     }
   }
+
+  test = "perturb with the weights' norms";
+  for (const Scope scope : {Scope::kLayer, Scope::kGlobal}) {
+    std::vector<Shape> many(150, {1, 30});
+    many[145] = {3, 5000};
+    for (const float bound : {-1.0f, 0.01f}) {
+      Case c{scope, DType::kBFloat16, DType::kFloat32, DType::kFloat16, false, false};
+      c.bound = bound;
+      c.norms = true;
+      check_perturb(c, bound < 0 ? many : shapes);
+    }
+  }
+
+  const double infinity = std::numeric_limits<double>::infinity();
+  const std::vector<Shape> stepped{{4, 0}, {1, 1}, {3, 27}, {2, 41, 1}, {1, 9001}, {1, 2048, 3}, {5, 4096}};
+  for (const DType grad : kDTypes) {
+    for (const bool momentum : {false, true}) {
+      for (const bool average : {false, true}) {
+        for (int out = -1; out < 3; ++out) {
+          test = std::string("sgd grad ") + name(grad) + (momentum ? " momentum" : "") + (average ? " average" : "") +
+                 " out " + std::to_string(out);
+          const auto number = static_cast<NumberType>((out + 1) % 3);
+          check_sgd({grad, momentum, average, out, average, false, false, 3.0, -1, number}, stepped);
+          check_sgd({grad, momentum, average, out, !average, out >= 0, false, 100.0, 0.7, number}, stepped);
+          check_sgd({grad, momentum, average, out, false, out >= 0, out % 2 == 0, out % 2 ? infinity : 1, 0.7, number},
+                    stepped);
+        }
+      }
+    }
+  }
+  test = "sgd many tensors";
+  std::vector<Shape> many(470, {1, 30});
+  many[230] = {3, 5000};
+  check_sgd({DType::kBFloat16, true, true, 2}, many);
+  test = "total norm";
+  check_total_norm(stepped);
+  check_total_norm(many);
+  many.resize(cuda::kNormCapacity);
+  check_total_norm(many);
 
   test = "restore";
   check_restore();

@@ -24,7 +24,7 @@ int64_t total_norm_workspace_bytes(const TotalNorm& arguments);
 // One launch for every 224 tensors, and a small one that finishes their norms. All numbers are read on the device.
 cudaError_t sgd_step(const SgdStep& arguments, void* workspace, cudaStream_t stream);
 
-// One launch for every 320 tensors, of whatever dtypes, and a small one.
+// One launch for every 304 tensors, of whatever dtypes, and a small one.
 cudaError_t total_norm(const TotalNorm& arguments, void* workspace, cudaStream_t stream);
 
 // One launch. A sample holds at most 2^30 elements.

@@ -32,6 +32,7 @@ _FILTER_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 _SCALES = {"relative": 0, "absolute": 1, "elementwise": 2}
 _RELATIVE = tl.constexpr(0)
+_ABSOLUTE = 1
 _ELEMENTWISE = tl.constexpr(2)
 
 
@@ -115,6 +116,16 @@ def _move(
 
 
 @triton.jit
+def _squared_norms(norms, tensors, BLOCK: tl.constexpr):
+    total = tl.zeros([BLOCK], tl.float64)
+    for offset in range(0, tensors, BLOCK):
+        index = offset + tl.arange(0, BLOCK)
+        norm = tl.load(norms + index, mask=index < tensors, other=0.0)
+        total += norm * norm
+    return tl.sum(total)
+
+
+@triton.jit
 def _scale(weight_sum, grad_sum, gamma, eps, SCALE: tl.constexpr):
     if SCALE == _RELATIVE:
         gamma = gamma * tl.sqrt(weight_sum)
@@ -160,6 +171,8 @@ def apply_kernel(
     GLOBAL: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    norms=None,
+    tensors=0,
 ):
     """Add up the partial sums again, in the same order in every program, then write w + v."""
     row, start, count, wide = program_span(rows, programs, tl.int32)
@@ -177,7 +190,14 @@ def apply_kernel(
         index = offset + tl.arange(0, BLOCK)
         weight_sum += tl.load(partials + index * 2, mask=index < parts, other=0.0)
         grad_sum += tl.load(partials + index * 2 + 1, mask=index < parts, other=0.0)
-    scale = _scale(tl.sum(weight_sum), tl.sum(grad_sum), gamma, eps, SCALE)
+    weight_total = tl.sum(weight_sum)
+    if norms is not None:
+        if GLOBAL:
+            weight_total = _squared_norms(norms, tensors, BLOCK)
+        else:
+            norm = tl.load(norms + tl.load(programs + program))
+            weight_total = norm * norm
+    scale = _scale(weight_total, tl.sum(grad_sum), gamma, eps, SCALE)
     if program == first:
         tl.store(scales if GLOBAL else scales + tl.load(programs + program), scale)
     _move(row, start, 0, wide, scale, eta, bound, SCALE, BOUNDED, OUT, WEIGHT, GRAD, SAVE, True, BLOCK)
@@ -223,6 +243,7 @@ def perturb(
     eta: float,
     bound: float | None,
     adaptive: list[bool],
+    weight_norms: Tensor | None = None,
 ) -> Tensor:
     """Write w + v to `out`, and w to `saved`; return the scales."""
     if not weights:
@@ -259,8 +280,10 @@ def perturb(
         rows, programs, _ = table(lists, flags=flags)
         scales = torch.empty(1 if scope == "global" else len(weights), dtype=torch.float32, device=device)
         partials = torch.empty(len(programs), 2, dtype=torch.float64, device=device)
+        # with the weights' norms at hand, the sums are those of the gradients alone, as SAM's
+        summed = variant["SCALE"] if weight_norms is None else _ABSOLUTE
         partial_sums_kernel[(len(programs),)](
-            rows, programs, partials, eta, variant["SCALE"], types["WEIGHT"], types["GRAD"], BLOCK, **_OPTIONS
+            rows, programs, partials, eta, summed, types["WEIGHT"], types["GRAD"], BLOCK, **_OPTIONS
         )
         apply_kernel[(len(programs),)](
             rows,
@@ -277,6 +300,8 @@ def perturb(
             GLOBAL=scope == "global",
             CHUNK=CHUNK,
             BLOCK=BLOCK,
+            norms=weight_norms,
+            tensors=0 if weight_norms is None else len(weights),
             **(_OPTIONS | fusion),
         )
         return scales

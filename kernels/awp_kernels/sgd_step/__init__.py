@@ -244,8 +244,9 @@ def sgd_step_(
         list(out or ()),
         0.0 if isinstance(lr, Tensor) else float(lr),
         lr if isinstance(lr, Tensor) else None,
-        [float(decay) for decay in weight_decay] if isinstance(weight_decay, Sequence) else [float(weight_decay)]
-        * len(weights),
+        [float(decay) for decay in weight_decay]
+        if isinstance(weight_decay, Sequence)
+        else [float(weight_decay)] * len(weights),
         float(momentum),
         nesterov,
         grad_scale,

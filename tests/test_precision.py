@@ -146,7 +146,7 @@ def test_folding_leaves_logits_and_image_gradients_alone(name):
     model = build_model(name, 10, (0.5,), (0.25,)).double().train()
     copies = Copies(model, fold=True)
     blocks = sum(hasattr(module, "bn2") for module in model.modules())
-    assert sum(isinstance(getattr(module, "bn2", None), nn.Identity) for module in copies.attack.modules()) == blocks
+    assert sum(isinstance(getattr(module, "bn2", None), nn.ReLU) for module in copies.attack.modules()) == blocks
     for index in range(2):
         with torch.no_grad():
             model(images((8, 1, 8, 8), torch.float64, seed=index))

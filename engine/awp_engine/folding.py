@@ -1,6 +1,6 @@
 """Batch normalisation folded into the convolution before it, for attacks in eval mode.
 
-With running statistics bn2(conv1(x)) is one convolution with other weights and a bias. They are computed once a step and
+With running statistics bn2(conv1(x)) is one convolution with other weights and a bias. They are computed once a step, and
 serve all of the attack's passes, which then neither read nor keep the activation between the two.
 """
 
@@ -14,7 +14,7 @@ class FoldedView:
     """Folds the batch normalisation inside every block of a frozen view, in place.
 
     Args:
-        view: from `frozen_view`: its blocks' `conv1` get weights of their own and a bias, `bn2` becomes the identity.
+        view: from `frozen_view`: its blocks' `conv1` get weights of their own and a bias, `bn2` becomes its activation.
         model: the masters, of the same structure; read at every `refresh_`.
 
     Attributes:
@@ -32,7 +32,7 @@ class FoldedView:
         # after the walk, which goes through the layers as they were
         for block in view.modules():
             if isinstance(block, (PreActBlock, WideBlock)):
-                block.bn2 = nn.Identity()
+                block.bn2 = block.bn2.activation
         self.blocks = len(self._pairs)
         self.refresh_()
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from awp_engine.attack import Loss, batch_norm_mode, fast_attack, pgd, starting_point
+from awp_engine.attack import batch_norm_mode, fast_attack, pgd, starting_point
 from awp_engine.batch_norm import Statistics
 from awp_engine.config import AttackConfig, AwpConfig
 from awp_engine.objectives import Objective
@@ -110,7 +110,9 @@ class TrainingStep:
             seed=seed,
         )
 
-    def from_start(self, x: Tensor, y: Tensor, start: Tensor, *, perturb: bool = True, fast: bool = False) -> StepResult:
+    def from_start(
+        self, x: Tensor, y: Tensor, start: Tensor, *, perturb: bool = True, fast: bool = False
+    ) -> StepResult:
         """Train on one batch, the attack beginning at `start`: see `__call__`."""
         self.clear_gradients()
         awp = self.awp if perturb else None
@@ -281,7 +283,7 @@ class TrainingStep:
 
     @torch.no_grad()
     def _update(self, awp: AdversarialWeightPerturbation | None, ascent_norm: Tensor | None) -> Tensor:
-        """The optimizer's step at w, unless a gradient is not finite; returns whether it was left out, on the device."""
+        """The optimizer's step at w, left out if a gradient is not finite; returns, on the device, whether it was."""
         optimizer = self.optimizer
         norm = total_norm(optimizer.gradients())
         finite = torch.isfinite(norm)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from awp_kernels import bn_relu, conv3x3
+
 Activation = Literal["relu", "silu"]
 
 
@@ -19,6 +21,58 @@ def make_activation(name: str) -> nn.Module:
     if name == "silu":
         return nn.SiLU()
     raise ValueError(f"activation: unknown name {name!r}; expected one of {', '.join(get_args(Activation))}")
+
+
+class ActivatedBatchNorm(nn.BatchNorm2d):
+    """Batch normalisation and the activation after it; with ReLU on the CPU both in one operation.
+
+    Attributes:
+        activation: what follows the normalisation.
+    """
+
+    def __init__(self, channels: int, activation: Activation) -> None:
+        super().__init__(channels)
+        self.activation = make_activation(activation)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same."""
+        fused = input.device.type == "cpu" and isinstance(self.activation, nn.ReLU) and self.momentum is not None
+        if not fused or torch.compiler.is_compiling():
+            return self.activation(super().forward(input))
+        moves = self.training and self.track_running_stats
+        if moves and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        keeps = moves or not self.training
+        return bn_relu(
+            input,
+            self.weight,
+            self.bias,
+            self.running_mean if keeps else None,
+            self.running_var if keeps else None,
+            training=self.training,
+            momentum=self.momentum or 0.0,
+            eps=self.eps,
+        )
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution of stride 1, on the CPU by the fused operation."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, in_channels, H, W] -> [N, out_channels, H, W]."""
+        if input.device.type != "cpu" or self.bias is not None:
+            return super().forward(input)
+        return conv3x3(input, self.weight)
+
+
+def convolution(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d:
+    """A 3x3 convolution without bias that keeps the resolution, or divides it by `stride`."""
+    if stride == 1:
+        return Conv3x3(in_channels, out_channels)
+    return nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
 
 
 class NormalizedClassifier(nn.Module):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from awp_engine.models._common import Activation, Head, NormalizedClassifier, Stem, make_activation
+from awp_engine.models._common import ActivatedBatchNorm, Activation, Head, NormalizedClassifier, Stem, convolution
 
 
 class PreActBlock(nn.Module):
@@ -15,11 +15,10 @@ class PreActBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, activation: Activation) -> None:
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1, bias=False)
-        self.activation = make_activation(activation)
+        self.bn1 = ActivatedBatchNorm(in_channels, activation)
+        self.conv1 = convolution(in_channels, out_channels, stride)
+        self.bn2 = ActivatedBatchNorm(out_channels, activation)
+        self.conv2 = convolution(out_channels, out_channels, 1)
         self.shortcut: nn.Sequential | None = None
         if stride != 1 or in_channels != out_channels:
             # A container of one, as in the public layout: shortcut.0.weight.
@@ -29,8 +28,8 @@ class PreActBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, H / stride, W / stride], rounded up."""
-        activated = self.activation(self.bn1(x))
-        residual = self.conv2(self.activation(self.bn2(self.conv1(activated))))
+        activated = self.bn1(x)
+        residual = self.conv2(self.bn2(self.conv1(activated)))
         return residual + (x if self.shortcut is None else self.shortcut(activated))
 
 
@@ -74,8 +73,7 @@ class PreActResNet(NormalizedClassifier):
                 channels = out_channels
             self.add_module(f"layer{stage + 1}", layer)
         self.num_stages = len(num_blocks)
-        self.bn = nn.BatchNorm2d(channels)
-        self.activation = make_activation(activation)
+        self.bn = ActivatedBatchNorm(channels, activation)
         self.linear = Head(channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -83,4 +81,4 @@ class PreActResNet(NormalizedClassifier):
         x = self.conv1(self.normalize(images))
         for stage in range(self.num_stages):
             x = self.get_submodule(f"layer{stage + 1}")(x)
-        return self.linear(self.activation(self.bn(x)))
+        return self.linear(self.bn(x))

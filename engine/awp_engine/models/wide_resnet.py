@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from awp_engine.models._common import Activation, Head, NormalizedClassifier, Stem, make_activation
+from awp_engine.models._common import ActivatedBatchNorm, Activation, Head, NormalizedClassifier, Stem, convolution
 
 
 class WideBlock(nn.Module):
@@ -17,11 +17,10 @@ class WideBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, activation: Activation) -> None:
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1, bias=False)
-        self.activation = make_activation(activation)
+        self.bn1 = ActivatedBatchNorm(in_channels, activation)
+        self.conv1 = convolution(in_channels, out_channels, stride)
+        self.bn2 = ActivatedBatchNorm(out_channels, activation)
+        self.conv2 = convolution(out_channels, out_channels, 1)
         # camelCase because the name is part of the public state dict.
         self.convShortcut: nn.Conv2d | None = None
         if in_channels != out_channels:
@@ -29,8 +28,8 @@ class WideBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, H / stride, W / stride], rounded up."""
-        activated = self.activation(self.bn1(x))
-        residual = self.conv2(self.activation(self.bn2(self.conv1(activated))))
+        activated = self.bn1(x)
+        residual = self.conv2(self.bn2(self.conv1(activated)))
         return residual + (x if self.convShortcut is None else self.convShortcut(activated))
 
 
@@ -90,8 +89,7 @@ class WideResNet(NormalizedClassifier):
         self.block1 = WideStage(num_blocks, 16, widths[0], 1, activation)
         self.block2 = WideStage(num_blocks, widths[0], widths[1], 2, activation)
         self.block3 = WideStage(num_blocks, widths[1], widths[2], 2, activation)
-        self.bn1 = nn.BatchNorm2d(widths[2])
-        self.activation = make_activation(activation)
+        self.bn1 = ActivatedBatchNorm(widths[2], activation)
         self.fc = Head(widths[2], num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -102,4 +100,4 @@ class WideResNet(NormalizedClassifier):
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, num_classes] of images [N, C, H, W] in [0, 1]."""
         x = self.block3(self.block2(self.block1(self.conv1(self.normalize(images)))))
-        return self.fc(self.activation(self.bn1(x)))
+        return self.fc(self.bn1(x))

@@ -300,3 +300,20 @@ def test_rwp_in_fp16_adds_its_passes_up():
     assert len(calls) == 3 + 1
     for master, p in zip(model.parameters(), step.copies.descent.parameters(), strict=True):
         assert torch.equal(p, master.to(p.dtype))
+
+
+@pytest.mark.parametrize("precision", [Precision(), HALF], ids=["fp32", "fp16"])
+def test_norms_known_from_the_update_change_no_bit_of_the_next_step(precision):
+    results = []
+    for forget in (False, True):
+        model = small_model()
+        step = build_step(model, precision)
+        for index in range(3):
+            x, y, ids = batch(index)
+            step(x, y, sample_ids=ids, seed=index)
+            norms = torch.stack([p.detach().double().norm() for p in step.awp.parameters.values()])
+            torch.testing.assert_close(step.awp.weight_norms, norms, rtol=1e-12, atol=0)
+            if forget:
+                step.awp.weight_norms = None
+        results.append(model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(*(r.values() for r in results), strict=True))

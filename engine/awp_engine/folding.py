@@ -1,7 +1,7 @@
 """Batch normalisation folded into the convolution before it, for attacks in eval mode.
 
-With running statistics bn2(conv1(x)) is one convolution with other weights and a bias. They are computed once a step, and
-serve all of the attack's passes, which then neither read nor keep the activation between the two.
+With running statistics bn2(conv1(x)) is one convolution with other weights and a bias. They are computed once a step
+and serve all of the attack's passes, which then neither read nor keep the activation between the two.
 """
 
 import torch

@@ -298,6 +298,8 @@ class TrainingStep:
         self.copies.refresh_rest_()
         if awp is not None:
             awp.forget_()  # the update wrote the working copy anew
+        if self.awp is not None:
+            self.awp.take_weight_norms(optimizer.weight_norms)
         if self.loss_scale is not None:
             self.loss_scale.update_(skipped)
         return skipped

@@ -1,7 +1,7 @@
 """Adversarial weight perturbation for any trainer."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,6 +72,10 @@ class AdversarialWeightPerturbation:
         working: takes the perturbed weights in place of `model`; bfloat16 is refused, whose rounding would be 23% to
             46% of the perturbation at the paper's gamma.
 
+    Attributes:
+        parameters: what is perturbed, by name, in the model's order.
+        weight_norms: their norms, fp64, if they are known: `take_weight_norms`.
+
     Raises:
         ValueError: a number out of range, an unknown scope or scale, a model without a parameter to perturb, or a
             working copy that lacks one or stores it in bfloat16.
@@ -111,8 +115,29 @@ class AdversarialWeightPerturbation:
         self._targets = self.parameters if working is None else self._found_in(working)
         # empty where nothing is normalised element by element
         self._adaptive = {name: adaptive(name, p) for name, p in self.parameters.items()} if adaptive else {}
+        self.weight_norms: Tensor | None = None
         self._saved: dict[str, Tensor] = {}
         self._active: list[str] = []
+
+    @torch.no_grad()
+    def take_weight_norms(self, stepped: Sequence[tuple[Sequence[Tensor], Tensor]]) -> None:
+        """Be told the weights' norms, so that the next perturbation need not read the weights for them.
+
+        They hold until the weights change again; copied, always into the same memory.
+
+        Args:
+            stepped: `awp_kernels.SGD.weight_norms`; unless an entry begins with just the perturbed parameters, nothing
+                is known.
+        """
+        weights = list(self.parameters.values())
+        for parameters, norms in stepped:
+            # strict=False: biases and normalisation may follow
+            if len(parameters) >= len(weights) and all(a is b for a, b in zip(parameters, weights, strict=False)):
+                if self.weight_norms is None:
+                    self.weight_norms = torch.empty_like(norms[: len(weights)])
+                self.weight_norms.copy_(norms[: len(weights)])
+                return
+        self.weight_norms = None
 
     def _found_in(self, working: nn.Module) -> dict[str, nn.Parameter]:
         found = dict(working.named_parameters())
@@ -185,7 +210,9 @@ class AdversarialWeightPerturbation:
         return saved
 
     def _options(self, names: list[str], bound: float | None) -> dict[str, Any]:
+        known = self.scale == "relative" and self.scope != "filter" and len(names) == len(self.parameters)
         return {
+            "weight_norms": self.weight_norms if known and not self._active else None,
             "scope": self.scope,
             "scale": self.scale,
             "eta": self.eta,

@@ -176,9 +176,10 @@ class SGD(Optimizer):
             lr, momentum = group["lr"], float(group["momentum"])
             rate = ("tensor", id(lr)) if isinstance(lr, Tensor) else float(lr)
             for parameter in group["params"]:
-                grad, copied, average = self.gradient(parameter), self.working.get(parameter), self.averages.get(parameter)
+                grad = self.gradient(parameter)
                 if grad is None:
                     continue
+                copied, average = self.working.get(parameter), self.averages.get(parameter)
                 if grad.is_sparse:
                     raise ValueError("params: sparse gradients are not served, use torch.optim.SGD for them")
                 call = _Call(

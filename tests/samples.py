@@ -151,3 +151,57 @@ def stepped_fp64(
         distance = delta.norm()
         result.append((origin + delta * (epsilon / distance if distance > epsilon else 1.0)).clamp(0, 1))
     return torch.stack(result)
+
+
+# what sgd_step_ takes beside its lists: names of lists, and numbers
+SGD_VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "momentum": {"momentum": 0.9, "weight_decay": 5e-4},
+    "nesterov": {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
+    "clipped": {"momentum": 0.9, "grad_scale": 1024.0, "grad_norm": 800.0, "max_norm": 0.5},
+    "not clipped": {"grad_scale": 1000.0, "grad_norm": 800.0, "max_norm": 0.9, "weight_decay": 0.01},
+    "averaged": {"average_weight": 0.01, "weight_decay": 0.01},
+    "perturbed decay": {"momentum": 0.9, "weight_decay": 0.05, "decay_at_out": True},
+    "everything": {
+        "momentum": 0.9,
+        "nesterov": True,
+        "weight_decay": 0.05,
+        "decay_at_out": True,
+        "average_weight": 0.1,
+        "grad_scale": 3.0,
+        "grad_norm": 10.0,
+        "max_norm": 1.0,
+    },
+}
+
+
+def sgd_fp64(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor],
+    averages: list[Tensor],
+    out: list[Tensor],
+    *,
+    lr: float,
+    weight_decay: float | Sequence[float] = 0.0,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    grad_scale: float = 1.0,
+    grad_norm: float = 0.0,
+    max_norm: float | None = None,
+    average_weight: float = 0.0,
+    decay_at_out: bool = False,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """torch.optim.SGD's formulas in fp64: new weights, momentum buffers and averages."""
+    norm = grad_norm / grad_scale
+    clip = 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))
+    decays = [weight_decay] * len(weights) if isinstance(weight_decay, float) else weight_decay
+    stepped, new_buffers, new_averages = [], [], []
+    for w, g, b, a, o, decay in zip(weights, grads, buffers, averages, out, decays, strict=True):
+        d = g.double() / grad_scale * clip + decay * (o if decay_at_out else w).double()
+        new_buffers.append(momentum * b.double() + d)
+        if momentum:
+            d = d + momentum * new_buffers[-1] if nesterov else new_buffers[-1]
+        stepped.append(w.double() - lr * d)
+        new_averages.append(a.double() + average_weight * (stepped[-1] - a.double()))
+    return stepped, new_buffers, new_averages

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from samples import DTYPES, LAYOUTS, SCOPES, VARIANTS, images, randn, weights_and_grads
+from samples import DTYPES, LAYOUTS, SCOPES, SGD_VARIANTS, VARIANTS, images, randn, weights_and_grads
 from torch import Tensor
 
 from awp_kernels import (
@@ -23,6 +23,8 @@ from awp_kernels import (
     pgd_init_normal_,
     pgd_step_,
     restore_,
+    sgd_step_,
+    total_norm,
     use_backend,
 )
 
@@ -30,7 +32,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NORMS = {"linf": 8 / 255, "l2": 0.5}
 # an interpreted program takes some 10 ms, and a filter is a program
 SMALL = ["scalar", "one", "warp_edges", "primes", "empty_tensors"]
-LEAST_TESTS = 300
+LEAST_TESTS = 450
 
 
 @pytest.mark.timeout(900)
@@ -247,6 +249,125 @@ class TestInterpreted:
             assert_close(w, e)
         perturb_(weights, [g.clone() for g in grads], 0.01)
         assert built().misses == before.misses + 1
+
+    def stepped(self, weights, grads, out, options, *, backend="triton", lay=None):
+        """Lists after a step and their norms; what is only written starts as NaN."""
+        lay = lay or (lambda t: t.clone())
+        arguments = {"weights": [lay(w) for w in weights], "grads": [lay(g) for g in grads], "lr": 0.1} | options
+        copies = [lay(w.to(out)) for w in weights]
+        arguments["out"] = copies if options.get("decay_at_out") else [lay(c) for c in nans(copies)]
+        if options.get("momentum"):
+            arguments["momentum_buffers"] = [lay(w + 1) for w in weights]
+        if "average_weight" in options:
+            arguments["averages"] = [lay(w - 1) for w in weights]
+        for name in ("grad_scale", "grad_norm"):
+            if name in options:
+                arguments[name] = torch.as_tensor(options[name], dtype=torch.float32)
+        with use_backend(backend):
+            norms = sgd_step_(**arguments)
+        lists = ("weights", "momentum_buffers", "averages", "out")
+        return {name: arguments[name] for name in lists if name in arguments} | {"norms": [norms]}
+
+    def assert_stepped_alike(self, *arguments, lay=None):
+        result = self.stepped(*arguments, lay=lay)
+        for name, expected in self.stepped(*arguments, backend="reference").items():
+            for r, e in zip(result[name], expected, strict=True):
+                # the sums' orders differ; a step is a few roundings
+                tolerance = 1e-12 if name == "norms" else 2 * torch.finfo(r.dtype).eps
+                torch.testing.assert_close(r, e, rtol=tolerance, atol=2e-7 if name != "norms" else 0)
+
+    @pytest.mark.parametrize("variant", list(SGD_VARIANTS))
+    @pytest.mark.parametrize("shapes", SMALL)
+    @pytest.mark.parametrize("grad", DTYPES, ids=str)
+    def test_sgd_step(self, variant, shapes, grad):
+        weights, _ = weights_and_grads(shapes, torch.float32)
+        _, grads = weights_and_grads(shapes, grad)
+        self.assert_stepped_alike(weights, grads, torch.float16, SGD_VARIANTS[variant])
+
+    @pytest.mark.parametrize("out", DTYPES, ids=str)
+    @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+    def test_sgd_step_in_any_layout_and_of_several_chunks(self, layout, out):
+        weights = [randn((4, 3, 5, 2)), randn((16385,), seed=1), randn((8, 4, 3, 3), seed=2)]
+        grads = [randn(tuple(w.shape), seed=3) for w in weights]
+        self.assert_stepped_alike(weights, grads, out, SGD_VARIANTS["everything"], lay=layout.lay)
+
+    @pytest.mark.parametrize("number", [0, 1, 2])
+    def test_sgd_step_by_numbers_in_memory(self, number):
+        weights, grads = weights_and_grads("primes", torch.float32)
+        dtype = [torch.float32, torch.float64][number % 2]
+        options = SGD_VARIANTS["everything"] | {
+            "lr": torch.tensor(0.3, dtype=dtype),
+            "average_weight": torch.tensor([0.2], dtype=dtype),
+            "found_inf": [None, torch.tensor(False), torch.tensor(0.0)][number],
+            "weight_decay": [0.0, 0.1, 0.01],
+        }
+        self.assert_stepped_alike(weights, grads, torch.float16, options)
+
+    @pytest.mark.parametrize(
+        "flags",
+        [
+            {"found_inf": torch.tensor(True)},
+            {"found_inf": torch.tensor(2.0)},
+            {"grad_norm": torch.tensor(float("nan"))},
+            {"grad_norm": torch.tensor(float("inf")), "max_norm": 1.0},
+        ],
+        ids=["bool", "fp32", "nan", "inf"],
+    )
+    def test_sgd_step_that_is_left_out(self, flags):
+        weights, grads = weights_and_grads("primes", torch.float32)
+        options = {"momentum": 0.9, "average_weight": 0.1} | flags
+        result = self.stepped(weights, [g * float("nan") for g in grads], torch.float16, options)
+        expected = {
+            "weights": weights,
+            "momentum_buffers": [w + 1 for w in weights],
+            "averages": [w - 1 for w in weights],
+            "out": [w.half() for w in weights],
+        }
+        for name, tensors in expected.items():
+            assert all(same_bits(r, e) for r, e in zip(result[name], tensors, strict=True)), name
+        torch.testing.assert_close(result["norms"][0], torch.stack([w.double().norm() for w in weights]))
+
+    def test_sgd_step_of_many_tensors(self):
+        weights = [randn((1 + i % 3, 3), seed=i) for i in range(40)]
+        grads = [randn((1 + i % 3, 3), seed=1000 + i) for i in range(40)]
+        self.assert_stepped_alike(weights, grads, torch.float16, SGD_VARIANTS["momentum"])
+
+    @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 1023, 2049])
+    @pytest.mark.parametrize("offset", [0, 1])
+    def test_sgd_step_writes_nothing_outside(self, size, offset):
+        memory = torch.full((4, size + 64), float("nan"))
+        weight, buffer, average, out = (row[32 + offset : 32 + offset + size].fill_(1) for row in memory)
+        grads = [torch.ones(size)]
+        options = {"lr": 0.1, "momentum": 0.5, "averages": [average], "average_weight": 0.5, "out": [out]}
+        sgd_step_([weight], grads, [buffer], **options)
+        assert torch.equal(weight, out)
+        assert memory[:, : 32 + offset].isnan().all()
+        assert memory[:, 32 + offset + size :].isnan().all()
+        assert not memory[:, 32 + offset : 32 + offset + size].isnan().any()
+
+    @pytest.mark.parametrize("shapes", [*SMALL, "chunk_edges"])
+    def test_total_norm(self, shapes):
+        weights = [w.to(DTYPES[i % 2]) for i, w in enumerate(weights_and_grads(shapes, torch.float32)[0] * 3)]
+        expected = torch.stack([w.double().norm() for w in weights]).norm()
+        torch.testing.assert_close(total_norm(weights), expected, rtol=1e-12, atol=0)
+        weights[-1].fill_(float("nan"))
+        assert total_norm(weights).isfinite() == (not weights[-1].numel())
+
+    @pytest.mark.parametrize("shapes", ["primes", "empty_tensors", "chunk_edges"])
+    @pytest.mark.parametrize("scope", ["layer", "global"])
+    @pytest.mark.parametrize("bound", [None, 0.01], ids=["free", "bounded"])
+    def test_perturb_by_known_norms(self, shapes, scope, bound):
+        weights, grads = weights_and_grads(shapes, torch.float32)
+        expected, moved = [w.clone() for w in weights], [w.clone() for w in weights]
+        norms = torch.stack([w.double().norm() for w in weights])
+        options = {"scope": scope, "bound": bound, "weight_norms": norms}
+        assert_close(
+            perturb_(moved, grads, 0.01, **options), self.reference(perturb_, expected, grads, 0.01, **options)
+        )
+        for m, e in zip(moved, expected, strict=True):
+            assert_close(m, e)
+        # the given norms count
+        assert not perturb_(moved, grads, 0.01, scope=scope, weight_norms=norms * 0).any()
 
     @pytest.mark.parametrize("word", [torch.int16, torch.int32], ids=str)
     def test_restore_keeps_every_pattern(self, word):

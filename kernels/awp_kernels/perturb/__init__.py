@@ -100,6 +100,8 @@ def _(
     weight_norms: Tensor | None = None,
 ) -> Tensor:
     _checks.alike("weights", weights, {"grads": grads} | ({"saved": saved} if saved else {}))
+    if weight_norms is not None:
+        _checks.weight_norms(weight_norms, weights, scope, scale)
     return _scales_like(weights, scope)
 
 
@@ -118,6 +120,8 @@ def _(
     weight_norms: Tensor | None = None,
 ) -> Tensor:
     _checks.alike("out", out, {"weights": weights, "grads": grads})
+    if weight_norms is not None:
+        _checks.weight_norms(weight_norms, weights, scope, scale)
     return _scales_like(weights, scope)
 
 

@@ -58,6 +58,30 @@ def _lists(
     return {name: tensors for name, tensors in lists.items() if tensors or name == "weights"}
 
 
+def _numbers(
+    weights: list[Tensor],
+    lr: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    grad_norm: Tensor | None,
+    average_weight: Tensor | None,
+) -> dict[str, list[Tensor]]:
+    """The numbers that lie on the device, checked."""
+    scalars = {
+        "lr": (lr, _FP32_FP64),
+        "grad_scale": (grad_scale, _FP32),
+        "found_inf": (found_inf, _FLAG),
+        "grad_norm": (grad_norm, _FP32_FP64),
+        "average_weight": (average_weight, _FP32_FP64),
+    }
+    result: dict[str, list[Tensor]] = {}
+    for name, (tensor, dtypes) in scalars.items():
+        if tensor is not None:
+            _checks.scalar(name, tensor, dtypes, "weights[0]", weights[0])
+            result[name] = [tensor]
+    return result
+
+
 @torch.library.custom_op("awp::sgd_step_", mutates_args=("weights", "momentum_buffers", "averages", "out"))
 def _sgd_step_(
     weights: list[Tensor],
@@ -91,18 +115,7 @@ def _sgd_step_(
         average_weight,
         decay_at_out,
     )
-    scalars = {
-        "lr": (lr_tensor, _FP32_FP64),
-        "grad_scale": (grad_scale, _FP32),
-        "found_inf": (found_inf, _FLAG),
-        "grad_norm": (grad_norm, _FP32_FP64),
-        "average_weight": (average_weight_tensor, _FP32_FP64),
-    }
-    numbers: dict[str, list[Tensor]] = {}
-    for name, (tensor, dtypes) in scalars.items():
-        if tensor is not None:
-            _checks.scalar(name, tensor, dtypes, "weights[0]", weights[0])
-            numbers[name] = [tensor]
+    numbers = _numbers(weights, lr_tensor, grad_scale, found_inf, grad_norm, average_weight_tensor)
     grads = list(grads)
     written = _lists(weights, momentum_buffers, averages, out)
     _checks.tensor_lists(written, {"grads": grads}, numbers=numbers)
@@ -151,6 +164,8 @@ def _(
     average_weight_tensor: Tensor | None,
     decay_at_out: bool,
 ) -> Tensor:
+    # where one tensor is "meta" or fake and another is not, nothing else looks at them
+    _numbers(weights, lr_tensor, grad_scale, found_inf, grad_norm, average_weight_tensor)
     _checks.alike("weights", weights, _lists(weights, momentum_buffers, averages, out) | {"grads": grads})
     return weights[0].new_empty(len(weights), dtype=torch.float64)
 

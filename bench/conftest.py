@@ -20,4 +20,4 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """What the numbers depend on."""
-    machine_info["awp"] = describe_machine(config.getoption("device"))
+    machine_info["awp"] = describe_machine(config.option.device)

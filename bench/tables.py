@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from weight_lists import is_size
+
 # the parts of a step in their order; whatever else an arm names comes after them
 PARTS = ("data", "attack", "ascent", "descent", "update", "log", "other")
 # key of a row: heading, format; a column that no row of an operation fills is left out
@@ -121,19 +123,31 @@ def memory_text(result: Result) -> str:
 
 
 def suite_tables(result: Result) -> str:
-    """A table for each operation and input."""
-    rows = result["rows"]
+    """A table for each operation over the sizes, and one for each operation on other inputs."""
     tables = [machine_line(result)]
-    for operation, inputs in dict.fromkeys((row["operation"], row["inputs"]) for row in rows):
-        chosen = [row for row in rows if (row["operation"], row["inputs"]) == (operation, inputs)]
-        columns = {key: column for key, column in _COLUMNS.items() if any(key in row for row in chosen)}
-        cells = [
-            [
-                row["implementation"],
-                *(form.format(row[key]) if key in row else "-" for key, (_, form) in columns.items()),
-            ]
-            for row in chosen
-        ]
-        heading = ["implementation", *(heading for heading, _ in columns.values())]
-        tables += [f"{operation}, {inputs}", markdown(heading, cells)]
+    for operation in dict.fromkeys(row["operation"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["operation"] == operation]
+        sized = [row for row in rows if is_size(row["inputs"])]
+        if sized:
+            tables += [f"{operation}, by number of elements: median ms (share of a copy)", _sizes_table(sized)]
+        for inputs in dict.fromkeys(row["inputs"] for row in rows if not is_size(row["inputs"])):
+            tables += [f"{operation}, {inputs}", _table([row for row in rows if row["inputs"] == inputs])]
     return "\n\n".join(tables)
+
+
+def _table(rows: list[Result]) -> str:
+    columns = {key: column for key, column in _COLUMNS.items() if any(key in row for row in rows)}
+    cells = [
+        [row["implementation"], *(form.format(row[key]) if key in row else "-" for key, (_, form) in columns.items())]
+        for row in rows
+    ]
+    return markdown(["implementation", *(heading for heading, _ in columns.values())], cells)
+
+
+def _sizes_table(rows: list[Result]) -> str:
+    sizes = sorted({row["inputs"] for row in rows}, key=float)
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        text = f"{row['median_ms']:.3g} ({row['share_of_copy']:.0%})"
+        cells.setdefault(row["implementation"], {})[row["inputs"]] = text
+    return markdown(["implementation", *sizes], [[n, *(c.get(s, "-") for s in sizes)] for n, c in cells.items()])

@@ -21,7 +21,7 @@ ALTERNATIVES = {
     "total_norm": ["foreach", "loop", "apex"],
 }
 # with everything that its checks and its alternatives need at once
-_BYTES_AN_ELEMENT = 96
+_BYTES_AN_ELEMENT = 56
 
 multi = alternatives.multi
 

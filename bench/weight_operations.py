@@ -26,7 +26,7 @@ ALTERNATIVES = {
 # relative to the perturbation; the public way's direction is a difference of rounded weights
 _ROUNDED = {"": 1e-4, "public": 3e-2}
 # with everything that its checks and its alternatives need at once
-_BYTES_AN_ELEMENT = 64
+_BYTES_AN_ELEMENT = 56
 _MOVES = ("foreach", "foreach_sync", "loop", "loop_alpha")
 
 Move = Callable[[list[Tensor], list[Tensor], float, float], None]

@@ -1,11 +1,12 @@
 """What a user could call instead: the same mathematics without this package."""
 
-from collections import OrderedDict
+from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Tensors = list[Tensor]
 
@@ -66,43 +67,36 @@ class Apex:
         # out = 1 * weight + 1 * move; -1: look for overflow in neither
         self.operations.multi_tensor_axpby(self.chunk, self.overflow, [weights, moves, weights], 1.0, 1.0, -1)
 
+    def norm(self, tensors: Tensors) -> Tensor:
+        """One norm over all."""
+        return self.operations.multi_tensor_l2norm(self.chunk, self.overflow, [tensors], False)[0]
+
+    def sgd(
+        self, weights: Tensors, grads: Tensors, buffers: Tensors, lr: float, *, momentum: float, weight_decay: float
+    ) -> None:
+        """A step with momentum, without dampening."""
+        lists = [grads, weights, buffers]
+        # not nesterov, not the first step, decay before momentum, gradients times 1
+        options = (weight_decay, momentum, 0.0, lr, False, False, False, 1.0)
+        self.operations.multi_tensor_sgd(self.chunk, self.overflow, lists, *options)
+
+    @staticmethod
+    def optimizer(parameters: Sequence[Tensor], **options: float) -> torch.optim.Optimizer:
+        """Apex's FusedSGD."""
+        return import_module("apex.optimizers").FusedSGD(parameters, **options)
+
     def copy(self, destinations: Tensors, sources: Tensors) -> None:
         """Copy lists."""
         self.operations.multi_tensor_scale(self.chunk, self.overflow, [sources, destinations], 1.0)
 
 
-class PublicWay:
-    """The 2020 public code's way, written from its description: an SGD step of a second model gives the direction.
-
-    Its forward and backward pass are left out: the proxy's gradients are given, negated, as ascent needs them.
-    """
-
-    def __init__(self, model: nn.Module, proxy: nn.Module, grads: dict[str, Tensor], lr: float = 0.01) -> None:
-        self.model, self.proxy = model, proxy
-        self.optimizer = torch.optim.SGD(proxy.parameters(), lr=lr)
-        for name, parameter in proxy.named_parameters():
-            parameter.grad = -grads[name]
-        self.differences: OrderedDict[str, Tensor] = OrderedDict()
-
-    def perturb(self, gamma: float, eps: float) -> None:
-        """Copy the state, step the proxy, keep a dictionary of normalised differences, add it."""
-        self.proxy.load_state_dict(self.model.state_dict())
-        self.proxy.train()
-        self.optimizer.step()
-        self.differences = OrderedDict()
-        moved = self.proxy.state_dict()
-        for name, old in self.model.state_dict().items():
-            if old.dim() > 1 and "weight" in name:
-                step = moved[name] - old
-                self.differences[name] = old.norm() / (step.norm() + eps) * step
-        self.add(gamma)
-
-    @torch.no_grad()
-    def add(self, factor: float) -> None:
-        """Add factor * difference; -gamma is the public code's restore."""
-        for name, parameter in self.model.named_parameters():
-            if name in self.differences:
-                parameter.add_(factor * self.differences[name])
+def apex(device: str) -> tuple[Apex | None, dict[str, str]]:
+    """NVIDIA's apex, or why it is left out."""
+    if device != "cuda":
+        return None, {"apex": "apex serves CUDA tensors"}
+    if find_spec("amp_C") is None:
+        return None, {"apex": "amp_C (NVIDIA apex) is not installed"}
+    return Apex(torch.device(device)), {}
 
 
 def step_linf(x_adv: Tensor, grad: Tensor, x: Tensor, step_size: float, epsilon: float) -> None:

@@ -21,7 +21,6 @@ _EPSILON = {"linf": 8 / 255, "l2": 128 / 255}
 _STEP_SIZE = {"linf": 2 / 255, "l2": 15 / 255}
 
 
-@functools.lru_cache(maxsize=1)
 @torch.no_grad()
 def image_workload(operation: str, device: str) -> Workload:
     """The workload of one operation on fp32 images."""

@@ -9,14 +9,11 @@ from statistics import mean, median
 from typing import Any
 
 import torch
+from arms.engine import engine_step
 
 from awp_engine.config import from_json
 from awp_engine.models import build_model
-from awp_engine.objectives import build_objective
-from awp_engine.optimizer import build_optimizer
-from awp_engine.perturbation import TrainingStep
 from awp_engine.report import print_table, source_commit, versions
-from awp_kernels import AdversarialWeightPerturbation
 
 ROWS = {"at": "AT", "at-awp": "AT-AWP", "trades": "TRADES", "trades-awp": "TRADES-AWP"}
 SEEDS = (0, 1)
@@ -71,14 +68,7 @@ def step_seconds(results: dict[str, list[dict[str, Any]]], rounds: int = 21) -> 
         torch.manual_seed(0)
         model = build_model(config.model.name, 10, (0.5,) * 3, (0.25,) * 3, width=config.model.width)
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        steps[name] = TrainingStep(
-            model=model.train(),
-            optimizer=build_optimizer(model, config.optimizer),
-            objective=build_objective(config.method, beta=config.beta),
-            attack=config.attack,
-            awp=AdversarialWeightPerturbation(model, config.awp.gamma) if config.awp.gamma else None,
-            options=config.awp,
-        )
+        steps[name] = engine_step(config, model.train())
     x = torch.rand(32, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     y, ids = torch.randint(0, 10, (32,)), torch.arange(32)
     times: dict[str, list[float]] = {name: [] for name in steps}

@@ -1,13 +1,15 @@
 """Times every implementation of every operation beside what a user could call instead.
 
     OMP_NUM_THREADS=2 pytest bench --benchmark-enable -o addopts= --benchmark-json=bench.json
-    python bench/summary.py bench.json --plot bench.png
+    python bench/report.py bench.json --out plots
 
-On a GPU machine the GPU is timed (`--device cpu` times the CPU there). Implementations take turns, `--passes` times,
-so that a noisy neighbour disturbs all of them; `summary.py` forms ratios inside a pass. Before each call the inputs are
-put back and a large copy empties the caches, as a forward and backward pass would; the copy's bandwidth is the
-yardstick. What pytest-benchmark reports is the time on the host's clock until the result is there. On GPUs `device_ms`
-is the time on the device alone, between two events, with all launches queued beforehand.
+The operations on weights run over the tensors of models, and over lists of 1e3 to 1e9 elements (`--sizes 1e5,1e7`), as
+far as memory goes. On a GPU machine the GPU is timed (`--device cpu` times the CPU
+there). Implementations take turns, `--passes` times, so that a noisy neighbour disturbs all of them; `report.py` forms
+ratios inside a pass. Before each call the inputs are put back and a large copy empties the caches, as a forward and
+backward pass would; the copy's bandwidth is the yardstick. What pytest-benchmark reports is the time on the host's
+clock until the result is there. On GPUs `device_ms` is the time on the device alone, between two events, with all
+launches queued beforehand.
 
 On the CPU temporaries cost most where their memory must first be had from the system, which depends on what ran before:
 `page_faults` counts it, and `--trim-heap` puts every call where a new process stands.
@@ -17,23 +19,23 @@ import ctypes
 import os
 import resource
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import image_operations
 import pytest
 import torch
+import update_operations
 import weight_operations
+from clocks import HEAD_START_CYCLES, seconds
+from weight_lists import Latest, TooLargeError, sizes
 from workload import Workload, own_implementations
 
 from awp_kernels import use_backend
 
 # twice the last cache of the devices at hand: 32 MiB (EPYC), 60 MiB (H200)
 COPY_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
-# about 5 ms, while the host queues what is timed
-HEAD_START_CYCLES = 10_000_000
+_WORKLOADS = Latest()
 
 
 @dataclass(frozen=True)
@@ -50,18 +52,28 @@ class Case:
         return "-".join((self.operation, self.inputs, self.implementation, str(self.attempt))).replace(" ", "_")
 
     def workload(self) -> Workload:
-        """The inputs, shared by neighbouring cases."""
+        """The inputs, shared by neighbouring cases.
+
+        Raises:
+            TooLargeError: they do not fit in memory.
+        """
         if self.operation in weight_operations.ALTERNATIVES:
-            return weight_operations.weight_workload(self.operation, self.inputs, self.device)
-        return image_operations.image_workload(self.operation, self.device)
+            return _WORKLOADS.get(weight_operations.weight_workload, self.operation, self.inputs, self.device)
+        if self.operation in update_operations.ALTERNATIVES:
+            return _WORKLOADS.get(update_operations.update_workload, self.operation, self.inputs, self.device)
+        return _WORKLOADS.get(image_operations.image_workload, self.operation, self.device)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Operations one after the other; inside, passes; inside, implementations."""
+    """Inputs one after the other; inside, operations; inside, passes; inside, implementations."""
     option = metafunc.config.option
     device: str = option.device
-    models = ["preact-resnet-18", *(["wrn-34-10"] if device == "cuda" else [])]
-    groups = [(o, m, names) for m in models for o, names in weight_operations.ALTERNATIVES.items()]
+    try:
+        lists = ["preact-resnet-18", *(["wrn-34-10"] if device == "cuda" else []), *sizes(option.sizes, device)]
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+    over_weights = weight_operations.ALTERNATIVES | update_operations.ALTERNATIVES
+    groups = [(o, inputs, names) for inputs in lists for o, names in over_weights.items()]
     groups += [(o, "128x3x32x32", names) for o, names in image_operations.ALTERNATIVES.items()]
     cases = [
         Case(device, operation, inputs, implementation, attempt)
@@ -92,21 +104,6 @@ class CacheFlush:
         self.target.copy_(self.source)
 
 
-def seconds(call: Callable[[], object], device: str, head_start: int = HEAD_START_CYCLES) -> float:
-    """Time of one call: on the device alone for CUDA, else on the clock."""
-    if device == "cpu":
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(head_start)
-    begin.record()
-    call()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) * 1e-3
-
-
 def page_faults() -> int:
     """Pages that this process was given so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -121,7 +118,10 @@ def flush(request: pytest.FixtureRequest) -> CacheFlush:
 @pytest.mark.filterwarnings("default")
 @torch.no_grad()
 def test_speed(benchmark: Any, case: Case, flush: CacheFlush, request: pytest.FixtureRequest) -> None:
-    workload = case.workload()
+    try:
+        workload = case.workload()
+    except TooLargeError as error:
+        pytest.skip(str(error))
     if case.implementation in workload.missing:
         pytest.skip(workload.missing[case.implementation])
     call = workload.calls[case.implementation]

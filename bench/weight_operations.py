@@ -3,14 +3,15 @@
 import copy
 import functools
 from collections.abc import Callable
-from importlib.util import find_spec
 
 import alternatives
 import torch
+from arms.public import ProxyPerturbation
+from pending import MISSING_NORMS
 from torch import Tensor
+from weight_lists import TENSORS, require_memory, weights_of
 from workload import Workload, distance
 
-from awp_engine.models import build_model
 from awp_kernels import _backend, perturb_, perturb_into_, restore_, use_backend
 from awp_kernels.awp import is_perturbed
 
@@ -19,10 +20,13 @@ ALTERNATIVES = {
     "perturb_": ["foreach", "foreach_sync", "loop", "loop_alpha", "public", "apex", "compile"],
     "perturb_ saved": ["foreach", "foreach_sync", "loop", "loop_alpha", "public", "apex"],
     "perturb_into_": ["foreach", "foreach_sync", "loop", "loop_alpha"],
+    "perturb_into_ norms": ["foreach", "foreach_sync", "loop", "loop_alpha"],
     "restore_": ["foreach", "loop", "public", "apex"],
 }
 # relative to the perturbation; the public way's direction is a difference of rounded weights
 _ROUNDED = {"": 1e-4, "public": 3e-2}
+# with everything that its checks and its alternatives need at once
+_BYTES_AN_ELEMENT = 56
 _MOVES = ("foreach", "foreach_sync", "loop", "loop_alpha")
 
 Move = Callable[[list[Tensor], list[Tensor], float, float], None]
@@ -30,12 +34,11 @@ Calls = dict[str, Callable[[], object]]
 
 
 class Tensors:
-    """A model's tensors, their gradients, and the result that all implementations must reach."""
+    """The weights that AWP moves, their gradients, and the result that all implementations must reach."""
 
     @torch.no_grad()
-    def __init__(self, model_name: str, device: str) -> None:
-        torch.manual_seed(0)
-        model = build_model(model_name, 10, (0.5,) * 3, (0.25,) * 3).to(device)
+    def __init__(self, inputs: str, device: str) -> None:
+        model = weights_of(inputs, device)
         all_grads = {name: torch.randn_like(p) * 1e-2 for name, p in model.named_parameters()}
         chosen = {name: p.detach() for name, p in model.named_parameters() if is_perturbed(name, p)}
         self.weights, self.grads = list(chosen.values()), [all_grads[name] for name in chosen]
@@ -43,24 +46,23 @@ class Tensors:
         self.saved = [torch.empty_like(weight) for weight in self.weights]
         self.half = [torch.empty_like(weight, dtype=torch.float16) for weight in self.weights]
         self.elements = sum(weight.numel() for weight in self.weights)
+        self.norms = torch.stack([weight.double().norm() for weight in self.weights])
+        # the definition, tensor by tensor: a list's fp64 gradients would not fit
         self.exact = [weight.double() for weight in self.weights]
         with use_backend("reference"):
-            perturb_(self.exact, [grad.double() for grad in self.grads], GAMMA, eps=EPS)
+            for exact, grad in zip(self.exact, self.grads, strict=True):
+                perturb_([exact], [grad.double()], GAMMA, eps=EPS)
         self.moved = [value.float() for value in self.exact]
         self.length = distance(self.original, self.exact)
-        self.public = alternatives.PublicWay(model, copy.deepcopy(model), all_grads)
-        self.apex, self.missing = self._apex(device)
+        proxy = copy.deepcopy(model)
+        # as ascent has them: the proxy descends
+        for name, parameter in proxy.named_parameters():
+            parameter.grad = all_grads[name].neg()
+        self.public = ProxyPerturbation(model, proxy)
+        self.apex, self.missing = alternatives.apex(device)
         self.moves: dict[str, Move] = {name: getattr(alternatives, name) for name in _MOVES}
         if self.apex is not None:
             self.moves["apex"] = self.apex.perturb
-
-    @staticmethod
-    def _apex(device: str) -> tuple[alternatives.Apex | None, dict[str, str]]:
-        if device != "cuda":
-            return None, {"apex": "apex serves CUDA tensors"}
-        if find_spec("amp_C") is None:
-            return None, {"apex": "amp_C (NVIDIA apex) is not installed"}
-        return alternatives.Apex(torch.device(device)), {}
 
     def reset(self) -> None:
         """Weights as they were, NaN in what is written."""
@@ -71,12 +73,6 @@ class Tensors:
     def error(self, results: list[Tensor]) -> float:
         """Relative to the length of the perturbation."""
         return distance(results, self.exact) / self.length
-
-
-@functools.lru_cache(maxsize=1)
-def tensors(model_name: str, device: str) -> Tensors:
-    """Built once a model: the benchmarks of one model follow each other."""
-    return Tensors(model_name, device)
 
 
 def perturb_workload(t: Tensors) -> Workload:
@@ -118,28 +114,41 @@ def perturb_saved_workload(t: Tensors) -> Workload:
     return Workload(16 * t.elements, reset, calls, wrong, _ROUNDED, t.missing)
 
 
-def perturb_into_workload(t: Tensors) -> Workload:
-    """`perturb_into_` from fp32 to fp16, as a working copy beside a master: reads w and g, writes half as wide."""
+def perturb_into_workload(t: Tensors, *, with_norms: bool = False) -> Workload:
+    """`perturb_into_` from fp32 to fp16, as a working copy beside a master: reads w and g, writes half as wide.
+
+    With `with_norms` the weights' norms are at hand, as the optimizer's step leaves them.
+    """
+
+    def scales() -> Tensor:
+        if not with_norms:
+            return alternatives.device_scales(t.weights, t.grads, GAMMA, EPS)
+        return GAMMA * t.norms.float() / (torch.stack(alternatives.multi._foreach_norm(t.grads)) + EPS)
 
     def by_lists(name: str) -> None:
-        scales = alternatives.device_scales(t.weights, t.grads, GAMMA, EPS)
+        found = scales()
         moved = alternatives.multi._foreach_mul(
-            t.grads, scales.tolist() if name == "foreach_sync" else list(scales.unbind())
+            t.grads, found.tolist() if name == "foreach_sync" else list(found.unbind())
         )
         alternatives.multi._foreach_add_(moved, t.weights)
         alternatives.multi._foreach_copy_(t.half, moved)
 
     def by_tensor(name: str) -> None:
-        for target, weight, grad in zip(t.half, t.weights, t.grads, strict=True):
-            scale = GAMMA * weight.norm() / (grad.norm() + EPS)
+        for index, (target, weight, grad) in enumerate(zip(t.half, t.weights, t.grads, strict=True)):
+            scale = GAMMA * (t.norms[index].float() if with_norms else weight.norm()) / (grad.norm() + EPS)
             target.copy_(weight.add(grad, alpha=scale.item()) if name == "loop_alpha" else weight + scale * grad)
 
-    rounded = [value.half() for value in t.exact]
+    def wrong() -> float:
+        # tensor by tensor, as the fp64 numbers of a long list are many
+        pairs = zip(t.half, t.exact, strict=True)
+        return float(torch.tensor([distance([half], [exact.half()]) for half, exact in pairs]).norm()) / t.length
+
     calls: Calls = {n: functools.partial(by_tensor if n.startswith("loop") else by_lists, n) for n in _MOVES}
-    own = functools.partial(perturb_into_, t.half, t.weights, t.grads, GAMMA, eps=EPS)
+    given = {"weight_norms": t.norms} if with_norms else {}
+    own = functools.partial(perturb_into_, t.half, t.weights, t.grads, GAMMA, eps=EPS, **given)
     calls |= dict.fromkeys(_backend.BACKENDS, own)
     # one fp16 number in some thousands rounds the other way
-    return Workload(10 * t.elements, t.reset, calls, lambda: distance(t.half, rounded) / t.length, {"": 1e-2})
+    return Workload(10 * t.elements, t.reset, calls, wrong, {"": 1e-2}, MISSING_NORMS if with_norms else {})
 
 
 def restore_workload(t: Tensors) -> Workload:
@@ -169,16 +178,21 @@ def restore_workload(t: Tensors) -> Workload:
     )
 
 
-_MAKERS = {
+_MAKERS: dict[str, Callable[[Tensors], Workload]] = {
     "perturb_": perturb_workload,
     "perturb_ saved": perturb_saved_workload,
     "perturb_into_": perturb_into_workload,
+    "perturb_into_ norms": functools.partial(perturb_into_workload, with_norms=True),
     "restore_": restore_workload,
 }
 
 
-@functools.lru_cache(maxsize=1)
 @torch.no_grad()
-def weight_workload(operation: str, model_name: str, device: str) -> Workload:
-    """The workload of one operation over one model's tensors."""
-    return _MAKERS[operation](tensors(model_name, device))
+def weight_workload(operation: str, inputs: str, device: str) -> Workload:
+    """The workload of one operation over a model's tensors, or a synthetic list.
+
+    Raises:
+        TooLargeError: the list does not fit in memory.
+    """
+    require_memory(inputs, device, _BYTES_AN_ELEMENT)
+    return _MAKERS[operation](TENSORS.get(Tensors, inputs, device))

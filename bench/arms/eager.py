@@ -1,0 +1,127 @@
+"""What a good engineer gets in an afternoon, without compiling anything and without this package.
+
+Mixed precision by autocast, channels_last, the cudnn benchmark, gradients of the images alone in the attack, no proxy
+model, multi-tensor operations for the weights, the fused SGD. No forward pass serves a log alone.
+
+On GPUs fp16 with a loss scale rather than bf16: the matrix units are as fast, and a bf16 cast of w + gamma v keeps too
+few digits to tell it from w (the perturbation is off by 46% at gamma 0.005, in fp16 by 6%). On the CPU bf16, which is
+what its matrix instructions take.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from awp_engine.data import Batch
+from awp_engine.device import fast_memory_format
+from awp_engine.regions import region
+
+from .common import Arm, Settings, is_moved
+
+# torch's _foreach functions, which are not exported to type checkers
+_multi: Any = torch
+
+
+def _at_least_fp32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+class _EagerArm:
+    def __init__(self, settings: Settings, model: nn.Module, *, autocast: bool = True) -> None:
+        self.settings = settings
+        device = torch.device(settings.device)
+        cuda = device.type == "cuda"
+        if cuda:
+            torch.backends.cudnn.benchmark = True
+        # torch 2.13 crashes on the CPU with some narrow networks in channels_last
+        self.memory_format = fast_memory_format(model, device)
+        # torch's stub does not know the keyword
+        self.model = model.to(device=device, memory_format=self.memory_format)  # pyright: ignore[reportCallIssue]
+        self.autocast = torch.autocast(device.type, torch.float16 if cuda else torch.bfloat16, enabled=autocast)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=autocast and cuda)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        named = self.model.named_parameters() if settings.perturbs_weights else ()
+        self.moved = [parameter for name, parameter in named if is_moved(name, parameter)]
+        self.saved = [torch.empty_like(parameter) for parameter in self.moved]
+
+    def start(self, x: Tensor) -> Tensor:
+        """Where the attack begins."""
+        if self.settings.trades:
+            return x + 0.001 * torch.randn_like(x)
+        epsilon = self.settings.ball[0]
+        return (x + torch.empty_like(x).uniform_(-epsilon, epsilon)).clamp_(0, 1)
+
+    def step(self, batch: Batch, index: int) -> None:
+        x, y = batch.images, batch.labels
+        with region("attack"):
+            x_adv = self._attack(x, y)
+        if self.moved:
+            with region("ascent"):
+                self._backward(x_adv, x, y)
+                self._perturb()
+        with region("descent"):
+            self._backward(x_adv, x, y)
+        with region("update"):
+            if self.moved:
+                with torch.no_grad():
+                    _multi._foreach_copy_(self.moved, self.saved)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+
+    def _attack(self, x: Tensor, y: Tensor) -> Tensor:
+        epsilon, step_size = self.settings.ball
+        self.model.requires_grad_(False)
+        self.model.train(not self.settings.trades)
+        with torch.no_grad(), self.autocast:
+            clean = F.log_softmax(_at_least_fp32(self.model(x)), dim=1) if self.settings.trades else None
+        x_adv = self.start(x)
+        for _ in range(self.settings.steps):
+            x_adv.requires_grad_()
+            with self.autocast:
+                logits = _at_least_fp32(self.model(x_adv))
+            # a sum: in fp16 the gradients of a mean would vanish
+            if clean is None:
+                loss = F.cross_entropy(logits, y, reduction="sum")
+            else:
+                loss = F.kl_div(F.log_softmax(logits, dim=1), clean, reduction="sum", log_target=True)
+            (gradient,) = torch.autograd.grad(loss, x_adv)
+            x_adv = x_adv.detach().add_(gradient.sign(), alpha=step_size)
+            x_adv = torch.min(torch.max(x_adv, x - epsilon), x + epsilon).clamp_(0, 1)
+        self.model.requires_grad_(True).train()
+        return x_adv
+
+    def _backward(self, x_adv: Tensor, x: Tensor, y: Tensor) -> None:
+        self.optimizer.zero_grad()
+        with self.autocast:
+            logits = _at_least_fp32(self.model(x_adv))
+            clean = _at_least_fp32(self.model(x)) if self.settings.trades else None
+        if clean is None:
+            loss = F.cross_entropy(logits, y)
+        else:
+            target = F.log_softmax(clean, dim=1)
+            robust = F.kl_div(F.log_softmax(logits, dim=1), target, reduction="batchmean", log_target=True)
+            loss = F.cross_entropy(clean, y) + self.settings.beta * robust
+        self.scaler.scale(loss).backward()
+
+    @torch.no_grad()
+    def _perturb(self) -> None:
+        """Saves the weights and moves them; the loss scale cancels in the direction."""
+        grads = [parameter.grad for parameter in self.moved]
+        _multi._foreach_copy_(self.saved, self.moved)
+        norms, grad_norms = _multi._foreach_norm(self.moved), _multi._foreach_norm(grads)
+        scales = self.settings.gamma * torch.stack(norms) / (torch.stack(grad_norms) + 1e-20)
+        _multi._foreach_mul_(grads, list(scales.unbind()))
+        _multi._foreach_add_(self.moved, grads)
+
+
+def eager_arm(settings: Settings, model: nn.Module, *, autocast: bool = True) -> Arm:
+    """The method in plain PyTorch with mixed precision; `autocast` False keeps it in fp32."""
+    return _EagerArm(settings, model, autocast=autocast)

@@ -1,0 +1,92 @@
+"""The engine's own step, from the trainer's building blocks."""
+
+import json
+
+import torch
+from torch import nn
+
+from awp_engine.config import (
+    AttackConfig,
+    AwpConfig,
+    Config,
+    ConfigError,
+    ModelConfig,
+    OptimizerConfig,
+    from_json,
+    to_json,
+)
+from awp_engine.data import Batch
+from awp_engine.device import fast_memory_format
+from awp_engine.objectives import build_objective
+from awp_engine.optimizer import build_optimizer
+from awp_engine.perturbation import TrainingStep
+from awp_kernels import AdversarialWeightPerturbation
+
+from .common import Arm, Settings
+
+
+def engine_config(settings: Settings) -> Config:
+    """The settings as the trainer takes them.
+
+    Raises:
+        ConfigError: naming the flag that is wrong.
+    """
+    config = Config(
+        method="trades" if settings.trades else "at",
+        beta=settings.beta,
+        model=ModelConfig(name=settings.model),
+        attack=AttackConfig(
+            epsilon=settings.epsilon,
+            step_size=settings.step_size,
+            steps=settings.steps,
+            bn_mode="eval" if settings.trades else "train",
+            start="normal" if settings.trades else "uniform",
+        ),
+        awp=AwpConfig(gamma=settings.gamma if settings.perturbs_weights else 0.0),
+        optimizer=OptimizerConfig(
+            lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay, schedule="constant"
+        ),
+        batch_size=settings.batch_size,
+        device=settings.device,  # pyright: ignore[reportArgumentType]
+    )
+    values = json.loads(to_json(config))
+    for name, value in settings.engine.items():
+        group, *rest = [values, *name.split(".")]
+        for key in rest[:-1]:
+            group = group.get(key)
+            if not isinstance(group, dict):
+                raise ConfigError(f"--engine: awp_engine has no group of settings for {name!r}")
+        group[rest[-1]] = value
+    return from_json(json.dumps(values), "--engine")
+
+
+def engine_step(config: Config, model: nn.Module) -> TrainingStep:
+    """The step that the trainer makes of `config`, for `model` on its device and in its memory format."""
+    awp = config.awp
+    return TrainingStep(
+        model=model,
+        optimizer=build_optimizer(model, config.optimizer),
+        objective=build_objective(config.method, beta=config.beta, label_smoothing=config.label_smoothing),
+        attack=config.attack,
+        awp=AdversarialWeightPerturbation(model, awp.gamma, scope=awp.scope) if awp.gamma > 0 else None,
+        options=awp,
+        clip_norm=config.optimizer.clip_norm,
+    )
+
+
+class _EngineArm:
+    def __init__(self, config: Config, model: nn.Module, device: torch.device) -> None:
+        # as the trainer sets torch up
+        torch.backends.cudnn.benchmark = device.type == "cuda"
+        self.memory_format = fast_memory_format(model, device)
+        # torch's stub does not know the keyword
+        self.model = model.to(device=device, memory_format=self.memory_format)  # pyright: ignore[reportCallIssue]
+        self._step = engine_step(config, self.model)
+
+    def step(self, batch: Batch, index: int) -> object:
+        return self._step(batch.images, batch.labels, sample_ids=batch.ids, seed=index)
+
+
+def engine_arm(settings: Settings, model: nn.Module) -> Arm:
+    """awp_engine as its trainer runs it."""
+    return _EngineArm(engine_config(settings), model, torch.device(settings.device))

@@ -9,8 +9,8 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-from arms.engine import engine_step
 
+from awp_engine.build_step import build_step
 from awp_engine.config import from_json
 from awp_engine.models import build_model
 from awp_engine.report import print_table, source_commit, versions
@@ -68,7 +68,7 @@ def step_seconds(results: dict[str, list[dict[str, Any]]], rounds: int = 21) -> 
         torch.manual_seed(0)
         model = build_model(config.model.name, 10, (0.5,) * 3, (0.25,) * 3, width=config.model.width)
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        steps[name] = engine_step(config, model.train())
+        steps[name] = build_step(config, model.train())
     x = torch.rand(32, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     y, ids = torch.randint(0, 10, (32,)), torch.arange(32)
     times: dict[str, list[float]] = {name: [] for name in steps}

@@ -59,13 +59,17 @@ def test_the_perturbation_survives_fp16_storage_and_not_bf16(gamma):
     weights = [p.detach() for p in build_model("preact-resnet-18", 10, (0.5,) * 3, (0.25,) * 3, width=16).parameters()]
     weights = [w for w in weights if w.ndim > 1]
     grads = [torch.randn_like(w) * 1e-3 for w in weights]
-    exact = [w.double() + gamma * w.double().norm() / g.double().norm() * g.double() for w, g in zip(weights, grads)]
+    exact = [
+        w.double() + gamma * w.double().norm() / g.double().norm() * g.double()
+        for w, g in zip(weights, grads, strict=True)
+    ]
     errors = {}
     for dtype in (torch.float16, torch.bfloat16):
         out = [torch.full_like(w, torch.nan, dtype=dtype) for w in weights]
         perturb_into_(out, weights, grads, gamma)
         errors[dtype] = [
-            float((o.double() - e).norm() / (e - w.double()).norm()) for o, e, w in zip(out, exact, weights)
+            float((o.double() - e).norm() / (e - w.double()).norm())
+            for o, e, w in zip(out, exact, weights, strict=True)
         ]
     assert max(errors[torch.float16]) < 0.06
     if gamma == 0.005:
@@ -93,7 +97,7 @@ def test_what_is_chosen_for_a_device():
     assert choose_precision(rho, cuda) == Precision(attack=torch.float16)
     shared = Config(awp=AwpConfig(gamma=0.005, ascent="shared"))
     assert choose_precision(shared, cpu).attack is None
-    with pytest.raises(ConfigError, match="--precision.attack: expected fp32 or bf16 on the CPU, got 'fp16'"):
+    with pytest.raises(ConfigError, match=r"--precision.attack: expected fp32 or bf16 on the CPU, got 'fp16'"):
         choose_precision(Config(precision=PrecisionConfig(attack="fp16")), cpu)
     with pytest.raises(ConfigError, match=r"--precision.descent: expected fp32 with --awp.scale absolute"):
         dataclasses.replace(rho, precision=PrecisionConfig(descent="fp16"))
@@ -205,9 +209,10 @@ def test_an_overflow_leaves_the_step_out_and_halves_the_scale(where):
     step = build_step(model, HALF)
     x, y, ids = batch(0)
     step(x, y, sample_ids=ids, seed=0)
-    before, momentum = copy.deepcopy(model.state_dict()), [
-        step.optimizer.state[p]["momentum_buffer"].clone() for p in model.parameters()
-    ]
+    before, momentum = (
+        copy.deepcopy(model.state_dict()),
+        [step.optimizer.state[p]["momentum_buffer"].clone() for p in model.parameters()],
+    )
     passes = 0
 
     def overflow(gradient):

@@ -7,11 +7,11 @@ import torch
 from public_awp import PublicAwp, public_step
 from samples import images
 
+import awp_kernels
 from awp_engine.config import AttackConfig, AwpConfig
 from awp_engine.models import build_model
 from awp_engine.objectives import AdversarialTraining
 from awp_engine.perturbation import TrainingStep
-from awp_kernels import SGD as FusedSGD
 from awp_kernels import AdversarialWeightPerturbation, pgd_init_
 
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
@@ -35,7 +35,7 @@ def both_ways(dtype: torch.dtype, steps: int, gamma: float = 0.01):
     """Trains two copies of a model, by the engine and by the public code; yields both after every step."""
     public_model, engine_model = small_model(dtype), small_model(dtype)
     public_sgd = torch.optim.SGD(public_model.parameters(), **SGD)
-    engine_sgd = FusedSGD(engine_model.parameters(), **SGD)
+    engine_sgd = awp_kernels.SGD(engine_model.parameters(), **SGD)
     public_awp = PublicAwp(public_model, gamma)
     engine_awp = AdversarialWeightPerturbation(engine_model, gamma)
     step = TrainingStep(
@@ -104,7 +104,7 @@ def test_a_default_step_moves_the_statistics_once():
     model = small_model(torch.float32)
     step = TrainingStep(
         model=model,
-        optimizer=FusedSGD(model.parameters(), **SGD),
+        optimizer=awp_kernels.SGD(model.parameters(), **SGD),
         objective=AdversarialTraining(),
         attack=ATTACK,
         awp=AdversarialWeightPerturbation(model, 0.01),

@@ -52,9 +52,9 @@ def test_regions_are_heard_and_nest():
     with region("nobody"):
         pass
     assert heard == [("attack", True), ("inner", True), ("inner", False), ("attack", False)]
-    with pytest.raises(ValueError, match="x"), listening(lambda name, begins: heard.append((name, begins))):
-        with region("descent"):
-            raise ValueError("x")
+    listener = listening(lambda name, begins: heard.append((name, begins)))
+    with pytest.raises(ValueError, match="x"), listener, region("descent"):
+        raise ValueError("x")
     assert heard[-1] == ("descent", False)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from awp_engine.data import Batch
 from awp_engine.device import fast_memory_format
 from awp_engine.regions import region
+from awp_kernels import use_backend
 
 from .common import Arm, Settings, is_moved
 
@@ -60,6 +61,11 @@ class _EagerArm:
         return (x + torch.empty_like(x).uniform_(-epsilon, epsilon)).clamp_(0, 1)
 
     def step(self, batch: Batch, index: int) -> None:
+        # the models' layers are then torch's own
+        with use_backend("reference"):
+            self._step(batch)
+
+    def _step(self, batch: Batch) -> None:
         x, y = batch.images, batch.labels
         with region("attack"):
             x_adv = self._attack(x, y)

@@ -5,6 +5,7 @@ import json
 import torch
 from torch import nn
 
+from awp_engine.build_step import build_step, capture_step
 from awp_engine.config import (
     AttackConfig,
     AwpConfig,
@@ -17,10 +18,6 @@ from awp_engine.config import (
 )
 from awp_engine.data import Batch
 from awp_engine.device import fast_memory_format
-from awp_engine.objectives import build_objective
-from awp_engine.optimizer import build_optimizer
-from awp_engine.perturbation import TrainingStep
-from awp_kernels import AdversarialWeightPerturbation
 
 from .common import Arm, Settings
 
@@ -60,20 +57,6 @@ def engine_config(settings: Settings) -> Config:
     return from_json(json.dumps(values), "--engine")
 
 
-def engine_step(config: Config, model: nn.Module) -> TrainingStep:
-    """The step that the trainer makes of `config`, for `model` on its device and in its memory format."""
-    awp = config.awp
-    return TrainingStep(
-        model=model,
-        optimizer=build_optimizer(model, config.optimizer),
-        objective=build_objective(config.method, beta=config.beta, label_smoothing=config.label_smoothing),
-        attack=config.attack,
-        awp=AdversarialWeightPerturbation(model, awp.gamma, scope=awp.scope) if awp.gamma > 0 else None,
-        options=awp,
-        clip_norm=config.optimizer.clip_norm,
-    )
-
-
 class _EngineArm:
     def __init__(self, config: Config, model: nn.Module, device: torch.device) -> None:
         # as the trainer sets torch up
@@ -81,7 +64,9 @@ class _EngineArm:
         self.memory_format = fast_memory_format(model, device)
         # torch's stub does not know the keyword
         self.model = model.to(device=device, memory_format=self.memory_format)  # pyright: ignore[reportCallIssue]
-        self._step = engine_step(config, self.model)
+        step = build_step(config, self.model)
+        step.refresh_()
+        self._step = capture_step(config, step)
 
     def step(self, batch: Batch, index: int) -> object:
         return self._step(batch.images, batch.labels, sample_ids=batch.ids, seed=index)

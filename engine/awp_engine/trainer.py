@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from awp_engine import checkpoint, monitor
 from awp_engine.average import WeightAverage
+from awp_engine.build_step import build_step, capture_step
 from awp_engine.config import (
     Config,
     ConfigError,
@@ -33,18 +34,15 @@ from awp_engine.data import (
 )
 from awp_engine.device import choose_device, fast_memory_format
 from awp_engine.evaluation import PgdAttack, evaluate, evaluation_seed, spread
-from awp_engine.graphs import GraphedStep
 from awp_engine.loading import CHECKPOINTS, MODEL_FILE, ModelDescription
-from awp_engine.objectives import build_objective
-from awp_engine.optimizer import build_optimizer, set_learning_rate
-from awp_engine.perturbation import StepResult, TrainingStep
-from awp_engine.precision import Copies, choose_precision
+from awp_engine.optimizer import set_learning_rate
+from awp_engine.perturbation import StepResult
+from awp_engine.precision import choose_precision
 from awp_engine.profile import StepProfiler
 from awp_engine.regions import region
 from awp_engine.report import plot_learning_curves, write_report
 from awp_engine.run_log import RunLog, read_metrics
 from awp_engine.throughput import forward_flops, forward_units, matmul_ceiling, peak_memory
-from awp_kernels import AdversarialWeightPerturbation, asam, sam
 from awp_kernels.philox import mix_seed
 
 # the hold-out is the same for every run, so that runs of different seeds can be compared
@@ -157,7 +155,8 @@ class Trainer:
         self.config = config
         self.run_dir = config.resolved_run_dir
         self.device = choose_device(config.device)
-        precision = choose_precision(config, self.device)
+        # before data are read and the run directory is made
+        choose_precision(config, self.device)
         data = load_data(config)
         extra = None if config.data.extra is None else load_extra(config.data.extra, like=data)
         self.fingerprints = {
@@ -187,30 +186,13 @@ class Trainer:
         # torch's stub does not know the keyword
         model.to(device=self.device, memory_format=self.memory_format)  # pyright: ignore[reportCallIssue]
         self.model = model.train()
-        copies = Copies(
-            self.model,
-            precision,
-            shared_ascent=config.awp.gamma > 0 and config.awp.ascent == "shared",
-            # measured slower on the CPU, whose fused operations make normalisation cheap
-            fold=self.device.type == "cuda" and config.attack.bn_mode == "eval",
-        )
-        self.optimizer = build_optimizer(self.model, config.optimizer, working=copies.updated)
+        self.step = build_step(config, self.model)
+        self.optimizer = self.step.optimizer
+        self._run_step = capture_step(config, self.step)
         averaged = config.average.kind != "none"
         self.average = WeightAverage(self.model, config.average, config.epochs) if averaged else None
         if self.average is not None:
             self.average.follow(self.optimizer)
-        self.step = TrainingStep(
-            model=self.model,
-            optimizer=self.optimizer,
-            objective=build_objective(config.method, beta=config.beta, label_smoothing=config.label_smoothing),
-            attack=config.attack,
-            awp=self._weight_perturbation(copies.working),
-            options=config.awp,
-            clip_norm=config.optimizer.clip_norm,
-            copies=copies,
-            compile=config.compile,
-        )
-        self._run_step = GraphedStep(self.step) if self._captures() else self.step
         self._delta: Tensor | None = None
         self._flops, self._ceiling = 0.0, None
         self._profiler = StepProfiler(config.profile, self.run_dir / "trace.json")
@@ -218,19 +200,6 @@ class Trainer:
         self.best_weights = _copy(self.model.state_dict())
         self.messages: list[str] = []
         self._resume()
-
-    def _weight_perturbation(self, working: nn.Module | None) -> AdversarialWeightPerturbation | None:
-        awp = self.config.awp
-        if awp.gamma == 0:
-            return None
-        if awp.scale == "relative":
-            return AdversarialWeightPerturbation(self.model, awp.gamma, scope=awp.scope, working=working)
-        sharpness_aware = sam if awp.scale == "absolute" else asam
-        return sharpness_aware(self.model, awp.gamma, scope=awp.scope)
-
-    def _captures(self) -> bool:
-        """Whether steps are captured in a CUDA graph."""
-        return self.device.type == "cuda" and self.config.cuda_graphs and self.step.capturable
 
     def run(self) -> dict[str, Any]:
         """Train what is left, measure the selected weights on the test split, and write the results.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from awp_kernels import bn_relu, conv3x3
+from awp_kernels import bn_relu, bn_relu_available, conv3x3, conv3x3_available
 
 Activation = Literal["relu", "silu"]
 
@@ -36,8 +36,8 @@ class ActivatedBatchNorm(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> the same."""
-        fused = input.device.type == "cpu" and isinstance(self.activation, nn.ReLU) and self.momentum is not None
-        if not fused or torch.compiler.is_compiling():
+        fused = isinstance(self.activation, nn.ReLU) and self.momentum is not None
+        if not fused or torch.compiler.is_compiling() or not bn_relu_available(input, self.weight, self.bias):
             return self.activation(super().forward(input))
         moves = self.training and self.track_running_stats
         if moves and self.num_batches_tracked is not None:
@@ -63,7 +63,7 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, H, W]."""
-        if input.device.type != "cpu" or self.bias is not None:
+        if self.bias is not None or not conv3x3_available(input, self.weight):
             return super().forward(input)
         return conv3x3(input, self.weight)
 

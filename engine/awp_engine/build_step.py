@@ -1,0 +1,59 @@
+"""The training step that a configuration describes."""
+
+from torch import nn
+
+from awp_engine.config import AwpConfig, Config
+from awp_engine.graphs import GraphedStep
+from awp_engine.objectives import build_objective
+from awp_engine.optimizer import build_optimizer
+from awp_engine.perturbation import TrainingStep
+from awp_engine.precision import Copies, choose_precision
+from awp_kernels import AdversarialWeightPerturbation, asam, sam
+
+
+def build_step(config: Config, model: nn.Module) -> TrainingStep:
+    """The step for `model`, with an optimizer and working copies of its own.
+
+    Args:
+        config: the run's.
+        model: in train mode, on its device and in its memory format.
+
+    Raises:
+        ConfigError: a precision that the device does not have.
+    """
+    device = next(model.parameters()).device
+    copies = Copies(
+        model,
+        choose_precision(config, device),
+        shared_ascent=config.awp.gamma > 0 and config.awp.ascent == "shared",
+        # on the CPU normalisation is fused with its activation, and as cheap
+        fold=device.type == "cuda" and config.attack.bn_mode == "eval",
+    )
+    return TrainingStep(
+        model=model,
+        optimizer=build_optimizer(model, config.optimizer, working=copies.updated),
+        objective=build_objective(config.method, beta=config.beta, label_smoothing=config.label_smoothing),
+        attack=config.attack,
+        awp=_weight_perturbation(config.awp, model, copies.working),
+        options=config.awp,
+        clip_norm=config.optimizer.clip_norm,
+        copies=copies,
+        compile=config.compile,
+    )
+
+
+def capture_step(config: Config, step: TrainingStep) -> TrainingStep | GraphedStep:
+    """`step`, captured in CUDA graphs where device and settings allow."""
+    device = next(step.model.parameters()).device
+    return GraphedStep(step) if device.type == "cuda" and config.cuda_graphs and step.capturable else step
+
+
+def _weight_perturbation(
+    awp: AwpConfig, model: nn.Module, working: nn.Module | None
+) -> AdversarialWeightPerturbation | None:
+    if awp.gamma == 0:
+        return None
+    if awp.scale == "relative":
+        return AdversarialWeightPerturbation(model, awp.gamma, scope=awp.scope, working=working)
+    sharpness_aware = sam if awp.scale == "absolute" else asam
+    return sharpness_aware(model, awp.gamma, scope=awp.scope)

@@ -322,3 +322,33 @@ def test_norms_known_from_the_update_change_no_bit_of_the_next_step(precision):
                 step.awp.weight_norms = None
         results.append(model.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(*(r.values() for r in results), strict=True))
+
+
+def test_a_compiled_step_gives_the_same_numbers_and_a_short_batch_compiles_nothing():
+    models = []
+    for compiled in (False, True):
+        model = small_model()
+        step = build_step(model, Precision())
+        step = TrainingStep(
+            model=model,
+            optimizer=step.optimizer,
+            objective=step.objective,
+            attack=ATTACK,
+            awp=step.awp,
+            options=step.options,
+            copies=step.copies,
+            compile=compiled,
+        )
+        for index in range(2):
+            x, y, ids = batch(index)
+            step(x, y, sample_ids=ids, seed=index)
+        if compiled:
+            torch._dynamo.config.error_on_recompile = True
+        try:
+            x, y, ids = batch(2, n=5)
+            step(x, y, sample_ids=ids, seed=2)
+            step(*batch(3)[:2], sample_ids=ids.new_tensor(range(16)), seed=3)
+        finally:
+            torch._dynamo.config.error_on_recompile = False
+        models.append(model)
+    assert distance(models[1], models[0]) < 1e-3 * distance(small_model(), models[0])

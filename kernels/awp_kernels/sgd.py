@@ -126,6 +126,8 @@ class SGD(Optimizer):
         elif buffer.stride() != parameter.stride() or buffer.dtype != parameter.dtype:
             # torch's buffers have the gradient's order
             buffer = torch.empty_like(parameter, memory_format=torch.preserve_format).copy_(buffer)
+        else:
+            return buffer
         state["momentum_buffer"] = buffer
         return buffer
 
@@ -133,7 +135,8 @@ class SGD(Optimizer):
         calls: dict[_Call, _Lists] = {}
         for group in self.param_groups:
             _check(group)
-            lr, momentum = group["lr"], float(group["momentum"])
+            lr, momentum, nesterov = group["lr"], float(group["momentum"]), bool(group["nesterov"])
+            decay = float(group["weight_decay"])
             rate = ("tensor", id(lr)) if isinstance(lr, Tensor) else float(lr)
             for parameter in group["params"]:
                 grad = parameter.grad
@@ -141,11 +144,13 @@ class SGD(Optimizer):
                     continue
                 if grad.is_sparse:
                     raise ValueError("params: sparse gradients are not served, use torch.optim.SGD for them")
-                call = _Call(parameter.device, parameter.dtype, grad.dtype, rate, momentum, bool(group["nesterov"]))
-                lists = calls.setdefault(call, _Lists(lr, [], [], [], []))
+                call = _Call(parameter.device, parameter.dtype, grad.dtype, rate, momentum, nesterov)
+                lists = calls.get(call)
+                if lists is None:
+                    lists = calls[call] = _Lists(lr, [], [], [], [])
                 lists.weights.append(parameter)
                 lists.grads.append(grad)
-                lists.weight_decay.append(float(group["weight_decay"]))
+                lists.weight_decay.append(decay)
                 if momentum:
                     lists.momentum_buffers.append(self._buffer(parameter))
         return calls

@@ -173,20 +173,18 @@ def flat(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _fit(lists: Mapping[str, Sequence[Tensor]], model: Sequence[Tensor], *, filters: bool) -> bool:
     """Whether nothing needs a closer look: the usual case, told in one cheap pass."""
-    device = model[0].device
     for tensors in lists.values():
-        if len(tensors) != len(model) or tensors[0].dtype not in FLOATING:
+        kinds = {(tensor.dtype, tensor.layout, tensor.device) for tensor in tensors}
+        if len(tensors) != len(model) or len(kinds) != 1:
             return False
-        dtype = tensors[0].dtype
-        for tensor, first in zip(tensors, model, strict=True):
-            if (
-                tensor.layout != torch.strided
-                or tensor.dtype != dtype
-                or tensor.device != device
-                or tensor.shape != first.shape
-                or tensor.stride() != first.stride()
-            ):
-                return False
+        dtype, layout, device = kinds.pop()
+        if dtype not in FLOATING or layout != torch.strided or device != model[0].device:
+            return False
+    # lists of shapes and of strides are compared faster than tensor by tensor
+    shapes, strides = [tensor.shape for tensor in model], [tensor.stride() for tensor in model]
+    for tensors in lists.values():
+        if [tensor.shape for tensor in tensors] != shapes or [tensor.stride() for tensor in tensors] != strides:
+            return False
     return all(dense(tensor) and (not filters or _outermost_first(tensor)) for tensor in model)
 
 

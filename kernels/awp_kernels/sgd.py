@@ -156,6 +156,8 @@ class SGD(Optimizer):
         elif buffer.stride() != parameter.stride() or buffer.dtype != parameter.dtype:
             # torch's buffers have the gradient's order
             buffer = torch.empty_like(parameter, memory_format=torch.preserve_format).copy_(buffer)
+        else:
+            return buffer
         state["momentum_buffer"] = buffer
         return buffer
 
@@ -173,7 +175,8 @@ class SGD(Optimizer):
         calls: dict[_Call, _Lists] = {}
         for group in self.param_groups:
             _check(group)
-            lr, momentum = group["lr"], float(group["momentum"])
+            lr, momentum, nesterov = group["lr"], float(group["momentum"]), bool(group["nesterov"])
+            decay = float(group["weight_decay"])
             rate = ("tensor", id(lr)) if isinstance(lr, Tensor) else float(lr)
             for parameter in group["params"]:
                 grad = self.gradient(parameter)
@@ -190,12 +193,14 @@ class SGD(Optimizer):
                     average is not None,
                     rate,
                     momentum,
-                    bool(group["nesterov"]),
+                    nesterov,
                 )
-                lists = calls.setdefault(call, _Lists(lr, [], [], [], [], [], []))
+                lists = calls.get(call)
+                if lists is None:
+                    lists = calls[call] = _Lists(lr, [], [], [], [], [], [])
                 lists.weights.append(parameter)
                 lists.grads.append(grad)
-                lists.weight_decay.append(float(group["weight_decay"]))
+                lists.weight_decay.append(decay)
                 if momentum:
                     lists.momentum_buffers.append(self._buffer(parameter))
                 if copied is not None:

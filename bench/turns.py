@@ -169,6 +169,7 @@ class Turns:
         # not a daemon: those may not have the children that torch.compile starts
         self._process = context.Process(target=_serve, args=(theirs, name, settings, threads))
         self._process.start()
+        self._waiting = False
         theirs.close()
 
     def ask(self, request: str) -> Any:
@@ -178,8 +179,13 @@ class Turns:
             ArmError: it failed, or its process is gone.
         """
         try:
+            if self._waiting:
+                # an interrupt came before the last answer
+                self._connection.recv()
             self._connection.send(request)
+            self._waiting = True
             result, error, trace = self._connection.recv()
+            self._waiting = False
         except (EOFError, OSError):
             self._process.join(5)
             raise ArmError(

@@ -134,9 +134,9 @@ class _Worker:
         return self.clock.time(self.step, STEPS[self.settings.device])
 
     def finish(self) -> dict[str, Any]:
-        """Memory, and whether the weights are still numbers."""
-        finite = all(bool(torch.isfinite(p).all()) for p in self.arm.model.parameters())
-        return {"memory": self.memory.report(), "weights_finite": finite, "steps_made": self.index}
+        """Memory, and whether weights and statistics are still numbers."""
+        finite = all(bool(torch.isfinite(tensor).all()) for tensor in self.arm.model.state_dict().values())
+        return {"memory": self.memory.report(), "finite": finite, "steps_made": self.index}
 
 
 def _serve(connection: Connection, name: str, settings: Settings, threads: int | None) -> None:

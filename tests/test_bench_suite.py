@@ -78,6 +78,7 @@ def test_results_of_a_step_are_drawn(tmp_path, report):
             "share_of_matmul": {"fp32": 0.5},
             "update_share_of_copy": None,
             "memory": memory,
+            "finite": True,
             "first_step_seconds": 1.0,
         }
         for name, seconds, parts in [

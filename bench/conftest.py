@@ -14,6 +14,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--sizes", help="lists of so many elements beside the models': 1e5,1e7 (all from 1e3 to what fits)")
     group.addoption("--passes", type=int, default=3, help="how often all implementations take turns")
     group.addoption("--rounds", type=int, default=15, help="timed calls of each implementation in a pass")
+    group.addoption("--seconds", type=float, help="skip what has not begun after so many seconds")
     group.addoption("--trim-heap", action="store_true", help="give free memory back before each call")
     group.addoption("--with-compile", action="store_true", help="time torch.compile too (compiling takes minutes)")
 

@@ -1,26 +1,37 @@
 #!/usr/bin/env bash
-# Builds, tests and times awp_kernels on a GPU machine, in less than nine minutes:
+# Builds and tests on a GPU machine, and times whole training steps and single operations, in at most nine minutes:
 #     bash bench/gpu.sh
-# DEVICE=cpu runs the same stages on the CPU. OUT: for logs and results (./gpu-out). PYTHON: the interpreter (python3).
-# BENCH_OPTIONS: for `pytest bench`. COMMIT: what is measured, where there is no git checkout.
-# A failing stage does not stop the rest; it shows in the exit code.
+# DEVICE=cpu runs the same stages on the CPU, on small models. OUT: for log and results (./gpu-out), at most 8 files:
+# stages.log, report.md, plots, and <device>-<date>.json for bench/results/. STAGES: some of the stages, in this order.
+# STEP_OPTIONS: for both runs of bench/step.py, such as "--repeats 20 --engine compile=true". BENCH_OPTIONS: for `pytest
+# bench`, in place of sizes, passes and rounds. COMMIT: what is measured, where there is no git checkout. PYTHON: the
+# interpreter (python3). A failing stage does not stop the rest; it shows in the exit code.
 set -euo pipefail
 
 export DEVICE=${DEVICE:-cuda} PYTHON=${PYTHON:-python3} OUT=${OUT:-gpu-out}
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [ -z "${WORK:-}" ]; then
+  WORK=$(mktemp -d)
+  trap 'rm -rf "$WORK"' EXIT
+fi
 # the sources are found even where neither pip nor setup.py can install
-export PYTHONPATH="$PWD/kernels:$PWD/engine${PYTHONPATH:+:$PYTHONPATH}" MPLCONFIGDIR="$OUT/matplotlib"
+export WORK PYTHONPATH="$PWD/kernels:$PWD/engine${PYTHONPATH:+:$PYTHONPATH}" MPLCONFIGDIR="$WORK/matplotlib"
 
 # pyproject's options ask for coverage and leave the GPU out
 pytest=("$PYTHON" -m pytest -o addopts= --strict-markers -p no:cacheprovider -q)
 if [ "$DEVICE" = cpu ]; then
   marker="not gpu and not compile" target=cpu-cpp
+  large="--model wrn-10-1 --batch-size 16 --repeats 2" small="--model preact-resnet-digits --batch-size 16 --repeats 2"
+  chosen="--sizes 1e3,1e5 --passes 1 --rounds 3 --seconds 70 -k 1e"
 else
   marker=gpu target=cuda-cuda
+  large="--model wrn-34-10 --batch-size 128 --repeats 6" small="--model preact-resnet-18 --batch-size 128 --repeats 8"
+  # from what launches cost to what memory bandwidth costs, beside the two models
+  chosen="--sizes 1e4,1e6,1e8 --passes 2 --rounds 7 --seconds 70"
 fi
-bench_options="--device $DEVICE ${BENCH_OPTIONS:---passes 2}"
+bench_options="--device $DEVICE ${BENCH_OPTIONS:-$chosen}"
 
 versions() {
   "$PYTHON" - <<'PYTHON'
@@ -58,8 +69,8 @@ build() {
 }
 
 implementations() {
-  "$PYTHON" -m awp_kernels | tee "$OUT/implementations.txt"
-  [ "$DEVICE" = cpu ] || grep -q "^  cuda  *available" "$OUT/implementations.txt"
+  "$PYTHON" -m awp_kernels | tee "$WORK/implementations.txt"
+  [ "$DEVICE" = cpu ] || grep -q "^  cuda  *available" "$WORK/implementations.txt"
 }
 
 # options that leave out test files whose imports are missing here
@@ -105,25 +116,39 @@ sanitize() {
   return $status
 }
 
-memcheck() { sanitize memcheck 50; }
-racecheck() { sanitize racecheck 40; }
+memcheck() { sanitize memcheck 35; }
+racecheck() { sanitize racecheck 30; }
 
-benchmarks() {
+# step NAME OPTIONS: the engine, the public loop and plain mixed precision, taking turns
+step() {
   # shellcheck disable=SC2086  # one option a word
-  "${pytest[@]}" bench --benchmark-enable "--benchmark-json=$OUT/bench.json" $bench_options
+  "$PYTHON" bench/step.py --device "$DEVICE" --method at-awp --against both $2 ${STEP_OPTIONS:-} --json "$WORK/$1.json"
 }
 
-summary() {
-  local name
+step_large() { step step-1-large "$large"; }
+step_small() { step step-2-small "$small"; }
+
+operations() {
+  # shellcheck disable=SC2086  # one option a word
+  "${pytest[@]}" bench --benchmark-enable "--benchmark-json=$WORK/operations.json" $bench_options
+}
+
+report() {
+  local name results
   name=$("$PYTHON" - <<'PYTHON'
 import datetime, os, re, torch
 name = torch.cuda.get_device_name() if os.environ["DEVICE"] == "cuda" else "cpu"
 print(re.sub(r"[^a-z0-9]+", "-", name.lower()), datetime.date.today(), sep="-")
 PYTHON
   )
-  "$PYTHON" bench/summary.py "$OUT/bench.json" --plot "$OUT/bench.png" --result "$OUT/$name.json" \
-    --command "pytest bench --benchmark-enable -o addopts= --benchmark-json=bench.json $bench_options" \
-    --commit "${COMMIT:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}"
+  # what there is: a stage may have failed
+  shopt -s nullglob
+  results=("$WORK"/step-*.json)
+  # an empty file is what an interrupted run leaves
+  if [ -s "$WORK/operations.json" ]; then results+=("$WORK/operations.json"); fi
+  "$PYTHON" bench/report.py "${results[@]}" --out "$OUT" --result "$OUT/$name.json" \
+    --command "pytest bench --benchmark-enable -o addopts= --benchmark-json=operations.json $bench_options" |
+    tee "$OUT/report.md"
 }
 
 # `timeout` needs a program: this script, called with a stage's name
@@ -137,22 +162,28 @@ failed=()
 # stage NAME SECONDS LINES: runs a stage, keeps its output, shows the last lines
 stage() {
   local begin=$SECONDS status=0
-  echo "== $1"
-  timeout --kill-after=5 "$2" bash bench/gpu.sh "$1" >"$OUT/$1.log" 2>&1 || status=$?
-  tail -n "$3" "$OUT/$1.log"
-  echo "== $1: exit code $status after $((SECONDS - begin)) s"
+  case " ${STAGES:-$1} " in *" $1 "*) ;; *) return ;; esac
+  echo "== $1" | tee -a "$OUT/stages.log"
+  # an interrupt: bench/step.py then writes the rounds that are whole
+  timeout --signal=INT --kill-after=10 "$2" bash bench/gpu.sh "$1" >"$WORK/log" 2>&1 || status=$?
+  cat "$WORK/log" >>"$OUT/stages.log"
+  tail -n "$3" "$WORK/log"
+  echo "== $1: exit code $status after $((SECONDS - begin)) s" | tee -a "$OUT/stages.log"
   if [ $status -ne 0 ]; then failed+=("$1"); fi
 }
 
-rm -f "$OUT/bench.json"
-stage versions 20 40
-stage build 130 4
-stage implementations 20 20
-stage tests 110 12
-stage memcheck 60 4
-stage racecheck 50 4
-stage benchmarks 120 3
-stage summary 20 150
+rm -f "$OUT/stages.log"
+# limits add up to nine minutes
+stage versions 15 40
+stage build 120 4
+stage implementations 10 20
+stage tests 60 12
+stage step_large 90 30
+stage step_small 55 30
+stage operations 90 3
+stage report 15 200
+stage memcheck 45 4
+stage racecheck 40 4
 
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}"

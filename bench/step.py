@@ -160,12 +160,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             print(f"{name}: building, first steps", file=sys.stderr, flush=True)
             runners.append(Turns(name, settings, arguments.threads))
             prepared[name] = runners[-1].ask("prepare")
-        for index in range(arguments.repeats):
-            for runner in runners:
-                rounds[runner.name].append(runner.ask("turn"))
-            loads.append(os.getloadavg()[0])
-            last = ", ".join(f"{name} {rounds[name][-1][-1].seconds * 1e3:.1f} ms" for name in names)
-            print(f"round {index + 1} of {arguments.repeats}: {last}", file=sys.stderr, flush=True)
+        try:
+            for index in range(arguments.repeats):
+                for runner in runners:
+                    rounds[runner.name].append(runner.ask("turn"))
+                loads.append(os.getloadavg()[0])
+                last = ", ".join(f"{name} {rounds[name][-1][-1].seconds * 1e3:.1f} ms" for name in names)
+                print(f"round {index + 1} of {arguments.repeats}: {last}", file=sys.stderr, flush=True)
+        except KeyboardInterrupt:
+            # whole rounds are a result; bench/gpu.sh interrupts what takes too long
+            if not loads:
+                raise
+            rounds = {name: turns[: len(loads)] for name, turns in rounds.items()}
         for runner in runners:
             finished[runner.name] = runner.ask("finish")
     finally:
@@ -180,7 +186,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "load_average": {"least": min(loads), "median": statistics.median(loads), "most": max(loads)},
         "commit": commit(),
         "sources_sha256": sources_digest(),
-        "settings": vars(settings) | {"repeats": arguments.repeats, "warm_up": WARM_UP[device], "turn": STEPS[device]},
+        "settings": vars(settings) | {"repeats": len(loads), "warm_up": WARM_UP[device], "turn": STEPS[device]},
         "work": {
             "forward_gflop_an_image": flops / 1e9,
             "forward_units": units,

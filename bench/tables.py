@@ -79,7 +79,7 @@ def step_tables(result: Result) -> str:
         low, middle, high = (f"{seconds[key] * 1e3:.1f}" for key in ("q1", "median", "q3"))
         rows.append(
             [
-                arm["name"],
+                arm["name"] + ("" if arm["finite"] else " (weights not finite)"),
                 f"{middle} ({low} to {high})",
                 f"{seconds['min'] * 1e3:.1f}",
                 "1" if ratio is None else ratio_text(ratio),

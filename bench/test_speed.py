@@ -19,6 +19,7 @@ import ctypes
 import os
 import resource
 import statistics
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,7 @@ from awp_kernels import use_backend
 # twice the last cache of the devices at hand: 32 MiB (EPYC), 60 MiB (H200)
 COPY_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 _WORKLOADS = Latest()
+_BEGAN = time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,9 @@ def flush(request: pytest.FixtureRequest) -> CacheFlush:
 @pytest.mark.filterwarnings("default")
 @torch.no_grad()
 def test_speed(benchmark: Any, case: Case, flush: CacheFlush, request: pytest.FixtureRequest) -> None:
+    limit: float | None = request.config.option.seconds
+    if limit is not None and time.monotonic() - _BEGAN > limit:
+        pytest.skip(f"not begun within --seconds {limit:g}")
     try:
         workload = case.workload()
     except TooLargeError as error:

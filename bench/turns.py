@@ -134,9 +134,9 @@ class _Worker:
         return self.clock.time(self.step, STEPS[self.settings.device])
 
     def finish(self) -> dict[str, Any]:
-        """Memory, and whether the weights are still numbers."""
-        finite = all(bool(torch.isfinite(p).all()) for p in self.arm.model.parameters())
-        return {"memory": self.memory.report(), "weights_finite": finite, "steps_made": self.index}
+        """Memory, and whether weights and statistics are still numbers."""
+        finite = all(bool(torch.isfinite(tensor).all()) for tensor in self.arm.model.state_dict().values())
+        return {"memory": self.memory.report(), "finite": finite, "steps_made": self.index}
 
 
 def _serve(connection: Connection, name: str, settings: Settings, threads: int | None) -> None:
@@ -169,6 +169,7 @@ class Turns:
         # not a daemon: those may not have the children that torch.compile starts
         self._process = context.Process(target=_serve, args=(theirs, name, settings, threads))
         self._process.start()
+        self._waiting = False
         theirs.close()
 
     def ask(self, request: str) -> Any:
@@ -178,8 +179,13 @@ class Turns:
             ArmError: it failed, or its process is gone.
         """
         try:
+            if self._waiting:
+                # an interrupt came before the last answer
+                self._connection.recv()
             self._connection.send(request)
+            self._waiting = True
             result, error, trace = self._connection.recv()
+            self._waiting = False
         except (EOFError, OSError):
             self._process.join(5)
             raise ArmError(

@@ -128,7 +128,7 @@ def test_eager_in_mixed_precision_is_near():
     for model, autocast in zip(models, (False, True), strict=True):
         started(eager_arm(settings, model, autocast=autocast), settings, given, 0).step(given, 0)
     first, *ends = (torch.cat([p.flatten() for p in m.parameters()]) for m in (settings.build_model(), *models))
-    # bf16 keeps about half of the perturbation
+    # on the CPU only the attack is in bf16
     assert 0 < (ends[1] - ends[0]).norm() < 0.5 * (ends[0] - first).norm()
 
 
@@ -182,7 +182,7 @@ def test_program(tmp_path):
         # of two values a median is the mean
         assert parts == pytest.approx(arm["seconds"]["median"], rel=1e-6)
         assert arm["memory"]["peak_bytes"] > 0
-        assert arm["weights_finite"]
+        assert arm["finite"]
         assert arm["first_step_seconds"] > 0
         assert arm["steps_made"] == 4
         assert arm["tflops"] == pytest.approx(result["work"]["step_tflop"] / arm["seconds"]["median"])

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "bn_relu.h"
+#include "processor.h"
 #include "tasks.h"
 
 namespace awp::cpu {
@@ -12,9 +13,7 @@ namespace {
 
 const BnReluKernels* kernels() {
 #if defined(AWP_HAVE_AVX2)
-  static const BnReluKernels* chosen = __builtin_cpu_supports("avx512f") ? &kAvx512BnRelu
-                                       : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &kAvx2BnRelu
-                                                                                                         : nullptr;
+  static const BnReluKernels* chosen = widest(&kAvx2BnRelu, &kAvx512BnRelu);
   return chosen;
 #else
   return nullptr;

@@ -6,6 +6,7 @@
 #include <memory>
 #include <new>
 
+#include "processor.h"
 #include "tasks.h"
 #include "winograd.h"
 
@@ -24,9 +25,7 @@ constexpr int64_t kPiece = 8, kStrip = 64;
 
 const Winograd* winograd() {
 #if defined(AWP_HAVE_AVX2)
-  static const Winograd* chosen = __builtin_cpu_supports("avx512f")                                 ? &kAvx512Winograd
-                                  : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &kAvx2Winograd
-                                                                                                    : nullptr;
+  static const Winograd* chosen = widest(&kAvx2Winograd, &kAvx512Winograd);
   return chosen;
 #else
   return nullptr;

@@ -126,7 +126,9 @@ class _BnRelu(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
         x, table, mask = ctx.saved_tensors
         channels = grad.shape[1]
         grad = grad.contiguous(memory_format=torch.channels_last)
@@ -159,8 +161,10 @@ def bn_relu(
 
     Args:
         x: [N, C, H, W]; in another order than channels_last it is copied.
-        weight, bias: [C]; None: 1 and 0.
-        running_mean, running_var: [C]; with `training` they are moved in place, or may be None.
+        weight: [C]; None: 1.
+        bias: [C]; None: 0.
+        running_mean: [C]; with `training` it is moved in place, or may be None.
+        running_var: [C], likewise; it takes the unbiased variance.
         training: normalise by the batch, else by the running statistics.
         momentum: weight of this batch in the running statistics.
         eps: added to the variance.

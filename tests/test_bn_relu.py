@@ -1,0 +1,274 @@
+"""bn_relu against torch's batch normalisation and ReLU in fp64."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+
+from awp_kernels import bn_relu, bn_relu_available, use_backend
+from awp_kernels.bn_relu import _operations
+
+pytestmark = pytest.mark.skipif(_operations() is None, reason="needs AVX2 with FMA")
+
+SHAPES = [(5, 1, 1, 1), (3, 5, 7, 3), (4, 16, 8, 8), (2, 37, 3, 1), (1, 130, 2, 2), (9, 24, 20, 21), (6, 16, 1, 1)]
+MODES = {"train": True, "eval": False}
+
+
+def randn(*shape: int, dtype=torch.float32, seed=0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def samples(*shape: int, dtype=torch.float32, mean=1.0) -> dict[str, Tensor]:
+    channels = shape[1]
+    return {
+        "x": (randn(*shape) * 2 + mean).to(dtype).to(memory_format=torch.channels_last),
+        "weight": randn(channels, seed=1) + 1,
+        "bias": randn(channels, seed=2),
+        "running_mean": randn(channels, seed=3) + mean,
+        "running_var": randn(channels, seed=4).abs() + 0.5,
+    }
+
+
+def plain(x, weight, bias, running_mean, running_var, *, training, momentum=0.1, eps=1e-5) -> Tensor:
+    return functional.relu(functional.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps))
+
+
+def results(function, tensors: dict[str, Tensor], grad: Tensor, *, training: bool, dtype=None) -> dict[str, Tensor]:
+    """Output, gradients and running statistics."""
+    copies = {name: t.detach().clone().to(dtype or t.dtype) for name, t in tensors.items()}
+    inputs = [copies[name].requires_grad_() for name in ("x", "weight", "bias")]
+    y = function(**copies, training=training)
+    gradients = torch.autograd.grad(y, inputs, grad.to(y.dtype))
+    statistics = {name: copies[name] for name in ("running_mean", "running_var")}
+    names = ("grad_x", "grad_weight", "grad_bias")
+    return {"y": y.detach(), **dict(zip(names, gradients, strict=True)), **statistics}
+
+
+def away_from_the_kink(tensors: dict[str, Tensor], training: bool, margin: float) -> Tensor:
+    """Where rounding cannot decide whether the output is 0."""
+    exact = {name: t.double() for name, t in tensors.items()}
+    normalized = functional.batch_norm(
+        exact["x"], exact["running_mean"], exact["running_var"], exact["weight"], exact["bias"], training
+    )
+    return normalized.abs() > margin
+
+
+def error(result: Tensor, reference: Tensor) -> float:
+    scale = float(reference.detach().abs().max()) or 1.0
+    return float((result.double() - reference).detach().abs().max()) / scale
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Uninitialised memory is NaN, so that what is not written shows."""
+    before = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = before[0]
+    torch.use_deterministic_algorithms(before[1])
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_output_gradients_and_statistics_against_fp64(shape, mode):
+    tensors = samples(*shape)
+    assert bn_relu_available(*tensors.values())
+    grad = randn(*shape, seed=5) * away_from_the_kink(tensors, MODES[mode], 1e-5)
+    ours = results(bn_relu, tensors, grad, training=MODES[mode])
+    exact = results(plain, tensors, grad, training=MODES[mode], dtype=torch.float64)
+    torchs = results(plain, tensors, grad, training=MODES[mode])
+    for name, reference in exact.items():
+        assert error(ours[name], reference) <= max(2e-6, 2 * error(torchs[name], reference)), name
+
+
+@given(
+    st.tuples(st.integers(2, 4), st.integers(1, 40), st.integers(1, 9), st.integers(1, 9)),
+    st.booleans(),
+    st.booleans(),
+)
+@settings(max_examples=25)
+def test_any_shape(shape, training, channels_last):
+    tensors = samples(*shape)
+    grad = randn(*shape, seed=5) * away_from_the_kink(tensors, training, 1e-4)
+    if channels_last:
+        grad = grad.to(memory_format=torch.channels_last)
+    else:
+        tensors["x"] = tensors["x"].contiguous()
+    ours = results(bn_relu, tensors, grad, training=training)
+    exact = results(plain, tensors, grad, training=training, dtype=torch.float64)
+    torchs = results(plain, tensors, grad, training=training)
+    for name, reference in exact.items():
+        assert error(ours[name], reference) <= max(5e-6, 3 * error(torchs[name], reference)), name
+
+
+def test_a_mean_far_from_zero_costs_no_digits():
+    tensors = samples(8, 16, 16, 16, mean=1000.0)
+    exact = plain(**{k: t.double() for k, t in tensors.items()}, training=True)
+    # x itself has 2^-24 * 1000 of rounding at most
+    assert error(bn_relu(**tensors, training=True), exact) <= 1e-4
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_bf16_is_the_fp32_result_rounded_once(mode):
+    tensors = samples(4, 20, 6, 6, dtype=torch.bfloat16)
+    grad = randn(4, 20, 6, 6, dtype=torch.bfloat16, seed=5)
+    low = results(bn_relu, tensors, grad, training=MODES[mode])
+    high = results(bn_relu, tensors | {"x": tensors["x"].float()}, grad.float(), training=MODES[mode])
+    for name, value in low.items():
+        assert torch.equal(value, high[name].to(value.dtype)), name
+    assert low["y"].dtype == low["grad_x"].dtype == torch.bfloat16
+    assert low["grad_weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_threads_do_not_change_a_bit(mode):
+    tensors, grad = samples(9, 24, 20, 21), randn(9, 24, 20, 21, seed=5)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(results(bn_relu, tensors, grad, training=MODES[mode]))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in found[0].items())
+
+
+def test_running_statistics_follow_the_module():
+    module = nn.BatchNorm2d(6, momentum=0.3)
+    mean, var = torch.zeros(6), torch.ones(6)
+    for seed in range(3):
+        x = randn(4, 6, 5, 5, seed=seed) + seed
+        module(x)
+        version = mean._version
+        bn_relu(x, None, None, mean, var, training=True, momentum=0.3)
+        assert mean._version > version
+    torch.testing.assert_close(mean, module.running_mean)
+    torch.testing.assert_close(var, module.running_var)
+
+
+def test_without_statistics_and_parameters():
+    x = samples(4, 6, 5, 5)["x"]
+    expected = plain(x.double(), None, None, None, None, training=True)
+    assert error(bn_relu(x, training=True), expected) <= 2e-6
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_what_is_kept_for_the_backward_pass(mode):
+    tensors = samples(4, 20, 6, 6)
+    x = tensors["x"].requires_grad_()
+    kept = bn_relu(**tensors, training=MODES[mode]).grad_fn.saved_tensors[0]
+    if MODES[mode]:
+        assert kept.data_ptr() == x.data_ptr()
+    else:
+        assert kept is None
+        bits = bn_relu(**tensors, training=False).grad_fn.saved_tensors[2]
+        assert bits.nbytes == 4 * 6 * 6 * 32 // 8
+    tensors["bias"].requires_grad_()
+    assert bn_relu(**tensors, training=MODES[mode]).grad_fn.saved_tensors[0].data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("wanted", [("x",), ("weight",), ("bias",), ("x", "bias"), ("weight", "bias")], ids=str)
+def test_only_the_gradients_that_were_asked_for(mode, wanted):
+    tensors, grad = samples(3, 5, 4, 4), randn(3, 5, 4, 4, seed=5)
+    everything = results(bn_relu, tensors, grad, training=MODES[mode])
+    for name in wanted:
+        tensors[name].requires_grad_()
+    bn_relu(**tensors, training=MODES[mode]).backward(grad)
+    for name in ("x", "weight", "bias"):
+        if name in wanted:
+            torch.testing.assert_close(tensors[name].grad, everything[f"grad_{name}"], rtol=1e-5, atol=1e-6)
+        else:
+            assert tensors[name].grad is None
+
+    for t in tensors.values():
+        t.requires_grad_()
+    y = bn_relu(**(tensors | {n: tensors[n].detach() for n in ("running_mean", "running_var")}), training=MODES[mode])
+    found = torch.autograd.grad(y, [tensors[name] for name in wanted], grad)
+    for name, gradient in zip(wanted, found, strict=True):
+        assert torch.equal(gradient, everything[f"grad_{name}"])
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_nan_goes_through(mode):
+    tensors = samples(2, 4, 3, 3)
+    tensors["x"][1, 2, 0, 0] = float("nan")
+    y = bn_relu(**tensors, training=MODES[mode])
+    assert y[:, 2].isnan().all() if MODES[mode] else y[1, 2, 0, 0].isnan()
+    assert y[:, [0, 1, 3]].isfinite().all()
+
+
+def test_second_derivatives_are_refused():
+    tensors = samples(2, 4, 3, 3)
+    x = tensors["x"].requires_grad_()
+    grad = randn(2, 4, 3, 3, seed=5).requires_grad_()
+    (first,) = torch.autograd.grad(bn_relu(**tensors, training=True), x, grad, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+MISUSE = {
+    "x: expected a batch": {"x": randn(3, 4)},
+    "x: expected a floating-point tensor": {"x": torch.ones(2, 4, 3, 3, dtype=torch.int32)},
+    "x: expected more than one value a channel": {"x": randn(1, 4, 1, 1)},
+    "weight: expected 4 values": {"weight": randn(5)},
+    "running_var: expected together": {"running_var": None},
+    "running_mean: expected running statistics": {"running_mean": None, "running_var": None, "training": False},
+    "bias: expected device": {"bias": torch.empty(4, device="meta")},
+}
+
+
+@pytest.mark.parametrize("message", list(MISUSE))
+def test_misuse_names_the_argument(message):
+    with pytest.raises(ValueError, match=message):
+        bn_relu(**({**samples(2, 4, 3, 3), "training": True} | MISUSE[message]))
+
+
+def test_what_the_kernel_does_not_serve_goes_to_torch():
+    tensors = samples(2, 4, 3, 3)
+    doubles = {name: t.double() for name, t in tensors.items()}
+    assert not bn_relu_available(*doubles.values())
+    assert torch.equal(bn_relu(**doubles, training=False), plain(**doubles, training=False))
+    with use_backend("reference"):
+        assert torch.equal(bn_relu(**tensors, training=False), plain(**tensors, training=False))
+    with use_backend("cpp"), pytest.raises(ValueError, match="'cpp' was forced"):
+        bn_relu(**doubles, training=False)
+
+
+def test_under_torch_compile():
+    tensors = samples(2, 4, 3, 3)
+    compiled = torch.compile(bn_relu, backend="aot_eager", fullgraph=True)
+    expected = plain(**{k: t.clone() for k, t in tensors.items()}, training=True)
+    torch.testing.assert_close(compiled(**tensors, training=True), expected)
+
+
+CHECK_INSTRUCTION_SET = """
+import torch
+from torch.nn import functional
+from awp_kernels import bn_relu, bn_relu_available
+torch.manual_seed(0)
+for training in (True, False):
+    for weighted in (True, False):
+        x = torch.randn(3, 21, 5, 6, requires_grad=True)
+        vectors = [torch.rand(21, requires_grad=weighted), torch.randn(21), torch.zeros(21), torch.ones(21)]
+        assert bn_relu_available(x, *vectors)
+        grad = torch.randn(3, 21, 5, 6)
+        ours = torch.autograd.grad(bn_relu(x, *vectors, training=training), x, grad)[0]
+        weight, bias, mean, var = (t.double() for t in vectors)
+        y = functional.relu(functional.batch_norm(x.double(), mean, var, weight, bias, training))
+        exact = torch.autograd.grad(y, x, grad.double())[0]
+        assert (ours - exact).abs().max() <= 1e-5 * exact.abs().max()
+"""
+
+
+def test_with_avx2_alone():
+    environment = os.environ | {"AWP_CPU": "avx2"}
+    subprocess.run([sys.executable, "-c", CHECK_INSTRUCTION_SET], check=True, env=environment, timeout=120)

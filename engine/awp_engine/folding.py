@@ -32,7 +32,7 @@ class FoldedView:
         # after the walk, which goes through the layers as they were
         for block in view.modules():
             if isinstance(block, (PreActBlock, WideBlock)):
-                block.bn2 = block.bn2.activation
+                block.add_module("bn2", block.bn2.activation)
         self.blocks = len(self._pairs)
         self.refresh_()
 

@@ -7,6 +7,7 @@ weights are stored in 16 bits, its other parameters as they are; the running sta
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -170,7 +171,8 @@ class LossScale:
     @torch.no_grad()
     def update_(self, skipped: Tensor) -> None:
         """Halve after a step whose gradient was not finite, double after 2,000 steps without one."""
-        torch._amp_update_scale_(self.value, self.growth, skipped.float(), 2.0, 0.5, 2000)
+        update: Any = torch._amp_update_scale_  # pyright: ignore[reportPrivateImportUsage]
+        update(self.value, self.growth, skipped.float(), 2.0, 0.5, 2000)
 
     def state(self) -> dict[str, Tensor]:
         """For a checkpoint."""

@@ -61,7 +61,7 @@ class SGD(Optimizer):
         working: by parameter, its working copy: of the same shape and memory order, of any floating dtype.
 
     Attributes:
-        grad_scale, found_inf: as `sgd_step_` takes them; GradScaler sets and removes them.
+        grad_scale, found_inf: as `sgd_step_` takes them, where they are set; GradScaler sets and removes them.
         grad_norm, max_norm: likewise, for clipping by the norm of all gradients.
         averages: by parameter, a tensor that follows it.
         average_weight: what a step counts in the averages, in [0, 1], a number or a one-element tensor.
@@ -86,8 +86,9 @@ class SGD(Optimizer):
 
     # torch.amp.GradScaler then sets grad_scale and found_inf for the length of a step, and unscales nothing itself
     _step_supports_amp_scaling = True
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
+    # without values: GradScaler asks whether they are there
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
     grad_norm: Tensor | None = None
     max_norm: float | None = None
     average_weight: float | Tensor = 0.0
@@ -105,7 +106,7 @@ class SGD(Optimizer):
         maximize: bool = False,
         working: Mapping[nn.Parameter, Tensor] | None = None,
     ) -> None:
-        self.working: dict[Tensor, Tensor] = dict(working or {})
+        self.working: dict[Tensor, Tensor] = {} if working is None else {**working}
         self.averages: dict[Tensor, Tensor] = {}
         self.weight_norms: list[tuple[list[Tensor], Tensor]] = []
         # foreach, differentiable and fused stand in torch's state dictionaries; None and False leave torch the choice
@@ -224,6 +225,8 @@ class SGD(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.weight_norms = []
+        # only there while GradScaler, or whoever else, wants them
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for call, lists in self._calls().items():
             norms = sgd_step_(
                 lists.weights,
@@ -233,8 +236,8 @@ class SGD(Optimizer):
                 weight_decay=lists.weight_decay,
                 momentum=call.momentum,
                 nesterov=call.nesterov,
-                grad_scale=_on(call.device, self.grad_scale),
-                found_inf=_on(call.device, self.found_inf),
+                grad_scale=_on(call.device, grad_scale),
+                found_inf=_on(call.device, found_inf),
                 grad_norm=_on(call.device, self.grad_norm),
                 max_norm=self.max_norm,
                 averages=lists.averages,

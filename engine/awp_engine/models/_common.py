@@ -114,9 +114,9 @@ class Stem(nn.Conv2d):
     16-bit images would lose attack steps: bfloat16 spaces the numbers below 1 by 1/256.
     """
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, out_channels, ...], in the weight's dtype."""
-        return self._conv_forward(images, self.weight.to(images.dtype), None).to(self.weight.dtype)
+        return self._conv_forward(input, self.weight.to(input.dtype), None).to(self.weight.dtype)
 
 
 class Head(nn.Linear):
@@ -125,8 +125,8 @@ class Head(nn.Linear):
     The mean is taken by the public code's kernel and so equal to it on 32x32 images.
     """
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, classes]."""
-        features = features.to(self.bias.dtype)
+        features = input.to(self.bias.dtype)
         pooled = functional.avg_pool2d(features, (features.shape[2], features.shape[3])).flatten(1)
         return functional.linear(pooled, self.weight.to(self.bias.dtype), self.bias)

@@ -53,7 +53,7 @@ def plot_step(result: Result, path: Path) -> None:
             left += width
         seconds = {key: arm["seconds"][key] * scale for key in ("median", "q1", "q3")}
         whisker = [[seconds["median"] - seconds["q1"]], [seconds["q3"] - seconds["median"]]]
-        axes.errorbar(seconds["median"], place + 0.36, xerr=whisker, color="black", capsize=3, linewidth=1.1, marker="|")
+        axes.errorbar(seconds["median"], place + 0.36, xerr=whisker, color="black", capsize=3, linewidth=1, marker="|")
         ratio, form = result["ratios"].get(arm["name"]), fastest_format(result)
         compared = f"{ratio_text(ratio)} times the engine's" if ratio else "the engine"
         text = f"{seconds['median']:.3g} {unit}, {compared}\n{arm['tflops']:.3g} TFLOP/s of necessary work, "

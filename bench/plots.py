@@ -35,7 +35,7 @@ def plot_step(result: Result, path: Path) -> None:
     """A bar an arm, stacked of the medians of its parts; a whisker for the quartiles of the whole step."""
     arms, parts = result["arms"], parts_of(result)
     slowest = max(arm["seconds"]["q3"] for arm in arms)
-    scale, unit = (1e3, "ms") if slowest < 10 else (1.0, "s")
+    scale, unit = (1e3, "ms") if slowest < 1 else (1.0, "s")
     figure = Figure(figsize=(10, 1.9 + 0.62 * len(arms)), layout="constrained")
     axes: Axes = figure.subplots()
     handles: dict[str, Any] = {}
@@ -53,7 +53,7 @@ def plot_step(result: Result, path: Path) -> None:
             left += width
         seconds = {key: arm["seconds"][key] * scale for key in ("median", "q1", "q3")}
         whisker = [[seconds["median"] - seconds["q1"]], [seconds["q3"] - seconds["median"]]]
-        axes.errorbar(seconds["median"], place, xerr=whisker, color="black", capsize=4, linewidth=1.1, marker="|")
+        axes.errorbar(seconds["median"], place + 0.36, xerr=whisker, color="black", capsize=3, linewidth=1, marker="|")
         ratio, form = result["ratios"].get(arm["name"]), fastest_format(result)
         compared = f"{ratio_text(ratio)} times the engine's" if ratio else "the engine"
         text = f"{seconds['median']:.3g} {unit}, {compared}\n{arm['tflops']:.3g} TFLOP/s of necessary work, "

@@ -6,12 +6,11 @@ from typing import Any
 
 import alternatives
 import torch
-from pending import MISSING, sgd_step_, total_norm
 from torch import Tensor, nn
 from weight_lists import TENSORS, require_memory, weights_of
 from workload import Workload
 
-from awp_kernels import _backend
+from awp_kernels import _backend, sgd_step_, total_norm
 
 LR, MOMENTUM, WEIGHT_DECAY, AVERAGE_WEIGHT = 0.1, 0.9, 5e-4, 0.005
 ALTERNATIVES = {
@@ -47,7 +46,6 @@ class Parameters:
         for parameter, grad in zip(self.parameters, self.grads, strict=True):
             parameter.grad = grad
         self.apex, self.missing = alternatives.apex(device)
-        self.missing |= MISSING
         if self.apex is None:
             self.missing["apex_optimizer"] = self.missing["apex"]
 

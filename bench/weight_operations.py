@@ -7,7 +7,6 @@ from collections.abc import Callable
 import alternatives
 import torch
 from arms.public import ProxyPerturbation
-from pending import MISSING_NORMS
 from torch import Tensor
 from weight_lists import TENSORS, require_memory, weights_of
 from workload import Workload, distance
@@ -148,7 +147,7 @@ def perturb_into_workload(t: Tensors, *, with_norms: bool = False) -> Workload:
     own = functools.partial(perturb_into_, t.half, t.weights, t.grads, GAMMA, eps=EPS, **given)
     calls |= dict.fromkeys(_backend.BACKENDS, own)
     # one fp16 number in some thousands rounds the other way
-    return Workload(10 * t.elements, t.reset, calls, wrong, {"": 1e-2}, MISSING_NORMS if with_norms else {})
+    return Workload(10 * t.elements, t.reset, calls, wrong, {"": 1e-2})
 
 
 def restore_workload(t: Tensors) -> Workload:

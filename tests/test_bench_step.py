@@ -13,7 +13,6 @@ import torch
 from public_awp import PublicAwp, public_step
 from samples import images
 
-from awp_engine.config import Config
 from awp_engine.data import Batch
 from awp_kernels import pgd_init_, pgd_init_normal_
 
@@ -35,7 +34,7 @@ SETTINGS = Settings(
     batch_size=16,
     steps=3,
     # in fp32, where the engine can be told
-    engine={f"precision.{part}": "fp32" for part in PARTS} if hasattr(Config(), "precision") else {},
+    engine={f"precision.{part}": "fp32" for part in PARTS},
 )
 
 

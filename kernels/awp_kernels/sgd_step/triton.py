@@ -31,28 +31,36 @@ _FINISH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit
-def _factors(grad_scale, found_inf, grad_norm, max_norm: tl.float64, CLIP: tl.constexpr):
-    """Whether the step is left out, and what gradients are multiplied by; an argument that is None is not read."""
+def _left_out(found_inf, grad_norm):
+    """Whether the step is left out; an argument that is None is not read."""
+    result = False
+    if found_inf is not None:
+        result = tl.load(found_inf).to(tl.float32) != 0.0
+    if grad_norm is not None:
+        norm = tl.load(grad_norm)
+        # of infinity and NaN both, the difference to itself is NaN
+        result = result | (norm - norm != 0.0)
+    return result
+
+
+@triton.jit
+def _factor(grad_scale, grad_norm, max_norm: tl.float64, CLIP: tl.constexpr):
+    """What gradients are multiplied by: unscaling and clipping in one, rounded once."""
     scale = tl.full([], 1.0, tl.float64)
-    norm = tl.full([], 0.0, tl.float64)
-    flag = tl.full([], 0.0, tl.float64)
     if grad_scale is not None:
         scale = tl.load(grad_scale).to(tl.float64)
-    if grad_norm is not None:
-        norm = tl.load(grad_norm).to(tl.float64)
-    if found_inf is not None:
-        flag = tl.load(found_inf).to(tl.float64)
-    # of infinity and NaN both, the difference to itself is NaN
-    leave_out = (flag != 0.0) | (norm - norm != 0.0)
-    factor = 1.0 / scale
+    clip = tl.full([], 1.0, tl.float64)
     if CLIP:
-        clip = max_norm / (norm / scale + 1e-6)
-        factor = tl.where(clip > 1.0, 1.0, clip) / scale
-    return leave_out, factor.to(tl.float32)
+        clip = max_norm / (tl.load(grad_norm).to(tl.float64) / scale + 1e-6)
+        clip = tl.where(clip > 1.0, 1.0, clip)
+    if grad_scale is not None:
+        clip = clip / scale
+    return clip.to(tl.float32)
 
 
 @triton.jit
 def _update(
+    total,
     row,
     start,
     begin,
@@ -77,7 +85,6 @@ def _update(
     buffer = pointer(row, 2, start, tl.float32, ALIGNED)
     average = pointer(row, 3, start, tl.float32, ALIGNED)
     out = pointer(row, 4, start, OUT, ALIGNED)
-    total = tl.zeros([BLOCK], tl.float64)
     for offset in range(begin, end, BLOCK):
         index = offset + tl.arange(0, BLOCK)
         mask = index < end
@@ -98,21 +105,22 @@ def _update(
             tl.store(out + index, w.to(OUT), mask=mask)
         wide = tl.where(mask, w, 0.0).to(tl.float64)
         total += wide * wide
-    return tl.sum(total)
+    return total
 
 
 @triton.jit
-def _keep(row, start, begin, end, OUT: tl.constexpr, COPY: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+def _keep(
+    total, row, start, begin, end, OUT: tl.constexpr, COPY: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+):
     weight = pointer(row, 0, start, tl.float32, ALIGNED)
     out = pointer(row, 4, start, OUT, ALIGNED)
-    total = tl.zeros([BLOCK], tl.float64)
     for offset in range(begin, end, BLOCK):
         index = offset + tl.arange(0, BLOCK)
         w = tl.load(weight + index, mask=index < end, other=0.0)
         if COPY:
             tl.store(out + index, w.to(OUT), mask=index < end)
         total += w.to(tl.float64) * w.to(tl.float64)
-    return tl.sum(total)
+    return total
 
 
 @triton.jit
@@ -141,17 +149,20 @@ def sgd_kernel(
 ):
     """Step each program's elements; the sums of squares of what the weights then are, fp64 [programs]."""
     row, start, count, wide = program_span(rows, programs, tl.int32)
-    leave_out, factor = _factors(grad_scale, found_inf, grad_norm, max_norm, CLIP)
-    if leave_out:
-        total = _keep(row, start, 0, wide, OUT, COPY, True, BLOCK)
-        rest = _keep(row, start, wide, count, OUT, COPY, False, BLOCK)
+    # one sum at the end: a number held over the second run would be spilled
+    total = tl.zeros([BLOCK], tl.float64)
+    if _left_out(found_inf, grad_norm):
+        total = _keep(total, row, start, 0, wide, OUT, COPY, True, BLOCK)
+        total = _keep(total, row, start, wide, count, OUT, COPY, False, BLOCK)
     else:
         if lr_at is not None:
             lr = tl.load(lr_at).to(tl.float32)
         if share_at is not None:
             share = tl.load(share_at).to(tl.float32)
+        factor = _factor(grad_scale, grad_norm, max_norm, CLIP)
         decay = tl.load(row + FLAG).to(tl.int32).to(tl.float32, bitcast=True)
         total = _update(
+            total,
             row,
             start,
             0,
@@ -171,7 +182,8 @@ def sgd_kernel(
             True,
             BLOCK,
         )
-        rest = _update(
+        total = _update(
+            total,
             row,
             start,
             wide,
@@ -191,7 +203,7 @@ def sgd_kernel(
             False,
             BLOCK,
         )
-    tl.store(partials + tl.program_id(0), total + rest)
+    tl.store(partials + tl.program_id(0), tl.sum(total))
 
 
 @triton.jit

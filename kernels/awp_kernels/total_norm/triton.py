@@ -14,23 +14,23 @@ _OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
 
 
 @triton.jit
-def _square_sum(row, start, begin, end, TYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+def _add_squares(total, row, start, begin, end, TYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
     data = pointer(row, 0, start, TYPE, ALIGNED)
-    total = tl.zeros([BLOCK], tl.float64)
     for offset in range(begin, end, BLOCK):
         index = offset + tl.arange(0, BLOCK)
         value = tl.load(data + index, mask=index < end, other=0.0).to(tl.float64)
         total += value * value
-    return tl.sum(total)
+    return total
 
 
 @triton.jit
 def norm_sums_kernel(rows, programs, partials, TYPE: tl.constexpr, BLOCK: tl.constexpr):
     """Sum of squares of each program's elements, fp64 [programs]."""
     row, start, count, wide = program_span(rows, programs, tl.int32)
-    total = _square_sum(row, start, 0, wide, TYPE, True, BLOCK)
-    rest = _square_sum(row, start, wide, count, TYPE, False, BLOCK)
-    tl.store(partials + tl.program_id(0), total + rest)
+    total = tl.zeros([BLOCK], tl.float64)
+    total = _add_squares(total, row, start, 0, wide, TYPE, True, BLOCK)
+    total = _add_squares(total, row, start, wide, count, TYPE, False, BLOCK)
+    tl.store(partials + tl.program_id(0), tl.sum(total))
 
 
 @triton.jit

@@ -123,12 +123,13 @@ void find_pixels(const Images& images, int64_t sample, int64_t row, int64_t colu
   }
 }
 
+// Column j of kSize x kSize pixels.
 template <int kSize, class T>
-inline void load_pixels(const T* const* pixels, int64_t channel, int64_t count, Vector* values) {
+inline void load_column(const T* const* pixels, int j, int64_t channel, int64_t count, Vector* values) {
   if (count >= kLanes) {
-    AWP_UNROLL for (int i = 0; i < kSize * kSize; ++i) values[i] = load(pixels[i] + channel);
+    AWP_UNROLL for (int i = 0; i < kSize; ++i) values[i] = load(pixels[i * kSize + j] + channel);
   } else {
-    for (int i = 0; i < kSize * kSize; ++i) values[i] = load_some(pixels[i] + channel, count);
+    for (int i = 0; i < kSize; ++i) values[i] = load_some(pixels[i * kSize + j] + channel, count);
   }
 }
 
@@ -143,9 +144,12 @@ void input(const Images& x, int64_t first, int64_t count, const float* zeros, co
     const T* pixels[36];
     find_pixels<6>(x, place.sample, place.row - 1, place.column - 1, reinterpret_cast<const T*>(zeros), pixels);
     for (int64_t channel = 0; channel < x.channels; channel += kLanes) {
-      Vector d[36], half[36];
-      load_pixels<6>(pixels, channel, x.channels - channel, d);
-      AWP_UNROLL for (int j = 0; j < 6; ++j) transform_input<6, 6>(d + j, half + j);
+      Vector half[36];
+      AWP_UNROLL for (int j = 0; j < 6; ++j) {
+        Vector column[6];
+        load_column<6>(pixels, j, channel, x.channels - channel, column);
+        transform_input<1, 6>(column, half + j);
+      }
       float* to = tile_at(into, channel, at + tile);
       AWP_UNROLL for (int i = 0; i < 6; ++i) {
         Vector row[6];
@@ -164,9 +168,12 @@ void grad_output(const Images& grad_y, int64_t first, int64_t count, const float
     const T* pixels[16];
     find_pixels<4>(grad_y, place.sample, place.row, place.column, reinterpret_cast<const T*>(zeros), pixels);
     for (int64_t channel = 0; channel < grad_y.channels; channel += kLanes) {
-      Vector d[16], half[24];
-      load_pixels<4>(pixels, channel, grad_y.channels - channel, d);
-      AWP_UNROLL for (int j = 0; j < 4; ++j) transform_grad_output<4, 4>(d + j, half + j);
+      Vector half[24];
+      AWP_UNROLL for (int j = 0; j < 4; ++j) {
+        Vector column[4];
+        load_column<4>(pixels, j, channel, grad_y.channels - channel, column);
+        transform_grad_output<1, 4>(column, half + j);
+      }
       float* to = tile_at(into, channel, at + tile);
       AWP_UNROLL for (int i = 0; i < 6; ++i) {
         Vector row[6];

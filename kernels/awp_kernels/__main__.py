@@ -2,7 +2,7 @@
 
 import torch
 
-from awp_kernels import _backend
+from awp_kernels import _backend, bn_relu_available, conv3x3_available
 
 
 def main() -> None:
@@ -27,6 +27,12 @@ def main() -> None:
             for label, dtype in (step_dtypes if operation == "sgd_step" else dtypes).items():
                 tensors = f"{device} {label}"
                 print(f"{public[operation]:<28} {tensors:<34} {_backend.backend_for(device, {dtype})}")
+    images = torch.zeros(2, 1, 1, 1)
+    for operation, served in (
+        ("conv3x3", conv3x3_available(images, torch.zeros(1, 1, 3, 3))),
+        ("bn_relu", bn_relu_available(images)),
+    ):
+        print(f"{operation:<28} {'cpu float32, bfloat16':<34} {'cpp' if served else 'torch'}")
 
 
 if __name__ == "__main__":

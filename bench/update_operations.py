@@ -131,8 +131,7 @@ def sgd_workload(t: Parameters) -> Workload:
         maximize=False,
         is_first_step=False,
     )
-    if sgd_step_:
-        calls |= dict.fromkeys(_backend.BACKENDS, _own(t))
+    calls |= dict.fromkeys(_backend.BACKENDS, _own(t))
     if t.apex is not None:
         calls["apex"] = functools.partial(
             t.apex.sgd, t.weights, t.grads, t.buffers, LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
@@ -151,8 +150,7 @@ def clipped_workload(t: Parameters) -> Workload:
         optimizer.step()
 
     calls: Calls = {name: functools.partial(clipped, optimizer) for name, optimizer in t.optimizers().items()}
-    own = functools.partial(lambda: _own(t, grad_norm=total_norm(t.grads), max_norm=t.max_norm)())
-    calls |= dict.fromkeys(_backend.BACKENDS, own)
+    calls |= dict.fromkeys(_backend.BACKENDS, lambda: _own(t, grad_norm=total_norm(t.grads), max_norm=t.max_norm)())
     return Workload(24 * t.elements, t.reset, calls, lambda: t.wrong(clipped=True), {"": 1e-4}, t.missing)
 
 
@@ -165,10 +163,8 @@ def averaged_workload(t: Parameters) -> Workload:
         multi._foreach_copy_(t.half, t.weights)
 
     calls: Calls = {name: functools.partial(averaged, optimizer) for name, optimizer in t.optimizers().items()}
-    if sgd_step_:
-        calls |= dict.fromkeys(
-            _backend.BACKENDS, _own(t, averages=t.averages, average_weight=AVERAGE_WEIGHT, out=t.half)
-        )
+    own = _own(t, averages=t.averages, average_weight=AVERAGE_WEIGHT, out=t.half)
+    calls |= dict.fromkeys(_backend.BACKENDS, own)
     # an fp32 rounding of an average that moves by a two-hundredth of its distance
     tolerance = {"": 1e-2}
     return Workload(30 * t.elements, t.reset, calls, lambda: t.wrong(averaged=True), tolerance, t.missing)

@@ -38,6 +38,7 @@ SHAPES = [
     (1, 33, 40, 3, 2),
     (4, 64, 64, 16, 16),
     (70, 24, 16, 4, 4),
+    (9, 20, 21, 32, 30),
     (2, 272, 320, 5, 4),
 ]
 
@@ -132,7 +133,7 @@ def test_bf16_is_the_fp32_result_rounded_once(shape, weight_dtype):
         assert torch.equal(low, high.to(low.dtype))
 
 
-@pytest.mark.parametrize("shape", [(4, 64, 64, 16, 16), (2, 272, 320, 5, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 64, 64, 16, 16), (9, 20, 21, 32, 30), (2, 272, 320, 5, 4)], ids=str)
 def test_threads_do_not_change_a_bit(shape):
     arguments = samples(*shape)
     before, found = torch.get_num_threads(), []

@@ -20,6 +20,9 @@ constexpr int64_t kStreamed = int64_t{2} << 20;
 constexpr int64_t kReadOnce = int64_t{3} << 20;
 // Transformed tiles that all threads share, so that they stay in the third-level cache.
 constexpr int64_t kShared = int64_t{2} << 20;
+// Gradients of weights with sums of up to so many floats, over at least so many tiles, are added up by slices of the
+// tiles; their number does not depend on that of the threads, so that sums do not.
+constexpr int64_t kOwnSums = int64_t{640} << 10, kSliced = 512, kSlices = 16;
 // Tiles a thread transforms at a time, and tiles it multiplies at a time where they are shared.
 constexpr int64_t kPiece = 8, kStrip = 64;
 
@@ -136,8 +139,60 @@ void conv3x3(const Images& x, const float* transformed, const Images& y, const P
   }
 }
 
+namespace {
+
+// Floats that the products of so many channels take.
+int64_t sums_size(int64_t outputs, int64_t inputs) {
+  const int64_t lanes = winograd()->lanes;
+  return kPositions * (round_up(outputs, lanes) * round_up(inputs, lanes) + kLine);
+}
+
+// Each thread takes slices of the tiles and adds them up in memory of its own: two parallel regions in all.
+void grad_weight_by_slices(const Images& x, const Images& grad_y, float* grad_weight, const ParallelFor& parallel_for) {
+  const int64_t tiles = count_tiles(x), channels = std::max(x.channels, grad_y.channels);
+  const int64_t slices = std::min(kSlices, divide_up(tiles, kStrip)), size = divide_up(tiles, slices);
+  const int64_t zeros_size = round_up(channels, kLine), weights = grad_y.channels * 9 * x.channels;
+  float* parts = shared_scratch.at_least(slices * weights);
+  for_each_task(slices, parallel_for, [&](int64_t slice) {
+    const Tiles x_layout = tiles_in(nullptr, x.channels, kStrip),
+                grad_layout = tiles_in(nullptr, grad_y.channels, kStrip);
+    float* zeros = own_scratch.at_least(zeros_size + kPositions * (x_layout.stride + grad_layout.stride) +
+                                        sums_size(grad_y.channels, x.channels));
+    std::fill_n(zeros, zeros_size, 0.0f);
+    const Tiles x_tiles{zeros + zeros_size, x_layout.stride, kStrip};
+    const Tiles grad_tiles{x_tiles.values + kPositions * x_layout.stride, grad_layout.stride, kStrip};
+    float* sums = grad_tiles.values + kPositions * grad_layout.stride;
+    const int64_t begin = slice * size, end = std::min(tiles, begin + size);
+    float* part = parts + slice * weights;
+    if (begin >= end) {
+      std::fill_n(part, weights, 0.0f);
+      return;
+    }
+    for (int64_t first = begin; first < end; first += kStrip) {
+      const int64_t count = std::min(kStrip, end - first);
+      winograd()->input(x, first, count, zeros, x_tiles, 0);
+      winograd()->grad_output(grad_y, first, count, zeros, grad_tiles, 0);
+      winograd()->grad_products(x_tiles, grad_tiles, count, 0, grad_y.channels, 0, x.channels, first > begin, sums);
+    }
+    const Filters grad{part, DType::kFloat32, grad_y.channels, x.channels, {}};
+    winograd()->grad_weight(sums, 0, grad_y.channels, 0, x.channels, false, grad);
+  });
+  parallel_for(weights, 4096, [&](int64_t begin, int64_t end) {
+    std::copy(parts + begin, parts + end, grad_weight + begin);
+    for (int64_t slice = 1; slice < slices; ++slice) {
+      const float* part = parts + slice * weights;
+      for (int64_t i = begin; i < end; ++i) grad_weight[i] += part[i];
+    }
+  });
+}
+
+}  // namespace
+
 void conv3x3_grad_weight(const Images& x, const Images& grad_y, float* grad_weight, const ParallelFor& parallel_for) {
   const int64_t lanes = winograd()->lanes, tiles = count_tiles(x);
+  if (sums_size(grad_y.channels, x.channels) <= kOwnSums && tiles >= kSliced) {
+    return grad_weight_by_slices(x, grad_y, grad_weight, parallel_for);
+  }
   const int64_t channels = round_up(x.channels, lanes) + round_up(grad_y.channels, lanes);
   const int64_t zeros_size = round_up(std::max(x.channels, grad_y.channels), kLine);
   const int64_t size = share(tiles, kShared / (kPositions * channels));
@@ -159,9 +214,10 @@ void conv3x3_grad_weight(const Images& x, const Images& grad_y, float* grad_weig
     });
     for_each_task(rows * columns, parallel_for, [&](int64_t task) {
       const int64_t output = task / columns * block, input = task % columns * block;
-      float* sums = own_scratch.at_least(kPositions * (block * block + kLine));
-      winograd()->grad_weight(x_tiles, grad_tiles, count, output, std::min(block, grad_y.channels - output), input,
-                              std::min(block, x.channels - input), first > 0, grad, sums);
+      const int64_t outputs = std::min(block, grad_y.channels - output), inputs = std::min(block, x.channels - input);
+      float* sums = own_scratch.at_least(sums_size(block, block));
+      winograd()->grad_products(x_tiles, grad_tiles, count, output, outputs, input, inputs, false, sums);
+      winograd()->grad_weight(sums, output, outputs, input, inputs, first > 0, grad);
     });
   }
 }

@@ -316,8 +316,13 @@ void weights(const Filters& weights, bool transposed, float* transformed, bool s
 // kGradRows output channels by kColumns vectors of input channels of one position.
 template <int kColumns>
 void multiply_transposed(const float* rows, const float* columns, int64_t block_stride, int64_t count,
-                         const float* ahead, float* sums, int64_t row_stride) {
+                         const float* ahead, bool add, float* sums, int64_t row_stride) {
   Vector values[kGradRows][kColumns] = {};
+  if (add) {
+    AWP_UNROLL for (int r = 0; r < kGradRows; ++r) {
+      AWP_UNROLL for (int v = 0; v < kColumns; ++v) values[r][v] = load(sums + r * row_stride + v * kLanes);
+    }
+  }
   for (int64_t tile = 0; tile < count; ++tile, rows += kLanes, columns += kLanes, ahead += kLanes) {
     __builtin_prefetch(ahead);
     Vector column[kColumns];
@@ -331,41 +336,52 @@ void multiply_transposed(const float* rows, const float* columns, int64_t block_
   }
 }
 
-void grad_weight(const Tiles& x, const Tiles& grad_y, int64_t count, int64_t output, int64_t outputs, int64_t input,
-                 int64_t inputs, bool add, const Filters& grad, float* sums) {
-  const int64_t vectors = (inputs + kLanes - 1) / kLanes;
-  const int64_t row_stride = vectors * kLanes;
-  const int64_t rows = (outputs + kGradRows - 1) / kGradRows * kGradRows;
-  const int64_t stride = rows * row_stride + 16;
+// How the sums lie: [position][output][input], a line more a position.
+struct Sums {
+  Sums(int64_t outputs, int64_t inputs)
+      : vectors((inputs + kLanes - 1) / kLanes),
+        rows((outputs + kGradRows - 1) / kGradRows * kGradRows),
+        row_stride(vectors * kLanes),
+        stride(rows * row_stride + 16) {}
+  int64_t vectors, rows, row_stride, stride;
+};
+
+void grad_products(const Tiles& x, const Tiles& grad_y, int64_t count, int64_t output, int64_t outputs, int64_t input,
+                   int64_t inputs, bool add, float* sums) {
+  const Sums layout(outputs, inputs);
   const int64_t block_stride = x.tiles * kLanes;
   for (int64_t position = 0; position < kPositions; ++position) {
-    for (int64_t v = 0; v < vectors; v += 2) {
+    for (int64_t v = 0; v < layout.vectors; v += 2) {
       const float* columns = tile_at(x, input + v * kLanes, 0) + position * x.stride;
-      for (int64_t row = 0; row < rows; row += kGradRows) {
+      for (int64_t row = 0; row < layout.rows; row += kGradRows) {
         const int64_t k = output + row;
         const float* from = tile_at(grad_y, k / kLanes * kLanes, 0) + k % kLanes + position * grad_y.stride;
-        float* to = sums + position * stride + row * row_stride + v * kLanes;
+        float* to = sums + position * layout.stride + row * layout.row_stride + v * kLanes;
         // of the next position, each piece brings a part
-        const int64_t part = row / kGradRows;
-        const float* ahead = part < 2
-                                 ? columns + x.stride + part * block_stride
-                                 : tile_at(grad_y, (output + (part - 2) * kLanes), 0) + (position + 1) * grad_y.stride;
-        if (v + 1 < vectors) {
-          multiply_transposed<2>(from, columns, block_stride, count, ahead, to, row_stride);
+        const int64_t part = row / kGradRows, other = output + (part - 2) * kLanes;
+        const float* ahead = part < 2 ? columns + x.stride + part * block_stride : columns;
+        if (part >= 2 && other < output + outputs) ahead = tile_at(grad_y, other, 0) + (position + 1) * grad_y.stride;
+        if (v + 1 < layout.vectors) {
+          multiply_transposed<2>(from, columns, block_stride, count, ahead, add, to, layout.row_stride);
         } else {
-          multiply_transposed<1>(from, columns, block_stride, count, ahead, to, row_stride);
+          multiply_transposed<1>(from, columns, block_stride, count, ahead, add, to, layout.row_stride);
         }
       }
     }
   }
+}
+
+void grad_weight(const float* sums, int64_t output, int64_t outputs, int64_t input, int64_t inputs, bool add,
+                 const Filters& grad) {
+  const Sums layout(outputs, inputs);
   float* gradient = static_cast<float*>(grad.data);
   for (int64_t row = 0; row < outputs; ++row) {
-    for (int64_t v = 0; v < vectors; ++v) {
-      const float* from = sums + row * row_stride + v * kLanes;
+    for (int64_t v = 0; v < layout.vectors; ++v) {
+      const float* from = sums + row * layout.row_stride + v * kLanes;
       Vector columns[18], taps[9];
       AWP_UNROLL for (int j = 0; j < 6; ++j) {
         Vector column[6];
-        AWP_UNROLL for (int i = 0; i < 6; ++i) column[i] = load(from + (6 * i + j) * stride);
+        AWP_UNROLL for (int i = 0; i < 6; ++i) column[i] = load(from + (6 * i + j) * layout.stride);
         transform_grad_weight<1, 6>(column, columns + j);
       }
       AWP_UNROLL for (int i = 0; i < 3; ++i) transform_grad_weight<1, 1>(columns + 6 * i, taps + 3 * i);
@@ -405,7 +421,8 @@ void any_grad_output(const Images& grad_y, int64_t first, int64_t count, const f
 }  // namespace
 
 const Winograd AWP_WINOGRAD = {
-    AWP_INSTRUCTION_SET, kLanes, kBlock, any_weights, any_input, any_output, any_grad_output, grad_weight,
+    AWP_INSTRUCTION_SET, kLanes,          kBlock,        any_weights, any_input,
+    any_output,          any_grad_output, grad_products, grad_weight,
 };
 
 }  // namespace awp::cpu

@@ -32,10 +32,13 @@ struct Winograd {
   // Tiles of the output's gradient, as `input` does.
   void (*grad_output)(const Images& grad_y, int64_t first, int64_t count, const float* zeros, const Tiles& into,
                       int64_t at);
-  // The gradient of `outputs` channels from `output` on by `inputs` channels from `input` on, summed over the first
-  // `count` tiles; both start at a multiple of `lanes` and are two vectors long at most. `sums` is scratch.
-  void (*grad_weight)(const Tiles& x, const Tiles& grad_y, int64_t count, int64_t output, int64_t outputs,
-                      int64_t input, int64_t inputs, bool add, const Filters& grad, float* sums);
+  // Products of `outputs` channels from `output` on by `inputs` channels from `input` on, summed over the first `count`
+  // tiles; both start at a multiple of `lanes`. `add`: to what `sums` holds.
+  void (*grad_products)(const Tiles& x, const Tiles& grad_y, int64_t count, int64_t output, int64_t outputs,
+                        int64_t input, int64_t inputs, bool add, float* sums);
+  // The gradient of these channels from the sums; `add`: to what it holds.
+  void (*grad_weight)(const float* sums, int64_t output, int64_t outputs, int64_t input, int64_t inputs, bool add,
+                      const Filters& grad);
 };
 
 #if defined(AWP_HAVE_AVX2)

@@ -15,7 +15,7 @@ from awp_engine.config import AttackConfig, AwpConfig
 from awp_engine.objectives import Objective
 from awp_engine.precision import Copies, LossScale
 from awp_engine.regions import region
-from awp_kernels import SGD, AdversarialWeightPerturbation, total_norm
+from awp_kernels import SGD, AdversarialWeightPerturbation, conv3x3_forget, total_norm
 
 # lifts the attack's 16-bit gradients out of underflow; the step ignores the scale
 _ATTACK_LOSS_SCALE = 1024.0
@@ -220,6 +220,8 @@ class TrainingStep:
         if share and self.options.ascent == "shared" and self.awp is not None:
             changes["shared"] = [self.copies.attack.get_parameter(name) for name in self.awp.parameters]
         x_adv = self._attack(self._runner(self.copies.attack, x), x, y, arguments | changes)
+        # what was kept for the attack's passes is twice as large as all that the rest of the step adds
+        conv3x3_forget()
         if self.options.public_code:
             with batch_norm_mode(self.model, self.attack.bn_mode, update_statistics=True):
                 self._forward_for_statistics(x_adv)

@@ -1,9 +1,13 @@
 """Transformed weights, kept for as long as the weights stay as they are.
 
+Kept are those of weights that ask for no gradient, as an attack's do, whose passes all need them. Training uses weights
+once in each direction before it changes them: their transforms go to a buffer that all layers share.
+
 Weights are known by the tensor object and told to be unchanged by its version counter, its address, and a fingerprint
 of 256 of their values, since writes through `.data` move no counter.
 """
 
+import threading
 import weakref
 from typing import Any
 
@@ -23,6 +27,8 @@ class _Entry:
 
 
 _entries: dict[int, _Entry] = {}
+# a buffer a thread: backward passes run in threads of their own
+_shared = threading.local()
 
 
 def _entry_for(weight: Tensor) -> _Entry:
@@ -49,6 +55,8 @@ def transform(operations: Any, weight: Tensor, transposed: bool, out: Tensor | N
 
 def transformed(operations: Any, weight: Tensor, transposed: bool) -> Tensor:
     """The same, from memory if the weights have not changed."""
+    if weight.requires_grad:
+        return _passing(operations, weight, transposed)
     if weight.is_inference():  # has no version
         return transform(operations, weight, transposed)
     entry = _entries.get(id(weight))
@@ -60,6 +68,17 @@ def transformed(operations: Any, weight: Tensor, transposed: bool) -> Tensor:
         known = entry.transformed[transposed] = transform(operations, weight, transposed, known)
         entry.states[transposed] = state
     return known
+
+
+def _passing(operations: Any, weight: Tensor, transposed: bool) -> Tensor:
+    """The transform in the thread's shared buffer: good until the thread's next call."""
+    outputs, inputs = weight.shape[:2]
+    sizes = (inputs, outputs) if transposed else (outputs, inputs)
+    size = operations.conv3x3_transformed_size.default(*sizes)
+    buffer = getattr(_shared, "buffer", None)
+    if buffer is None or buffer.numel() < size:
+        buffer = _shared.buffer = torch.empty(size, dtype=torch.float32)
+    return transform(operations, weight, transposed, buffer[:size])
 
 
 def held_bytes() -> int:

@@ -26,6 +26,35 @@ class _Entry:
         self.states: list[tuple[int, int, int] | None] = [None, None]
 
 
+class _Arena:
+    """Memory for transforms in blocks of 40 MB and more, which the C library gives back to the system when freed.
+
+    Smaller ones would lie among activations and keep the memory around them from being used again.
+    """
+
+    _BLOCK = 10_000_000  # floats
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._block: Tensor | None = None
+        self._used = 0
+
+    def empty(self, size: int) -> Tensor:
+        """`size` floats, aligned to 64 bytes."""
+        padded = -(-size // 16) * 16
+        with self._lock:
+            if self._block is None or self._used + padded > self._block.numel():
+                self._block, self._used = torch.empty(max(padded, self._BLOCK), dtype=torch.float32), 0
+            self._used += padded
+            return self._block[self._used - padded :][:size]
+
+    def drop(self) -> None:
+        """Begin a new block; the old one lives as long as what lies in it."""
+        with self._lock:
+            self._block = None
+
+
+_arena = _Arena()
 _entries: dict[int, _Entry] = {}
 # a buffer a thread: backward passes run in threads of their own
 _shared = threading.local()
@@ -48,7 +77,7 @@ def transform(operations: Any, weight: Tensor, transposed: bool, out: Tensor | N
     outputs, inputs = weight.shape[:2]
     if out is None:
         sizes = (inputs, outputs) if transposed else (outputs, inputs)
-        out = torch.empty(operations.conv3x3_transformed_size.default(*sizes), dtype=torch.float32)
+        out = _arena.empty(operations.conv3x3_transformed_size.default(*sizes))
     operations.conv3x3_transform.default(weight, transposed, out)
     return out
 
@@ -89,3 +118,4 @@ def held_bytes() -> int:
 def forget_all() -> None:
     """Give that memory back; what is needed again is computed again."""
     _entries.clear()
+    _arena.drop()

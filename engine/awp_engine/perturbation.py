@@ -292,6 +292,7 @@ class TrainingStep:
         skipped = ~(finite if ascent_norm is None else finite & torch.isfinite(ascent_norm))
         optimizer.found_inf, optimizer.grad_norm, optimizer.max_norm = skipped.float(), norm, self.clip_norm
         optimizer.grad_scale = None if self.loss_scale is None else self.loss_scale.value
+        optimizer.decay_at_out = self.options.public_code and awp is not None and awp.working is not None
         if awp is not None and awp.working is None:
             if self.options.public_code:
                 self._decay_perturbed(awp)

@@ -36,7 +36,8 @@ class ActivatedBatchNorm(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> the same."""
-        fused = isinstance(self.activation, nn.ReLU) and self.momentum is not None
+        # fewer channels than a vector has lanes are slower
+        fused = isinstance(self.activation, nn.ReLU) and self.momentum is not None and self.num_features >= 16
         if not fused or torch.compiler.is_compiling() or not bn_relu_available(input, self.weight, self.bias):
             return self.activation(super().forward(input))
         moves = self.training and self.track_running_stats
@@ -63,8 +64,12 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, H, W]."""
+        # measured: narrower layers and images smaller than a tile gain nothing, 16-bit ones need twice the width
+        least = 32 if input.dtype == torch.float32 else 64
+        pays = min(self.in_channels, self.out_channels) >= least and min(input.shape[2:]) >= 4
         # while compiling conv3x3 itself chooses, without looking at tensors
-        if self.bias is None and (torch.compiler.is_compiling() or conv3x3_available(input, self.weight)):
+        usable = torch.compiler.is_compiling() or conv3x3_available(input, self.weight)
+        if pays and usable and self.bias is None:
             return conv3x3(input, self.weight)
         return super().forward(input)
 

@@ -46,11 +46,12 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def forward_flops(settings: Any) -> int:
     """Floating-point operations of one forward pass for one image; a multiplication and an addition count as two."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        settings.build_model().eval()(torch.empty(1, *settings.image_shape))
-    return counter.get_total_flops()
+    from awp_engine import throughput
+
+    with torch.device("meta"):
+        model = settings.build_model()
+    return throughput.forward_flops(model, settings.image_shape)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

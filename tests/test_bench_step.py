@@ -14,12 +14,13 @@ from public_awp import PublicAwp, public_step
 from samples import images
 
 from awp_engine.data import Batch
+from awp_engine.throughput import forward_units
 from awp_kernels import pgd_init_, pgd_init_normal_
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 
-from arms import Settings, necessary_units  # noqa: E402
+from arms import Settings, engine_config, necessary_units  # noqa: E402
 from arms.eager import eager_arm  # noqa: E402
 from arms.engine import engine_arm  # noqa: E402
 from arms.public import public_arm  # noqa: E402
@@ -132,7 +133,10 @@ def test_eager_in_mixed_precision_is_near():
 
 
 def test_work():
-    units = {method: necessary_units(with_method(method, steps=10)) for method in ("at", "at-awp", "trades-awp")}
+    settings = [with_method(method, steps=10) for method in ("at", "at-awp", "trades-awp")]
+    units = {setting.method: necessary_units(setting) for setting in settings}
+    # training's log counts the same
+    assert [forward_units(engine_config(setting)) for setting in settings] == list(units.values())
     assert units == {"at": 23, "at-awp": 26, "trades-awp": 33}
     # per image, convolutions and linear layers, by hand: 2 * kernel * channels in * channels out * pixels
     assert forward_flops(dataclasses.replace(SETTINGS, model="preact-resnet-18")) == pytest.approx(1.111e9, rel=1e-3)

@@ -122,14 +122,13 @@ class TrainingStep:
             with region("attack"):
                 self.copies.prepare_attack_()
                 x_adv, zero_gradients = self._attacked(x, y, start, fast, share=awp is not None)
-            ascent_norm = None
             if awp is not None:
                 with region("ascent"):
-                    ascent_norm = self._ascend(awp, x_adv, x, y)
+                    self._ascend(awp, x_adv, x, y)
             with region("descent"):
                 loss, correct = self._descend(x_adv, x, y)  # at w + v
             with region("update"):
-                skipped = self._update(awp, ascent_norm)  # at w
+                skipped = self._update(awp)  # at w
             if public_code:
                 self._forward_for_statistics(x)
             statistics.restore_where(skipped)
@@ -153,7 +152,7 @@ class TrainingStep:
             loss, correct = self._descend(x_adv, x, y)
             assert x_adv.grad is not None
             delta.add_(x_adv.grad.sign(), alpha=epsilon).clamp_(-epsilon, epsilon)
-            skipped = self._update(None, None)
+            skipped = self._update(None)
             statistics.restore_where(skipped)
         except BaseException:
             statistics.restore_()
@@ -239,9 +238,8 @@ class TrainingStep:
             self._compiled[id(model)] = torch.compile(model, dynamic=False)  # pyright: ignore[reportArgumentType]
         return self._compiled[id(model)]
 
-    def _ascend(self, awp: AdversarialWeightPerturbation, x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """Perturb the weights; returns the norm of the gradient that they followed."""
-        norm = x.new_zeros((), dtype=torch.float64)
+    def _ascend(self, awp: AdversarialWeightPerturbation, x_adv: Tensor, x: Tensor, y: Tensor) -> None:
+        """Perturb the weights."""
         sums: dict[str, Tensor] = {}
         for step in range(self.options.ascent_steps):
             if self.options.ascent == "exact" or self.attack.epsilon_value == 0:
@@ -254,10 +252,8 @@ class TrainingStep:
                     sums[name] = sums[name] + gradient if name in sums else gradient
             # every pass is taken where the ones before it moved to, and all are added up at w, as RWP does
             awp.restore_()
-            norm = total_norm(list(sums.values()))
             awp.perturb_(gradients=sums)
             self.clear_gradients()
-        return norm
 
     def _ascent_backward(self, x_adv: Tensor, x: Tensor, y: Tensor) -> int:
         """Gradients of the ascent's loss; returns how many samples are in it."""
@@ -284,12 +280,12 @@ class TrainingStep:
         return loss.detach(), (logits.argmax(1) == labels).sum()
 
     @torch.no_grad()
-    def _update(self, awp: AdversarialWeightPerturbation | None, ascent_norm: Tensor | None) -> Tensor:
+    def _update(self, awp: AdversarialWeightPerturbation | None) -> Tensor:
         """The optimizer's step at w, left out if a gradient is not finite; returns, on the device, whether it was."""
         optimizer = self.optimizer
+        # an ascent gradient that is not finite shows here as well: some weight, and with it the loss, became NaN
         norm = total_norm(optimizer.gradients())
-        finite = torch.isfinite(norm)
-        skipped = ~(finite if ascent_norm is None else finite & torch.isfinite(ascent_norm))
+        skipped = ~torch.isfinite(norm)
         optimizer.found_inf, optimizer.grad_norm, optimizer.max_norm = skipped.float(), norm, self.clip_norm
         optimizer.grad_scale = None if self.loss_scale is None else self.loss_scale.value
         optimizer.decay_at_out = self.options.public_code and awp is not None and awp.working is not None

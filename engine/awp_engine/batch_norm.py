@@ -55,7 +55,8 @@ def share_memory(model: nn.Module) -> list[Tensor]:
         flat = torch.cat([buffer.reshape(-1) for _, _, buffer in found])
         begin = 0
         for layer, name, buffer in found:
-            setattr(layer, name, flat[begin : begin + buffer.numel()].view(buffer.shape))
+            # .data: autograd, which keeps them for the backward pass, would take a change of one for a change of all
+            setattr(layer, name, flat[begin : begin + buffer.numel()].view(buffer.shape).data)
             begin += buffer.numel()
         flats.append(flat)
     return flats

@@ -101,6 +101,10 @@ def test_what_is_chosen_for_a_device():
         choose_precision(Config(precision=PrecisionConfig(attack="fp16")), cpu)
     with pytest.raises(ConfigError, match=r"--precision.descent: expected fp32 with --awp.scale absolute"):
         dataclasses.replace(rho, precision=PrecisionConfig(descent="fp16"))
+    clean = Config(attack=AttackConfig(epsilon="0"), awp=AwpConfig(gamma=0.0))
+    assert choose_precision(clean, cpu) == Precision()
+    with pytest.raises(ConfigError, match=r"--precision.attack: expected auto like --precision.ascent with"):
+        dataclasses.replace(shared, precision=PrecisionConfig(attack="bf16"))
     with pytest.raises(ConfigError, match=r"--precision.ascent: expected fp16 like --precision.descent"):
         Config(awp=AwpConfig(ascent_steps=2), precision=PrecisionConfig(descent="fp16", ascent="fp32"))
 

@@ -489,6 +489,9 @@ class Config(_Checked):
             if self.awp.gamma > 0 and self.awp.scale != "relative" and getattr(self.precision, part) == "fp16":
                 expected = f"fp32 with --awp.scale {self.awp.scale}, whose norm is taken over all parameters"
                 raise _refuse(f"precision.{part}", expected, "fp16")
+        if self.awp.gamma > 0 and self.awp.ascent == "shared" and self.precision.attack != self.precision.ascent:
+            expected = f"{self.precision.ascent} like --precision.ascent with --awp.ascent shared"
+            raise _refuse("precision.attack", expected, self.precision.attack)
         if self.awp.ascent_steps > 1 and self.precision.ascent != self.precision.descent:
             expected = f"{self.precision.descent} like --precision.descent with --awp.ascent-steps > 1"
             raise _refuse("precision.ascent", expected, self.precision.ascent)

@@ -59,6 +59,9 @@ def choose_precision(config: Config, device: torch.device) -> Precision:
     if config.awp.gamma > 0 and config.awp.ascent == "shared":
         # the ascent's gradient comes out of the attack's last pass
         chosen["attack"] = chosen["ascent"]
+    if config.attack.epsilon_value == 0:
+        # no attack, and no copy for it
+        chosen["attack"] = chosen["descent"]
     return Precision(**chosen)
 
 

@@ -27,7 +27,8 @@ if [ "$DEVICE" = cpu ]; then
   chosen="--sizes 1e3,1e5 --passes 1 --rounds 3 --seconds 70 -k 1e"
 else
   marker=gpu target=cuda-cuda
-  large="--model wrn-34-10 --batch-size 128 --repeats 6" small="--model preact-resnet-18 --batch-size 128 --repeats 8"
+  graphs="--engine cuda_graphs=true"
+  large="--model wrn-34-10 --batch-size 128 --repeats 6 $graphs" small="--model preact-resnet-18 --batch-size 128 --repeats 8 $graphs"
   # from what launches cost to what memory bandwidth costs, beside the two models
   chosen="--sizes 1e4,1e6,1e8 --passes 2 --rounds 7 --seconds 70"
 fi

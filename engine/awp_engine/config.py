@@ -442,8 +442,8 @@ class Config(_Checked):
     """Where to train; auto takes a GPU if there is one."""
     compile: bool = False
     """Compile the model's passes by torch.compile, which takes minutes; results then differ by rounding."""
-    cuda_graphs: bool = True
-    """On a GPU, capture the whole step in a CUDA graph, where the settings allow; results stay the same."""
+    cuda_graphs: bool = False
+    """On a GPU, capture the whole step in a CUDA graph, where the settings allow; to be the default once tried there."""
     profile: int = 0
     """Write a torch.profiler trace of this many steps, after the first five, into the run directory; 0 writes none."""
     keep_checkpoints: int = 2

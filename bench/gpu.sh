@@ -3,7 +3,7 @@
 #     bash bench/gpu.sh
 # DEVICE=cpu runs the same stages on the CPU, on small models. OUT: for log and results (./gpu-out), at most 8 files:
 # stages.log, report.md, plots, and <device>-<date>.json for bench/results/. STAGES: some of the stages, in this order.
-# STEP_OPTIONS: for both runs of bench/step.py, such as "--repeats 20 --engine compile=true". BENCH_OPTIONS: for `pytest
+# STEP_OPTIONS: for both runs of bench/step.py, such as "--engine cuda_graphs=true compile=true". BENCH_OPTIONS: for `pytest
 # bench`, in place of sizes, passes and rounds. COMMIT: what is measured, where there is no git checkout. PYTHON: the
 # interpreter (python3). A failing stage does not stop the rest; it shows in the exit code.
 set -euo pipefail

@@ -176,7 +176,7 @@ def test_folding_leaves_logits_and_image_gradients_alone(name):
 
 @pytest.mark.parametrize("method", ["at", "trades"])
 def test_a_step_in_fp16_goes_where_the_fp32_step_goes(method):
-    """From trained weights a batch's step differs by a part of its length: 5% to 18% in fp16, 10% to 23% by bf16 attacks.
+    """From trained weights a batch's step differs by 5% to 18% of its length in fp16, 10% to 23% by bf16 attacks.
 
     16 bits flip the sign of the smallest image gradients, and with them pixels of x'.
     """

@@ -443,7 +443,7 @@ class Config(_Checked):
     compile: bool = False
     """Compile the model's passes by torch.compile, which takes minutes; results then differ by rounding."""
     cuda_graphs: bool = False
-    """On a GPU, capture the whole step in a CUDA graph, where the settings allow; to be the default once tried there."""
+    """On a GPU, capture the whole step in a CUDA graph where the settings allow; the default once tried there."""
     profile: int = 0
     """Write a torch.profiler trace of this many steps, after the first five, into the run directory; 0 writes none."""
     keep_checkpoints: int = 2

@@ -13,7 +13,7 @@ mkdir -p "$out"
 
 # no augmentation, small batches, many steps: what makes 500 images overfit within minutes
 common=(--data.name folder --data.root "$data" --data.train-limit 500 --data.pad 0 --data.no-flip
-  --model.width 8 --batch-size 32 --epochs 80 --optimizer.milestones 0.25 0.85 --attack.steps 5
+  --model.width 8 --global-batch-size 32 --epochs 80 --optimizer.milestones 0.25 0.85 --attack.steps 5
   --evaluation.steps 10 --evaluation.evaluate-every 8 --evaluation.held-out-limit 500 --evaluation.test-limit 1000)
 
 train() { # preset gamma seed

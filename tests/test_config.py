@@ -60,7 +60,7 @@ def test_presets_hold_the_papers_values() -> None:
     assert (config.awp.gamma, config.awp.warmup, config.awp.public_code) == (0.01, 0, False)
     optimizer = config.optimizer
     assert (optimizer.lr, optimizer.momentum, optimizer.weight_decay) == (0.1, 0.9, 5e-4)
-    assert (config.epochs, config.batch_size, config.attack.bn_mode) == (200, 128, "train")
+    assert (config.epochs, config.global_batch_size, config.attack.bn_mode) == (200, 128, "train")
     assert build_preset("cifar10-preact-resnet18-at").awp.gamma == 0
     assert build_preset("cifar10-preact-resnet18-at-awp-paper").awp.public_code
     l2 = build_preset("cifar10-preact-resnet18-at-awp-l2")
@@ -90,7 +90,7 @@ def test_every_method_has_the_papers_values(
     assert config.model.name in name.replace("resnet18", "resnet-18")
     assert (config.optimizer.weight_decay, config.optimizer.momentum) == (5e-4, 0.9)
     if method == "rst":
-        assert (config.batch_size, config.optimizer.nesterov, config.optimizer.schedule) == (256, True, "cosine")
+        assert (config.global_batch_size, config.optimizer.nesterov, config.optimizer.schedule) == (256, True, "cosine")
         assert config.data.extra_fraction == 0.5
     if "svhn" in name:
         assert config.optimizer.lr == 0.01
@@ -190,7 +190,7 @@ BAD = {
     "--label-smoothing": lambda: Config(method="mart", label_smoothing=0.1),
     "--epochs": lambda: Config(epochs=True),
     "--seed": lambda: Config(seed=-1),
-    "--batch-size": lambda: Config(batch_size="3"),  # pyright: ignore[reportArgumentType]
+    "--global-batch-size": lambda: Config(global_batch_size="3"),  # pyright: ignore[reportArgumentType]
     "--log-interval": lambda: Config(log_interval=float("inf")),
     "--keep-checkpoints": lambda: Config(keep_checkpoints=0),
     "--preset": lambda: Config(preset="../x"),

@@ -45,7 +45,7 @@ def two_runs(tmp_path_factory) -> tuple[Path, Path]:
             run_dir=folder / name,
             seed=seed,
             epochs=2,
-            batch_size=256,
+            global_batch_size=256,
             device="cpu",
             data=DataConfig(pad=1),
             model=ModelConfig(width=2),

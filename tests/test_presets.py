@@ -45,7 +45,7 @@ def tiny(config: Config, root: Path, run_dir: Path) -> Config:
         awp=dataclasses.replace(config.awp, warmup=0, ascent_steps=min(config.awp.ascent_steps, 2)),
         evaluation=EvaluationConfig(steps=1),
         epochs=1,
-        batch_size=5 if config.method != "rst" else 10,
+        global_batch_size=5 if config.method != "rst" else 10,
         run_dir=run_dir,
     )
 
@@ -57,7 +57,7 @@ def test_two_steps(name, colour_images, tmp_path):
     if config.model.name.startswith("wrn"):
         # one image at a time: a forward pass of WRN-34-10 alone takes 13 GFLOP
         extra = 2 if config.method == "rst" else 1
-        config = dataclasses.replace(config, batch_size=extra, data=dataclasses.replace(config.data, pad=0))
+        config = dataclasses.replace(config, global_batch_size=extra, data=dataclasses.replace(config.data, pad=0))
     trainer = Trainer(config)
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
     results = []

@@ -37,7 +37,7 @@ from awp_engine.trainer import Trainer, TrainingError
 ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / "engine" / "train.py"
 # small enough for a test: a narrow network, two attack steps
-SMALL = ["--model.width", "2", "--attack.steps", "2", "--evaluation.steps", "3", "--batch-size", "256"]
+SMALL = ["--model.width", "2", "--attack.steps", "2", "--evaluation.steps", "3", "--global-batch-size", "256"]
 
 
 def start(*arguments: str | Path, **popen) -> subprocess.Popen[str]:
@@ -59,7 +59,7 @@ def small_config(run_dir: Path, **changes) -> Config:
     config = Config(
         run_dir=run_dir,
         epochs=3,
-        batch_size=256,
+        global_batch_size=256,
         data=DataConfig(pad=1),
         model=ModelConfig(width=2),
         attack=AttackConfig(steps=2),
@@ -222,7 +222,7 @@ def test_training_learns(tmp_path):
     config = small_config(
         tmp_path / "clean",
         epochs=8,
-        batch_size=64,
+        global_batch_size=64,
         model=ModelConfig(width=8),
         attack=AttackConfig(epsilon="0", step_size="0", steps=1),
         evaluation=EvaluationConfig(steps=1, evaluate_every=8),
@@ -418,7 +418,7 @@ def test_patience_stops_the_run(tmp_path):
 def test_robust_self_training_draws_from_both_sources(tmp_path):
     extra = further_images(tmp_path / "extra.npz")
     data = DataConfig(pad=1, extra=extra, extra_fraction=0.25)
-    trainer = Trainer(small_config(tmp_path / "run", epochs=1, method="rst", data=data, batch_size=128))
+    trainer = Trainer(small_config(tmp_path / "run", epochs=1, method="rst", data=data, global_batch_size=128))
     first = len(trainer.data.train) + len(trainer.data.held_out) + len(trainer.data.test)
     batches = list(trainer._batches(1))
     assert [int((batch.ids >= first).sum()) for batch in batches[:-1]] == [32] * (len(batches) - 1)

@@ -43,7 +43,7 @@ def engine_config(settings: Settings) -> Config:
         optimizer=OptimizerConfig(
             lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay, schedule="constant"
         ),
-        batch_size=settings.batch_size,
+        global_batch_size=settings.batch_size,
         device=settings.device,  # pyright: ignore[reportArgumentType]
     )
     values = json.loads(to_json(config))

@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from awp_engine.config import AwpConfig, Config
+from awp_engine.config import AwpConfig, Config, ConfigError
+from awp_engine.distributed import Ranks
 from awp_engine.graphs import GraphedStep
 from awp_engine.objectives import build_objective
 from awp_engine.optimizer import build_optimizer
@@ -11,12 +12,13 @@ from awp_engine.precision import Copies, choose_precision
 from awp_kernels import AdversarialWeightPerturbation, asam, sam
 
 
-def build_step(config: Config, model: nn.Module) -> TrainingStep:
+def build_step(config: Config, model: nn.Module, ranks: Ranks | None = None) -> TrainingStep:
     """The step for `model`, with an optimizer and working copies of its own.
 
     Args:
         config: the run's.
-        model: in train mode, on its device and in its memory format.
+        model: in train mode, on its device and in its memory format; equal on all ranks.
+        ranks: that train together; by default this process alone.
 
     Raises:
         ConfigError: a precision that the device does not have.
@@ -39,11 +41,20 @@ def build_step(config: Config, model: nn.Module) -> TrainingStep:
         clip_norm=config.optimizer.clip_norm,
         copies=copies,
         compile=config.compile,
+        ranks=ranks,
+        distributed=config.distributed,
+        micro_batch_size=config.micro_batch_size,
     )
 
 
 def capture_step(config: Config, step: TrainingStep) -> TrainingStep | GraphedStep:
-    """`step`, captured in CUDA graphs where device and settings allow."""
+    """`step`, captured in CUDA graphs where device and settings allow.
+
+    Raises:
+        ConfigError: graphs with several ranks, whose collectives are not captured.
+    """
+    if config.cuda_graphs and step.ranks.world > 1:
+        raise ConfigError("--cuda-graphs: serves one rank; leave it out when torchrun starts several")
     device = next(step.model.parameters()).device
     return GraphedStep(step) if device.type == "cuda" and config.cuda_graphs and step.capturable else step
 

@@ -31,7 +31,12 @@ _FREE_ON_RESUME = frozenset(
         "run_dir",
         "device",
         "keep_checkpoints",
+        "keep_every",
         "checkpoint_every",
+        "checkpoint_steps",
+        "distributed.strategy",
+        "distributed.check_every",
+        "distributed.timeout",
         "log_interval",
         "compare_without_awp",
         "compile",
@@ -409,6 +414,28 @@ class EvaluationConfig(_Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DistributedConfig(_Checked):
+    """Several ranks; torchrun says how many."""
+
+    section: ClassVar[str] = "distributed."
+
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """Every rank holds the whole model (DDP), or a share of every layer (FSDP2), for models that do not fit."""
+    ascent_sync: Literal["global", "local"] = "global"
+    """Perturb the weights by the gradient of the whole batch, as the paper does, or every rank by that of its share."""
+    sync_batch_norm: bool = False
+    """Normalise by the statistics of the whole batch, not of each rank's share; not in the attack's passes."""
+    check_every: int = 100
+    """Steps between comparisons of the ranks' weights, which must be equal to the bit; also done at checkpoints."""
+    timeout: float = 600.0
+    """Seconds without any progress after which the rank that hangs is named and the run is stopped."""
+
+    def _check(self) -> None:
+        self._require(self.check_every >= 1, "check_every", "a whole number of steps >= 1")
+        self._require(1 <= self.timeout <= 1e6, "timeout", "a number of seconds from 1 to 1e6")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(_Checked):
     """Everything that a training run is told."""
 
@@ -427,6 +454,7 @@ class Config(_Checked):
     optimizer: OptimizerConfig = OptimizerConfig()
     average: AverageConfig = AverageConfig()
     precision: PrecisionConfig = PrecisionConfig()
+    distributed: DistributedConfig = DistributedConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     run_dir: Path | None = None
     """Directory for everything that the run leaves; a run found there goes on; none means runs/PRESET-seedSEED."""
@@ -434,8 +462,10 @@ class Config(_Checked):
     """Seed of the weights, the order of the images, augmentation and noise."""
     epochs: int = 30
     """Passes over the training images."""
-    batch_size: int = 128
-    """Images in a batch."""
+    global_batch_size: int = 128
+    """Images in a batch, over all ranks together."""
+    micro_batch_size: int | None = None
+    """Most images that a rank computes at once; gradients of the pieces are added up. None means its whole share."""
     deterministic: bool = False
     """Use only operations that give the same bits every time; slower on a GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -447,9 +477,13 @@ class Config(_Checked):
     profile: int = 0
     """Write a torch.profiler trace of this many steps, after the first five, into the run directory; 0 writes none."""
     keep_checkpoints: int = 2
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept, beside that of the best epoch."""
+    keep_every: int | None = None
+    """Keep every checkpoint whose epoch is a multiple of this as well; none means no others."""
     checkpoint_every: int = 1
     """Epochs between checkpoints."""
+    checkpoint_steps: int | None = None
+    """Steps between checkpoints within an epoch; none writes one only when the run is stopped."""
     log_interval: float = 10.0
     """Seconds between lines of progress where the output is not a terminal."""
     compare_without_awp: bool = False
@@ -461,7 +495,10 @@ class Config(_Checked):
         )
         self._require(self.seed >= 0, "seed", "a whole number >= 0")
         self._require(self.epochs >= 1, "epochs", "a whole number >= 1")
-        self._require(self.batch_size >= 1, "batch_size", "a whole number >= 1")
+        self._require(self.global_batch_size >= 1, "global_batch_size", "a whole number >= 1")
+        for name in ("micro_batch_size", "keep_every", "checkpoint_steps"):
+            value = getattr(self, name)
+            self._require(value is None or value >= 1, name, "a whole number >= 1, or none")
         self._require(self.keep_checkpoints >= 1, "keep_checkpoints", "a whole number >= 1")
         self._require(self.checkpoint_every >= 1, "checkpoint_every", "a whole number of epochs >= 1")
         self._require(self.log_interval > 0, "log_interval", "a finite number of seconds > 0")
@@ -481,6 +518,9 @@ class Config(_Checked):
         if self.awp.public_code and (self.method != "at" or self.attack.fast != "none" or self.data.cutmix > 0):
             expected = "false for anything but --method at with PGD and whole labels"
             raise _refuse("awp.public_code", expected, self.awp.public_code)
+        if self.awp.public_code and self.distributed.ascent_sync == "local":
+            # its decay acts on w + v, of which there is one a rank then
+            raise _refuse("distributed.ascent_sync", "global with --awp.public-code", "local")
         for part in ("ascent", "descent"):
             if self.awp.gamma > 0 and getattr(self.precision, part) == "bf16":
                 # the perturbation is a few thousandths of a weight, and bfloat16 keeps 8 bits

@@ -6,15 +6,17 @@ from torch import nn
 from awp_engine.config import ConfigError
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that `--device` asks for; auto takes a GPU if there is one.
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device that `--device` asks for; auto takes a GPU if there is one, the one of the rank's number.
 
     Raises:
         ConfigError: cuda was asked for and there is none.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device: expected a machine with a CUDA device for 'cuda', found none; use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank)
 
 
 def fast_memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:

@@ -3,15 +3,20 @@
 Source: Wu, Xia, Wang: Adversarial Weight Perturbation Helps Robust Generalization, NeurIPS 2020.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from awp_engine.attack import batch_norm_mode, fast_attack, pgd, starting_point
 from awp_engine.batch_norm import Statistics
-from awp_engine.config import AttackConfig, AwpConfig
+from awp_engine.config import AttackConfig, AwpConfig, DistributedConfig
+from awp_engine.data import rank_share
+from awp_engine.distributed import Ranks
 from awp_engine.objectives import Objective
 from awp_engine.precision import Copies, LossScale
 from awp_engine.regions import region
@@ -21,15 +26,22 @@ from awp_kernels import SGD, AdversarialWeightPerturbation, conv3x3_forget, tota
 _ATTACK_LOSS_SCALE = 1024.0
 
 
+# rows, and the part of the whole batch's mean that they stand for
+Pieces = list[tuple[slice, float]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
     """What a step is logged by; all stay on the device.
 
+    Of several ranks each has its part of `loss`, `correct` and `zero_gradients`: their sums are those of the batch.
+
     Attributes:
         loss: scalar, averaged over the batch, at the perturbed weights where there are such; not finite at times where
             the step was skipped.
-        correct: scalar, number of attacked images classified right in the same forward pass.
-        skipped: bool scalar: a gradient was not finite, and weights, momentum and statistics were left as they were.
+        correct: scalar, part of the attacked images that were classified right in the same forward pass.
+        skipped: bool scalar, the same on all ranks: a gradient was not finite, and weights, momentum and statistics
+            were left as they were.
         zero_gradients: scalar, the part of exactly zero entries in the attack's last gradient; a mask's mark.
     """
 
@@ -52,6 +64,9 @@ class TrainingStep:
         clip_norm: largest norm of the descent gradient, or None.
         copies: the models that the parts run on; by default all on `model` itself.
         compile: by torch.compile; batches of another size than the first one's run uncompiled.
+        ranks: that train together, on equal models; gradients are averaged over them, the attack is each one's own.
+        distributed: how they do.
+        micro_batch_size: most images that are computed at once, or None.
 
     Attributes:
         loss_scale: of ascent and descent where one of them is in fp16, else None.
@@ -69,6 +84,9 @@ class TrainingStep:
         clip_norm: float | None = None,
         copies: Copies | None = None,
         compile: bool = False,
+        ranks: Ranks | None = None,
+        distributed: DistributedConfig | None = None,
+        micro_batch_size: int | None = None,
     ) -> None:
         self.model, self.optimizer, self.objective = model, optimizer, objective
         self.attack, self.awp, self.options = attack, awp, options or AwpConfig()
@@ -82,11 +100,52 @@ class TrainingStep:
         self._statistics = self.copies.statistics
         self._compiled: dict[int, nn.Module] = {}
         self._compile, self._compiled_size = compile, 0
+        self.ranks, self._distributed = ranks or Ranks(), distributed or DistributedConfig()
+        self._micro_batch_size = micro_batch_size
+        self._shared = shared
+        self._reducers: dict[int, DistributedDataParallel] = {}
+        if self.ranks.world > 1:
+            reduced = [self.copies.descent]
+            if self._global_ascent and not shared and self.copies.ascent is not self.copies.descent:
+                reduced.append(self.copies.ascent)
+            # the step averages the running statistics itself, and the trainer has made the models equal
+            self._reducers = {
+                id(module): DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+                for module in reduced
+            }
+        self._settled = not self._reducers
+
+    @property
+    def _global_ascent(self) -> bool:
+        return self.awp is not None and self._distributed.ascent_sync == "global" and self.ranks.world > 1
+
+    def _begin(self, x: Tensor) -> None:
+        if not self._settled:
+            self._settle(x)
+        self.clear_gradients()
+
+    def _settle(self, x: Tensor) -> None:
+        """Make the pass after which torch orders its buckets anew, and with them the order of sums.
+
+        Were it a step's own, a run that goes on would sum its first step in another order than one that never stopped.
+        """
+        for reducer in self._reducers.values():
+            with batch_norm_mode(reducer.module, "eval", update_statistics=False):
+                reducer(x[:1]).sum().backward()
+        self._settled = True
 
     def __call__(
-        self, x: Tensor, y: Tensor, *, sample_ids: Tensor, seed: int, perturb: bool = True, fast: bool = False
+        self,
+        x: Tensor,
+        y: Tensor,
+        *,
+        sample_ids: Tensor,
+        seed: int,
+        perturb: bool = True,
+        fast: bool = False,
+        share: float = 1.0,
     ) -> StepResult:
-        """Train on one batch.
+        """Train on one batch, or on this rank's part of it.
 
         Args:
             x: [N, C, H, W], in [0, 1].
@@ -95,8 +154,10 @@ class TrainingStep:
             seed: of this step's noise.
             perturb: whether the weights are perturbed in this step.
             fast: attack by the cheap attack of the settings.
+            share: what part of the whole batch's mean these images stand for; over the ranks it adds up to 1.
         """
-        return self.from_start(x, y, self.start(x, sample_ids, seed, fast=fast), perturb=perturb, fast=fast)
+        start = self.start(x, sample_ids, seed, fast=fast)
+        return self.from_start(x, y, start, perturb=perturb, fast=fast, share=share)
 
     def start(self, x: Tensor, sample_ids: Tensor, seed: int, *, fast: bool = False) -> Tensor:
         """Where the attack on a batch begins, [N, C, H, W]: all of a step that depends on the seed."""
@@ -111,54 +172,66 @@ class TrainingStep:
         )
 
     def from_start(
-        self, x: Tensor, y: Tensor, start: Tensor, *, perturb: bool = True, fast: bool = False
+        self, x: Tensor, y: Tensor, start: Tensor, *, perturb: bool = True, fast: bool = False, share: float = 1.0
     ) -> StepResult:
         """Train on one batch, the attack beginning at `start`: see `__call__`."""
-        self.clear_gradients()
+        self._begin(x)
         awp = self.awp if perturb else None
-        public_code = self.options.public_code
-        statistics = Statistics(self._statistics)
-        try:
+        pieces = self._pieces(len(x), share)
+        with self._or_put_back(awp) as statistics:
             with region("attack"):
                 self.copies.prepare_attack_()
-                x_adv, zero_gradients = self._attacked(x, y, start, fast, share=awp is not None)
+                x_adv, zero_gradients = self._attacked(x, y, start, pieces, fast, share_ascent=awp is not None)
             if awp is not None:
                 with region("ascent"):
-                    self._ascend(awp, x_adv, x, y)
+                    self._ascend(awp, x_adv, x, y, pieces)
             with region("descent"):
-                loss, correct = self._descend(x_adv, x, y)  # at w + v
+                loss, correct = self._descend(x_adv, x, y, pieces)  # at w + v
             with region("update"):
                 skipped = self._update(awp)  # at w
-            if public_code:
+            if self.options.public_code:
                 self._forward_for_statistics(x)
+            self._average_statistics(share)
             statistics.restore_where(skipped)
+        return StepResult(loss=loss, correct=correct, skipped=skipped, zero_gradients=zero_gradients * share)
+
+    def free(self, x: Tensor, y: Tensor, delta: Tensor, *, share: float = 1.0) -> StepResult:
+        """Train on one batch by one pass that serves image and weights, and move `delta`, [N, C, H, W], in place.
+
+        Source: Shafahi et al.: Adversarial Training for Free!, NeurIPS 2019.
+        """
+        self._begin(x)
+        epsilon = self.attack.epsilon_value
+        with self._or_put_back(None) as statistics:
+            x_adv = (x + delta).clamp_(0, 1).requires_grad_()
+            loss, correct = self._descend(x_adv, x, y, self._pieces(len(x), share))
+            assert x_adv.grad is not None
+            delta.add_(x_adv.grad.sign(), alpha=epsilon).clamp_(-epsilon, epsilon)
+            skipped = self._update(None)
+            self._average_statistics(share)
+            statistics.restore_where(skipped)
+        zero_gradients = (x_adv.grad == 0).float().mean() * share
+        return StepResult(loss=loss, correct=correct, skipped=skipped, zero_gradients=zero_gradients)
+
+    @contextlib.contextmanager
+    def _or_put_back(self, awp: AdversarialWeightPerturbation | None) -> Iterator[Statistics]:
+        """A block that leaves weights and statistics as they were if it fails."""
+        statistics = Statistics(self._statistics)
+        try:
+            yield statistics
         except BaseException:
             if awp is not None:
                 awp.restore_()
             statistics.restore_()
             raise
-        return StepResult(loss=loss, correct=correct, skipped=skipped, zero_gradients=zero_gradients)
 
-    def free(self, x: Tensor, y: Tensor, delta: Tensor) -> StepResult:
-        """Train on one batch by one pass that serves image and weights, and move `delta`, [N, C, H, W], in place.
-
-        Source: Shafahi et al.: Adversarial Training for Free!, NeurIPS 2019.
-        """
-        self.clear_gradients()
-        epsilon = self.attack.epsilon_value
-        statistics = Statistics(self._statistics)
-        try:
-            x_adv = (x + delta).clamp_(0, 1).requires_grad_()
-            loss, correct = self._descend(x_adv, x, y)
-            assert x_adv.grad is not None
-            delta.add_(x_adv.grad.sign(), alpha=epsilon).clamp_(-epsilon, epsilon)
-            skipped = self._update(None)
-            statistics.restore_where(skipped)
-        except BaseException:
-            statistics.restore_()
-            raise
-        zero_gradients = (x_adv.grad == 0).float().mean()
-        return StepResult(loss=loss, correct=correct, skipped=skipped, zero_gradients=zero_gradients)
+    def _pieces(self, count: int, share: float) -> Pieces:
+        """What is computed at once, each with its part of the whole batch's mean; as many pieces on every rank."""
+        world = self.ranks.world
+        whole = round(count / share)
+        largest, smallest = -(-whole // world), whole // world
+        number = min(-(-largest // (self._micro_batch_size or largest)), smallest)
+        return [(rows, part * share) for rows, part in (rank_share(count, i, number) for i in range(number))]
 
     def attacked(self, model: nn.Module, x: Tensor, y: Tensor, sample_ids: Tensor, seed: int, **changes: Any) -> Tensor:
         """The images that training attacks `model` with; `changes` are arguments of `pgd`."""
@@ -198,10 +271,21 @@ class TrainingStep:
             return x
         with torch.no_grad(), batch_norm_mode(model, arguments["bn_mode"], update_statistics=False):
             loss = self.objective.attack_loss(model, x, y)
-        scale = _ATTACK_LOSS_SCALE if self.copies.precision.attack == torch.float16 else 1.0
-        return pgd(model, x, y, loss=lambda logits, labels: scale * loss(logits, labels), **arguments)
+        if self.copies.precision.attack == torch.float16:
+            unscaled = loss
+            loss = lambda logits, labels: _ATTACK_LOSS_SCALE * unscaled(logits, labels)  # noqa: E731
+        return pgd(model, x, y, loss=loss, **arguments)
 
-    def _attacked(self, x: Tensor, y: Tensor, start: Tensor, fast: bool, *, share: bool) -> tuple[Tensor, Tensor]:
+    def _attacked(
+        self,
+        x: Tensor,
+        y: Tensor,
+        start: Tensor,
+        pieces: Pieces,
+        fast: bool,
+        *,
+        share_ascent: bool,
+    ) -> tuple[Tensor, Tensor]:
         """The attacked images, and the part of zeros in the last gradient."""
         arguments = self._attack_arguments(fast=fast)
         zeros = x.new_zeros(())
@@ -209,18 +293,24 @@ class TrainingStep:
         def count_zeros(step: int, gradient: Tensor) -> None:
             nonlocal zeros
             if step == arguments["steps"] - 1:
-                zeros = (gradient == 0).float().mean()
+                zeros = zeros + (gradient == 0).float().sum() / x.numel()
 
-        changes: dict[str, Any] = {
-            "start": start,
-            "observe": count_zeros,
-            "update_statistics": self.options.public_code,
-        }
-        if share and self.options.ascent == "shared" and self.awp is not None:
-            changes["shared"] = [self.copies.attack.get_parameter(name) for name in self.awp.parameters]
-        x_adv = self._attack(self._runner(self.copies.attack, x), x, y, arguments | changes)
+        arguments |= {"observe": count_zeros, "update_statistics": self.options.public_code}
+        shared: list[nn.Parameter] = []
+        if share_ascent and self._shared and self.awp is not None:
+            shared = [self.copies.attack.get_parameter(name) for name in self.awp.parameters]
+        attacked = []
+        for rows, _ in pieces:
+            before = [parameter.grad for parameter in shared]
+            model = self._runner(self.copies.attack, x[rows])
+            changes = {"start": start[rows], "shared": shared}
+            attacked.append(self._attack(model, x[rows], y[rows], arguments | changes))
+            for parameter, gradient in zip(shared, before, strict=True):
+                if gradient is not None and parameter.grad is not None:
+                    parameter.grad += gradient
         # what was kept for the attack's passes is twice as large as all that the rest of the step adds
         conv3x3_forget()
+        x_adv = attacked[0] if len(attacked) == 1 else torch.cat(attacked)
         if self.options.public_code:
             with batch_norm_mode(self.model, self.attack.bn_mode, update_statistics=True):
                 self._forward_for_statistics(x_adv)
@@ -238,46 +328,97 @@ class TrainingStep:
             self._compiled[id(model)] = torch.compile(model, dynamic=False)  # pyright: ignore[reportArgumentType]
         return self._compiled[id(model)]
 
-    def _ascend(self, awp: AdversarialWeightPerturbation, x_adv: Tensor, x: Tensor, y: Tensor) -> None:
+    def _backward(
+        self,
+        model: nn.Module,
+        x_adv: Tensor,
+        x: Tensor,
+        y: Tensor,
+        pieces: Pieces,
+        *,
+        averaged: bool,
+        update_statistics: bool,
+        c_min: float | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the mean loss in the parameters of `model`, over all ranks if `averaged`.
+
+        Returns:
+            The mean loss, the part of right answers, and how many losses lie below c_min; of this rank's images.
+        """
+        reducer = self._reducers.get(id(model)) if averaged else None
+        loss, correct, below = (x.new_zeros(()) for _ in range(3))
+        for index, (rows, share) in enumerate(pieces):
+            called = self._runner(reducer or model, x[rows])
+            later = reducer is not None and index < len(pieces) - 1
+            with (
+                batch_norm_mode(model, update_statistics=update_statistics),
+                reducer.no_sync() if reducer and later else contextlib.nullcontext(),
+            ):
+                losses, logits = self.objective.losses(called, x_adv[rows], x[rows], y[rows])
+                if c_min is not None:
+                    counted = losses.detach() < c_min
+                    below += counted.sum()
+                    losses = losses * counted
+                mean = losses.mean()
+                # the reducer takes the mean over the ranks of what is to be added up
+                scale = share * self.ranks.world
+                lifted = mean if scale == 1 else mean * scale
+                (lifted if self.loss_scale is None else lifted * self.loss_scale.value).backward()
+            labels = y[rows] if y.ndim == 1 else y[rows].argmax(1)
+            loss = loss + mean.detach() * share
+            correct = correct + (logits.argmax(1) == labels).float().mean() * share
+        return loss, correct, below
+
+    def _ascend(
+        self,
+        awp: AdversarialWeightPerturbation,
+        x_adv: Tensor,
+        x: Tensor,
+        y: Tensor,
+        pieces: Pieces,
+    ) -> None:
         """Perturb the weights."""
         sums: dict[str, Tensor] = {}
-        for step in range(self.options.ascent_steps):
-            if self.options.ascent == "exact" or self.attack.epsilon_value == 0:
-                below = self._ascent_backward(x_adv, x, y)
-                if step and below == 0:
-                    break
+        options, model = self.options, self.copies.ascent
+        several = options.ascent_steps > 1
+        for step in range(options.ascent_steps):
+            if not self._shared or self.attack.epsilon_value == 0:
+                averaged = self._global_ascent
+                *_, below = self._backward(
+                    model, x_adv, x, y, pieces, averaged=averaged, update_statistics=False, c_min=options.c_min
+                )
+                if options.c_min is not None and step:
+                    if averaged:
+                        self.ranks.sum_([below])
+                    if below == 0:
+                        break
             for name in awp.parameters:
-                gradient = self.copies.ascent.get_parameter(name).grad
+                gradient = model.get_parameter(name).grad
                 if gradient is not None:
-                    sums[name] = sums[name] + gradient if name in sums else gradient
+                    # a new tensor where more is to come: the next pass writes into the memory of this one's
+                    sums[name] = sums[name] + gradient if name in sums else gradient.clone() if several else gradient
+            if self._shared and self._global_ascent:
+                self.ranks.sum_(sums.values())
             # every pass is taken where the ones before it moved to, and all are added up at w, as RWP does
             awp.restore_()
             awp.perturb_(gradients=sums)
             self.clear_gradients()
 
-    def _ascent_backward(self, x_adv: Tensor, x: Tensor, y: Tensor) -> int:
-        """Gradients of the ascent's loss; returns how many samples are in it."""
-        c_min, model = self.options.c_min, self._runner(self.copies.ascent, x)
-        # the perturbation's direction does not depend on the scale
-        scale = 1.0 if self.loss_scale is None else self.loss_scale.value
-        with batch_norm_mode(model, update_statistics=False):
-            losses, _ = self.objective.losses(model, x_adv, x, y)
-            if c_min is None:
-                (losses.mean() * scale).backward()
-                return len(losses)
-            below = losses.detach() < c_min
-            ((losses * below).mean() * scale).backward()
-        return int(below.sum())
+    def _descend(self, x_adv: Tensor, x: Tensor, y: Tensor, pieces: Pieces) -> tuple[Tensor, Tensor]:
+        """Gradients of the training loss; returns it and the part of right answers. Moves the BN statistics."""
+        model = self.copies.descent
+        loss, correct, _ = self._backward(model, x_adv, x, y, pieces, averaged=True, update_statistics=True)
+        return loss, correct
 
-    def _descend(self, x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of the training loss; returns it and the number of right answers. Moves the BN statistics."""
-        model = self._runner(self.copies.descent, x)
-        with batch_norm_mode(model, update_statistics=True):
-            losses, logits = self.objective.losses(model, x_adv, x, y)
-            loss = losses.mean()
-            (loss if self.loss_scale is None else loss * self.loss_scale.value).backward()
-        labels = y if y.ndim == 1 else y.argmax(1)
-        return loss.detach(), (logits.argmax(1) == labels).sum()
+    @torch.no_grad()
+    def _average_statistics(self, share: float) -> None:
+        """Running statistics of all ranks' images; without it the ranks would come to differ."""
+        if self.ranks.world == 1 or self._distributed.sync_batch_norm:
+            return
+        statistics = [flat for flat in self._statistics if flat.is_floating_point()]
+        for flat in statistics:
+            flat.mul_(share)
+        self.ranks.sum_(statistics)
 
     @torch.no_grad()
     def _update(self, awp: AdversarialWeightPerturbation | None) -> Tensor:

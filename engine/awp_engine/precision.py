@@ -117,13 +117,13 @@ class Copies:
         precision = precision or Precision()
         self.model, self.precision = model, precision
         self.statistics = share_memory(model)
-        self._by_dtype: dict[torch.dtype | None, nn.Module] = {None: model}
+        by_dtype: dict[torch.dtype | None, nn.Module] = {None: model}
         for dtype in (precision.descent, precision.ascent, precision.attack):
-            if dtype not in self._by_dtype and dtype is not None:
-                self._by_dtype[dtype] = working_copy(model, dtype)
-        self.all = [copied for dtype, copied in self._by_dtype.items() if dtype is not None]
-        self.ascent, self.descent = self._by_dtype[precision.ascent], self._by_dtype[precision.descent]
-        of_attack = self._by_dtype[precision.attack]
+            if dtype not in by_dtype and dtype is not None:
+                by_dtype[dtype] = working_copy(model, dtype)
+        self.all = [copied for dtype, copied in by_dtype.items() if dtype is not None]
+        self.ascent, self.descent = by_dtype[precision.ascent], by_dtype[precision.descent]
+        of_attack = by_dtype[precision.attack]
         self.attack = of_attack if shared_ascent else frozen_view(of_attack)
         self._folded = FoldedView(self.attack, model) if fold and not shared_ascent else None
 

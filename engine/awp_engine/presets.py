@@ -45,7 +45,7 @@ def digits(method: str = "at", gamma: float = 0.005) -> Config:
         optimizer=OptimizerConfig(lr=0.2, schedule="cosine"),
         evaluation=EvaluationConfig(steps=20, evaluate_every=2),
         epochs=50,
-        batch_size=128,
+        global_batch_size=128,
     )
 
 
@@ -89,7 +89,7 @@ def paper(data: str, model: str, method: str, *, awp: bool, norm: str = "linf") 
         ),
         evaluation=EvaluationConfig(steps=20, step_size=step_size),
         epochs=200,
-        batch_size=128,
+        global_batch_size=128,
         log_interval=30.0,
     )
     if method != "rst":
@@ -99,7 +99,7 @@ def paper(data: str, model: str, method: str, *, awp: bool, norm: str = "linf") 
         # half of a batch are pseudo-labelled images (--data.extra): 500,000 of 80 Million Tiny Images in the paper
         data=dataclasses.replace(config.data, extra_fraction=0.5),
         optimizer=OptimizerConfig(lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True, schedule="cosine"),
-        batch_size=256,
+        global_batch_size=256,
     )
 
 

@@ -5,7 +5,7 @@ nor the device, nor a resumed run changes what a sample looks like in an epoch.
 """
 
 from awp_engine.data._augment import augment
-from awp_engine.data._batches import eval_batches, steps_per_epoch, train_batches
+from awp_engine.data._batches import batch_sizes, eval_batches, rank_share, train_batches
 from awp_engine.data._dataset import DataError, Dataset, Split
 from awp_engine.data._extra import extra_fingerprint, load_extra
 from awp_engine.data._load import dataset_names, load_dataset
@@ -17,11 +17,12 @@ __all__ = [
     "Dataset",
     "Split",
     "augment",
+    "batch_sizes",
     "dataset_names",
     "eval_batches",
     "extra_fingerprint",
     "load_dataset",
     "load_extra",
-    "steps_per_epoch",
+    "rank_share",
     "train_batches",
 ]

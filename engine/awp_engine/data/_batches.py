@@ -32,6 +32,9 @@ def train_batches(
     num_classes: int | None = None,
     extra: Split | None = None,
     extra_fraction: float = 0.5,
+    first: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Iterator[Batch]:
     """One epoch of shuffled, augmented batches; every sample of `split` comes exactly once.
 
@@ -60,6 +63,8 @@ def train_batches(
             other, not with those of `split`.
         extra_fraction: part of every batch that is extra, rounded to whole images, more than 0 and less than 1. The
             last batch keeps the ratio as closely as it can.
+        first: batches of the epoch that are left out, for a run that goes on in its middle.
+        rank, ranks: give the part of every batch that is this rank's: see `rank_share`.
 
     Raises:
         ValueError: an argument is out of range or missing, or does not fit `split`.
@@ -73,33 +78,48 @@ def train_batches(
     order = torch.argsort(random_order_key(split.ids, seed=mix_seed(seed, epoch), stream=_STREAM_ORDER), stable=True)
     if drop_last:
         order = order[: len(order) // own_size * own_size]
-    sizes = [min(own_size, len(order) - start) for start in range(0, len(order), own_size)]
+    sizes = _sizes(len(order), own_size)
     drawn = recipe.draw(split, order)
     if extra is None:
-        return (drawn.samples(piece) for piece in _pieces(sizes))
+        return (drawn.samples(_part(piece, rank, ranks)) for piece in _pieces(sizes)[first:])
     recipe.check(extra, "extra")
     _check_extra(extra, split)
-    # Rounded half up, as in the full batches.
-    extra_sizes = [(2 * size * extra_size + own_size) // (2 * own_size) for size in sizes]
+    extra_sizes = _extra_sizes(sizes, own_size, extra_size)
     count = sum(extra_sizes)
     drawn_extra = recipe.draw(extra, _extra_rows(extra.ids, first=epoch * count, count=count, seed=seed))
-    return _joined(drawn, sizes, drawn_extra, extra_sizes, seed=mix_seed(seed, epoch))
+    pieces = list(zip(_pieces(sizes), _pieces(extra_sizes), strict=True))[first:]
+    whole = _joined(drawn, drawn_extra, pieces, seed=mix_seed(seed, epoch))
+    return (Batch(*(field[_part(slice(0, len(b.ids)), rank, ranks)] for field in b)) for b in whole)
 
 
-def steps_per_epoch(
-    split_size: int, batch_size: int, extra_fraction: float | None = None, *, drop_last: bool = False
-) -> int:
-    """How many batches `train_batches` makes of `split_size` images, with extra ones unless extra_fraction is None.
+def batch_sizes(split_size: int, batch_size: int, extra_fraction: float | None = None) -> list[int]:
+    """Images in each batch that `train_batches` makes of `split_size`, extra ones included unless that is None.
 
     Raises:
         ValueError: batch_size or extra_fraction out of range.
 
-    >>> steps_per_epoch(50_000, 128), steps_per_epoch(50_000, 128, 0.5)
-    (391, 782)
+    >>> batch_sizes(300, 128), len(batch_sizes(50_000, 128, 0.5))
+    ([128, 128, 44], 782)
     """
     _check_batch_size(batch_size)
-    own_size = batch_size if extra_fraction is None else _shares(batch_size, extra_fraction)[0]
-    return split_size // own_size if drop_last else -(-split_size // own_size)
+    own_size, extra_size = (batch_size, 0) if extra_fraction is None else _shares(batch_size, extra_fraction)
+    sizes = _sizes(split_size, own_size)
+    return [a + b for a, b in zip(sizes, _extra_sizes(sizes, own_size, extra_size), strict=True)]
+
+
+def rank_share(count: int, rank: int, ranks: int) -> tuple[slice, float]:
+    """Which of a batch's `count` images a rank computes, and what part of the batch's mean they stand for.
+
+    The ranks' parts follow each other and differ by one image at most. A batch with fewer images than there are ranks
+    is computed whole by every rank, which then counts as one part in `ranks`: no rank is left without a forward pass.
+
+    >>> [rank_share(10, rank, 4) for rank in (0, 3)], rank_share(3, 1, 4)
+    ([(slice(0, 2, None), 0.2), (slice(7, 10, None), 0.3)], (slice(0, 3, None), 0.25))
+    """
+    if count < ranks:
+        return slice(0, count), 1 / ranks
+    begin, end = count * rank // ranks, count * (rank + 1) // ranks
+    return slice(begin, end), (end - begin) / count
 
 
 def eval_batches(split: Split, batch_size: int) -> Iterator[Batch]:
@@ -128,13 +148,27 @@ def _extra_rows(ids: Tensor, *, first: int, count: int, seed: int) -> Tensor:
     return torch.cat(pieces)
 
 
-def _pieces(sizes: list[int]) -> Iterator[slice]:
-    return (slice(start, stop) for start, stop in pairwise(accumulate(sizes, initial=0)))
+def _sizes(count: int, size: int) -> list[int]:
+    return [min(size, count - start) for start in range(0, count, size)]
 
 
-def _joined(own: Drawn, own_sizes: list[int], extra: Drawn, extra_sizes: list[int], *, seed: int) -> Iterator[Batch]:
+def _extra_sizes(sizes: list[int], own_size: int, extra_size: int) -> list[int]:
+    """Rounded half up, as in the full batches."""
+    return [(2 * size * extra_size + own_size) // (2 * own_size) for size in sizes]
+
+
+def _pieces(sizes: list[int]) -> list[slice]:
+    return [slice(start, stop) for start, stop in pairwise(accumulate(sizes, initial=0))]
+
+
+def _part(piece: slice, rank: int, ranks: int) -> slice:
+    rows, _ = rank_share(piece.stop - piece.start, rank, ranks)
+    return slice(piece.start + rows.start, piece.start + rows.stop)
+
+
+def _joined(own: Drawn, extra: Drawn, pieces: list[tuple[slice, slice]], *, seed: int) -> Iterator[Batch]:
     own_key, extra_key = (random_order_key(drawn.ids, seed=seed, stream=_STREAM_PLACE) for drawn in (own, extra))
-    for piece, extra_piece in zip(_pieces(own_sizes), _pieces(extra_sizes), strict=True):
+    for piece, extra_piece in pieces:
         # Mixed, since ranks and their batch normalisation see a part of the batch.
         place = torch.argsort(torch.cat([own_key[piece], extra_key[extra_piece]]), stable=True)
         parts = zip(own.samples(piece), extra.samples(extra_piece), strict=True)

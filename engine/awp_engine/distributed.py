@@ -1,0 +1,158 @@
+"""The ranks of a run: which one this is, what part of the work is its own, and what they tell each other.
+
+torchrun starts a process a rank. Everything here is nothing at all where there is one rank.
+"""
+
+import contextlib
+import datetime
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from awp_engine.config import ConfigError
+from awp_engine.data import rank_share
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process among those of the run.
+
+    Attributes:
+        rank: its number, from 0.
+        world: how many there are.
+        local_rank: its number on its machine.
+        store: where ranks can leave word for each other without taking part in anything; None for one rank.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    store: dist.Store | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that writes and speaks."""
+        return self.rank == 0
+
+    def share(self, count: int) -> tuple[slice, float]:
+        """This rank's part of `count` samples: see `rank_share`."""
+        return rank_share(count, self.rank, self.world)
+
+    @torch.no_grad()
+    def sum_(self, tensors: Iterable[Tensor]) -> None:
+        """Replace tensors by their sums over the ranks, in one all-reduce a dtype; all ranks get the same bits."""
+        if self.world == 1:
+            return
+        groups: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            groups.setdefault(tensor.dtype, []).append(tensor)
+        for same in groups.values():
+            flat = torch.cat([tensor.reshape(-1) for tensor in same])
+            dist.all_reduce(flat)
+            pieces = flat.split([tensor.numel() for tensor in same])
+            for tensor, piece in zip(same, pieces, strict=True):
+                tensor.copy_(piece.view(tensor.shape))
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether `flag` is true on any rank."""
+        if self.world == 1:
+            return flag
+        told = torch.tensor([flag], dtype=torch.int32, device=device)
+        dist.all_reduce(told)
+        return bool(told.item())
+
+    @torch.no_grad()
+    def broadcast_(self, tensors: Iterable[Tensor]) -> None:
+        """Replace tensors by those of the first rank."""
+        if self.world == 1:
+            return
+        for tensor in tensors:
+            plain = tensor.detach().contiguous()
+            dist.broadcast(plain, 0)
+            if plain.data_ptr() != tensor.data_ptr():
+                tensor.copy_(plain)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Tensors of equal shape of all ranks, [world, ...]."""
+        if self.world == 1:
+            return tensor.unsqueeze(0)
+        gathered = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(gathered, tensor.contiguous())
+        return torch.stack(gathered)
+
+    def broadcast_json(self, value: Any, device: torch.device) -> Any:
+        """The first rank's `value`, which JSON can hold; as text, since unpickling runs what it is sent."""
+        if self.world == 1:
+            return value
+        text = json.dumps(value).encode() if self.is_first else b""
+        length = torch.tensor([len(text)], device=device)
+        self.broadcast_([length])
+        payload = torch.zeros(int(length.item()), dtype=torch.uint8, device=device)
+        if self.is_first:
+            payload.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        self.broadcast_([payload])
+        return json.loads(bytes(payload.tolist()))
+
+    def require_equal(self, values: Sequence[str], what: str, device: torch.device) -> None:
+        """Make sure that every rank was given the same.
+
+        Raises:
+            ConfigError: naming the ranks that differ.
+        """
+        first = self.broadcast_json(list(values), device)
+        differs = torch.tensor([list(values) != first], dtype=torch.int64, device=device)
+        others = self.gather(differs).flatten().nonzero().flatten().tolist()
+        if others:
+            raise ConfigError(f"{what}: expected the same on every rank; other than rank 0's on ranks {others}")
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise ConfigError(f"{name}: expected the whole number that torchrun sets, got {text!r}")
+    return int(text)
+
+
+@contextlib.contextmanager
+def joined(device: str, timeout: float) -> Iterator[Ranks]:
+    """A block in which the ranks that torchrun started can talk; alone where it started one.
+
+    Args:
+        device: as `--device`: NCCL serves GPUs, gloo CPUs.
+        timeout: seconds, after which a rank that waits for another gives up.
+
+    Raises:
+        ConfigError: more ranks on this machine than GPUs.
+    """
+    world = _number("WORLD_SIZE", 1)
+    if world == 1:
+        yield Ranks()
+        return
+    local_rank = _number("LOCAL_RANK", 0)
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if on_gpu and local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"--nproc-per-node: expected at most {torch.cuda.device_count()}, a rank a GPU; got more on this machine"
+        )
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    store, rank, world = next(dist.rendezvous("env://"))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        store=dist.PrefixStore("collectives", store),
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=timeout),
+        device_id=torch.device("cuda", local_rank) if on_gpu else None,
+    )
+    try:
+        # a client of its own: a rank that waits for the first one would keep it
+        yield Ranks(rank=rank, world=world, local_rank=local_rank, store=dist.PrefixStore("words", store.clone()))
+    finally:
+        dist.destroy_process_group()

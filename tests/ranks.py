@@ -63,11 +63,11 @@ def _collect(name: str, pipes: list, processes: list, directory: Path, timeout: 
     deadline = time.monotonic() + timeout + 10
     results: dict[int, Any] = {}
     while len(results) < len(pipes):
-        waiting = {pipes[rank]: rank for rank in range(len(pipes)) if rank not in results}
+        waiting: dict[Any, int] = {pipes[rank]: rank for rank in range(len(pipes)) if rank not in results}
         ready = connection.wait(list(waiting), max(deadline - time.monotonic(), 0))
         if not ready:
             raise AssertionError(f"{name}: ranks {sorted(waiting.values())} are stopped: not done after {timeout:g} s")
-        for pipe in ready:
+        for pipe in [pipe for pipe in waiting if pipe in ready]:
             rank = waiting[pipe]
             try:
                 done, value = pickle.loads(pipe.recv_bytes())
@@ -109,9 +109,12 @@ def _call(rank: int, world: int, directory: str, payload: bytes, timeout: float)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     torch.set_num_threads(1)
-    store = distributed.FileStore(str(Path(directory) / "store"), world)
     # longer than the ranks live: a hang is reported by its stack
     distributed.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=2 * timeout)
+        "gloo",
+        init_method=f"file://{directory}/store",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=2 * timeout),
     )
     return function(rank, world, *arguments)

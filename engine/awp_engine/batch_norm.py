@@ -1,8 +1,8 @@
-"""Batch normalisation's running statistics: held still, put back, computed anew."""
+"""Batch normalisation's statistics: shared by all ranks, held still, put back, computed anew."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,35 @@ def layers(model: nn.Module) -> list[_BatchNorm]:
     return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
 
+def synchronize(model: nn.Module) -> None:
+    """Let the model's batch normalisation in train mode take the statistics of the batch over all ranks.
+
+    Every rank then has to make the same forward and backward passes in train mode, but inside
+    `batch_norm_mode(..., synchronized=False)`. Nothing changes where there is one rank, and in eval mode.
+
+    Args:
+        model: one of `awp_engine.models`; copies made of it afterwards are synchronised as well.
+
+    Raises:
+        ValueError: a batch-normalisation layer of another kind.
+    """
+    found: list[Any] = layers(model)
+    for layer in found:
+        if not hasattr(layer, "synchronized"):
+            raise ValueError(
+                f"model: {type(layer).__name__} cannot be synchronised; expected the layers of awp_engine.models"
+            )
+    for layer in found:
+        layer.synchronized = True
+
+
 @contextlib.contextmanager
 def batch_norm_mode(
-    model: nn.Module, mode: Literal["train", "eval"] | None = None, *, update_statistics: bool
+    model: nn.Module,
+    mode: Literal["train", "eval"] | None = None,
+    *,
+    update_statistics: bool,
+    synchronized: bool = True,
 ) -> Iterator[None]:
     """Sets how the model's batch normalisation behaves inside the block, and puts everything back after it.
 
@@ -24,18 +50,23 @@ def batch_norm_mode(
         model: any module.
         mode: "train" normalises by the batch, "eval" by the running statistics; None leaves it as it is.
         update_statistics: whether forward passes in train mode move the running statistics.
+        synchronized: False: no communication, whatever `synchronize` said; each rank normalises by its own batch.
     """
-    found = layers(model)
-    before = [(layer.training, layer.track_running_stats) for layer in found]
+    found: list[Any] = layers(model)
+    before = [(layer.training, layer.track_running_stats, getattr(layer, "synchronized", None)) for layer in found]
     try:
         for layer in found:
             layer.training = layer.training if mode is None else mode == "train"
             # without tracking, train mode leaves the buffers alone, and eval mode still reads them
             layer.track_running_stats &= update_statistics
+            if not synchronized and hasattr(layer, "synchronized"):
+                layer.synchronized = False
         yield
     finally:
-        for layer, (training, tracking) in zip(found, before, strict=True):
+        for layer, (training, tracking, shared) in zip(found, before, strict=True):
             layer.training, layer.track_running_stats = training, tracking
+            if shared is not None:
+                layer.synchronized = shared
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from awp_engine.sync_batch_norm import spans_ranks, synchronized_batch_norm
 from awp_kernels import bn_relu, bn_relu_available, conv3x3, conv3x3_available
 
 Activation = Literal["relu", "silu"]
@@ -28,14 +29,18 @@ class ActivatedBatchNorm(nn.BatchNorm2d):
 
     Attributes:
         activation: what follows the normalisation.
+        synchronized: in train mode by the statistics of all ranks: see `awp_engine.batch_norm.synchronize`.
     """
 
     def __init__(self, channels: int, activation: Activation) -> None:
         super().__init__(channels)
         self.activation = make_activation(activation)
+        self.synchronized = False
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> the same."""
+        if self.synchronized and self.training and spans_ranks():
+            return self.activation(synchronized_batch_norm(self, input))
         # fewer channels than a vector has lanes are slower
         fused = isinstance(self.activation, nn.ReLU) and self.momentum is not None and self.num_features >= 16
         if not fused or torch.compiler.is_compiling() or not bn_relu_available(input, self.weight, self.bias):

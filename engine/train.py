@@ -1,17 +1,24 @@
 """Trains a robust classifier: `torchrun engine/train.py [PRESET] [flags]`; `--help` lists both."""
 
+from __future__ import annotations
+
 import dataclasses
 import os
+from typing import TYPE_CHECKING
 
 from awp_engine.command_line import fail, parse_train
 from awp_engine.config import Config, ConfigError
 
+if TYPE_CHECKING:
+    from awp_engine.distributed import Ranks
+    from awp_engine.signals import StopRequest
 
-def rows(config: Config) -> list[tuple[str, dict]]:
+
+def rows(config: Config, ranks: Ranks, stop: StopRequest) -> list[tuple[str, dict]]:
     """Train, and train again without the weight perturbation if that was asked for."""
     from awp_engine.trainer import Trainer
 
-    trained = [(config.title, Trainer(config).run())]
+    trained = [(config.title, Trainer(config, ranks, stop).run())]
     if config.compare_without_awp:
         without = dataclasses.replace(
             config,
@@ -19,29 +26,13 @@ def rows(config: Config) -> list[tuple[str, dict]]:
             compare_without_awp=False,
             run_dir=config.resolved_run_dir / "without-awp",
         )
-        trained.append((without.title, Trainer(without).run()))
+        trained.append((without.title, Trainer(without, ranks, stop).run()))
     return trained
 
 
-def main() -> None:
-    """Parse, build, run, close."""
-    # before torch loads OpenMP: threads that spin while they wait run ten times slower beside any other busy process
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    config = parse_train()
-
-    from awp_engine.checkpoint import CheckpointError
-    from awp_engine.data import DataError
+def show(config: Config, trained: list[tuple[str, dict]]) -> None:
+    """The results as a table."""
     from awp_engine.report import print_table
-    from awp_engine.trainer import TrainingError
-
-    try:
-        trained = rows(config)
-    except (ConfigError, DataError) as error:
-        fail(str(error))
-    except (CheckpointError, TrainingError) as error:
-        fail(str(error), code=1)
-    except KeyboardInterrupt:
-        fail(f"interrupted; start again with --run-dir {config.resolved_run_dir} to go on", code=130)
 
     attack = f"PGD-{config.evaluation.steps}"
     table = [
@@ -58,6 +49,35 @@ def main() -> None:
     ]
     print_table(table, title=f"{config.data.name} test split, {config.attack.norm} epsilon {config.attack.epsilon}")
     print(f"results in {config.resolved_run_dir}")
+
+
+def main() -> None:
+    """Parse, build, run, close."""
+    # before torch loads OpenMP: threads that spin while they wait run ten times slower beside any other busy process
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    config = parse_train()
+
+    from awp_engine.checkpoint import CheckpointError
+    from awp_engine.data import DataError
+    from awp_engine.distributed import errors_told, joined
+    from awp_engine.replicas import DivergenceError
+    from awp_engine.signals import INTERRUPTED, StoppedError, stop_requests
+    from awp_engine.trainer import TrainingError
+
+    resume = f"start again with --run-dir {config.resolved_run_dir} to go on"
+    try:
+        with errors_told(), stop_requests() as stop, joined(config.device, config.distributed.timeout) as ranks:
+            trained = rows(config, ranks, stop)
+            if ranks.is_first:
+                show(config, trained)
+    except (ConfigError, DataError) as error:
+        fail(str(error))
+    except (CheckpointError, TrainingError, DivergenceError) as error:
+        fail(str(error), code=1)
+    except StoppedError as stopped:
+        fail(str(stopped), code=stopped.code, once=True)
+    except KeyboardInterrupt:
+        fail(f"interrupted; {resume}", code=INTERRUPTED, once=True)
 
 
 if __name__ == "__main__":

@@ -123,7 +123,9 @@ def pgd(
     x_adv = starting_point(clean, start, epsilon=radius, norm=norm, sample_ids=ids, seed=seed)
     if mask is not None:
         x_adv = torch.where(mask, x_adv, clean)
-    with batch_norm_mode(model, bn_mode, update_statistics=update_statistics), torch.enable_grad():
+    # several ranks attack each their own images, without a word to each other
+    modes = batch_norm_mode(model, bn_mode, update_statistics=update_statistics, synchronized=False)
+    with modes, torch.enable_grad():
         for step in range(steps):
             parameters = shared if step == steps - 1 else ()
             x_adv.requires_grad_()

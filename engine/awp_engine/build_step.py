@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from awp_engine.batch_norm import synchronize
 from awp_engine.config import AwpConfig, Config, ConfigError
 from awp_engine.distributed import Ranks
 from awp_engine.graphs import GraphedStep
@@ -24,6 +25,8 @@ def build_step(config: Config, model: nn.Module, ranks: Ranks | None = None) -> 
         ConfigError: a precision that the device does not have.
     """
     device = next(model.parameters()).device
+    if config.distributed.sync_batch_norm:
+        synchronize(model)
     copies = Copies(
         model,
         choose_precision(config, device),

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import difflib
 import io
+import os
 import re
 import sys
 import typing
@@ -23,13 +24,22 @@ def one_line(message: str) -> str:
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in joined)
 
 
-def fail(message: str, code: int = 2, prog: str = "train.py") -> NoReturn:
-    """Ends the program with one line on stderr: `PROG: error: MESSAGE`.
+def fail(message: str, code: int = 2, prog: str = "train.py", *, once: bool = False) -> NoReturn:
+    """Ends the program with one line on stderr: `PROG: error: MESSAGE`, with the rank where there are several.
+
+    Args:
+        message: any text.
+        code: to exit with.
+        prog: the program's name.
+        once: every rank says the same, and the first one is enough.
 
     Raises:
         SystemExit: always, with `code`.
     """
-    print(f"{prog}: error: {one_line(message)}", file=sys.stderr, flush=True)
+    rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else None
+    if not once or rank in (None, "0"):
+        where = "" if rank is None or once else f"rank {rank}: "
+        print(f"{prog}: error: {where}{one_line(message)}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 
@@ -38,7 +48,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the program as `fail` does."""
-        fail(f"{message}; --help lists the flags", prog=self.prog)
+        fail(f"{message}; --help lists the flags", prog=self.prog, once=True)
 
 
 def _unknown_flag(given: str, known: Sequence[str]) -> ConfigError:
@@ -161,4 +171,4 @@ def parse_train(argv: Sequence[str] | None = None, prog: str = "train.py") -> Co
         config.require_files()
         return config
     except ConfigError as error:
-        fail(str(error), prog=prog)
+        fail(str(error), prog=prog, once=True)

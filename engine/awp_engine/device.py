@@ -1,7 +1,7 @@
 """Where to compute, and in which memory format."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from awp_engine.config import ConfigError
 
@@ -24,3 +24,36 @@ def fast_memory_format(model: nn.Module, device: torch.device) -> torch.memory_f
     # torch 2.13's oneDNN writes past the end in 1x1 convolutions with stride, channels_last, of fewer than 8 channels
     narrow = any(isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.in_channels < 8 for m in model.modules())
     return torch.contiguous_format if device.type == "cpu" and narrow else torch.channels_last
+
+
+class Behind:
+    """Numbers of the device as of a step ago, which the host can read without waiting for the step that runs.
+
+    On the CPU there is nothing to wait for, and they are those of the last step.
+
+    Args:
+        device: where the numbers are.
+        count: how many.
+    """
+
+    def __init__(self, device: torch.device, count: int) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._last = self._before = (torch.zeros(count, dtype=torch.float64), torch.cuda.Event() if self._on_gpu else None)
+
+    def push(self, numbers: Tensor) -> None:
+        """Numbers of this step, fp64 [count]."""
+        if not self._on_gpu:
+            self._last = self._before = (numbers, None)
+            return
+        copied = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        copied.copy_(numbers, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._before, self._last = self._last, (copied, event)
+
+    def latest(self) -> list[float]:
+        """Those of the step before on a GPU, else the last ones."""
+        numbers, event = self._before
+        if event is not None:
+            event.synchronize()
+        return numbers.tolist()

@@ -19,6 +19,9 @@ from awp_engine.config import ConfigError
 from awp_engine.data import rank_share
 
 
+Groups = dict[str, dict[str, Tensor]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
     """This process among those of the run.
@@ -59,6 +62,13 @@ class Ranks:
             for tensor, piece in zip(same, pieces, strict=True):
                 tensor.copy_(piece.view(tensor.shape))
 
+    def mean_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace floating-point tensors by their means over the ranks."""
+        if self.world > 1:
+            self.sum_(tensors)
+            for tensor in tensors:
+                tensor.div_(self.world)
+
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether `flag` is true on any rank."""
         if self.world == 1:
@@ -98,6 +108,24 @@ class Ranks:
             payload.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
         self.broadcast_([payload])
         return json.loads(bytes(payload.tolist()))
+
+    def broadcast_groups(self, groups: Groups, device: torch.device) -> Groups:
+        """The first rank's tensors, on the CPU: group -> name -> tensor."""
+        if self.world == 1:
+            return groups
+        layout = {
+            group: {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in members.items()}
+            for group, members in groups.items()
+        }
+        layout = self.broadcast_json(layout, device)
+        if not self.is_first:
+            groups = {
+                group: {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in members.items()}
+                for group, members in layout.items()
+            }
+        for group, members in layout.items():
+            self.broadcast_([groups[group][name] for name in members])
+        return groups
 
     def require_equal(self, values: Sequence[str], what: str, device: torch.device) -> None:
         """Make sure that every rank was given the same.
@@ -151,8 +179,28 @@ def joined(device: str, timeout: float) -> Iterator[Ranks]:
         timeout=datetime.timedelta(seconds=timeout),
         device_id=torch.device("cuda", local_rank) if on_gpu else None,
     )
+    # a client of its own: a rank that waits for the first one would keep it
+    yield Ranks(rank=rank, world=world, local_rank=local_rank, store=dist.PrefixStore("words", store.clone()))
+    # not after an error: it would wait for ranks that are gone
+    dist.destroy_process_group()
+
+
+def tell_torchrun(error: BaseException) -> None:
+    """Have torchrun's summary show `error` as what ended this rank."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+
+
+@contextlib.contextmanager
+def errors_told() -> Iterator[None]:
+    """A block whose errors torchrun's summary shows, as `torch.distributed.elastic`'s `record` has it.
+
+    That one knows nothing of errors that end in an exit code.
+    """
     try:
-        # a client of its own: a rank that waits for the first one would keep it
-        yield Ranks(rank=rank, world=world, local_rank=local_rank, store=dist.PrefixStore("words", store.clone()))
-    finally:
-        dist.destroy_process_group()
+        yield
+    except Exception as error:
+        tell_torchrun(error)
+        raise

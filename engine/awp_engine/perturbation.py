@@ -269,7 +269,8 @@ class TrainingStep:
     def _attack(self, model: nn.Module, x: Tensor, y: Tensor, arguments: dict[str, Any]) -> Tensor:
         if self.attack.epsilon_value == 0:
             return x
-        with torch.no_grad(), batch_norm_mode(model, arguments["bn_mode"], update_statistics=False):
+        modes = batch_norm_mode(model, arguments["bn_mode"], update_statistics=False, synchronized=False)
+        with torch.no_grad(), modes:
             loss = self.objective.attack_loss(model, x, y)
         if self.copies.precision.attack == torch.float16:
             unscaled = loss

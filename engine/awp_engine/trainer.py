@@ -1,11 +1,13 @@
 """Trains one model from a configuration, and goes on where a run directory left off."""
 
+import contextlib
 import dataclasses
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +28,14 @@ from awp_engine.data import (
     Batch,
     Dataset,
     Split,
+    batch_sizes,
     extra_fingerprint,
     load_dataset,
     load_extra,
-    steps_per_epoch,
     train_batches,
 )
-from awp_engine.device import choose_device, fast_memory_format
+from awp_engine.device import Behind, choose_device, fast_memory_format
+from awp_engine.distributed import Ranks
 from awp_engine.evaluation import PgdAttack, evaluate, evaluation_seed, spread
 from awp_engine.loading import CHECKPOINTS, MODEL_FILE, ModelDescription
 from awp_engine.optimizer import set_learning_rate
@@ -40,15 +43,20 @@ from awp_engine.perturbation import StepResult
 from awp_engine.precision import choose_precision
 from awp_engine.profile import StepProfiler
 from awp_engine.regions import region
+from awp_engine.replicas import check_replicas
 from awp_engine.report import plot_learning_curves, write_report
 from awp_engine.run_log import RunLog, read_metrics
+from awp_engine.signals import StoppedError, StopRequest
 from awp_engine.throughput import forward_flops, forward_units, matmul_ceiling, peak_memory
+from awp_engine.watchdog import watching
 from awp_kernels.philox import mix_seed
 
 # the hold-out is the same for every run, so that runs of different seeds can be compared
 _HOLD_OUT_SEED = 0
 _ATTACK_NOISE = 1
 _AVERAGE_NOISE = 3
+# a loss scale that starts too high is halved in each of them
+_MOST_SKIPPED = 10
 
 
 class TrainingError(RuntimeError):
@@ -57,15 +65,49 @@ class TrainingError(RuntimeError):
 
 @dataclasses.dataclass(kw_only=True)
 class Progress:
-    """Where a run stands after an epoch."""
+    """Where a run stands: after `epoch` whole epochs and `step` steps of the next one."""
 
     epoch: int = 0
+    step: int = 0
     seconds: float = 0.0
     best_epoch: int = 0
     best_robust: float = -1.0
     best_clean: float = -1.0
     since_best: int = 0
     averaged: int = 0
+
+
+class EpochSums:
+    """What an epoch's metrics are made of, added up on the device.
+
+    Attributes:
+        values: fp64 [7]; part of a checkpoint.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.values = torch.zeros(7, dtype=torch.float64, device=device)
+
+    def reset_(self) -> None:
+        """Begin an epoch."""
+        self.values.zero_()
+
+    def add_(self, numbers: Tensor, skipped: Tensor, size: int) -> None:
+        """Take a step in: its loss, part of right answers and part of zero gradients, fp64 [3], over `size` images."""
+        loss, correct, zeros = numbers
+        trained = torch.where(skipped, 0.0, float(size))
+        learned = torch.where(skipped, 0.0, loss * size)
+        ones = torch.ones_like(loss)
+        self.values += torch.stack([learned, trained, correct * size, ones * size, zeros, skipped.double(), ones])
+
+    def metrics(self) -> dict[str, float]:
+        """Means over the images, or over the steps; waits for the device."""
+        loss, trained, correct, seen, zeros, skipped, steps = self.values.tolist()
+        return {
+            "loss": loss / max(trained, 1),
+            "train_pgd_accuracy": correct / seen,
+            "zero_gradients": zeros / steps,
+            "skipped_steps": skipped,
+        }
 
 
 def load_data(config: Config) -> Dataset:
@@ -143,18 +185,19 @@ class Trainer:
 
     Args:
         config: what to do.
+        ranks: that train together; by default this process alone.
+        stop: asks for a checkpoint and an end, between two steps.
 
     Raises:
         ConfigError, DataError, CheckpointError: before anything is written, naming what is wrong.
     """
 
-    def __init__(self, config: Config) -> None:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ConfigError("torchrun: training with several processes is not supported yet; use --nproc-per-node 1")
+    def __init__(self, config: Config, ranks: Ranks | None = None, stop: StopRequest | None = None) -> None:
+        self.ranks, self._stop = ranks or Ranks(), stop or StopRequest()
         config.require_files()
         self.config = config
         self.run_dir = config.resolved_run_dir
-        self.device = choose_device(config.device)
+        self.device = choose_device(config.device, self.ranks.local_rank)
         # before data are read and the run directory is made
         choose_precision(config, self.device)
         data = load_data(config)
@@ -163,6 +206,8 @@ class Trainer:
             "data_fingerprint": data.fingerprint,
             "extra_fingerprint": None if extra is None else extra_fingerprint(extra),
         }
+        given = [config_hash(config), *map(str, self.fingerprints.values())]
+        self.ranks.require_equal(given, "configuration and data", self.device)
         self.extra = None if extra is None else extra.to(self.device)
         self.data = dataclasses.replace(
             data,
@@ -170,7 +215,10 @@ class Trainer:
             held_out=data.held_out.to(self.device),
             test=data.test.to(self.device),
         )
-        prepare_run_dir(config)
+        extra_fraction = None if extra is None else config.data.extra_fraction
+        self._sizes = batch_sizes(len(self.data.train), config.global_batch_size, extra_fraction)
+        if self.ranks.is_first:
+            prepare_run_dir(config)
 
         _set_up_torch(config, self.device)
         self.description = ModelDescription(
@@ -186,18 +234,27 @@ class Trainer:
         # torch's stub does not know the keyword
         model.to(device=self.device, memory_format=self.memory_format)  # pyright: ignore[reportCallIssue]
         self.model = model.train()
-        self.step = build_step(config, self.model)
+        # equal seeds give equal weights, but on processors of two kinds
+        self.ranks.broadcast_(self.model.state_dict().values())
+        self.step = build_step(config, self.model, self.ranks)
         self.optimizer = self.step.optimizer
         self._run_step = capture_step(config, self.step)
         averaged = config.average.kind != "none"
         self.average = WeightAverage(self.model, config.average, config.epochs) if averaged else None
         if self.average is not None:
             self.average.follow(self.optimizer)
+        # free adversarial training carries its perturbation from batch to batch, but not into the next epoch
         self._delta: Tensor | None = None
+        self._sums = EpochSums(self.device)
+        self._saved: tuple[int, int] | None = None
+        self._skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._behind = Behind(self.device, 2)
         self._flops, self._ceiling = 0.0, None
-        self._profiler = StepProfiler(config.profile, self.run_dir / "trace.json")
+        self._profiler = StepProfiler(config.profile if self.ranks.is_first else 0, self.run_dir / "trace.json")
         self.progress = Progress()
+        self._clock = time.monotonic()
         self.best_weights = _copy(self.model.state_dict())
+        self._writer = checkpoint.Writer(self.run_dir / CHECKPOINTS)
         self.messages: list[str] = []
         self._resume()
 
@@ -208,89 +265,156 @@ class Trainer:
             The fields of report.json.
 
         Raises:
-            TrainingError: most of an epoch's steps had a gradient that is not finite.
+            TrainingError: ten steps in a row had a gradient that is not finite.
             CheckpointError: a checkpoint could not be written; the one before is intact.
+            StoppedError: asked to stop, and a checkpoint is written.
+            DivergenceError: the ranks' weights differ.
         """
-        config = self.config
-        with RunLog(self.run_dir, config, config.epochs, config.log_interval, start_epoch=self.progress.epoch) as log:
+        config, first = self.config, self.ranks.is_first
+        log = RunLog(self.run_dir, config, config.epochs, config.log_interval, self.progress.epoch) if first else None
+        with log or contextlib.nullcontext(), self._writer, watching(self.ranks, config.distributed.timeout):
             for message in self.messages:
-                log.message(message)
-            history = read_metrics(self.run_dir)
+                _say(log, message)
+            history = read_metrics(self.run_dir) if first else []
+            self._clock = time.monotonic()
             while self.progress.epoch < config.epochs and not self._out_of_patience():
                 epoch = self.progress.epoch + 1
-                began = time.monotonic()
                 metrics = self._train_epoch(epoch, log)
                 if epoch % config.evaluation.evaluate_every == 0 or epoch == config.epochs:
                     metrics |= self._select(epoch)
-                self.progress.epoch = epoch
-                self.progress.seconds += time.monotonic() - began
-                log.end_epoch(epoch, metrics | {"seconds": self.progress.seconds})
+                self.progress.epoch, self.progress.step = epoch, 0
+                self._tick()
+                if log is not None:
+                    log.end_epoch(epoch, metrics | {"seconds": self.progress.seconds})
                 history.append({"epoch": epoch, **metrics})
                 for warning in monitor.warnings(history):
-                    log.message(f"warning: {warning}")
+                    _say(log, f"warning: {warning}")
                 if epoch % config.checkpoint_every == 0 or epoch == config.epochs or self._out_of_patience():
                     self._save()
             if self._out_of_patience():
-                log.message(
+                _say(
+                    log,
                     f"stopped after epoch {self.progress.epoch}: no better held-out PGD accuracy than "
-                    f"{self.progress.best_robust:.2%} of epoch {self.progress.best_epoch}"
+                    f"{self.progress.best_robust:.2%} of epoch {self.progress.best_epoch}",
                 )
             if message := self._profiler.close():
-                log.message(message)
-            log.message("measuring the selected and the last weights on the test split")
+                _say(log, message)
+            _say(log, "measuring the selected and the last weights on the test split")
             return self._finish()
 
     def _out_of_patience(self) -> bool:
         patience = self.config.evaluation.patience
         return patience is not None and self.progress.since_best >= patience
 
-    def _train_epoch(self, epoch: int, log: RunLog) -> dict[str, float | int | None]:
-        config = self.config
-        steps = steps_per_epoch(len(self.data.train), config.batch_size, self._extra_fraction())
-        log.begin_epoch(epoch, steps)
-        # free adversarial training carries its perturbation from batch to batch, but not into the next epoch: a
-        # checkpoint need not hold it
-        self._delta = None
-        loss_sum, correct, skipped, zeros, trained = torch.zeros(5, dtype=torch.float64, device=self.device)
-        lr, seen, began = 0.0, 0, time.monotonic()
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self.progress.seconds += now - self._clock
+        self._clock = now
+
+    def _train_epoch(self, epoch: int, log: RunLog | None) -> dict[str, float | int | None]:
+        config, steps, done = self.config, len(self._sizes), self.progress.step
+        if log is not None:
+            log.begin_epoch(epoch, steps)
+        if done == 0:
+            self._delta = None
+            self._sums.reset_()
+        seen, began = 0, time.monotonic()
         # loading a checkpoint and measuring an average both write weights
         self.step.refresh_()
-        batches = self._batches(epoch)
-        for index in range(steps):
+        batches = self._batches(epoch, first=done)
+        for index in range(done, steps):
             with region("data"):
                 batch = next(batches)
             lr = learning_rate(config.optimizer, config.epochs, epoch - 1 + index / steps)
             set_learning_rate(self.optimizer, lr)
-            for result in self._steps(batch, epoch, (epoch - 1) * steps + index):
-                count = len(batch.labels)
-                loss_sum += torch.where(result.skipped, 0.0, result.loss * count)
-                trained += torch.where(result.skipped, 0, count)
-                correct += result.correct
-                skipped += result.skipped
-                zeros += result.zero_gradients
-                seen += count
-                log.step(result.loss, lr, count)
+            for result in self._steps(batch, epoch, index):
+                loss = self._count(result, self._sizes[index])
+                seen += self._sizes[index]
+                if log is not None:
+                    log.step(loss, lr, self._sizes[index])
                 if message := self._profiler.step():
-                    log.message(message)
-        if self.average is not None:
-            self.average.after_epoch(epoch)
-        made = steps * (config.attack.replays if self._is_free(epoch) else 1)
-        loss, accuracy, lost, masked = torch.stack(
-            [loss_sum / trained.clamp_min(1), correct / seen, skipped, zeros / made]
-        ).tolist()
-        if lost > made / 2:
+                    _say(log, message)
+            self.progress.step = index + 1
+            if index + 1 == steps and self.average is not None:
+                self.average.after_epoch(epoch)
+            self._between_steps(epoch)
+        lr = learning_rate(config.optimizer, config.epochs, epoch - 1 + (steps - 1) / steps)
+        metrics = self._sums.metrics() | {"lr": lr}
+        return metrics | (self._throughput(seen / (time.monotonic() - began)) if seen else {})
+
+    def _steps(self, batch: Batch, epoch: int, index: int) -> Iterator[StepResult]:
+        """The updates that one batch serves for: one, or several with free adversarial training."""
+        config = self.config
+        x = batch.images.contiguous(memory_format=self.memory_format)
+        _, share = self.ranks.share(self._sizes[index])
+        if self._is_free(epoch):
+            if self._delta is None or self._delta.shape[0] < len(x):
+                self._delta = torch.zeros_like(x)
+            for _ in range(config.attack.replays):
+                self._before_step()
+                yield self.step.free(x, batch.labels, self._delta[: len(x)], share=share)
+            return
+        self._before_step()
+        yield self._run_step(
+            x,
+            batch.labels,
+            sample_ids=batch.ids,
+            seed=mix_seed(config.seed, epoch, _ATTACK_NOISE),
+            perturb=epoch > config.awp.warmup and self._step_number(epoch, index) % config.awp.every == 0,
+            fast=config.attack.is_fast(epoch),
+            share=share,
+        )
+
+    def _step_number(self, epoch: int, index: int) -> int:
+        return (epoch - 1) * len(self._sizes) + index
+
+    def _count(self, result: StepResult, size: int) -> Tensor:
+        """Take a step's numbers in, added up over the ranks; returns the loss of the whole batch."""
+        stop = torch.full_like(result.loss, float(self._stop.signal != 0))
+        told = torch.stack([result.loss, result.correct, result.zero_gradients, stop]).double()
+        self.ranks.sum_([told])
+        self._sums.add_(told[:3], result.skipped, size)
+        self._skipped_in_a_row = torch.where(result.skipped, self._skipped_in_a_row + 1, 0)
+        self._behind.push(torch.stack([told[3], self._skipped_in_a_row.double()]))
+        return told[0]
+
+    def _between_steps(self, epoch: int) -> None:
+        """What is looked at after every batch: all ranks come to the same conclusion."""
+        config, index = self.config, self.progress.step
+        stop, skipped = self._behind.latest()
+        if skipped >= _MOST_SKIPPED:
             raise TrainingError(
-                f"epoch {epoch}: {lost:.0f} of {made} steps had a gradient that is not finite; the checkpoint before "
-                "it is kept: start again elsewhere with a smaller --optimizer.lr"
+                f"epoch {epoch}, step {index}: the gradients of {skipped:.0f} steps in a row were not finite, and the "
+                "weights stayed as they were before; start again elsewhere with a smaller --optimizer.lr"
             )
-        return {
-            "loss": loss,
-            "lr": lr,
-            "train_pgd_accuracy": accuracy,
-            "zero_gradients": masked,
-            "skipped_steps": lost,
-            **self._throughput(seen / (time.monotonic() - began)),
-        }
+        if stop:
+            self._stopped()
+        number = self._step_number(epoch, index)
+        if number % config.distributed.check_every == 0:
+            check_replicas(self.ranks, self._replicated(), f"epoch {epoch}, step {index}")
+        if config.checkpoint_steps is not None and number % config.checkpoint_steps == 0 and index < len(self._sizes):
+            self._save()
+
+    def _stopped(self) -> NoReturn:
+        """Leave a checkpoint, and end."""
+        path = self._save(wait=True)
+        # another rank may have been asked
+        name = signal.Signals(self._stop.signal).name if self._stop.signal else "a signal to another rank"
+        raise StoppedError(
+            f"stopped by {name}: {path or 'a checkpoint'} is written; start again with --run-dir {self.run_dir} to go on",
+            self._stop.code,
+        )
+
+    def _heed(self) -> None:
+        """Stop here if asked to: called on all ranks alike, between batches of an evaluation."""
+        if self.ranks.any(self._stop.signal != 0, self.device):
+            self._stopped()
+
+    def _replicated(self) -> dict[str, Tensor]:
+        """What has to be the same on all ranks, to the bit."""
+        momentum = {f"momentum of {name}": buffer for name, buffer in self._momentum().items()}
+        average = {} if self.average is None else self.average.state()
+        return self.model.state_dict() | momentum | {f"average of {name}": t for name, t in average.items()}
 
     def _throughput(self, images_per_second: float) -> dict[str, float]:
         """Of the operations that the method needs; what a run does beyond them does not count."""
@@ -302,46 +426,22 @@ class Trainer:
         return {
             "images_per_second": images_per_second,
             "tflops": flops / 1e12,
-            "share_of_matmul": flops / self._ceiling,
+            "share_of_matmul": flops / (self._ceiling * self.ranks.world),
             "memory_gb": peak_memory(self.device) / 1e9,
         }
 
     def _is_free(self, epoch: int) -> bool:
         return self.config.attack.fast == "free" and self.config.attack.is_fast(epoch)
 
-    def _steps(self, batch: Batch, epoch: int, step_index: int) -> Iterator[StepResult]:
-        """The updates that one batch serves for: one, or several with free adversarial training."""
-        config = self.config
-        x = batch.images.contiguous(memory_format=self.memory_format)
-        if self._is_free(epoch):
-            if self._delta is None or self._delta.shape[0] < len(x):
-                self._delta = torch.zeros_like(x)
-            for _ in range(config.attack.replays):
-                self._before_step()
-                yield self.step.free(x, batch.labels, self._delta[: len(x)])
-            return
-        self._before_step()
-        yield self._run_step(
-            x,
-            batch.labels,
-            sample_ids=batch.ids,
-            seed=mix_seed(config.seed, epoch, _ATTACK_NOISE),
-            perturb=epoch > config.awp.warmup and step_index % config.awp.every == 0,
-            fast=config.attack.is_fast(epoch),
-        )
-
     def _before_step(self) -> None:
         if self.average is not None:
             self.average.before_step()
 
-    def _extra_fraction(self) -> float | None:
-        return None if self.extra is None else self.config.data.extra_fraction
-
-    def _batches(self, epoch: int) -> Iterator[Batch]:
+    def _batches(self, epoch: int, *, first: int = 0) -> Iterator[Batch]:
         config = self.config
         return train_batches(
             self.data.train,
-            batch_size=config.batch_size,
+            batch_size=config.global_batch_size,
             seed=config.seed,
             epoch=epoch,
             pad=config.data.pad,
@@ -352,6 +452,9 @@ class Trainer:
             fill=self.data.mean,
             extra=self.extra,
             extra_fraction=config.data.extra_fraction,
+            first=first,
+            rank=self.ranks.rank,
+            ranks=self.ranks.world,
         )
 
     def _measured_model(self, epoch: int) -> nn.Module:
@@ -359,25 +462,27 @@ class Trainer:
         if self.average is None or not self.average.started:
             return self.model
         self.average.refresh_statistics(self._average_passes(self.average.model, epoch))
+        self.ranks.mean_([buffer for buffer in self.average.model.buffers() if buffer.is_floating_point()])
         return self.average.model
 
     def _average_passes(self, model: nn.Module, epoch: int) -> Iterator[None]:
         """Forward passes over attacked training images, the ones that training itself makes."""
         seen = 0
-        for batch in self._batches(epoch):
-            x = batch.images.contiguous(memory_format=self.memory_format)
-            seed = mix_seed(self.config.seed, epoch, _AVERAGE_NOISE)
-            # by the batch's statistics: the running ones are what is being computed
-            x_adv = self.step.attacked(model, x, batch.labels, batch.ids, seed, bn_mode="train")
-            self.step.objective.losses(model, x_adv, x, batch.labels)
+        for batch, size in zip(self._batches(epoch), self._sizes, strict=True):
+            with region("average"):
+                x = batch.images.contiguous(memory_format=self.memory_format)
+                seed = mix_seed(self.config.seed, epoch, _AVERAGE_NOISE)
+                # by the batch's statistics: the running ones are what is being computed
+                x_adv = self.step.attacked(model, x, batch.labels, batch.ids, seed, bn_mode="train")
+                self.step.objective.losses(model, x_adv, x, batch.labels)
             yield
-            seen += len(x)
+            seen += size
             if seen >= self.config.average.bn_images:
                 return
 
     def _evaluate(self, model: nn.Module, split: Split) -> tuple[float, float]:
-        batch_size = self.config.evaluation.batch_size
-        accuracy = evaluate(model, split, evaluation_attack(self.config), batch_size=batch_size)
+        attack, batch_size = evaluation_attack(self.config), self.config.evaluation.batch_size
+        accuracy = evaluate(model, split, attack, batch_size=batch_size, ranks=self.ranks, between=self._heed)
         return accuracy.clean, accuracy.robust
 
     def _select(self, epoch: int) -> dict[str, float | int | None]:
@@ -409,11 +514,6 @@ class Trainer:
             test_clean, test_robust = self._evaluate(model, test)
             _, train_robust = self._evaluate(model, train)
         config, progress = self.config, self.progress
-        checkpoint.export_model(
-            self.run_dir / MODEL_FILE,
-            self.best_weights,
-            self.description.to_metadata() | {"epoch": str(progress.best_epoch), "config_hash": config_hash(config)},
-        )
         name = f"pgd{config.evaluation.steps}_accuracy"
         fields = {
             "clean_accuracy": test_clean,
@@ -438,11 +538,16 @@ class Trainer:
                 "step_size": config.evaluation_step_size,
             },
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "ranks": self.ranks.world,
             "data": {"name": self.data.name, **self.fingerprints},
             "config_hash": config_hash(config),
         }
-        plot_learning_curves(self.run_dir, read_metrics(self.run_dir), progress.best_epoch)
-        write_report(self.run_dir, fields)
+        if self.ranks.is_first:
+            described = {"epoch": str(progress.best_epoch), "config_hash": config_hash(config)}
+            metadata = self.description.to_metadata() | described
+            checkpoint.export_model(self.run_dir / MODEL_FILE, self.best_weights, metadata)
+            plot_learning_curves(self.run_dir, read_metrics(self.run_dir), progress.best_epoch)
+            write_report(self.run_dir, fields)
         return fields
 
     def _momentum(self) -> dict[str, Tensor]:
@@ -453,53 +558,110 @@ class Trainer:
         }
         return {name: buffer for name, buffer in buffers.items() if buffer is not None}
 
-    def _save(self) -> Path:
-        if self.average is not None:
-            self.progress.averaged = self.average.count
-        state = dataclasses.asdict(self.progress) | {
-            "config_hash": config_hash(self.config),
-            **self.fingerprints,
-            **self.description.to_metadata(),
-        }
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds in tensors: the same for any number of ranks."""
         tensors = {
             "model": self.model.state_dict(),
             "optimizer": self._momentum(),
             "best_model": self.best_weights,
+            "epoch": {"sums": self._sums.values},
         }
         if self.average is not None and self.average.started:
             tensors["average"] = self.average.state()
         if self.step.loss_scale is not None:
             tensors["loss_scale"] = self.step.loss_scale.state()
-        return checkpoint.save(
-            self.run_dir / CHECKPOINTS,
-            f"epoch-{self.progress.epoch}",
-            tensors,
-            state,
-            self.config.keep_checkpoints,
-        )
+        if self._delta is not None and self.progress.step:
+            tensors["epoch"]["delta"] = self._whole_delta()
+        return tensors
+
+    def _whole_delta(self) -> Tensor:
+        """The perturbation that free adversarial training carries, of all ranks."""
+        assert self._delta is not None
+        size = self.config.global_batch_size
+        rows, share = self.ranks.share(size)
+        whole = self._delta.new_zeros(size, *self._delta.shape[1:])
+        whole[rows] = self._delta if size >= self.ranks.world else self._delta * share
+        self.ranks.sum_([whole])
+        return whole
+
+    def _save(self, *, wait: bool = False) -> str | None:
+        """Write a checkpoint of where the run stands, unless there is one, in the background unless `wait`.
+
+        Returns:
+            Where it is, on the first rank; None on others and in the background.
+        """
+        progress = self.progress
+        if self._saved != (progress.epoch, progress.step):
+            self._tick()
+            check_replicas(self.ranks, self._replicated(), f"epoch {progress.epoch}, step {progress.step}")
+            if self.average is not None:
+                progress.averaged = self.average.count
+            tensors = self._tensors()
+            if self.ranks.is_first:
+                state = dataclasses.asdict(progress) | {
+                    "config_hash": config_hash(self.config),
+                    "ranks": self.ranks.world,
+                    **self.fingerprints,
+                    **self.description.to_metadata(),
+                }
+                name = checkpoint.checkpoint_name(progress.epoch, progress.step)
+                self._writer.save(name, tensors, state, self._retention())
+            self._saved = (progress.epoch, progress.step)
+        path = self._writer.wait() if wait else None
+        return None if path is None else str(path)
+
+    def _retention(self) -> checkpoint.Retention:
+        config, best = self.config, self.progress.best_epoch
+        name = checkpoint.checkpoint_name(best) if best else None
+        return checkpoint.Retention(last=config.keep_checkpoints, every_epochs=config.keep_every, best=name)
 
     def _resume(self) -> None:
-        """Go on from the newest sound checkpoint, if there is one."""
-        found = checkpoint.load_latest(self.run_dir / CHECKPOINTS)
-        if found is None:
+        """Go on from the newest sound checkpoint, if there is one; the first rank reads it and tells the others."""
+        found = checkpoint.load_latest(self.run_dir / CHECKPOINTS) if self.ranks.is_first else None
+        if found is not None:
+            self.messages += [f"skipped a checkpoint: {line}" for line in found.skipped]
+            if any(found.state.get(key) != value for key, value in self.fingerprints.items()):
+                raise ConfigError(
+                    f"--run-dir: {self.run_dir} was trained on other images; restore the data or choose another"
+                )
+        state = self.ranks.broadcast_json(None if found is None else found.state, self.device)
+        if state is None:
             return
-        self.messages += [f"skipped a checkpoint: {line}" for line in found.skipped]
-        if any(found.state.get(key) != value for key, value in self.fingerprints.items()):
-            raise ConfigError(
-                f"--run-dir: {self.run_dir} was trained on other images; restore the data or choose another"
+        self._load(state, self.ranks.broadcast_groups({} if found is None else found.tensors, self.device))
+        place = f"epoch {self.progress.epoch}" + (f" and {self.progress.step} steps" if self.progress.step else "")
+        if found is not None:
+            self.messages.append(f"going on after {place}, from {found.path}")
+        if state["ranks"] != self.ranks.world:
+            self.messages.append(
+                f"{state['ranks']} ranks before, {self.ranks.world} now: images and noise are the same; sums differ by "
+                "rounding, and without --distributed.sync-batch-norm every rank normalises by another part of the batch"
             )
-        self.model.load_state_dict(found.tensors["model"])
+
+    def _load(self, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
+        """What `_save` wrote."""
+        self.model.load_state_dict(tensors["model"])
         for name, parameter in self.model.named_parameters():
-            buffer = found.tensors["optimizer"].get(name)
+            buffer = tensors["optimizer"].get(name)
             if buffer is not None:
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(buffer)
-        self.best_weights = found.tensors["best_model"]
-        self.progress = Progress(**{field.name: found.state[field.name] for field in dataclasses.fields(Progress)})
+        self.best_weights = tensors["best_model"]
+        self.progress = Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
+        self._saved = (self.progress.epoch, self.progress.step)
         if self.average is not None and self.progress.averaged:
-            self.average.load(found.tensors["average"], self.progress.averaged)
-        if self.step.loss_scale is not None and "loss_scale" in found.tensors:
-            self.step.loss_scale.load(found.tensors["loss_scale"])
-        self.messages.append(f"going on after epoch {self.progress.epoch}, from {found.path}")
+            self.average.load(tensors["average"], self.progress.averaged)
+        if self.step.loss_scale is not None and "loss_scale" in tensors:
+            self.step.loss_scale.load(tensors["loss_scale"])
+        self._sums.values.copy_(tensors["epoch"]["sums"])
+        if "delta" in tensors["epoch"]:
+            rows, _ = self.ranks.share(self.config.global_batch_size)
+            delta = tensors["epoch"]["delta"][rows].to(self.device)
+            self._delta = delta.contiguous(memory_format=self.memory_format)
+
+
+def _say(log: RunLog | None, message: str) -> None:
+    """On the first rank, which alone has a log."""
+    if log is not None:
+        log.message(message)
 
 
 def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:

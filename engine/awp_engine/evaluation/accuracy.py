@@ -1,5 +1,7 @@
 """Accuracy, clean and under attack."""
 
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,6 +10,8 @@ from torch import Tensor, nn
 
 from awp_engine.attack import pgd
 from awp_engine.data import Split, eval_batches
+from awp_engine.distributed import Ranks
+from awp_engine.regions import region
 from awp_kernels.philox import mix_seed
 
 # separates the evaluation's noise from the training's, which is derived from the same seed
@@ -69,7 +73,15 @@ def spread(split: Split, limit: int | None) -> Split:
     return split.select(torch.arange(limit, device=split.labels.device) * len(split) // limit)
 
 
-def evaluate(model: nn.Module, split: Split, attack: PgdAttack, *, batch_size: int) -> Accuracy:
+def evaluate(
+    model: nn.Module,
+    split: Split,
+    attack: PgdAttack,
+    *,
+    batch_size: int,
+    ranks: Ranks | None = None,
+    between: Callable[[], None] | None = None,
+) -> Accuracy:
     """Classify a split, clean and attacked; the model's mode is put back afterwards.
 
     Args:
@@ -77,24 +89,36 @@ def evaluate(model: nn.Module, split: Split, attack: PgdAttack, *, batch_size: i
         split: the samples.
         attack: how they are attacked.
         batch_size: images a batch; does not change the result beyond rounding.
+        ranks: that share the images among them; every image counts once, and all ranks return the same.
+        between: called before every batch, as often on every rank.
 
     Raises:
         ValueError: the split is empty.
     """
     if not len(split):
         raise ValueError("split: expected at least one sample, got none")
+    ranks = ranks or Ranks()
+    device = split.labels.device
+    own = split if ranks.world == 1 else split.select(torch.arange(ranks.rank, len(split), ranks.world, device=device))
     training = model.training
     model.eval()
     try:
-        clean, robust = torch.zeros(2, dtype=torch.int64, device=split.labels.device)
-        for x, y, ids in eval_batches(split, batch_size):
-            with torch.no_grad():
-                right = model(x).argmax(1) == y
-            x_adv = attack(model, x, y, sample_ids=ids)
-            with torch.no_grad():
-                held = right & (model(x_adv).argmax(1) == y)
-            clean = clean + right.sum()
-            robust = robust + held.sum()
-        return Accuracy(clean=clean.item() / len(split), robust=robust.item() / len(split))
+        counts = torch.zeros(2, dtype=torch.int64, device=device)
+        batches = eval_batches(own, batch_size)
+        # the first rank has the most images
+        for _ in range(-(-len(split) // ranks.world // batch_size) or 1):
+            if between is not None:
+                between()
+            for x, y, ids in itertools.islice(batches, 1):
+                with region("evaluation"):
+                    with torch.no_grad():
+                        right = model(x).argmax(1) == y
+                    x_adv = attack(model, x, y, sample_ids=ids)
+                    with torch.no_grad():
+                        held = right & (model(x_adv).argmax(1) == y)
+                    counts += torch.stack([right.sum(), held.sum()])
+        ranks.sum_([counts])
+        clean, robust = counts.tolist()
+        return Accuracy(clean=clean / len(split), robust=robust / len(split))
     finally:
         model.train(training)

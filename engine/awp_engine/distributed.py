@@ -14,10 +14,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from awp_engine.config import ConfigError
 from awp_engine.data import rank_share
-
 
 Groups = dict[str, dict[str, Tensor]]
 
@@ -36,7 +37,7 @@ class Ranks:
     rank: int = 0
     world: int = 1
     local_rank: int = 0
-    store: dist.Store | None = None
+    store: Store | None = None
 
     @property
     def is_first(self) -> bool:
@@ -120,7 +121,9 @@ class Ranks:
         layout = self.broadcast_json(layout, device)
         if not self.is_first:
             groups = {
-                group: {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in members.items()}
+                group: {
+                    name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in members.items()
+                }
                 for group, members in layout.items()
             }
         for group, members in layout.items():
@@ -170,17 +173,18 @@ def joined(device: str, timeout: float) -> Iterator[Ranks]:
         )
     if on_gpu:
         torch.cuda.set_device(local_rank)
-    store, rank, world = next(dist.rendezvous("env://"))
+    store, rank, world = next(rendezvous("env://"))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        store=dist.PrefixStore("collectives", store),
+        store=PrefixStore("collectives", store),
         rank=rank,
         world_size=world,
         timeout=datetime.timedelta(seconds=timeout),
         device_id=torch.device("cuda", local_rank) if on_gpu else None,
     )
     # a client of its own: a rank that waits for the first one would keep it
-    yield Ranks(rank=rank, world=world, local_rank=local_rank, store=dist.PrefixStore("words", store.clone()))
+    another = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
+    yield Ranks(rank=rank, world=world, local_rank=local_rank, store=PrefixStore("words", another))
     # not after an error: it would wait for ranks that are gone
     dist.destroy_process_group()
 

@@ -39,9 +39,23 @@ class GraphedStep:
         self._graphs: dict[tuple[bool, bool], tuple[torch.cuda.CUDAGraph, StepResult]] = {}
 
     def __call__(
-        self, x: Tensor, y: Tensor, *, sample_ids: Tensor, seed: int, perturb: bool = True, fast: bool = False
+        self,
+        x: Tensor,
+        y: Tensor,
+        *,
+        sample_ids: Tensor,
+        seed: int,
+        perturb: bool = True,
+        fast: bool = False,
+        of: int | None = None,
     ) -> StepResult:
-        """Train on one batch: see `TrainingStep.__call__`."""
+        """Train on one batch: see `TrainingStep.__call__`; of one rank, which has the whole batch.
+
+        Raises:
+            ValueError: the batch has more images.
+        """
+        if of not in (None, len(x)):
+            raise ValueError(f"of: expected the {len(x)} images of x, as graphs serve one rank, got {of}")
         start = self.step.start(x, sample_ids, seed, fast=fast)
         kind = (perturb and self.step.awp is not None, fast)
         if self._inputs is None:

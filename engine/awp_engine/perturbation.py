@@ -4,9 +4,10 @@ Source: Wu, Xia, Wang: Adversarial Weight Perturbation Helps Robust Generalizati
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,18 @@ from awp_kernels import SGD, AdversarialWeightPerturbation, conv3x3_forget, tota
 _ATTACK_LOSS_SCALE = 1024.0
 
 
-# rows, and the part of the whole batch's mean that they stand for
-Pieces = list[tuple[slice, float]]
+class Work(NamedTuple):
+    """What a rank computes of a batch.
+
+    Attributes:
+        share: the part of the batch's mean that it stands for.
+        pieces: what is computed at once, each with its own such part.
+        undivided: every rank computes the whole batch, which has fewer images than there are ranks.
+    """
+
+    share: float
+    pieces: list[tuple[slice, float]]
+    undivided: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +60,14 @@ class StepResult:
     correct: Tensor
     skipped: Tensor
     zero_gradients: Tensor
+
+
+def _reducer(model: nn.Module) -> DistributedDataParallel:
+    """Averages gradients over the ranks; the running statistics are the step's own business."""
+    with warnings.catch_warnings():
+        # torch 2.13 has another name for what 2.11 knows as broadcast_buffers
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 class TrainingStep:
@@ -108,11 +127,7 @@ class TrainingStep:
             reduced = [self.copies.descent]
             if self._global_ascent and not shared and self.copies.ascent is not self.copies.descent:
                 reduced.append(self.copies.ascent)
-            # the step averages the running statistics itself, and the trainer has made the models equal
-            self._reducers = {
-                id(module): DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
-                for module in reduced
-            }
+            self._reducers = {id(module): _reducer(module) for module in reduced}
         self._settled = not self._reducers
 
     @property
@@ -143,7 +158,7 @@ class TrainingStep:
         seed: int,
         perturb: bool = True,
         fast: bool = False,
-        share: float = 1.0,
+        of: int | None = None,
     ) -> StepResult:
         """Train on one batch, or on this rank's part of it.
 
@@ -154,10 +169,10 @@ class TrainingStep:
             seed: of this step's noise.
             perturb: whether the weights are perturbed in this step.
             fast: attack by the cheap attack of the settings.
-            share: what part of the whole batch's mean these images stand for; over the ranks it adds up to 1.
+            of: images in the whole batch, of which these are `ranks.share(of)`; None: there is one rank.
         """
         start = self.start(x, sample_ids, seed, fast=fast)
-        return self.from_start(x, y, start, perturb=perturb, fast=fast, share=share)
+        return self.from_start(x, y, start, perturb=perturb, fast=fast, of=of)
 
     def start(self, x: Tensor, sample_ids: Tensor, seed: int, *, fast: bool = False) -> Tensor:
         """Where the attack on a batch begins, [N, C, H, W]: all of a step that depends on the seed."""
@@ -172,45 +187,45 @@ class TrainingStep:
         )
 
     def from_start(
-        self, x: Tensor, y: Tensor, start: Tensor, *, perturb: bool = True, fast: bool = False, share: float = 1.0
+        self, x: Tensor, y: Tensor, start: Tensor, *, perturb: bool = True, fast: bool = False, of: int | None = None
     ) -> StepResult:
         """Train on one batch, the attack beginning at `start`: see `__call__`."""
         self._begin(x)
         awp = self.awp if perturb else None
-        pieces = self._pieces(len(x), share)
+        work = self._work(len(x), of)
         with self._or_put_back(awp) as statistics:
             with region("attack"):
                 self.copies.prepare_attack_()
-                x_adv, zero_gradients = self._attacked(x, y, start, pieces, fast, share_ascent=awp is not None)
+                x_adv, zero_gradients = self._attacked(x, y, start, work, fast, share_ascent=awp is not None)
             if awp is not None:
                 with region("ascent"):
-                    self._ascend(awp, x_adv, x, y, pieces)
+                    self._ascend(awp, x_adv, x, y, work)
             with region("descent"):
-                loss, correct = self._descend(x_adv, x, y, pieces)  # at w + v
+                loss, correct = self._descend(x_adv, x, y, work)  # at w + v
             with region("update"):
                 skipped = self._update(awp)  # at w
             if self.options.public_code:
                 self._forward_for_statistics(x)
-            self._average_statistics(share)
+            self._average_statistics(work.share)
             statistics.restore_where(skipped)
-        return StepResult(loss=loss, correct=correct, skipped=skipped, zero_gradients=zero_gradients * share)
+        return StepResult(loss=loss, correct=correct, skipped=skipped, zero_gradients=zero_gradients * work.share)
 
-    def free(self, x: Tensor, y: Tensor, delta: Tensor, *, share: float = 1.0) -> StepResult:
+    def free(self, x: Tensor, y: Tensor, delta: Tensor, *, of: int | None = None) -> StepResult:
         """Train on one batch by one pass that serves image and weights, and move `delta`, [N, C, H, W], in place.
 
         Source: Shafahi et al.: Adversarial Training for Free!, NeurIPS 2019.
         """
         self._begin(x)
-        epsilon = self.attack.epsilon_value
+        epsilon, work = self.attack.epsilon_value, self._work(len(x), of)
         with self._or_put_back(None) as statistics:
             x_adv = (x + delta).clamp_(0, 1).requires_grad_()
-            loss, correct = self._descend(x_adv, x, y, self._pieces(len(x), share))
+            loss, correct = self._descend(x_adv, x, y, work)
             assert x_adv.grad is not None
             delta.add_(x_adv.grad.sign(), alpha=epsilon).clamp_(-epsilon, epsilon)
             skipped = self._update(None)
-            self._average_statistics(share)
+            self._average_statistics(work.share)
             statistics.restore_where(skipped)
-        zero_gradients = (x_adv.grad == 0).float().mean() * share
+        zero_gradients = (x_adv.grad == 0).float().mean() * work.share
         return StepResult(loss=loss, correct=correct, skipped=skipped, zero_gradients=zero_gradients)
 
     @contextlib.contextmanager
@@ -225,13 +240,15 @@ class TrainingStep:
             statistics.restore_()
             raise
 
-    def _pieces(self, count: int, share: float) -> Pieces:
-        """What is computed at once, each with its part of the whole batch's mean; as many pieces on every rank."""
-        world = self.ranks.world
-        whole = round(count / share)
-        largest, smallest = -(-whole // world), whole // world
+    def _work(self, count: int, of: int | None) -> Work:
+        """This rank's part of a batch of `of` images, in as many pieces on every rank."""
+        world, of = self.ranks.world, count if of is None else of
+        _, share = self.ranks.share(of)
+        undivided = of < world
+        largest, smallest = (count, count) if undivided else (-(-of // world), of // world)
         number = min(-(-largest // (self._micro_batch_size or largest)), smallest)
-        return [(rows, part * share) for rows, part in (rank_share(count, i, number) for i in range(number))]
+        pieces = [(rows, part * share) for rows, part in (rank_share(count, i, number) for i in range(number))]
+        return Work(share, pieces, undivided)
 
     def attacked(self, model: nn.Module, x: Tensor, y: Tensor, sample_ids: Tensor, seed: int, **changes: Any) -> Tensor:
         """The images that training attacks `model` with; `changes` are arguments of `pgd`."""
@@ -282,7 +299,7 @@ class TrainingStep:
         x: Tensor,
         y: Tensor,
         start: Tensor,
-        pieces: Pieces,
+        work: Work,
         fast: bool,
         *,
         share_ascent: bool,
@@ -301,7 +318,7 @@ class TrainingStep:
         if share_ascent and self._shared and self.awp is not None:
             shared = [self.copies.attack.get_parameter(name) for name in self.awp.parameters]
         attacked = []
-        for rows, _ in pieces:
+        for rows, _ in work.pieces:
             before = [parameter.grad for parameter in shared]
             model = self._runner(self.copies.attack, x[rows])
             changes = {"start": start[rows], "shared": shared}
@@ -335,7 +352,7 @@ class TrainingStep:
         x_adv: Tensor,
         x: Tensor,
         y: Tensor,
-        pieces: Pieces,
+        work: Work,
         *,
         averaged: bool,
         update_statistics: bool,
@@ -348,11 +365,11 @@ class TrainingStep:
         """
         reducer = self._reducers.get(id(model)) if averaged else None
         loss, correct, below = (x.new_zeros(()) for _ in range(3))
-        for index, (rows, share) in enumerate(pieces):
+        for index, (rows, share) in enumerate(work.pieces):
             called = self._runner(reducer or model, x[rows])
-            later = reducer is not None and index < len(pieces) - 1
+            later = reducer is not None and index < len(work.pieces) - 1
             with (
-                batch_norm_mode(model, update_statistics=update_statistics),
+                batch_norm_mode(model, update_statistics=update_statistics, synchronized=not work.undivided),
                 reducer.no_sync() if reducer and later else contextlib.nullcontext(),
             ):
                 losses, logits = self.objective.losses(called, x_adv[rows], x[rows], y[rows])
@@ -376,7 +393,7 @@ class TrainingStep:
         x_adv: Tensor,
         x: Tensor,
         y: Tensor,
-        pieces: Pieces,
+        work: Work,
     ) -> None:
         """Perturb the weights."""
         sums: dict[str, Tensor] = {}
@@ -386,7 +403,7 @@ class TrainingStep:
             if not self._shared or self.attack.epsilon_value == 0:
                 averaged = self._global_ascent
                 *_, below = self._backward(
-                    model, x_adv, x, y, pieces, averaged=averaged, update_statistics=False, c_min=options.c_min
+                    model, x_adv, x, y, work, averaged=averaged, update_statistics=False, c_min=options.c_min
                 )
                 if options.c_min is not None and step:
                     if averaged:
@@ -405,10 +422,10 @@ class TrainingStep:
             awp.perturb_(gradients=sums)
             self.clear_gradients()
 
-    def _descend(self, x_adv: Tensor, x: Tensor, y: Tensor, pieces: Pieces) -> tuple[Tensor, Tensor]:
+    def _descend(self, x_adv: Tensor, x: Tensor, y: Tensor, work: Work) -> tuple[Tensor, Tensor]:
         """Gradients of the training loss; returns it and the part of right answers. Moves the BN statistics."""
         model = self.copies.descent
-        loss, correct, _ = self._backward(model, x_adv, x, y, pieces, averaged=True, update_statistics=True)
+        loss, correct, _ = self._backward(model, x_adv, x, y, work, averaged=True, update_statistics=True)
         return loss, correct
 
     @torch.no_grad()

@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -271,7 +270,7 @@ class Trainer:
             DivergenceError: the ranks' weights differ.
         """
         config, first = self.config, self.ranks.is_first
-        log = RunLog(self.run_dir, config, config.epochs, config.log_interval, self.progress.epoch) if first else None
+        log = self._open_log() if first else None
         with log or contextlib.nullcontext(), self._writer, watching(self.ranks, config.distributed.timeout):
             for message in self.messages:
                 _say(log, message)
@@ -301,6 +300,10 @@ class Trainer:
                 _say(log, message)
             _say(log, "measuring the selected and the last weights on the test split")
             return self._finish()
+
+    def _open_log(self) -> RunLog:
+        config = self.config
+        return RunLog(self.run_dir, config, config.epochs, config.log_interval, start_epoch=self.progress.epoch)
 
     def _out_of_patience(self) -> bool:
         patience = self.config.evaluation.patience
@@ -339,20 +342,22 @@ class Trainer:
                 self.average.after_epoch(epoch)
             self._between_steps(epoch)
         lr = learning_rate(config.optimizer, config.epochs, epoch - 1 + (steps - 1) / steps)
-        metrics = self._sums.metrics() | {"lr": lr}
-        return metrics | (self._throughput(seen / (time.monotonic() - began)) if seen else {})
+        metrics: dict[str, float | int | None] = {**self._sums.metrics(), "lr": lr}
+        if seen:
+            metrics |= self._throughput(seen / (time.monotonic() - began))
+        return metrics
 
     def _steps(self, batch: Batch, epoch: int, index: int) -> Iterator[StepResult]:
         """The updates that one batch serves for: one, or several with free adversarial training."""
         config = self.config
         x = batch.images.contiguous(memory_format=self.memory_format)
-        _, share = self.ranks.share(self._sizes[index])
+        size = self._sizes[index]
         if self._is_free(epoch):
             if self._delta is None or self._delta.shape[0] < len(x):
                 self._delta = torch.zeros_like(x)
             for _ in range(config.attack.replays):
                 self._before_step()
-                yield self.step.free(x, batch.labels, self._delta[: len(x)], share=share)
+                yield self.step.free(x, batch.labels, self._delta[: len(x)], of=size)
             return
         self._before_step()
         yield self._run_step(
@@ -362,7 +367,7 @@ class Trainer:
             seed=mix_seed(config.seed, epoch, _ATTACK_NOISE),
             perturb=epoch > config.awp.warmup and self._step_number(epoch, index) % config.awp.every == 0,
             fast=config.attack.is_fast(epoch),
-            share=share,
+            of=size,
         )
 
     def _step_number(self, epoch: int, index: int) -> int:
@@ -401,7 +406,8 @@ class Trainer:
         # another rank may have been asked
         name = signal.Signals(self._stop.signal).name if self._stop.signal else "a signal to another rank"
         raise StoppedError(
-            f"stopped by {name}: {path or 'a checkpoint'} is written; start again with --run-dir {self.run_dir} to go on",
+            f"stopped by {name}: {path or 'a checkpoint'} is written; start again with --run-dir {self.run_dir} to go "
+            "on",
             self._stop.code,
         )
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from typing import NoReturn
 
-from torch.distributed import Store
+from torch.distributed.distributed_c10d import Store
 
 from awp_engine.distributed import Ranks, tell_torchrun
 from awp_engine.regions import listening

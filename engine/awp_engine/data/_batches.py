@@ -64,7 +64,8 @@ def train_batches(
         extra_fraction: part of every batch that is extra, rounded to whole images, more than 0 and less than 1. The
             last batch keeps the ratio as closely as it can.
         first: batches of the epoch that are left out, for a run that goes on in its middle.
-        rank, ranks: give the part of every batch that is this rank's: see `rank_share`.
+        rank: whose part of every batch is wanted: see `rank_share`.
+        ranks: how many there are.
 
     Raises:
         ValueError: an argument is out of range or missing, or does not fit `split`.

@@ -22,6 +22,8 @@ import torch
 from awp_engine import checkpoint
 from awp_engine.checkpoint import (
     CheckpointError,
+    Retention,
+    _save,
     atomic_write_text,
     export_model,
     load,
@@ -57,7 +59,7 @@ def leftovers(directory: Path) -> list[str]:
 
 def test_round_trip(tmp_path: Path) -> None:
     state = {"step": 12, "best": 0.5, "history": [1, None, "é"], "nested": {"a": True}}
-    path = save(tmp_path / "deep" / "checkpoints", "epoch-1", sample(), state, keep=2)
+    path = save(tmp_path / "deep" / "checkpoints", "epoch-1", sample(), state, Retention(2))
     assert path == tmp_path / "deep" / "checkpoints" / "epoch-1"
     assert {file.name for file in path.iterdir()} == {
         "model.safetensors",
@@ -79,7 +81,7 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 0, 2), (5, 7)], ids=str)
 def test_every_dtype_and_shape(tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     tensors = {"model": {"a": torch.randint(0, 2, shape).to(dtype), "b": torch.ones(shape).to(dtype)}, "none": {}}
-    assert_equal(load(save(tmp_path, "x", tensors, {}, keep=1)).tensors, tensors)
+    assert_equal(load(save(tmp_path, "x", tensors, {}, Retention(1))).tensors, tensors)
 
 
 def test_layouts_and_shared_memory_keep_their_values(tmp_path: Path) -> None:
@@ -94,7 +96,7 @@ def test_layouts_and_shared_memory_keep_their_values(tmp_path: Path) -> None:
         "tied_again": base,
         "parameter": torch.nn.Parameter(base),
     }
-    found = load(save(tmp_path, "x", {"model": model}, {}, keep=1)).tensors["model"]
+    found = load(save(tmp_path, "x", {"model": model}, {}, Retention(1))).tensors["model"]
     assert_equal({"model": found}, {"model": model})
     assert all(tensor.is_contiguous() for tensor in found.values())
 
@@ -102,7 +104,7 @@ def test_layouts_and_shared_memory_keep_their_values(tmp_path: Path) -> None:
 def test_names_sort_by_number_and_old_ones_go(tmp_path: Path) -> None:
     (tmp_path / "epoch-notes").mkdir()
     for epoch in (8, 9, 10, 11):
-        save(tmp_path, f"epoch-{epoch}", sample(epoch), {"epoch": epoch}, keep=2)
+        save(tmp_path, f"epoch-{epoch}", sample(epoch), {"epoch": epoch}, Retention(2))
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["epoch-10", "epoch-11", "epoch-notes", "latest"]
     found = load_latest(tmp_path)
     assert found is not None
@@ -110,15 +112,15 @@ def test_names_sort_by_number_and_old_ones_go(tmp_path: Path) -> None:
 
 
 def test_a_taken_name_is_not_overwritten(tmp_path: Path) -> None:
-    first = save(tmp_path, "epoch-1", sample(1), {"n": 1}, keep=9)
-    second = save(tmp_path, "epoch-1", sample(2), {"n": 2}, keep=9)
-    third = save(tmp_path, "epoch-1", sample(3), {"n": 3}, keep=9)
+    first = save(tmp_path, "epoch-1", sample(1), {"n": 1}, Retention(9))
+    second = save(tmp_path, "epoch-1", sample(2), {"n": 2}, Retention(9))
+    third = save(tmp_path, "epoch-1", sample(3), {"n": 3}, Retention(9))
     assert [path.name for path in (first, second, third)] == ["epoch-1", "epoch-1.1", "epoch-1.2"]
     assert [load(path).state["n"] for path in (first, second, third)] == [1, 2, 3]
     found = load_latest(tmp_path)
     assert found is not None
     assert found.path == third
-    save(tmp_path, "epoch-2", sample(), {}, keep=1)
+    save(tmp_path, "epoch-2", sample(), {}, Retention(1))
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["epoch-2", "latest"]
 
 
@@ -126,14 +128,14 @@ def test_stale_temporaries_go(tmp_path: Path) -> None:
     (tmp_path / ".tmp-epoch-1-0000").mkdir()
     (tmp_path / ".tmp-epoch-1-0000" / "model.safetensors").write_bytes(b"x")
     (tmp_path / ".tmp-latest-0000").write_text("x")
-    save(tmp_path, "epoch-1", sample(), {}, keep=1)
+    save(tmp_path, "epoch-1", sample(), {}, Retention(1))
     assert leftovers(tmp_path) == []
 
 
 def test_modes_follow_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        path = save(tmp_path, "epoch-1", sample(), {}, keep=1)
+        path = save(tmp_path, "epoch-1", sample(), {}, Retention(1))
         export_model(tmp_path / "model.safetensors", sample()["model"], {})
     finally:
         os.umask(before)
@@ -145,17 +147,23 @@ def test_modes_follow_the_umask(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["", ".x", "../x", "a/b", "latest", "/abs", "a\n"])
 def test_bad_names_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="name: expected"):
-        save(tmp_path, name, sample(), {}, keep=1)
+        save(tmp_path, name, sample(), {}, Retention(1))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_groups_states_and_keep_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tensors: expected group names"):
-        save(tmp_path, "x", {"../model": {}}, {}, keep=1)
+        save(tmp_path, "x", {"../model": {}}, {}, Retention(1))
     with pytest.raises(ValueError, match="state: expected what JSON holds"):
-        save(tmp_path, "x", {}, {"a": torch.ones(1)}, keep=1)
-    with pytest.raises(ValueError, match="keep: expected at least 1"):
-        save(tmp_path, "x", {}, {}, keep=0)
+        save(tmp_path, "x", {}, {"a": torch.ones(1)}, Retention(1))
+    with pytest.raises(ValueError, match="last: expected a whole number >= 1, got 0"):
+        Retention(0)
+    with pytest.raises(ValueError, match="every_epochs: expected a whole number >= 1, got 0"):
+        Retention(every_epochs=0)
+    with pytest.raises(ValueError, match="best: expected a checkpoint's name"):
+        Retention(best="../x")
+    with pytest.raises(ValueError, match="retention: expected a Retention, got 2"):
+        save(tmp_path, "x", {}, {}, 2)  # pyright: ignore[reportArgumentType]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -171,7 +179,7 @@ SAVE_FOREVER = """
 import sys
 from pathlib import Path
 import torch
-from awp_engine.checkpoint import save, load_latest
+from awp_engine.checkpoint import Retention, save, load_latest
 torch.set_num_threads(1)
 directory = Path(sys.argv[1])
 found = load_latest(directory)
@@ -180,7 +188,7 @@ print("ready", flush=True)
 while True:
     epoch += 1
     full = {"a": torch.full((200_000,), float(epoch)), "b": torch.full((3,), epoch)}
-    save(directory, f"epoch-{epoch}", {"model": full, "optimizer": full}, {"epoch": epoch}, keep=2)
+    save(directory, f"epoch-{epoch}", {"model": full, "optimizer": full}, {"epoch": epoch}, Retention(2))
     print(epoch, flush=True)
 """
 
@@ -211,13 +219,13 @@ def test_sigkill_mid_save_leaves_a_sound_checkpoint(tmp_path: Path) -> None:
         for entry in tmp_path.glob("epoch-*"):
             load(entry)
     assert reached > 3
-    save(tmp_path, f"epoch-{reached + 10}", {}, {}, keep=2)
+    save(tmp_path, f"epoch-{reached + 10}", {}, {}, Retention(2))
     assert leftovers(tmp_path) == []
 
 
 def test_no_flipped_bit_is_accepted(tmp_path: Path) -> None:
-    save(tmp_path, "epoch-1", sample(1, size=2), {"epoch": 1}, keep=2)
-    path = save(tmp_path, "epoch-2", sample(2, size=2), {"epoch": 2}, keep=2)
+    save(tmp_path, "epoch-1", sample(1, size=2), {"epoch": 1}, Retention(2))
+    path = save(tmp_path, "epoch-2", sample(2, size=2), {"epoch": 2}, Retention(2))
     draw = random.Random(0)
     files = list(path.iterdir())
     accepted = []
@@ -245,8 +253,8 @@ def test_no_flipped_bit_is_accepted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fault", ["missing", "empty", "truncated", "longer", "other", "directory", "link", "pipe"])
 def test_every_fault_names_the_file_and_the_one_before_is_used(tmp_path: Path, name: str, fault: str) -> None:
     directory = tmp_path / "checkpoints"
-    older = save(directory, "epoch-1", sample(1), {"epoch": 1}, keep=2)
-    path = save(directory, "epoch-2", sample(2), {"epoch": 2}, keep=2)
+    older = save(directory, "epoch-1", sample(1), {"epoch": 1}, Retention(2))
+    path = save(directory, "epoch-2", sample(2), {"epoch": 2}, Retention(2))
     file = path / name
     content = file.read_bytes()
     file.unlink()
@@ -277,8 +285,8 @@ def test_every_fault_names_the_file_and_the_one_before_is_used(tmp_path: Path, n
 
 @pytest.mark.parametrize("content", [None, b"", b"epoch-7\n", b"../epoch-1\n", b"\xff" * 2000, b"epoch-2"])
 def test_a_damaged_latest_is_not_needed(tmp_path: Path, content: bytes | None) -> None:
-    save(tmp_path, "epoch-1", sample(1), {"epoch": 1}, keep=2)
-    save(tmp_path, "epoch-2", sample(2), {"epoch": 2}, keep=2)
+    save(tmp_path, "epoch-1", sample(1), {"epoch": 1}, Retention(2))
+    save(tmp_path, "epoch-2", sample(2), {"epoch": 2}, Retention(2))
     (tmp_path / "latest").unlink()
     if content is not None:
         (tmp_path / "latest").write_bytes(content)
@@ -289,17 +297,17 @@ def test_a_damaged_latest_is_not_needed(tmp_path: Path, content: bytes | None) -
 
 
 def test_all_damaged_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
-    path = save(tmp_path, "epoch-1", sample(), {}, keep=1)
+    path = save(tmp_path, "epoch-1", sample(), {}, Retention(1))
     (path / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="no sound checkpoint"):
         load_latest(tmp_path)
 
 
 def test_going_on_from_an_older_checkpoint_supersedes_the_damaged_one(tmp_path: Path) -> None:
-    save(tmp_path, "epoch-1", sample(1), {"epoch": 1}, keep=1)
-    damaged = save(tmp_path, "epoch-2", sample(2), {"epoch": 2}, keep=2)
+    save(tmp_path, "epoch-1", sample(1), {"epoch": 1}, Retention(1))
+    damaged = save(tmp_path, "epoch-2", sample(2), {"epoch": 2}, Retention(2))
     (damaged / "state.json").write_text("{}")
-    save(tmp_path, "epoch-2", sample(3), {"epoch": 2, "again": True}, keep=2)
+    save(tmp_path, "epoch-2", sample(3), {"epoch": 2, "again": True}, Retention(2))
     found = load_latest(tmp_path)
     assert found is not None
     assert found.state == {"epoch": 2, "again": True}
@@ -388,7 +396,7 @@ def test_a_manifest_cannot_name_what_is_outside(tmp_path: Path, name: str) -> No
     ids=str,
 )
 def test_malformed_manifests_are_refused(tmp_path: Path, manifest: object) -> None:
-    path = save(tmp_path, "x", {}, {}, keep=1)
+    path = save(tmp_path, "x", {}, {}, Retention(1))
     (path / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     with pytest.raises(CheckpointError) as caught:
         load(path)
@@ -432,11 +440,11 @@ def check_failed_save(directory: Path, error: CheckpointError, before: Path) -> 
 
 
 def test_full_disk_leaves_the_one_before(small_disk: Path) -> None:
-    before = save(small_disk, "epoch-1", sample(1), {"epoch": 1}, keep=1)
+    before = save(small_disk, "epoch-1", sample(1), {"epoch": 1}, Retention(1))
     big = {"model": {"a": torch.zeros(600_000)}}
     for _ in range(3):
         with pytest.raises(CheckpointError, match="No space left on device") as caught:
-            save(small_disk, "epoch-2", big, {"epoch": 2}, keep=1)
+            save(small_disk, "epoch-2", big, {"epoch": 2}, Retention(1))
         check_failed_save(small_disk, caught.value, before)
     with pytest.raises(CheckpointError, match="No space left on device"):
         export_model(small_disk / "model.safetensors", big["model"], {})
@@ -449,10 +457,10 @@ def test_full_disk_leaves_the_one_before(small_disk: Path) -> None:
 
 
 def test_read_only_disk_leaves_the_one_before(small_disk: Path) -> None:
-    before = save(small_disk, "epoch-1", sample(1), {"epoch": 1}, keep=1)
+    before = save(small_disk, "epoch-1", sample(1), {"epoch": 1}, Retention(1))
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(CheckpointError, match="Read-only file system") as caught:
-        save(small_disk, "epoch-2", sample(2), {"epoch": 2}, keep=1)
+        save(small_disk, "epoch-2", sample(2), {"epoch": 2}, Retention(1))
     check_failed_save(small_disk, caught.value, before)
 
 
@@ -461,7 +469,7 @@ def test_read_only_disk_leaves_the_one_before(small_disk: Path) -> None:
 def test_an_error_at_any_write_leaves_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, nth: int
 ) -> None:
-    before = save(tmp_path, "epoch-1", sample(1), {"epoch": 1}, keep=1)
+    before = save(tmp_path, "epoch-1", sample(1), {"epoch": 1}, Retention(1))
     calls = 0
 
     def failing(*args: object, **kwargs: object) -> object:
@@ -471,31 +479,31 @@ def test_an_error_at_any_write_leaves_the_one_before(
             raise OSError(errno.EDQUOT, "Disk quota exceeded")
         return real(*args, **kwargs)
 
-    owner, name = (checkpoint, "_write_file") if call == "write" else (os, call)
+    owner, name = (_save, "write_file") if call == "write" else (os, call)
     real = getattr(owner, name)
     if call == "rename":
         calls = nth
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, failing)
         with pytest.raises(CheckpointError, match="Disk quota exceeded") as caught:
-            save(tmp_path, "epoch-2", sample(2), {"epoch": 2}, keep=1)
+            save(tmp_path, "epoch-2", sample(2), {"epoch": 2}, Retention(1))
     check_failed_save(tmp_path, caught.value, before)
 
 
 def test_a_file_in_place_of_the_directory(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("mine")
     with pytest.raises(CheckpointError, match=r"checkpoints.*bytes failed"):
-        save(tmp_path / "checkpoints", "epoch-1", sample(), {}, keep=1)
+        save(tmp_path / "checkpoints", "epoch-1", sample(), {}, Retention(1))
     assert (tmp_path / "checkpoints").read_text() == "mine"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_no_permission_leaves_the_one_before(tmp_path: Path) -> None:
-    before = save(tmp_path, "epoch-1", sample(1), {"epoch": 1}, keep=1)
+    before = save(tmp_path, "epoch-1", sample(1), {"epoch": 1}, Retention(1))
     tmp_path.chmod(0o555)
     try:
         with pytest.raises(CheckpointError, match="Permission denied") as caught:
-            save(tmp_path, "epoch-2", sample(2), {"epoch": 2}, keep=1)
+            save(tmp_path, "epoch-2", sample(2), {"epoch": 2}, Retention(1))
     finally:
         tmp_path.chmod(0o755)
     check_failed_save(tmp_path, caught.value, before)
@@ -539,7 +547,7 @@ def test_other_programs_models_can_be_read(tmp_path: Path) -> None:
 
 
 def test_no_pickle_in_the_source() -> None:
-    source = Path(checkpoint.__file__).read_text()
+    source = "".join(file.read_text() for file in Path(checkpoint.__file__).parent.glob("*.py"))
     assert "import pickle" not in source
     assert "torch.load(" not in source.replace("safetensors.torch.load(", "")
     assert "torch.save(" not in source.replace("safetensors.torch.save(", "")

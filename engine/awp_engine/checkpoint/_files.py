@@ -1,0 +1,131 @@
+"""Files that are written whole and synced, and read only if they are regular ones."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+TEMPORARY = ".tmp-"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that could not be written, or is not what was written; the message is one line with the path."""
+
+
+def canonical(value: object) -> bytes:
+    """JSON in the one spelling that is written here."""
+    return json.dumps(value, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def temporary_beside(path: Path) -> Path:
+    """A new name in the same directory."""
+    return path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
+
+
+def sync_directory(path: Path) -> None:
+    """Makes names in `path` last through a power cut."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some network file systems have no sync of directories.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def write_file(path: Path, payload: bytes) -> None:
+    """Writes a new file and syncs it."""
+    with path.open("xb") as file:
+        file.write(payload)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def open_regular(path: Path, size: int | None = None, limit: int | None = None) -> Iterator[BinaryIO]:
+    """A regular file, of just `size` bytes or at most `limit` if they are given; links are not followed.
+
+    Raises:
+        CheckpointError: for anything else, and for errors while it is read.
+    """
+    try:
+        # O_NONBLOCK: a named pipe must not hang the reader.
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:
+        reason = "is a link" if isinstance(error, OSError) and error.errno == errno.ELOOP else None
+        raise CheckpointError(f"{path}: cannot be read: {reason or getattr(error, 'strerror', error)}") from error
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointError(f"{path}: is not a regular file")
+        if size is not None and found.st_size != size:
+            raise CheckpointError(f"{path}: has {found.st_size} bytes, expected {size}")
+        if limit is not None and found.st_size > limit:
+            raise CheckpointError(f"{path}: has {found.st_size} bytes, expected at most {limit}")
+        with open(handle, "rb", closefd=False) as file:
+            yield file
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    finally:
+        os.close(handle)
+
+
+def read_file(path: Path, size: int | None = None, limit: int | None = None) -> bytes:
+    """The bytes of what `open_regular` opens."""
+    with open_regular(path, size, limit) as file:
+        return file.read()
+
+
+def replace_file(path: Path, payload: bytes) -> None:
+    """Writes a file so that a reader, or a crash, sees the old one or the new one, whole."""
+    temporary = temporary_beside(path)
+    try:
+        write_file(temporary, payload)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 text file so that a reader, or a crash, sees the old one or the new one, whole.
+
+    Raises:
+        OSError: if it cannot be written; the old file is untouched.
+    """
+    replace_file(path, text.encode())
+
+
+def _disk(path: Path) -> tuple[int, int]:
+    """Total and free bytes where `path` is, or would be."""
+    usage = shutil.disk_usage(next((place for place in (path, *path.parents) if place.is_dir()), Path("/")))
+    return usage.total, usage.free
+
+
+def require_space(directory: Path, size: int) -> None:
+    """Raises `OSError` (ENOSPC) if `size` bytes do not fit."""
+    total, free = _disk(directory)
+    # Some network file systems do not say how large they are.
+    if total > 0 and free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def describe(error: OSError, path: Path, size: int) -> str:
+    """What the user is told of a write that failed."""
+    try:
+        free = f"{_disk(path.parent)[1]} bytes free"
+    except OSError:
+        free = "free bytes unknown"
+    reason = error.strerror or str(error)
+    return f"{path}: writing {size} bytes failed: {reason} ({free}); earlier checkpoints are untouched"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from awp_kernels import _checks
 from awp_kernels._ball import round_toward_zero, within, working_dtype
+from awp_kernels._sharded import Shards, is_sharded, local_norms
 from awp_kernels.perturb import perturb_, perturb_into_
 from awp_kernels.restore import restore_
 
@@ -26,6 +27,10 @@ def every_parameter(name: str, parameter: Tensor) -> bool:
 def is_weight(name: str, parameter: Tensor) -> bool:
     """ASAM's choice of what is normalised element by element: parameters whose name contains "weight"."""
     return "weight" in name
+
+
+# any number > 0: it cancels
+_EPS_OF_SHARDS = 1e-20
 
 
 class AdversarialWeightPerturbation:
@@ -58,6 +63,9 @@ class AdversarialWeightPerturbation:
     `model` are never written: gradients are those of `working`, which takes w + v and has to get its weights anew from
     the masters after the update, as `awp_kernels.SGD(..., working=...)` does, or by `restore_`.
 
+    Parameters may be sharded by FSDP2's `fully_shard` (make this object afterwards): each rank moves its own rows, by
+    norms over the rows of all ranks, which take one all-reduce of a vector. Every rank has to perturb at the same time.
+
     Args:
         model: any module; its parameters may be on any one device.
         gamma: length of the perturbation, >= 0: a fraction of ||w|| for scale "relative", else see `perturb_`.
@@ -74,11 +82,12 @@ class AdversarialWeightPerturbation:
 
     Attributes:
         parameters: what is perturbed, by name, in the model's order.
-        weight_norms: their norms, fp64, if they are known: `take_weight_norms`.
+        weight_norms: their norms, fp64, if they are known (of a sharded model, this rank's): `take_weight_norms`.
 
     Raises:
-        ValueError: a number out of range, an unknown scope or scale, a model without a parameter to perturb, or a
-            working copy that lacks one or stores it in bfloat16.
+        ValueError: a number out of range, an unknown scope or scale, a model without a parameter to perturb or
+            with some sharded otherwise than by `fully_shard`, or a working copy that lacks one, stores it in bfloat16,
+            or belongs to a sharded model.
 
     Source: Wu, Xia, Wang: Adversarial Weight Perturbation Helps Robust Generalization, NeurIPS 2020.
     """
@@ -112,12 +121,36 @@ class AdversarialWeightPerturbation:
                 "model: no trainable parameter that `select` takes (by default ndim > 1 and 'weight' in the name)"
             )
         self.working = working
-        self._targets = self.parameters if working is None else self._found_in(working)
+        self._targets: Mapping[str, Tensor] = self.parameters if working is None else self._found_in(working)
+        # what this rank holds of them: all, where the model is not sharded
+        self._rows: Mapping[str, Tensor] = self.parameters
+        self._measured: dict[str, Tensor] = {}
+        self._everything: list[nn.Parameter] = []
+        self._shards = self._sharding()
         # empty where nothing is normalised element by element
         self._adaptive = {name: adaptive(name, p) for name, p in self.parameters.items()} if adaptive else {}
         self.weight_norms: Tensor | None = None
         self._saved: dict[str, Tensor] = {}
         self._active: list[str] = []
+
+    def _sharding(self) -> Shards | None:
+        """How the model is sharded; None: it is not."""
+        everything = list(self.model.parameters())
+        if not any(map(is_sharded, everything)):
+            return None
+        if self.working is not None:
+            raise ValueError(
+                "working: not for a sharded model; fully_shard's MixedPrecisionPolicy(param_dtype=...) makes 16-bit "
+                "weights of w + v"
+            )
+        for name, parameter in self.parameters.items():
+            if self.scale == "elementwise" and working_dtype(parameter.dtype) != parameter.dtype:
+                raise ValueError(
+                    f"model: {name} is sharded {parameter.dtype}; scale 'elementwise' takes float32 or float64 shards"
+                )
+        # module.parameters() gives other tensors while they are gathered
+        self._everything = everything
+        return Shards("model", everything)
 
     @torch.no_grad()
     def take_weight_norms(self, stepped: Sequence[tuple[Sequence[Tensor], Tensor]]) -> None:
@@ -152,11 +185,56 @@ class AdversarialWeightPerturbation:
 
     def _groups(self, gradients: Mapping[str, Tensor]) -> list[list[str]]:
         """Names of parameters that have a gradient, by dtypes: an operation takes one dtype a list."""
-        groups: dict[tuple[torch.dtype, ...], list[str]] = {}
+        groups: dict[tuple[object, ...], list[str]] = {}
         for name, gradient in gradients.items():
-            key = (self.parameters[name].dtype, self._targets[name].dtype, gradient.dtype)
+            key = (self.parameters[name].dtype, self._targets[name].dtype, gradient.dtype, name in self._measured)
             groups.setdefault(key, []).append(name)
         return list(groups.values())
+
+    def _measure(self, shards: Shards, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Finds the rows to move, their lengths over all ranks, and their gradients, which are returned.
+
+        An operation sees this rank's rows only. It multiplies a gradient h by gamma * length / (||h|| + eps), ||h|| of
+        these rows: a `length` that holds ||h|| + eps as a factor leaves what was measured over all ranks.
+        """
+        self._rows = {name: p.to_local() for name, p in self.parameters.items()}  # type: ignore
+        for name, gradient in gradients.items():
+            shards.check(f"gradient of {name}", gradient)
+        directions = {name: gradient.to_local() for name, gradient in gradients.items()}  # type: ignore
+        # filters are whole within a rank, so that nothing is to be measured over ranks
+        names = [n for n, p in self.parameters.items() if self.scope != "filter" or p.ndim < 2]
+        self._measured = {}
+        if not names:
+            return directions
+        squares = self._rows[names[0]].new_zeros((2, len(names)), dtype=torch.float64)
+        moved = [name for name in names if name in directions]
+        # on every rank the same vector, even if one lacks a gradient
+        where = torch.tensor([names.index(name) for name in moved], device=squares.device, dtype=torch.int64)
+        if self.scale == "relative" and moved:
+            known = self.weight_norms if not self._active and len(moved) == len(self.parameters) else None
+            weight_norms = local_norms([self._rows[name] for name in moved]) if known is None else known
+            squares[0, where] = weight_norms.square()
+        scaled = [directions[name] for name in moved]
+        if self.scale == "elementwise":
+            for index, name in enumerate(moved):
+                if self._adaptive.get(name, True):
+                    row = self._rows[name]
+                    dtype = working_dtype(row.dtype)
+                    factor = row.to(dtype).abs() + torch.tensor(self.eta, dtype=dtype).item()
+                    scaled[index] = directions[name].to(dtype) * factor
+                    directions[name] = scaled[index] * factor
+        if moved:
+            squares[1, where] = local_norms(scaled).square()
+        shards.add_up_(squares)
+        if not moved:
+            return directions
+        if self.scope == "global":
+            squares = squares.sum(1, keepdim=True).expand_as(squares)
+        weight_norms, grad_norms = squares.sqrt().unbind()
+        lengths = (weight_norms if self.scale == "relative" else 1.0) / (grad_norms + self.eps)
+        lengths = lengths[where] * (local_norms([directions[name] for name in moved]) + _EPS_OF_SHARDS)
+        self._measured = dict(zip(moved, lengths.unbind(), strict=True))
+        return directions
 
     @torch.no_grad()
     def perturb_(self, *, again: bool = False, gradients: Mapping[str, Tensor] | None = None) -> None:
@@ -180,7 +258,11 @@ class AdversarialWeightPerturbation:
         if again and self.working is not None:
             raise RuntimeError("again=True: not with a working copy; add the ascents' gradients up and pass the sum")
         if gradients is None:
-            gradients = {name: p.grad for name, p in self._targets.items() if p.grad is not None}
+            sources = self._targets if self._shards is None else self.parameters
+            gradients = {name: p.grad for name, p in sources.items() if p.grad is not None}
+        if self._shards is not None:
+            gradients = self._measure(self._shards, gradients)
+            self._targets = self._rows
         groups = self._groups(gradients)
         if not groups:
             raise RuntimeError("no gradients to perturb along: call backward() on the ascent loss first")
@@ -195,21 +277,26 @@ class AdversarialWeightPerturbation:
         except BaseException:
             self.restore_()
             raise
-        for module in (self.model, self.working):
+        for module in (self.model, self.working) if self._shards is None else ():
             for parameter in () if module is None else module.parameters():
                 parameter.grad = None
+        for parameter in () if self._shards is None else self._everything:
+            parameter.grad = None
         # casts made before the move would hide it inside an autocast block
         torch.clear_autocast_cache()
 
     def _buffer(self, name: str) -> Tensor:
         """Where a weight's bits are kept; the same memory from step to step."""
-        weight, saved = self.parameters[name], self._saved.get(name)
+        weight, saved = self._rows[name], self._saved.get(name)
         layout = (weight.dtype, weight.device, weight.stride())
         if saved is None or (saved.dtype, saved.device, saved.stride()) != layout:
             saved = self._saved[name] = torch.empty_like(weight)
         return saved
 
     def _options(self, names: list[str], bound: float | None) -> dict[str, Any]:
+        if names[0] in self._measured:
+            lengths = torch.stack([self._measured[name] for name in names])
+            return {"weight_norms": lengths, "bound": bound, "eps": _EPS_OF_SHARDS}
         known = self.scale == "relative" and self.scope != "filter" and len(names) == len(self.parameters)
         return {
             "weight_norms": self.weight_norms if known and not self._active else None,
@@ -224,7 +311,7 @@ class AdversarialWeightPerturbation:
     def _run(
         self, names: list[str], gradients: Mapping[str, Tensor], saved: list[Tensor] | None, bound: float | None
     ) -> None:
-        weights = [self.parameters[name] for name in names]
+        weights = [self._rows[name] for name in names]
         grads = [gradients[name].to(weight.dtype) for name, weight in zip(names, weights, strict=True)]
         perturb_(weights, grads, self.gamma, saved=saved, **self._options(names, bound))
 
@@ -246,12 +333,12 @@ class AdversarialWeightPerturbation:
         active = set(self._active)
         for name in names:
             if name not in active:
-                self._buffer(name).copy_(self.parameters[name])
+                self._buffer(name).copy_(self._rows[name])
                 self._active.append(name)
         self._run(names, gradients, None, None)
         if self.bound is not None:
             for name in names:
-                weight, saved = self.parameters[name], self._saved[name]
+                weight, saved = self._rows[name], self._saved[name]
                 dtype = working_dtype(weight.dtype)
                 weight.copy_(within(weight.to(dtype), saved.to(dtype), round_toward_zero(self.bound, dtype)))
 
@@ -293,7 +380,10 @@ class AdversarialWeightPerturbation:
     def displacement(self) -> dict[str, Tensor]:
         """What the weights were moved by, inside `perturbed()`: name to tensor of the weight's shape."""
         if self.working is None:
-            return {name: self.parameters[name] - self._saved[name] for name in self._active}
+            moved = {name: self._rows[name] - self._saved[name] for name in self._active}
+            if self._shards is None:
+                return moved
+            return {name: self._shards.joined(rows, self.parameters[name]) for name, rows in moved.items()}
         return {name: self._targets[name] - self.parameters[name] for name in self._active}
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from awp_kernels import _checks
+from awp_kernels._sharded import Shards, is_sharded, local
 from awp_kernels.sgd_step import sgd_step_
 
 
@@ -33,6 +34,18 @@ class _Lists(NamedTuple):
     averages: list[Tensor]
     out: list[Tensor]
 
+    def local(self) -> "_Lists":
+        """This rank's rows of sharded tensors."""
+        return _Lists(
+            self.lr,
+            local(self.weights),
+            local(self.grads),
+            local(self.momentum_buffers),
+            self.weight_decay,
+            local(self.averages),
+            local(self.out),
+        )
+
 
 class SGD(Optimizer):
     """Stochastic gradient descent, as torch.optim.SGD with dampening 0 computes it, by `sgd_step_`.
@@ -48,6 +61,9 @@ class SGD(Optimizer):
 
     With `working` the parameters are masters: where one has a working copy, the copy's gradient is followed if it has
     one, and the copy gets the new weights, rounded.
+
+    Parameters may be sharded by FSDP2's `fully_shard`: each rank steps its own rows, and momentum buffers are sharded
+    likewise. `total_norm` of their gradients is over all ranks.
 
     Args:
         params: parameters or groups of them, as torch.optim.Optimizer takes them.
@@ -66,7 +82,8 @@ class SGD(Optimizer):
         averages: by parameter, a tensor that follows it.
         average_weight: what a step counts in the averages, in [0, 1], a number or a one-element tensor.
         decay_at_out: decay from what working copies hold, such as w + v, instead of from w.
-        weight_norms: after a step, for every call the parameters and their new norms, fp64 [n].
+        weight_norms: after a step, for every call the parameters and their new norms, fp64 [n]; of sharded ones, the
+            norms of this rank's rows.
 
     Raises:
         ValueError: a number out of range, or what is not served: dampening, maximize, and, in `step`, sparse gradients.
@@ -86,6 +103,7 @@ class SGD(Optimizer):
 
     # torch.amp.GradScaler then sets grad_scale and found_inf for the length of a step, and unscales nothing itself
     _step_supports_amp_scaling = True
+    _sharded = False
     # without values: GradScaler asks whether they are there
     grad_scale: Tensor | None
     found_inf: Tensor | None
@@ -135,10 +153,19 @@ class SGD(Optimizer):
         """
         _check(self.defaults | {name: value for name, value in param_group.items() if name in self.defaults})
         super().add_param_group(param_group)
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        self._sharded = any(map(is_sharded, parameters))
+        if self._sharded:
+            Shards("params", parameters)
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's keeps three attributes; a copy has to go on with working copies and averages too
-        return super().__getstate__() | {"working": self.working, "averages": self.averages, "weight_norms": []}
+        return super().__getstate__() | {
+            "working": self.working,
+            "averages": self.averages,
+            "weight_norms": [],
+            "_sharded": self._sharded,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         defaults = state.get("defaults") or self.defaults
@@ -227,7 +254,8 @@ class SGD(Optimizer):
         self.weight_norms = []
         # only there while GradScaler, or whoever else, wants them
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        for call, lists in self._calls().items():
+        for call, whole in self._calls().items():
+            lists = whole.local() if self._sharded else whole
             norms = sgd_step_(
                 lists.weights,
                 lists.grads,
@@ -245,7 +273,7 @@ class SGD(Optimizer):
                 out=lists.out,
                 decay_at_out=self.decay_at_out and bool(lists.out),
             )
-            self.weight_norms.append((lists.weights, norms))
+            self.weight_norms.append((whole.weights, norms))
         return loss
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from awp_kernels import _backend, _checks
+from awp_kernels._sharded import Shards, is_sharded, local
 
 
 @torch.library.custom_op("awp::total_norm", mutates_args=())
@@ -30,7 +31,7 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
 
     Args:
         tensors: at least one tensor, of any shapes, of float64, float32, float16 or bfloat16 in any mixture, on one
-            device.
+            device. Of DTensors, all sharded alike along dimension 0, the norm is over all ranks, by one all-reduce.
 
     Returns:
         The norm, a float64 scalar on the tensors' device; not finite if any element is not.
@@ -44,4 +45,10 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
         >>> total_norm([torch.tensor([3.0]), torch.tensor([[0.0, 4.0]], dtype=torch.float16)])
         tensor(5., dtype=torch.float64)
     """
-    return _total_norm(list(tensors))
+    tensors = list(tensors)
+    if not any(map(is_sharded, tensors)):
+        return _total_norm(tensors)
+    shards = Shards("tensors", tensors)
+    square = _total_norm(local(tensors)).square()
+    shards.add_up_(square)
+    return square.sqrt()

@@ -81,7 +81,8 @@ def write_run(run_dir: Path) -> Path:
     best, last = robust_model().state_dict(), clean_model().state_dict()
     metadata = description().to_metadata()
     checkpoint.export_model(run_dir / MODEL_FILE, best, metadata)
-    checkpoint.save(run_dir / CHECKPOINTS, "epoch-2", {"model": last, "best_model": best}, {**metadata}, keep=2)
+    tensors = {"model": last, "best_model": best}
+    checkpoint.save(run_dir / CHECKPOINTS, "epoch-2", tensors, {**metadata}, checkpoint.Retention(last=2))
     lines = [
         {"epoch": epoch, "loss": 2.0 / epoch, "lr": 0.1, "train_pgd_accuracy": 0.3, "held_out_pgd_accuracy": 0.2}
         for epoch in (1, 2)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from awp_engine.data import Batch, Split, augment, steps_per_epoch, train_batches
+from awp_engine.data import Batch, Split, augment, batch_sizes, rank_share, train_batches
 from awp_kernels.philox import mix_seed, sample_words
 
 _CLASSES = 4
@@ -246,7 +246,9 @@ def test_extra_images_keep_their_ratio_and_their_turn(
     turns = dict.fromkeys(extra.ids.tolist(), 0)
     for epoch in range(3):
         batches = epoch_of(epoch)
-        assert len(batches) == steps_per_epoch(count, batch_size, extra_fraction, drop_last=drop_last)
+        sizes = [len(batch.ids) for batch in batches]
+        promised = batch_sizes(count, batch_size, extra_fraction)
+        assert sizes == (promised[: count // own_size] if drop_last else promised)
         own: list[int] = []
         for number, batch in enumerate(batches):
             is_extra = batch.ids >= _FIRST_EXTRA
@@ -320,19 +322,46 @@ def test_the_end_of_one_pass_and_the_start_of_the_next_share_an_epoch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "batch_size", "extra_fraction", "drop_last", "steps"),
-    [
-        (50_000, 128, None, False, 391),
-        (50_000, 128, None, True, 390),
-        (50_000, 128, 0.5, False, 782),
-        (50_000, 1024, 0.7, False, 163),
-        (50_000, 1024, 0.7, True, 162),
-        (0, 4, None, False, 0),
-        (3, 8, 0.5, True, 0),
-    ],
+    ("size", "batch_size", "extra_fraction", "steps"),
+    [(50_000, 128, None, 391), (50_000, 128, 0.5, 782), (50_000, 1024, 0.7, 163), (0, 4, None, 0)],
 )
-def test_steps_per_epoch(size: int, batch_size: int, extra_fraction: float | None, drop_last: bool, steps: int) -> None:
-    assert steps_per_epoch(size, batch_size, extra_fraction, drop_last=drop_last) == steps
+def test_batch_sizes(size: int, batch_size: int, extra_fraction: float | None, steps: int) -> None:
+    sizes = batch_sizes(size, batch_size, extra_fraction)
+    assert len(sizes) == steps
+    assert all(found == batch_size for found in sizes[:-1])
+
+
+@given(
+    count=st.integers(1, 40),
+    batch_size=st.integers(2, 20),
+    ranks=st.integers(1, 7),
+    first=st.integers(0, 3),
+    extra_count=st.sampled_from([0, 9]),
+    cutmix=st.sampled_from([0.0, 0.5]),
+)
+def test_ranks_share_batches_without_overlap_or_loss(
+    count: int, batch_size: int, ranks: int, first: int, extra_count: int, cutmix: float
+) -> None:
+    """Side by side the ranks' parts are the batch; batches smaller than the number of ranks are computed by all."""
+    cutmix = cutmix if count > 1 else 0.0
+    options: dict[str, Any] = {**_OPTIONS, "cutmix": cutmix, "num_classes": _CLASSES, "batch_size": batch_size}
+    options["extra"] = _split(extra_count, first_id=_FIRST_EXTRA) if extra_count else None
+    whole = list(train_batches(_split(count), **options))
+    sizes = batch_sizes(count, batch_size, 0.5 if extra_count else None)
+    parts = [list(train_batches(_split(count), **options, first=first, rank=r, ranks=ranks)) for r in range(ranks)]
+    assert all(len(part) == max(len(whole) - first, 0) for part in parts)
+    for number, pieces in enumerate(zip(*parts, strict=True), start=first):
+        shares = [rank_share(sizes[number], rank, ranks)[1] for rank in range(ranks)]
+        assert sum(shares) == pytest.approx(1)
+        for field in range(3):
+            found = [piece[field] for piece in pieces]
+            if sizes[number] < ranks:
+                assert all(torch.equal(piece, whole[number][field]) for piece in found)
+                assert set(shares) == {1 / ranks}
+            else:
+                assert torch.equal(torch.cat(found), whole[number][field])
+                assert [len(piece) / sizes[number] for piece in found] == shares
+                assert max(map(len, found)) - min(map(len, found)) <= 1
 
 
 @pytest.mark.parametrize(
@@ -372,9 +401,9 @@ def test_one_image_cannot_be_mixed() -> None:
     with pytest.raises(ValueError, match="split: 1 images; expected at least 2 for cutmix"):
         train_batches(_split(1), batch_size=4, cutmix=1.0, num_classes=4, **_OPTIONS)
     with pytest.raises(ValueError, match="batch_size: 0"):
-        steps_per_epoch(10, 0)
+        batch_sizes(10, 0)
     with pytest.raises(ValueError, match="extra_fraction: 2"):
-        steps_per_epoch(10, 4, 2)
+        batch_sizes(10, 4, 2)
 
 
 @pytest.mark.gpu

@@ -1,7 +1,6 @@
 """Training on 2 and 4 ranks gives what one rank gives, up to the order of sums."""
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ from awp_engine.config import (
     Config,
     DataConfig,
     DistributedConfig,
-    ModelConfig,
     OptimizerConfig,
     PrecisionConfig,
 )
@@ -26,8 +24,6 @@ from awp_engine.data import Split, batch_sizes, train_batches
 from awp_engine.distributed import Ranks
 from awp_engine.models import build_model
 from awp_engine.optimizer import set_learning_rate
-from awp_engine.perturbation import TrainingStep
-from awp_engine.replicas import DivergenceError, check_replicas
 
 EVAL_ATTACK = AttackConfig(steps=2, bn_mode="eval", epsilon="0.2", step_size="0.1")
 BASE = Config(
@@ -50,14 +46,10 @@ CASES: dict[str, Config] = {
     "shared ascent": dataclasses.replace(BASE, awp=AwpConfig(gamma=0.01, ascent="shared")),
     "rwp": dataclasses.replace(BASE, awp=AwpConfig(gamma=0.01, ascent_steps=3, c_min=2.4, scope="global")),
     "sam": dataclasses.replace(BASE, awp=AwpConfig(gamma=0.05, scope="global", scale="absolute")),
-    "free": dataclasses.replace(
-        BASE, attack=dataclasses.replace(EVAL_ATTACK, fast="free"), awp=AwpConfig(gamma=0.0)
-    ),
+    "free": dataclasses.replace(BASE, attack=dataclasses.replace(EVAL_ATTACK, fast="free"), awp=AwpConfig(gamma=0.0)),
     "average": dataclasses.replace(BASE, average=AverageConfig(kind="ema", decay=0.9)),
     "frozen statistics": dataclasses.replace(BASE, distributed=DistributedConfig()),
-    "micro-batches, frozen statistics": dataclasses.replace(
-        BASE, distributed=DistributedConfig(), micro_batch_size=2
-    ),
+    "micro-batches, frozen statistics": dataclasses.replace(BASE, distributed=DistributedConfig(), micro_batch_size=2),
     "micro-batches, shared ascent, frozen statistics": dataclasses.replace(
         BASE, distributed=DistributedConfig(), micro_batch_size=2, awp=AwpConfig(gamma=0.01, ascent="shared")
     ),

@@ -252,13 +252,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_several_processes_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="--nproc-per-node 1"):
-        Trainer(small_config(tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
-
-
 def cifar_batch(count: int, seed: int) -> bytes:
     pixels = (images((count, 3072), seed=seed) * 255).to(torch.uint8).numpy()
     labels = (np.arange(count, dtype=np.uint8) % 10).reshape(-1, 1)

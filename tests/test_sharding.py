@@ -9,13 +9,13 @@ import torch
 from ranks import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from awp_engine.attack import pgd
 from awp_engine.batch_norm import batch_norm_mode, share_memory, synchronize
-from awp_engine.models import PreActResNet
+from awp_engine.models import PreActResNet, WideResNet
 from awp_engine.sharding import gather, gathered, scatter_, shard
 from awp_kernels import SGD, AdversarialWeightPerturbation, every_parameter, total_norm
 
@@ -100,6 +100,17 @@ def _operations(rank, world, cases):
     for case in cases:
         model = Holder({name: cut(value) for name, value in values(1).items()})
         results.append(three_steps(model, case, cut, lambda tensor: tensor.to_local()))
+    if world == 4:
+        mesh = init_device_mesh("cpu", (2, 2))
+
+        def cut_twice(tensor):
+            return distribute_tensor(tensor, mesh, [Replicate(), Shard(0)])
+
+        model, plain = Holder({name: cut_twice(value) for name, value in values(1).items()}), Holder(values(1))
+        three_steps(model, cases[0], cut_twice, lambda tensor: tensor.to_local())
+        three_steps(plain, cases[0], torch.clone, torch.clone)
+        for p, expected in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p.full_tensor(), expected.detach(), rtol=1e-12, atol=1e-13)
     return results
 
 
@@ -152,7 +163,10 @@ class Run:
         self.bn_mode, self.rank, self.world = bn_mode, rank, world
         self.model = network()
         if world > 1:
-            shard(self.model, init_device_mesh("cpu", (world,)))
+            self.model.to(memory_format=torch.channels_last)
+            # replicated twice, two shards each; or four shards, of which some are empty
+            shape, names = ((2, 2), ("replicate", "shard")) if (world, bn_mode) == (4, "eval") else ((world,), None)
+            shard(self.model, init_device_mesh("cpu", shape, mesh_dim_names=names))
         self.awp = AdversarialWeightPerturbation(self.model, 0.05)
         self.optimizer = SGD(self.model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
         self.statistics = share_memory(self.model)
@@ -212,19 +226,19 @@ class Run:
         return {**dict(self.model.named_parameters()), **momentum, **dict(self.model.named_buffers())}
 
 
-def _training(rank, world, bn_modes):
+def _training(rank, world):
     results = {}
-    for bn_mode in bn_modes:
+    for bn_mode in ("eval", "train"):
         run = Run(bn_mode, rank, world)
         for number in range(3):
             run.step(number)
         results[bn_mode] = gather(run.tensors(), every_rank=True), run.calls[:4]
         assert gather(run.tensors()) == {} or rank == 0
     # a checkpoint: the last run goes on in another one
-    other = Run(bn_modes[-1], rank, world)
+    other = Run("train", rank, world)
     for p in other.model.parameters():
         other.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    scatter_(other.tensors(), results[bn_modes[-1]][0])
+    scatter_(other.tensors(), results["train"][0])
     for each in (run, other):
         each.step(3)
     pairs = zip(run.tensors().values(), other.tensors().values(), strict=True)
@@ -234,10 +248,10 @@ def _training(rank, world, bn_modes):
     return results
 
 
-@pytest.mark.parametrize(("world", "bn_modes"), [(2, ["eval", "train"]), (4, ["train"])], ids=["2", "4"])
-def test_training_on_shards_equals_one_process(world, bn_modes):
-    ranks = run_ranks(_training, world, bn_modes, timeout=120)
-    for bn_mode in bn_modes:
+@pytest.mark.parametrize("world", [2, 4])
+def test_training_on_shards_equals_one_process(world):
+    ranks = run_ranks(_training, world, timeout=120)
+    for bn_mode in ("eval", "train"):
         plain = Run(bn_mode)
         for number in range(3):
             plain.step(number)
@@ -323,9 +337,15 @@ def _refusals(rank, world):
     refused(
         "gradient of c.weight: expected a DTensor", lambda: awp.perturb_(gradients={"c.weight": values(2)["c.weight"]})
     )
+    wide = WideResNet(10, 1, 3, [0.5], [0.25])
+    x = torch.rand(2, 1, 8, 8)
+    expected = wide.eval()(x)
+    shard(wide, mesh)
+    assert torch.equal(wide(x), expected)
     small = network()
     shard(small, mesh)
     refused("model: is sharded already", lambda: shard(small, mesh))
+    refused("mesh: expected one dimension", lambda: shard(network(), init_device_mesh("cpu", (2, 1))))
     refused("model: Linear has no block to shard", lambda: shard(nn.Linear(2, 2), mesh))
 
 

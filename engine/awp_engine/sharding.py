@@ -47,14 +47,14 @@ def shard(
 
     Args:
         model: one of `awp_engine.models`, with the same weights on all ranks, on the mesh's device.
-        mesh: of one dimension; of two, (replicate, shard).
+        mesh: of one dimension; or of two with names, over the first of which shards are replicated.
         param_dtype: what convolutions are gathered and computed in; w + v is rounded in being gathered, the shards stay
             as they are. Batch normalisation, classifier and images keep their precision.
         reduce_dtype: what gradients of convolutions travel in; by default `param_dtype`. Shards of gradients have the
             parameters' own dtype.
 
     Raises:
-        ValueError: a model without blocks of a known kind, or one that is sharded already.
+        ValueError: a model without blocks of a known kind, or one that is sharded already; another mesh.
     """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -63,7 +63,12 @@ def shard(
         raise ValueError(f"model: {type(model).__name__} has no block to shard; expected one of awp_engine.models")
     if isinstance(model, FSDPModule):
         raise ValueError("model: is sharded already")
-    model.to(memory_format=torch.contiguous_format)
+    # fully_shard takes no other order
+    if mesh.ndim > 2 or (mesh.ndim == 2 and not mesh.mesh_dim_names):
+        raise ValueError(
+            f"mesh: expected one dimension, or two with mesh_dim_names=('replicate', 'shard'), got {mesh.ndim}"
+        )
+    model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
     # images stay in full precision: 16-bit ones would lose attack steps
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     if param_dtype is not None:

@@ -46,7 +46,7 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
         tensor(5., dtype=torch.float64)
     """
     tensors = list(tensors)
-    if not any(map(is_sharded, tensors)):
+    if not tensors or not is_sharded(tensors[0]):
         return _total_norm(tensors)
     shards = Shards("tensors", tensors)
     square = _total_norm(local(tensors)).square()

@@ -24,6 +24,7 @@ from awp_engine.data import Split, batch_sizes, train_batches
 from awp_engine.distributed import Ranks
 from awp_engine.models import build_model
 from awp_engine.optimizer import set_learning_rate
+from awp_engine.sharding import gather
 
 EVAL_ATTACK = AttackConfig(steps=2, bn_mode="eval", epsilon="0.2", step_size="0.1")
 BASE = Config(
@@ -35,6 +36,7 @@ BASE = Config(
     distributed=DistributedConfig(sync_batch_norm=True),
     precision=PrecisionConfig(attack="fp32", ascent="fp32", descent="fp32"),
 )
+SHARDED = DistributedConfig(strategy="fsdp", sync_batch_norm=True)
 CASES: dict[str, Config] = {
     "at": BASE,
     "uneven shares": dataclasses.replace(BASE, global_batch_size=11),
@@ -52,6 +54,16 @@ CASES: dict[str, Config] = {
     "micro-batches, frozen statistics": dataclasses.replace(BASE, distributed=DistributedConfig(), micro_batch_size=2),
     "micro-batches, shared ascent, frozen statistics": dataclasses.replace(
         BASE, distributed=DistributedConfig(), micro_batch_size=2, awp=AwpConfig(gamma=0.01, ascent="shared")
+    ),
+    "shards": dataclasses.replace(BASE, distributed=SHARDED),
+    "shards, trades, clipped": dataclasses.replace(
+        BASE, distributed=SHARDED, method="trades", optimizer=OptimizerConfig(lr=0.05, clip_norm=0.1)
+    ),
+    "shards, rwp": dataclasses.replace(
+        BASE, distributed=SHARDED, awp=AwpConfig(gamma=0.01, ascent_steps=3, c_min=2.4, scope="global")
+    ),
+    "shards, micro-batches, frozen statistics": dataclasses.replace(
+        BASE, distributed=DistributedConfig(strategy="fsdp"), micro_batch_size=2
     ),
 }
 
@@ -106,10 +118,13 @@ def trained(config: Config, ranks: Ranks, *, dtype: torch.dtype = torch.float64,
             numbers = torch.stack([result.loss, result.correct, result.zero_gradients]).double()
             ranks.sum_([numbers])
             losses.append(numbers)
-    momentum = {f"momentum.{i}": step.optimizer.state[p]["momentum_buffer"] for i, p in enumerate(model.parameters())}
+    buffers = enumerate(step.optimizer.state[p]["momentum_buffer"] for p in model.parameters())
+    momentum = {f"momentum.{i}": buffer for i, buffer in buffers}
     averaged = {} if average is None else {f"average.{n}": t for n, t in average.state().items()}
     # .clone(): statistics are views of one tensor
     found = {**model.state_dict(), **momentum, **averaged, "numbers": torch.stack(losses)}
+    if step.copies.sharded:
+        return gather(found, every_rank=True)
     return {name: tensor.detach().clone() for name, tensor in found.items()}
 
 
@@ -123,7 +138,12 @@ def test_ranks_train_what_one_rank_trains(world: int) -> None:
     results = run_ranks(trained_on_rank, world, CASES, timeout=200)
     worst: dict[str, float] = {}
     for name, config in CASES.items():
-        alone = trained(config, Ranks())
+        alone = trained(
+            dataclasses.replace(
+                config, distributed=DistributedConfig(sync_batch_norm=config.distributed.sync_batch_norm)
+            ),
+            Ranks(),
+        )
         for other in results[1:]:
             assert all(torch.equal(other[name][key], value) for key, value in results[0][name].items()), name
         assert results[0][name].keys() == alone.keys()

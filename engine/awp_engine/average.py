@@ -25,15 +25,16 @@ class WeightAverage:
         model: the model in training.
         config: kind, decay and start.
         epochs: of the whole run.
+        twin: another model like it, to hold the average; by default a copy is made, which shards do not allow.
 
     Attributes:
         model: the average, in eval mode.
         count: how many sets of weights are in it.
     """
 
-    def __init__(self, model: nn.Module, config: AverageConfig, epochs: int) -> None:
+    def __init__(self, model: nn.Module, config: AverageConfig, epochs: int, *, twin: nn.Module | None = None) -> None:
         self.config, self.epochs = config, epochs
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model = (copy.deepcopy(model) if twin is None else twin).eval().requires_grad_(False)
         self.count = 0
         self._live = list(model.parameters())
         # on the device, where a captured step reads it
@@ -82,12 +83,5 @@ class WeightAverage:
         recompute_statistics(self.model, forward_passes)
 
     def state(self) -> dict[str, Tensor]:
-        """The averaged parameters, for a checkpoint."""
+        """The averaged parameters, for a checkpoint; to be written back in place, and `count` set."""
         return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
-
-    @torch.no_grad()
-    def load(self, state: dict[str, Tensor], count: int) -> None:
-        """What `state` gave, and `count`."""
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(state[name])
-        self.count = count

@@ -1,6 +1,7 @@
 """The training step that a configuration describes."""
 
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from awp_engine.batch_norm import synchronize
 from awp_engine.config import AwpConfig, Config, ConfigError
@@ -10,6 +11,7 @@ from awp_engine.objectives import build_objective
 from awp_engine.optimizer import build_optimizer
 from awp_engine.perturbation import TrainingStep
 from awp_engine.precision import Copies, choose_precision
+from awp_engine.sharding import shard
 from awp_kernels import AdversarialWeightPerturbation, asam, sam
 
 
@@ -22,17 +24,23 @@ def build_step(config: Config, model: nn.Module, ranks: Ranks | None = None) -> 
         ranks: that train together; by default this process alone.
 
     Raises:
-        ConfigError: a precision that the device does not have.
+        ConfigError: a precision that the device does not have, or shards of one rank.
     """
+    ranks = ranks or Ranks()
     device = next(model.parameters()).device
+    precision = choose_precision(config, device)
     if config.distributed.sync_batch_norm:
         synchronize(model)
+    sharded = config.distributed.strategy == "fsdp"
+    if sharded:
+        shard_model(config, model, ranks)
     copies = Copies(
         model,
-        choose_precision(config, device),
+        precision,
         shared_ascent=config.awp.gamma > 0 and config.awp.ascent == "shared",
         # on the CPU normalisation is fused with its activation, and as cheap
         fold=device.type == "cuda" and config.attack.bn_mode == "eval",
+        sharded=sharded,
     )
     return TrainingStep(
         model=model,
@@ -48,6 +56,19 @@ def build_step(config: Config, model: nn.Module, ranks: Ranks | None = None) -> 
         distributed=config.distributed,
         micro_batch_size=config.micro_batch_size,
     )
+
+
+def shard_model(config: Config, model: nn.Module, ranks: Ranks) -> None:
+    """Leave every rank its share of the parameters of `model`, in place.
+
+    Raises:
+        ConfigError: there is one rank.
+    """
+    if ranks.world == 1:
+        raise ConfigError("--distributed.strategy: expected ddp for one rank, got 'fsdp'; torchrun starts several")
+    device = next(model.parameters()).device
+    param_dtype = choose_precision(config, device).descent
+    shard(model, init_device_mesh(device.type, (ranks.world,)), param_dtype=param_dtype)
 
 
 def capture_step(config: Config, step: TrainingStep) -> TrainingStep | GraphedStep:

@@ -521,6 +521,8 @@ class Config(_Checked):
         if self.awp.public_code and self.distributed.ascent_sync == "local":
             # its decay acts on w + v, of which there is one a rank then
             raise _refuse("distributed.ascent_sync", "global with --awp.public-code", "local")
+        if self.distributed.strategy == "fsdp":
+            self._check_sharded()
         for part in ("ascent", "descent"):
             if self.awp.gamma > 0 and getattr(self.precision, part) == "bf16":
                 # the perturbation is a few thousandths of a weight, and bfloat16 keeps 8 bits
@@ -542,6 +544,19 @@ class Config(_Checked):
         if fast == "free" and self.awp.gamma > 0 and self.awp.warmup < until:
             expected = f"another, or --awp.warmup {until}: one pass for image and weights leaves none for the ascent"
             raise _refuse("attack.fast", expected, fast)
+
+    def _check_sharded(self) -> None:
+        """What needs a whole model on every rank."""
+        needs = "--distributed.strategy fsdp, where no rank has a whole model"
+        if self.distributed.ascent_sync == "local":
+            raise _refuse("distributed.ascent_sync", f"global with {needs}", "local")
+        for key, value, expected in (
+            ("awp.ascent", self.awp.ascent, "exact"),
+            ("awp.public_code", self.awp.public_code, False),
+            ("compile", self.compile, False),
+        ):
+            if value != expected:
+                raise _refuse(key, f"{str(expected).lower()} with {needs}", value)
 
     def require_files(self) -> None:
         """Make sure that every file the settings need is named.

@@ -123,7 +123,7 @@ class TrainingStep:
         self._micro_batch_size = micro_batch_size
         self._shared = shared
         self._reducers: dict[int, DistributedDataParallel] = {}
-        if self.ranks.world > 1:
+        if self.ranks.world > 1 and not self.copies.sharded:
             reduced = [self.copies.descent]
             if self._global_ascent and not shared and self.copies.ascent is not self.copies.descent:
                 reduced.append(self.copies.ascent)
@@ -196,7 +196,8 @@ class TrainingStep:
         with self._or_put_back(awp) as statistics:
             with region("attack"):
                 self.copies.prepare_attack_()
-                x_adv, zero_gradients = self._attacked(x, y, start, work, fast, share_ascent=awp is not None)
+                with self.copies.held():
+                    x_adv, zero_gradients = self._attacked(x, y, start, work, fast, share_ascent=awp is not None)
             if awp is not None:
                 with region("ascent"):
                     self._ascend(awp, x_adv, x, y, work)
@@ -367,10 +368,12 @@ class TrainingStep:
         loss, correct, below = (x.new_zeros(()) for _ in range(3))
         for index, (rows, share) in enumerate(work.pieces):
             called = self._runner(reducer or model, x[rows])
-            later = reducer is not None and index < len(work.pieces) - 1
+            last = index == len(work.pieces) - 1
+            if self.copies.sharded:
+                model.set_requires_gradient_sync(last)  # pyright: ignore[reportCallIssue]
             with (
                 batch_norm_mode(model, update_statistics=update_statistics, synchronized=not work.undivided),
-                reducer.no_sync() if reducer and later else contextlib.nullcontext(),
+                contextlib.nullcontext() if last or reducer is None else reducer.no_sync(),
             ):
                 losses, logits = self.objective.losses(called, x_adv[rows], x[rows], y[rows])
                 if c_min is not None:

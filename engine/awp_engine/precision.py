@@ -4,7 +4,9 @@ Masters stay in full precision. A part in 16 bits runs on a working copy: a seco
 weights are stored in 16 bits, its other parameters as they are; the running statistics are the model's own.
 """
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from awp_engine.batch_norm import share_memory
 from awp_engine.config import Config, ConfigError
 from awp_engine.folding import FoldedView
+from awp_engine.sharding import gathered
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PARTS = ("attack", "ascent", "descent")
@@ -59,6 +62,14 @@ def choose_precision(config: Config, device: torch.device) -> Precision:
     if config.awp.gamma > 0 and config.awp.ascent == "shared":
         # the ascent's gradient comes out of the attack's last pass
         chosen["attack"] = chosen["ascent"]
+    if config.distributed.strategy == "fsdp":
+        # there is one model, whose parameters are gathered in one precision
+        if config.precision.attack == "auto":
+            chosen["attack"] = chosen["descent"]
+        if len(set(chosen.values())) > 1:
+            raise ConfigError(
+                "--precision.attack: expected that of ascent and descent with --distributed.strategy fsdp"
+            )
     if config.attack.epsilon_value == 0:
         # no attack, and no copy for it
         chosen["attack"] = chosen["descent"]
@@ -97,12 +108,14 @@ class Copies:
         precision: of the parts.
         shared_ascent: the ascent's gradient is that of the attack's last pass, which therefore runs on `ascent`.
         fold: fold batch normalisation into convolutions where the attack, in eval mode, allows; see `FoldedView`.
+        sharded: the model's parameters are: it serves all parts itself, in the precision in which they are gathered.
 
     Attributes:
         model: as given.
         attack: asks for no gradient of its parameters, but where `shared_ascent`.
         ascent, descent: the model itself, or a working copy.
         statistics: all running statistics, see `share_memory`.
+        sharded: as given.
         all: the working copies.
     """
 
@@ -113,10 +126,16 @@ class Copies:
         *,
         shared_ascent: bool = False,
         fold: bool = False,
+        sharded: bool = False,
     ) -> None:
         precision = precision or Precision()
-        self.model, self.precision = model, precision
+        self.model, self.precision, self.sharded = model, precision, sharded
         self.statistics = share_memory(model)
+        if sharded:
+            self.all: list[nn.Module] = []
+            self.attack = self.ascent = self.descent = model
+            self._folded = None
+            return
         by_dtype: dict[torch.dtype | None, nn.Module] = {None: model}
         for dtype in (precision.descent, precision.ascent, precision.attack):
             if dtype not in by_dtype and dtype is not None:
@@ -126,6 +145,12 @@ class Copies:
         of_attack = by_dtype[precision.attack]
         self.attack = of_attack if shared_ascent else frozen_view(of_attack)
         self._folded = FoldedView(self.attack, model) if fold and not shared_ascent else None
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """A block of several passes between which no parameter changes: shards stay gathered."""
+        with gathered(self.model) if self.sharded else contextlib.nullcontext():
+            yield
 
     def prepare_attack_(self) -> None:
         """Compute once a step what all passes of the attack use."""

@@ -84,7 +84,7 @@ def shard(
 
 
 @contextlib.contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
+def gathered(model: nn.Module, *, now: bool = False) -> Iterator[None]:
     """Inside the block the model's first pass gathers all parameters, and they stay: for the passes of an attack.
 
     Gradients are to be taken by `torch.autograd.grad` with respect to images alone: nothing is reduced, and parameters'
@@ -93,12 +93,15 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: that was given to `shard`.
+        now: gather on entry, on all ranks alike: where they may make different numbers of passes.
     """
     parts = _parts(model)
     try:
         for part in parts:
             part.set_reshard_after_forward(False, recurse=False)
             part.set_reshard_after_backward(False, recurse=False)
+            if now:
+                part.unshard()
         yield
     finally:
         for part in parts:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from awp_engine import checkpoint, monitor
 from awp_engine.average import WeightAverage
-from awp_engine.build_step import build_step, capture_step
+from awp_engine.batch_norm import synchronize
+from awp_engine.build_step import build_step, capture_step, shard_model
 from awp_engine.config import (
     Config,
     ConfigError,
@@ -45,6 +46,7 @@ from awp_engine.regions import region
 from awp_engine.replicas import check_replicas
 from awp_engine.report import plot_learning_curves, write_report
 from awp_engine.run_log import RunLog, read_metrics
+from awp_engine.sharding import gather, gathered, is_sharded, scatter_
 from awp_engine.signals import StoppedError, StopRequest
 from awp_engine.throughput import forward_flops, forward_units, matmul_ceiling, peak_memory
 from awp_engine.watchdog import watching
@@ -74,6 +76,10 @@ class Progress:
     best_clean: float = -1.0
     since_best: int = 0
     averaged: int = 0
+
+
+class _AskedToStopError(Exception):
+    """Leaves an evaluation."""
 
 
 class EpochSums:
@@ -233,14 +239,16 @@ class Trainer:
         # torch's stub does not know the keyword
         model.to(device=self.device, memory_format=self.memory_format)  # pyright: ignore[reportCallIssue]
         self.model = model.train()
+        image: tuple[int, int, int] = tuple(self.data.train.images.shape[1:])  # pyright: ignore[reportAssignmentType]
+        self._flops, self._ceiling = forward_units(config) * forward_flops(model, image), None
         # equal seeds give equal weights, but on processors of two kinds
         self.ranks.broadcast_(self.model.state_dict().values())
         self.step = build_step(config, self.model, self.ranks)
         self.optimizer = self.step.optimizer
         self._run_step = capture_step(config, self.step)
-        averaged = config.average.kind != "none"
-        self.average = WeightAverage(self.model, config.average, config.epochs) if averaged else None
-        if self.average is not None:
+        self.average = None
+        if config.average.kind != "none":
+            self.average = WeightAverage(self.model, config.average, config.epochs, twin=self._twin())
             self.average.follow(self.optimizer)
         # free adversarial training carries its perturbation from batch to batch, but not into the next epoch
         self._delta: Tensor | None = None
@@ -248,14 +256,31 @@ class Trainer:
         self._saved: tuple[int, int] | None = None
         self._skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=self.device)
         self._behind = Behind(self.device, 2)
-        self._flops, self._ceiling = 0.0, None
         self._profiler = StepProfiler(config.profile if self.ranks.is_first else 0, self.run_dir / "trace.json")
         self.progress = Progress()
         self._clock = time.monotonic()
-        self.best_weights = _copy(self.model.state_dict())
+        self.best_weights = self._whole(self.model.state_dict(), every_rank=True)
         self._writer = checkpoint.Writer(self.run_dir / CHECKPOINTS)
         self.messages: list[str] = []
         self._resume()
+
+    def _twin(self) -> nn.Module | None:
+        """A second model of shards; they cannot be copied."""
+        if not self.step.copies.sharded:
+            return None
+        twin = self.description.build().to(self.device)
+        if self.config.distributed.sync_batch_norm:
+            synchronize(twin)
+        shard_model(self.config, twin, self.ranks)
+        return twin
+
+    def _whole(self, tensors: dict[str, Tensor], *, every_rank: bool = False) -> dict[str, Tensor]:
+        """Tensors without shards, copies on the CPU where `every_rank`; all ranks have to call it."""
+        if self.step.copies.sharded:
+            return gather(tensors, every_rank=every_rank)
+        return (
+            {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()} if every_rank else tensors
+        )
 
     def run(self) -> dict[str, Any]:
         """Train what is left, measure the selected weights on the test split, and write the results.
@@ -414,19 +439,18 @@ class Trainer:
     def _heed(self) -> None:
         """Stop here if asked to: called on all ranks alike, between batches of an evaluation."""
         if self.ranks.any(self._stop.signal != 0, self.device):
-            self._stopped()
+            raise _AskedToStopError
 
     def _replicated(self) -> dict[str, Tensor]:
         """What has to be the same on all ranks, to the bit."""
         momentum = {f"momentum of {name}": buffer for name, buffer in self._momentum().items()}
         average = {} if self.average is None else self.average.state()
-        return self.model.state_dict() | momentum | {f"average of {name}": t for name, t in average.items()}
+        tensors = self.model.state_dict() | momentum | {f"average of {name}": t for name, t in average.items()}
+        return {name: tensor for name, tensor in tensors.items() if not is_sharded(tensor)}
 
     def _throughput(self, images_per_second: float) -> dict[str, float]:
         """Of the operations that the method needs; what a run does beyond them does not count."""
         if self._ceiling is None:
-            image: tuple[int, int, int] = tuple(self.data.train.images.shape[1:])  # pyright: ignore[reportAssignmentType]
-            self._flops = forward_units(self.config) * forward_flops(self.model, image)
             self._ceiling = matmul_ceiling(self.device, self.step.copies.precision.attack or torch.float32)
         flops = images_per_second * self._flops
         return {
@@ -488,7 +512,11 @@ class Trainer:
 
     def _evaluate(self, model: nn.Module, split: Split) -> tuple[float, float]:
         attack, batch_size = evaluation_attack(self.config), self.config.evaluation.batch_size
-        accuracy = evaluate(model, split, attack, batch_size=batch_size, ranks=self.ranks, between=self._heed)
+        try:
+            with gathered(model, now=True) if self.step.copies.sharded else contextlib.nullcontext():
+                accuracy = evaluate(model, split, attack, batch_size=batch_size, ranks=self.ranks, between=self._heed)
+        except _AskedToStopError:
+            self._stopped()
         return accuracy.clean, accuracy.robust
 
     def _select(self, epoch: int) -> dict[str, float | int | None]:
@@ -501,7 +529,7 @@ class Trainer:
         if (robust, clean) >= (best.best_robust, best.best_clean):
             best.since_best = 0 if robust > best.best_robust else best.since_best + 1
             best.best_epoch, best.best_robust, best.best_clean = epoch, robust, clean
-            self.best_weights = _copy(model.state_dict())
+            self.best_weights = self._whole(model.state_dict(), every_rank=True)
         else:
             best.since_best += 1
         return {"held_out_clean_accuracy": clean, "held_out_pgd_accuracy": robust}
@@ -516,7 +544,7 @@ class Trainer:
         if self.progress.best_epoch == self.progress.epoch:
             test_clean, test_robust, train_robust = last_clean, last_robust, last_train_robust
         else:
-            model.load_state_dict(self.best_weights)
+            scatter_(model.state_dict(), self.best_weights)
             test_clean, test_robust = self._evaluate(model, test)
             _, train_robust = self._evaluate(model, train)
         config, progress = self.config, self.progress
@@ -567,13 +595,13 @@ class Trainer:
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds in tensors: the same for any number of ranks."""
         tensors = {
-            "model": self.model.state_dict(),
-            "optimizer": self._momentum(),
+            "model": self._whole(self.model.state_dict()),
+            "optimizer": self._whole(self._momentum()),
             "best_model": self.best_weights,
             "epoch": {"sums": self._sums.values},
         }
         if self.average is not None and self.average.started:
-            tensors["average"] = self.average.state()
+            tensors["average"] = self._whole(self.average.state())
         if self.step.loss_scale is not None:
             tensors["loss_scale"] = self.step.loss_scale.state()
         if self._delta is not None and self.progress.step:
@@ -645,16 +673,21 @@ class Trainer:
 
     def _load(self, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
         """What `_save` wrote."""
-        self.model.load_state_dict(tensors["model"])
-        for name, parameter in self.model.named_parameters():
-            buffer = tensors["optimizer"].get(name)
-            if buffer is not None:
-                self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(buffer)
+        scatter_(self.model.state_dict(), tensors["model"])
+        momentum = {
+            name: torch.zeros_like(parameter)
+            for name, parameter in self.model.named_parameters()
+            if name in tensors["optimizer"]
+        }
+        scatter_(momentum, tensors["optimizer"])
+        for name, buffer in momentum.items():
+            self.optimizer.state[self.model.get_parameter(name)]["momentum_buffer"] = buffer
         self.best_weights = tensors["best_model"]
         self.progress = Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
         self._saved = (self.progress.epoch, self.progress.step)
         if self.average is not None and self.progress.averaged:
-            self.average.load(tensors["average"], self.progress.averaged)
+            scatter_(self.average.state(), tensors["average"])
+            self.average.count = self.progress.averaged
         if self.step.loss_scale is not None and "loss_scale" in tensors:
             self.step.loss_scale.load(tensors["loss_scale"])
         self._sums.values.copy_(tensors["epoch"]["sums"])
@@ -668,7 +701,3 @@ def _say(log: RunLog | None, message: str) -> None:
     """On the first rank, which alone has a log."""
     if log is not None:
         log.message(message)
-
-
-def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}

@@ -1,0 +1,146 @@
+"""Going on from any step, on any number of ranks, ends where an undisturbed run ends."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from safetensors.torch import load_file
+
+from awp_engine.config import (
+    AttackConfig,
+    AverageConfig,
+    AwpConfig,
+    Config,
+    DataConfig,
+    DistributedConfig,
+    EvaluationConfig,
+    ModelConfig,
+)
+from awp_engine.distributed import Ranks
+from awp_engine.trainer import Trainer
+
+AWP_EMA = Config(
+    epochs=1,
+    global_batch_size=5,
+    data=DataConfig(pad=1, train_limit=100),
+    model=ModelConfig(width=2),
+    attack=AttackConfig(steps=2),
+    awp=AwpConfig(gamma=0.005),
+    average=AverageConfig(kind="ema", bn_images=10),
+    evaluation=EvaluationConfig(steps=1, held_out_limit=8, test_limit=8),
+    keep_checkpoints=100,
+    checkpoint_steps=1,
+)
+FREE_SWA = dataclasses.replace(
+    AWP_EMA,
+    epochs=2,
+    global_batch_size=10,
+    attack=AttackConfig(fast="free", replays=2),
+    awp=AwpConfig(gamma=0.0),
+    average=AverageConfig(kind="swa", start=0.0, bn_images=10),
+)
+
+
+def on(rank: int, world: int) -> Ranks:
+    return Ranks(rank=rank, world=world, local_rank=rank)
+
+
+def left(run_dir: Path, epochs: int) -> dict[str, object]:
+    """All that a run's last checkpoint and its exported model hold, but for the time it took."""
+    folder = run_dir / "checkpoints" / f"epoch-{epochs}"
+    files: dict[str, object] = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+    model = load_file(run_dir / "model.safetensors")
+    # safetensors writes its metadata in any order
+    files["exported"] = {name: tensor.numpy().tobytes() for name, tensor in sorted(model.items())}
+    state = json.loads((folder / "state.json").read_text())
+    files["state"] = {name: value for name, value in state.items() if name not in ("seconds", "ranks")}
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    timed = ("seconds", "images_per_second", "tflops", "share_of_matmul", "memory_gb")
+    files["metrics"] = [{k: v for k, v in line.items() if k not in timed} for line in lines]
+    return files
+
+
+def resumed_everywhere(rank: int, world: int, directory: Path, config: Config, every: int) -> tuple[int, list[str]]:
+    """How many resumed runs were compared, and those that ended elsewhere."""
+    whole = directory / "whole"
+    Trainer(dataclasses.replace(config, run_dir=whole), on(rank, world)).run()
+    expected = left(whole, config.epochs) if rank == 0 else {}
+    names = sorted(path.name for path in (whole / "checkpoints").iterdir() if path.is_dir())
+    names = names[::every]
+    wrong = []
+    for name in names:
+        run_dir = directory / name
+        if rank == 0:
+            (run_dir / "checkpoints").mkdir(parents=True)
+            shutil.copytree(whole / "checkpoints" / name, run_dir / "checkpoints" / name)
+            (run_dir / "checkpoints" / "latest").write_text(name + "\n")
+            for file in ("config.json", "metrics.jsonl"):
+                shutil.copy(whole / file, run_dir / file)
+        Trainer(dataclasses.replace(config, run_dir=run_dir), on(rank, world)).run()
+        if rank == 0 and left(run_dir, config.epochs) != expected:
+            wrong.append(name)
+        if rank == 0:
+            shutil.rmtree(run_dir)
+    return len(names), wrong
+
+
+CASES = [
+    pytest.param(AWP_EMA, 1, 5, id="1 rank, 1 epoch"),
+    pytest.param(FREE_SWA, 1, 5, id="1 rank, 2 epochs"),
+    pytest.param(AWP_EMA, 2, 10, id="2 ranks, 1 epoch"),
+    pytest.param(FREE_SWA, 2, 10, id="2 ranks, 2 epochs"),
+    *(
+        pytest.param(config, world, 1, id=f"every step, {world} rank, {config.epochs} epoch", marks=pytest.mark.long)
+        for config in (AWP_EMA, FREE_SWA)
+        for world in (1, 2)
+    ),
+    pytest.param(
+        dataclasses.replace(AWP_EMA, distributed=DistributedConfig(strategy="fsdp")), 2, 10, id="2 ranks, shards"
+    ),
+    pytest.param(AWP_EMA, 4, 4, id="4 ranks", marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize(("config", "world", "every"), CASES)
+def test_resume_at_a_step_ends_bit_equal(tmp_path, config, world, every) -> None:
+    """Weights, momentum, average, sums, metrics and selection: no bit differs."""
+    config = dataclasses.replace(config, device="cpu")
+    if world == 1:
+        compared, wrong = resumed_everywhere(0, 1, tmp_path, config, every)
+    else:
+        compared, wrong = run_ranks(resumed_everywhere, world, tmp_path, config, every, timeout=500)[0]
+    print(f"{compared - len(wrong)}/{compared} bit-equal")
+    assert compared == -(-20 // every)
+    assert not wrong
+
+
+def trained(rank: int, world: int, config: Config) -> None:
+    Trainer(config, on(rank, world)).run()
+
+
+def test_another_number_of_ranks_goes_on(tmp_path) -> None:
+    """The same samples; with statistics of the whole batch the same weights up to rounding."""
+    config = dataclasses.replace(
+        AWP_EMA,
+        attack=AttackConfig(steps=2, bn_mode="eval"),
+        distributed=DistributedConfig(sync_batch_norm=True),
+        run_dir=tmp_path / "whole",
+        device="cpu",
+    )
+    Trainer(config).run()
+    expected = load_file(tmp_path / "whole" / "checkpoints" / "epoch-1" / "model.safetensors")
+    for world in (2, 3):
+        run_dir = tmp_path / f"{world} ranks"
+        (run_dir / "checkpoints").mkdir(parents=True)
+        shutil.copytree(
+            tmp_path / "whole" / "checkpoints" / "epoch-0.step-13", run_dir / "checkpoints" / "epoch-0.step-13"
+        )
+        shutil.copy(tmp_path / "whole" / "config.json", run_dir / "config.json")
+        run_ranks(trained, world, dataclasses.replace(config, run_dir=run_dir), timeout=200)
+        found = load_file(run_dir / "checkpoints" / "epoch-1" / "model.safetensors")
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, expected[name], rtol=0.01, atol=0.003, msg=name)

@@ -24,6 +24,13 @@ def test_operations_of_a_forward_pass(name, gigaflops):
     assert all(module.training for module in model.modules())
 
 
+def test_fused_convolutions_are_counted():
+    arguments = ("preact-resnet-18", 10, (0.5,) * 3, (0.25,) * 3)
+    with torch.device("meta"):
+        expected = forward_flops(build_model(*arguments, width=32), (3, 32, 32))
+    assert forward_flops(build_model(*arguments, width=32), (3, 32, 32)) == expected
+
+
 def test_units_of_the_methods():
     attack = AttackConfig(steps=10)
     on, off = AwpConfig(gamma=0.005), AwpConfig(gamma=0.0)

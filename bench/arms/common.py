@@ -1,5 +1,6 @@
 """What all arms share: the settings of a step, how much work it is, and what an arm has to offer."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -7,9 +8,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from awp_engine.config import parse_amount
+from awp_engine.config import AttackConfig, AwpConfig, Config, parse_amount
 from awp_engine.data import Batch
 from awp_engine.models import build_model
+from awp_engine.throughput import forward_units
+from awp_kernels import use_backend
 
 NUM_CLASSES = 10
 
@@ -74,16 +77,14 @@ class Settings:
 def necessary_units(settings: Settings) -> int:
     """Forward passes' worth of work that the method needs in a step, whoever makes it.
 
-    A forward pass costs 1; its gradient with respect to the images 1, and with respect to the weights 2 (both are a
-    convolution a layer, and the weights' needs the images').
-
-        at           K (1 + 1) attack,                           1 + 2 descent         2 K + 3 = 23 at K = 10
-        at-awp       K (1 + 1) attack,     1 + 2 ascent,         1 + 2 descent         2 K + 6 = 26
-        trades-awp   1 clean logits, K (1 + 1) attack, then      2 (1 + 2) descent     2 K + 13 = 33
-                     2 (1 + 2) ascent: the divergence has a gradient through attacked and clean images alike
+    As training's log counts it: 2 K + 3 for AT, 2 K + 6 for AT-AWP, 2 K + 13 for TRADES-AWP.
     """
-    attack = 2 * settings.steps
-    return attack + {"at": 3, "at-awp": 2 * 3, "trades-awp": 1 + 4 * 3}[settings.method]
+    config = Config(
+        method="trades" if settings.trades else "at",
+        attack=AttackConfig(epsilon=settings.epsilon, steps=settings.steps),
+        awp=AwpConfig(gamma=settings.gamma if settings.perturbs_weights else 0.0),
+    )
+    return int(forward_units(config))
 
 
 class Arm(Protocol):
@@ -103,6 +104,33 @@ class Arm(Protocol):
         Its parts are `awp_engine.regions`: attack, ascent, descent, update.
         """
         ...
+
+
+class PlainArm(ABC):
+    """A step that this package has no part in.
+
+    Args:
+        settings: of the step.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def start(self, x: Tensor) -> Tensor:
+        """Where the attack begins."""
+        if self.settings.trades:
+            return x + 0.001 * torch.randn_like(x)
+        epsilon = self.settings.ball[0]
+        return (x + torch.empty_like(x).uniform_(-epsilon, epsilon)).clamp_(0, 1)
+
+    def step(self, batch: Batch, index: int) -> None:
+        """One training step, see `Arm`."""
+        # the models' layers are then torch's own
+        with use_backend("reference"):
+            self._step(batch)
+
+    @abstractmethod
+    def _step(self, batch: Batch) -> None: ...
 
 
 def is_moved(name: str, parameter: Tensor) -> bool:

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from awp_engine.data import Batch
 from awp_engine.device import fast_memory_format
 from awp_engine.regions import region
-from awp_kernels import use_backend
 
-from .common import Arm, Settings, is_moved
+from .common import Arm, PlainArm, Settings, is_moved
 
 # torch's _foreach functions, which are not exported to type checkers
 _multi: Any = torch
@@ -29,9 +28,9 @@ def _at_least_fp32(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-class _EagerArm:
+class _EagerArm(PlainArm):
     def __init__(self, settings: Settings, model: nn.Module, *, autocast: bool = True) -> None:
-        self.settings = settings
+        super().__init__(settings)
         device = torch.device(settings.device)
         cuda = device.type == "cuda"
         if cuda:
@@ -58,18 +57,6 @@ class _EagerArm:
         named = self.model.named_parameters() if settings.perturbs_weights else ()
         self.moved = [parameter for name, parameter in named if is_moved(name, parameter)]
         self.saved = [torch.empty_like(parameter) for parameter in self.moved]
-
-    def start(self, x: Tensor) -> Tensor:
-        """Where the attack begins."""
-        if self.settings.trades:
-            return x + 0.001 * torch.randn_like(x)
-        epsilon = self.settings.ball[0]
-        return (x + torch.empty_like(x).uniform_(-epsilon, epsilon)).clamp_(0, 1)
-
-    def step(self, batch: Batch, index: int) -> None:
-        # the models' layers are then torch's own
-        with use_backend("reference"):
-            self._step(batch)
 
     def _step(self, batch: Batch) -> None:
         x, y = batch.images, batch.labels

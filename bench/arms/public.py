@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from awp_engine.data import Batch
 from awp_engine.regions import region
-from awp_kernels import use_backend
 
-from .common import Arm, Settings, is_moved
+from .common import Arm, PlainArm, Settings, is_moved
 
 
 class ProxyPerturbation:
@@ -68,28 +67,16 @@ class ProxyPerturbation:
                 parameter.add_(factor * self.differences[name])
 
 
-class _PublicArm:
+class _PublicArm(PlainArm):
     memory_format = torch.contiguous_format
 
     def __init__(self, settings: Settings, model: nn.Module) -> None:
-        self.settings = settings
+        super().__init__(settings)
         self.model = model.to(settings.device)
         self.optimizer = torch.optim.SGD(
             model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
         self.awp = ProxyPerturbation(model, copy.deepcopy(model)) if settings.perturbs_weights else None
-
-    def start(self, x: Tensor) -> Tensor:
-        """Where the attack begins."""
-        if self.settings.trades:
-            return x + 0.001 * torch.randn_like(x)
-        epsilon = self.settings.ball[0]
-        return (x + torch.empty_like(x).uniform_(-epsilon, epsilon)).clamp(0, 1)
-
-    def step(self, batch: Batch, index: int) -> None:
-        # the models' layers are then torch's own
-        with use_backend("reference"):
-            self._step(batch)
 
     def _step(self, batch: Batch) -> None:
         x, y = batch.images, batch.labels

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from awp_engine.config import Config
+from awp_kernels import use_backend
 
 
 def forward_flops(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
@@ -20,7 +21,8 @@ def forward_flops(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
     parameter = next(model.parameters())
     training = [module.training for module in model.modules()]
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        # the counter does not know this package's own operations
+        with torch.no_grad(), use_backend("reference"), FlopCounterMode(display=False) as counter:
             model.eval()(torch.zeros(1, *image_shape, device=parameter.device, dtype=parameter.dtype))
     finally:
         for module, mode in zip(model.modules(), training, strict=True):

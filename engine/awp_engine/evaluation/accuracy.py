@@ -99,7 +99,8 @@ def evaluate(
         raise ValueError("split: expected at least one sample, got none")
     ranks = ranks or Ranks()
     device = split.labels.device
-    own = split if ranks.world == 1 else split.select(torch.arange(ranks.rank, len(split), ranks.world, device=device))
+    rows = torch.arange(len(split), device=device)[ranks.rank :: ranks.world]
+    own = split if ranks.world == 1 else split.select(rows)
     training = model.training
     model.eval()
     try:

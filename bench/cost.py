@@ -28,6 +28,8 @@ BUCKET_BYTES = 25 << 20
 # forward and backward pass of the weights' gradients, and the backward pass alone, in forward passes
 PASS_UNITS, BACKWARD_UNITS = 3, 2
 CONTROL_BYTES = 64
+# ascent and descent; the attack is each rank's own
+SYNCED_PASSES = 2
 
 
 @dataclass(frozen=True)
@@ -264,7 +266,7 @@ def step(
     gradients = synced * exposed_seconds(buckets(network, bytes_each, bucket_bytes), backward, ranks, cluster)
     small = [8 * sum(network.channels), CONTROL_BYTES]
     if sync_batch_norm:
-        small += [8 * channels for channels in network.channels] * 2 * (ATTACK_STEPS + 2)
+        small += [8 * channels for channels in network.channels] * 2 * SYNCED_PASSES
     return Step(work, fixed, gradients, sum(all_reduce_seconds(count, ranks, cluster) for count in small))
 
 

@@ -27,6 +27,7 @@ from typing import Any
 from cost import (
     ATTACK_STEPS,
     CONTROL_BYTES,
+    SYNCED_PASSES,
     Cluster,
     Gpu,
     Line,
@@ -168,7 +169,7 @@ def _batch_norm_table(networks: Sequence[Network], gpu: Gpu) -> str:
             )
             costs.append(synced - plain)
         share = costs[1] / step(network, BATCH, 64, gpu, CLUSTERS[0], sync_batch_norm=True).seconds
-        count = 2 * len(network.channels) * (ATTACK_STEPS + 2)
+        count = 2 * len(network.channels) * SYNCED_PASSES
         rows.append([network.name, str(count), *(f"{cost * 1e3:.1f}" for cost in costs), f"{share:.0%}"])
     return markdown(headings, rows)
 

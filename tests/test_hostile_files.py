@@ -10,12 +10,15 @@ import socket
 import stat
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
 from awp_engine import load_model
 from awp_engine.checkpoint import (
@@ -28,6 +31,7 @@ from awp_engine.checkpoint import (
     save,
 )
 from awp_engine.checkpoint.__main__ import main
+from awp_engine.data import DataError, load_dataset
 
 
 class Bomb:
@@ -383,3 +387,51 @@ def test_a_state_that_is_no_object_is_refused(tmp_path: Path, state: bytes) -> N
     hostile(tmp_path / "x", {"state.json": state})
     with pytest.raises(CheckpointError, match=r"state\.json"):
         load(tmp_path / "x")
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that promises more pixels than anybody has memory for."""
+    body = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", body) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind)
+    return buffer.getvalue()
+
+
+SOUND = encoded(Image.new("RGB", (6, 4)))
+IMAGES = {
+    "pickle": pickle.dumps(Bomb(Path("executed"))),
+    "empty": b"",
+    "text": b"no image",
+    "truncated": SOUND[:40],
+    "CMYK": encoded(Image.new("CMYK", (6, 4)), "JPEG"),
+    "16-bit": encoded(Image.fromarray(np.zeros((4, 6), np.uint16))),
+    "1x1": encoded(Image.new("RGB", (1, 1))),
+    "2^31 - 1 pixels a side": png_header(2**31 - 1, 2**31 - 1),
+    "30,000 pixels a side": png_header(30_000, 30_000),
+    "no pixels": png_header(0, 0),
+    "SVG": b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
+    "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 4\n(touch executed) system\n",
+}
+
+
+@pytest.mark.parametrize("what", IMAGES)
+@pytest.mark.parametrize("place", ["train/a/1.png", "train/b/3.jpg", "test/b/1.png"])
+def test_hostile_images_are_named(tmp_path: Path, what: str, place: str) -> None:
+    for folder in ("train/a", "train/b", "test/a", "test/b"):
+        (tmp_path / folder).mkdir(parents=True)
+        for number in range(4):
+            (tmp_path / folder / f"{number}.png").write_bytes(SOUND)
+    (tmp_path / place).write_bytes(IMAGES[what])
+    with pytest.raises(DataError) as caught:
+        load_dataset("folder", root=tmp_path, held_out_fraction=0.25, seed=0)
+    assert Path(place).name in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not Path("executed").exists()

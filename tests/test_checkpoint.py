@@ -1,60 +1,25 @@
-"""Checkpoints under kills, full disks, flipped bits and hostile files: all on real files and real processes."""
+"""Checkpoints as they are written, read, and damaged: all on real files."""
 
-import errno
-import hashlib
-import json
 import os
-import pickle
 import random
 import shutil
-import signal
-import struct
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from checkpoint_samples import assert_equal, leftovers, sample
 
 from awp_engine import checkpoint
 from awp_engine.checkpoint import (
     CheckpointError,
     Retention,
-    _save,
-    atomic_write_text,
     export_model,
     load,
     load_latest,
     read_model,
     save,
 )
-
-Groups = dict[str, dict[str, torch.Tensor]]
-
-
-def sample(seed: int = 0, size: int = 8) -> Groups:
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(4, 3, size, size, generator=generator)
-    return {
-        "model": {"conv.weight": weight, "steps": torch.tensor(seed)},
-        "optimizer": {"conv.weight": torch.randn(4, 3, size, size, generator=generator)},
-    }
-
-
-def assert_equal(found: Groups, expected: Groups) -> None:
-    assert found.keys() == expected.keys()
-    for group, tensors in expected.items():
-        assert found[group].keys() == tensors.keys()
-        for name, tensor in tensors.items():
-            assert found[group][name].dtype == tensor.dtype
-            assert torch.equal(found[group][name], tensor)
-
-
-def leftovers(directory: Path) -> list[str]:
-    return [entry.name for entry in directory.iterdir() if entry.name.startswith(".")]
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -175,61 +140,13 @@ def test_nothing_to_load(tmp_path: Path) -> None:
         load_latest(tmp_path / "file")
 
 
-SAVE_FOREVER = """
-import sys
-from pathlib import Path
-import torch
-from awp_engine.checkpoint import Retention, save, load_latest
-torch.set_num_threads(1)
-directory = Path(sys.argv[1])
-found = load_latest(directory)
-epoch = 0 if found is None else found.state["epoch"]
-print("ready", flush=True)
-while True:
-    epoch += 1
-    full = {"a": torch.full((200_000,), float(epoch)), "b": torch.full((3,), epoch)}
-    save(directory, f"epoch-{epoch}", {"model": full, "optimizer": full}, {"epoch": epoch}, Retention(2))
-    print(epoch, flush=True)
-"""
-
-
-def test_sigkill_mid_save_leaves_a_sound_checkpoint(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    draw = random.Random(0)
-    reached = 0
-    for _ in range(6):
-        command = [sys.executable, "-c", SAVE_FOREVER, str(tmp_path)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-            time.sleep(draw.uniform(0.02, 0.4))
-            process.send_signal(signal.SIGKILL)
-            printed = process.stdout.read().split("\n")[:-1]
-        reached = max([reached, *map(int, printed)])
-        found = load_latest(tmp_path)
-        if found is None:
-            assert reached == 0
-            continue
-        # What a save returned from is there, and every directory under a checkpoint's name is whole.
-        epoch = found.state["epoch"]
-        assert epoch >= reached
-        assert found.skipped == ()
-        assert all(torch.equal(group["b"], torch.full((3,), epoch)) for group in found.tensors.values())
-        assert all(bool((group["a"] == epoch).all()) for group in found.tensors.values())
-        for entry in tmp_path.glob("epoch-*"):
-            load(entry)
-    assert reached > 3
-    save(tmp_path, f"epoch-{reached + 10}", {}, {}, Retention(2))
-    assert leftovers(tmp_path) == []
-
-
 def test_no_flipped_bit_is_accepted(tmp_path: Path) -> None:
     save(tmp_path, "epoch-1", sample(1, size=2), {"epoch": 1}, Retention(2))
     path = save(tmp_path, "epoch-2", sample(2, size=2), {"epoch": 2}, Retention(2))
     draw = random.Random(0)
     files = list(path.iterdir())
     accepted = []
-    for _ in range(600):
+    for _ in range(1000):
         file = draw.choice(files)
         original = file.read_bytes()
         damaged = bytearray(original)
@@ -242,11 +159,58 @@ def test_no_flipped_bit_is_accepted(tmp_path: Path) -> None:
             accepted.append((file.name, position, bit))
         else:
             assert found.state == {"epoch": 1}
+            assert found.path == tmp_path / "epoch-1"
             assert len(found.skipped) == 1
             assert str(path) in found.skipped[0]
             assert "\n" not in found.skipped[0]
         file.write_bytes(original)
     assert accepted == []
+
+
+def break_at_random(path: Path, older: Path, draw: random.Random) -> str:
+    """Spoils a checkpoint in one of the ways in which disks, copies and people do; says which."""
+    file = draw.choice(sorted(path.iterdir()))
+    what = draw.choice(["truncated", "missing", "no files", "of another step", "weights of another step", "longer"])
+    if what == "truncated":
+        os.truncate(file, draw.randrange(file.stat().st_size))
+    elif what == "longer":
+        with file.open("ab") as end:
+            end.write(draw.randbytes(draw.randrange(1, 100)))
+    elif what == "missing":
+        file.unlink()
+    elif what == "no files":
+        for each in path.iterdir():
+            each.unlink()
+    elif what == "of another step":
+        shutil.copy(older / file.name, file)
+    else:
+        for name in ("model.safetensors", "optimizer.safetensors"):
+            shutil.copy(older / name, path / name)
+    return f"{what}: {file.name}"
+
+
+def test_200_broken_checkpoints_are_clear_errors(tmp_path: Path) -> None:
+    directory = tmp_path / "checkpoints"
+    older = save(directory, "epoch-1", sample(1, size=2), {"epoch": 1}, Retention())
+    path = save(directory, "epoch-2", sample(2, size=2), {"epoch": 2}, Retention())
+    shutil.copytree(path, tmp_path / "sound")
+    draw = random.Random(0)
+    clear = 0
+    for _ in range(200):
+        what = break_at_random(path, older, draw)
+        with pytest.raises(CheckpointError) as caught:
+            load(path)
+        text = str(caught.value)
+        assert text.startswith(f"{path}/"), what
+        assert "\n" not in text
+        found = load_latest(directory)
+        assert found is not None
+        assert (found.path, found.state, found.skipped) == (older, {"epoch": 1}, (text,)), what
+        clear += 1
+        shutil.rmtree(path)
+        shutil.copytree(tmp_path / "sound", path)
+    assert clear == 200
+    assert load(path).state == {"epoch": 2}
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
@@ -312,201 +276,6 @@ def test_going_on_from_an_older_checkpoint_supersedes_the_damaged_one(tmp_path: 
     assert found is not None
     assert found.state == {"epoch": 2, "again": True}
     assert found.skipped == ()
-
-
-class Bomb:
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, (f"touch {self.target}",)
-
-
-def hostile(path: Path, files: dict[str, bytes], manifest_names: dict[str, str] | None = None) -> None:
-    """A checkpoint whose manifest agrees with its files, written by somebody else."""
-    path.mkdir(parents=True)
-    listed = {}
-    for name, payload in files.items():
-        (path / name).write_bytes(payload)
-        shown = (manifest_names or {}).get(name, name)
-        listed[shown] = {"bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
-    text = json.dumps({"files": listed, "format": 1}, indent=1, sort_keys=True) + "\n"
-    (path / "manifest.json").write_text(text)
-
-
-def payloads(executed: Path) -> dict[str, bytes]:
-    def header(text: bytes, length: int | None = None) -> bytes:
-        return struct.pack("<Q", len(text) if length is None else length) + text
-
-    entry = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
-    return {
-        "pickle": pickle.dumps(Bomb(executed)),
-        "oversized header": header(b"{}", 2**63),
-        "header beyond the file": header(b"{}", 10_000),
-        "header of 200 MB": header(b" " * 1000, 200_000_000),
-        "offsets beyond the file": header(json.dumps({"a": entry}).encode()),
-        "overlapping": header(json.dumps({"a": entry, "b": entry}).encode()) + bytes(16),
-        "huge shape": header(json.dumps({"a": {**entry, "shape": [2**62, 2**62]}}).encode()) + bytes(16),
-        "unknown type": header(json.dumps({"a": {**entry, "dtype": "OBJ"}}).encode()) + bytes(16),
-        "nested": header(b'{"a":' * 5000),
-        "empty": b"",
-    }
-
-
-def test_hostile_tensor_files_are_refused_and_not_executed(tmp_path: Path) -> None:
-    executed = tmp_path / "executed"
-    for number, (what, payload) in enumerate(payloads(executed).items()):
-        path = tmp_path / f"x-{number}"
-        hostile(path, {"model.safetensors": payload, "state.json": b"{}\n"})
-        with pytest.raises(CheckpointError, match=r"model\.safetensors: not a safetensors file") as caught:
-            load(path)
-        assert "\n" not in str(caught.value), what
-        (tmp_path / "single.safetensors").write_bytes(payload)
-        with pytest.raises(CheckpointError, match=r"single\.safetensors: not a safetensors file"):
-            read_model(tmp_path / "single.safetensors")
-    assert not executed.exists()
-
-
-@pytest.mark.parametrize(
-    "name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "x.pt", "manifest.json", ".", "a\0.safetensors"]
-)
-def test_a_manifest_cannot_name_what_is_outside(tmp_path: Path, name: str) -> None:
-    secret = safetensors.torch.save({"a": torch.ones(1)})
-    (tmp_path / "secret.safetensors").write_bytes(secret)
-    hostile(tmp_path / "x", {"state.json": b"{}\n", "model.safetensors": secret}, {"model.safetensors": name})
-    with pytest.raises(CheckpointError, match="lists a file that no checkpoint has"):
-        load(tmp_path / "x")
-
-
-@pytest.mark.parametrize(
-    "manifest",
-    [
-        {"format": 2, "files": {}},
-        {"format": "1", "files": {}},
-        {"format": 1, "files": {}},
-        {"format": 1, "files": []},
-        {"format": 1},
-        {"format": 1, "files": {"state.json": {"bytes": "3", "sha256": ""}}},
-        {"format": 1, "files": {"state.json": {"bytes": True, "sha256": ""}}},
-        {"format": 1, "files": {"state.json": {"bytes": -1, "sha256": ""}}},
-        {"format": 1, "files": {"state.json": None}},
-        [],
-        None,
-    ],
-    ids=str,
-)
-def test_malformed_manifests_are_refused(tmp_path: Path, manifest: object) -> None:
-    path = save(tmp_path, "x", {}, {}, Retention(1))
-    (path / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-    with pytest.raises(CheckpointError) as caught:
-        load(path)
-    assert str(path) in str(caught.value)
-    (path / "manifest.json").write_bytes(b" " * (1 << 20) + b"{}")
-    with pytest.raises(CheckpointError, match="expected at most"):
-        load(path)
-
-
-@pytest.mark.parametrize("state", [b"[]", b"nonsense", b"[" * 100_000, b"\xff"])
-def test_a_state_that_is_no_object_is_refused(tmp_path: Path, state: bytes) -> None:
-    hostile(tmp_path / "x", {"state.json": state})
-    with pytest.raises(CheckpointError, match=r"state\.json"):
-        load(tmp_path / "x")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except OSError:
-        mounted = False
-    if not mounted:
-        pytest.skip("mounting a small tmpfs is not permitted here")
-    yield mount
-    subprocess.run(["umount", "-l", str(mount)], check=True)
-
-
-def check_failed_save(directory: Path, error: CheckpointError, before: Path) -> None:
-    assert "epoch-2" in str(error)
-    assert "bytes" in str(error)
-    assert "\n" not in str(error)
-    assert leftovers(directory) == []
-    found = load_latest(directory)
-    assert found is not None
-    assert (found.path, found.state, found.skipped) == (before, {"epoch": 1}, ())
-    assert_equal(found.tensors, sample(1))
-
-
-def test_full_disk_leaves_the_one_before(small_disk: Path) -> None:
-    before = save(small_disk, "epoch-1", sample(1), {"epoch": 1}, Retention(1))
-    big = {"model": {"a": torch.zeros(600_000)}}
-    for _ in range(3):
-        with pytest.raises(CheckpointError, match="No space left on device") as caught:
-            save(small_disk, "epoch-2", big, {"epoch": 2}, Retention(1))
-        check_failed_save(small_disk, caught.value, before)
-    with pytest.raises(CheckpointError, match="No space left on device"):
-        export_model(small_disk / "model.safetensors", big["model"], {})
-    assert not (small_disk / "model.safetensors").exists()
-    assert leftovers(small_disk) == []
-    (small_disk / "config.json").write_text("old")
-    with pytest.raises(OSError, match="No space left"):
-        atomic_write_text(small_disk / "config.json", "x" * 2_000_000)
-    assert (small_disk / "config.json").read_text() == "old"
-
-
-def test_read_only_disk_leaves_the_one_before(small_disk: Path) -> None:
-    before = save(small_disk, "epoch-1", sample(1), {"epoch": 1}, Retention(1))
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    with pytest.raises(CheckpointError, match="Read-only file system") as caught:
-        save(small_disk, "epoch-2", sample(2), {"epoch": 2}, Retention(1))
-    check_failed_save(small_disk, caught.value, before)
-
-
-@pytest.mark.parametrize("call", ["write", "fsync", "rename"])
-@pytest.mark.parametrize("nth", [0, 1, 2])
-def test_an_error_at_any_write_leaves_the_one_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, nth: int
-) -> None:
-    before = save(tmp_path, "epoch-1", sample(1), {"epoch": 1}, Retention(1))
-    calls = 0
-
-    def failing(*args: object, **kwargs: object) -> object:
-        nonlocal calls
-        calls += 1
-        if calls > nth:
-            raise OSError(errno.EDQUOT, "Disk quota exceeded")
-        return real(*args, **kwargs)
-
-    owner, name = (_save, "write_file") if call == "write" else (os, call)
-    real = getattr(owner, name)
-    if call == "rename":
-        calls = nth
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, failing)
-        with pytest.raises(CheckpointError, match="Disk quota exceeded") as caught:
-            save(tmp_path, "epoch-2", sample(2), {"epoch": 2}, Retention(1))
-    check_failed_save(tmp_path, caught.value, before)
-
-
-def test_a_file_in_place_of_the_directory(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"checkpoints.*bytes failed"):
-        save(tmp_path / "checkpoints", "epoch-1", sample(), {}, Retention(1))
-    assert (tmp_path / "checkpoints").read_text() == "mine"
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_no_permission_leaves_the_one_before(tmp_path: Path) -> None:
-    before = save(tmp_path, "epoch-1", sample(1), {"epoch": 1}, Retention(1))
-    tmp_path.chmod(0o555)
-    try:
-        with pytest.raises(CheckpointError, match="Permission denied") as caught:
-            save(tmp_path, "epoch-2", sample(2), {"epoch": 2}, Retention(1))
-    finally:
-        tmp_path.chmod(0o755)
-    check_failed_save(tmp_path, caught.value, before)
 
 
 def test_exported_models_are_verified(tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ with Writer(directory) as writer:
 def test_sigkill_at_any_moment_leaves_a_sound_checkpoint(tmp_path: Path) -> None:
     draw = random.Random(1)
     begun = 0
-    for _ in range(4):
+    for _ in range(5):
         command = [sys.executable, "-c", SAVE_FOREVER, str(tmp_path)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as process:
             assert process.stdout is not None
@@ -257,6 +257,8 @@ def test_sigkill_at_any_moment_leaves_a_sound_checkpoint(tmp_path: Path) -> None
         for entry in tmp_path.glob("epoch-*"):
             load(entry)
     assert begun > 3
+    save(tmp_path, f"epoch-{begun + 10}", {}, {}, Retention())
+    assert not list(tmp_path.glob(".tmp-*"))
 
 
 POSITIONS = st.tuples(st.integers(0, 20), st.integers(0, 20), st.integers(0, 3))

@@ -243,6 +243,131 @@ os._exit(0)
     assert len(read_metrics(tmp_path)) == 3
 
 
+TRAIN = """
+import sys
+from pathlib import Path
+from awp_engine import run_log
+from awp_engine.config import Config
+run_log._CLOSE_SECONDS = 0.2
+with run_log.RunLog(Path(sys.argv[1]), Config(), 1500, 1e-9) as log:
+    for epoch in range(1, 1501):
+        log.begin_epoch(epoch, 1)
+        log.step(1.0, 0.1, 1)
+        log.message("x" * 200)
+        log.end_epoch(epoch, {"loss": 1.0})
+print("the last word")
+"""
+
+
+def train(run_dir: Path, **streams: Any) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", TRAIN, str(run_dir)]
+    return subprocess.run(command, text=True, env=environment, timeout=120, check=False, **streams)
+
+
+def test_a_standard_output_that_nobody_reads_does_not_block_training(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    try:
+        result = train(tmp_path, stdout=writer, stderr=subprocess.PIPE)
+    finally:
+        os.close(writer)
+        os.close(reader)
+    assert result.returncode == 0
+    assert result.stderr.splitlines() == [
+        "warning: console: is not written in time, training goes on; some of it is left out"
+    ]
+    assert len(read_metrics(tmp_path)) == 1500
+
+
+def test_standard_output_and_error_that_nobody_reads_do_not_block_training(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    (tmp_path / "tensorboard").write_text("in the way: a warning more")
+    try:
+        result = train(tmp_path, stdout=writer, stderr=writer)
+    finally:
+        os.close(writer)
+        os.close(reader)
+    assert result.returncode == 0
+    assert len(read_metrics(tmp_path)) == 1500
+
+
+def test_a_standard_output_whose_reader_left_does_not_stop_training(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        result = train(tmp_path, stdout=writer, stderr=subprocess.PIPE)
+    finally:
+        os.close(writer)
+    assert result.returncode == 0
+    assert result.stderr.splitlines() == [
+        "warning: console: cannot be written, training goes on: [Errno 32] Broken pipe"
+    ]
+    assert len(read_metrics(tmp_path)) == 1500
+
+
+def test_a_console_that_raises_does_not_stop_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Broken(io.StringIO):
+        def write(self, text: str, /) -> int:
+            raise RuntimeError("broken\nconsole")
+
+    with RunLog(tmp_path, Config(), 2, 1e-9, console=Console(file=Broken())) as log:
+        for epoch in (1, 2):
+            log.begin_epoch(epoch, 1)
+            log.step(1.0, 0.1, 1)
+            log.end_epoch(epoch, {"loss": 1.0})
+    assert len(read_metrics(tmp_path)) == 2
+    assert capsys.readouterr().err == "warning: console: cannot be written, training goes on: broken console\n"
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_a_named_pipe_in_place_of_the_metrics(tmp_path: Path, read: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    reader = os.open(tmp_path / "metrics.jsonl", os.O_RDONLY | os.O_NONBLOCK) if read else None
+    run(tmp_path)
+    if reader is not None:
+        os.close(reader)
+    assert read_metrics(tmp_path) == []
+    error = capsys.readouterr().err
+    assert error.startswith("warning: metrics: cannot be written, training goes on: ")
+    assert error.count("\n") == 1
+
+
+def test_metrics_that_are_never_written_delay_training_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A file system that hangs cannot be had: the call that would hang in it.
+    release = threading.Event()
+    monkeypatch.setattr(RunLog, "_append", lambda self, line: release.wait(60))
+    monkeypatch.setattr(run_log, "_METRICS_SECONDS", 0.1)
+    monkeypatch.setattr(run_log, "_CLOSE_SECONDS", 0.1)
+    began = time.monotonic()
+    try:
+        with RunLog(tmp_path, Config(), 2000, 3600, console=Console(file=io.StringIO())) as log:
+            for epoch in range(1, 2001):
+                log.end_epoch(epoch, {"loss": 1.0})
+        assert time.monotonic() - began < 20
+    finally:
+        release.set()
+    warnings = capsys.readouterr().err.splitlines()
+    assert "warning: metrics: is not written in time, training goes on; some of it is left out" in warnings
+
+
+def test_a_terminal_that_is_not_read_does_not_block_training(tmp_path: Path) -> None:
+    import pty
+
+    master, slave = pty.openpty()
+    code = TRAIN.replace('print("the last word")', "import os; os._exit(0)")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm"}
+    try:
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        result = subprocess.run(command, stdout=slave, stderr=slave, env=environment, timeout=120, check=False)
+    finally:
+        os.close(slave)
+        os.close(master)
+    assert result.returncode == 0
+    assert len(read_metrics(tmp_path)) == 1500
+
+
 FIELDS = {
     "clean_accuracy": 0.97,
     "pgd20_accuracy": 0.7,

@@ -119,9 +119,9 @@ def _coerce(hint: Any, value: Any, key: str) -> Any:
     elif hint is int:
         accepted = isinstance(value, int) and not isinstance(value, bool) and abs(value) < _INT_LIMIT
     elif hint is Path:
-        if isinstance(value, str) and value and "\0" not in value:
+        if isinstance(value, str) and value:
             value = Path(value)
-        accepted = isinstance(value, Path)
+        accepted = isinstance(value, Path) and "\0" not in str(value)
     else:
         accepted = isinstance(value, hint)
     if not accepted:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,39 @@ class ModelDescription:
         return {"model": json.dumps(dataclasses.asdict(self))}
 
 
+def _numbers(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) in (int, float) for item in value)
+
+
+_FIELDS: dict[str, Callable[[object], bool]] = {
+    "name": lambda value: isinstance(value, str),
+    "num_classes": lambda value: type(value) is int and 0 < value < 2**31,
+    "mean": _numbers,
+    "std": _numbers,
+    "width": lambda value: value is None or (type(value) is int and 0 < value <= 65536),
+    "activation": lambda value: isinstance(value, str),
+}
+
+
 def _described(text: object, path: Path) -> ModelDescription:
     try:
         fields: dict[str, Any] = json.loads(str(text))
+        if not isinstance(fields, dict) or any(not _FIELDS[name](value) for name, value in fields.items()):
+            raise ValueError("not a description")
         return ModelDescription(**fields)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, KeyError, RecursionError):
         raise CheckpointError(
             f"{path}: expected weights written by this program, with the model's description in the header; for other "
             "weights use awp_engine.models.build_model and load_public_state_dict"
         ) from None
+
+
+def _group(loaded: checkpoint.Checkpoint, group: str) -> tuple[Mapping[str, Tensor], Any, Path]:
+    if group not in loaded.tensors:
+        raise CheckpointError(
+            f"{loaded.path}: expected a file {group}.safetensors, written by this program; found none"
+        )
+    return loaded.tensors[group], loaded.state.get("model"), loaded.path
 
 
 def _weights(path: Path) -> tuple[Mapping[str, Tensor], Any, Path]:
@@ -55,8 +79,7 @@ def _weights(path: Path) -> tuple[Mapping[str, Tensor], Any, Path]:
         return tensors, metadata.get("model"), path
     # a checkpoint first: it holds a file of the same name, without the description
     if (path / "manifest.json").is_file():
-        loaded = checkpoint.load(path)
-        return loaded.tensors["model"], loaded.state.get("model"), path
+        return _group(checkpoint.load(path), "model")
     if (path / MODEL_FILE).is_file():
         return _weights(path / MODEL_FILE)
     latest = checkpoint.load_latest(path / CHECKPOINTS)
@@ -64,7 +87,19 @@ def _weights(path: Path) -> tuple[Mapping[str, Tensor], Any, Path]:
         raise CheckpointError(
             f"{path}: expected a run directory, a checkpoint or a .safetensors file; found none of them"
         )
-    return latest.tensors["best_model"], latest.state.get("model"), latest.path
+    return _group(latest, "best_model")
+
+
+def _built(description: ModelDescription, weights: Mapping[str, Tensor], path: Path) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            parameters = sum(parameter.numel() for parameter in description.build().parameters())
+        # Before memory is taken: a description may ask for any.
+        if parameters > sum(tensor.numel() for tensor in weights.values()):
+            raise ValueError(f"holds fewer weights than the {parameters} of {description.name} in its description")
+        return description.build()
+    except (ValueError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from None
 
 
 def load_model(run_or_checkpoint: Path | str, device: torch.device | str = "cpu") -> nn.Module:
@@ -82,7 +117,7 @@ def load_model(run_or_checkpoint: Path | str, device: torch.device | str = "cpu"
         CheckpointError: nothing there that can be loaded, or a damaged file.
     """
     weights, description, path = _weights(Path(run_or_checkpoint))
-    model = _described(description, path).build()
+    model = _built(_described(description, path), weights, path)
     try:
         load_public_state_dict(model, weights)
     except ValueError as error:

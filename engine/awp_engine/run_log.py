@@ -1,22 +1,24 @@
 """What a run says while it works: metrics.jsonl, TensorBoard events and progress on the console.
 
-Nothing in here may stop the training: whatever cannot be written is reported once and left out.
+Nothing in here may stop or delay the training: whatever cannot be written is reported once and left out.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import queue
 import socket
+import stat
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Protocol, Self, TypeVar
+from typing import Any, BinaryIO, Protocol, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
@@ -27,8 +29,9 @@ from awp_engine.config import Config, to_json
 METRICS = "metrics.jsonl"
 _REDRAW_SECONDS = 0.2
 _CLOSE_SECONDS = 10.0
+_METRICS_SECONDS = 5.0
+_WAITING = 1000
 
-_T = TypeVar("_T")
 Metrics = Mapping[str, float | int | str | None]
 
 
@@ -40,10 +43,11 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The epochs in a run's metrics.jsonl; a line that a crash cut short is left out."""
     path = run_dir / METRICS
     epochs = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+    # a named pipe would be waited for
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(entry, dict) and isinstance(entry.get("epoch"), int):
             epochs.append(entry)
@@ -53,6 +57,83 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 def _finite(value: Any) -> Any:
     # JSON has no NaN.
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write_text(file: TextIO, text: str) -> None:
+    try:
+        handle = file.fileno()
+    except OSError:
+        print(text, file=file, flush=True)
+        return
+    # Not through Python's buffer: a write that never returns would keep its lock, and the interpreter from exiting.
+    rest = f"{text}\n".encode(errors="replace")
+    while rest:
+        rest = rest[os.write(handle, rest) :]
+
+
+def _silence(file: TextIO | None) -> None:
+    """Sends what is still printed to nowhere, where it neither blocks nor fails."""
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        if file is not None:
+            os.dup2(null, file.fileno())
+        os.close(null)
+    except OSError:
+        # Not a file of the system's: nothing to be blocked by.
+        return
+
+
+class _Lane:
+    """Does what may block or fail on a thread of its own, in order; what does not fit into its queue is left out."""
+
+    def __init__(self, name: str, warn: Callable[[str], None]) -> None:
+        self._name, self._warn = name, warn
+        self._jobs: queue.Queue[Callable[[], object] | threading.Event | None] = queue.Queue(maxsize=_WAITING)
+        self._flushed = threading.Event()
+        self._flushed.set()
+        self.failing = False
+        threading.Thread(target=self._work, name=name, daemon=True).start()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            if isinstance(job, threading.Event):
+                job.set()
+                continue
+            try:
+                job()
+                self.failing = False
+            except Exception as error:
+                # Whatever a logger raises, the training goes on.
+                self.failing = True
+                self._warn(f"{self._name}: cannot be written, training goes on: {error or type(error).__name__}")
+
+    def _put(self, job: Callable[[], object] | threading.Event | None) -> bool:
+        try:
+            self._jobs.put_nowait(job)
+        except queue.Full:
+            return False
+        return True
+
+    def put(self, action: Callable[..., object], *args: Any, **kwargs: Any) -> None:
+        """Has `action` called, some time; never waits."""
+        if not self._put(functools.partial(action, *args, **kwargs)):
+            self._warn(f"{self._name}: is not written in time, training goes on; some of it is left out")
+
+    def flush(self, seconds: float) -> bool:
+        """Waits until all is done, `seconds` at most, and not at all while an earlier wait is not over."""
+        flushed = threading.Event()
+        if not self._flushed.is_set() or not self._put(flushed):
+            return False
+        self._flushed = flushed
+        return flushed.wait(seconds)
+
+    def close(self, seconds: float) -> bool:
+        """Whether all was done in time; where it was not, the thread is left to itself."""
+        done = self._flushed.wait(seconds) and self.flush(seconds)
+        if not done:
+            self._warn(f"{self._name}: is not written in time; the rest is left out")
+        self._put(None)
+        return done
 
 
 class _Events:
@@ -160,13 +241,18 @@ class RunLog:
         self._run_dir, self._total_epochs, self._interval = run_dir, total_epochs, interval
         self._console = console or Console(file=sys.stdout, highlight=False)
         self._warned: set[str] = set()
+        self._warnings = _Lane("warnings", lambda text: None)
+        self._output = _Lane("console", self._warn_once)
+        self._metrics = _Lane("metrics", self._warn_once)
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._epoch, self._steps, self._step = start_epoch, 1, 0
         self._start_epoch = start_epoch
         self._images_since_shown = 0
         self._began = self._shown = self._rate_from = time.monotonic()
-        self._metrics_file = self._guard("metrics", self._open_metrics, start_epoch)
+        self._metrics_file: int | None = None
+        self._metrics.put(self._open_metrics, start_epoch)
+        self._metrics.flush(_METRICS_SECONDS)
         self._tensorboard = _TensorBoard(run_dir / "tensorboard", start_epoch, config, self._warn_once)
 
     def __enter__(self) -> Self:
@@ -182,8 +268,8 @@ class RunLog:
                 expand=True,
                 refresh_per_second=4,
             )
-            self._progress.start()
             self._task = self._progress.add_task("starting", total=None, numbers="")
+            self._output.put(self._progress.start)
         return self
 
     def __exit__(
@@ -192,22 +278,29 @@ class RunLog:
         self.close()
 
     def close(self) -> None:
-        """Ends the progress bar and waits a few seconds for what is still to be written."""
+        """Ends the progress bar and waits a few seconds for what is still to be written.
+
+        A standard output or error that cannot be written is then replaced by nothing, so that the program can end.
+        """
         if self._progress is not None:
-            self._guard("progress", self._progress.stop)
+            self._output.put(self._progress.stop)
             self._progress = None
         self._tensorboard.close()
-        if self._metrics_file is not None:
-            os.close(self._metrics_file)
-            self._metrics_file = None
+        self._metrics.put(self._close_metrics)
+        self._metrics.close(_CLOSE_SECONDS)
+        written = self._output.close(_CLOSE_SECONDS) and not self._output.failing
+        if not written and self._console.file is sys.stdout:
+            _silence(sys.__stdout__)
+        if not self._warnings.close(_CLOSE_SECONDS):
+            _silence(sys.__stderr__)
 
     def message(self, text: str) -> None:
         """Shows one line, above the progress bar where there is one."""
         if self._console.is_terminal:
-            self._guard("console", self._console.print, text, markup=False, highlight=False)
+            self._output.put(self._console.print, text, markup=False, highlight=False)
         else:
             # Not rich's print: a line of a log file is not folded at 80 columns.
-            self._guard("console", print, text, file=self._console.file, flush=True)
+            self._output.put(_write_text, self._console.file, text)
 
     def begin_epoch(self, epoch: int, steps: int) -> None:
         """Starts epoch `epoch` (from 1) of `steps` steps."""
@@ -231,8 +324,7 @@ class RunLog:
         if self._progress is not None:
             done = (self._epoch - 1 - self._start_epoch) * self._steps + self._step
             total = (self._total_epochs - self._start_epoch) * self._steps
-            self._guard(
-                "progress",
+            self._output.put(
                 self._progress.update,
                 self._task,
                 description=where,
@@ -253,7 +345,8 @@ class RunLog:
         `held_out_pgd_accuracy` (fractions), None where nothing was measured.
         """
         entry = {"epoch": epoch, **{name: _finite(value) for name, value in metrics.items()}}
-        self._guard("metrics", self._append, json.dumps(entry, allow_nan=False).encode() + b"\n")
+        self._metrics.put(self._append, json.dumps(entry, allow_nan=False).encode() + b"\n")
+        self._metrics.flush(_METRICS_SECONDS)
         numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
         self._tensorboard.add(epoch, numbers)
         now = time.monotonic()
@@ -262,13 +355,23 @@ class RunLog:
             shown = "  ".join(f"{name} {_short(name, value)}" for name, value in metrics.items() if value is not None)
             self.message(f"epoch {epoch}/{self._total_epochs}  {shown}")
 
-    def _open_metrics(self, start_epoch: int) -> int:
+    def _open_metrics(self, start_epoch: int) -> None:
         self._run_dir.mkdir(parents=True, exist_ok=True)
         path = self._run_dir / METRICS
-        if path.exists():
+        if path.is_file():
             kept = [entry for entry in read_metrics(self._run_dir) if entry["epoch"] <= start_epoch]
             atomic_write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        # O_NONBLOCK: a named pipe would be waited for
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o666)
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise OSError(f"{path}: is not a regular file")
+        self._metrics_file = handle
+
+    def _close_metrics(self) -> None:
+        if self._metrics_file is not None:
+            os.close(self._metrics_file)
+            self._metrics_file = None
 
     def _append(self, line: bytes) -> None:
         if self._metrics_file is None:
@@ -284,23 +387,17 @@ class RunLog:
             os.ftruncate(self._metrics_file, size)
             raise OSError(f"{self._run_dir / METRICS}: {reason}, {written} of {len(line)} bytes written")
 
-    def _guard(self, what: str, action: Callable[..., _T], *args: Any, **kwargs: Any) -> _T | None:
-        try:
-            return action(*args, **kwargs)
-        except OSError as error:
-            self._warn_once(f"{what}: cannot be written, training goes on: {error}")
-            return None
-
     def _warn_once(self, text: str) -> None:
         kind = text.partition(" ")[0]
         if kind in self._warned:
             return
         self._warned.add(kind)
-        try:
-            print(f"warning: {' '.join(text.split())}", file=sys.stderr, flush=True)
-        except OSError:
-            # Nowhere left to say it.
-            return
+        line = f"warning: {' '.join(text.split())}"
+        if self._progress is not None and kind != "console:":
+            # Above the bar, which would be drawn over it.
+            self._output.put(self._console.print, line, markup=False, highlight=False)
+        else:
+            self._warnings.put(_write_text, sys.stderr, line)
 
 
 def _short(name: str, value: float | str) -> str:

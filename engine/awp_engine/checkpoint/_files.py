@@ -10,8 +10,8 @@ import shutil
 import stat
 import uuid
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 TEMPORARY = ".tmp-"
 
@@ -52,7 +52,7 @@ def write_file(path: Path, payload: bytes) -> None:
 
 
 @contextlib.contextmanager
-def open_regular(path: Path, size: int | None = None, limit: int | None = None) -> Iterator[BinaryIO]:
+def open_regular(path: Path, size: int | None = None, limit: int | None = None) -> Iterator[BufferedReader]:
     """A regular file, of just `size` bytes or at most `limit` if they are given; links are not followed.
 
     Raises:

@@ -42,7 +42,7 @@ def _manifest(path: Path) -> dict[str, dict[str, Any]]:
         manifest, written_here = None, False
     if not written_here or not isinstance(manifest, dict) or manifest.keys() != {"format", "files"}:
         raise CheckpointError(f"{manifest_path}: damaged, or not a manifest")
-    if manifest["format"] != FORMAT:
+    if type(manifest["format"]) is not int or manifest["format"] != FORMAT:
         raise CheckpointError(f"{manifest_path}: has format {str(manifest['format'])[:20]!r}, expected {FORMAT}")
     files = manifest["files"]
     if not isinstance(files, dict) or STATE not in files:
@@ -52,7 +52,9 @@ def _manifest(path: Path) -> dict[str, dict[str, Any]]:
         if name != STATE and not (dot and ending == "safetensors" and GROUP.fullmatch(group)):
             raise CheckpointError(f"{manifest_path}: lists a file that no checkpoint has: {name[:100]!r}")
         known = isinstance(entry, dict) and entry.keys() == {"bytes", "sha256"}
-        if not known or type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
+        if not known or type(entry["bytes"]) is not int or not 0 <= entry["bytes"] < 2**63:
+            raise CheckpointError(f"{manifest_path}: damaged entry for {name}")
+        if not isinstance(entry["sha256"], str):
             raise CheckpointError(f"{manifest_path}: damaged entry for {name}")
     return files
 

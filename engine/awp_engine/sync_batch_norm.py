@@ -42,8 +42,7 @@ class _Normalize(torch.autograd.Function):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         mean, squares, count = _global_statistics(wide)
         mean_and_variance = mean.to(wide.dtype), (squares / count).to(wide.dtype)
-        # torch 2.13 divides by 0 for an empty batch, and the process dies
-        out = functional.batch_norm(wide, *mean_and_variance, weight, bias, eps=eps) if x.numel() else wide.clone()
+        out = functional.batch_norm(wide, *mean_and_variance, weight, bias, eps=eps)
         ctx.save_for_backward(x, weight, *mean_and_variance, count)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, squares, count)
@@ -56,12 +55,13 @@ class _Normalize(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x, weight, mean, variance, count = ctx.saved_tensors
         wide, wants_x = x.to(mean.dtype), ctx.needs_input_grad[0]
-        # with the statistics held still; the sums are also what their own gradients take
         if x.numel():
+            # with the statistics held still; the sums are also what their own gradients take
             grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward.default(
                 grad.to(mean.dtype), wide, weight, mean, variance, None, None, False, ctx.eps, [wants_x, True, True]
             )
         else:
+            # in torch 2.13 the process dies of a division by 0 there
             grad_x, grad_weight, grad_bias = torch.zeros_like(wide), torch.zeros_like(mean), torch.zeros_like(mean)
         if wants_x:
             sums = torch.stack([grad_weight, grad_bias]).double()

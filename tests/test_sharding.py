@@ -128,6 +128,7 @@ def test_operations_on_shards_equal_those_on_whole_tensors(world):
 # samples a rank has of either micro-batch: unequal
 PARTS = {2: [3, 1], 4: [1, 2, 0, 1]}
 MICRO = 4
+STEPS = {2: 3, 4: 2}
 
 
 def network(dtype=torch.float64) -> PreActResNet:
@@ -230,7 +231,7 @@ def _training(rank, world):
     results = {}
     for bn_mode in ("eval", "train"):
         run = Run(bn_mode, rank, world)
-        for number in range(3):
+        for number in range(STEPS[world]):
             run.step(number)
         results[bn_mode] = gather(run.tensors(), every_rank=True), run.calls[:4]
         assert gather(run.tensors()) == {} or rank == 0
@@ -253,7 +254,7 @@ def test_training_on_shards_equals_one_process(world):
     ranks = run_ranks(_training, world, timeout=120)
     for bn_mode in ("eval", "train"):
         plain = Run(bn_mode)
-        for number in range(3):
+        for number in range(STEPS[world]):
             plain.step(number)
         for results in ranks:
             tensors, calls = results[bn_mode]
@@ -263,7 +264,7 @@ def test_training_on_shards_equals_one_process(world):
             gathers, reductions = (
                 [call[name] for call in calls] for name in ("_allgather_base_", "_reduce_scatter_base_")
             )
-            assert gathers[:2] == [3, 0]
+            assert gathers[:2] == [3, 0], gathers
             assert reductions == [0, 0, 0, 3]
             if bn_mode == "eval":
                 assert [call.total() for call in calls[:2]] == [3, 0]
@@ -342,6 +343,21 @@ def _refusals(rank, world):
     expected = wide.eval()(x)
     shard(wide, mesh)
     assert torch.equal(wide(x), expected)
+    awp = AdversarialWeightPerturbation(wide, 0.1)
+    wide(x).sum().backward()
+    # a pass after the block, or after one without gradients, sees what was written to the shards in between
+    with gathered(wide), torch.no_grad():
+        assert torch.equal(wide(x), expected)
+        with pytest.raises(RuntimeError, match="its shards are gathered"):
+            awp.perturb_()
+    for number in (3.0, 4.0):
+        with torch.no_grad():
+            for p in wide.parameters():
+                p.to_local().fill_(number / 100)
+            plain = WideResNet(10, 1, 3, [0.5], [0.25]).eval()
+            for p in plain.parameters():
+                p.fill_(number / 100)
+            assert torch.equal(wide(x), plain(x))
     small = network()
     shard(small, mesh)
     refused("model: is sharded already", lambda: shard(small, mesh))

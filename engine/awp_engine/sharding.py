@@ -72,12 +72,13 @@ def shard(
     # images stay in full precision: 16-bit ones would lose attack steps
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     if param_dtype is not None:
-        # one group for all of them, which stays gathered between forward and backward
+        # one group for all of them
         whole: list[nn.Module] = [*layers(model), *(module for module in model.modules() if isinstance(module, Head))]
-        fully_shard(whole, mesh=mesh, reshard_after_forward=False)
+        fully_shard(whole, mesh=mesh, reshard_after_forward=True)
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    # True: by default what is outside of blocks stays gathered after a pass without backward, and misses later changes
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     for part in _parts(model):
         # gloo has no average
         part.set_force_sum_reduction_for_comms(mesh.device_type == "cpu")
@@ -105,7 +106,7 @@ def gathered(model: nn.Module, *, now: bool = False) -> Iterator[None]:
         yield
     finally:
         for part in parts:
-            part.set_reshard_after_forward(isinstance(part, _BLOCKS), recurse=False)
+            part.set_reshard_after_forward(True, recurse=False)
             part.set_reshard_after_backward(True, recurse=False)
             part.reshard()
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 
 def spans_ranks() -> bool:
@@ -22,7 +23,7 @@ def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     local = x.new_zeros(2 * channels + 1, dtype=torch.float64)
     count = x.numel() // channels
     if count:
-        variance, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
+        mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
         local[:channels], local[channels:-1], local[-1] = mean, variance.double() * count, count
     # gathered, not added up: the deviations between ranks need the mean first (Chan et al. 1979)
     gathered = local.new_empty(distributed.get_world_size(), len(local))
@@ -37,19 +38,13 @@ class _Normalize(torch.autograd.Function):
     """Also returns mean, sum of squared deviations and count."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         mean, squares, count = _global_statistics(wide)
-        inverse = (squares / count + eps).rsqrt()
-        # by deviations, so that a mean far from 0 costs no digits
-        out = (wide - _channelwise(mean, wide)).mul_(
-            _channelwise(inverse if weight is None else inverse * weight, wide)
-        )
-        if bias is not None:
-            out.add_(_channelwise(bias, wide))
-        ctx.save_for_backward(x, weight, mean, inverse, count)
+        mean_and_variance = mean.to(wide.dtype), (squares / count).to(wide.dtype)
+        out = functional.batch_norm(wide, *mean_and_variance, weight, bias, eps=eps)
+        ctx.save_for_backward(x, weight, *mean_and_variance, count)
+        ctx.eps = eps
         ctx.mark_non_differentiable(mean, squares, count)
         return out.to(x.dtype), mean, squares, count
 
@@ -58,27 +53,26 @@ class _Normalize(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor, *_: Any
     ) -> tuple[Tensor | None, ...]:
-        x, weight, mean, inverse, count = ctx.saved_tensors
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        grad, deviations = grad.to(dtype), x.to(dtype) - _channelwise(mean, x.to(dtype))
-        dims = [0, *range(2, x.ndim)]
-        sums = torch.stack([(grad * deviations).sum(dims).double() * inverse, grad.sum(dims).double()])
-        grad_weight, grad_bias = sums.to(dtype).unbind()
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            # a copy: the gradients may be views
-            total = sums.clone()
-            distributed.all_reduce(total)
-            of_deviation, of_mean = (total / count).unbind()
-            grad_x = grad - _channelwise(of_mean, grad) - deviations.mul_(_channelwise(of_deviation * inverse, grad))
-            grad_x.mul_(_channelwise(inverse if weight is None else inverse * weight, grad))
-            grad_x = grad_x.to(x.dtype)
-        return (
-            grad_x,
-            grad_weight.to(weight.dtype) if weight is not None and ctx.needs_input_grad[1] else None,
-            grad_bias if ctx.needs_input_grad[2] else None,
-            None,
-        )
+        x, weight, mean, variance, count = ctx.saved_tensors
+        wide, wants_x = x.to(mean.dtype), ctx.needs_input_grad[0]
+        if x.numel():
+            # with the statistics held still; the sums are also what their own gradients take
+            grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward.default(
+                grad.to(mean.dtype), wide, weight, mean, variance, None, None, False, ctx.eps, [wants_x, True, True]
+            )
+        else:
+            # in torch 2.13 the process dies of a division by 0 there
+            grad_x, grad_weight, grad_bias = torch.zeros_like(wide), torch.zeros_like(mean), torch.zeros_like(mean)
+        if wants_x:
+            sums = torch.stack([grad_weight, grad_bias]).double()
+            distributed.all_reduce(sums)
+            of_weight, of_bias = sums / count
+            inverse = (variance.double() + ctx.eps).rsqrt()
+            through = (wide - _channelwise(mean, wide)).mul_(_channelwise(of_weight * inverse, wide))
+            through.add_(_channelwise(of_bias, wide)).mul_(_channelwise(weight * inverse, wide))
+            grad_x = grad_x.sub_(through).to(x.dtype)
+        wanted = ctx.needs_input_grad
+        return grad_x if wants_x else None, grad_weight if wanted[1] else None, grad_bias if wanted[2] else None, None
 
 
 # an opaque call to torch.compile, which breaks its graph here

@@ -247,7 +247,7 @@ class AdversarialWeightPerturbation:
 
         Raises:
             RuntimeError: perturbed already without `again`, not yet perturbed with it, `again` with a working copy,
-                or no gradient to follow.
+                no gradient to follow, or a sharded model while its shards are gathered.
         """
         if self._active and not again:
             raise RuntimeError("weights are perturbed already: leave the perturbed() block first, or pass again=True")
@@ -261,6 +261,10 @@ class AdversarialWeightPerturbation:
             sources = self._targets if self._shards is None else self.parameters
             gradients = {name: p.grad for name, p in sources.items() if p.grad is not None}
         if self._shards is not None:
+            if any(p is not q for p, q in zip(self.model.parameters(), self._everything, strict=True)):
+                raise RuntimeError(
+                    "model: its shards are gathered, and passes would not see them move: reshard() first"
+                )
             gradients = self._measure(self._shards, gradients)
             self._targets = self._rows
         groups = self._groups(gradients)

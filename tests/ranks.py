@@ -73,7 +73,8 @@ def _collect(name: str, pipes: list, processes: list, directory: Path, timeout: 
                 done, value = pickle.loads(pipe.recv_bytes())
             except (EOFError, ConnectionResetError):
                 processes[rank].join()
-                stack = (directory / f"stack{rank}").read_text()
+                path = directory / f"stack{rank}"
+                stack = path.read_text() if path.exists() else ""
                 if stack:
                     raise AssertionError(f"{name}: rank {rank} not done after {timeout:g} s\n{stack}") from None
                 raise AssertionError(f"{name}: rank {rank} died, exit code {processes[rank].exitcode}") from None

@@ -260,7 +260,7 @@ DESCRIPTIONS = {
     "text for a number": '{"num_classes": "10"}',
     "huge width": {"width": 10**30},
     "more weights than there are": {"width": 65536},
-    "more layers than there are": {"name": "wrn-4006-1", "width": None},
+    "more layers than there are": {"name": "wrn-1006-1", "width": None},
     "negative classes": {"num_classes": -1},
     "2^31 classes": {"num_classes": 2**31 - 1},
     "no channels": {"mean": [], "std": []},

@@ -249,8 +249,8 @@ from pathlib import Path
 from awp_engine import run_log
 from awp_engine.config import Config
 run_log._CLOSE_SECONDS = 0.2
-with run_log.RunLog(Path(sys.argv[1]), Config(), 1500, 1e-9) as log:
-    for epoch in range(1, 1501):
+with run_log.RunLog(Path(sys.argv[1]), Config(), 800, 1e-9) as log:
+    for epoch in range(1, 801):
         log.begin_epoch(epoch, 1)
         log.step(1.0, 0.1, 1)
         log.message("x" * 200)
@@ -276,7 +276,7 @@ def test_a_standard_output_that_nobody_reads_does_not_block_training(tmp_path: P
     assert result.stderr.splitlines() == [
         "warning: console: is not written in time, training goes on; some of it is left out"
     ]
-    assert len(read_metrics(tmp_path)) == 1500
+    assert len(read_metrics(tmp_path)) == 800
 
 
 def test_standard_output_and_error_that_nobody_reads_do_not_block_training(tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_standard_output_and_error_that_nobody_reads_do_not_block_training(tmp_p
         os.close(writer)
         os.close(reader)
     assert result.returncode == 0
-    assert len(read_metrics(tmp_path)) == 1500
+    assert len(read_metrics(tmp_path)) == 800
 
 
 def test_a_standard_output_whose_reader_left_does_not_stop_training(tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_a_standard_output_whose_reader_left_does_not_stop_training(tmp_path: Pa
     assert result.stderr.splitlines() == [
         "warning: console: cannot be written, training goes on: [Errno 32] Broken pipe"
     ]
-    assert len(read_metrics(tmp_path)) == 1500
+    assert len(read_metrics(tmp_path)) == 800
 
 
 def test_a_console_that_raises_does_not_stop_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -365,7 +365,7 @@ def test_a_terminal_that_is_not_read_does_not_block_training(tmp_path: Path) -> 
         os.close(slave)
         os.close(master)
     assert result.returncode == 0
-    assert len(read_metrics(tmp_path)) == 1500
+    assert len(read_metrics(tmp_path)) == 800
 
 
 FIELDS = {

@@ -466,6 +466,34 @@ def _truncate(root: Path) -> None:
     file.write_bytes(file.read_bytes()[:50])
 
 
+def test_all_images_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    """Of every kind, in both parts, none of the sound ones; the first image of all is one of them."""
+    for part in ("train", "test"):
+        for name in ("ant", "bee"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for number in range(30):
+                Image.new("RGB", (6, 4), (number, 0, 9)).save(tmp_path / part / name / f"{number:03}.png")
+    sound = (tmp_path / "train" / "ant" / "001.png").read_bytes()
+    spoiled = {
+        "train/ant/000.png": b"",
+        "train/ant/007.png": sound[:50],
+        "train/bee/029.png": b"\x80\x04pickle",
+        "test/ant/011.png": sound.replace(b"IDAT", b"IDAX"),
+        "test/bee/000.png": b"GIF89a",
+    }
+    for name, content in spoiled.items():
+        (tmp_path / name).write_bytes(content)
+    for name, mode, size in (("train/ant/015.png", "L", (6, 4)), ("test/bee/002.png", "RGB", (1, 1))):
+        Image.new(mode, size).save(tmp_path / name)
+        spoiled[name] = b""
+    with pytest.raises(DataError, match="6 more cannot be used") as raised:
+        _load_folder(tmp_path)
+    message = str(raised.value)
+    assert message.startswith(f"{tmp_path}/train/ant/000.png cannot be decoded")
+    assert {name for name in spoiled if f"{tmp_path}/{name}" in message} == spoiled.keys()
+    assert message.count(".png") == len(spoiled)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -481,7 +509,7 @@ def _truncate(root: Path) -> None:
         (lambda root: (root / "train" / "eel").symlink_to(root / "train" / "ant"), r"lacks class 'eel'"),
         (lambda root: Image.new("RGB", (6, 5)).save(root / "test" / "ant" / "1.png"), r"RGB 6x5; expected RGB 6x4"),
         (lambda root: Image.new("L", (6, 4)).save(root / "test" / "ant" / "1.png"), r"L 6x4; expected RGB 6x4"),
-        (lambda root: Image.new("RGBA", (6, 4)).save(root / "train" / "ant" / "0.png"), r"colour mode RGBA"),
+        (lambda root: Image.new("RGBA", (6, 4)).save(root / "train" / "ant" / "0.png"), r"RGBA 6x4; expected RGB"),
         (
             lambda root: Image.new("RGB", (6, 4)).save(root / "test" / "ant" / "1.png", format="GIF"),
             r"neither JPEG nor PNG",

@@ -4,12 +4,15 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
 
+from awp_engine import checkpoint
+from awp_engine.checkpoint import CheckpointError
 from awp_engine.config import (
     AttackConfig,
     AverageConfig,
@@ -24,6 +27,7 @@ from awp_engine.distributed import Ranks
 from awp_engine.trainer import Trainer
 
 AWP_EMA = Config(
+    device="cpu",
     epochs=1,
     global_batch_size=5,
     data=DataConfig(pad=1, train_limit=100),
@@ -49,10 +53,10 @@ def on(rank: int, world: int) -> Ranks:
     return Ranks(rank=rank, world=world, local_rank=rank)
 
 
-def left(run_dir: Path, epochs: int) -> dict[str, object]:
+def left(run_dir: Path, epochs: int) -> dict[str, Any]:
     """All that a run's last checkpoint and its exported model hold, but for the time it took."""
     folder = run_dir / "checkpoints" / f"epoch-{epochs}"
-    files: dict[str, object] = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+    files: dict[str, Any] = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
     model = load_file(run_dir / "model.safetensors")
     # safetensors writes its metadata in any order
     files["exported"] = {name: tensor.numpy().tobytes() for name, tensor in sorted(model.items())}
@@ -102,13 +106,22 @@ CASES = [
         dataclasses.replace(AWP_EMA, distributed=DistributedConfig(strategy="fsdp")), 2, 10, id="2 ranks, shards"
     ),
     pytest.param(AWP_EMA, 4, 4, id="4 ranks", marks=pytest.mark.long),
+    pytest.param(
+        dataclasses.replace(AWP_EMA, device="cuda", deterministic=True), 1, 5, id="cuda", marks=pytest.mark.gpu
+    ),
+    pytest.param(
+        dataclasses.replace(AWP_EMA, device="cuda", deterministic=True, cuda_graphs=True),
+        1,
+        5,
+        id="cuda graphs",
+        marks=pytest.mark.gpu,
+    ),
 ]
 
 
 @pytest.mark.parametrize(("config", "world", "every"), CASES)
 def test_resume_at_a_step_ends_bit_equal(tmp_path, config, world, every) -> None:
     """Weights, momentum, average, sums, metrics and selection: no bit differs."""
-    config = dataclasses.replace(config, device="cpu")
     if world == 1:
         compared, wrong = resumed_everywhere(0, 1, tmp_path, config, every)
     else:
@@ -116,6 +129,17 @@ def test_resume_at_a_step_ends_bit_equal(tmp_path, config, world, every) -> None
     print(f"{compared - len(wrong)}/{compared} bit-equal")
     assert compared == -(-20 // every)
     assert not wrong
+
+
+def test_the_same_seed_gives_the_same_100_losses(tmp_path) -> None:
+    """And all else that a run leaves, the epochs' sums of losses among it."""
+    config = dataclasses.replace(AWP_EMA, epochs=5, checkpoint_steps=None)
+    for name in ("a", "b"):
+        Trainer(dataclasses.replace(config, run_dir=tmp_path / name)).run()
+    assert left(tmp_path / "a", 5) == left(tmp_path / "b", 5)
+    assert len({line["loss"] for line in left(tmp_path / "a", 5)["metrics"]}) == 5
+    Trainer(dataclasses.replace(config, run_dir=tmp_path / "c", seed=1)).run()
+    assert left(tmp_path / "c", 5)["metrics"] != left(tmp_path / "a", 5)["metrics"]
 
 
 def trained(rank: int, world: int, config: Config) -> None:
@@ -129,7 +153,6 @@ def test_another_number_of_ranks_goes_on(tmp_path) -> None:
         attack=AttackConfig(steps=2, bn_mode="eval"),
         distributed=DistributedConfig(sync_batch_norm=True),
         run_dir=tmp_path / "whole",
-        device="cpu",
     )
     Trainer(config).run()
     expected = load_file(tmp_path / "whole" / "checkpoints" / "epoch-1" / "model.safetensors")
@@ -144,3 +167,24 @@ def test_another_number_of_ranks_goes_on(tmp_path) -> None:
         found = load_file(run_dir / "checkpoints" / "epoch-1" / "model.safetensors")
         for name, tensor in found.items():
             torch.testing.assert_close(tensor, expected[name], rtol=0.01, atol=0.003, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda tensors, state: tensors.pop("optimizer"), r"epoch-9: lacks what this run needs.*optimizer"),
+        (lambda tensors, state: tensors["model"].pop("conv1.weight"), r"epoch-9: .*conv1.weight: expected a tensor"),
+        (lambda tensors, state: state.pop("best_robust"), r"epoch-9: .*best_robust"),
+        (lambda tensors, state: state.update(config_hash="0"), r"epoch-9: was not written by this run"),
+    ],
+)
+def test_a_sound_checkpoint_of_something_else_is_refused(tmp_path, spoil, message) -> None:
+    config = dataclasses.replace(AWP_EMA, run_dir=tmp_path, checkpoint_steps=None, global_batch_size=50)
+    Trainer(config).run()
+    folder = tmp_path / "checkpoints"
+    found = checkpoint.load(folder / "epoch-1")
+    spoil(found.tensors, found.state)
+    checkpoint.save(folder, "epoch-9", found.tensors, found.state, checkpoint.Retention())
+    with pytest.raises(CheckpointError, match=message) as raised:
+        Trainer(config)
+    assert "\n" not in str(raised.value)

@@ -180,7 +180,6 @@ def joined(device: str, timeout: float) -> Iterator[Ranks]:
         rank=rank,
         world_size=world,
         timeout=datetime.timedelta(seconds=timeout),
-        device_id=torch.device("cuda", local_rank) if on_gpu else None,
     )
     # a client of its own: a rank that waits for the first one would keep it
     another = store.clone()  # pyright: ignore[reportAttributeAccessIssue]

@@ -15,6 +15,7 @@ from awp_engine import checkpoint, monitor
 from awp_engine.average import WeightAverage
 from awp_engine.batch_norm import synchronize
 from awp_engine.build_step import build_step, capture_step, shard_model
+from awp_engine.checkpoint import CheckpointError
 from awp_engine.config import (
     Config,
     ConfigError,
@@ -658,10 +659,19 @@ class Trainer:
                 raise ConfigError(
                     f"--run-dir: {self.run_dir} was trained on other images; restore the data or choose another"
                 )
+            if found.state.get("config_hash") != config_hash(self.config):
+                raise CheckpointError(
+                    f"{found.path}: was not written by this run; remove it, or choose another --run-dir"
+                )
         state = self.ranks.broadcast_json(None if found is None else found.state, self.device)
         if state is None:
             return
-        self._load(state, self.ranks.broadcast_groups({} if found is None else found.tensors, self.device))
+        tensors = self.ranks.broadcast_groups({} if found is None else found.tensors, self.device)
+        try:
+            self._load(state, tensors)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            where = self.run_dir / CHECKPOINTS if found is None else found.path
+            raise CheckpointError(f"{where}: lacks what this run needs, or has it in another shape: {error}") from error
         place = f"epoch {self.progress.epoch}" + (f" and {self.progress.step} steps" if self.progress.step else "")
         if found is not None:
             self.messages.append(f"going on after {place}, from {found.path}")

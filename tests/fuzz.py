@@ -4,10 +4,10 @@
     python tests/fuzz.py --seed 7 --case 42     one of them again
     python tests/fuzz.py --device cuda --backend triton
 
-Every tensor lies between guards in memory of its own. A case passes if the call equals the definition in fp64 to at most
-twice plain PyTorch's error (values at the ends of a dtype's range, NaN and infinity: if it equals the reference), or if it
-raises ValueError naming an argument, where the case is one to be refused; and if no byte outside what it may write
-has changed. A failure prints the command that repeats it. The exit code is 1 if any case failed.
+Every tensor lies between guards in memory of its own. A case passes if the call equals the definition in fp64 to at
+most twice plain PyTorch's error (values at the ends of a dtype's range, NaN and infinity: if it equals the reference),
+or if it raises ValueError naming an argument, where the case is one to be refused; and if no byte outside what it may
+write has changed. A failure prints the command that repeats it. The exit code is 1 if any case failed.
 """
 
 import argparse
@@ -179,7 +179,7 @@ class Held:
                 free[(_offsets(view) + view.storage_offset()).reshape(-1)] = True
             now, then = (m.cpu()[~free].view(torch.uint8) for m in (memory, before))
             if not torch.equal(now, then):
-                return f"memory of a tensor of shape {tuple(view.shape)}, strides {view.stride()} was changed outside of it"
+                return f"memory of shape {tuple(view.shape)}, strides {view.stride()} was changed outside of it"
         return None
 
 
@@ -271,9 +271,8 @@ class Faults:
             keys = ["x", "x_adv"]
         if not keys:
             return None
-        return self._swap(
-            arguments, self.rng.choice(keys), lambda t: t.to(torch.float16 if t.dtype == torch.bfloat16 else torch.bfloat16)
-        )
+        other = {torch.bfloat16: torch.float16}
+        return self._swap(arguments, self.rng.choice(keys), lambda t: t.to(other.get(t.dtype, torch.bfloat16)))
 
     def kind(self, arguments: Arguments) -> Arguments | None:
         """Integers, complex numbers, booleans, float8."""
@@ -281,9 +280,8 @@ class Faults:
         keys = [key for key in self._tensors(arguments) if key not in ("sample_ids", "found_inf")]
         if self.name in IMAGE_OPERATIONS:
             keys, kinds = ["x"], kinds[:3]
-        return self._swap(
-            arguments, self.rng.choice(keys), lambda t: torch.ones_like(t, dtype=torch.float32).to(self.rng.choice(kinds))
-        )
+        kind = self.rng.choice(kinds)
+        return self._swap(arguments, self.rng.choice(keys), lambda t: torch.ones_like(t, dtype=torch.float32).to(kind))
 
     def device(self, arguments: Arguments) -> Arguments | None:
         keys = self._tensors(arguments)
@@ -308,7 +306,10 @@ class Faults:
         others = [
             k
             for k, v in arguments.items()
-            if k != key and k != "sample_ids" and len(listed(v)) > index and listed(v)[index].dtype == tensor.dtype
+            if k != key
+            and k != "sample_ids"
+            and len(listed(v)) > index
+            and listed(v)[index].dtype == tensor.dtype
             and listed(v)[index].shape == tensor.shape
         ]
         if not others:
@@ -351,46 +352,53 @@ NAMED = re.compile(r"^([a-z_]+)(\[\d+\])?: \S[^\n]*$")
 
 
 class Case:
-    """Case `index` of a seed: drawn from these two alone."""
+    """A call of an operation, and what must come of it."""
 
-    def __init__(self, seed: int, index: int, *, device: str = "cpu", backend: str | None = None) -> None:
-        rng = self.rng = random.Random(f"{seed}/{index}")
-        names = [n for n in OPERATIONS if device == "cpu" or n not in IMAGE_OPERATIONS]
-        self.name = rng.choice(names)
-        operation = self.operation = OPERATIONS[self.name]
-        self.variant = rng.choice(list(operation.variants))
-        self.dtype = rng.choice((*operation.dtypes * 4, FP64))
-        self.backend = None if self.dtype == FP64 else backend or (None if rng.random() < 0.9 else "reference")
-        self.device, self.held = device, Held(device)
-        self.values = "as drawn"
+    def __init__(
+        self, name: str, variant: str, dtype: torch.dtype, *, device: str = "cpu", backend: str | None = None
+    ) -> None:
+        self.name, self.operation, self.variant, self.dtype = name, OPERATIONS[name], variant, dtype
+        self.device, self.backend, self.held = device, None if dtype == FP64 else backend, Held(device)
+        self.values, self.fault = "as drawn", None
+        self.arguments: Arguments = {}
+
+    @classmethod
+    def drawn(cls, seed: int, index: int, *, device: str = "cpu", backend: str | None = None) -> "Case":
+        """Case `index` of a seed: of these two alone."""
+        rng = random.Random(f"{seed}/{index}")
+        name = rng.choice([n for n in OPERATIONS if device == "cpu" or n not in IMAGE_OPERATIONS])
+        operation = OPERATIONS[name]
+        variant, dtype = rng.choice(list(operation.variants)), rng.choice((*operation.dtypes * 4, FP64))
+        chosen = backend or (None if rng.random() < 0.9 else "reference")
+        case = cls(name, variant, dtype, device=device, backend=chosen)
         shapes = shapes_for(rng, operation)
-        options = operation.variants[self.variant] | options_for(rng, self.name, shapes)
-        if self.name == "bn_relu" and math.prod(shapes[0]) == shapes[0][1]:
+        options = operation.variants[variant] | options_for(rng, name, shapes)
+        if name == "bn_relu" and math.prod(shapes[0]) == shapes[0][1]:
             options["training"] = False
         if options.get("decay_at_out"):
             options["out"] = options["out"] or torch.float32
-        self.arguments = operation.build(shapes, self.dtype, rng.randrange(2**31), **options)
-        self._give_numbers()
-        self._spoil()
-        self._lay_out()
-        self.fault = None
+        case.arguments = operation.build(shapes, dtype, rng.randrange(2**31), **options)
+        case._give_numbers(rng)
+        case._spoil(rng)
+        case._lay_out(rng)
         if rng.random() < 0.25:
             fault = rng.choice(FAULTS)
-            wrong = getattr(Faults(rng, self.name, operation), fault)(self.arguments)
+            wrong = getattr(Faults(rng, name, operation), fault)(case.arguments)
             if wrong is not None:
-                self.arguments, self.fault = wrong, fault
+                case.arguments, case.fault = wrong, fault
+        return case
 
     def __str__(self) -> str:
-        tensors = {k: [f"{tuple(t.shape)}/{t.stride() if t.layout == torch.strided else t.layout}" for t in listed(v)][:4]
-                   for k, v in self.arguments.items() if listed(v)}
-        return (
-            f"{self.name} {self.variant} {self.dtype} on {self.device} by {self.backend or 'default'}, values {self.values}"
-            f", fault {self.fault}, {tensors}, {({k: v for k, v in self.arguments.items() if not listed(v)})}"
-        )
+        def laid(tensor: Tensor) -> str:
+            return f"{tuple(tensor.shape)}/{tensor.stride() if tensor.layout == torch.strided else tensor.layout}"
 
-    def _give_numbers(self) -> None:
+        shown = {key: [laid(t) for t in listed(value)][:4] or value for key, value in self.arguments.items()}
+        words = (self.name, self.variant, self.dtype, "on", self.device, "by", self.backend or "default")
+        return f"{' '.join(map(str, words))}, values {self.values}, fault {self.fault}, {shown}"
+
+    def _give_numbers(self, rng: random.Random) -> None:
         """Numbers that may lie on the device do so at times; norms that may be known are known at times."""
-        rng, arguments = self.rng, self.arguments
+        arguments = self.arguments
         if self.name == "sgd_step_":
             for key in ("lr", "average_weight"):
                 if key in arguments and rng.random() < 0.3:
@@ -401,9 +409,8 @@ class Case:
         if self.name.startswith("perturb") and known and rng.random() < 0.3:
             arguments["weight_norms"] = torch.stack([w.double().norm() for w in arguments["weights"]])
 
-    def _spoil(self) -> None:
+    def _spoil(self, rng: random.Random) -> None:
         """Other values in one of the arguments."""
-        rng = self.rng
         keys = [
             key
             for key, value in self.arguments.items()
@@ -422,9 +429,9 @@ class Case:
         if self.name == "bn_relu":
             self.arguments = clear_of_the_kink(self.arguments)
 
-    def _lay_out(self) -> None:
+    def _lay_out(self, rng: random.Random) -> None:
         """Guards around every tensor, and another memory layout in half of the cases."""
-        rng, model = self.rng, self.operation.written[:1]
+        model = self.operation.written[:1]
         plain, same, offset = rng.random() < 0.5, rng.random() < 0.8, rng.choice((0, 0, 1, 3))
         pool = DENSE if rng.random() < 0.7 else LAYOUTS
         if self.name == "bn_relu":  # repeated values would be on either side of the kink
@@ -457,18 +464,22 @@ class Case:
     def check(self) -> str:
         """Run it; what came out ("equal", "refused"). Raises AssertionError if it is not what must be."""
         operation, arguments = self.operation, self.arguments
-        whole = not any(t.layout != torch.strided or t.device.type == "meta" for v in arguments.values() for t in listed(v))
+        tensors = [t for value in arguments.values() for t in listed(value)]
+        whole = all(t.layout == torch.strided and t.device.type != "meta" for t in tensors)
         before = mapped(arguments, lambda t: t.clone().cpu()) if whole else {}
         refusal = True if self.fault else to_be_refused(self.name, operation, arguments)
+        results, refused = None, ""
         try:
             with use_backend(self.backend):
                 results = run(operation, arguments)
         except ValueError as error:
-            assert refusal is not False, f"refused: {error}"
-            named = NAMED.match(str(error))
-            known = set(arguments) | {"clip", "adaptive", *operation.written}
-            assert named, f"not one line that begins with an argument: {error}"
-            assert named[1] in known, f"names no argument: {error}"
+            refused = str(error)
+        if results is None:
+            assert refusal is not False, f"refused: {refused}"
+            named = NAMED.match(refused)
+            assert named, f"not one line that begins with an argument: {refused}"
+            known = {*arguments, "clip", "adaptive", *operation.written}
+            assert named[1] in known, f"names no argument: {refused}"
             changed = self.held.changed([])
             assert changed is None, f"refused, but {changed}"
             return "refused"
@@ -548,7 +559,7 @@ def fuzz(
     for index in cases:
         case = None
         try:
-            case = Case(seed, index, device=device, backend=backend)
+            case = Case.drawn(seed, index, device=device, backend=backend)
             outcomes[f"{case.name} {case.check()}"] += 1
         except Exception as error:
             reason = str(error) if isinstance(error, AssertionError) else _crash(error)
@@ -563,7 +574,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", type=int, default=CASES, help="how many, from case 0 on")
     parser.add_argument("--case", type=int, help="this one alone")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--backend", help="reference, cpp, cuda or triton; by default chosen by device, at times the reference")
+    parser.add_argument("--backend", help="reference, cpp, cuda or triton; by default each case chooses")
     options: Any = parser.parse_args(arguments)
     cases = range(options.cases) if options.case is None else [options.case]
     failures, outcomes = fuzz(options.seed, cases, device=options.device, backend=options.backend)

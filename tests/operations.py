@@ -1,8 +1,8 @@
 """Every operation as the tests of all operations call it: its arguments, its variants, and its definition.
 
-A call takes keyword arguments (tensors, lists of tensors, numbers), writes some of them and returns tensors; `run` gathers
-all of it by name. The definition computes the same in any precision: in fp64 it is what results are compared with, in
-the arguments' own dtype it is plain PyTorch, whose error is the yardstick.
+A call takes keyword arguments (tensors, lists of tensors, numbers), writes some of them and returns tensors; `run`
+gathers all of it by name. The definition computes the same in any precision: in fp64 it is what results are compared
+with, in the arguments' own dtype it is plain PyTorch, whose error is the yardstick.
 """
 
 import math
@@ -98,11 +98,7 @@ def listed(value: Any) -> list[Tensor]:
 def mapped(arguments: Arguments, change: Callable[[Tensor], Tensor]) -> Arguments:
     """The arguments with every tensor changed."""
     return {
-        name: change(value)
-        if isinstance(value, Tensor)
-        else [change(t) for t in value]
-        if listed(value)
-        else value
+        name: change(value) if isinstance(value, Tensor) else [change(t) for t in value] if listed(value) else value
         for name, value in arguments.items()
     }
 
@@ -250,10 +246,11 @@ def _sgd_step(
 def _sgd_stepped(arguments: Arguments, dtype: torch.dtype) -> Results:
     weights, out = arguments["weights"], arguments.get("out", [])
     buffers, averages = arguments.get("momentum_buffers", []), arguments.get("averages", [])
+    lists = ("weights", "grads", "momentum_buffers", "averages", "out", "found_inf", "decay_at_out")
     numbers = {
-        name: arguments[name].item() if isinstance(arguments[name], Tensor) else arguments[name]
-        for name in ("lr", "weight_decay", "momentum", "nesterov", "grad_scale", "grad_norm", "max_norm", "average_weight")
-        if arguments.get(name) is not None
+        name: value.item() if isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+        if name not in lists
     }
     # the update is in the weights' precision at least; what is stored in 16 bits is rounded after it
     working = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

@@ -70,7 +70,7 @@ def _transposed(tensor: Tensor) -> Tensor:
         return tensor.clone()
     order = [0, *range(tensor.ndim - 1, 0, -1)]
     inverse = [order.index(d) for d in range(tensor.ndim)]
-    return tensor.permute(order).contiguous().permute(inverse)
+    return tensor.permute(order).clone(memory_format=torch.contiguous_format).permute(inverse)
 
 
 LAYOUTS = [

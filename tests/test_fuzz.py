@@ -3,6 +3,7 @@
 Other seeds, more cases, other devices: python tests/fuzz.py --help
 """
 
+import functools
 import shlex
 import subprocess
 import sys
@@ -57,7 +58,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", list(WRONG))
-def test_what_is_wrong_is_found_and_repeated_by_its_command(wrong, monkeypatch):
+def test_what_is_wrong_is_found_and_repeated_by_its_command(wrong, monkeypatch, capsys):
     """A kernel that is wrong in one way fails in its own cases, and the printed command runs the same case."""
     harm, message = WRONG[wrong]
     select = _backend.select
@@ -72,16 +73,28 @@ def test_what_is_wrong_is_found_and_repeated_by_its_command(wrong, monkeypatch):
         return run if operation == "perturb" else right
 
     monkeypatch.setattr(perturb_module._backend, "select", selected)
-    index = next(i for i in range(1000) if _is_plain(fuzz.Case(0, i)))
+    index = _plain_case()
     (failure,), _ = fuzz.fuzz(0, [index])
     assert message in failure
     monkeypatch.undo()
 
     repeat = shlex.split(failure.rsplit("repeat: ", 1)[1])
-    assert repeat[0] == "python"
+    assert repeat[:2] == ["python", "tests/fuzz.py"]
+    assert fuzz.main(repeat[2:]) == 0
+    assert "1 of 1 cases passed" in capsys.readouterr().out
+
+
+def test_the_command_repeats_a_case():
+    """In a process of its own."""
+    repeat = shlex.split(fuzz.command(7, 42, "cpu", "reference"))
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, *repeat[1:]], cwd=root, capture_output=True, text=True, check=True)
     assert "1 of 1 cases passed" in done.stdout
+
+
+@functools.cache
+def _plain_case() -> int:
+    return next(i for i in range(1000) if _is_plain(fuzz.Case.drawn(0, i)))
 
 
 def _is_plain(case: fuzz.Case) -> bool:
@@ -99,7 +112,7 @@ def _is_plain(case: fuzz.Case) -> bool:
 
 
 def test_a_refusal_that_does_not_come_is_found(monkeypatch):
-    index = next(i for i in range(500) if (case := fuzz.Case(0, i)).name == "restore_" and case.fault == "shape")
+    index = next(i for i in range(500) if (case := fuzz.Case.drawn(0, i)).name == "restore_" and case.fault == "shape")
     monkeypatch.setitem(fuzz.OPERATIONS["restore_"].__dict__, "call", lambda weights, saved: None)
     (failure,), _ = fuzz.fuzz(0, [index])
     assert failure.startswith("was not refused")

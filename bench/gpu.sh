@@ -22,11 +22,11 @@ export WORK PYTHONPATH="$PWD/kernels:$PWD/engine${PYTHONPATH:+:$PYTHONPATH}" MPL
 # pyproject's options ask for coverage and leave the GPU out
 pytest=("$PYTHON" -m pytest -o addopts= --strict-markers -p no:cacheprovider -q)
 if [ "$DEVICE" = cpu ]; then
-  marker="not gpu and not compile" target=cpu-cpp
+  marker="not gpu and not compile"
   large="--model wrn-10-1 --batch-size 16 --repeats 2" small="--model preact-resnet-digits --batch-size 16 --repeats 2"
   chosen="--sizes 1e3,1e5 --passes 1 --rounds 3 --seconds 70 -k 1e"
 else
-  marker=gpu target=cuda-cuda
+  marker=gpu
   graphs="--engine cuda_graphs=true"
   large="--model wrn-34-10 --batch-size 128 --repeats 6 $graphs" small="--model preact-resnet-18 --batch-size 128 --repeats 8 $graphs"
   # from what launches cost to what memory bandwidth costs, beside the two models
@@ -101,20 +101,14 @@ tests() {
   "${pytest[@]}" -m "$marker" --timeout=100 --durations=5 $ignored "${options[@]}"
 }
 
-# sanitize TOOL SECONDS: a short part of the tests; without torch's caching allocator each tensor has bounds of its own
+# sanitize TOOL SECONDS: some of the fuzzer's cases; bench/compute_sanitizer.sh by itself takes more, and two more tools
 sanitize() {
-  local status=0 checker=(compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 20)
   if ! command -v compute-sanitizer >/dev/null || [ "$DEVICE" = cpu ]; then
-    echo "compute-sanitizer is not there, or there is nothing for it to check: the tests run without"
-    checker=()
+    echo "compute-sanitizer is not there, or there is nothing for it to check: the cases run without"
+    timeout "$2" "$PYTHON" tests/fuzz.py --device "$DEVICE" --cases 20
+    return
   fi
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$2" "${checker[@]}" "${pytest[@]}" -m "$marker" --timeout=0 -x -v \
-    tests/test_operations.py -k "$target and (warp_edges or chunk_edges or pgd)" || status=$?
-  if [ $status -eq 124 ]; then
-    echo "not finished within $2 s; nothing was found until then"
-    status=0
-  fi
-  return $status
+  TOOLS=$1 BACKENDS=cuda CASES=100 SECONDS_EACH=$2 bash bench/compute_sanitizer.sh
 }
 
 memcheck() { sanitize memcheck 35; }

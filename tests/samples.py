@@ -1,5 +1,6 @@
 """The inputs that every operation is tested on, and the fp64 definitions that it is compared with."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +70,7 @@ def _transposed(tensor: Tensor) -> Tensor:
         return tensor.clone()
     order = [0, *range(tensor.ndim - 1, 0, -1)]
     inverse = [order.index(d) for d in range(tensor.ndim)]
-    return tensor.permute(order).contiguous().permute(inverse)
+    return tensor.permute(order).clone(memory_format=torch.contiguous_format).permute(inverse)
 
 
 LAYOUTS = [
@@ -80,33 +81,34 @@ LAYOUTS = [
 ]
 
 
-def perturbed_fp64(
+def perturbed(
     weights: list[Tensor],
     grads: list[Tensor],
     gamma: float,
     scope: str,
     eps: float = 1e-20,
     *,
+    dtype: torch.dtype,
     scale: str = "relative",
     eta: float = 0.0,
     adaptive: Sequence[bool] | None = None,
     bound: float | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """The definitions, written from the papers: new weights and scales, in fp64."""
-    w64, g64 = [w.double() for w in weights], [g.double() for g in grads]
+    """The definitions, written from the papers, in plain PyTorch and the precision `dtype`: new weights and scales."""
+    weights, grads = [w.to(dtype) for w in weights], [g.to(dtype) for g in grads]
     chosen = adaptive or [True] * len(weights)
     factors = [
         w.abs() + eta if scale == "elementwise" and flag else torch.ones_like(w)
-        for w, flag in zip(w64, chosen, strict=True)
+        for w, flag in zip(weights, chosen, strict=True)
     ]
-    scaled = [t * g for t, g in zip(factors, g64, strict=True)]
-    w_norms, g_norms = norms_fp64(w64, scope), norms_fp64(scaled, scope)
+    scaled = [t * g for t, g in zip(factors, grads, strict=True)]
+    w_norms, g_norms = norms_of(weights, scope), norms_of(scaled, scope)
     scales = [
         gamma * (w_norm if scale == "relative" else torch.ones_like(w_norm)) / (g_norm + eps)
         for w_norm, g_norm in zip(w_norms, g_norms, strict=True)
     ]
     moved = []
-    for w, g, factor, multiplier in zip(w64, g64, factors, scales, strict=True):
+    for w, g, factor, multiplier in zip(weights, grads, factors, scales, strict=True):
         v = multiplier * factor**2 * g
         if bound is not None:
             v = torch.maximum(torch.minimum(v, bound * w.abs()), -bound * w.abs())
@@ -116,7 +118,10 @@ def perturbed_fp64(
     return moved, torch.cat([value.flatten() for value in scales])
 
 
-def norms_fp64(tensors: list[Tensor], scope: str) -> list[Tensor]:
+perturbed_fp64 = functools.partial(perturbed, dtype=torch.float64)
+
+
+def norms_of(tensors: list[Tensor], scope: str) -> list[Tensor]:
     """Norms that broadcast over their tensors."""
     if scope == "global":
         return [torch.cat([t.flatten() for t in tensors]).norm()] * len(tensors)
@@ -128,29 +133,36 @@ def norms_fp64(tensors: list[Tensor], scope: str) -> list[Tensor]:
     ]
 
 
-def plain_perturbed(weights: list[Tensor], grads: list[Tensor], gamma: float) -> list[Tensor]:
-    """What plain PyTorch gives in the tensors' own dtype, scope "layer": the yardstick for errors."""
-    return [w + gamma * w.norm() / (g.norm() + 1e-20) * g for w, g in zip(weights, grads, strict=True)]
-
-
-def stepped_fp64(
-    x_adv: Tensor, grad: Tensor, x: Tensor, *, step_size: float, epsilon: float, norm: str, mask: Tensor | None = None
+def stepped(
+    x_adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    *,
+    dtype: torch.dtype,
+    step_size: float,
+    epsilon: float,
+    norm: str,
+    mask: Tensor | None = None,
+    clip: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
-    """The attack's step as the papers define it, in fp64, without the inward roundings."""
-    current, ascent, clean = x_adv.double(), grad.double(), x.double()
+    """The attack's step as the papers define it, in the precision `dtype`, without the inward roundings."""
+    current, ascent, clean = x_adv.to(dtype), grad.to(dtype), x.to(dtype)
     if mask is not None:
-        ascent = ascent * mask
+        ascent = torch.where(mask, ascent, 0)
     if norm == "linf":
         delta = (current + step_size * ascent.sign() - clean).clamp(-epsilon, epsilon)
-        return (clean + delta).clamp(0, 1)
+        return (clean + delta).clamp(*clip)
     result = []
     for sample, direction, origin in zip(current, ascent, clean, strict=True):
         length = direction.norm()
-        moved = sample + step_size * direction / length if length > 0 else sample
+        moved = sample + step_size * direction / length if 0 < length < torch.inf else sample
         delta = moved - origin
         distance = delta.norm()
-        result.append((origin + delta * (epsilon / distance if distance > epsilon else 1.0)).clamp(0, 1))
-    return torch.stack(result)
+        result.append((origin + delta * (epsilon / distance if distance > epsilon else 1.0)).clamp(*clip))
+    return torch.stack(result) if result else current
+
+
+stepped_fp64 = functools.partial(stepped, dtype=torch.float64)
 
 
 # what sgd_step_ takes beside its lists: names of lists, and numbers
@@ -175,13 +187,14 @@ SGD_VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def sgd_fp64(
+def sgd(
     weights: list[Tensor],
     grads: list[Tensor],
     buffers: list[Tensor],
     averages: list[Tensor],
     out: list[Tensor],
     *,
+    dtype: torch.dtype,
     lr: float,
     weight_decay: float | Sequence[float] = 0.0,
     momentum: float = 0.0,
@@ -192,16 +205,20 @@ def sgd_fp64(
     average_weight: float = 0.0,
     decay_at_out: bool = False,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """torch.optim.SGD's formulas in fp64: new weights, momentum buffers and averages."""
+    """torch.optim.SGD's formulas in the precision `dtype`: new weights, momentum buffers and averages."""
     norm = grad_norm / grad_scale
     clip = 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))
     decays = [weight_decay] * len(weights) if isinstance(weight_decay, float) else weight_decay
-    stepped, new_buffers, new_averages = [], [], []
+    moved, new_buffers, new_averages = [], [], []
     for w, g, b, a, o, decay in zip(weights, grads, buffers, averages, out, decays, strict=True):
-        d = g.double() / grad_scale * clip + decay * (o if decay_at_out else w).double()
-        new_buffers.append(momentum * b.double() + d)
+        w, average = w.to(dtype), a.to(dtype)
+        d = g.to(dtype) / grad_scale * clip + decay * (o.to(dtype) if decay_at_out else w)
+        new_buffers.append(momentum * b.to(dtype) + d)
         if momentum:
             d = d + momentum * new_buffers[-1] if nesterov else new_buffers[-1]
-        stepped.append(w.double() - lr * d)
-        new_averages.append(a.double() + average_weight * (stepped[-1] - a.double()))
-    return stepped, new_buffers, new_averages
+        moved.append(w - lr * d)
+        new_averages.append(average + average_weight * (moved[-1] - average))
+    return moved, new_buffers, new_averages
+
+
+sgd_fp64 = functools.partial(sgd, dtype=torch.float64)

@@ -67,8 +67,7 @@ def weight_norms(norms: Tensor, weights: Sequence[Tensor], scope: str, scale: st
             f"weight_norms: expected contiguous float64 of shape ({len(weights)},) like weights, "
             f"got {norms.dtype} of shape {tuple(norms.shape)}"
         )
-    if norms.device != weights[0].device:
-        raise ValueError(f"weight_norms: expected device {weights[0].device} like weights[0], got {norms.device}")
+    same_device("weight_norms", norms, "weights[0]", weights[0])
 
 
 def dense(tensor: Tensor) -> bool:
@@ -111,8 +110,7 @@ def _floating_strided(name: str, tensor: Tensor) -> None:
 def _same_shape_and_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     if tensor.shape != like.shape:
         raise ValueError(f"{name}: expected shape {tuple(like.shape)} like {like_name}, got {tuple(tensor.shape)}")
-    if tensor.device != like.device:
-        raise ValueError(f"{name}: expected device {like.device} like {like_name}, got {tensor.device}")
+    same_device(name, tensor, like_name, like)
 
 
 def _writable(name: str, tensor: Tensor) -> None:
@@ -130,6 +128,30 @@ def like(name: str, tensor: Tensor, like_name: str, model: Tensor) -> Tensor:
     return tensor if _same_strides(tensor, model) else torch.empty_like(model, dtype=tensor.dtype).copy_(tensor)
 
 
+def same_device(name: str, tensor: Tensor, like_name: str, model: Tensor) -> None:
+    """Refuse a tensor on another device than the model's."""
+    if tensor.device != model.device:
+        raise ValueError(f"{name}: expected device {model.device} like {like_name}, got {tensor.device}")
+
+
+def traced_batch(x_adv: Tensor, like: Mapping[str, Tensor], others: Mapping[str, Tensor | None]) -> None:
+    """What a traced call of an attack operation is checked for, and one that mixes "meta" tensors with others.
+
+    Args:
+        x_adv: what is written.
+        like: tensors of its shape, on its device.
+        others: tensors of other shapes, on its device.
+
+    Raises:
+        ValueError: shapes or devices.
+    """
+    for name, tensor in like.items():
+        _same_shape_and_device(name, tensor, "x_adv", x_adv)
+    for name, tensor in others.items():
+        if tensor is not None:
+            same_device(name, tensor, "x_adv", x_adv)
+
+
 def alike(model_name: str, model: Sequence[Tensor], others: Mapping[str, Sequence[Tensor]]) -> None:
     """Refuse lists that differ in length, shapes or devices; also what a traced call is checked for."""
     for name, tensors in {model_name: model, **others}.items():
@@ -137,10 +159,7 @@ def alike(model_name: str, model: Sequence[Tensor], others: Mapping[str, Sequenc
             raise ValueError(f"{name}: expected {len(model)} tensors like {model_name}, got {len(tensors)}")
         for index, (tensor, first) in enumerate(zip(tensors, model, strict=True)):
             _same_shape_and_device(f"{name}[{index}]", tensor, f"{model_name}[{index}]", first)
-            if tensor.device != model[0].device:
-                raise ValueError(
-                    f"{name}[{index}]: expected device {model[0].device} like {model_name}[0], got {tensor.device}"
-                )
+            same_device(f"{name}[{index}]", tensor, f"{model_name}[0]", model[0])
 
 
 def scalar(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], like_name: str, model: Tensor) -> None:
@@ -150,8 +169,7 @@ def scalar(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], like_name
     if tensor.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f"{name}: expected {names}, got {tensor.dtype}")
-    if tensor.device != model.device:
-        raise ValueError(f"{name}: expected device {model.device} like {like_name}, got {tensor.device}")
+    same_device(name, tensor, like_name, model)
 
 
 def flat(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -164,10 +182,7 @@ def flat(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         raise ValueError(f"{name}: expected at least one tensor, got an empty list")
     for index, tensor in enumerate(tensors):
         _floating_strided(f"{name}[{index}]", tensor)
-        if tensor.device != tensors[0].device:
-            raise ValueError(
-                f"{name}[{index}]: expected device {tensors[0].device} like {name}[0], got {tensor.device}"
-            )
+        same_device(f"{name}[{index}]", tensor, f"{name}[0]", tensors[0])
     return [tensor if dense(tensor) else tensor.contiguous() for tensor in tensors]
 
 
@@ -268,6 +283,14 @@ def same_dtype(name: str, tensors: list[Tensor], like_name: str, model: list[Ten
     """Refuse a list whose dtype differs from another's."""
     if tensors and model and tensors[0].dtype != model[0].dtype:
         raise ValueError(f"{name}[0]: expected {model[0].dtype} like {like_name}, got {tensors[0].dtype}")
+
+
+def image_operand(name: str, tensor: Tensor) -> None:
+    """Refuse what neither the compiled image operations nor torch's own take."""
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name}: expected a strided tensor, got layout {tensor.layout}")
 
 
 def image_batch(x_adv: Tensor, x: Tensor) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
-from awp_kernels import _backend
+from awp_kernels import _backend, _checks
 from awp_kernels._autograd import needed
 from awp_kernels.bn_relu import reference
 
@@ -33,6 +33,10 @@ def _plain_vector(tensor: Tensor | None) -> bool:
         and tensor.device.type == "cpu"
         and tensor.is_contiguous()
     )
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def bn_relu_available(x: Tensor, *vectors: Tensor | None) -> bool:
@@ -60,14 +64,18 @@ def bn_relu_available(x: Tensor, *vectors: Tensor | None) -> bool:
 def _check(x: Tensor, vectors: dict[str, Tensor | None], training: bool) -> None:
     if x.ndim != 4:
         raise ValueError(f"x: expected a batch [N, C, H, W], got shape {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise ValueError(f"x: expected a floating-point tensor, got {x.dtype}")
+    _checks.image_operand("x", x)
     channels = x.shape[1]
     for name, tensor in vectors.items():
+        if tensor is not None:
+            _checks.image_operand(name, tensor)
         if tensor is not None and (tensor.ndim != 1 or tensor.shape[0] != channels):
             raise ValueError(f"{name}: expected {channels} values, one a channel of x, got {tuple(tensor.shape)}")
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name}: expected device {x.device} like x, got {tensor.device}")
+        if tensor is not None:
+            _checks.same_device(name, tensor, "x", x)
+    for name in ("running_mean", "running_var"):
+        if (tensor := vectors[name]) is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name}: expected contiguous values, got strides {tensor.stride()}")
     if (vectors["running_mean"] is None) != (vectors["running_var"] is None):
         raise ValueError("running_var: expected together with running_mean, or neither")
     if not training and vectors["running_mean"] is None:
@@ -163,7 +171,7 @@ def bn_relu(
         x: [N, C, H, W]; in another order than channels_last it is copied.
         weight: [C]; None: 1.
         bias: [C]; None: 0.
-        running_mean: [C]; with `training` it is moved in place, or may be None.
+        running_mean: [C], contiguous; with `training` it is moved in place, or may be None.
         running_var: [C], likewise; it takes the unbiased variance.
         training: normalise by the batch, else by the running statistics.
         momentum: weight of this batch in the running statistics.
@@ -178,6 +186,8 @@ def bn_relu(
     """
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     _check(x, vectors, training)
+    # torch 2.13's backward pass reads strided parameters as if they were contiguous
+    weight, bias = _contiguous(weight), _contiguous(bias)
     if torch.compiler.is_compiling():
         return reference.bn_relu(x, weight, bias, running_mean, running_var, training, momentum, eps)
     if not bn_relu_available(x, weight, bias, running_mean, running_var):

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
-from awp_kernels import _backend
+from awp_kernels import _backend, _checks
 from awp_kernels._autograd import needed
 from awp_kernels.conv import _weights, reference
 from awp_kernels.conv._weights import forget_all as conv3x3_forget
@@ -57,11 +57,11 @@ def _check(x: Tensor, weight: Tensor) -> None:
         raise ValueError(f"weight: expected shape [K, C, 3, 3], got {tuple(weight.shape)}")
     if weight.shape[1] != x.shape[1]:
         raise ValueError(f"weight: expected {x.shape[1]} input channels like x, got shape {tuple(weight.shape)}")
-    if weight.device != x.device:
-        raise ValueError(f"weight: expected device {x.device} like x, got {weight.device}")
+    _checks.same_device("weight", weight, "x", x)
+    if not x.shape[2] or not x.shape[3]:
+        raise ValueError(f"x: expected a height and a width of at least 1, got shape {tuple(x.shape)}")
     for name, tensor in (("x", x), ("weight", weight)):
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+        _checks.image_operand(name, tensor)
 
 
 def _channels_last(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

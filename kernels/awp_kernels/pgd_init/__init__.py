@@ -6,10 +6,14 @@ from torch import Tensor
 from awp_kernels import _backend, _checks
 
 
-def _start(x_adv: Tensor, x: Tensor, size: float, norm: str, sample_ids: Tensor, seed: int) -> None:
-    """Check what both operations share, and run; `size` is epsilon, or the standard deviation."""
+def _check_seed(seed: int) -> None:
+    """Before the operation is called: torch has no words for what 64 bits do not hold."""
     if not 0 <= seed < 1 << 63:
         raise ValueError(f"seed: expected a number in [0, 2^63), got {seed}")
+
+
+def _start(x_adv: Tensor, x: Tensor, size: float, norm: str, sample_ids: Tensor, seed: int) -> None:
+    """Check what both operations share, and run; `size` is epsilon, or the standard deviation."""
     _checks.image_batch(x_adv, x)
     clean = _checks.like("x", x, "x_adv", x_adv)
     if sample_ids.dtype != torch.int64 or sample_ids.shape != x_adv.shape[:1]:
@@ -17,8 +21,7 @@ def _start(x_adv: Tensor, x: Tensor, size: float, norm: str, sample_ids: Tensor,
             f"sample_ids: expected int64 of shape ({x_adv.shape[0]},), "
             f"got {sample_ids.dtype} of shape {tuple(sample_ids.shape)}"
         )
-    if sample_ids.device != x_adv.device:
-        raise ValueError(f"sample_ids: expected device {x_adv.device} like x_adv, got {sample_ids.device}")
+    _checks.same_device("sample_ids", sample_ids, "x_adv", x_adv)
     _checks.no_overlap({"x_adv": [x_adv]}, {"x": [clean]})
     run = _backend.select("pgd_init", x_adv.device, {x_adv.dtype})
     run(x_adv, clean, sample_ids.contiguous(), size, norm, seed)
@@ -33,7 +36,7 @@ def _pgd_init_(x_adv: Tensor, x: Tensor, epsilon: float, norm: str, sample_ids: 
 
 @_pgd_init_.register_fake
 def _(x_adv: Tensor, x: Tensor, epsilon: float, norm: str, sample_ids: Tensor, seed: int) -> None:
-    return None
+    _checks.traced_batch(x_adv, {"x": x}, {"sample_ids": sample_ids})
 
 
 @torch.library.custom_op("awp::pgd_init_normal_", mutates_args=("x_adv",))
@@ -44,7 +47,7 @@ def _pgd_init_normal_(x_adv: Tensor, x: Tensor, std: float, sample_ids: Tensor, 
 
 @_pgd_init_normal_.register_fake
 def _(x_adv: Tensor, x: Tensor, std: float, sample_ids: Tensor, seed: int) -> None:
-    return None
+    _checks.traced_batch(x_adv, {"x": x}, {"sample_ids": sample_ids})
 
 
 @torch.no_grad()
@@ -65,6 +68,7 @@ def pgd_init_(x_adv: Tensor, x: Tensor, *, epsilon: float, norm: str, sample_ids
     Raises:
         ValueError: arguments that do not fit, named.
     """
+    _check_seed(seed)
     _pgd_init_(x_adv, x, float(epsilon), norm, sample_ids, seed)
 
 
@@ -88,4 +92,5 @@ def pgd_init_normal_(x_adv: Tensor, x: Tensor, *, std: float, sample_ids: Tensor
     Source: Zhang, Yu, Jiao, Xing, El Ghaoui, Jordan: Theoretically Principled Trade-off between Robustness and
     Accuracy, ICML 2019.
     """
+    _check_seed(seed)
     _pgd_init_normal_(x_adv, x, float(std), sample_ids, seed)

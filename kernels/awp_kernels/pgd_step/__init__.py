@@ -30,8 +30,7 @@ def _pgd_step_(
     if mask is not None:
         if mask.dtype != torch.bool:
             raise ValueError(f"mask: expected torch.bool, got {mask.dtype}")
-        if mask.device != x_adv.device:
-            raise ValueError(f"mask: expected device {x_adv.device} like x_adv, got {mask.device}")
+        _checks.same_device("mask", mask, "x_adv", x_adv)
         if mask.ndim > x_adv.ndim or any(
             m not in (1, size) for m, size in zip(reversed(mask.shape), reversed(x_adv.shape), strict=False)
         ):
@@ -55,7 +54,7 @@ def _(
     high: float,
     mask: Tensor | None,
 ) -> None:
-    return None
+    _checks.traced_batch(x_adv, {"x": x, "grad": grad}, {"mask": mask})
 
 
 @torch.no_grad()

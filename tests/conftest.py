@@ -11,8 +11,19 @@ from awp_kernels import _backend
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60)
 settings.load_profile("ci")
 
+# each of several processes takes one core, and so do the processes that tests start
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 # matplotlib, git and torch write below HOME at times
 os.environ.setdefault("MPLCONFIGDIR", str(Path(os.environ.get("TMPDIR", "/tmp")) / "awp-matplotlib"))
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A process a core, hyperthreads included; GPU tests and selections of a few tests run in one."""
+    gpu = "gpu" in (config.getoption("-m") or "").replace("not gpu", "")
+    return 0 if gpu else min(os.cpu_count() or 1, 8)
 
 
 def device_backends() -> list:

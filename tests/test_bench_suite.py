@@ -1,6 +1,7 @@
 """The benchmarks of single operations, from the command to the plots; and that they refuse wrong results."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,9 @@ sys.path.remove(str(BENCH))
 def pytest_bench(*options: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-q", "bench",
                "--device", "cpu", "--passes", "2", "--rounds", "2", *options]  # fmt: skip
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    # pytest-benchmark would take this process's xdist for the other's
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
 
 
 @pytest.fixture

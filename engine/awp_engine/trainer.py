@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from awp_engine import checkpoint, monitor
 from awp_engine.average import WeightAverage
 from awp_engine.build_step import build_step, capture_step
+from awp_engine.checkpoint._files import TEMPORARY
 from awp_engine.config import (
     Config,
     ConfigError,
@@ -171,7 +172,8 @@ def prepare_run_dir(config: Config) -> None:
             return
         if run_dir.exists() and not run_dir.is_dir():
             raise ConfigError(f"--run-dir: expected a directory, {run_dir} is a file; choose another")
-        if run_dir.exists() and any(run_dir.iterdir()):
+        # a run that was killed while it wrote its first file has left nothing but that
+        if run_dir.exists() and any(not entry.name.startswith(TEMPORARY) for entry in run_dir.iterdir()):
             raise ConfigError(f"--run-dir: {run_dir} is not empty and holds no config.json of a run; choose another")
         run_dir.mkdir(parents=True, exist_ok=True)
         checkpoint.atomic_write_text(saved, to_json(config))

@@ -11,6 +11,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import mmap
@@ -208,6 +209,7 @@ class Run:
         return self.output.read_text() if self.output.exists() else ""
 
 
+@functools.cache
 def undisturbed(run_dir: Path) -> tuple[dict[str, Any], float]:
     """What a run ends with that nobody disturbs, and the seconds that it takes."""
     _require_done(Run(_train, run_dir))
@@ -342,13 +344,23 @@ def handles(pid: int, number: int) -> bool:
     return bool(caught) and bool(int(caught, 16) >> (number - 1) & 1)
 
 
-def signal_run(run: Run, number: signal.Signals, seconds: float) -> dict[str, Any] | None:
-    """Ask a fresh run to stop, so many seconds after it can be asked; returns what that did, None if it had ended.
+def signal_run(
+    run: Run, number: signal.Signals, there: Callable[[str, int], bool], seconds: float
+) -> dict[str, Any] | None:
+    """Ask a fresh run to stop, so many seconds after `there` is true of its part and updates.
+
+    Returns:
+        What that did, None if it had ended.
 
     Raises:
         RunError: it did not stop within a step, with its exit code and one line.
     """
-    wait_until(lambda: run.process.exitcode is not None or handles(run.pid, number), f"{run.run_dir}: handlers")
+
+    def asked() -> bool:
+        part, _, _, updates = run.board.read()
+        return run.process.exitcode is not None or (handles(run.pid, number) and there(part, updates))
+
+    wait_until(asked, f"{run.run_dir}: a moment to stop it")
     run.process.join(seconds)
     if run.process.exitcode is not None:
         return None
@@ -377,6 +389,11 @@ def signal_run(run: Run, number: signal.Signals, seconds: float) -> dict[str, An
     return {"signal": number.name, "part": part, "updates": updates, "saved": saved, "code": code}
 
 
+def _after(steps: int, evaluating: bool) -> Callable[[str, int], bool]:
+    """Whether a run has made so many steps and, if asked for, is being evaluated."""
+    return lambda part, updates: updates >= steps and (part == "evaluation" or not evaluating)
+
+
 def signal_runs(count: int, seed: int, directory: Path, tell: Callable[[str], None] = print) -> dict[str, Any]:
     """Ask runs to stop, one signal each, and let them go on to their end."""
     draw = random.Random(seed)
@@ -385,11 +402,13 @@ def signal_runs(count: int, seed: int, directory: Path, tell: Callable[[str], No
     wrong: list[str] = []
     runs = 0
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+    step_seconds = seconds / (EPOCHS * STEPS)
     while len(stops) < count and not wrong:
         runs += 1
         run_dir = directory / f"stopped-{runs}"
+        number, steps, later = numbers[len(stops) % 3], draw.randrange(EPOCHS * STEPS), draw.uniform(0, step_seconds)
         try:
-            stop = signal_run(Run(_train_command, run_dir), numbers[len(stops) % 3], draw.uniform(0, seconds))
+            stop = signal_run(Run(_train_command, run_dir), number, _after(steps, len(stops) % 4 == 3), later)
             if stop is not None:
                 stops.append(stop)
                 _require_done(Run(_train_command, run_dir))
@@ -605,9 +624,7 @@ def main() -> None:
         if not count:
             continue
         began = time.monotonic()
-        part = directory / name
-        part.mkdir()
-        found = kind.run(count, arguments.seed, part, lambda line: print(line, flush=True))
+        found = kind.run(count, arguments.seed, directory, lambda line: print(line, flush=True))
         repeat = f"python tests/kill_runs.py --{name} {count} --seed {arguments.seed}"
         results[name] = {"repeat": repeat, "wall_seconds": round(time.monotonic() - began), **found}
         summary = {key: value for key, value in results[name].items() if not isinstance(value, list)}

@@ -22,6 +22,7 @@ import re
 import runpy
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -152,31 +153,33 @@ def _train(flags: list[str], board: Path, output: Path) -> None:
         trainer.run()
 
 
-def _train_command(flags: list[str], board: Path, output: Path) -> None:
+def _train_command(flags: list[str], board: Path, output: Path, environment: dict[str, str], script: Path) -> None:
     """A child: all of train.py, with the signals of a process that a terminal starts."""
     _into(output)
+    os.environ.update(environment)
     import torch
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.argv = [str(TRAIN), *flags]
+    sys.argv = [str(script), *flags]
     with listening(_note(Board(board), lambda: (0, 0))):
-        runpy.run_path(str(TRAIN), run_name="__main__")
+        runpy.run_path(str(script), run_name="__main__")
 
 
 class Run:
     """A training process, forked from a server that has imported everything."""
 
-    def __init__(self, child: Callable[..., None], run_dir: Path) -> None:
+    def __init__(self, child: Callable[..., None], run_dir: Path, *arguments: Any, flags: tuple[str, ...] = ()) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
-        self.run_dir, self.output = run_dir, run_dir.with_suffix(".out")
-        path = run_dir.with_suffix(".board")
+        self.run_dir = run_dir
+        name = f"{run_dir.name}{uuid.uuid4().hex[:4] if arguments else ''}"
+        self.output, path = run_dir.with_name(f"{name}.out"), run_dir.with_name(f"{name}.board")
         self.board = Board(path)
         self.board.write("start", 0, 0, 0)
-        flags = [*SMALL, "--run-dir", str(run_dir)]
+        given = [*SMALL, *flags, "--run-dir", str(run_dir)]
         self.began = time.monotonic()
-        self.process = context.Process(target=child, args=(flags, path, self.output), daemon=True)
+        self.process = context.Process(target=child, args=(given, path, self.output, *arguments), daemon=True)
         self.process.start()
 
     @property
@@ -408,10 +411,12 @@ def signal_runs(count: int, seed: int, directory: Path, tell: Callable[[str], No
         run_dir = directory / f"stopped-{runs}"
         number, steps, later = numbers[len(stops) % 3], draw.randrange(EPOCHS * STEPS), draw.uniform(0, step_seconds)
         try:
-            stop = signal_run(Run(_train_command, run_dir), number, _after(steps, len(stops) % 4 == 3), later)
+            stop = signal_run(
+                Run(_train_command, run_dir, {}, TRAIN), number, _after(steps, len(stops) % 4 == 3), later
+            )
             if stop is not None:
                 stops.append(stop)
-                _require_done(Run(_train_command, run_dir))
+                _require_done(Run(_train_command, run_dir, {}, TRAIN))
             if differs := differences(run_dir, whole):
                 raise RunError(f"{run_dir}: after {stop}: other than undisturbed: {differs}")
         except (RunError, OSError, ValueError) as error:
@@ -428,6 +433,39 @@ def signal_runs(count: int, seed: int, directory: Path, tell: Callable[[str], No
         "parts": dict(collections.Counter(stop["part"] for stop in stops).most_common()),
         "stops": stops,
     }
+
+
+def ranks(world: int, run_dir: Path, *flags: str, script: Path = TRAIN) -> list[Run]:
+    """The processes that torchrun would start, quicker, and restarted by nobody."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world), **_ENVIRONMENT}
+    return [
+        Run(_train_command, run_dir, place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, script, flags=flags)
+        for rank in range(world)
+    ]
+
+
+FAULTY = """
+import os, runpy, sys, time
+from awp_engine.regions import listening
+
+kind, rank, after, train, *arguments = sys.argv[1:]
+seen = 0
+
+def fault_on_purpose(part, begins):
+    global seen
+    seen += part == "update"
+    if seen == int(after) and os.environ["RANK"] == rank and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        while kind == "hang":
+            time.sleep(1)
+        raise ValueError("raised on purpose")
+
+sys.argv = [train, *arguments]
+with listening(fault_on_purpose):
+    runpy.run_path(train, run_name="__main__")
+"""
 
 
 class Torchrun:
@@ -507,9 +545,8 @@ class Torchrun:
             raise RunError(f"{self.output}: not done after {seconds:g} s\n{self.said()[-3000:]}") from None
 
 
-def torchrun_flags(run_dir: Path, *more: str) -> list[str]:
-    """Of a small run of several ranks, whose watchdog waits 5 seconds."""
-    return [*SMALL, "--distributed.timeout", "5", *more, "--run-dir", str(run_dir)]
+# two epochs, as starting the ranks takes longest; the watchdog waits 5 seconds
+RANKS = ("--epochs", "2", "--distributed.timeout", "5")
 
 
 def disturb(job: Torchrun, draw: random.Random, faults: int) -> list[dict[str, Any]]:
@@ -541,13 +578,52 @@ def disturb(job: Torchrun, draw: random.Random, faults: int) -> list[dict[str, A
         job.wait_ranks(other_than=ranks, seconds=60)
         done.append(
             {
-                "signal": number.name,
+                "fault": number.name,
                 "rank": rank,
                 "step": steps,
-                "seconds": round(time.monotonic() - began, 1),
+                "restart_seconds": round(time.monotonic() - began, 1),
             }
         )
     return done
+
+
+def _job(number: int, draw: random.Random, world: int, run_dir: Path) -> list[dict[str, Any]]:
+    """One disturbed job, to its end; one in five has a rank that hangs, or raises, by itself."""
+    output, flags = run_dir.with_suffix(".out"), [*SMALL, *RANKS, "--run-dir", str(run_dir)]
+    kind = {3: "hang", 4: "raise"}.get(number % 10, "signal")
+    if kind == "signal":
+        with Torchrun(world, output, *flags) as job:
+            faults = disturb(job, draw, draw.choice([1, 1, 2]))
+            _require_ended(job, faults)
+        return faults
+    script = run_dir.with_suffix(".py")
+    script.write_text(FAULTY)
+    rank, after = draw.randrange(world), draw.randint(2, 2 * STEPS)
+    began = time.monotonic()
+    with Torchrun(world, output, kind, str(rank), str(after), str(TRAIN), *flags, script=script) as job:
+        first = job.wait_ranks({})
+        job.wait_ranks(first)
+        seconds = time.monotonic() - began
+        fault = {"fault": kind, "rank": rank, "step": after, "start_and_restart_seconds": round(seconds, 1)}
+        _require_ended(job, [fault])
+        for words in ["fault_on_purpose", f"because of rank {rank} (runs" if kind == "hang" else "raised on purpose"]:
+            if words not in job.said():
+                raise RunError(f"{run_dir}: {fault}: {words!r} was not said\n{job.said()[-3000:]}")
+    return [fault]
+
+
+def _require_ended(job: Torchrun, faults: list[dict[str, Any]]) -> None:
+    if (code := job.end()) != 0:
+        raise RunError(f"{job.output}: exit code {code} after {faults}\n{job.said()[-3000:]}")
+    if left := job.all_ranks():
+        raise RunError(f"{job.output}: processes are left: {left}")
+
+
+def undisturbed_ranks(world: int, run_dir: Path) -> dict[str, Any]:
+    """What a run of so many ranks ends with that nobody disturbs."""
+    for run in ranks(world, run_dir, *RANKS):
+        _require_done(run)
+    return outcome(run_dir)
 
 
 def torchrun_runs(count: int, seed: int, directory: Path, tell: Callable[[str], None] = print) -> dict[str, Any]:
@@ -559,35 +635,26 @@ def torchrun_runs(count: int, seed: int, directory: Path, tell: Callable[[str], 
     while len(jobs) < count and not wrong:
         number = len(jobs) + 1
         world = 4 if number % 5 == 0 else 2
+        run_dir = directory / f"disturbed-{number}"
+        began = time.monotonic()
         try:
             if world not in whole:
-                run_dir = directory / f"undisturbed-{world}"
-                with Torchrun(world, run_dir.with_suffix(".out"), *torchrun_flags(run_dir, "--epochs", "2")) as job:
-                    if (code := job.end()) != 0:
-                        raise RunError(f"{run_dir}: exit code {code}\n{job.said()[-3000:]}")
-                whole[world] = outcome(run_dir)
-            run_dir = directory / f"disturbed-{number}"
-            with Torchrun(world, run_dir.with_suffix(".out"), *torchrun_flags(run_dir, "--epochs", "2")) as job:
-                faults = disturb(job, draw, draw.choice([1, 1, 2]))
-                if (code := job.end()) != 0:
-                    raise RunError(f"{run_dir}: exit code {code} after {faults}\n{job.said()[-3000:]}")
-                if left := job.all_ranks():
-                    raise RunError(f"{run_dir}: processes are left: {left}")
+                whole[world] = undisturbed_ranks(world, directory / f"undisturbed-{world}")
+            faults = _job(number, draw, world, run_dir)
             if differs := differences(run_dir, whole[world]):
                 raise RunError(f"{run_dir}: after {faults}: other than undisturbed: {differs}")
         except (RunError, OSError, ValueError) as error:
             wrong.append(str(error))
             break
         shutil.rmtree(run_dir)
-        jobs.append({"ranks": world, "faults": faults})
-        tell(f"{len(jobs)} jobs, {faults}, {len(wrong)} wrong")
+        jobs.append({"ranks": world, "seconds": round(time.monotonic() - began, 1), "faults": faults})
+        tell(f"{len(jobs)} jobs, {jobs[-1]}")
     faults = [fault for job in jobs for fault in job["faults"]]
-    kinds = collections.Counter(fault["signal"] for fault in faults)
     return {
         "jobs": len(jobs),
-        "faults": dict(kinds),
+        "faults": dict(collections.Counter(fault["fault"] for fault in faults)),
         "wrong": wrong,
-        "longest_restart_seconds": max((fault["seconds"] for fault in faults), default=0.0),
+        "longest_end_or_restart_seconds": max((fault.get("restart_seconds", 0) for fault in faults), default=0),
         "disturbed": jobs,
     }
 

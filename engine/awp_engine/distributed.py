@@ -156,7 +156,8 @@ def joined(device: str, timeout: float) -> Iterator[Ranks]:
 
     Args:
         device: as `--device`: NCCL serves GPUs, gloo CPUs.
-        timeout: seconds, after which a rank that waits for another gives up.
+        timeout: seconds without progress until the watchdog names the rank that hangs; a rank that waits for another
+            gives up some time after that, when nobody watches.
 
     Raises:
         ConfigError: more ranks on this machine than GPUs.
@@ -179,7 +180,8 @@ def joined(device: str, timeout: float) -> Iterator[Ranks]:
         store=PrefixStore("collectives", store),
         rank=rank,
         world_size=world,
-        timeout=datetime.timedelta(seconds=timeout),
+        # the watchdog takes at most 1.75 timeouts; one that gave up before it would be blamed for the one that hangs
+        timeout=datetime.timedelta(seconds=2 * timeout + 60),
         device_id=torch.device("cuda", local_rank) if on_gpu else None,
     )
     # a client of its own: a rank that waits for the first one would keep it

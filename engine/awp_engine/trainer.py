@@ -405,6 +405,8 @@ class Trainer:
     def _stopped(self) -> NoReturn:
         """Leave a checkpoint, and end."""
         path = self._save(wait=True)
+        # together: torchrun gives the others 30 seconds once one of them has ended
+        self.ranks.any(False, self.device)
         # another rank may have been asked
         name = signal.Signals(self._stop.signal).name if self._stop.signal else "a signal to another rank"
         raise StoppedError(

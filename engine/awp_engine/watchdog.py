@@ -62,7 +62,9 @@ class _Watchdog:
                 if time.monotonic() - self._moved > self._timeout:
                     self._end(interval)
             except RuntimeError:
-                # the store is gone: the first rank's machine, or torchrun, has ended, and ends this rank as well
+                # the store is gone, and torchrun with it: a rank that went on would write where the next start does
+                if not self._over.is_set():
+                    os.kill(os.getpid(), signal.SIGTERM)
                 return
 
     def _tell(self) -> None:
@@ -102,7 +104,11 @@ class _Watchdog:
             print(f"train.py: error: {error}", file=sys.stderr, flush=True)
         if self._ranks.rank in guilty:
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        tell_torchrun(error)
+        try:
+            raise error
+        except HangError:
+            # inside, or torchrun's summary has no word of it
+            tell_torchrun(error)
         # the main thread waits inside a collective, where no exception reaches it
         os._exit(1)
 

@@ -169,7 +169,14 @@ def _train_command(flags: list[str], board: Path, output: Path, environment: dic
 class Run:
     """A training process, forked from a server that has imported everything."""
 
-    def __init__(self, child: Callable[..., None], run_dir: Path, *arguments: Any, flags: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        child: Callable[..., None],
+        run_dir: Path,
+        *arguments: Any,
+        flags: tuple[str, ...] = (),
+        given: list[str] | None = None,
+    ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
         self.run_dir = run_dir
@@ -177,7 +184,7 @@ class Run:
         self.output, path = run_dir.with_name(f"{name}.out"), run_dir.with_name(f"{name}.board")
         self.board = Board(path)
         self.board.write("start", 0, 0, 0)
-        given = [*SMALL, *flags, "--run-dir", str(run_dir)]
+        given = given or [*SMALL, *flags, "--run-dir", str(run_dir)]
         self.began = time.monotonic()
         self.process = context.Process(target=child, args=(given, path, self.output, *arguments), daemon=True)
         self.process.start()
@@ -435,14 +442,59 @@ def signal_runs(count: int, seed: int, directory: Path, tell: Callable[[str], No
     }
 
 
-def ranks(world: int, run_dir: Path, *flags: str, script: Path = TRAIN) -> list[Run]:
-    """The processes that torchrun would start, quicker, and restarted by nobody."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world), **_ENVIRONMENT}
+def _serve(pipe: Any) -> None:
+    """A child: the store that torchrun keeps for its ranks."""
+    from torch.distributed.distributed_c10d import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True)
+    pipe.send(store.port)
+    signal.pause()
+
+
+def store_server() -> tuple[Any, int]:
+    """A process that keeps a store as torchrun does, and its port."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs,), daemon=True)
+    process.start()
+    return process, ours.recv()
+
+
+def ranks(
+    world: int,
+    run_dir: Path,
+    *flags: str,
+    script: Path = TRAIN,
+    given: list[str] | None = None,
+    port: int | None = None,
+) -> list[Run]:
+    """The processes that torchrun would start, quicker, and restarted by nobody.
+
+    Args:
+        world: how many.
+        run_dir: of the run.
+        flags: beside those of small runs.
+        script: what they run.
+        given: all arguments, in place of those flags.
+        port: of a `store_server`; without one the first rank keeps the store.
+    """
+    place = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(world), **_ENVIRONMENT}
+    if port is None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place["MASTER_PORT"] = str(free.getsockname()[1])
+    else:
+        place |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     return [
-        Run(_train_command, run_dir, place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, script, flags=flags)
+        Run(
+            _train_command,
+            run_dir,
+            place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            script,
+            flags=flags,
+            given=given,
+        )
         for rank in range(world)
     ]
 
@@ -562,13 +614,13 @@ def disturb(job: Torchrun, draw: random.Random, faults: int) -> list[dict[str, A
         if not ranks:
             break
         before = job.steps()
-        # most faults meet training, some the start
-        if draw.random() < 0.9:
+        rank, number = draw.randrange(job.world), draw.choice([signal.SIGKILL, signal.SIGSTOP])
+        # most faults meet training, some the start, in which nobody watches yet for ranks that stand still
+        if number == signal.SIGSTOP or draw.random() < 0.8:
             job.wait_steps(before + draw.randint(1, STEPS))
             time.sleep(draw.uniform(0, 0.1))
         else:
             time.sleep(draw.uniform(0, 4))
-        rank, number = draw.randrange(job.world), draw.choice([signal.SIGKILL, signal.SIGSTOP])
         if job.process.poll() is not None:
             break
         with contextlib.suppress(ProcessLookupError):

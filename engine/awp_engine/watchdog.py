@@ -40,6 +40,8 @@ class _Watchdog:
         self._count, self._part, self._words = 0, "start", 0
         self._moved = time.monotonic()
         self._over = threading.Event()
+        # before any rank can wait for this one
+        self._tell()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -79,7 +81,10 @@ class _Watchdog:
         self._store.set(f"rank{self._ranks.rank}", json.dumps(word))
 
     def _heard(self) -> list[dict]:
-        return [json.loads(self._store.get(f"rank{rank}")) for rank in range(self._ranks.world)]
+        nothing = json.dumps({"words": 0, "count": 0, "part": "start", "host": "an unknown host", "pid": 0})
+        names = [f"rank{rank}" for rank in range(self._ranks.world)]
+        # to ask for what was never said would be to wait for it
+        return [json.loads(self._store.get(name) if self._store.check([name]) else nothing) for name in names]
 
     def _end(self, interval: float) -> NoReturn:
         before = self._heard()

@@ -1,12 +1,13 @@
 """Runs that are killed or asked to stop: see kill_runs.py, which does the same for longer."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from kill_runs import SMALL
+from kill_runs import SMALL, TRAIN, wait_until
 
 from awp_engine.command_line import parse_train
 from awp_engine.config import ConfigError
@@ -24,12 +25,43 @@ def harness(tmp_path: Path, *arguments: str) -> dict:
     return json.loads(found.read_text())
 
 
-def test_killed_runs_go_on_and_end_bit_equal(tmp_path):
-    """25 SIGKILLs at random moments, of saves and of perturbed weights too."""
-    found = harness(tmp_path, "--kills", "25", "--seed", "1")["kills"]
-    assert (found["kills"], found["wrong"]) == (25, [])
-    assert len({moment["part"] for moment in found["moments"]}) >= 3
-    assert found["during_a_save"] >= 1
+def test_killed_and_stopped_runs_go_on_and_end_bit_equal(tmp_path):
+    """25 SIGKILLs at random moments, of saves and of perturbed weights too; SIGTERM, SIGINT and SIGUSR1."""
+    found = harness(tmp_path, "--kills", "25", "--signals", "4", "--seed", "1")
+    kills, signals = found["kills"], found["signals"]
+    assert (kills["kills"], kills["wrong"]) == (25, [])
+    assert len({moment["part"] for moment in kills["moments"]}) >= 3
+    assert kills["during_a_save"] >= 1
+    assert (signals["stopped"], signals["wrong"]) == (4, [])
+    assert {(stop["signal"], stop["code"]) for stop in signals["stops"]} == {
+        ("SIGTERM", 75),
+        ("SIGINT", 130),
+        ("SIGUSR1", 75),
+    }
+
+
+def test_a_second_interrupt_ends_a_run_at_once(tmp_path):
+    """In a step that would take an hour; the first interrupt waits for its end."""
+    flags = [*SMALL, "--attack.steps", "200000", "--run-dir", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        [sys.executable, str(TRAIN), *flags],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell starts what runs in its background with SIGINT ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        wait_until((tmp_path / "run" / "tensorboard").exists, "the run's log")
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert said == f"train.py: error: interrupted; start again with --run-dir {tmp_path / 'run'} to go on\n"
 
 
 def test_a_run_killed_before_its_first_file_was_whole_starts_again(tmp_path):

@@ -444,7 +444,7 @@ def signal_runs(count: int, seed: int, directory: Path, tell: Callable[[str], No
 
 def _serve(pipe: Any) -> None:
     """A child: the store that torchrun keeps for its ranks."""
-    from torch.distributed.distributed_c10d import TCPStore
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     store = TCPStore("127.0.0.1", 0, is_master=True)
     pipe.send(store.port)

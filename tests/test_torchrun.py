@@ -1,5 +1,7 @@
 """Runs of several ranks that are killed, stopped or made to fail: see kill_runs.py, which does the same for longer."""
 
+import contextlib
+import itertools
 import os
 import re
 import signal
@@ -10,7 +12,7 @@ import threading
 
 import pytest
 from kill_runs import FAULTY, RANKS, SMALL, TRAIN, Torchrun, differences, ranks, store_server, undisturbed_ranks
-from torch.distributed.distributed_c10d import TCPStore
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from awp_engine.distributed import _agree
 
@@ -56,6 +58,27 @@ def test_sigterm_to_torchrun_leaves_a_checkpoint_and_no_process(tmp_path, whole)
     for run in ranks(2, run_dir, *RANKS):
         assert run.end() == 0, run.said()
     assert differences(run_dir, whole) == []
+
+
+def test_what_ends_a_rank_is_shown_as_the_cause(tmp_path):
+    """The directory of checkpoints becomes a file under the first rank; the other one's connections then break."""
+    run_dir = tmp_path / "run"
+    (tmp_path / "file").touch()
+    with Torchrun(2, tmp_path / "out", *SMALL, *RANKS, "--run-dir", str(run_dir), restarts=0) as job:
+        job.wait_steps(2)
+        for number in itertools.count():
+            # a save may make it anew in between
+            (run_dir / "checkpoints").rename(tmp_path / f"away-{number}")
+            with contextlib.suppress(FileExistsError):
+                (run_dir / "checkpoints").hardlink_to(tmp_path / "file")
+                break
+        assert job.end() == 1
+        assert not job.all_ranks()
+    _, _, cause = job.said().partition("Root Cause")
+    assert re.search(r"rank +: 0 ", cause), job.said()
+    assert re.search(
+        rf"CheckpointError: {re.escape(str(run_dir))}/checkpoints\S*: .*(File exists|Not a directory)", cause
+    ), cause
 
 
 def test_a_signal_to_one_rank_stops_all_with_the_code_of_preemption(tmp_path):

@@ -66,7 +66,8 @@ def main() -> None:
 
     resume = f"start again with --run-dir {config.resolved_run_dir} to go on"
     try:
-        with errors_told(), stop_requests() as stop, joined(config.device, config.distributed.timeout) as ranks:
+        # until all ranks are there a signal ends a rank at once: it has nothing to save
+        with errors_told(), joined(config.device, config.distributed.timeout) as ranks, stop_requests() as stop:
             trained = rows(config, ranks, stop)
             if ranks.is_first:
                 show(config, trained)

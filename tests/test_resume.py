@@ -22,6 +22,7 @@ from awp_engine.config import (
     DistributedConfig,
     EvaluationConfig,
     ModelConfig,
+    load_config,
 )
 from awp_engine.distributed import Ranks
 from awp_engine.trainer import Trainer
@@ -96,7 +97,7 @@ CASES = [
     pytest.param(AWP_EMA, 1, 5, id="1 rank, 1 epoch"),
     pytest.param(FREE_SWA, 1, 5, id="1 rank, 2 epochs"),
     pytest.param(AWP_EMA, 2, 10, id="2 ranks, 1 epoch"),
-    pytest.param(FREE_SWA, 2, 10, id="2 ranks, 2 epochs"),
+    pytest.param(FREE_SWA, 2, 10, id="2 ranks, 2 epochs", marks=pytest.mark.long),
     *(
         pytest.param(config, world, 1, id=f"every step, {world} rank, {config.epochs} epoch", marks=pytest.mark.long)
         for config in (AWP_EMA, FREE_SWA)
@@ -154,17 +155,22 @@ def test_another_number_of_ranks_goes_on(tmp_path) -> None:
     )
     Trainer(config).run()
     expected = load_file(tmp_path / "whole" / "checkpoints" / "epoch-1" / "model.safetensors")
-    for world in (2, 3):
-        run_dir = tmp_path / f"{world} ranks"
-        (run_dir / "checkpoints").mkdir(parents=True)
-        shutil.copytree(
-            tmp_path / "whole" / "checkpoints" / "epoch-0.step-13", run_dir / "checkpoints" / "epoch-0.step-13"
-        )
-        shutil.copy(tmp_path / "whole" / "config.json", run_dir / "config.json")
-        run_ranks(trained, world, dataclasses.replace(config, run_dir=run_dir), timeout=200)
-        found = load_file(run_dir / "checkpoints" / "epoch-1" / "model.safetensors")
-        for name, tensor in found.items():
-            torch.testing.assert_close(tensor, expected[name], rtol=0.01, atol=0.003, msg=name)
+    world = 3
+    run_dir = tmp_path / f"{world} ranks"
+    (run_dir / "checkpoints").mkdir(parents=True)
+    shutil.copytree(tmp_path / "whole" / "checkpoints" / "epoch-0.step-13", run_dir / "checkpoints" / "epoch-0.step-13")
+    shutil.copy(tmp_path / "whole" / "config.json", run_dir / "config.json")
+    run_ranks(trained, world, dataclasses.replace(config, run_dir=run_dir), timeout=200)
+    found = load_file(run_dir / "checkpoints" / "epoch-1" / "model.safetensors")
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0.01, atol=0.003, msg=name)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "finished"
+    Trainer(dataclasses.replace(AWP_EMA, run_dir=run_dir, checkpoint_steps=None, global_batch_size=50)).run()
+    return run_dir
 
 
 @pytest.mark.parametrize(
@@ -176,10 +182,10 @@ def test_another_number_of_ranks_goes_on(tmp_path) -> None:
         (lambda tensors, state: state.update(config_hash="0"), r"epoch-9: was not written by this run"),
     ],
 )
-def test_a_sound_checkpoint_of_something_else_is_refused(tmp_path, spoil, message) -> None:
-    config = dataclasses.replace(AWP_EMA, run_dir=tmp_path, checkpoint_steps=None, global_batch_size=50)
-    Trainer(config).run()
-    folder = tmp_path / "checkpoints"
+def test_a_sound_checkpoint_of_something_else_is_refused(finished, tmp_path, spoil, message) -> None:
+    run_dir = shutil.copytree(finished, tmp_path / "run")
+    config = dataclasses.replace(load_config(run_dir / "config.json"), run_dir=run_dir)
+    folder = run_dir / "checkpoints"
     found = checkpoint.load(folder / "epoch-1")
     spoil(found.tensors, found.state)
     checkpoint.save(folder, "epoch-9", found.tensors, found.state, checkpoint.Retention())

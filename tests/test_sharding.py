@@ -160,8 +160,10 @@ def rows(model):
 class Run:
     """Three steps by hand: attack, ascent and TRADES's descent over two micro-batches, clipping, momentum."""
 
-    def __init__(self, bn_mode, rank=0, world=1):
+    def __init__(self, bn_mode, rank=0, world=1, like=1):
         self.bn_mode, self.rank, self.world = bn_mode, rank, world
+        # each rank attacks by its own images' statistics, and so does one process in its place
+        self.attacked = PARTS[like] if like > 1 and bn_mode == "train" else None
         self.model = network()
         if world > 1:
             self.model.to(memory_format=torch.channels_last)
@@ -193,15 +195,17 @@ class Run:
             ids = torch.arange(MICRO) + MICRO * micro
             batches.append([self.part(x), self.part(y), self.part(ids)])
         before = {name: tensor.clone() for name, tensor in rows(self.model).items()}
+        attacks = []
         with gathered(self.model) if self.world > 1 else contextlib.nullcontext():
             for x, y, ids in batches:
                 with count() as calls:
-                    x_adv = pgd(
-                        self.model, x, y, epsilon=0.1, step_size=0.05, steps=2, sample_ids=ids, bn_mode=self.bn_mode
-                    )
+                    pieces = zip(*(t.split(self.attacked or len(x)) for t in (x, y, ids)), strict=True)
+                    attack = {"epsilon": 0.1, "step_size": 0.05, "steps": 2, "bn_mode": self.bn_mode}
+                    x_adv = torch.cat([pgd(self.model, x, y, sample_ids=ids, **attack) for x, y, ids in pieces])
                 self.calls.append(calls)
+                attacks.append(x_adv)
                 assert all(p.grad is None for p in self.model.parameters())
-        batches = [[x, y, x_adv] for (x, y, _) in batches]
+        batches = [[x, y, x_adv] for (x, y, _), x_adv in zip(batches, attacks, strict=True)]
         self.backward(
             batches, lambda x, y, moved: functional.cross_entropy(self.model(moved), y, reduction="none"), False
         )
@@ -253,7 +257,7 @@ def _training(rank, world):
 def test_training_on_shards_equals_one_process(world):
     ranks = run_ranks(_training, world, timeout=120)
     for bn_mode in ("eval", "train"):
-        plain = Run(bn_mode)
+        plain = Run(bn_mode, like=world)
         for number in range(STEPS[world]):
             plain.step(number)
         for results in ranks:

@@ -1,15 +1,12 @@
 """Whole runs as a user starts them: real processes, real signals, real files."""
 
-import contextlib
 import dataclasses
 import json
 import os
 import pickle
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -148,33 +145,6 @@ def checkpoint_bits(run_dir: Path, epoch: int) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
-def test_a_killed_run_goes_on_and_ends_bit_equal(tmp_path):
-    """SIGKILL at three moments; weights, momentum and the selected weights equal those of an undisturbed run."""
-    arguments = [*SMALL, "--epochs", "5", "--deterministic"]
-    code, _, err = run(*arguments, "--run-dir", tmp_path / "whole")
-    assert code == 0, err
-    for attempt in range(3):
-        process = start(*arguments, "--run-dir", tmp_path / "killed")
-        metrics = tmp_path / "killed" / "metrics.jsonl"
-        deadline = time.monotonic() + 100
-        # one epoch further each time, and then a moment more
-        while time.monotonic() < deadline and process.poll() is None:
-            with contextlib.suppress(OSError):
-                if len(metrics.read_text().splitlines()) > attempt:
-                    break
-            time.sleep(0.01)
-        time.sleep(0.05 * attempt)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    code, out, err = run(*arguments, "--run-dir", tmp_path / "killed")
-    assert code == 0, err
-    assert "going on after epoch" in out
-    assert checkpoint_bits(tmp_path / "killed", 5) == checkpoint_bits(tmp_path / "whole", 5)
-    assert equal(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
-    epochs = [json.loads(line)["epoch"] for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
-    assert epochs == [1, 2, 3, 4, 5]
-
-
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(tmp_path):
     losses = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
@@ -182,23 +152,6 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(tmp_path):
         losses.append(json.loads((tmp_path / name / "metrics.jsonl").read_text())["loss"])
     assert losses[0] == losses[1] != losses[2]
     assert equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
-
-
-def test_interrupt_says_how_to_go_on(tmp_path):
-    def heed_interrupts() -> None:
-        # a shell starts what runs in its background with SIGINT ignored
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    process = start(*SMALL, "--epochs", "500", "--run-dir", tmp_path / "run", preexec_fn=heed_interrupts)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text()):
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert f"start again with --run-dir {tmp_path / 'run'} to go on" in err
-    assert "Traceback" not in err
 
 
 def test_comparison_without_awp_adds_a_row(tmp_path):

@@ -24,6 +24,11 @@ def one_line(message: str) -> str:
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in joined)
 
 
+def _rank() -> str | None:
+    """This process's rank, None where it is alone."""
+    return os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else None
+
+
 def fail(message: str, code: int = 2, prog: str = "train.py", *, once: bool = False) -> NoReturn:
     """Ends the program with one line on stderr: `PROG: error: MESSAGE`, with the rank where there are several.
 
@@ -36,7 +41,7 @@ def fail(message: str, code: int = 2, prog: str = "train.py", *, once: bool = Fa
     Raises:
         SystemExit: always, with `code`.
     """
-    rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else None
+    rank = _rank()
     if not once or rank in (None, "0"):
         where = "" if rank is None or once else f"rank {rank}: "
         print(f"{prog}: error: {where}{one_line(message)}", file=sys.stderr, flush=True)
@@ -128,6 +133,8 @@ def _parse(argv: Sequence[str], prog: str) -> Config:
     rest = list(argv)
     named = rest.pop(0) if rest and not rest[0].startswith("-") else None
     help_wanted = any(token in ("-h", "--help") for token in rest)
+    if help_wanted and _rank() not in (None, "0"):
+        raise SystemExit(0)
     rest = ["--help"] if help_wanted else _tyro_arguments(rest)
     if "--preset" in rest:
         by_flag = rest[rest.index("--preset") + 1]

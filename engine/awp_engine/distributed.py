@@ -7,6 +7,8 @@ import contextlib
 import datetime
 import json
 import os
+import time
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -150,13 +152,43 @@ def _number(name: str, default: int) -> int:
     return int(text)
 
 
+def _agree(store: Store, rank: int, world: int, seconds: float) -> str:
+    """A name that the processes of this start alone have.
+
+    torchrun keeps one store over all its restarts, in which words of ranks that were killed would be taken for those of
+    the ones that came after them: each process therefore shows a number of its own, and the first rank repeats them.
+
+    Raises:
+        RuntimeError: naming the ranks that did not come.
+    """
+    number, deadline = uuid.uuid4().hex, time.monotonic() + seconds
+    life = number
+    if rank == 0:
+        store.set("life", life)
+    while time.monotonic() < deadline:
+        if rank == 0:
+            names = [f"{life}/rank{other}" for other in range(1, world)]
+            if store.check(names):
+                store.set(f"{life}/ranks", json.dumps([store.get(name).decode() for name in names]))
+                return life
+        elif store.check(["life"]):
+            life = store.get("life").decode()
+            store.set(f"{life}/rank{rank}", number)
+            if store.check([f"{life}/ranks"]) and json.loads(store.get(f"{life}/ranks"))[rank - 1] == number:
+                return life
+        time.sleep(0.02)
+    missing = [other for other in range(1, world) if not store.check([f"{life}/rank{other}"])] if rank == 0 else [0]
+    raise RuntimeError(f"ranks {missing} did not come within {seconds:g} s; see what they say, and start again")
+
+
 @contextlib.contextmanager
 def joined(device: str, timeout: float) -> Iterator[Ranks]:
     """A block in which the ranks that torchrun started can talk; alone where it started one.
 
     Args:
         device: as `--device`: NCCL serves GPUs, gloo CPUs.
-        timeout: seconds, after which a rank that waits for another gives up.
+        timeout: seconds without progress until the watchdog names the rank that hangs; a rank that waits for another
+            gives up some time after that, when nobody watches.
 
     Raises:
         ConfigError: more ranks on this machine than GPUs.
@@ -174,16 +206,19 @@ def joined(device: str, timeout: float) -> Iterator[Ranks]:
     if on_gpu:
         torch.cuda.set_device(local_rank)
     store, rank, world = next(rendezvous("env://"))
+    # some ranks are a minute later than others where many import from one disk
+    life = _agree(store, rank, world, 2 * timeout + 60)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        store=PrefixStore("collectives", store),
+        store=PrefixStore(f"{life}/collectives", store),
         rank=rank,
         world_size=world,
-        timeout=datetime.timedelta(seconds=timeout),
+        # the watchdog takes at most 1.75 timeouts; one that gave up before it would be blamed for the one that hangs
+        timeout=datetime.timedelta(seconds=2 * timeout + 10),
     )
     # a client of its own: a rank that waits for the first one would keep it
     another = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
-    yield Ranks(rank=rank, world=world, local_rank=local_rank, store=PrefixStore("words", another))
+    yield Ranks(rank=rank, world=world, local_rank=local_rank, store=PrefixStore(f"{life}/words", another))
     # not after an error: it would wait for ranks that are gone
     dist.destroy_process_group()
 

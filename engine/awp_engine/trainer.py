@@ -16,6 +16,7 @@ from awp_engine.average import WeightAverage
 from awp_engine.batch_norm import synchronize
 from awp_engine.build_step import build_step, capture_step, shard_model
 from awp_engine.checkpoint import CheckpointError
+from awp_engine.checkpoint._files import TEMPORARY
 from awp_engine.config import (
     Config,
     ConfigError,
@@ -178,7 +179,8 @@ def prepare_run_dir(config: Config) -> None:
             return
         if run_dir.exists() and not run_dir.is_dir():
             raise ConfigError(f"--run-dir: expected a directory, {run_dir} is a file; choose another")
-        if run_dir.exists() and any(run_dir.iterdir()):
+        # a run that was killed while it wrote its first file has left nothing but that
+        if run_dir.exists() and any(not entry.name.startswith(TEMPORARY) for entry in run_dir.iterdir()):
             raise ConfigError(f"--run-dir: {run_dir} is not empty and holds no config.json of a run; choose another")
         run_dir.mkdir(parents=True, exist_ok=True)
         checkpoint.atomic_write_text(saved, to_json(config))
@@ -429,6 +431,8 @@ class Trainer:
     def _stopped(self) -> NoReturn:
         """Leave a checkpoint, and end."""
         path = self._save(wait=True)
+        # together: torchrun gives the others 30 seconds once one of them has ended
+        self.ranks.any(False, self.device)
         # another rank may have been asked
         name = signal.Signals(self._stop.signal).name if self._stop.signal else "a signal to another rank"
         raise StoppedError(

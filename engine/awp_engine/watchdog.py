@@ -40,6 +40,8 @@ class _Watchdog:
         self._count, self._part, self._words = 0, "start", 0
         self._moved = time.monotonic()
         self._over = threading.Event()
+        # before any rank can wait for this one
+        self._tell()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -62,7 +64,9 @@ class _Watchdog:
                 if time.monotonic() - self._moved > self._timeout:
                     self._end(interval)
             except RuntimeError:
-                # the store is gone: the first rank's machine, or torchrun, has ended, and ends this rank as well
+                # the store is gone, and torchrun with it: a rank that went on would write where the next start does
+                if not self._over.is_set():
+                    os.kill(os.getpid(), signal.SIGTERM)
                 return
 
     def _tell(self) -> None:
@@ -77,7 +81,10 @@ class _Watchdog:
         self._store.set(f"rank{self._ranks.rank}", json.dumps(word))
 
     def _heard(self) -> list[dict]:
-        return [json.loads(self._store.get(f"rank{rank}")) for rank in range(self._ranks.world)]
+        nothing = json.dumps({"words": 0, "count": 0, "part": "start", "host": "an unknown host", "pid": 0})
+        names = [f"rank{rank}" for rank in range(self._ranks.world)]
+        # to ask for what was never said would be to wait for it
+        return [json.loads(self._store.get(name) if self._store.check([name]) else nothing) for name in names]
 
     def _end(self, interval: float) -> NoReturn:
         before = self._heard()
@@ -102,7 +109,11 @@ class _Watchdog:
             print(f"train.py: error: {error}", file=sys.stderr, flush=True)
         if self._ranks.rank in guilty:
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        tell_torchrun(error)
+        try:
+            raise error
+        except HangError:
+            # inside, or torchrun's summary has no word of it
+            tell_torchrun(error)
         # the main thread waits inside a collective, where no exception reaches it
         os._exit(1)
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from awp_kernels import bn_relu, bn_relu_available, use_backend
-from awp_kernels.bn_relu import _operations
+from awp_kernels._images import operations
 
-pytestmark = pytest.mark.skipif(_operations() is None, reason="needs AVX2 with FMA")
+pytestmark = pytest.mark.skipif(operations() is None, reason="needs AVX2 with FMA")
 
 SHAPES = [(5, 1, 1, 1), (3, 5, 7, 3), (4, 16, 8, 8), (2, 37, 3, 1), (1, 130, 2, 2), (9, 24, 20, 21), (6, 16, 1, 1)]
 MODES = {"train": True, "eval": False}

@@ -18,9 +18,9 @@ from awp_kernels import (
     restore_,
     use_backend,
 )
-from awp_kernels.conv import _operations
+from awp_kernels._images import operations
 
-pytestmark = pytest.mark.skipif(_operations() is None, reason="needs AVX2 with FMA")
+pytestmark = pytest.mark.skipif(operations() is None, reason="needs AVX2 with FMA")
 
 # of the largest value of the result; torch's own direct convolution stays below 2e-6 on the same samples
 FP32_BOUND = 2e-5

@@ -568,3 +568,21 @@ def test_fp64_runs_the_definition_in_fp64():
     assert perturb_(weights, grads, 0.01).dtype == torch.float64
     for w, e in zip(weights, exact_weights, strict=True):
         torch.testing.assert_close(w, e, rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("name", ["gamma", "filter", "elementwise"])
+def test_threads_change_no_bit(name):
+    """In C++: of several chunks, whose sums are added up in an order of their own."""
+    weights, grads = ([randn(shape, seed=i + k) for i, shape in enumerate(((300, 700), (99,)))] for k in (0, 9))
+    options = {"gamma": {"gamma": 0.01}, "filter": {"gamma": 0.01, "scope": "filter"}}
+    options["elementwise"] = {"gamma": 0.01, "scale": "elementwise"}
+    before, found = torch.get_num_threads(), []
+    try:
+        with use_backend("cpp"):
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                moved = on("cpu", weights)
+                found.append([*moved, perturb_(moved, grads, **options[name])])
+    finally:
+        torch.set_num_threads(before)
+    assert all(same_bits(other, found[0]) for other in found[1:])

@@ -120,6 +120,7 @@ def kept(name, variant, leak=lambda: None):
     return after(arguments, OPERATIONS[name], CALLS, leak) - before
 
 torch.set_num_threads(1)
+gc.freeze()  # what the modules hold needs no looking through at every collection
 for name, operation in OPERATIONS.items():
     for variant in operation.variants:
         # the smallest of its tensors, kept by every call, would be more

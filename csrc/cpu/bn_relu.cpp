@@ -34,43 +34,42 @@ inline void store_at(T* to, Vector value, int64_t count) {
   }
 }
 
-template <class T>
-void statistics(const BnRelu& a, int64_t begin, int64_t end, float* result) {
-  const int64_t rows = end - begin;
-  const T* x = static_cast<const T*>(a.x) + begin * a.channels;
-  float *sums = result, *squares = result + a.stride;
-  for (int64_t i = 0; i < 2 * a.stride; ++i) result[i] = 0;
-  // deviations from the first row: sums of squares stay small whatever the mean
-  for (int64_t row = 1; row < rows;) {
-    const int64_t some = row + 4 <= rows ? 4 : 1;
-    const T* at = x + row * a.channels;
-    if (some == 4) {
-      for_vectors(a, [&](int64_t channel, int64_t count) {
-        const Vector first = load_at(x + channel, count);
-        const Vector d0 = load_at(at + channel, count) - first;
-        const Vector d1 = load_at(at + channel + a.channels, count) - first;
-        const Vector d2 = load_at(at + channel + 2 * a.channels, count) - first;
-        const Vector d3 = load_at(at + channel + 3 * a.channels, count) - first;
-        store(sums + channel, load(sums + channel) + ((d0 + d1) + (d2 + d3)));
-        store(squares + channel, load(squares + channel) + ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)));
-      });
-    } else {
-      for_vectors(a, [&](int64_t channel, int64_t count) {
-        const Vector d = load_at(at + channel, count) - load_at(x + channel, count);
-        store(sums + channel, load(sums + channel) + d);
-        store(squares + channel, load(squares + channel) + d * d);
-      });
-    }
-    row += some;
-  }
-  const float weight = 1.0f / static_cast<float>(rows);
+constexpr int64_t kRun = 64;  // rows whose deviations are added up in fp32
+
+// Adds the rows' deviations to sums and their squares to squares.
+template <int kRows, class T>
+inline void add_rows(const BnRelu& a, const T* x, float* sums, float* squares) {
+  const float* pivots = row_of(a, kBnMean);
   for_vectors(a, [&](int64_t channel, int64_t count) {
-    const Vector sum = load(sums + channel);
-    store(sums + channel, load_at(x + channel, count) + sum * weight);
-    const Vector spread = load(squares + channel) - sum * (sum * weight);
-    // rounding could make it negative; NaN stays
-    store(squares + channel, spread < 0 ? Vector{} : spread);
+    const Vector pivot = load(pivots + channel);
+    Vector sum = load(sums + channel), square = load(squares + channel);
+    if constexpr (kRows == 4) {
+      const T* at = x + channel;
+      const Vector d0 = load_at(at, count) - pivot, d1 = load_at(at + a.channels, count) - pivot;
+      const Vector d2 = load_at(at + 2 * a.channels, count) - pivot, d3 = load_at(at + 3 * a.channels, count) - pivot;
+      sum += (d0 + d1) + (d2 + d3);
+      square += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
+    } else {
+      const Vector d = load_at(x + channel, count) - pivot;
+      sum += d;
+      square += d * d;
+    }
+    store(sums + channel, sum);
+    store(squares + channel, square);
   });
+}
+
+template <class T>
+void statistics(const BnRelu& a, int64_t begin, int64_t end, float* sums, double* result) {
+  const T* x = static_cast<const T*>(a.x);
+  for (int64_t i = 0; i < 2 * a.stride; ++i) result[i] = 0;
+  for (int64_t row = begin; row < end;) {
+    const int64_t last = row + kRun < end ? row + kRun : end;
+    for (int64_t i = 0; i < 2 * a.stride; ++i) sums[i] = 0;
+    for (; row + 4 <= last; row += 4) add_rows<4>(a, x + row * a.channels, sums, sums + a.stride);
+    for (; row < last; ++row) add_rows<1>(a, x + row * a.channels, sums, sums + a.stride);
+    for (int64_t i = 0; i < 2 * a.stride; ++i) result[i] += sums[i];
+  }
 }
 
 inline Vector affine(const BnRelu& a, Vector x, int64_t channel) {
@@ -179,8 +178,8 @@ void grad_x_by_mask(const BnRelu& a, const void* grad, const uint8_t* mask, int6
 
 #define AWP_EITHER(function, a) ((a).dtype == DType::kFloat32 ? function<Float32> : function<BFloat16>)
 
-void any_statistics(const BnRelu& a, int64_t begin, int64_t end, float* result) {
-  AWP_EITHER(statistics, a)(a, begin, end, result);
+void any_statistics(const BnRelu& a, int64_t begin, int64_t end, float* sums, double* result) {
+  AWP_EITHER(statistics, a)(a, begin, end, sums, result);
 }
 
 void any_normalize(const BnRelu& a, int64_t begin, int64_t end, void* out, uint8_t* mask) {

@@ -8,8 +8,9 @@ namespace awp::cpu {
 
 // All take rows [begin, end).
 struct BnReluKernels {
-  // Mean and sum of squared deviations of every channel, [2, stride].
-  void (*statistics)(const BnRelu& a, int64_t begin, int64_t end, float* result);
+  // Sums of x - pivot and of their squares, [2, stride]; the pivots lie where the table has the mean. `sums`: as many
+  // floats to work in.
+  void (*statistics)(const BnRelu& a, int64_t begin, int64_t end, float* sums, double* result);
   void (*normalize)(const BnRelu& a, int64_t begin, int64_t end, void* out, uint8_t* mask);
   // Sums of g and of g (x - mean), g the gradient where the output is not 0; [2, stride].
   void (*sums)(const BnRelu& a, const void* grad, int64_t begin, int64_t end, float* result);

@@ -1,7 +1,8 @@
 // Cuts batch normalisation with ReLU into pieces for the threads. Sums are added up in one order, whoever does it:
-// fp32 within a block of rows, fp64 over the blocks.
+// fp32 within some rows, fp64 over these.
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #include "bn_relu.h"
@@ -50,6 +51,26 @@ void fill_table(const BnRelu& a, const BnParameters& p, int64_t channel, double 
   row_of(a, kBnBias)[channel] = p.bias ? p.bias[channel] : 0.0f;
 }
 
+// Something close to every channel's mean, so that deviations from it are small: the mean of rows from all over x. It
+// lies where the mean will.
+void find_pivots(const BnRelu& a) {
+  constexpr int64_t kMost = 5;  // no power of two, as sizes of images are: rows of all places in them
+  const int64_t count = std::min(a.rows, kMost);
+  float* pivots = row_of(a, kBnMean);
+  std::fill_n(pivots, a.stride, 0.0f);
+  std::vector<float> scratch(2 * a.stride);
+  std::vector<double> row(2 * a.stride), sums(a.channels);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t at = i * a.rows / count;
+    kernels()->statistics(a, at, at + 1, scratch.data(), row.data());
+    for (int64_t c = 0; c < a.channels; ++c) sums[c] += row[c];
+  }
+  for (int64_t c = 0; c < a.channels; ++c) {
+    const double pivot = sums[c] / static_cast<double>(count);
+    pivots[c] = std::isfinite(pivot) ? static_cast<float>(pivot) : 0.0f;
+  }
+}
+
 void normalize(const BnRelu& a, void* out, uint8_t* mask, const ParallelFor& parallel_for) {
   for_each_block(Blocks(a), parallel_for,
                  [&](int64_t, int64_t begin, int64_t end) { kernels()->normalize(a, begin, end, out, mask); });
@@ -61,32 +82,27 @@ bool bn_relu_available() { return kernels() != nullptr; }
 
 void bn_relu_train(const BnRelu& a, const BnParameters& p, void* out, const ParallelFor& parallel_for) {
   const Blocks blocks(a);
-  std::vector<float> parts(blocks.count * 2 * a.stride);
+  const std::unique_ptr<double[]> parts(new double[blocks.count * 2 * a.stride]);  // not cleared
+  std::vector<double> totals(2 * a.stride);
+  find_pivots(a);
   for_each_block(blocks, parallel_for, [&](int64_t block, int64_t begin, int64_t end) {
-    kernels()->statistics(a, begin, end, parts.data() + block * 2 * a.stride);
+    std::vector<float> scratch(2 * a.stride);
+    kernels()->statistics(a, begin, end, scratch.data(), parts.get() + block * 2 * a.stride);
   });
-  // mean of the means, then spread within and between the blocks
-  std::vector<double> means(a.stride), spreads(a.stride);
   for (int64_t block = 0; block < blocks.count; ++block) {
-    const float* part = parts.data() + block * 2 * a.stride;
-    const double weight = static_cast<double>(blocks.end(block) - blocks.begin(block)) / static_cast<double>(a.rows);
-    for (int64_t c = 0; c < a.channels; ++c) means[c] += weight * part[c];
+    for (int64_t i = 0; i < 2 * a.stride; ++i) totals[i] += parts[block * 2 * a.stride + i];
   }
-  for (int64_t block = 0; block < blocks.count; ++block) {
-    const float* part = parts.data() + block * 2 * a.stride;
-    const double size = static_cast<double>(blocks.end(block) - blocks.begin(block));
-    for (int64_t c = 0; c < a.channels; ++c) {
-      const double distance = part[c] - means[c];
-      spreads[c] += part[a.stride + c] + size * distance * distance;
-    }
-  }
+  const double rows = static_cast<double>(a.rows);
   for (int64_t c = 0; c < a.channels; ++c) {
-    fill_table(a, p, c, means[c], spreads[c] / static_cast<double>(a.rows));
+    const double distance = totals[c] / rows, mean = row_of(a, kBnMean)[c] + distance;
+    const double spread = totals[a.stride + c] - totals[c] * distance;
+    const double squares = spread < 0 ? 0 : spread;  // rounding could make it negative; NaN stays
+    fill_table(a, p, c, mean, squares / rows);
     if (p.running_mean) {
-      p.running_mean[c] = static_cast<float>((1 - p.momentum) * p.running_mean[c] + p.momentum * means[c]);
+      p.running_mean[c] = static_cast<float>((1 - p.momentum) * p.running_mean[c] + p.momentum * mean);
     }
     if (p.running_variance) {
-      const double unbiased = spreads[c] / static_cast<double>(a.rows - 1);
+      const double unbiased = squares / (rows - 1);
       p.running_variance[c] = static_cast<float>((1 - p.momentum) * p.running_variance[c] + p.momentum * unbiased);
     }
   }

@@ -1,38 +1,20 @@
 """`bn_relu`: batch normalisation and ReLU in one, on the CPU."""
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import Parameter
 
-from awp_kernels import _backend, _checks
-from awp_kernels._autograd import needed
+from awp_kernels import _backend, _checks, _images
+from awp_kernels._images import needed, operations
 from awp_kernels.bn_relu import reference
 
 __all__ = ["bn_relu", "bn_relu_available"]
 
-_DTYPES = (torch.float32, torch.bfloat16)
-_PLAIN = (Tensor, Parameter)
-
-
-@functools.cache
-def _operations() -> Any:
-    """The compiled operations; None where they were not built, or where the processor is too old for them."""
-    if _backend.problem("cpp", "cpu") is not None or not hasattr(torch.ops.awp_cpp, "bn_relu_available"):
-        return None
-    return torch.ops.awp_cpp if torch.ops.awp_cpp.bn_relu_available() else None
-
 
 def _plain_vector(tensor: Tensor | None) -> bool:
-    return tensor is None or (
-        type(tensor) in _PLAIN
-        and tensor.dtype == torch.float32
-        and tensor.device.type == "cpu"
-        and tensor.is_contiguous()
-    )
+    return tensor is None or (_images.plain(tensor, (torch.float32,)) and tensor.is_contiguous())
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -49,16 +31,7 @@ def bn_relu_available(x: Tensor, *vectors: Tensor | None) -> bool:
         x: images.
         vectors: weight, bias, running_mean, running_var.
     """
-    return (
-        x.ndim == 4
-        and x.dtype in _DTYPES
-        and x.device.type == "cpu"
-        and type(x) in _PLAIN
-        and all(map(_plain_vector, vectors))
-        and _backend._forced in (None, "cpp")
-        and _operations() is not None
-        and x.numel() > 0
-    )
+    return x.ndim == 4 and _images.plain(x) and all(map(_plain_vector, vectors)) and _images.usable() and x.numel() > 0
 
 
 def _check(x: Tensor, vectors: dict[str, Tensor | None], training: bool) -> None:
@@ -102,13 +75,13 @@ def _forward(
     table = torch.empty((4, stride), dtype=torch.float32)
     mask = None
     if training:
-        _operations().bn_relu_train.default(x, weight, bias, running_mean, running_var, momentum, eps, out, table)
+        operations().bn_relu_train.default(x, weight, bias, running_mean, running_var, momentum, eps, out, table)
         if running_mean is not None and running_var is not None:
             torch.autograd.graph.increment_version((running_mean, running_var))
     else:
         if want_mask:
             mask = torch.empty((samples * height * width, stride // 8), dtype=torch.uint8)
-        _operations().bn_relu_eval.default(x, weight, bias, running_mean, running_var, eps, out, table, mask)
+        operations().bn_relu_eval.default(x, weight, bias, running_mean, running_var, eps, out, table, mask)
     return out, table, mask
 
 
@@ -145,7 +118,7 @@ class _BnRelu(torch.autograd.Function):
         )
         grad_weight = torch.empty(channels, dtype=torch.float32) if needed(ctx, 1) else None
         grad_bias = torch.empty(channels, dtype=torch.float32) if needed(ctx, 2) else None
-        _operations().bn_relu_backward.default(grad, x, table, mask, ctx.training, grad_x, grad_weight, grad_bias)
+        operations().bn_relu_backward.default(grad, x, table, mask, ctx.training, grad_x, grad_weight, grad_bias)
         return grad_x, grad_weight, grad_bias, None, None, None, None, None
 
 
@@ -196,5 +169,5 @@ def bn_relu(
         return reference.bn_relu(x, weight, bias, running_mean, running_var, training, momentum, eps)
     x = x.contiguous(memory_format=torch.channels_last)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        return _BnRelu.apply(x, weight, bias, running_mean, running_var, training, momentum, eps)  # type: ignore
+        return _BnRelu.apply(x, weight, bias, running_mean, running_var, training, momentum, eps)
     return _forward(x, weight, bias, running_mean, running_var, training, momentum, eps, False)[0]

@@ -1,45 +1,22 @@
 """`conv3x3`: 3x3 convolution on the CPU by Winograd's F(4x4, 3x3), in fp32 arithmetic."""
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import Parameter
 
-from awp_kernels import _backend, _checks
-from awp_kernels._autograd import needed
+from awp_kernels import _backend, _checks, _images
+from awp_kernels._images import needed
 from awp_kernels.conv import _weights, reference
 from awp_kernels.conv._weights import forget_all as conv3x3_forget
 from awp_kernels.conv._weights import held_bytes as conv3x3_held_bytes
 
 __all__ = ["conv3x3", "conv3x3_available", "conv3x3_forget", "conv3x3_held_bytes"]
 
-_DTYPES = (torch.float32, torch.bfloat16)
-_PLAIN = (Tensor, Parameter)
-
-
-@functools.cache
-def _operations() -> Any:
-    """The compiled operations; None where they were not built, or where the processor is too old for them."""
-    if _backend.problem("cpp", "cpu") is not None or not hasattr(torch.ops.awp_cpp, "conv3x3"):
-        return None
-    return torch.ops.awp_cpp if torch.ops.awp_cpp.conv3x3_transformed_size(1, 1) else None
-
 
 def _served(x: Tensor, weight: Tensor) -> bool:
-    return (
-        x.dtype in _DTYPES
-        and weight.dtype in _DTYPES
-        and x.device.type == "cpu"
-        and type(x) in _PLAIN
-        and type(weight) in _PLAIN
-        and _backend._forced in (None, "cpp")
-        and _operations() is not None
-        and x.numel() > 0
-        and weight.numel() > 0
-    )
+    return _images.plain(x) and _images.plain(weight) and _images.usable() and x.numel() > 0 and weight.numel() > 0
 
 
 def conv3x3_available(x: Tensor, weight: Tensor) -> bool:
@@ -69,7 +46,7 @@ def _channels_last(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _forward(x: Tensor, weight: Tensor) -> Tensor:
-    operations = _operations()
+    operations = _images.operations()
     samples, _, height, width = x.shape
     out = _channels_last((samples, weight.shape[0], height, width), x.dtype)
     u = _weights.transformed(operations, weight, False)
@@ -78,7 +55,7 @@ def _forward(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _grad_x(grad: Tensor, weight: Tensor) -> Tensor:
-    operations = _operations()
+    operations = _images.operations()
     samples, _, height, width = grad.shape
     out = _channels_last((samples, weight.shape[1], height, width), grad.dtype)
     u = _weights.transformed(operations, weight, True)
@@ -89,7 +66,7 @@ def _grad_x(grad: Tensor, weight: Tensor) -> Tensor:
 def _grad_weight(grad: Tensor, x: Tensor) -> Tensor:
     """[K, C, 3, 3] in fp32, channels_last in memory."""
     out = torch.empty((grad.shape[1], 3, 3, x.shape[1]), dtype=torch.float32)
-    _operations().conv3x3_grad_weight.default(
+    _images.operations().conv3x3_grad_weight.default(
         x.contiguous(memory_format=torch.channels_last), grad.contiguous(memory_format=torch.channels_last), out
     )
     return out.permute(0, 3, 1, 2)
@@ -190,7 +167,7 @@ def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
     if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         x = x.to(torch.get_autocast_dtype("cpu"))
     if torch.compiler.is_compiling():
-        usable = x.device.type == "cpu" and x.dtype in _DTYPES and weight.dtype in _DTYPES
+        usable = x.device.type == "cpu" and x.dtype in _images.DTYPES and weight.dtype in _images.DTYPES
         return _traced(x, weight) if usable and _usable_when_traced() else reference.conv3x3(x, weight)
     if not _served(x, weight):
         if _backend._forced == "cpp":
@@ -199,10 +176,10 @@ def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
             )
         return reference.conv3x3(x, weight)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _Conv3x3.apply(x, weight)  # type: ignore[no-any-return]
+        return _Conv3x3.apply(x, weight)
     return _forward(x, weight)
 
 
 @torch.compiler.assume_constant_result
 def _usable_when_traced() -> bool:
-    return _backend._forced in (None, "cpp") and _operations() is not None
+    return _images.usable()

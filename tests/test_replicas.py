@@ -1,6 +1,9 @@
 """What keeps ranks equal, and what notices that they are not."""
 
+import contextlib
 import dataclasses
+import json
+import threading
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from torch import Tensor
 from awp_engine.build_step import build_step
 from awp_engine.config import AttackConfig, AwpConfig, Config, ConfigError, DistributedConfig
 from awp_engine.data import rank_share
-from awp_engine.distributed import Ranks
+from awp_engine.distributed import Ranks, tell_torchrun
 from awp_engine.evaluation import PgdAttack, evaluate
 from awp_engine.models import build_model
 from awp_engine.objectives import build_objective
@@ -242,3 +245,30 @@ def test_what_ranks_tell_each_other() -> None:
             [[6.0], [[3]], 3.0],
             "setting: expected the same on every rank; other than rank 0's on ranks [2]",
         ]
+
+
+def test_torchrun_never_reads_half_an_error(tmp_path, monkeypatch) -> None:
+    """It would die of it, and with it the restart of a rank that was killed while it wrote."""
+    path = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    over, seen = threading.Event(), []
+
+    def read() -> None:
+        while not over.is_set():
+            with contextlib.suppress(FileNotFoundError):
+                seen.append(json.loads(path.read_text())["message"]["message"])
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        for number in range(300):
+            try:
+                raise ValueError(f"number {number} " + "x" * 20_000)
+            except ValueError as error:
+                tell_torchrun(error)
+    finally:
+        over.set()
+        reader.join()
+    assert len(seen) > 20
+    assert all(text.startswith("ValueError: number ") and text.endswith("x") for text in seen)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["error.json"]

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -225,10 +226,18 @@ def joined(device: str, timeout: float) -> Iterator[Ranks]:
 
 def tell_torchrun(error: BaseException) -> None:
     """Have torchrun's summary show `error` as what ended this rank."""
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        return
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+    # torchrun dies of a file that is half written, as by a rank that it kills meanwhile
+    os.environ["TORCHELASTIC_ERROR_FILE"] = partial = f"{path}.{os.getpid()}"
+    try:
         get_error_handler().record_exception(error)
+        Path(partial).replace(path)
+    finally:
+        os.environ["TORCHELASTIC_ERROR_FILE"] = path
 
 
 @contextlib.contextmanager

@@ -135,10 +135,10 @@ def bn_relu(
 ) -> Tensor:
     """relu(batch_norm(x)), as `torch.nn.functional` has them.
 
-    On the CPU in two passes over x, with sums in fp32 over 64 rows (the backward pass: some hundred) and in fp64 over these; elsewhere, under
-    torch.compile, and for other dtypes by torch. Differentiable once with respect to x, weight and bias. Kept for the
-    backward pass: x itself and four values a channel; in eval mode, where neither weight nor bias needs a gradient,
-    one bit an element instead of x.
+    On the CPU in two passes over x, with sums in fp32 over 64 rows (the backward pass: some hundred) and in fp64 over
+    these; elsewhere, under torch.compile, and for other dtypes by torch. Differentiable once with respect to x, weight
+    and bias. Kept for the backward pass: x itself and four values a channel; in eval mode, where neither weight nor
+    bias needs a gradient, one bit an element instead of x.
 
     Args:
         x: [N, C, H, W]; in another order than channels_last it is copied.

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from awp_engine.config import (
     load_config,
 )
 from awp_engine.distributed import Ranks
+from awp_engine.regions import listening
+from awp_engine.signals import StoppedError, StopRequest
 from awp_engine.trainer import Trainer
 
 AWP_EMA = Config(
@@ -192,3 +195,36 @@ def test_a_sound_checkpoint_of_something_else_is_refused(finished, tmp_path, spo
     with pytest.raises(CheckpointError, match=message) as raised:
         Trainer(config)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(AWP_EMA, id="AWP"),
+        # one batch an epoch, smaller than it could be, and the perturbation of all its images
+        pytest.param(dataclasses.replace(FREE_SWA, global_batch_size=16, data=DataConfig(train_limit=12)), id="free"),
+    ],
+)
+def test_a_run_stopped_in_an_evaluation_goes_on_from_there(tmp_path, config) -> None:
+    evaluation = dataclasses.replace(config.evaluation, batch_size=2)
+    config = dataclasses.replace(config, checkpoint_steps=None, evaluation=evaluation, run_dir=tmp_path / "whole")
+    Trainer(config).run()
+    expected = left(tmp_path / "whole", config.epochs)
+    config, stop = dataclasses.replace(config, run_dir=tmp_path / "stopped"), StopRequest()
+
+    def ask(part: str, begins: bool) -> None:
+        if part == "evaluation" and begins:
+            stop.signal = signal.SIGTERM
+
+    with (
+        listening(ask),
+        pytest.raises(StoppedError, match=r"stopped by SIGTERM: .*epoch-0.step-\d+ is written") as told,
+    ):
+        Trainer(config, stop=stop).run()
+    assert told.value.code == 75
+    trained: list[str] = []
+    with listening(lambda part, begins: trained.append(part)):
+        Trainer(config).run()
+    # the first epoch is not trained again
+    assert trained[0] in ("evaluation", "average")
+    assert left(tmp_path / "stopped", config.epochs) == expected

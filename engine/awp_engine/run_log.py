@@ -302,9 +302,9 @@ class RunLog:
             # Not rich's print: a line of a log file is not folded at 80 columns.
             self._output.put(_write_text, self._console.file, text)
 
-    def begin_epoch(self, epoch: int, steps: int) -> None:
-        """Starts epoch `epoch` (from 1) of `steps` steps."""
-        self._epoch, self._steps, self._step = epoch, steps, 0
+    def begin_epoch(self, epoch: int, steps: int, done: int = 0) -> None:
+        """Starts epoch `epoch` (from 1) of `steps` steps, or goes on after `done` of them."""
+        self._epoch, self._steps, self._step = epoch, steps, done
         self._images_since_shown = 0
         self._rate_from = time.monotonic()
 

@@ -345,7 +345,7 @@ class Trainer:
     def _train_epoch(self, epoch: int, log: RunLog | None) -> dict[str, float | int | None]:
         config, steps, done = self.config, len(self._sizes), self.progress.step
         if log is not None:
-            log.begin_epoch(epoch, steps)
+            log.begin_epoch(epoch, steps, done)
         if done == 0:
             self._delta = None
             self._sums.reset_()
@@ -616,7 +616,8 @@ class Trainer:
     def _whole_delta(self) -> Tensor:
         """The perturbation that free adversarial training carries, of all ranks."""
         assert self._delta is not None
-        size = self.config.global_batch_size
+        # no batch is larger than the first
+        size = self._sizes[0]
         rows, share = self.ranks.share(size)
         whole = self._delta.new_zeros(size, *self._delta.shape[1:])
         whole[rows] = self._delta if size >= self.ranks.world else self._delta * share
@@ -706,7 +707,7 @@ class Trainer:
             self.step.loss_scale.load(tensors["loss_scale"])
         self._sums.values.copy_(tensors["epoch"]["sums"])
         if "delta" in tensors["epoch"]:
-            rows, _ = self.ranks.share(self.config.global_batch_size)
+            rows, _ = self.ranks.share(self._sizes[0])
             delta = tensors["epoch"]["delta"][rows].to(self.device)
             self._delta = delta.contiguous(memory_format=self.memory_format)
 

@@ -479,7 +479,7 @@ OPERATIONS: dict[str, Operation] = {
         written=("running_mean", "running_var"),
         dtypes=CPU,
         variants={"train": {"training": True}, "eval": {"training": False}},
-        slack=lambda arguments: 5e-8,
+        slack=lambda arguments: 1e-6,
     ),
 }
 

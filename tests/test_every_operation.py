@@ -9,6 +9,7 @@ import fuzz
 import numpy
 import pytest
 import torch
+from conftest import device_backends
 from large_tensors import ELEMENTS, LARGE
 from operations import CHANNELS, OPERATIONS, WEIGHTS, arguments_of, cases, excess, mapped, run, same_bits
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,11 +42,10 @@ def serving(name, target):
     return nullcontext()
 
 
-def of_the_kernels(target):
-    """Leave out the reference, which is plain PyTorch."""
-    if target[1] == "reference":
-        pytest.skip("is torch's own")
-    return target
+# without the reference, which is plain PyTorch
+of_the_kernels = pytest.mark.parametrize(
+    "target", [pair for pair in device_backends() if pair.values[0][1] != "reference"], indirect=True
+)
 
 
 def arguments_on(device, *case):
@@ -75,9 +75,10 @@ def test_error_is_at_most_twice_plain_pytorchs(target, name, variant):
 @pytest.mark.parametrize("name", list(OPERATIONS))
 @pytest.mark.parametrize("layout", fuzz.LAYOUTS)
 @pytest.mark.parametrize("offset", [0, 1])
+@of_the_kernels
 def test_any_memory_layout_is_right_or_refused(target, name, layout, offset):
     """In all arguments, in those that are only read, and in each alone; nothing is written between the elements."""
-    device, backend = of_the_kernels(target)
+    device, backend = target
     operation = OPERATIONS[name]
     if layout == "expanded" and name == "bn_relu":
         return  # repeated values lie on either side of the kink
@@ -96,8 +97,9 @@ def test_any_memory_layout_is_right_or_refused(target, name, layout, offset):
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
+@of_the_kernels
 def test_250_repeats_give_the_same_bits(target, name, variant):
-    device, _ = of_the_kernels(target)
+    device, _ = target
     arguments = arguments_on(device, name, variant, "primes", torch.float32)
     with serving(name, target):
         first = results(name, arguments)
@@ -105,9 +107,10 @@ def test_250_repeats_give_the_same_bits(target, name, variant):
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
+@of_the_kernels
 def test_8_threads_at_once(target, name, variant):
     """Each with arguments of its own, and with all that is only read in common."""
-    device, _ = of_the_kernels(target)
+    device, _ = target
     arguments = arguments_on(device, name, variant, LARGEST[name], torch.float32)
 
     def repeat(_):
@@ -236,11 +239,9 @@ def test_autocast_changes_no_bit_of_what_is_not_on_images(target, name, variant)
         assert same_bits(results(name, arguments), expected)
 
 
+@pytest.mark.parametrize("target", [("cpu", "cpp")], indirect=True)
 def test_the_norm_of_more_than_2_to_31_elements(target):
     """Zeros that the system has not handed out yet take no memory; `large_tensors.py` has the other operations."""
-    device, backend = target
-    if device != "cpu" or backend != "cpp":
-        pytest.skip("reads memory that is not there")
     wide = torch.from_numpy(numpy.zeros(2**31 + 11, dtype=numpy.float16))
     wide[0], wide[2**31], wide[-1] = 2.0, 4.0, 4.0
     assert total_norm([wide]) == 6.0

@@ -21,10 +21,10 @@ const BnReluKernels* kernels() {
 #endif
 }
 
-// Blocks of rows that stay in the first-level cache or close to it; not so long that fp32 sums lose digits.
+// Blocks of rows that stay in the first-level cache or close to it.
 struct Blocks {
-  explicit Blocks(const BnRelu& a)
-      : size(std::clamp<int64_t>(16384 / a.channels, 8, 256)), count((a.rows + size - 1) / size), rows(a.rows) {}
+  explicit Blocks(const BnRelu& a, int64_t most = 256)
+      : size(std::clamp<int64_t>(16384 / a.channels, 8, most)), count((a.rows + size - 1) / size), rows(a.rows) {}
   int64_t begin(int64_t block) const { return block * size; }
   int64_t end(int64_t block) const { return std::min(rows, (block + 1) * size); }
 
@@ -116,7 +116,7 @@ void bn_relu_eval(const BnRelu& a, const BnParameters& p, void* out, uint8_t* ma
 
 void bn_relu_backward(const BnRelu& a, bool train, const void* grad, const uint8_t* mask, void* grad_x,
                       float* grad_weight, float* grad_bias, const ParallelFor& parallel_for) {
-  const Blocks blocks(a);
+  const Blocks blocks(a, 64);  // longer fp32 sums lose digits
   if (mask) {
     for_each_block(blocks, parallel_for, [&](int64_t, int64_t begin, int64_t end) {
       kernels()->grad_x_by_mask(a, grad, mask, begin, end, grad_x);

@@ -135,7 +135,7 @@ def bn_relu(
 ) -> Tensor:
     """relu(batch_norm(x)), as `torch.nn.functional` has them.
 
-    On the CPU in two passes over x, with sums in fp32 over 64 rows (the backward pass: some hundred) and in fp64 over
+    On the CPU in two passes over x, with sums in fp32 over at most 64 rows and in fp64 over
     these; elsewhere, under torch.compile, and for other dtypes by torch. Differentiable once with respect to x, weight
     and bias. Kept for the backward pass: x itself and four values a channel; in eval mode, where neither weight nor
     bias needs a gradient, one bit an element instead of x.

@@ -36,6 +36,17 @@ def device_backends() -> list:
     return pairs
 
 
+@pytest.fixture
+def poisoned_memory():
+    """Uninitialised memory is NaN, so that what is not written shows."""
+    before = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = before[0]
+    torch.use_deterministic_algorithms(before[1])
+
+
 @pytest.fixture(params=device_backends())
 def target(request):
     """(device, backend), with the backend forced for the test."""

@@ -100,6 +100,23 @@ def differences(run_dir: Path, whole: dict[str, Any]) -> list[str]:
     return [name for name in sorted(found.keys() | whole.keys()) if found.get(name) != whole.get(name)]
 
 
+def _require_undisturbed(run_dir: Path, whole: dict[str, Any], after: object) -> None:
+    """Raise RunError, with what was done to the run, if it left anything else than `whole`."""
+    if differs := differences(run_dir, whole):
+        raise RunError(f"{run_dir}: after {after}: other than undisturbed: {differs}")
+
+
+@contextlib.contextmanager
+def _noted(wrong: list[str], run_dir: Path) -> Iterator[None]:
+    """A block whose error is added to `wrong`, and whose run is kept then, else removed."""
+    try:
+        yield
+    except (RunError, OSError, ValueError) as error:
+        wrong.append(str(error))
+    else:
+        shutil.rmtree(run_dir)
+
+
 class Board:
     """Where a run is, in a file that outlives it: written by the run at every part of a step, read by this process."""
 
@@ -310,14 +327,9 @@ def kill_runs(kills: int, seed: int, directory: Path, tell: Callable[[str], None
                 break
             hits.append(hit)
             moments.append({"run": runs, **hit})
-        try:
+        with _noted(wrong, run_dir):
             _require_done(run)
-            if differs := differences(run_dir, whole):
-                raise RunError(f"{run_dir}: after {hits}: other than undisturbed: {differs}")
-        except (RunError, OSError, ValueError) as error:
-            wrong.append(str(error))
-        else:
-            shutil.rmtree(run_dir)
+            _require_undisturbed(run_dir, whole, hits)
         tell(f"{len(moments)} kills, {runs} runs, {len(wrong)} wrong")
     parts = collections.Counter(hit["part"] for hit in moments)
     return {
@@ -417,19 +429,14 @@ def signal_runs(count: int, seed: int, directory: Path, tell: Callable[[str], No
         runs += 1
         run_dir = directory / f"stopped-{runs}"
         number, steps, later = numbers[len(stops) % 3], draw.randrange(EPOCHS * STEPS), draw.uniform(0, step_seconds)
-        try:
+        with _noted(wrong, run_dir):
             stop = signal_run(
                 Run(_train_command, run_dir, {}, TRAIN), number, _after(steps, len(stops) % 4 == 3), later
             )
             if stop is not None:
                 stops.append(stop)
                 _require_done(Run(_train_command, run_dir, {}, TRAIN))
-            if differs := differences(run_dir, whole):
-                raise RunError(f"{run_dir}: after {stop}: other than undisturbed: {differs}")
-        except (RunError, OSError, ValueError) as error:
-            wrong.append(str(error))
-        else:
-            shutil.rmtree(run_dir)
+            _require_undisturbed(run_dir, whole, stop)
         tell(f"{len(stops)} stopped, {runs} runs, {len(wrong)} wrong")
     late = collections.Counter(stop["saved"] - stop["updates"] for stop in stops)
     return {
@@ -689,18 +696,13 @@ def torchrun_runs(count: int, seed: int, directory: Path, tell: Callable[[str], 
         world = 4 if number % 5 == 0 else 2
         run_dir = directory / f"disturbed-{number}"
         began = time.monotonic()
-        try:
+        with _noted(wrong, run_dir):
             if world not in whole:
                 whole[world] = undisturbed_ranks(world, directory / f"undisturbed-{world}")
             faults = _job(number, draw, world, run_dir)
-            if differs := differences(run_dir, whole[world]):
-                raise RunError(f"{run_dir}: after {faults}: other than undisturbed: {differs}")
-        except (RunError, OSError, ValueError) as error:
-            wrong.append(str(error))
-            break
-        shutil.rmtree(run_dir)
-        jobs.append({"ranks": world, "seconds": round(time.monotonic() - began, 1), "faults": faults})
-        tell(f"{len(jobs)} jobs, {jobs[-1]}")
+            _require_undisturbed(run_dir, whole[world], faults)
+            jobs.append({"ranks": world, "seconds": round(time.monotonic() - began, 1), "faults": faults})
+            tell(f"{len(jobs)} jobs, {jobs[-1]}")
     faults = [fault for job in jobs for fault in job["faults"]]
     return {
         "jobs": len(jobs),

@@ -10,7 +10,10 @@ from torch.nn import functional
 from awp_kernels import bn_relu, bn_relu_available, use_backend
 from awp_kernels._images import operations
 
-pytestmark = pytest.mark.skipif(operations() is None, reason="needs AVX2 with FMA")
+pytestmark = [
+    pytest.mark.skipif(operations() is None, reason="needs AVX2 with FMA"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
 
 SHAPES = [(5, 1, 1, 1), (3, 5, 7, 3), (4, 16, 8, 8), (2, 37, 3, 1), (1, 130, 2, 2), (9, 24, 20, 21), (6, 16, 1, 1)]
 MODES = {"train": True, "eval": False}
@@ -58,17 +61,6 @@ def away_from_the_kink(tensors: dict[str, Tensor], training: bool, margin: float
 def error(result: Tensor, reference: Tensor) -> float:
     scale = float(reference.detach().abs().max()) or 1.0
     return float((result.double() - reference).detach().abs().max()) / scale
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Uninitialised memory is NaN, so that what is not written shows."""
-    before = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.utils.deterministic.fill_uninitialized_memory = before[0]
-    torch.use_deterministic_algorithms(before[1])
 
 
 @pytest.mark.parametrize("mode", list(MODES))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_samples import assert_equal, leftovers, sample
+from disks import small_tmpfs
 
 from awp_engine.checkpoint import (
     CheckpointError,
@@ -27,17 +28,8 @@ from awp_engine.checkpoint import (
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except OSError:
-        mounted = False
-    if not mounted:
-        pytest.skip("mounting a small tmpfs is not permitted here")
-    yield mount
-    subprocess.run(["umount", "-l", str(mount)], check=True)
+    with small_tmpfs(tmp_path, "1m") as mount:
+        yield mount
 
 
 def check_failed_save(directory: Path, error: CheckpointError, before: Path) -> None:

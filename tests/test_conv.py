@@ -20,7 +20,10 @@ from awp_kernels import (
 )
 from awp_kernels._images import operations
 
-pytestmark = pytest.mark.skipif(operations() is None, reason="needs AVX2 with FMA")
+pytestmark = [
+    pytest.mark.skipif(operations() is None, reason="needs AVX2 with FMA"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
 
 # of the largest value of the result; torch's own direct convolution stays below 2e-6 on the same samples
 FP32_BOUND = 2e-5
@@ -68,17 +71,6 @@ def exact(x: Tensor, weight: Tensor, grad: Tensor) -> list[Tensor]:
 def error(result: Tensor, reference: Tensor) -> float:
     """Largest difference, over the largest value."""
     return float((result.double() - reference).detach().abs().max() / reference.detach().abs().max())
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Uninitialised memory is NaN, so that what is not written shows."""
-    before = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.utils.deterministic.fill_uninitialized_memory = before[0]
-    torch.use_deterministic_algorithms(before[1])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -16,20 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from awp_kernels import bn_relu, conv3x3, total_norm, use_backend
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 VARIANTS = [(name, variant) for name, operation in OPERATIONS.items() for variant in operation.variants]
 # of several chunks or blocks
 LARGEST = {name: list(operation.samples)[-1] for name, operation in OPERATIONS.items()}
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Uninitialised memory is NaN, so that what is not written shows."""
-    before = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.utils.deterministic.fill_uninitialized_memory = before[0]
-    torch.use_deterministic_algorithms(before[1])
 
 
 def serving(name, target):

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from disks import small_tmpfs
 from rich.console import Console
 
 from awp_engine import report, run_log
@@ -185,17 +186,8 @@ def test_a_writer_that_blocks_does_not_stop_training(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(mount)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except OSError:
-        mounted = False
-    if not mounted:
-        pytest.skip("mounting a small tmpfs is not permitted here")
-    yield mount
-    subprocess.run(["umount", "-l", str(mount)], check=True)
+    with small_tmpfs(tmp_path, "64k") as mount:
+        yield mount
 
 
 def test_a_full_disk_does_not_stop_training(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:

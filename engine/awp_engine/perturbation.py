@@ -291,8 +291,7 @@ class TrainingStep:
         with torch.no_grad(), modes:
             loss = self.objective.attack_loss(model, x, y)
         if self.copies.precision.attack == torch.float16:
-            unscaled = loss
-            loss = lambda logits, labels: _ATTACK_LOSS_SCALE * unscaled(logits, labels)  # noqa: E731
+            return pgd(model, x, y, loss=lambda logits, labels: _ATTACK_LOSS_SCALE * loss(logits, labels), **arguments)
         return pgd(model, x, y, loss=loss, **arguments)
 
     def _attacked(

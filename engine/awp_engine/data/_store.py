@@ -1,0 +1,52 @@
+"""Where images lie: files that have to be decoded, or arrays; both are read by row number."""
+
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+
+@runtime_checkable
+class EncodedImages(Protocol):
+    """JPEG or PNG files by row: a folder, a tar, a column of a table. May be sent to other processes (picklable)."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, row: int) -> bytes:
+        """The file's bytes.
+
+        Raises:
+            DataError: naming the file, if it cannot be read.
+        """
+        ...
+
+    def name(self, row: int) -> str:
+        """The file's name for messages: a path, or an archive and the member's name."""
+        ...
+
+    def digest(self) -> str:
+        """SHA-256, hexadecimal, of all names and sizes, and of the contents of at most 1,000 files at even distances."""
+        ...
+
+
+@runtime_checkable
+class ImageArrays(Protocol):
+    """Decoded images by row, all of one size, mostly in memory-mapped files."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """uint8 [n, C, H, W] in any strides, on the CPU, of rows int64 [n] on the CPU, in that order, repeats allowed."""
+        ...
+
+    def labels(self, rows: Tensor) -> Tensor:
+        """int64 [n] of the same rows."""
+        ...
+
+    def digest(self) -> str:
+        """SHA-256, hexadecimal, of all shapes and labels, and of at most 1,000 images at even distances."""
+        ...

@@ -1,0 +1,227 @@
+"""Images as files of a directory, train/<class>/*.jpg and the like, read when they are wanted."""
+
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from awp_engine.data._dataset import DataError
+
+SUFFIXES = (b".jpg", b".jpeg", b".png")
+LARGEST = 2**30
+"""Bytes of an encoded image; nothing larger is one."""
+_SAMPLED = 1000
+_CHUNK = 4096
+_DOT = ord(".")
+
+
+class PackedNames:
+    """Names as bytes, joined: a list of a million paths would take 100 MB, in every process that loads images."""
+
+    def __init__(self, joined: bytes, ends: NDArray[np.int64]) -> None:
+        self.joined, self.ends = joined, ends
+
+    @classmethod
+    def pack(cls, groups: Iterable[list[bytes]]) -> "PackedNames":
+        """The names of all groups, one group after the other."""
+        joined, lengths = bytearray(), [np.empty(0, np.int64)]
+        for names in groups:
+            joined += b"".join(names)
+            lengths.append(np.fromiter(map(len, names), np.int64, len(names)))
+        return cls(bytes(joined), np.cumsum(np.concatenate(lengths)))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, row: int) -> bytes:
+        if not 0 <= row < len(self.ends):
+            raise IndexError(f"row {row} of {len(self.ends)}")
+        return self.joined[self.ends[row - 1] if row else 0 : self.ends[row]]
+
+    def __iter__(self) -> Iterator[bytes]:
+        return (self[row] for row in range(len(self)))
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What the class folders of one part of a data set hold; names are relative to the part, labels int64 [N]."""
+
+    names: PackedNames
+    labels: Tensor
+    class_names: tuple[str, ...]
+
+
+class FileImages:
+    """Files below a directory, by row: an `EncodedImages`.
+
+    Args:
+        root: what the names are relative to.
+        names: in the order of the rows; need not be UTF-8.
+    """
+
+    def __init__(self, root: Path, names: PackedNames) -> None:
+        self._root, self._names = os.fsencode(root), names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def read(self, row: int) -> bytes:
+        """The file's bytes.
+
+        Raises:
+            DataError: it cannot be read, is no regular file, or is larger than 1 GiB.
+        """
+        path = self._path(row)
+        try:
+            return _read_regular(path)
+        except OSError as error:
+            raise DataError(f"{shown(path)} cannot be read: {error.strerror}; replace or remove it") from error
+
+    def name(self, row: int) -> str:
+        """The file's path, with what is not printable escaped."""
+        return shown(self._path(row))
+
+    def digest(self) -> str:
+        """See `EncodedImages`; names count from the root, so that a moved directory keeps its digest."""
+        with ThreadPoolExecutor(8) as pool:  # a network file system answers several at once
+            chunks = pool.map(self._sizes, range(0, len(self), _CHUNK))
+            return digest_files(self._names, np.concatenate([np.empty(0, np.int64), *chunks]), self.read)
+
+    def _path(self, row: int) -> bytes:
+        return self._root + b"/" + self._names[row]
+
+    def _sizes(self, first: int) -> NDArray[np.int64]:
+        rows = range(first, min(first + _CHUNK, len(self)))
+        try:
+            return np.array([os.stat(self._path(row)).st_size for row in rows], np.int64)  # noqa: PTH116
+        except OSError as error:
+            raise DataError(
+                f"{shown(error.filename)} cannot be read: {error.strerror}; replace or remove it"
+            ) from error
+
+
+def list_classes(part: Path, *, skip: frozenset[str] = frozenset(), inside: str = "") -> Listing:
+    """Lists `part`/<class>/*.jpg, *.jpeg and *.png in any case; classes and files in the order of their names.
+
+    Other files, and names that begin with a dot, are left alone. Files are not looked at, only listed.
+
+    Args:
+        part: such as ROOT/train.
+        skip: files to leave out, as `listed_name` gives them, relative to ROOT.
+        inside: a folder in every class's folder that holds its images.
+
+    Raises:
+        DataError: fewer than two classes, or one without images.
+    """
+    try:
+        return _list_classes(part, skip, inside)
+    except OSError as error:
+        path = shown(os.fsencode(error.filename or part))
+        raise DataError(f"{path} cannot be listed: {error.strerror}; expected class folders of images") from error
+
+
+def listed_name(path: bytes) -> str:
+    """A file's name in lists: UTF-8, with escapes for bytes that are not."""
+    return path.decode("utf-8", errors="backslashreplace")
+
+
+def shown(path: bytes) -> str:
+    """A file's name for messages, in one line."""
+    name = listed_name(path)
+    return name if name.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+
+
+def evenly(count: int, most: int = _SAMPLED) -> list[int]:
+    """At most `most` of `count` rows, at even distances.
+
+    >>> evenly(10, 4), evenly(3)
+    ([0, 2, 5, 7], [0, 1, 2])
+    """
+    chosen = min(count, most)
+    return [number * count // chosen for number in range(chosen)]
+
+
+def digest_files(names: PackedNames, sizes: NDArray[np.int64], read: Callable[[int], bytes]) -> str:
+    """What `EncodedImages.digest` promises; `sizes` are the files', int64 [N]."""
+    digest = hashlib.sha256(names.joined)
+    digest.update(names.ends.astype("<i8").data)
+    digest.update(sizes.astype("<i8").data)
+    for row in evenly(len(names)):
+        digest.update(hashlib.sha256(read(row)).digest())
+    return digest.hexdigest()
+
+
+def _read_regular(path: bytes) -> bytes:
+    # A pipe without a writer would block the opening.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(f"{shown(path)} is not a regular file; expected an image: replace or remove it")
+        if status.st_size > LARGEST:
+            raise DataError(
+                f"{shown(path)} has {status.st_size} bytes; expected an image of at most {LARGEST}: "
+                "replace or remove it"
+            )
+        pieces, missing = [], status.st_size
+        while missing > 0:
+            piece = os.read(descriptor, missing)
+            if not piece:
+                raise DataError(
+                    f"{shown(path)} ended {missing} bytes before its {status.st_size}; expected a file that stays as "
+                    "it is while it is read"
+                )
+            pieces.append(piece)
+            missing -= len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    finally:
+        os.close(descriptor)
+
+
+def _list_classes(part: Path, skip: frozenset[str], inside: str) -> Listing:
+    wanted = f"{part.name}/<class>/{inside + '/' if inside else ''}*.jpg, *.jpeg or *.png"
+    if not part.is_dir():
+        raise DataError(f"{shown(os.fsencode(part))} is not a directory; expected {wanted} there")
+    root = os.fsencode(part)
+    with os.scandir(root) as entries:
+        classes = sorted(entry.name for entry in entries if entry.name[0] != _DOT and entry.is_dir())
+    if len(classes) < 2:
+        raise DataError(f"{shown(root)} has {len(classes)} class folders; expected at least 2, each with its images")
+    skipped = {name for name in skip if name.startswith(listed_name(os.fsencode(part.name)) + "/")}
+    counts: list[int] = []
+
+    def groups() -> Iterator[list[bytes]]:
+        for name in classes:
+            folder = name + b"/" + os.fsencode(inside) + b"/" if inside else name + b"/"
+            files = list_images(root + b"/" + folder)
+            found = len(files)
+            if skipped:
+                before = os.fsencode(part.name) + b"/" + folder
+                files = [file for file in files if listed_name(before + file) not in skipped]
+            if not files:
+                where = shown(root + b"/" + folder.rstrip(b"/"))
+                if found:
+                    raise DataError(
+                        f"{where} has no image left: all {found} are skipped; add some or remove the folder"
+                    )
+                raise DataError(f"{where} has no image; expected *.jpg, *.jpeg or *.png: add some or remove the folder")
+            counts.append(len(files))
+            yield [folder + file for file in files]
+
+    names = PackedNames.pack(groups())
+    labels = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor(counts))
+    return Listing(names, labels, tuple(map(shown, classes)))
+
+
+def list_images(folder: bytes) -> list[bytes]:
+    """The images' names in a folder, sorted."""
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if e.name.lower().endswith(SUFFIXES) and e.name[0] != _DOT)

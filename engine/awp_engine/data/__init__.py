@@ -1,22 +1,27 @@
-"""Image classification data, kept as uint8 on the training device.
+"""Image classification data: kept as uint8 on the training device, or read and decoded batch by batch.
 
 Order and augmentation are functions of (seed, epoch, sample id) alone: neither batch order, nor the number of ranks,
-nor the device, nor a resumed run changes what a sample looks like in an epoch.
+nor the loader, nor the device, nor a resumed run changes what a sample looks like in an epoch.
 """
 
-from awp_engine.data._augment import augment
-from awp_engine.data._batches import batch_sizes, eval_batches, rank_share, train_batches
-from awp_engine.data._dataset import DataError, Dataset, Split
+from awp_engine.data._batches import Batches, batch_sizes, eval_batches, rank_share, train_batches
+from awp_engine.data._dataset import DataError, Dataset
 from awp_engine.data._extra import extra_fingerprint, load_extra
+from awp_engine.data._framing import Framing
 from awp_engine.data._load import dataset_names, load_dataset
+from awp_engine.data._loading import Loading
 from awp_engine.data._recipe import Batch
+from awp_engine.data._split import Split, StreamedSplit
 
 __all__ = [
     "Batch",
+    "Batches",
     "DataError",
     "Dataset",
+    "Framing",
+    "Loading",
     "Split",
-    "augment",
+    "StreamedSplit",
     "batch_sizes",
     "dataset_names",
     "eval_batches",

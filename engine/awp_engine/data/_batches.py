@@ -1,24 +1,28 @@
 """Batches of one epoch, cut and augmented on the device that holds the images."""
 
+import contextlib
 import math
 from collections.abc import Iterator
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from awp_engine.data._augment import to_float
-from awp_engine.data._dataset import Split, random_order_key
-from awp_engine.data._recipe import Batch, Drawn, Recipe
-from awp_kernels.philox import mix_seed
+from awp_engine.data._dataset import random_order_key
+from awp_engine.data._framing import Request, Requests, every_row
+from awp_engine.data._recipe import Batch, Drawn, Recipe, Samples
+from awp_engine.data._split import Look, Split, StreamedSplit
+from awp_kernels.philox import mix_seed, sample_words
 
 _STREAM_ORDER = 3
 _STREAM_EXTRA_ORDER = 8
 _STREAM_PLACE = 9
+_ROUNDS = 6
 
 
 def train_batches(
-    split: Split,
+    split: Samples,
     *,
     batch_size: int,
     seed: int,
@@ -30,11 +34,12 @@ def train_batches(
     fill: tuple[float, ...] | None = None,
     cutmix: float = 0.0,
     num_classes: int | None = None,
-    extra: Split | None = None,
+    extra: Samples | None = None,
     extra_fraction: float = 0.5,
     first: int = 0,
     rank: int = 0,
     ranks: int = 1,
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Iterator[Batch]:
     """One epoch of shuffled, augmented batches; every sample of `split` comes exactly once.
 
@@ -66,8 +71,10 @@ def train_batches(
         first: batches of the epoch that are left out, for a run that goes on in its middle.
         rank: whose part of every batch is wanted: see `rank_share`.
         ranks: how many there are.
+        memory_format: of the images.
 
     Raises:
+        DataError: an image cannot be read or decoded.
         ValueError: an argument is out of range or missing, or does not fit `split`.
 
     Source of the batches' composition: Carmon et al.: Unlabeled Data Improves Adversarial Robustness, NeurIPS 2019.
@@ -76,21 +83,22 @@ def train_batches(
     recipe = Recipe(seed, epoch, pad, flip, cutout, fill, cutmix, num_classes)
     recipe.check(split, "split")
     own_size, extra_size = (batch_size, 0) if extra is None else _shares(batch_size, extra_fraction)
-    order = torch.argsort(random_order_key(split.ids, seed=mix_seed(seed, epoch), stream=_STREAM_ORDER), stable=True)
+    rows = torch.arange(len(split))
+    key = random_order_key(split.ids_of(rows), seed=mix_seed(seed, epoch), stream=_STREAM_ORDER)
+    order = rows[torch.argsort(key, stable=True)]
     if drop_last:
         order = order[: len(order) // own_size * own_size]
     sizes = _sizes(len(order), own_size)
-    drawn = recipe.draw(split, order)
-    if extra is None:
-        return (drawn.samples(_part(piece, rank, ranks)) for piece in _pieces(sizes)[first:])
-    recipe.check(extra, "extra")
-    _check_extra(extra, split)
-    extra_sizes = _extra_sizes(sizes, own_size, extra_size)
-    count = sum(extra_sizes)
-    drawn_extra = recipe.draw(extra, _extra_rows(extra.ids, first=epoch * count, count=count, seed=seed))
-    pieces = list(zip(_pieces(sizes), _pieces(extra_sizes), strict=True))[first:]
-    whole = _joined(drawn, drawn_extra, pieces, seed=mix_seed(seed, epoch))
-    return (Batch(*(field[_part(slice(0, len(b.ids)), rank, ranks)] for field in b)) for b in whole)
+    drawn = [recipe.draw(split, order)]
+    pieces = [_pieces(sizes)]
+    if extra is not None:
+        recipe.check(extra, "extra")
+        _check_extra(extra, split)
+        pieces.append(_pieces(_extra_sizes(sizes, own_size, extra_size)))
+        count = pieces[1][-1].stop if pieces[1] else 0
+        drawn.append(recipe.draw(extra, _extra_rows(len(extra), first=epoch * count, count=count, seed=seed)))
+    plan = _Plan(drawn, list(zip(*pieces, strict=True)), mix_seed(seed, epoch), rank, ranks)
+    return _made(plan, range(first, len(sizes)), recipe.look, batch_size, memory_format)
 
 
 def batch_sizes(split_size: int, batch_size: int, extra_fraction: float | None = None) -> list[int]:
@@ -123,30 +131,58 @@ def rank_share(count: int, rank: int, ranks: int) -> tuple[slice, float]:
     return slice(begin, end), (end - begin) / count
 
 
-def eval_batches(split: Split, batch_size: int) -> Iterator[Batch]:
-    """The split's samples in their order, unchanged but for the conversion to fp32; the last batch may be smaller.
+def eval_batches(
+    split: Split | StreamedSplit, batch_size: int, *, memory_format: torch.memory_format = torch.contiguous_format
+) -> Iterator[Batch]:
+    """The split's samples in their order, each once, unchanged but for the conversion to fp32; the last batch may be
+    smaller.
 
     Raises:
+        DataError: an image cannot be read or decoded.
         ValueError: batch_size below 1.
     """
     _check_batch_size(batch_size)
+    requests = every_row(len(split), batch_size)
+    looks = split.looks(requests, Look(), memory_format)
     return (
-        Batch(
-            to_float(split.images[i : i + batch_size]), split.labels[i : i + batch_size], split.ids[i : i + batch_size]
-        )
-        for i in range(0, len(split), batch_size)
+        Batch(images, split.labels_of(request.rows), split.ids_of(request.rows).to(split.device))
+        for request, images in zip(requests.make(), looks, strict=True)
     )
 
 
-def _extra_rows(ids: Tensor, *, first: int, count: int, seed: int) -> Tensor:
-    """Places `first` to `first + count - 1` of an endless sequence of shuffled passes over all rows."""
-    size = len(ids)
-    pieces = [torch.empty_like(ids[:0])]
+def _extra_rows(size: int, *, first: int, count: int, seed: int) -> Tensor:
+    """Places `first` to `first + count - 1` of an endless sequence of shuffled passes over `size` rows."""
+    pieces = [torch.empty(0, dtype=torch.int64)]
     for number in range(first // size, -(-(first + count) // size)):
-        key = random_order_key(ids, seed=mix_seed(seed, number), stream=_STREAM_EXTRA_ORDER)
         start = number * size
-        pieces.append(torch.argsort(key, stable=True)[max(first - start, 0) : first + count - start])
+        places = torch.arange(max(first - start, 0), min(first + count - start, size))
+        pieces.append(shuffled(places, size, seed=mix_seed(seed, number)))
     return torch.cat(pieces)
+
+
+def shuffled(places: Tensor, size: int, *, seed: int) -> Tensor:
+    """Which of `size` rows, shuffled by the seed, stand at these places, int64 [n]: no table of all of them is needed.
+
+    A Feistel network on pairs of digits (l, r) of bases a and b, a * b just above size: a round adds a random function
+    of one digit to the other one. What falls outside goes through it again.
+
+    Source: Black, Rogaway: Ciphers with Arbitrary Finite Domains, CT-RSA 2002.
+
+    >>> sorted(shuffled(torch.arange(10), 10, seed=3).tolist()) == list(range(10))
+    True
+    """
+    a = math.isqrt(max(size - 1, 0)) + 1
+    b = -(-size // a)
+    values, left = places.clone(), torch.arange(len(places))
+    while len(left):
+        digits = [values[left] // b, values[left] % b]
+        for number in range(_ROUNDS):
+            which, base = number % 2, (a, b)[number % 2]
+            word = sample_words(digits[1 - which], 1, seed=mix_seed(seed, number), stream=_STREAM_EXTRA_ORDER)[:, 0]
+            digits[which] = (digits[which] + (word * base >> 32)) % base
+        values[left] = digits[0] * b + digits[1]
+        left = left[values[left] >= size]
+    return values
 
 
 def _sizes(count: int, size: int) -> list[int]:
@@ -162,18 +198,65 @@ def _pieces(sizes: list[int]) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise(accumulate(sizes, initial=0))]
 
 
-def _part(piece: slice, rank: int, ranks: int) -> slice:
-    rows, _ = rank_share(piece.stop - piece.start, rank, ranks)
-    return slice(piece.start + rows.start, piece.start + rows.stop)
+class _Plan(NamedTuple):
+    """Where the samples of every batch stand in what was drawn: for the split, and for extra images if there are any.
+
+    Attributes:
+        drawn: for the split, and for the extra images.
+        pieces: for every batch, its part of each.
+        seed: of the places in a batch.
+        rank, ranks: whose part is wanted.
+    """
+
+    drawn: list[Drawn]
+    pieces: list[tuple[slice, ...]]
+    seed: int
+    rank: int
+    ranks: int
+
+    def places(self, index: int) -> list[Tensor]:
+        """Of a batch's own samples and extra ones, int64 [n] each, and how they are put in order, int64 [their sum]."""
+        pieces = self.pieces[index]
+        places = [torch.arange(piece.start, piece.stop) for piece in pieces]
+        share, _ = rank_share(sum(map(len, places)), self.rank, self.ranks)
+        if len(places) == 1:
+            own = places[0][share]
+            return [own, torch.arange(len(own))]
+        ids = torch.cat([drawn.ids[piece] for drawn, piece in zip(self.drawn, pieces, strict=True)])
+        # mixed, since ranks and their batch normalisation see a part of the batch
+        key = random_order_key(ids, seed=self.seed, stream=_STREAM_PLACE)
+        order = torch.argsort(key, stable=True)[share]
+        is_own = order < len(places[0])
+        place = torch.where(is_own, is_own.cumsum(0) - 1, is_own.sum() + (~is_own).cumsum(0) - 1)
+        return [places[0][order[is_own]], places[1][order[~is_own] - len(places[0])], place]
 
 
-def _joined(own: Drawn, extra: Drawn, pieces: list[tuple[slice, slice]], *, seed: int) -> Iterator[Batch]:
-    own_key, extra_key = (random_order_key(drawn.ids, seed=seed, stream=_STREAM_PLACE) for drawn in (own, extra))
-    for piece, extra_piece in pieces:
-        # Mixed, since ranks and their batch normalisation see a part of the batch.
-        place = torch.argsort(torch.cat([own_key[piece], extra_key[extra_piece]]), stable=True)
-        parts = zip(own.samples(piece), extra.samples(extra_piece), strict=True)
-        yield Batch(*(torch.cat(fields)[place] for fields in parts))
+def _made(
+    plan: _Plan, indices: range, look: Look, batch_size: int, memory_format: torch.memory_format
+) -> Iterator[Batch]:
+    """The batches at `indices`."""
+
+    def looks(which: int) -> Iterator[Tensor]:
+        drawn = plan.drawn[which]
+
+        def make() -> Iterator[Request]:
+            return (drawn.request(plan.places(index)[which]) for index in indices)
+
+        # every image may have another one mixed in
+        return drawn.split.looks(Requests(make, 2 * batch_size), look, memory_format)
+
+    with contextlib.ExitStack() as stack:
+        streams = [looks(which) for which in range(len(plan.drawn))]
+        for stream in streams:
+            stack.enter_context(contextlib.closing(stream))
+        for index in indices:
+            *places, order = plan.places(index)
+            parts = [d.batch(p, next(s)) for d, p, s in zip(plan.drawn, places, streams, strict=True)]
+            if len(parts) == 1:
+                yield parts[0]
+                continue
+            order = order.to(parts[0].images.device, non_blocking=True)
+            yield Batch(*(torch.cat(fields)[order] for fields in zip(*parts, strict=True)))
 
 
 def _shares(batch_size: int, extra_fraction: float) -> tuple[int, int]:
@@ -194,12 +277,11 @@ def _check_batch_size(batch_size: int) -> None:
         raise ValueError(f"batch_size: {batch_size}; expected at least 1")
 
 
-def _check_extra(extra: Split, split: Split) -> None:
+def _check_extra(extra: Samples, split: Samples) -> None:
     if len(extra) == 0:
         raise ValueError("extra: no images; expected at least 1")
-    shape, device = tuple(split.images.shape[1:]), split.images.device
-    if extra.images.shape[1:] != shape or extra.images.device != device:
+    if extra.shape != split.shape or extra.device != split.device:
         raise ValueError(
-            f"extra: images {list(extra.images.shape[1:])} on {extra.images.device}; "
-            f"expected {list(shape)} on {device} as those of split"
+            f"extra: images {list(extra.shape)} on {extra.device}; "
+            f"expected {list(split.shape)} on {split.device} as those of split"
         )

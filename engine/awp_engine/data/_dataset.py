@@ -1,47 +1,26 @@
 """What every data set is made of: splits, statistics, a fingerprint, and the hold-out rule."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from awp_engine.data._split import Split, StreamedSplit
 from awp_kernels.philox import mix_seed, sample_words
 
 _STREAM_HOLD_OUT = 4
 _STREAM_TRAIN_LIMIT = 5
+# of streamed images, to find the data set's statistics
+_SAMPLED = 1000
+
+AnySplit = TypeVar("AnySplit", Split, StreamedSplit)
 
 
 class DataError(ValueError):
     """A data set cannot be had as asked; the message is one line with the file, what was expected and what to do."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Split:
-    """Some of a data set's images, all on one device.
-
-    Attributes:
-        images: uint8 [N, C, H, W].
-        labels: int64 [N].
-        ids: int64 [N]; a sample's place in the order of the files, the test part after the training part and extra
-            images after both, so unique in the data set.
-    """
-
-    images: Tensor
-    labels: Tensor
-    ids: Tensor
-
-    def __len__(self) -> int:
-        return self.images.shape[0]
-
-    def to(self, device: torch.device | str) -> Self:
-        """The same split on another device."""
-        return type(self)(images=self.images.to(device), labels=self.labels.to(device), ids=self.ids.to(device))
-
-    def select(self, indices: Tensor) -> Self:
-        """The samples at `indices`, int64 [M], in that order."""
-        return type(self)(images=self.images[indices], labels=self.labels[indices], ids=self.ids[indices])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,16 +36,18 @@ class Dataset:
         mean, std: one value a channel, of images in [0, 1].
         fingerprint: SHA-256, hexadecimal, of the training part that is used (train and held out, in file order) and the
             class names; so of the whole training part, however much is held out, unless a limit leaves some of it out.
+        loader: what makes its batches: "resident", "dali" or "torch".
     """
 
     name: str
-    train: Split
-    held_out: Split
-    test: Split
+    train: Split | StreamedSplit
+    held_out: Split | StreamedSplit
+    test: Split | StreamedSplit
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     fingerprint: str
+    loader: str = "resident"
 
     @property
     def first_extra_id(self) -> int:
@@ -89,6 +70,21 @@ class RawDataset:
     statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The parts of a data set.
+
+    Attributes:
+        train, held_out, test: as those of `Dataset`.
+        used: rows of the training part that are train or held out, int64, in file order.
+    """
+
+    train: Split | StreamedSplit
+    held_out: Split | StreamedSplit
+    test: Split | StreamedSplit
+    used: Tensor
+
+
 def prepare(
     name: str, raw: RawDataset, *, held_out_fraction: float, seed: int, train_limit: int | None = None
 ) -> Dataset:
@@ -98,24 +94,18 @@ def prepare(
         ValueError: held_out_fraction out of range.
         DataError: a class would have nothing left to train on, or train_limit cannot be had.
     """
-    train_count = len(raw.train_labels)
+    train_count, test_count = len(raw.train_labels), len(raw.test_labels)
     full = Split(images=raw.train_images, labels=raw.train_labels, ids=torch.arange(train_count))
-    held_out = hold_out(full, held_out_fraction, seed=seed, class_names=raw.class_names)
-    train = full.select(torch.nonzero(~held_out).squeeze(1))
-    used = full
-    if train_limit is not None:
-        kept = limit_evenly(train, train_limit, seed=seed, classes=len(raw.class_names))
-        train = train.select(torch.nonzero(kept).squeeze(1))
-        is_used = held_out.clone()
-        is_used[train.ids] = True
-        used = full.select(torch.nonzero(is_used).squeeze(1))
-    mean, std = channel_statistics(used.images) if raw.statistics is None else raw.statistics
-    test_ids = torch.arange(train_count, train_count + len(raw.test_labels))
+    test_ids = torch.arange(train_count, train_count + test_count)
+    test = Split(images=raw.test_images, labels=raw.test_labels, ids=test_ids)
+    parts = divide(full, test, raw.class_names, held_out_fraction=held_out_fraction, seed=seed, train_limit=train_limit)
+    used = full if len(parts.used) == train_count else full.select(parts.used)
+    mean, std = raw.statistics or channel_statistics([used.images])
     return Dataset(
         name=name,
-        train=train,
-        held_out=full.select(torch.nonzero(held_out).squeeze(1)),
-        test=Split(images=raw.test_images, labels=raw.test_labels, ids=test_ids),
+        train=parts.train,
+        held_out=parts.held_out,
+        test=parts.test,
         class_names=raw.class_names,
         mean=mean,
         std=std,
@@ -123,7 +113,37 @@ def prepare(
     )
 
 
-def hold_out(split: Split, fraction: float, *, seed: int, class_names: tuple[str, ...]) -> Tensor:
+def divide(
+    full: AnySplit,
+    test: AnySplit,
+    class_names: tuple[str, ...],
+    *,
+    held_out_fraction: float,
+    seed: int,
+    train_limit: int | None,
+) -> Parts:
+    """Holds out some of the training part `full`, whose ids are 0 to N - 1, and limits the rest.
+
+    Raises:
+        ValueError, DataError: as `prepare`.
+    """
+    held_out = hold_out(full, held_out_fraction, seed=seed, class_names=class_names)
+    train = full.select(torch.nonzero(~held_out).squeeze(1))
+    is_used = torch.ones_like(held_out)
+    if train_limit is not None:
+        kept = limit_evenly(train, train_limit, seed=seed, classes=len(class_names))
+        train = train.select(torch.nonzero(kept).squeeze(1))
+        is_used = held_out.clone()
+        is_used[train.ids.cpu()] = True
+    return Parts(
+        train=train,
+        held_out=full.select(torch.nonzero(held_out).squeeze(1)),
+        test=test,
+        used=torch.nonzero(is_used).squeeze(1),
+    )
+
+
+def hold_out(split: Split | StreamedSplit, fraction: float, *, seed: int, class_names: tuple[str, ...]) -> Tensor:
     """Chooses the nearest whole number to `fraction` of every class, at least 1 where the fraction is positive.
 
     A class's samples are ranked by random words of (seed, id), so the choice depends on neither the run nor the library
@@ -141,9 +161,10 @@ def hold_out(split: Split, fraction: float, *, seed: int, class_names: tuple[str
     chosen = torch.zeros(len(split), dtype=torch.bool)
     if fraction == 0:
         return chosen
-    rank = random_order_key(split.ids, seed=mix_seed(seed), stream=_STREAM_HOLD_OUT)
+    labels, ids = split.labels.cpu(), split.ids.cpu()
+    rank = random_order_key(ids, seed=mix_seed(seed), stream=_STREAM_HOLD_OUT)
     for label, class_name in enumerate(class_names):
-        members = torch.nonzero(split.labels == label).squeeze(1)
+        members = torch.nonzero(labels == label).squeeze(1)
         if len(members) == 0:
             continue
         count = max(1, int(fraction * len(members) + 0.5))
@@ -157,7 +178,7 @@ def hold_out(split: Split, fraction: float, *, seed: int, class_names: tuple[str
     return chosen
 
 
-def limit_evenly(split: Split, limit: int, *, seed: int, classes: int) -> Tensor:
+def limit_evenly(split: Split | StreamedSplit, limit: int, *, seed: int, classes: int) -> Tensor:
     """Chooses `limit` samples, as many of every class as there are, to within one.
 
     A class's samples are ranked by random words of (seed, id), and the classes take turns until the limit is reached; a
@@ -174,13 +195,14 @@ def limit_evenly(split: Split, limit: int, *, seed: int, classes: int) -> Tensor
             f"train_limit: {limit}; expected at least {classes}, one image a class, and at most {len(split)}, "
             "the training images that are not held out"
         )
-    key = random_order_key(split.ids, seed=mix_seed(seed), stream=_STREAM_TRAIN_LIMIT)
-    turn = torch.empty_like(split.labels)
+    labels, ids = split.labels.cpu(), split.ids.cpu()
+    key = random_order_key(ids, seed=mix_seed(seed), stream=_STREAM_TRAIN_LIMIT)
+    turn = torch.empty_like(labels)
     for label in range(classes):
-        members = torch.nonzero(split.labels == label).squeeze(1)
+        members = torch.nonzero(labels == label).squeeze(1)
         turn[members[torch.argsort(key[members], stable=True)]] = torch.arange(len(members))
     chosen = torch.zeros(len(split), dtype=torch.bool)
-    chosen[torch.argsort(turn * classes + split.labels, stable=True)[:limit]] = True
+    chosen[torch.argsort(turn * classes + labels, stable=True)[:limit]] = True
     return chosen
 
 
@@ -190,18 +212,25 @@ def random_order_key(ids: Tensor, *, seed: int, stream: int) -> Tensor:
     return (words[:, 0] << 31) | (words[:, 1] >> 1)
 
 
-def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of every channel of images uint8 [N, C, H, W], in units of [0, 1], from exact integer sums."""
+def channel_statistics(parts: Sequence[Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of every channel of all images, uint8 [N, C, H, W] each, in units of [0, 1]; sums are exact."""
     means, deviations = [], []
-    for channel in range(images.shape[1]):
-        histogram = torch.bincount(images[:, channel].flatten(), minlength=256).tolist()
-        count = sum(histogram)
-        total = sum(value * number for value, number in enumerate(histogram))
-        squares = sum(value * value * number for value, number in enumerate(histogram))
+    for channel in range(parts[0].shape[1]):
+        histogram = sum(torch.bincount(images[:, channel].flatten(), minlength=256).cpu() for images in parts)
+        values = [int(number) for number in histogram]
+        count = sum(values)
+        total = sum(value * number for value, number in enumerate(values))
+        squares = sum(value * value * number for value, number in enumerate(values))
         means.append(total / count / 255)
         # One grey level at the least: a constant channel must not divide by zero.
         deviations.append(max(((squares * count - total * total) ** 0.5) / count, 1.0) / 255)
     return tuple(means), tuple(deviations)
+
+
+def sampled_statistics(split: StreamedSplit) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Those of at most 1,000 images at even distances."""
+    chosen = torch.arange(min(len(split), _SAMPLED)) * len(split) // min(len(split), _SAMPLED)
+    return channel_statistics([split.select(chosen).resident().images])
 
 
 def fingerprint(split: Split, class_names: tuple[str, ...]) -> str:
@@ -210,4 +239,15 @@ def fingerprint(split: Split, class_names: tuple[str, ...]) -> str:
     digest.update(repr((tuple(split.images.shape), class_names)).encode())
     digest.update(split.images.contiguous().numpy().data)
     digest.update(split.labels.contiguous().numpy().astype("<i8").data)
+    return digest.hexdigest()
+
+
+def streamed_fingerprint(split: StreamedSplit, class_names: tuple[str, ...], framing: str) -> str:
+    """SHA-256, hexadecimal, of where the images come from, as the store digests it, which rows are used, their labels,
+    the class names, and how they are framed.
+    """
+    digest = hashlib.sha256()
+    digest.update(repr((split.shape, framing, split.store.digest(), class_names)).encode())
+    for values in (split.rows, split.labels.cpu()):
+        digest.update(values.contiguous().numpy().astype("<i8").data)
     return digest.hexdigest()

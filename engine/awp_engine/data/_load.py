@@ -1,19 +1,44 @@
 """Data sets by name."""
 
+import dataclasses
 from pathlib import Path
 
+import torch
+
 from awp_engine.data._cifar import CIFAR10, CIFAR100, read_cifar
-from awp_engine.data._dataset import DataError, Dataset, prepare
+from awp_engine.data._dataset import (
+    DataError,
+    Dataset,
+    channel_statistics,
+    divide,
+    prepare,
+    sampled_statistics,
+    streamed_fingerprint,
+)
 from awp_engine.data._digits import read_digits
+from awp_engine.data._files_loader import Reader
+from awp_engine.data._inspect import decode
+from awp_engine.data._loading import Loading, shape_of, streamed
+from awp_engine.data._sources import Source, open_source, source_names
+from awp_engine.data._split import Split, StreamedSplit
+from awp_engine.data._store import EncodedImages
 from awp_engine.data._svhn import read_svhn
 
-dataset_names = ("digits", "cifar10", "cifar100", "svhn", "folder")
+dataset_names = ("digits", "cifar10", "cifar100", "svhn", *source_names)
+# of the images that cannot be used, in a message
+_SHOWN = 20
 
 
 def load_dataset(
-    name: str, *, root: Path | None, held_out_fraction: float, seed: int, train_limit: int | None = None
+    name: str,
+    *,
+    root: Path | None,
+    held_out_fraction: float,
+    seed: int,
+    train_limit: int | None = None,
+    loading: Loading | None = None,
 ) -> Dataset:
-    """Loads a data set into memory, on the CPU, and holds out a part of its training set for model selection.
+    """Opens a data set, and holds out a part of its training set for model selection.
 
     Args:
         name: one of `dataset_names`.
@@ -22,34 +47,33 @@ def load_dataset(
         seed: of the hold-out alone. Runs with different seeds should share it, so that their held-out figures compare.
         train_limit: train on so many images alone, as many of every class; None for all that are not held out. Neither
             the held-out images nor those of a smaller limit depend on it.
+        loading: where the images are wanted, and how they get there; None reads all of them into the CPU's memory.
 
     Raises:
         DataError: the data set is unknown, or its files are missing or not as they should be, or it has fewer training
             images than train_limit, or more classes.
         ValueError: held_out_fraction out of range.
     """
+    loading = loading or Loading()
     if name not in dataset_names:
         raise DataError(f"data set: unknown name {name!r}; expected one of {', '.join(dataset_names)}")
     if not 0 <= held_out_fraction < 1:
         raise ValueError(f"held_out_fraction: {held_out_fraction}; expected a number in [0, 1)")
+    if name == "digits" and root is not None:
+        raise DataError(
+            f"--data.root {root} was given, but digits ship inside scikit-learn; drop it or choose another preset"
+        )
+    if name in source_names:
+        source = open_source(name, _existing(name, root), skip=loading.skip)
+        return _from_source(source, loading, held_out_fraction=held_out_fraction, seed=seed, train_limit=train_limit)
     if name == "digits":
-        if root is not None:
-            raise DataError(
-                f"--data.root {root} was given, but digits ship inside scikit-learn; drop it or choose another preset"
-            )
         raw = read_digits()
+    elif name == "svhn":
+        raw = read_svhn(_existing(name, root))
     else:
-        root = _existing(name, root)
-        if name == "folder":
-            # Pillow is imported for those who need it only.
-            from awp_engine.data._folder import read_folder
-
-            raw = read_folder(root)
-        elif name == "svhn":
-            raw = read_svhn(root)
-        else:
-            raw = read_cifar(root, CIFAR10 if name == "cifar10" else CIFAR100)
-    return prepare(name, raw, held_out_fraction=held_out_fraction, seed=seed, train_limit=train_limit)
+        raw = read_cifar(_existing(name, root), CIFAR10 if name == "cifar10" else CIFAR100)
+    data = prepare(name, raw, held_out_fraction=held_out_fraction, seed=seed, train_limit=train_limit)
+    return _placed(data, loading)
 
 
 def _existing(name: str, root: Path | None) -> Path:
@@ -58,3 +82,91 @@ def _existing(name: str, root: Path | None) -> Path:
     if not root.is_dir():
         raise DataError(f"--data.root {root} is not a directory; expected the one that holds the files of {name}")
     return root
+
+
+def _placed(data: Dataset, loading: Loading) -> Dataset:
+    """A data set in the CPU's memory, where `loading` wants it."""
+    splits: dict[str, Split] = {"train": data.train, "held_out": data.held_out, "test": data.test}  # pyright: ignore[reportAssignmentType]
+    store = splits["train"]
+    size = loading.framing.size
+    if size is not None and store.shape[1:] != (size, size):
+        height, width = store.shape[1:]
+        raise DataError(f"--data.image-size {size}: {data.name} has images of {width}x{height}; leave it out")
+    from awp_engine.data._loading import InMemory
+
+    loader = loading.choose(InMemory(store), sum(map(len, splits.values())), store.shape)
+    if loader == "resident":
+        placed = {part: split.to(loading.device) for part, split in splits.items()}
+    else:
+        placed = {part: streamed(split, loading, loader) for part, split in splits.items()}
+    return dataclasses.replace(data, **placed, loader=loader)
+
+
+def _from_source(
+    source: Source, loading: Loading, *, held_out_fraction: float, seed: int, train_limit: int | None
+) -> Dataset:
+    shape = shape_of(source.train, loading.framing)
+    train_count, test_count = len(source.train), len(source.test)
+    loader = loading.choose(source.train, train_count + test_count, shape)
+    full, test = (
+        StreamedSplit(
+            store=store,
+            loader=loading.open(loader, store, shape),
+            shape=shape,
+            rows=torch.arange(len(store)),
+            labels=labels.to(loading.device),
+            ids=torch.arange(first, first + len(store)),
+        )
+        for store, labels, first in (
+            (source.train, source.train_labels, 0),
+            (source.test, source.test_labels, train_count),
+        )
+    )
+    parts = divide(
+        full, test, source.class_names, held_out_fraction=held_out_fraction, seed=seed, train_limit=train_limit
+    )
+    used = full.select(parts.used)
+    framing = "" if loading.framing.size is None else f"{loading.framing.central:.6g}"
+    digest = streamed_fingerprint(used, source.class_names, framing)
+    splits: dict[str, Split | StreamedSplit] = {"train": parts.train, "held_out": parts.held_out, "test": parts.test}
+    statistics = source.statistics
+    if loader == "resident":
+        splits = {name: _resident(split, loading) for name, split in splits.items()}
+        statistics = statistics or channel_statistics([splits[name].images for name in ("train", "held_out")])
+    mean, std = statistics or sampled_statistics(used)
+    return Dataset(
+        name=source.name,
+        class_names=source.class_names,
+        mean=mean,
+        std=std,
+        fingerprint=digest,
+        loader=loader,
+        train=splits["train"],
+        held_out=splits["held_out"],
+        test=splits["test"],
+    )
+
+
+def _resident(split: Split | StreamedSplit, loading: Loading) -> Split:
+    try:
+        return split.resident()
+    except DataError as error:
+        raise _with_others(error, split, loading) from None
+
+
+def _with_others(error: DataError, split: Split | StreamedSplit, loading: Loading) -> DataError:
+    """The error about one file, and the names of all others that cannot be used either."""
+    if not isinstance(split, StreamedSplit) or not isinstance(split.store, EncodedImages):
+        return error
+    reader, unusable = Reader(split.shape, loading.framing), []
+    for row in split.rows.tolist():
+        try:
+            picture = reader.read(split.store, row, None)
+            decode(picture.content, split.store.name(row))
+        except DataError as found:
+            unusable.append((split.store.name(row), found))
+    others = [name for name, _ in unusable[1:]]
+    if not others:
+        return error
+    shown = ", ".join(others[:_SHOWN]) + (", ..." if len(others) > _SHOWN else "")
+    return DataError(f"{unusable[0][1]}; {len(others)} more cannot be used: {shown}")

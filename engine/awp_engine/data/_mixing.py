@@ -22,9 +22,14 @@ class Boxes(NamedTuple):
     left: Tensor
     right: Tensor
 
-    def part(self, piece: slice) -> Self:
-        """The boxes of some of the images."""
-        return type(self)(*(field[piece] for field in self))
+    def part(self, places: Tensor) -> Self:
+        """The boxes of the images at `places`, int64 [n]."""
+        return type(self)(*(field[places] for field in self))
+
+    @property
+    def nonempty(self) -> Tensor:
+        """Which boxes have a pixel, bool [B]."""
+        return (self.bottom > self.top) & (self.right > self.left)
 
     def share_outside(self, height: int, width: int) -> Tensor:
         """The part of an image's pixels that its box leaves, fp32 [B]."""

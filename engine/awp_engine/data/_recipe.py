@@ -1,13 +1,15 @@
-"""What is done to the images of an epoch: drawn for the whole epoch, applied batch by batch."""
+"""What is done to the images of an epoch, drawn by (seed, epoch, sample id)."""
 
-from typing import NamedTuple, Self
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from awp_engine.data._augment import Windows, apply_windows, draw_windows
-from awp_engine.data._dataset import Split
-from awp_engine.data._mixing import Boxes, draw_cutmix, draw_cutout, mixed_labels, replace_boxes
+from awp_engine.data._framing import Request, Requests
+from awp_engine.data._mixing import Boxes, draw_cutmix, mixed_labels, replace_boxes
+from awp_engine.data._split import Look
+from awp_kernels.philox import mix_seed
 
 
 class Batch(NamedTuple):
@@ -19,6 +21,31 @@ class Batch(NamedTuple):
     images: Tensor
     labels: Tensor
     ids: Tensor
+
+
+class Samples(Protocol):
+    """What batches are made of: a `Split`, a `StreamedSplit` or `ExtraImages`."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def largest_label(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def ids_of(self, rows: Tensor) -> Tensor: ...
+
+    def labels_of(self, rows: Tensor) -> Tensor: ...
+
+    def others(self, rows: Tensor, numbers: Tensor) -> Tensor:
+        """The rows of the images that are number `numbers`, in [0, len - 1), among all but `rows`, by their ids."""
+        ...
+
+    def looks(self, requests: Requests, look: Look, memory_format: torch.memory_format) -> Iterator[Tensor]: ...
 
 
 class Recipe(NamedTuple):
@@ -33,13 +60,13 @@ class Recipe(NamedTuple):
     cutmix: float
     num_classes: int | None
 
-    def check(self, split: Split, name: str) -> None:
+    def check(self, split: Samples, name: str) -> None:
         """Whether the images of a split can be made so; `name` is the split's in messages.
 
         Raises:
             ValueError: an argument is out of range or missing, or does not fit the split.
         """
-        channels = split.images.shape[1]
+        channels = split.shape[0]
         if self.pad < 0:
             raise ValueError(f"pad: {self.pad}; expected at least 0 pixels")
         if self.cutout < 0:
@@ -53,24 +80,25 @@ class Recipe(NamedTuple):
         if self.cutmix > 0:
             if len(split) < 2:
                 raise ValueError(f"{name}: {len(split)} images; expected at least 2 for cutmix")
-            needed = int(split.labels.max()) + 1
+            needed = split.largest_label + 1
             if self.num_classes is None or self.num_classes < needed:
                 raise ValueError(
                     f"num_classes: {self.num_classes}; expected at least {needed} for cutmix, by the labels of {name}"
                 )
 
-    def draw(self, split: Split, rows: Tensor) -> "Drawn":
-        """Draws all that is random about the samples at `rows`, int64 [K].
+    @property
+    def look(self) -> Look:
+        """What is done to each image by itself."""
+        return Look(self.pad, self.flip, self.cutout, self.fill if self.cutout else None)
 
-        At once: a few large operations instead of a few hundred small ones a batch.
-        """
-        fill = torch.tensor(self.fill or 0.0, dtype=torch.float32, device=split.images.device).view(-1, 1, 1)
-        own = self._look(split, rows)
+    def draw(self, split: Samples, rows: Tensor) -> "Drawn":
+        """Draws what mixes the samples at `rows`, int64 [K] on the CPU, with others."""
+        ids, seed = split.ids_of(rows), mix_seed(self.seed, self.epoch)
         if self.cutmix == 0 or self.num_classes is None:
-            return Drawn(split, own, None, fill)
-        height, width = split.images.shape[2:]
+            return Drawn(split, rows, ids, seed, None)
+        _, height, width = split.shape
         numbers, boxes = draw_cutmix(
-            split.ids[rows],
+            ids,
             seed=self.seed,
             epoch=self.epoch,
             probability=self.cutmix,
@@ -78,74 +106,52 @@ class Recipe(NamedTuple):
             height=height,
             width=width,
         )
-        # Numbered by id, so that the order of the split does not matter.
-        by_id = torch.argsort(split.ids, stable=True)
-        number_of_row = torch.argsort(by_id, stable=True)
-        partners = by_id[numbers + (numbers >= number_of_row[rows])]
-        return Drawn(split, own, _Mix(self._look(split, partners), boxes, self.num_classes), fill)
-
-    def _look(self, split: Split, rows: Tensor) -> "_Look":
-        ids = split.ids[rows]
-        windows = draw_windows(ids, seed=self.seed, epoch=self.epoch, pad=self.pad, flip=self.flip)
-        if self.cutout == 0:
-            return _Look(rows, windows, None)
-        height, width = split.images.shape[2:]
-        squares = draw_cutout(ids, seed=self.seed, epoch=self.epoch, size=self.cutout, height=height, width=width)
-        return _Look(rows, windows, squares)
-
-
-class _Look(NamedTuple):
-    """Which images, int64 [K], and what their own augmentation does to them."""
-
-    rows: Tensor
-    windows: Windows | None
-    squares: Boxes | None
-
-    def part(self, piece: slice) -> Self:
-        windows = None if self.windows is None else self.windows.part(piece)
-        squares = None if self.squares is None else self.squares.part(piece)
-        return type(self)(self.rows[piece], windows, squares)
+        return Drawn(split, rows, ids, seed, _Mix(split.others(rows, numbers), boxes, self.num_classes))
 
 
 class _Mix(NamedTuple):
-    """What CutMix puts into each of the images."""
+    """What CutMix puts into each of the images: int64 [K] rows of others, and where."""
 
-    partners: _Look
+    others: Tensor
     boxes: Boxes
     num_classes: int
 
 
 class Drawn(NamedTuple):
-    """Samples of a split, in the order in which they come, and all that was drawn for them."""
+    """Samples of a split, in the order in which they come, and what was drawn for them; on the CPU."""
 
-    split: Split
-    own: _Look
+    split: Samples
+    rows: Tensor
+    ids: Tensor
+    seed: int
     mix: _Mix | None
-    fill: Tensor  # [C, 1, 1]
 
-    @property
-    def ids(self) -> Tensor:
-        """int64 [K]."""
-        return self.split.ids[self.own.rows]
+    def request(self, places: Tensor) -> Request:
+        """The images that the samples at `places`, int64 [n], are made of: their own, then those mixed into them."""
+        rows, ids = self.rows[places], self.ids[places]
+        if self.mix is not None:
+            others = self.mix.others[places][self.mix.boxes.part(places).nonempty]
+            rows, ids = torch.cat([rows, others]), torch.cat([ids, self.split.ids_of(others)])
+        return Request(rows, ids, self.seed)
 
-    def samples(self, piece: slice) -> Batch:
-        """Makes the images and labels of some of them."""
-        own = self.own.part(piece)
-        images, labels, ids = self._images(own), self.split.labels[own.rows], self.split.ids[own.rows]
+    def batch(self, places: Tensor, looks: Tensor) -> Batch:
+        """The samples at `places`, made of the images of `request`."""
+        device, rows = looks.device, self.rows[places]
+        labels, ids = self.split.labels_of(rows), self.ids[places].to(device, non_blocking=True)
         if self.mix is None:
-            return Batch(images, labels, ids)
-        partners, boxes = self.mix.partners.part(piece), self.mix.boxes.part(piece)
+            return Batch(looks, labels, ids)
+        boxes, count = self.mix.boxes.part(places), len(places)
+        mixed = boxes.nonempty
+        # who is not mixed has an empty box of itself
+        content = torch.where(mixed, count - 1 + mixed.cumsum(0), torch.arange(count)).to(device, non_blocking=True)
+        boxes = Boxes(*(field.to(device, non_blocking=True) for field in boxes))
         return Batch(
-            replace_boxes(images, boxes, self._images(partners)),
+            replace_boxes(looks[:count], boxes, looks[content]),
             mixed_labels(
                 labels,
-                self.split.labels[partners.rows],
-                boxes.share_outside(*images.shape[2:]),
+                self.split.labels_of(self.mix.others[places]),
+                boxes.share_outside(*looks.shape[2:]),
                 num_classes=self.mix.num_classes,
             ),
             ids,
         )
-
-    def _images(self, look: _Look) -> Tensor:
-        images = apply_windows(self.split.images[look.rows], look.windows)
-        return images if look.squares is None else replace_boxes(images, look.squares, self.fill)

@@ -1,0 +1,172 @@
+"""How images get from where they lie to where they are trained on."""
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from awp_engine.data._array_loader import ArrayLoader
+from awp_engine.data._dali_loader import DaliLoader, dali_problem
+from awp_engine.data._dataset import DataError
+from awp_engine.data._files_loader import Reader
+from awp_engine.data._framing import Framing
+from awp_engine.data._inspect import check
+from awp_engine.data._split import Loader, Split, StreamedSplit
+from awp_engine.data._store import EncodedImages, ImageArrays
+from awp_engine.data._torch_loader import TorchLoader
+
+LoaderName = Literal["auto", "resident", "dali", "torch"]
+_MOST_WORKERS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """The settings of loading.
+
+    Attributes:
+        loader: "resident" keeps all images in the device's memory; "dali" and "torch" make them batch by batch, from
+            files by NVIDIA DALI or by Pillow in processes, from arrays by a thread that copies them; "auto" is resident
+            where the images fit and are of one size, else dali for files where it is installed, else torch.
+        device: where the images are wanted.
+        framing: how images of files become images of one size.
+        workers: threads or processes that decode; None takes one a core, shared among the ranks of a machine.
+        resident_share: part of the device's free memory that auto fills with images.
+        skip: files to leave out, as a scan lists them.
+    """
+
+    loader: LoaderName = "resident"
+    device: torch.device = torch.device("cpu")
+    framing: Framing = Framing()
+    workers: int | None = None
+    resident_share: float = 0.25
+    skip: frozenset[str] = frozenset()
+
+    def choose(self, store: EncodedImages | ImageArrays, images: int, shape: tuple[int, int, int]) -> LoaderName:
+        """The loader that auto stands for.
+
+        Args:
+            store: what is trained on.
+            images: of all parts of the data set.
+            shape: channels, height and width.
+
+        Raises:
+            DataError: resident was asked for and cannot be had.
+        """
+        random_windows = self.framing.size is not None and self.framing.least_area is not None
+        if self.loader == "resident" and random_windows:
+            raise DataError(
+                "--data.loader resident: random-resized crops are cut from the files' own images; "
+                "use auto, dali or torch, or --data.crop pad"
+            )
+        if self.loader != "auto":
+            return self.loader
+        size = images * shape[0] * shape[1] * shape[2]
+        if not random_windows and size <= self.resident_share * free_memory(self.device):
+            return "resident"
+        return "dali" if isinstance(store, EncodedImages) and dali_problem() is None else "torch"
+
+    def open(self, name: LoaderName, store: EncodedImages | ImageArrays, shape: tuple[int, int, int]) -> Loader:
+        """A loader for a store; for "resident" the one that fills the memory.
+
+        Raises:
+            DataError: it is not installed.
+        """
+        workers = self.workers if self.workers is not None else default_workers()
+        reader = Reader(shape, self.framing)
+        if name == "dali" or (name == "resident" and isinstance(store, EncodedImages) and dali_problem() is None):
+            return DaliLoader(reader, self.device, workers)
+        if isinstance(store, EncodedImages):
+            return TorchLoader(reader, self.device, workers)
+        return ArrayLoader(self.device)
+
+
+def shape_of(store: EncodedImages | ImageArrays, framing: Framing) -> tuple[int, int, int]:
+    """Channels, height and width of a store's images once they are framed; the first usable file stands for all.
+
+    Raises:
+        DataError: no file can be used, or arrays are to be framed.
+    """
+    if isinstance(store, ImageArrays):
+        size = framing.size
+        if size is not None and store.shape[1:] != (size, size):
+            height, width = store.shape[1:]
+            raise DataError(
+                f"--data.image-size {size}: the images are arrays of {width}x{height}, which are taken as they are; "
+                "leave it out"
+            )
+        return store.shape
+    refused = None
+    for row in range(len(store)):
+        try:
+            header = check(store.read(row), store.name(row))
+        except DataError as error:
+            refused = refused or error
+            continue
+        channels = 3 if header.mode == "RGB" else 1
+        return channels, framing.size or header.height, framing.size or header.width
+    raise refused or DataError("no images: expected at least one")
+
+
+class InMemory:
+    """Images that lie in memory, as `ImageArrays`.
+
+    Args:
+        split: on the CPU.
+    """
+
+    def __init__(self, split: Split) -> None:
+        self._split = split
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        return self._split.shape
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """uint8 [n, C, H, W] of rows int64 [n]."""
+        return self._split.images[rows]
+
+    def labels(self, rows: Tensor) -> Tensor:
+        """int64 [n] of the same rows."""
+        return self._split.labels[rows]
+
+    def digest(self) -> str:
+        """Not needed: the data set's fingerprint is that of its tensors."""
+        raise NotImplementedError
+
+
+def streamed(split: Split, loading: Loading, name: LoaderName) -> StreamedSplit:
+    """Images in memory, made batch by batch."""
+    store = InMemory(split)
+    return StreamedSplit(
+        store=store,
+        loader=loading.open(name, store, split.shape),
+        shape=split.shape,
+        rows=torch.arange(len(split)),
+        labels=split.labels.to(loading.device),
+        ids=split.ids,
+    )
+
+
+def default_workers() -> int:
+    """One a core, shared among the ranks of a machine; 16 at most."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(_MOST_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that nobody uses: of a GPU, or of this machine by its ranks."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:  # noqa: PTH123
+            available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        available = pages
+    return available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,5 +1,5 @@
 // The part of the bindings (see bindings.cpp) for operations on images; Python checked the arguments (awp_kernels/conv,
-// awp_kernels/bn_relu).
+// awp_kernels/bn_relu, awp_kernels/augment).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -8,7 +8,9 @@
 #include <algorithm>
 #include <cstring>
 #include <optional>
+#include <vector>
 
+#include "awp/augment.h"
 #include "awp/bn_relu.h"
 #include "awp/conv.h"
 
@@ -114,6 +116,30 @@ void bn_relu_backward(Tensor grad, std::optional<Tensor> x, Tensor table, std::o
                              mutable_floats(grad_bias), parallel_for);
 }
 
+// Images in contiguous or in channels_last order, whatever lies between them; `out` in one of the two without gaps.
+void augment(Tensor images, std::optional<Tensor> rows, Tensor sample_ids, int64_t seed, int64_t pad, bool flip,
+             int64_t cutout, std::vector<double> fill, Tensor out, bool packed, bool out_packed) {
+  const std::vector<float> values(fill.begin(), fill.end());
+  awp::Augment arguments{};
+  arguments.images = static_cast<const uint8_t*>(images.const_data_ptr());
+  arguments.image_stride = images.stride(0);
+  arguments.packed = packed;
+  arguments.channels = images.size(1);
+  arguments.height = images.size(2);
+  arguments.width = images.size(3);
+  arguments.rows = rows ? static_cast<const int64_t*>(rows->const_data_ptr()) : nullptr;
+  arguments.sample_ids = static_cast<const int64_t*>(sample_ids.const_data_ptr());
+  arguments.samples = sample_ids.size(0);
+  arguments.seed = static_cast<uint64_t>(seed);
+  arguments.pad = pad;
+  arguments.flip = flip;
+  arguments.cutout = cutout;
+  arguments.fill = values.data();
+  arguments.out = static_cast<float*>(out.mutable_data_ptr());
+  arguments.out_packed = out_packed;
+  awp::cpu::augment(arguments, parallel_for);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(awp_cpp, m) {
@@ -123,6 +149,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(awp_cpp, m) {
   m.def("conv3x3(Tensor x, Tensor transformed, Tensor(a!) out) -> ()");
   m.def("conv3x3_grad_weight(Tensor x, Tensor grad_y, Tensor(a!) out) -> ()");
   m.def("bn_relu_available() -> bool");
+  m.def(
+      "augment(Tensor images, Tensor? rows, Tensor sample_ids, int seed, int pad, bool flip, int cutout, float[] fill, "
+      "Tensor(a!) out, bool packed, bool out_packed) -> ()");
   m.def(
       "bn_relu_train(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
       "float momentum, float eps, Tensor(c!) out, Tensor(d!) table) -> ()");
@@ -142,6 +171,7 @@ STABLE_TORCH_LIBRARY_IMPL(awp_cpp, CPU, m) {
   m.impl("bn_relu_train", TORCH_BOX(&bn_relu_train));
   m.impl("bn_relu_eval", TORCH_BOX(&bn_relu_eval));
   m.impl("bn_relu_backward", TORCH_BOX(&bn_relu_backward));
+  m.impl("augment", TORCH_BOX(&augment));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(awp_cpp, CompositeExplicitAutograd, m) {

@@ -4,6 +4,7 @@
 """
 
 from awp_kernels._backend import use_backend as use_backend
+from awp_kernels.augment import augment as augment
 from awp_kernels.awp import AdversarialWeightPerturbation as AdversarialWeightPerturbation
 from awp_kernels.awp import asam as asam
 from awp_kernels.awp import every_parameter as every_parameter
@@ -28,6 +29,7 @@ __all__ = [
     "SGD",
     "AdversarialWeightPerturbation",
     "asam",
+    "augment",
     "bn_relu",
     "bn_relu_available",
     "conv3x3",

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
-OPERATIONS = ("perturb", "restore", "sgd_step", "total_norm", "pgd_init", "pgd_step")
+OPERATIONS = ("perturb", "restore", "sgd_step", "total_norm", "pgd_init", "pgd_step", "augment")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
+_WITHOUT_CUDA = ("augment",)
 _LIBRARY = Path(__file__).parent / "libawp_kernels.so"
 
 
@@ -61,8 +62,10 @@ def _triton_problem(device: str) -> str | None:
 
 
 @functools.cache
-def problem(backend: str, device: str) -> str | None:
-    """Why `backend` cannot serve tensors on `device` ("cpu", "cuda", ...); None if it can."""
+def problem(backend: str, device: str, operation: str | None = None) -> str | None:
+    """Why `backend` cannot serve tensors on `device` ("cpu", "cuda", ...) with `operation`, or at all; None if it can."""
+    if backend == "cuda" and operation in _WITHOUT_CUDA:
+        return f"{operation} has no CUDA C++ kernel, triton serves it on GPUs"
     if backend == "reference":
         return None
     if backend == "triton":
@@ -92,13 +95,16 @@ def implementation(backend: str, operation: str) -> Callable[..., Any]:
 _cache: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
-def backend_for(device: str, dtypes: set[torch.dtype], unserved: str | None = None) -> str:
+def backend_for(
+    device: str, dtypes: set[torch.dtype], unserved: str | None = None, operation: str | None = None
+) -> str:
     """The backend that serves tensors of these dtypes on this device.
 
     Args:
         device: "cpu", "cuda", ...
         dtypes: of all tensors.
         unserved: what else of the call the reference alone serves, such as "torch.float16 for weights".
+        operation: which one, where not every backend has it.
 
     Raises:
         ValueError: a backend was forced that cannot serve them.
@@ -106,20 +112,21 @@ def backend_for(device: str, dtypes: set[torch.dtype], unserved: str | None = No
     if _forced is not None:
         alone = sorted(str(dtype) for dtype in dtypes.difference(DTYPES)) + ([unserved] if unserved else [])
         served = _forced == "reference" or not alone
-        why = problem(_forced, device) if served else f"{alone[0]} is served by the reference alone"
+        why = problem(_forced, device, operation) if served else f"{alone[0]} is served by the reference alone"
         if why is not None:
             raise ValueError(f"backend '{_forced}' was forced but cannot serve {device} tensors here: {why}")
         return _forced
     if unserved or not dtypes.issubset(DTYPES):
         return "reference"
-    return next(name for name in _PREFERENCE.get(device, ("reference",)) if problem(name, device) is None)
+    names = _PREFERENCE.get(device, ("reference",))
+    return next(name for name in names if problem(name, device, operation) is None)
 
 
 def select(
     operation: str, device: torch.device, dtypes: set[torch.dtype], *, unserved: str | None = None
 ) -> Callable[..., Any]:
     """The implementation of `operation` for tensors of these dtypes on this device; `unserved` as for `backend_for`."""
-    key = (backend_for(device.type, dtypes, unserved), operation)
+    key = (backend_for(device.type, dtypes, unserved, operation), operation)
     if key not in _cache:
         _cache[key] = implementation(*key)
     return _cache[key]

@@ -293,6 +293,42 @@ def image_operand(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}: expected a strided tensor, got layout {tensor.layout}")
 
 
+def byte_images(name: str, images: Tensor) -> None:
+    """Refuse what is no batch of images of bytes."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"{name}: expected uint8, got {images.dtype}")
+    if images.layout != torch.strided:
+        raise ValueError(f"{name}: expected a strided tensor, got layout {images.layout}")
+    if images.ndim != 4:
+        raise ValueError(f"{name}: expected a batch [N, C, H, W], got shape {tuple(images.shape)}")
+
+
+def indices(name: str, tensor: Tensor, like_name: str, model: Tensor) -> None:
+    """Refuse what is no vector of int64 on the model's device."""
+    if tensor.dtype != torch.int64 or tensor.ndim != 1:
+        raise ValueError(f"{name}: expected int64 [B], got {tensor.dtype} of shape {tuple(tensor.shape)}")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name}: expected a strided tensor, got layout {tensor.layout}")
+    same_device(name, tensor, like_name, model)
+
+
+def planar(images: Tensor) -> bool:
+    """Whether every image of a batch is contiguous: [C, H, W] without gaps, whatever lies between images."""
+    _, _, height, width = images.shape
+    return _inner_strides(images, (height * width, width, 1))
+
+
+def packed(images: Tensor) -> bool:
+    """Whether every image of a batch is channels_last: [H, W, C] without gaps, whatever lies between images."""
+    _, channels, _, width = images.shape
+    return _inner_strides(images, (1, width * channels, channels))
+
+
+def _inner_strides(images: Tensor, expected: tuple[int, ...]) -> bool:
+    sizes = images.shape[1:]
+    return all(size == 1 or a == b for size, a, b in zip(sizes, images.stride()[1:], expected, strict=True))
+
+
 def image_batch(x_adv: Tensor, x: Tensor) -> None:
     """Check the pair that every attack operation takes.
 

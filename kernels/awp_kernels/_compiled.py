@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from awp_kernels import _checks
 from awp_kernels._ball import l2_radius, round_toward_zero
 
 _SCOPES = {"layer": 0, "global": 1, "filter": 2}
@@ -129,5 +130,26 @@ def pgd_step(namespace: Any) -> Callable[..., None]:
         if x.numel():
             bound, radius = round_toward_zero(epsilon, x.dtype), l2_radius(epsilon, x[0].numel(), x.dtype)
             operation(x_adv, grad, x, mask, step_size, bound, radius, _NORMS[norm], low, high)
+
+    return call
+
+
+def augment(namespace: Any) -> Callable[..., None]:
+    """Bind `augment`."""
+    operation = namespace.augment.default
+
+    def call(
+        images: Tensor,
+        rows: Tensor | None,
+        sample_ids: Tensor,
+        seed: int,
+        pad: int,
+        flip: bool,
+        cutout: int,
+        fill: list[float],
+        out: Tensor,
+    ) -> None:
+        packed, out_packed = not _checks.planar(images), not _checks.planar(out)
+        operation(images, rows, sample_ids, seed, pad, flip, cutout, fill, out, packed, out_packed)
 
     return call

@@ -14,7 +14,7 @@
 
 namespace awp {
 
-enum class Stream : uint32_t { kUniform = 0, kNormal = 1 };
+enum class Stream : uint32_t { kUniform = 0, kNormal = 1, kAugment = 2, kCutout = 6 };
 
 struct Words {
   uint32_t word[4];

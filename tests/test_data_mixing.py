@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from augmented import augment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from awp_engine.data import Batch, Split, augment, batch_sizes, rank_share, train_batches
+from awp_engine.data import Batch, Split, batch_sizes, rank_share, train_batches
 from awp_kernels.philox import mix_seed, sample_words
 
 _CLASSES = 4

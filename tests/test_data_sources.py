@@ -262,7 +262,7 @@ def test_train_limit() -> None:
     assert limited.train.ids.tolist() != other.train.ids.tolist()
     used = torch.cat([limited.train.images, limited.held_out.images])
     assert limited.mean == pytest.approx([used.double().mean().item() / 255])
-    assert limited.std == channel_statistics(used)[1] != full.std
+    assert limited.std == channel_statistics([used])[1] != full.std
     # All that is left after the hold-out is the whole training part, by another name.
     everything = load(len(full.train))
     assert everything.fingerprint == full.fingerprint

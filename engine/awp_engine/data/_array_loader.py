@@ -1,12 +1,13 @@
 """Batches out of arrays: gathered from memory-mapped files by a thread, ahead of the step."""
 
+import contextlib
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from awp_engine.data._ahead import ahead
-from awp_engine.data._framing import Requests
+from awp_engine.data._framing import Images, Requests
 from awp_engine.data._store import ImageArrays
 
 _AHEAD = 2
@@ -22,7 +23,7 @@ class ArrayLoader:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def stream(self, store: ImageArrays, requests: Requests) -> Iterator[Tensor]:
+    def stream(self, store: ImageArrays, requests: Requests) -> Images:
         """uint8 [n, C, H, W] for each request, on the device."""
         pinned = self.device.type == "cuda"
 
@@ -31,5 +32,6 @@ class ArrayLoader:
                 images = store.gather(request.rows)
                 yield images.pin_memory() if pinned else images
 
-        for images in ahead(gathered(), _AHEAD, name="gather"):
-            yield images.to(self.device, non_blocking=pinned)
+        with contextlib.closing(ahead(gathered(), _AHEAD, name="gather")) as ready:
+            for images in ready:
+                yield images.to(self.device, non_blocking=pinned)

@@ -2,15 +2,15 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Mapping
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from awp_engine.data._dataset import random_order_key
-from awp_engine.data._framing import Request, Requests, every_row
+from awp_engine.data._framing import Images, Request, Requests, every_row
 from awp_engine.data._recipe import Batch, Drawn, Recipe, Samples
 from awp_engine.data._split import Look, Split, StreamedSplit
 from awp_kernels.philox import mix_seed, sample_words
@@ -40,7 +40,7 @@ def train_batches(
     rank: int = 0,
     ranks: int = 1,
     memory_format: torch.memory_format = torch.contiguous_format,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """One epoch of shuffled, augmented batches; every sample of `split` comes exactly once.
 
     What a sample looks like depends on (seed, epoch, id) alone, and under CutMix on the set it belongs to. First comes
@@ -99,6 +99,104 @@ def train_batches(
         drawn.append(recipe.draw(extra, _extra_rows(len(extra), first=epoch * count, count=count, seed=seed)))
     plan = _Plan(drawn, list(zip(*pieces, strict=True)), mix_seed(seed, epoch), rank, ranks)
     return _made(plan, range(first, len(sizes)), recipe.look, batch_size, memory_format)
+
+
+class Batches:
+    """A rank's training batches, epoch by epoch, with a place to go on from.
+
+    Iterating gives what is left of the epoch; `set_epoch` begins another one. The state is two numbers, so a run goes
+    on at any batch, with any number of ranks and any loader.
+
+    Args:
+        split: what is trained on; where it lies and what makes its images is its own affair.
+        global_batch_size: images of a batch, over all ranks.
+        seed: the run's.
+        rank: whose part of every batch is wanted.
+        ranks: how many there are.
+        extra: see `train_batches`, as for all that follows.
+        extra_fraction: part of every batch that is extra.
+        drop_last: leave out a last batch that is not full.
+        memory_format: of the images.
+        **looks: pad, flip and the other arguments of `train_batches` that images and labels depend on.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> from awp_engine.data import Split
+        >>> split = Split(images=torch.zeros(5, 1, 2, 2).byte(), labels=torch.arange(5), ids=torch.arange(5))
+        >>> batches = Batches(split, global_batch_size=2, seed=0, pad=0, flip=False)
+        >>> first = next(iter(batches)).ids
+        >>> later = Batches(split, global_batch_size=2, seed=0, pad=0, flip=False)
+        >>> later.load_state_dict(batches.state_dict())
+        >>> sorted(torch.cat([first, *(batch.ids for batch in later)]).tolist())
+        [0, 1, 2, 3, 4]
+    """
+
+    def __init__(
+        self,
+        split: Samples,
+        *,
+        global_batch_size: int,
+        seed: int,
+        rank: int = 0,
+        ranks: int = 1,
+        extra: Samples | None = None,
+        extra_fraction: float = 0.5,
+        drop_last: bool = False,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        **looks: Any,
+    ) -> None:
+        sizes = batch_sizes(len(split), global_batch_size, None if extra is None else extra_fraction)
+        self.sizes = [size for size in sizes if not drop_last or size == global_batch_size]
+        """Images of every batch, over all ranks."""
+        self._arguments = {
+            "batch_size": global_batch_size,
+            "seed": seed,
+            "rank": rank,
+            "ranks": ranks,
+            "extra": extra,
+            "extra_fraction": extra_fraction,
+            "drop_last": drop_last,
+            "memory_format": memory_format,
+            **looks,
+        }
+        self._split, self._epoch, self._next = split, 1, 0
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __iter__(self) -> Iterator[Batch]:
+        with contextlib.closing(self.epoch(self._epoch, first=self._next)) as batches:
+            for batch in batches:
+                # counted before it is used: a state that is saved meanwhile is that of after its step
+                self._next += 1
+                yield batch
+
+    def epoch(self, epoch: int, *, first: int = 0) -> Generator[Batch, None, None]:
+        """The batches of an epoch from number `first` on, whatever the state is."""
+        return train_batches(self._split, epoch=epoch, first=first, **self._arguments)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin an epoch."""
+        self._epoch, self._next = epoch, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Where iteration stands: the epoch, and how many of its batches were given."""
+        return {"epoch": self._epoch, "batch": self._next, "batches": len(self)}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            ValueError: it is of other data, or another batch size.
+        """
+        if state["batches"] != len(self) or not 0 <= state["batch"] <= len(self):
+            raise ValueError(
+                f"state_dict: batch {state['batch']} of {state['batches']}; expected one of {len(self)}: the state of "
+                "the same data and global_batch_size"
+            )
+        self._epoch, self._next = state["epoch"], state["batch"]
 
 
 def batch_sizes(split_size: int, batch_size: int, extra_fraction: float | None = None) -> list[int]:
@@ -233,10 +331,10 @@ class _Plan(NamedTuple):
 
 def _made(
     plan: _Plan, indices: range, look: Look, batch_size: int, memory_format: torch.memory_format
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The batches at `indices`."""
 
-    def looks(which: int) -> Iterator[Tensor]:
+    def looks(which: int) -> Images:
         drawn = plan.drawn[which]
 
         def make() -> Iterator[Request]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from awp_engine.data._ahead import ahead
 from awp_engine.data._dataset import DataError
 from awp_engine.data._files_loader import Picture, Reader
-from awp_engine.data._framing import Request, Requests, split_evenly
+from awp_engine.data._framing import Images, Request, Requests, split_evenly
 from awp_engine.data._inspect import decode
 from awp_engine.data._store import EncodedImages, ImageArrays
 
@@ -49,7 +49,7 @@ class DaliLoader:
             raise DataError(f"--data.loader dali: {problem}")
         self._reader, self.device, self._workers = reader, device, max(1, workers)
 
-    def stream(self, store: EncodedImages | ImageArrays, requests: Requests) -> Iterator[Tensor]:
+    def stream(self, store: EncodedImages | ImageArrays, requests: Requests) -> Images:
         """uint8 [n, C, H, W] for each request, on the device; not to be written.
 
         Raises:
@@ -79,7 +79,7 @@ class DaliLoader:
             raise failed[0]
 
     def _run(self, pipeline: Any, store: EncodedImages | ImageArrays, asked: deque[Request]) -> Iterator[Tensor]:
-        in_use: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        in_use: deque[tuple[Tensor, torch.Event]] = deque()
         while True:
             try:
                 (images,) = pipeline.run()
@@ -118,7 +118,8 @@ class DaliLoader:
         return files, list(windows[:, :2]), list(windows[:, 2:])
 
     def _pipeline(self, source: Iterator[Any], largest: int, *, encoded: bool) -> Any:
-        from nvidia.dali import Pipeline, fn, types
+        from nvidia.dali import fn, types
+        from nvidia.dali.pipeline import Pipeline
 
         on_gpu, size = self.device.type == "cuda", self._reader.framing.size
         pipeline = Pipeline(

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ class RawDataset:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class Parts(Generic[AnySplit]):
     """The parts of a data set.
 
     Attributes:
@@ -79,9 +79,9 @@ class Parts:
         used: rows of the training part that are train or held out, int64, in file order.
     """
 
-    train: Split | StreamedSplit
-    held_out: Split | StreamedSplit
-    test: Split | StreamedSplit
+    train: AnySplit
+    held_out: AnySplit
+    test: AnySplit
     used: Tensor
 
 
@@ -121,7 +121,7 @@ def divide(
     held_out_fraction: float,
     seed: int,
     train_limit: int | None,
-) -> Parts:
+) -> Parts[AnySplit]:
     """Holds out some of the training part `full`, whose ids are 0 to N - 1, and limits the rest.
 
     Raises:
@@ -213,11 +213,11 @@ def random_order_key(ids: Tensor, *, seed: int, stream: int) -> Tensor:
 
 
 def channel_statistics(parts: Sequence[Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of every channel of all images, uint8 [N, C, H, W] each, in units of [0, 1]; sums are exact."""
+    """Mean and deviation of every channel of all images uint8 [N, C, H, W], in units of [0, 1], from exact sums."""
     means, deviations = [], []
     for channel in range(parts[0].shape[1]):
-        histogram = sum(torch.bincount(images[:, channel].flatten(), minlength=256).cpu() for images in parts)
-        values = [int(number) for number in histogram]
+        histograms = [torch.bincount(images[:, channel].flatten(), minlength=256).cpu() for images in parts]
+        values = torch.stack(histograms).sum(0).tolist()
         count = sum(values)
         total = sum(value * number for value, number in enumerate(values))
         squares = sum(value * value * number for value, number in enumerate(values))

@@ -10,7 +10,8 @@ import torch
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
-from awp_engine.data._dataset import DataError, Dataset, Split, fingerprint
+from awp_engine.data._dataset import DataError, Dataset, fingerprint
+from awp_engine.data._split import Split
 
 
 def load_extra(path: Path, *, like: Dataset) -> Split:

@@ -1,7 +1,7 @@
 """Which part of a file's image is looked at, and at what size."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +13,9 @@ from awp_kernels.philox import sample_words
 _STREAM_WINDOW = 20
 _TRIES = 10
 _LOG_RATIO = math.log(4 / 3)
+
+Images = Generator[Tensor, None, None]
+"""Images of one request after the other; closing it ends whatever makes them."""
 
 
 class Window(NamedTuple):

@@ -18,7 +18,7 @@ from awp_engine.data._dataset import (
 from awp_engine.data._digits import read_digits
 from awp_engine.data._files_loader import Reader
 from awp_engine.data._inspect import decode
-from awp_engine.data._loading import Loading, shape_of, streamed
+from awp_engine.data._loading import InMemory, Loading, shape_of, streamed
 from awp_engine.data._sources import Source, open_source, source_names
 from awp_engine.data._split import Split, StreamedSplit
 from awp_engine.data._store import EncodedImages
@@ -92,8 +92,6 @@ def _placed(data: Dataset, loading: Loading) -> Dataset:
     if size is not None and store.shape[1:] != (size, size):
         height, width = store.shape[1:]
         raise DataError(f"--data.image-size {size}: {data.name} has images of {width}x{height}; leave it out")
-    from awp_engine.data._loading import InMemory
-
     loader = loading.choose(InMemory(store), sum(map(len, splits.values())), store.shape)
     if loader == "resident":
         placed = {part: split.to(loading.device) for part, split in splits.items()}
@@ -128,45 +126,48 @@ def _from_source(
     used = full.select(parts.used)
     framing = "" if loading.framing.size is None else f"{loading.framing.central:.6g}"
     digest = streamed_fingerprint(used, source.class_names, framing)
-    splits: dict[str, Split | StreamedSplit] = {"train": parts.train, "held_out": parts.held_out, "test": parts.test}
+    train, held_out, test = parts.train, parts.held_out, parts.test
     statistics = source.statistics
     if loader == "resident":
-        splits = {name: _resident(split, loading) for name, split in splits.items()}
-        statistics = statistics or channel_statistics([splits[name].images for name in ("train", "held_out")])
+        train, held_out, test = _resident([train, held_out, test], loading)
+        statistics = statistics or channel_statistics([train.images, held_out.images])
     mean, std = statistics or sampled_statistics(used)
     return Dataset(
         name=source.name,
+        train=train,
+        held_out=held_out,
+        test=test,
         class_names=source.class_names,
         mean=mean,
         std=std,
         fingerprint=digest,
         loader=loader,
-        train=splits["train"],
-        held_out=splits["held_out"],
-        test=splits["test"],
     )
 
 
-def _resident(split: Split | StreamedSplit, loading: Loading) -> Split:
+def _resident(parts: list[StreamedSplit], loading: Loading) -> list[Split]:
     try:
-        return split.resident()
+        return [split.resident() for split in parts]
     except DataError as error:
-        raise _with_others(error, split, loading) from None
+        raise _with_others(error, parts, loading) from None
 
 
-def _with_others(error: DataError, split: Split | StreamedSplit, loading: Loading) -> DataError:
+def _with_others(error: DataError, parts: list[StreamedSplit], loading: Loading) -> DataError:
     """The error about one file, and the names of all others that cannot be used either."""
-    if not isinstance(split, StreamedSplit) or not isinstance(split.store, EncodedImages):
+    unusable: dict[int, tuple[str, str]] = {}
+    for split in parts:
+        store = split.store
+        if not isinstance(store, EncodedImages):
+            return error
+        reader = Reader(split.shape, loading.framing)
+        for row, sample in zip(split.rows.tolist(), split.ids.tolist(), strict=True):
+            try:
+                decode(reader.read(store, row, None).content, store.name(row))
+            except DataError as found:
+                unusable[sample] = store.name(row), str(found)
+    if len(unusable) < 2:
         return error
-    reader, unusable = Reader(split.shape, loading.framing), []
-    for row in split.rows.tolist():
-        try:
-            picture = reader.read(split.store, row, None)
-            decode(picture.content, split.store.name(row))
-        except DataError as found:
-            unusable.append((split.store.name(row), found))
-    others = [name for name, _ in unusable[1:]]
-    if not others:
-        return error
-    shown = ", ".join(others[:_SHOWN]) + (", ..." if len(others) > _SHOWN else "")
-    return DataError(f"{unusable[0][1]}; {len(others)} more cannot be used: {shown}")
+    (_, first), *others = (unusable[sample] for sample in sorted(unusable))
+    names = [name for name, _ in others]
+    shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    return DataError(f"{first}; {len(names)} more cannot be used: {shown}")

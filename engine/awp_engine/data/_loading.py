@@ -1,7 +1,7 @@
 """How images get from where they lie to where they are trained on."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -37,8 +37,8 @@ class Loading:
     """
 
     loader: LoaderName = "resident"
-    device: torch.device = torch.device("cpu")
-    framing: Framing = Framing()
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    framing: Framing = field(default_factory=Framing)
     workers: int | None = None
     resident_share: float = 0.25
     skip: frozenset[str] = frozenset()

@@ -1,12 +1,11 @@
 """What is done to the images of an epoch, drawn by (seed, epoch, sample id)."""
 
-from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from awp_engine.data._framing import Request, Requests
+from awp_engine.data._framing import Images, Request, Requests
 from awp_engine.data._mixing import Boxes, draw_cutmix, mixed_labels, replace_boxes
 from awp_engine.data._split import Look
 from awp_kernels.philox import mix_seed
@@ -45,7 +44,7 @@ class Samples(Protocol):
         """The rows of the images that are number `numbers`, in [0, len - 1), among all but `rows`, by their ids."""
         ...
 
-    def looks(self, requests: Requests, look: Look, memory_format: torch.memory_format) -> Iterator[Tensor]: ...
+    def looks(self, requests: Requests, look: Look, memory_format: torch.memory_format) -> Images: ...
 
 
 class Recipe(NamedTuple):

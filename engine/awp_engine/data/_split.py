@@ -1,13 +1,14 @@
 """Some of a data set's images: on the training device as a whole, or made batch by batch."""
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from awp_engine.data._framing import Request, Requests, every_row
+from awp_engine.data._framing import Images, Request, Requests, every_row
 from awp_engine.data._store import EncodedImages, ImageArrays
 from awp_kernels import augment
 
@@ -28,8 +29,8 @@ class Loader(Protocol):
 
     device: torch.device
 
-    def stream(self, store: EncodedImages | ImageArrays, requests: Requests) -> Iterator[Tensor]:
-        """uint8 [n, C, H, W] for each request, on the device."""
+    def stream(self, store: Any, requests: Requests) -> Images:
+        """uint8 [n, C, H, W] for each request, on the device; `store` is of a kind that the loader reads."""
         ...
 
 
@@ -91,7 +92,7 @@ class Split:
         """Labels, int64 [n] on the split's device, of rows int64 [n] on the CPU."""
         return self.labels[rows.to(self.labels.device)]
 
-    def looks(self, requests: Requests, look: Look, memory_format: torch.memory_format) -> Iterator[Tensor]:
+    def looks(self, requests: Requests, look: Look, memory_format: torch.memory_format) -> Images:
         """fp32 [n, C, H, W] in [0, 1] for each request, on the split's device."""
         for request in requests.make():
             yield augment(
@@ -165,14 +166,17 @@ class StreamedSplit:
         """As `Split.labels_of`."""
         return self.labels[rows.to(self.labels.device)]
 
-    def looks(self, requests: Requests, look: Look, memory_format: torch.memory_format) -> Iterator[Tensor]:
+    def looks(self, requests: Requests, look: Look, memory_format: torch.memory_format) -> Images:
         """As `Split.looks`."""
-        return looks_of(self._stream(requests), requests, look, memory_format)
+        streamed = self._stream(requests)
+        return looks_of(streamed, requests, look, memory_format, shape=self.shape, device=self.device)
 
-    def _stream(self, requests: Requests) -> Iterator[Tensor]:
+    def _stream(self, requests: Requests) -> Images:
         def make() -> Iterator[Request]:
+            # an empty batch is beyond what a pipeline can make
             for request in requests.make():
-                yield request._replace(rows=self.rows[request.rows])
+                if len(request.rows):
+                    yield request._replace(rows=self.rows[request.rows])
 
         return self.loader.stream(self.store, Requests(make, requests.largest))
 
@@ -185,10 +189,19 @@ def others_by_id(ids: Tensor, rows: Tensor, numbers: Tensor) -> Tensor:
 
 
 def looks_of(
-    streamed: Iterator[Tensor], requests: Requests, look: Look, memory_format: torch.memory_format
-) -> Iterator[Tensor]:
-    """What `look` makes of images uint8 [n, C, H, W] as they come."""
-    for request, images in zip(requests.make(), streamed, strict=True):
-        ids = request.ids.to(images.device, non_blocking=True)
-        seed = request.seed or 0
-        yield augment(images, sample_ids=ids, seed=seed, memory_format=memory_format, **look._asdict())
+    streamed: Images,
+    requests: Requests,
+    look: Look,
+    memory_format: torch.memory_format,
+    *,
+    shape: tuple[int, int, int],
+    device: torch.device,
+) -> Images:
+    """What `look` makes of images uint8 [n, *shape] as they come, on `device`; no image comes for an empty request."""
+    with contextlib.closing(streamed):
+        for request in requests.make():
+            if not len(request.rows):
+                yield torch.empty(0, *shape, device=device)
+                continue
+            ids, seed = request.ids.to(device, non_blocking=True), request.seed or 0
+            yield augment(next(streamed), sample_ids=ids, seed=seed, memory_format=memory_format, **look._asdict())

@@ -24,7 +24,7 @@ class EncodedImages(Protocol):
         ...
 
     def digest(self) -> str:
-        """SHA-256, hexadecimal, of all names and sizes, and of the contents of at most 1,000 files at even distances."""
+        """SHA-256, hexadecimal, of all names and sizes, and of the contents of 1,000 files at even distances."""
         ...
 
 
@@ -40,7 +40,7 @@ class ImageArrays(Protocol):
     def __len__(self) -> int: ...
 
     def gather(self, rows: Tensor) -> Tensor:
-        """uint8 [n, C, H, W] in any strides, on the CPU, of rows int64 [n] on the CPU, in that order, repeats allowed."""
+        """uint8 [n, C, H, W] in any strides, on the CPU, of rows int64 [n] there, in their order, repeats allowed."""
         ...
 
     def labels(self, rows: Tensor) -> Tensor:

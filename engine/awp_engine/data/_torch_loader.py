@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from awp_engine.data._dataset import DataError
 from awp_engine.data._files_loader import Reader
-from awp_engine.data._framing import Request, Requests
+from awp_engine.data._framing import Images, Request, Requests
 from awp_engine.data._inspect import decode
 from awp_engine.data._store import EncodedImages
 
@@ -30,7 +30,7 @@ class TorchLoader:
     def __init__(self, reader: Reader, device: torch.device, workers: int) -> None:
         self._reader, self.device, self._workers = reader, device, workers
 
-    def stream(self, store: EncodedImages, requests: Requests) -> Iterator[Tensor]:
+    def stream(self, store: EncodedImages, requests: Requests) -> Images:
         """uint8 [n, C, H, W] for each request, on the device.
 
         Raises:

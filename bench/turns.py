@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -139,10 +139,10 @@ class _Worker:
         return {"memory": self.memory.report(), "finite": finite, "steps_made": self.index}
 
 
-def _serve(connection: Connection, name: str, settings: Settings, threads: int | None) -> None:
+def _serve(connection: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     # an interrupt is the parent's affair
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    worker = _Worker(name, settings, threads)
+    worker = make(*arguments)
     while True:
         try:
             request = connection.recv()
@@ -157,9 +157,16 @@ def _serve(connection: Connection, name: str, settings: Settings, threads: int |
 
 
 class Turns:
-    """The parent's hold on one process."""
+    """The parent's hold on one process.
 
-    def __init__(self, name: str, settings: Settings, threads: int | None) -> None:
+    Args:
+        name: of the arm.
+        settings: of the step.
+        threads: OpenMP's; None leaves them.
+        worker: what does the work there, made of (name, settings, threads).
+    """
+
+    def __init__(self, name: str, settings: Any, threads: int | None, worker: Callable[..., Any] = _Worker) -> None:
         self.name = name
         if threads is not None:
             os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -167,7 +174,7 @@ class Turns:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         # not a daemon: those may not have the children that torch.compile starts
-        self._process = context.Process(target=_serve, args=(theirs, name, settings, threads))
+        self._process = context.Process(target=_serve, args=(theirs, worker, (name, settings, threads)))
         self._process.start()
         self._waiting = False
         theirs.close()

@@ -30,6 +30,9 @@ _FREE_ON_RESUME = frozenset(
         "preset",
         "run_dir",
         "device",
+        "data.loader",
+        "data.resident_share",
+        "data.workers",
         "keep_checkpoints",
         "keep_every",
         "checkpoint_every",
@@ -161,10 +164,37 @@ class DataConfig(_Checked):
 
     section: ClassVar[str] = "data."
 
-    name: Literal["digits", "cifar10", "cifar100", "svhn", "folder"] = "digits"
+    name: Literal[
+        "digits",
+        "cifar10",
+        "cifar100",
+        "svhn",
+        "folder",
+        "tiny-imagenet",
+        "imagenet",
+        "webdataset",
+        "shards",
+        "huggingface",
+    ] = "digits"
     """Data set: digits ships with scikit-learn; folder is ROOT/train/CLASS/*.jpg|png and ROOT/test/CLASS/*."""
     root: Path | None = None
     """Directory that holds the data set; digits needs none."""
+    loader: Literal["auto", "resident", "dali", "torch"] = "auto"
+    """Keep all images in the device's memory, or make batches ahead by DALI or torch; auto: as they fit."""
+    resident_share: float = 0.25
+    """Part of the device's free memory that auto fills with images."""
+    workers: int | None = None
+    """Threads (dali) or processes (torch) that decode; none means one a core, shared by a machine's ranks."""
+    bad_files: Literal["refuse", "skip"] = "refuse"
+    """What to do about the files that `python -m awp_engine.data scan` listed."""
+    image_size: int | None = None
+    """Side in pixels that images of files are resized to; none takes them as they are, all of one size."""
+    center_crop: float = 1.0
+    """Part of the shorter side that the central square spans, which is resized for evaluation."""
+    crop: Literal["pad", "resized"] = "pad"
+    """Random crops of training: of the padded image (--data.pad), or of any size and place, resized."""
+    crop_scale: float = 0.08
+    """Smallest part of an image's area that a resized crop takes."""
     held_out_fraction: float = 0.1
     """Part of the training images kept aside to choose the epoch by, more than 0 and less than 1."""
     pad: int = 0
@@ -184,6 +214,17 @@ class DataConfig(_Checked):
 
     def _check(self) -> None:
         self._require(0 < self.held_out_fraction < 1, "held_out_fraction", "a number more than 0 and less than 1")
+        self._require(0 < self.resident_share <= 1, "resident_share", "a number more than 0, at most 1")
+        self._require(self.workers is None or 0 <= self.workers <= 1024, "workers", "a whole number, or none")
+        size = self.image_size
+        self._require(size is None or 1 <= size <= 4096, "image_size", "a whole number of pixels, 1 to 4096, or none")
+        self._require(0 < self.center_crop <= 1, "center_crop", "a number more than 0, at most 1")
+        self._require(size is not None or self.center_crop == 1, "center_crop", "1 without --data.image-size")
+        self._require(0 < self.crop_scale <= 1, "crop_scale", "a number more than 0, at most 1")
+        resized = self.crop == "resized"
+        self._require(not resized or size is not None, "crop", "pad without --data.image-size")
+        self._require(not resized or self.loader != "resident", "crop", "pad with --data.loader resident")
+        self._require(not resized or self.pad == 0, "crop", "pad with --data.pad > 0")
         self._require(0 <= self.pad <= 1024, "pad", "a whole number of pixels, 0 to 1024")
         self._require(0 <= self.cutout <= 1024, "cutout", "a whole number of pixels, 0 to 1024")
         self._require(0 <= self.cutmix <= 1, "cutmix", "a probability, 0 to 1")
@@ -699,7 +740,7 @@ def _trajectory(config: Config) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in _plain(config).items():
         values |= {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
-    if config.data.name != "folder":
+    if config.data.name not in ("folder", "webdataset", "shards", "huggingface"):
         # The standard data sets are the same wherever they lie.
         del values["data.root"]
     values["attack.epsilon"] = str(parse_amount(config.attack.epsilon))

@@ -27,14 +27,16 @@ from awp_engine.config import (
     to_json,
 )
 from awp_engine.data import (
-    Batch,
+    Batches,
     Dataset,
+    Framing,
+    Loading,
     Split,
-    batch_sizes,
-    extra_fingerprint,
+    StreamedSplit,
+    bad_files,
     load_dataset,
     load_extra,
-    train_batches,
+    place_extra,
 )
 from awp_engine.device import Behind, choose_device, fast_memory_format
 from awp_engine.distributed import Ranks
@@ -117,8 +119,30 @@ class EpochSums:
         }
 
 
-def load_data(config: Config) -> Dataset:
-    """The data set that the configuration names, on the CPU.
+def data_loading(config: Config, device: torch.device) -> Loading:
+    """How the configuration wants images to be loaded.
+
+    Raises:
+        DataError: files of the data set are listed as unusable, and are not to be skipped.
+    """
+    data = config.data
+    least_area = data.crop_scale if data.crop == "resized" else None
+    return Loading(
+        loader=data.loader,
+        device=device,
+        framing=Framing(size=data.image_size, least_area=least_area, central=data.center_crop),
+        workers=data.workers,
+        resident_share=data.resident_share,
+        skip=frozenset() if data.root is None else bad_files(data.root, data.bad_files),
+    )
+
+
+def load_data(config: Config, device: torch.device | str = "cpu") -> Dataset:
+    """The data set that the configuration names.
+
+    Args:
+        config: the run's.
+        device: where batches are wanted.
 
     Raises:
         DataError: naming the file that is missing or damaged.
@@ -130,6 +154,7 @@ def load_data(config: Config) -> Dataset:
         held_out_fraction=data.held_out_fraction,
         seed=_HOLD_OUT_SEED,
         train_limit=data.train_limit,
+        loading=data_loading(config, torch.device(device)),
     )
 
 
@@ -208,23 +233,17 @@ class Trainer:
         self.device = choose_device(config.device, self.ranks.local_rank)
         # before data are read and the run directory is made
         choose_precision(config, self.device)
-        data = load_data(config)
-        extra = None if config.data.extra is None else load_extra(config.data.extra, like=data)
+        data = self.data = load_data(config, self.device)
+        extra = None
+        if config.data.extra is not None:
+            extra = place_extra(load_extra(config.data.extra, like=data), data_loading(config, self.device))
         self.fingerprints = {
             "data_fingerprint": data.fingerprint,
-            "extra_fingerprint": None if extra is None else extra_fingerprint(extra),
+            "extra_fingerprint": None if extra is None else extra.fingerprint,
         }
-        given = [config_hash(config), *map(str, self.fingerprints.values())]
+        loaders = [data.loader, "" if extra is None else extra.loader]
+        given = [config_hash(config), *map(str, self.fingerprints.values()), *loaders]
         self.ranks.require_equal(given, "configuration and data", self.device)
-        self.extra = None if extra is None else extra.to(self.device)
-        self.data = dataclasses.replace(
-            data,
-            train=data.train.to(self.device),
-            held_out=data.held_out.to(self.device),
-            test=data.test.to(self.device),
-        )
-        extra_fraction = None if extra is None else config.data.extra_fraction
-        self._sizes = batch_sizes(len(self.data.train), config.global_batch_size, extra_fraction)
         if self.ranks.is_first:
             prepare_run_dir(config)
 
@@ -242,8 +261,24 @@ class Trainer:
         # torch's stub does not know the keyword
         model.to(device=self.device, memory_format=self.memory_format)  # pyright: ignore[reportCallIssue]
         self.model = model.train()
-        image: tuple[int, int, int] = tuple(self.data.train.images.shape[1:])  # pyright: ignore[reportAssignmentType]
-        self._flops, self._ceiling = forward_units(config) * forward_flops(model, image), None
+        self.batches = Batches(
+            data.train,
+            global_batch_size=config.global_batch_size,
+            seed=config.seed,
+            rank=self.ranks.rank,
+            ranks=self.ranks.world,
+            extra=None if extra is None else extra.split,
+            extra_fraction=config.data.extra_fraction,
+            memory_format=self.memory_format,
+            pad=config.data.pad,
+            flip=config.data.flip,
+            cutout=config.data.cutout,
+            cutmix=config.data.cutmix,
+            num_classes=len(data.class_names),
+            fill=data.mean,
+        )
+        self._sizes = self.batches.sizes
+        self._flops, self._ceiling = forward_units(config) * forward_flops(model, data.train.shape), None
         # equal seeds give equal weights, but on processors of two kinds
         self.ranks.broadcast_(self.model.state_dict().values())
         self.step = build_step(config, self.model, self.ranks)
@@ -352,23 +387,23 @@ class Trainer:
         seen, began = 0, time.monotonic()
         # loading a checkpoint and measuring an average both write weights
         self.step.refresh_()
-        batches = self._batches(epoch, first=done)
-        for index in range(done, steps):
-            with region("data"):
-                batch = next(batches)
-            lr = learning_rate(config.optimizer, config.epochs, epoch - 1 + index / steps)
-            set_learning_rate(self.optimizer, lr)
-            for result in self._steps(batch, epoch, index):
-                loss = self._count(result, self._sizes[index])
-                seen += self._sizes[index]
-                if log is not None:
-                    log.step(loss, lr, self._sizes[index])
-                if message := self._profiler.step():
-                    _say(log, message)
-            self.progress.step = index + 1
-            if index + 1 == steps and self.average is not None:
-                self.average.after_epoch(epoch)
-            self._between_steps(epoch)
+        with contextlib.closing(self.batches.epoch(epoch, first=done)) as batches:
+            for index in range(done, steps):
+                with region("data"):
+                    batch = next(batches)
+                lr = learning_rate(config.optimizer, config.epochs, epoch - 1 + index / steps)
+                set_learning_rate(self.optimizer, lr)
+                for result in self._steps(batch, epoch, index):
+                    loss = self._count(result, self._sizes[index])
+                    seen += self._sizes[index]
+                    if log is not None:
+                        log.step(loss, lr, self._sizes[index])
+                    if message := self._profiler.step():
+                        _say(log, message)
+                self.progress.step = index + 1
+                if index + 1 == steps and self.average is not None:
+                    self.average.after_epoch(epoch)
+                self._between_steps(epoch)
         lr = learning_rate(config.optimizer, config.epochs, epoch - 1 + (steps - 1) / steps)
         metrics: dict[str, float | int | None] = {**self._sums.metrics(), "lr": lr}
         if seen:
@@ -472,26 +507,6 @@ class Trainer:
         if self.average is not None:
             self.average.before_step()
 
-    def _batches(self, epoch: int, *, first: int = 0) -> Iterator[Batch]:
-        config = self.config
-        return train_batches(
-            self.data.train,
-            batch_size=config.global_batch_size,
-            seed=config.seed,
-            epoch=epoch,
-            pad=config.data.pad,
-            flip=config.data.flip,
-            cutout=config.data.cutout,
-            cutmix=config.data.cutmix,
-            num_classes=len(self.data.class_names),
-            fill=self.data.mean,
-            extra=self.extra,
-            extra_fraction=config.data.extra_fraction,
-            first=first,
-            rank=self.ranks.rank,
-            ranks=self.ranks.world,
-        )
-
     def _measured_model(self, epoch: int) -> nn.Module:
         """What is evaluated and kept: the average of the weights where there is one, with its own BN statistics."""
         if self.average is None or not self.average.started:
@@ -502,20 +517,21 @@ class Trainer:
 
     def _average_passes(self, model: nn.Module, epoch: int) -> Iterator[None]:
         """Forward passes over attacked training images, the ones that training itself makes."""
-        seen = 0
-        for batch, size in zip(self._batches(epoch), self._sizes, strict=True):
-            with region("average"):
-                x = batch.images.contiguous(memory_format=self.memory_format)
-                seed = mix_seed(self.config.seed, epoch, _AVERAGE_NOISE)
-                # by the batch's statistics: the running ones are what is being computed
-                x_adv = self.step.attacked(model, x, batch.labels, batch.ids, seed, bn_mode="train")
-                self.step.objective.losses(model, x_adv, x, batch.labels)
-            yield
-            seen += size
-            if seen >= self.config.average.bn_images:
-                return
+        seen, batches = 0, self.batches.epoch(epoch)
+        with contextlib.closing(batches):
+            for batch, size in zip(batches, self._sizes, strict=True):
+                with region("average"):
+                    x = batch.images.contiguous(memory_format=self.memory_format)
+                    seed = mix_seed(self.config.seed, epoch, _AVERAGE_NOISE)
+                    # by the batch's statistics: the running ones are what is being computed
+                    x_adv = self.step.attacked(model, x, batch.labels, batch.ids, seed, bn_mode="train")
+                    self.step.objective.losses(model, x_adv, x, batch.labels)
+                yield
+                seen += size
+                if seen >= self.config.average.bn_images:
+                    return
 
-    def _evaluate(self, model: nn.Module, split: Split) -> tuple[float, float]:
+    def _evaluate(self, model: nn.Module, split: Split | StreamedSplit) -> tuple[float, float]:
         attack, batch_size = evaluation_attack(self.config), self.config.evaluation.batch_size
         try:
             with gathered(model, now=True) if self.step.copies.sharded else contextlib.nullcontext():

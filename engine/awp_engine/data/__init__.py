@@ -6,11 +6,13 @@ nor the loader, nor the device, nor a resumed run changes what a sample looks li
 
 from awp_engine.data._batches import Batches, batch_sizes, eval_batches, rank_share, train_batches
 from awp_engine.data._dataset import DataError, Dataset
-from awp_engine.data._extra import extra_fingerprint, load_extra
+from awp_engine.data._extra import load_extra
+from awp_engine.data._extra_split import place_extra
 from awp_engine.data._framing import Framing
 from awp_engine.data._load import dataset_names, load_dataset
 from awp_engine.data._loading import Loading
 from awp_engine.data._recipe import Batch
+from awp_engine.data._scan import bad_files
 from awp_engine.data._split import Split, StreamedSplit
 
 __all__ = [
@@ -25,9 +27,10 @@ __all__ = [
     "batch_sizes",
     "dataset_names",
     "eval_batches",
-    "extra_fingerprint",
     "load_dataset",
+    "bad_files",
     "load_extra",
+    "place_extra",
     "rank_share",
     "train_batches",
 ]

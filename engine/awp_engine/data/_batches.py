@@ -231,7 +231,7 @@ def rank_share(count: int, rank: int, ranks: int) -> tuple[slice, float]:
 
 def eval_batches(
     split: Split | StreamedSplit, batch_size: int, *, memory_format: torch.memory_format = torch.contiguous_format
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The split's samples in their order, each once, unchanged but for the conversion to fp32; the last batch may be
     smaller.
 
@@ -240,12 +240,15 @@ def eval_batches(
         ValueError: batch_size below 1.
     """
     _check_batch_size(batch_size)
-    requests = every_row(len(split), batch_size)
-    looks = split.looks(requests, Look(), memory_format)
-    return (
-        Batch(images, split.labels_of(request.rows), split.ids_of(request.rows).to(split.device))
-        for request, images in zip(requests.make(), looks, strict=True)
-    )
+    return _evaluated(split, every_row(len(split), batch_size), memory_format)
+
+
+def _evaluated(
+    split: Split | StreamedSplit, requests: Requests, memory_format: torch.memory_format
+) -> Generator[Batch, None, None]:
+    with contextlib.closing(split.looks(requests, Look(), memory_format)) as looks:
+        for request, images in zip(requests.make(), looks, strict=True):
+            yield Batch(images, split.labels_of(request.rows), split.ids_of(request.rows).to(split.device))
 
 
 def _extra_rows(size: int, *, first: int, count: int, seed: int) -> Tensor:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -47,6 +47,16 @@ class Requests(NamedTuple):
 
     make: Callable[[], Iterator[Request]]
     largest: int
+
+    def nonempty(self, rows: Tensor | None = None) -> Self:
+        """Those that ask for something: no pipeline can make an empty batch. Rows become those of `rows`, int64 [N]."""
+
+        def make() -> Iterator[Request]:
+            for request in self.make():
+                if len(request.rows):
+                    yield request if rows is None else request._replace(rows=rows[request.rows])
+
+        return type(self)(make, self.largest)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from awp_engine.data._cifar import CIFAR10, CIFAR100, read_cifar
 from awp_engine.data._dataset import (
@@ -12,7 +13,7 @@ from awp_engine.data._dataset import (
     channel_statistics,
     divide,
     prepare,
-    sampled_statistics,
+    sampled,
     streamed_fingerprint,
 )
 from awp_engine.data._digits import read_digits
@@ -127,11 +128,9 @@ def _from_source(
     framing = "" if loading.framing.size is None else f"{loading.framing.central:.6g}"
     digest = streamed_fingerprint(used, source.class_names, framing)
     train, held_out, test = parts.train, parts.held_out, parts.test
-    statistics = source.statistics
     if loader == "resident":
         train, held_out, test = _resident([train, held_out, test], loading)
-        statistics = statistics or channel_statistics([train.images, held_out.images])
-    mean, std = statistics or sampled_statistics(used)
+    mean, std = source.statistics or _statistics(train, held_out, sampled(used))
     return Dataset(
         name=source.name,
         train=train,
@@ -143,6 +142,14 @@ def _from_source(
         fingerprint=digest,
         loader=loader,
     )
+
+
+def _statistics(
+    train: Split | StreamedSplit, held_out: Split | StreamedSplit, ids: Tensor
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Of the images with these ids: the same ones for every loader."""
+    parts = [part.select(torch.nonzero(torch.isin(part.ids.cpu(), ids)).squeeze(1)) for part in (train, held_out)]
+    return channel_statistics([part.resident().images for part in parts])
 
 
 def _resident(parts: list[StreamedSplit], loading: Loading) -> list[Split]:

@@ -172,13 +172,7 @@ class StreamedSplit:
         return looks_of(streamed, requests, look, memory_format, shape=self.shape, device=self.device)
 
     def _stream(self, requests: Requests) -> Images:
-        def make() -> Iterator[Request]:
-            # an empty batch is beyond what a pipeline can make
-            for request in requests.make():
-                if len(request.rows):
-                    yield request._replace(rows=self.rows[request.rows])
-
-        return self.loader.stream(self.store, Requests(make, requests.largest))
+        return self.loader.stream(self.store, requests.nonempty(self.rows))
 
 
 def others_by_id(ids: Tensor, rows: Tensor, numbers: Tensor) -> Tensor:

@@ -1,15 +1,16 @@
 """Accuracy, clean and under attack."""
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from awp_engine.attack import pgd
-from awp_engine.data import Split, eval_batches
+from awp_engine.data import Split, StreamedSplit, eval_batches
 from awp_engine.distributed import Ranks
 from awp_engine.regions import region
 from awp_kernels.philox import mix_seed
@@ -66,16 +67,19 @@ def evaluation_seed(run_seed: int) -> int:
     return mix_seed(run_seed, _EVALUATION_NOISE)
 
 
-def spread(split: Split, limit: int | None) -> Split:
+_AnySplit = TypeVar("_AnySplit", Split, StreamedSplit)
+
+
+def spread(split: _AnySplit, limit: int | None) -> _AnySplit:
     """`limit` samples at even distances, all of them for None: files are often sorted by class."""
     if limit is None or limit >= len(split):
         return split
-    return split.select(torch.arange(limit, device=split.labels.device) * len(split) // limit)
+    return split.select(torch.arange(limit) * len(split) // limit)
 
 
 def evaluate(
     model: nn.Module,
-    split: Split,
+    split: Split | StreamedSplit,
     attack: PgdAttack,
     *,
     batch_size: int,
@@ -98,26 +102,26 @@ def evaluate(
     if not len(split):
         raise ValueError("split: expected at least one sample, got none")
     ranks = ranks or Ranks()
-    device = split.labels.device
-    rows = torch.arange(len(split), device=device)[ranks.rank :: ranks.world]
+    device = split.device
+    rows = torch.arange(len(split))[ranks.rank :: ranks.world]
     own = split if ranks.world == 1 else split.select(rows)
     training = model.training
     model.eval()
     try:
         counts = torch.zeros(2, dtype=torch.int64, device=device)
-        batches = eval_batches(own, batch_size)
-        # the first rank has the most images
-        for _ in range(-(-len(split) // ranks.world // batch_size) or 1):
-            if between is not None:
-                between()
-            for x, y, ids in itertools.islice(batches, 1):
-                with region("evaluation"):
-                    with torch.no_grad():
-                        right = model(x).argmax(1) == y
-                    x_adv = attack(model, x, y, sample_ids=ids)
-                    with torch.no_grad():
-                        held = right & (model(x_adv).argmax(1) == y)
-                    counts += torch.stack([right.sum(), held.sum()])
+        with contextlib.closing(eval_batches(own, batch_size)) as batches:
+            # the first rank has the most images
+            for _ in range(-(-len(split) // ranks.world // batch_size) or 1):
+                if between is not None:
+                    between()
+                for x, y, ids in itertools.islice(batches, 1):
+                    with region("evaluation"):
+                        with torch.no_grad():
+                            right = model(x).argmax(1) == y
+                        x_adv = attack(model, x, y, sample_ids=ids)
+                        with torch.no_grad():
+                            held = right & (model(x_adv).argmax(1) == y)
+                        counts += torch.stack([right.sum(), held.sum()])
         ranks.sum_([counts])
         clean, robust = counts.tolist()
         return Accuracy(clean=clean / len(split), robust=robust / len(split))

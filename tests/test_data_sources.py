@@ -321,15 +321,21 @@ def test_extra(tmp_path: Path, save: Any, dtype: str, order: str) -> None:
     kept = {"last": images, "first": np.moveaxis(images, 3, 1), "fortran": np.asfortranarray(images)}[order]
     save(tmp_path / "extra.npz", image=kept, label=_LABELS.astype(dtype), more=np.zeros(2))
     data = _dataset()
-    extra = load_extra(tmp_path / "extra.npz", like=data)
+    lazy = load_extra(tmp_path / "extra.npz", like=data)
+    extra = lazy.resident()
     assert np.array_equal(extra.images.permute(0, 2, 3, 1).numpy(), images)
+    rows = torch.tensor([6, 0, 3, 3])
+    assert torch.equal(lazy.store.gather(rows), extra.images[rows])
+    assert torch.equal(lazy.labels(rows), extra.labels[rows])
+    assert torch.equal(lazy.ids(rows), extra.ids[rows])
     assert extra.images.is_contiguous()
     assert (extra.images.dtype, extra.labels.dtype) == (torch.uint8, torch.int64)
     assert extra.labels.tolist() == _LABELS.tolist()
     assert extra.ids.tolist() == list(range(17, 24))
     assert extra.ids[0] == data.first_extra_id
     np.savez(tmp_path / "plain.npz", image=images, label=_LABELS)
-    assert extra_fingerprint(extra) == extra_fingerprint(load_extra(tmp_path / "plain.npz", like=data))
+    assert extra_fingerprint(lazy) == extra_fingerprint(load_extra(tmp_path / "plain.npz", like=data))
+    assert extra_fingerprint(extra) == extra_fingerprint(load_extra(tmp_path / "plain.npz", like=data).resident())
 
 
 def test_extra_fingerprint_covers_images_and_labels() -> None:
@@ -355,11 +361,11 @@ def test_extra_fingerprint_covers_images_and_labels() -> None:
 def test_extra_grey_images_and_images_that_fit_both_ways(tmp_path: Path) -> None:
     grey = np.arange(2 * 64, dtype=np.uint8).reshape(2, 8, 8, 1)
     np.savez(tmp_path / "grey.npz", image=grey, label=[0, 1])
-    extra = load_extra(tmp_path / "grey.npz", like=_dataset((1, 8, 8)))
+    extra = load_extra(tmp_path / "grey.npz", like=_dataset((1, 8, 8))).resident()
     assert np.array_equal(extra.images[:, 0].numpy(), grey[..., 0])
     cube = np.arange(27, dtype=np.uint8).reshape(1, 3, 3, 3)
     np.savez(tmp_path / "cube.npz", image=cube, label=[0])
-    extra = load_extra(tmp_path / "cube.npz", like=_dataset((3, 3, 3)))
+    extra = load_extra(tmp_path / "cube.npz", like=_dataset((3, 3, 3))).resident()
     assert np.array_equal(extra.images.permute(0, 2, 3, 1).numpy(), cube)
 
 
@@ -454,9 +460,12 @@ def test_extra_arrays_that_do_not_keep_to_their_header(tmp_path: Path) -> None:
 
 def test_extra_files_that_are_missing_or_something_else(tmp_path: Path) -> None:
     data = _dataset()
-    for path in (tmp_path / "nowhere.npz", tmp_path):
-        with pytest.raises(DataError, match=rf"{path.name} is not a file; expected an .npz file with the arrays image"):
-            load_extra(path, like=data)
+    with pytest.raises(
+        DataError, match=r"nowhere.npz is not a file or directory; expected an .npz file with the array"
+    ):
+        load_extra(tmp_path / "nowhere.npz", like=data)
+    with pytest.raises(DataError, match=r"holds no shards; expected \*.npz, or images-\*.npy with labels-\*.npy"):
+        load_extra(tmp_path, like=data)
     path = tmp_path / "extra.npz"
     np.savez(path, image=_images(), label=_LABELS)
     whole = path.read_bytes()
@@ -506,7 +515,7 @@ def test_damaged_extra_ends_in_one_line_or_is_whole(
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
     message, extra = "extra.npz", None
     try:
-        extra = load_extra(path, like=_dataset())
+        extra = load_extra(path, like=_dataset()).resident()
     except DataError as error:
         message = str(error)
     assert "extra.npz" in message

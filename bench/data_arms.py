@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -57,7 +57,9 @@ class LoaderWorker:
     def prepare(self) -> dict[str, Any]:
         """Opens the data set; seconds, and images."""
         begin = time.perf_counter()
-        self.batches = _UserBatches(self.feed) if self.name == "user" else _engine_batches(self.name, self.feed)
+        self.batches = (
+            _UserBatches(self.feed) if self.name == "user" else _engine_batches(cast(LoaderName, self.name), self.feed)
+        )
         return {"seconds": time.perf_counter() - begin, "images": sum(self.batches.sizes)}
 
     def turn(self) -> dict[str, Any]:

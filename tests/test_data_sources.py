@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.io import savemat
 
-from awp_engine.data import DataError, Dataset, Split, extra_fingerprint, load_dataset, load_extra
+from awp_engine.data import DataError, Dataset, Split, load_dataset, load_extra
 from awp_engine.data._dataset import RawDataset, channel_statistics, fingerprint, limit_evenly, prepare
 from awp_engine.data._mat import read_mat
 
@@ -334,26 +334,22 @@ def test_extra(tmp_path: Path, save: Any, dtype: str, order: str) -> None:
     assert extra.ids.tolist() == list(range(17, 24))
     assert extra.ids[0] == data.first_extra_id
     np.savez(tmp_path / "plain.npz", image=images, label=_LABELS)
-    assert extra_fingerprint(lazy) == extra_fingerprint(load_extra(tmp_path / "plain.npz", like=data))
-    assert extra_fingerprint(extra) == extra_fingerprint(load_extra(tmp_path / "plain.npz", like=data).resident())
+    assert lazy.store.digest() == load_extra(tmp_path / "plain.npz", like=data).store.digest()
 
 
-def test_extra_fingerprint_covers_images_and_labels() -> None:
-    extra = Split(
-        images=torch.from_numpy(_images()).permute(0, 3, 1, 2), labels=torch.from_numpy(_LABELS), ids=torch.arange(7)
-    )
-    other_image, other_label = extra.images.clone(), extra.labels.clone()
+def test_extra_fingerprint_covers_images_and_labels(tmp_path: Path) -> None:
+    other_image, other_label = _images(), _LABELS.copy()
     other_image[3, 2, 1, 0] ^= 1
     other_label[3] = 0
-    found = {
-        extra_fingerprint(changed)
-        for changed in (
-            extra,
-            dataclasses.replace(extra, images=other_image),
-            dataclasses.replace(extra, labels=other_label),
-            extra.select(torch.arange(6)),
-        )
-    }
+    data, found = _dataset(), set()
+    for name, images, labels in (
+        ("same", _images(), _LABELS),
+        ("image", other_image, _LABELS),
+        ("label", _images(), other_label),
+        ("fewer", _images()[:6], _LABELS[:6]),
+    ):
+        np.savez(tmp_path / f"{name}.npz", image=images, label=labels)
+        found.add(load_extra(tmp_path / f"{name}.npz", like=data).store.digest())
     assert len(found) == 4
     assert all(len(one) == 64 for one in found)
 

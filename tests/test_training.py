@@ -366,7 +366,7 @@ def test_robust_self_training_draws_from_both_sources(tmp_path):
     data = DataConfig(pad=1, extra=extra, extra_fraction=0.25)
     trainer = Trainer(small_config(tmp_path / "run", epochs=1, method="rst", data=data, global_batch_size=128))
     first = len(trainer.data.train) + len(trainer.data.held_out) + len(trainer.data.test)
-    batches = list(trainer._batches(1))
+    batches = list(trainer.batches.epoch(1))
     assert [int((batch.ids >= first).sum()) for batch in batches[:-1]] == [32] * (len(batches) - 1)
     own = torch.cat([batch.ids[batch.ids < first] for batch in batches])
     assert sorted(own.tolist()) == sorted(trainer.data.train.ids.tolist())
@@ -409,7 +409,7 @@ def test_sam_trains_on_clean_images(tmp_path):
     trainer = Trainer(config)
     calls = []
     trainer.model.register_forward_hook(lambda module, inputs, output: calls.append(inputs[0]))
-    batch = next(trainer._batches(1))
+    batch = next(trainer.batches.epoch(1))
     list(trainer._steps(batch, 1, 0))
     assert len(calls) == 2
     assert all(torch.equal(x, batch.images) for x in calls)

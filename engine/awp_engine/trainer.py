@@ -27,13 +27,12 @@ from awp_engine.config import (
     to_json,
 )
 from awp_engine.data import (
+    Batch,
     Batches,
     Dataset,
-    Framing,
-    Loading,
     Split,
     StreamedSplit,
-    bad_files,
+    data_loading,
     load_dataset,
     load_extra,
     place_extra,
@@ -117,24 +116,6 @@ class EpochSums:
             "zero_gradients": zeros / steps,
             "skipped_steps": skipped,
         }
-
-
-def data_loading(config: Config, device: torch.device) -> Loading:
-    """How the configuration wants images to be loaded.
-
-    Raises:
-        DataError: files of the data set are listed as unusable, and are not to be skipped.
-    """
-    data = config.data
-    least_area = data.crop_scale if data.crop == "resized" else None
-    return Loading(
-        loader=data.loader,
-        device=device,
-        framing=Framing(size=data.image_size, least_area=least_area, central=data.center_crop),
-        workers=data.workers,
-        resident_share=data.resident_share,
-        skip=frozenset() if data.root is None else bad_files(data.root, data.bad_files),
-    )
 
 
 def load_data(config: Config, device: torch.device | str = "cpu") -> Dataset:

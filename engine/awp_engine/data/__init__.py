@@ -10,9 +10,9 @@ from awp_engine.data._extra import load_extra
 from awp_engine.data._extra_split import place_extra
 from awp_engine.data._framing import Framing
 from awp_engine.data._load import dataset_names, load_dataset
-from awp_engine.data._loading import Loading
+from awp_engine.data._loading import Loading, data_loading
 from awp_engine.data._recipe import Batch
-from awp_engine.data._scan import bad_files
+from awp_engine.data._sources import source_names
 from awp_engine.data._split import Split, StreamedSplit
 
 __all__ = [
@@ -25,12 +25,13 @@ __all__ = [
     "Split",
     "StreamedSplit",
     "batch_sizes",
+    "data_loading",
     "dataset_names",
     "eval_batches",
     "load_dataset",
-    "bad_files",
     "load_extra",
     "place_extra",
     "rank_share",
+    "source_names",
     "train_batches",
 ]

@@ -132,7 +132,7 @@ class DaliLoader:
         )
         decoding = {
             "device": "mixed" if on_gpu else "cpu",
-            "output_type": types.GRAY if self._reader.shape[0] == 1 else types.RGB,
+            "output_type": types.DALIImageType.GRAY if self._reader.shape[0] == 1 else types.DALIImageType.RGB,
             # as Pillow, which leaves images as they lie in the file
             "adjust_orientation": False,
         }
@@ -148,7 +148,11 @@ class DaliLoader:
                 places = {"axis_names": "HW", "normalized_anchor": False, "normalized_shape": False}
                 part = fn.decoders.image_slice(files, begin, extent, **places, **decoding)
                 images = fn.resize(
-                    part, resize_x=size, resize_y=size, interp_type=types.INTERP_TRIANGULAR, antialias=True
+                    part,
+                    resize_x=size,
+                    resize_y=size,
+                    interp_type=types.DALIInterpType.INTERP_TRIANGULAR,
+                    antialias=True,
                 )
             pipeline.set_outputs(images)
         pipeline.build()

@@ -18,10 +18,12 @@ class ExtraImages:
     Attributes:
         store: the images and labels.
         first_id: the first one's; those of the others follow.
+        classes: labels are 0 to classes - 1.
     """
 
     store: ArrayShards
     first_id: int
+    classes: int
 
     def __len__(self) -> int:
         return len(self.store)
@@ -60,4 +62,4 @@ def load_extra(path: Path, *, like: Dataset) -> ExtraImages:
     """
     store = ArrayShards(path, shape=like.train.shape, like=like.name)
     store.require_labels(len(like.class_names), like.name)
-    return ExtraImages(store, like.first_extra_id)
+    return ExtraImages(store, like.first_extra_id, len(like.class_names))

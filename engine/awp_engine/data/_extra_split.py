@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from awp_engine.data._extra import ExtraImages, extra_fingerprint
+from awp_engine.data._extra import ExtraImages
 from awp_engine.data._framing import Images, Requests
 from awp_engine.data._loading import Loading
 from awp_engine.data._split import Loader, Look, Split, looks_of
@@ -39,8 +39,8 @@ class ExtraSplit:
 
     @property
     def largest_label(self) -> int:
-        """As `Split.largest_label`."""
-        return self.images.largest_label
+        """The largest that there may be."""
+        return self.images.classes - 1
 
     def others(self, rows: Tensor, numbers: Tensor) -> Tensor:
         """As `Split.others`; ids rise with the rows."""
@@ -78,4 +78,4 @@ def place_extra(images: ExtraImages, loading: Loading) -> Extra:
         split = images.resident().to(loading.device)
     else:
         split = ExtraSplit(images=images, loader=loading.open(loader, images.store, images.store.shape))
-    return Extra(split=split, loader=loader, fingerprint=extra_fingerprint(images))
+    return Extra(split=split, loader=loader, fingerprint=images.store.digest())

@@ -2,17 +2,20 @@
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from awp_engine.config import Config
 from awp_engine.data._array_loader import ArrayLoader
 from awp_engine.data._dali_loader import DaliLoader, dali_problem
 from awp_engine.data._dataset import DataError
 from awp_engine.data._files_loader import Reader
 from awp_engine.data._framing import Framing
 from awp_engine.data._inspect import check
+from awp_engine.data._scan import bad_files
 from awp_engine.data._split import Loader, Split, StreamedSplit
 from awp_engine.data._store import EncodedImages, ImageArrays
 from awp_engine.data._torch_loader import TorchLoader
@@ -170,3 +173,26 @@ def free_memory(device: torch.device) -> int:
     except (OSError, StopIteration):
         available = pages
     return available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def data_loading(config: Config, device: torch.device, root: Path | None = None) -> Loading:
+    """How a configuration wants images to be loaded.
+
+    Args:
+        config: the run's.
+        device: where batches are wanted.
+        root: of the data set, in place of the configuration's.
+
+    Raises:
+        DataError: files of the data set are listed as unusable, and are not to be skipped.
+    """
+    data, root = config.data, root or config.data.root
+    least_area = data.crop_scale if data.crop == "resized" else None
+    return Loading(
+        loader=data.loader,
+        device=device,
+        framing=Framing(size=data.image_size, least_area=least_area, central=data.center_crop),
+        workers=data.workers,
+        resident_share=data.resident_share,
+        skip=frozenset() if root is None else bad_files(root, data.bad_files),
+    )

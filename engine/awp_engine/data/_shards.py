@@ -114,10 +114,6 @@ class ArrayShards:
                     f"{classes - 1}, the classes of {of}"
                 )
 
-    def highest_label(self) -> int:
-        """Of all images."""
-        return max(int(labels.max()) for _, labels, _ in self._label_chunks())
-
     def digest(self) -> str:
         """See `ImageArrays`; how the images are spread over files, and in which order of axes, does not matter."""
         digest = hashlib.sha256(repr((len(self), self.shape)).encode())

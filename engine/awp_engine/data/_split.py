@@ -1,14 +1,13 @@
 """Some of a data set's images: on the training device as a whole, or made batch by batch."""
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from awp_engine.data._framing import Images, Request, Requests, every_row
+from awp_engine.data._framing import Images, Requests, every_row
 from awp_engine.data._store import EncodedImages, ImageArrays
 from awp_kernels import augment
 

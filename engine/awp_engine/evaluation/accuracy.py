@@ -67,7 +67,7 @@ def evaluation_seed(run_seed: int) -> int:
     return mix_seed(run_seed, _EVALUATION_NOISE)
 
 
-_AnySplit = TypeVar("_AnySplit", Split, StreamedSplit)
+_AnySplit = TypeVar("_AnySplit", bound=Split | StreamedSplit)
 
 
 def spread(split: _AnySplit, limit: int | None) -> _AnySplit:

@@ -10,15 +10,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from awp_engine.data import Split
+from awp_engine.data import Split, StreamedSplit
 from awp_engine.evaluation.attacks import Threat
 from awp_engine.report import source_commit, versions
 
 
-def split_hash(split: Split) -> str:
-    """SHA-256, hexadecimal, of the shape, images, labels and ids of a split, in its order."""
-    digest = hashlib.sha256(repr(tuple(split.images.shape)).encode())
-    digest.update(split.images.cpu().contiguous().numpy().data)
+def split_hash(split: Split | StreamedSplit) -> str:
+    """SHA-256, hexadecimal, of the shape, images, labels and ids of a split, in its order.
+
+    Of images that are not in memory, the store's own digest and the rows stand for the images.
+    """
+    digest = hashlib.sha256(repr((len(split), *split.shape)).encode())
+    if isinstance(split, Split):
+        digest.update(split.images.cpu().contiguous().numpy().data)
+    else:
+        digest.update(split.store.digest().encode() + split.rows.numpy().astype("<i8").tobytes())
     for numbers in (split.labels, split.ids):
         digest.update(numbers.cpu().contiguous().numpy().astype("<i8").data)
     return digest.hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ import torch
 
 from awp_engine.checkpoint import atomic_write_text
 from awp_engine.config import parse_amount
-from awp_engine.data import Dataset, load_dataset
+from awp_engine.data import Dataset, data_loading, eval_batches, load_dataset, source_names
 from awp_engine.device import choose_device
 from awp_engine.evaluation.accuracy import evaluation_seed, spread
 from awp_engine.evaluation.attacks import EvaluationError, Threat, parse_attack
@@ -85,9 +85,13 @@ def _data(subject: Subject, name: str | None, root: Path | None) -> Dataset:
                 "give --data-name"
             )
         name = config.data.name
-    if root is None and config is not None and name == config.data.name:
-        root = config.data.root
-    return load_dataset(name, root=root, held_out_fraction=0.0, seed=0)
+    loading = None
+    if config is not None and name == config.data.name:
+        root = config.data.root if root is None else root
+        # of files only the test images are wanted
+        loader = "auto" if name in source_names else "resident"
+        loading = replace(data_loading(config, torch.device("cpu"), root), loader=loader, resident_share=0.0)
+    return load_dataset(name, root=root, held_out_fraction=0.0, seed=0, loading=loading)
 
 
 def _output(path: Path, subject: Subject) -> Path:
@@ -102,7 +106,7 @@ def _positive(name: str, value: int | None) -> None:
 
 
 def _require_fit(subject: Subject, dataset: Dataset, device: torch.device, what: str) -> None:
-    image = dataset.test.images[:1].to(device).float() / 255
+    image = next(eval_batches(dataset.test.select(torch.arange(1)), 1)).images.to(device)
     try:
         with torch.no_grad():
             logits = subject.model(image)
@@ -182,7 +186,7 @@ def evaluate_checkpoint(
     second = None if transfer_to is None else load_subject(transfer_to, device=place)
     if second is not None:
         _require_fit(second, dataset, place, f"--transfer-to {transfer_to}")
-    split = spread(dataset.test, limit).to(place)
+    split = spread(dataset.test, limit).resident().to(place)
     config = subject.config
     if seed is None:
         seed = evaluation_seed(0 if config is None else config.seed)

@@ -174,16 +174,16 @@ def common_images(runs: Sequence[Run], split: str, count: int) -> Split:
     first = getattr(runs[0].data, SPLITS[split])
     if not len(first):
         raise DataError(f"--split {split}: {runs[0].path} has no such images; choose another split")
+    chosen = spread(first, count).resident()
     for run in runs[1:]:
         other = getattr(run.data, SPLITS[split])
-        same = other is first or (
-            other.images.shape == first.images.shape
-            and torch.equal(other.images, first.images)
-            and torch.equal(other.labels, first.labels)
-        )
+        same = other is first
+        if not same and (len(other), other.shape) == (len(first), first.shape):
+            those = spread(other, count).resident()
+            same = torch.equal(those.images, chosen.images) and torch.equal(those.labels, chosen.labels)
         if not same:
             raise DataError(
                 f"{run.path}: its {split} images ({run.data.name}, {len(other)}) are not those of {runs[0].path} "
                 f"({runs[0].data.name}, {len(first)}); give runs on the same images"
             )
-    return spread(first, count)
+    return chosen

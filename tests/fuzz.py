@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from operations import (
+    BYTES,
     CHANNELS,
     IMAGES,
     OPERATIONS,
@@ -67,6 +68,15 @@ def shapes_for(rng: random.Random, operation: Operation) -> list[Shape]:
     if operation.samples is CHANNELS:
         samples, height, width = rng.choice((0, 1, 2, 3, 5)), rng.randint(0, 13), rng.randint(1, 13)
         return [(samples, rng.choice((1, 2, 3, 15, 16, 17, 33)), height, width), (rng.choice((1, 7, 16, 33)),)]
+    if operation.samples is BYTES:
+        size = rng.choice((3, 8, 33, 70))
+        sizes = (
+            rng.choice((0, 1, 2, 3, 5)),
+            rng.choice((1, 1, 2, 3, 3, 3, 4, 9)),
+            rng.randint(0, size),
+            rng.randint(1, size),
+        )
+        return [sizes]
     assert operation.samples is WEIGHTS
     kind = rng.random()
     if kind < 0.04:  # more tensors than a launch takes
@@ -92,6 +102,7 @@ def options_for(rng: random.Random, name: str, shapes: Sequence[Shape]) -> Argum
         "pgd_init_": {"epsilon": rng.choice((0.0, 1 / 255, 0.1, 0.5, 1.0))},
         "pgd_init_normal_": {"std": rng.choice((0.0, 0.001, 0.3))},
         "pgd_step_": {"epsilon": rng.choice((0.0, 0.1, 1.0)), "step_size": rng.choice((0.0, 0.02, -0.3, 2.0))},
+        "augment": {"pad": rng.choice((0, 1, 4, 100)), "flip": rng.random() < 0.5, "cutout": rng.choice((0, 1, 8, 99))},
         "bn_relu": {"eps": rng.choice((1e-5, 1e-2)), "momentum": rng.choice((0.0, 0.1, 1.0))},
     }.get(name, {})
 
@@ -209,6 +220,8 @@ def to_be_refused(name: str, operation: Operation, arguments: Arguments) -> bool
 
     None: it may be refused or not, as for strides of tensors without elements.
     """
+    if name == "augment":
+        return False
     if name in IMAGE_OPERATIONS:
         if name == "conv3x3":
             return not all(arguments["x"].shape[2:])
@@ -277,9 +290,11 @@ class Faults:
     def kind(self, arguments: Arguments) -> Arguments | None:
         """Integers, complex numbers, booleans, float8."""
         kinds = (torch.int64, torch.complex64, torch.bool, torch.float8_e4m3fn, torch.uint8)
-        keys = [key for key in self._tensors(arguments) if key not in ("sample_ids", "found_inf")]
+        keys = [key for key in self._tensors(arguments) if key not in ("sample_ids", "rows", "found_inf")]
         if self.name in IMAGE_OPERATIONS:
             keys, kinds = ["x"], kinds[:3]
+        if self.name == "augment":
+            kinds = kinds[:4]
         kind = self.rng.choice(kinds)
         return self._swap(arguments, self.rng.choice(keys), lambda t: torch.ones_like(t, dtype=torch.float32).to(kind))
 
@@ -295,7 +310,7 @@ class Faults:
 
     def overlap(self, arguments: Arguments) -> Arguments | None:
         """One written tensor given twice, or read where it is written."""
-        if self.name in ("total_norm", *IMAGE_OPERATIONS):
+        if self.name in ("total_norm", "augment", *IMAGE_OPERATIONS):
             return None
         written = [k for k in self.operation.written if listed(arguments.get(k))]
         key = self.rng.choice(written)
@@ -336,7 +351,12 @@ class Faults:
             "step_size": (math.nan, math.inf),
             "norm": ("l1", "normal"),
             "seed": (-1, 2**63),
+            "pad": (-1, 2**30),
+            "cutout": (-1, 2**30),
+            "fill": (None, [0.5] * 11, [math.nan]),
         }
+        if self.name == "augment" and arguments.get("rows", torch.empty(0)).numel():
+            wrong["rows"] = tuple(arguments["rows"].clone().fill_(row) for row in (-1, len(arguments["images"])))
         keys = [key for key in arguments if wrong.get(key)]
         if not keys:
             return None
@@ -366,7 +386,10 @@ class Case:
     def drawn(cls, seed: int, index: int, *, device: str = "cpu", backend: str | None = None) -> "Case":
         """Case `index` of a seed: of these two alone."""
         rng = random.Random(f"{seed}/{index}")
-        name = rng.choice([n for n in OPERATIONS if device == "cpu" or n not in IMAGE_OPERATIONS])
+        name = rng.choice([n for n in OPERATIONS if n != "augment" and (device == "cpu" or n not in IMAGE_OPERATIONS)])
+        # drawn apart, so that a seed's cases of the other operations stay what they were
+        if random.Random(f"{seed}/{index}/augment").random() < 0.1:
+            name = "augment"
         operation = OPERATIONS[name]
         variant, dtype = rng.choice(list(operation.variants)), rng.choice((*operation.dtypes * 4, FP64))
         chosen = backend or (None if rng.random() < 0.9 else "reference")
@@ -501,6 +524,9 @@ class Case:
     def _compare(self, results: Results, before: Arguments) -> None:
         if self.name == "restore_":
             assert same_bits(results["weights"], before["saved"]), "differing bits"
+        if self.name == "augment":
+            defined = self.operation.define(before, torch.float32)
+            assert same_bits(results["returned"], defined["returned"]), "differing bits"
         # where torch serves, its own error depends on the memory layout
         image = self.name in IMAGE_OPERATIONS and self._compiled()
         if (self.values == "as drawn" and self.name != "bn_relu") or (image and self.values not in ("nan", "inf")):

@@ -14,7 +14,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from awp_kernels import perturb_, perturb_into_, pgd_init_, pgd_init_normal_, pgd_step_, restore_, sgd_step_, total_norm
+from awp_kernels import (
+    augment,
+    perturb_,
+    perturb_into_,
+    pgd_init_,
+    pgd_init_normal_,
+    pgd_step_,
+    restore_,
+    sgd_step_,
+    total_norm,
+)
 
 ELEMENTS = 2**31 + 11
 FP16 = torch.float16
@@ -100,6 +110,19 @@ def attack(count: int, device: str) -> None:
     holds(x_adv, 0.625, 0.375)
 
 
+def gathered(count: int, device: str) -> None:
+    """From far behind, and to there."""
+    images = torch.zeros((count // 12 + 1, 3, 2, 2), dtype=torch.uint8, device=device)
+    images[-1] = torch.arange(12, dtype=torch.uint8).view(3, 2, 2)
+    rows = torch.tensor([0, len(images) - 1], device=device)
+    few = augment(images, sample_ids=rows, rows=rows, seed=3)
+    if few[0].any() or not torch.equal((few[1] * 255).round().to(torch.uint8), images[-1]):
+        raise AssertionError("the last image is not itself")
+    many = augment(images, sample_ids=torch.zeros_like(images[:, 0, 0, 0], dtype=torch.int64), seed=3)
+    if many[:-1].any() or not torch.equal(many[-1], few[1]):
+        raise AssertionError("the last image is not itself among all")
+
+
 LARGE: dict[str, Callable[[int, str], None]] = {
     "total_norm": norm,
     "perturb_, restore_": perturb,
@@ -107,6 +130,7 @@ LARGE: dict[str, Callable[[int, str], None]] = {
     "sgd_step_": step,
     "pgd_init_": start,
     "pgd_step_": attack,
+    "augment": gathered,
 }
 
 

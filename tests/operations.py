@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from awp_kernels import (
+    augment,
     bn_relu,
     conv3x3,
     perturb_,
@@ -27,7 +28,7 @@ from awp_kernels import (
     sgd_step_,
     total_norm,
 )
-from awp_kernels.philox import normals, uniform_integers
+from awp_kernels.philox import STREAM_AUGMENT, STREAM_CUTOUT, normals, sample_words, uniform_integers
 
 Shape = tuple[int, ...]
 Arguments = dict[str, Any]
@@ -57,6 +58,15 @@ CHANNELS: dict[str, list[Shape]] = {
     "edges": [(2, 31, 5, 6), (33,)],
     "primes": [(3, 17, 7, 11), (13,)],
     "batch": [(4, 16, 16, 16), (32,)],
+}
+# [N, C, H, W] of images of bytes
+BYTES: dict[str, list[Shape]] = {
+    "empty": [(0, 3, 4, 4)],
+    "no pixels": [(2, 3, 0, 4)],
+    "one": [(1, 1, 1, 1)],
+    "edges": [(3, 4, 2, 33)],
+    "primes": [(3, 5, 7, 11)],
+    "batch": [(6, 3, 32, 32)],
 }
 
 
@@ -330,6 +340,59 @@ STEPS: dict[str, dict[str, Any]] = {
     for mask, option in (("", {}), ("-masked", {"masked": True}))
 }
 
+# ---- augment
+
+
+def _augment(
+    shapes: Sequence[Shape], dtype: torch.dtype, seed: int = 0, chosen: bool = False, **options: Any
+) -> Arguments:
+    """The dtypes are its own. `chosen`: twice as many rows as there are images."""
+    own = generator(seed)
+    count, channels, *_ = shapes[0]
+    images = torch.randint(0, 256, shapes[0], dtype=torch.uint8, generator=own)
+    rows = torch.randint(0, count, (2 * count,), generator=own) if chosen and count else torch.arange(count)
+    ids = torch.randint(-(2**62), 2**62, rows.shape, generator=own)
+    arguments: Arguments = {"images": images, "sample_ids": ids, "seed": 2**62 + seed} | options
+    if options.get("cutout"):
+        arguments["fill"] = torch.rand(channels, generator=own, dtype=torch.float64).tolist()
+    return arguments | ({"rows": rows} if chosen else {})
+
+
+def _augmented(arguments: Arguments, dtype: torch.dtype) -> Results:
+    """Image by image, from a padded one."""
+    images, ids, seed = arguments["images"], arguments["sample_ids"], arguments["seed"]
+    rows = arguments["rows"].tolist() if "rows" in arguments else range(len(images))
+    pad, cutout = arguments.get("pad", 0), arguments.get("cutout", 0)
+    _, _, height, width = images.shape
+    result = images.new_empty((len(rows), *images.shape[1:]), dtype=dtype)
+    for row, words, centres, out in zip(
+        rows,
+        sample_words(ids, 3, seed=seed, stream=STREAM_AUGMENT).tolist(),
+        sample_words(ids, 2, seed=seed, stream=STREAM_CUTOUT).tolist(),
+        result,
+        strict=True,
+    ):
+        padded = functional.pad(images[row].to(dtype), (pad,) * 4)
+        top, left = (word * (2 * pad + 1) // 2**32 for word in words[:2])
+        cropped = padded[:, top : top + height, left : left + width]
+        out[:] = (cropped.flip(-1) if arguments.get("flip") and words[2] % 2 else cropped) / images.new_full(
+            (), 255, dtype=dtype
+        )
+        for channel in range(len(out) if cutout else 0):
+            top, left = (w * n // 2**32 - cutout // 2 for w, n in zip(centres, (height, width), strict=True))
+            square = out[channel, max(top, 0) : max(top + cutout, 0), max(left, 0) : max(left + cutout, 0)]
+            # a number of fp32 in any precision
+            square.fill_(torch.tensor(arguments["fill"][channel], dtype=torch.float32).item())
+    return {"returned": [result]}
+
+
+AUGMENTATIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "chosen": {"chosen": True, "memory_format": torch.contiguous_format},
+    "cropped": {"pad": 4, "flip": True},
+    "cut": {"chosen": True, "pad": 2, "flip": True, "cutout": 8},
+}
+
 # ---- conv3x3, bn_relu: with their gradients
 
 
@@ -467,6 +530,14 @@ OPERATIONS: dict[str, Operation] = {
         written=("x_adv",),
         variants=STEPS,
         slack=_inward,
+    ),
+    "augment": Operation(
+        call=augment,
+        build=_augment,
+        define=_augmented,
+        samples=BYTES,
+        dtypes=(torch.float32,),
+        variants=AUGMENTATIONS,
     ),
     "conv3x3": Operation(
         call=_convolved, build=_conv, define=_conv_defined, samples=CHANNELS, dtypes=CPU, slack=lambda arguments: 1e-6

@@ -11,6 +11,7 @@ from samples import randn
 
 from awp_kernels import (
     _backend,
+    augment,
     perturb_,
     perturb_into_,
     pgd_init_,
@@ -27,6 +28,8 @@ def w(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 OVERLAPPING = torch.zeros(10)
 META = torch.zeros(3, device="meta")
+PIXELS = torch.zeros((3, 2, 4, 4), dtype=torch.uint8)
+IDS = torch.arange(3)
 
 BAD_CALLS = {
     "unequal lists": (
@@ -209,6 +212,66 @@ BAD_CALLS = {
         lambda: pgd_step_(w(2, 3).t(), w(3, 2), w(3, 2), step_size=0.1, epsilon=0.1, norm="l2"),
         "x_adv: expected dimension 0 outermost in memory, got strides (1, 3)",
     ),
+    "image dtype": (
+        lambda: augment(PIXELS.float(), sample_ids=IDS, seed=1),
+        "images: expected uint8, got torch.float32",
+    ),
+    "image shape": (
+        lambda: augment(PIXELS[0], sample_ids=IDS, seed=1),
+        "images: expected a batch [N, C, H, W], got shape (2, 4, 4)",
+    ),
+    "large images": (
+        lambda: augment(torch.zeros((), dtype=torch.uint8).expand(1, 2, 2**15, 2**14), sample_ids=IDS[:1], seed=1),
+        "images: expected fewer than 2^30 values an image, got 1073741824",
+    ),
+    "augment ids": (
+        lambda: augment(PIXELS, sample_ids=IDS[:2], seed=1),
+        "sample_ids: expected 3 like images, got 2",
+    ),
+    "augment ids of rows": (
+        lambda: augment(PIXELS, sample_ids=IDS, rows=IDS[:2], seed=1),
+        "sample_ids: expected 2 like rows, got 3",
+    ),
+    "rows dtype": (
+        lambda: augment(PIXELS, sample_ids=IDS, rows=IDS.int(), seed=1),
+        "rows: expected int64 [B], got torch.int32 of shape (3,)",
+    ),
+    "rows device": (
+        lambda: augment(PIXELS, sample_ids=IDS, rows=IDS.to("meta"), seed=1),
+        "rows: expected device cpu like images, got meta",
+    ),
+    "row too large": (
+        lambda: augment(PIXELS, sample_ids=IDS, rows=IDS + 1, seed=1),
+        "rows: expected rows of 3 images, got 3",
+    ),
+    "negative row": (
+        lambda: augment(PIXELS, sample_ids=IDS, rows=IDS - 1, seed=1),
+        "rows: expected rows of 3 images, got -1",
+    ),
+    "augment seed": (
+        lambda: augment(PIXELS, sample_ids=IDS, seed=2**63),
+        "seed: expected a number in [0, 2^63), got 9223372036854775808",
+    ),
+    "pad": (
+        lambda: augment(PIXELS, sample_ids=IDS, seed=1, pad=-1),
+        "pad: expected a number of pixels in [0, 2^30), got -1",
+    ),
+    "cutout": (
+        lambda: augment(PIXELS, sample_ids=IDS, seed=1, cutout=2**30),
+        "cutout: expected a number of pixels in [0, 2^30), got 1073741824",
+    ),
+    "no fill": (
+        lambda: augment(PIXELS, sample_ids=IDS, seed=1, cutout=2),
+        "fill: expected 2 values in [0, 1], one a channel, with cutout 2, got None",
+    ),
+    "fill": (
+        lambda: augment(PIXELS, sample_ids=IDS, seed=1, cutout=2, fill=(0.5, 1.5)),
+        "fill: expected 2 values in [0, 1], one a channel of images, got [0.5, 1.5]",
+    ),
+    "memory format": (
+        lambda: augment(PIXELS, sample_ids=IDS, seed=1, memory_format=torch.preserve_format),
+        "memory_format: expected torch.channels_last or torch.contiguous_format, got torch.preserve_format",
+    ),
 }
 
 
@@ -283,6 +346,13 @@ def test_use_backend_nests_and_refuses():
         perturb_([w(3)], [w(3)], 0.1)
 
 
+def test_a_backend_without_the_operation_says_so():
+    """On any device."""
+    with use_backend("cuda"), pytest.raises(ValueError, match="augment has no CUDA C"):
+        augment(PIXELS, sample_ids=IDS, seed=1)
+    assert _backend.problem("cuda", "cuda", "augment") != _backend.problem("cuda", "cuda", "perturb")
+
+
 def test_summary_names_every_operation():
     result = subprocess.run([sys.executable, "-m", "awp_kernels"], capture_output=True, text=True, check=True)
     for name in (
@@ -294,6 +364,7 @@ def test_summary_names_every_operation():
         "pgd_init_",
         "pgd_init_normal_",
         "pgd_step_",
+        "augment                      cpu uint8                          cpp",
         "cpp        available",
     ):
         assert name in result.stdout

@@ -4,6 +4,7 @@ No GPU is needed: the launchers run on CPU tensors while a stand-in driver names
 after compilation.
 """
 
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ pytestmark = [
 ]
 
 ARCHITECTURES = [80, 90, 100]
-OPERATIONS = ["perturb", "restore", "sgd_step", "total_norm", "pgd_init", "pgd_step"]
+OPERATIONS = ["perturb", "restore", "sgd_step", "total_norm", "pgd_init", "pgd_step", "augment"]
 # float16 compiles to the same accesses as bfloat16
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -44,6 +45,8 @@ WIDE = {
     "init_normal_kernel": (1, 1),
     "step_linf_kernel": (3, 1),
     "step_l2_kernel": (3, 1),
+    # bytes are gathered one by one
+    "augment_kernel": (0, 1),
 }
 LISTS = {"partial_sums_kernel", "apply_kernel", "filter_kernel", "restore_kernel"}
 
@@ -270,3 +273,38 @@ def test_images_of_odd_sizes(compiled, shape, norm):
     x = torch.zeros(torch.Size(shape).numel() + 1)[1:].view(shape)
     mask = torch.ones_like(x, dtype=torch.uint8)
     assert len(compiled(lambda: image_steps(x, mask, norm))) == 2
+
+
+@pytest.mark.parametrize("compiled", ARCHITECTURES, ids="sm_{}".format, indirect=True)
+@pytest.mark.parametrize("chosen", [True, False], ids=["rows", "all"])
+@pytest.mark.parametrize("orders", list(itertools.product([False, True], repeat=2)), ids=str)
+def test_augment(compiled, orders, chosen):
+    """Shared by all epochs: numbers that change compile nothing anew. Stores take 16 bytes."""
+    images, out = torch.zeros(16, 3, 32, 32, dtype=torch.uint8), torch.zeros(16, 3, 32, 32)
+    images, out = (
+        t.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        for t, last in zip((images, out), orders, strict=True)
+    )
+    ids = torch.arange(16)
+    rows = ids if chosen else None
+
+    def launch() -> None:
+        for seed, pad, cutout, value in ((5, 4, 8, 0.5), (16, 1, 16, 1.0), (2**62, 0, 1, 0.25)):
+            operation("augment")(images, rows, ids, seed, pad, True, cutout, [value] * 3, out)
+
+    (kernel,) = compiled(launch)
+    assert_wide([kernel])
+    # two stores of 16 bytes a thread, and none narrower
+    assert kernel.wide_stores == 2, str(kernel)
+
+
+@pytest.mark.parametrize("compiled", [80, 90], ids="sm_{}".format, indirect=True)
+@pytest.mark.parametrize("shape", [(3, 1, 1, 1), (2, 5, 7, 11), (2, 16, 9, 9)], ids=str)
+def test_augment_of_odd_sizes(compiled, shape):
+    images, out, ids = torch.zeros(shape, dtype=torch.uint8), torch.zeros(shape), torch.arange(shape[0])
+    for flip, cutout in ((False, 0), (True, 4)):
+        fill = [0.5] * shape[1] if cutout else []
+        assert (
+            len(compiled(lambda f=flip, c=cutout, v=fill: operation("augment")(images, None, ids, 5, 4, f, c, v, out)))
+            == 1
+        )

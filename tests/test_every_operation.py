@@ -14,7 +14,7 @@ from large_tensors import ELEMENTS, LARGE
 from operations import CHANNELS, OPERATIONS, WEIGHTS, arguments_of, cases, excess, mapped, run, same_bits
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from awp_kernels import bn_relu, conv3x3, total_norm, use_backend
+from awp_kernels import _backend, bn_relu, conv3x3, total_norm, use_backend
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -26,6 +26,8 @@ LARGEST = {name: list(operation.samples)[-1] for name, operation in OPERATIONS.i
 def serving(name, target):
     """The target's backend for this operation; those on images have no GPU's, and leave what is empty to torch."""
     device, backend = target
+    if name in _backend._WITHOUT_CUDA and backend == "cuda":
+        pytest.skip("has no CUDA C++ kernel")
     if name in fuzz.IMAGE_OPERATIONS:
         if device != "cpu":
             pytest.skip("serves CPU tensors")
@@ -248,15 +250,23 @@ def test_more_than_2_to_31_elements(target, name):
         pytest.skip("for the kernels; on the CPU by python tests/large_tensors.py")
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("needs 40 GiB of device memory")
+    serving(name, target)
     LARGE[name](ELEMENTS, device)
 
 
-ON_GPU = [(name, variant) for name, variant in VARIANTS if name not in fuzz.IMAGE_OPERATIONS]
+ON_GPU = pytest.mark.parametrize(
+    ("backend", "name", "variant"),
+    [
+        (backend, name, variant)
+        for backend in ("cuda", "triton")
+        for name, variant in VARIANTS
+        if name not in fuzz.IMAGE_OPERATIONS and not (backend == "cuda" and name in _backend._WITHOUT_CUDA)
+    ],
+)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
-@pytest.mark.parametrize(("name", "variant"), ON_GPU)
+@ON_GPU
 def test_4_streams_at_once(backend, name, variant):
     arguments = arguments_on("cuda", name, variant, LARGEST[name], torch.float32)
     with use_backend(backend):
@@ -271,8 +281,7 @@ def test_4_streams_at_once(backend, name, variant):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
-@pytest.mark.parametrize(("name", "variant"), ON_GPU)
+@ON_GPU
 def test_another_device_than_the_current_one(backend, name, variant):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
@@ -284,8 +293,7 @@ def test_another_device_than_the_current_one(backend, name, variant):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
-@pytest.mark.parametrize(("name", "variant"), ON_GPU)
+@ON_GPU
 def test_replay_of_a_captured_graph(backend, name, variant):
     """With the arguments that lie in the captured memory at the replay."""
     operation = OPERATIONS[name]

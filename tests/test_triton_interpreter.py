@@ -17,6 +17,7 @@ from samples import DTYPES, LAYOUTS, SCOPES, SGD_VARIANTS, VARIANTS, images, ran
 from torch import Tensor
 
 from awp_kernels import (
+    augment,
     perturb_,
     perturb_into_,
     pgd_init_,
@@ -32,7 +33,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NORMS = {"linf": 8 / 255, "l2": 0.5}
 # an interpreted program takes some 10 ms, and a filter is a program
 SMALL = ["scalar", "one", "warp_edges", "primes", "empty_tensors"]
-LEAST_TESTS = 450
+LEAST_TESTS = 460
 
 
 @pytest.mark.timeout(900)
@@ -471,3 +472,27 @@ class TestInterpreted:
         self.reference(pgd_step_, expected, grad, x, **options)
         assert_close(result, expected)
         assert torch.equal(result[0], x[0]) == (bad != 1e-44)
+
+    @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+    @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
+    def test_augment_equal_to_the_last_bit(self, layout, memory_format):
+        for shape, pad, flip, cutout in (
+            ((2, 3, 18, 20), 4, True, 8),
+            ((2, 1, 1, 1), 0, True, 0),
+            ((2, 4, 7, 11), 2**30 - 1, False, 2**30 - 1),
+        ):
+            pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(pad % 99))
+            rows, ids = torch.tensor([1, 0, 1]), torch.tensor([2**40 + 7, -1, -(2**63)])
+            fill = [0.1, 0.2, 1.0, 0.0, 0.3][: shape[1]]
+            options = {"pad": pad, "flip": flip, "cutout": cutout, "fill": fill, "memory_format": memory_format}
+            for seed, chosen in ((2**63 - 1, {"rows": rows}), (3, {})):
+                arguments = {"sample_ids": ids if chosen else ids[:2], "seed": seed, **chosen, **options}
+                result = augment(layout.lay(pixels), **arguments)
+                assert same_bits(result, self.reference(augment, pixels, **arguments))
+                assert result.is_contiguous(memory_format=memory_format)
+
+    def test_augment_divides_every_byte(self):
+        pixels = torch.arange(256, dtype=torch.uint8).view(4, 1, 8, 8)
+        arguments = {"sample_ids": torch.arange(4), "seed": 0}
+        assert same_bits(augment(pixels, **arguments), self.reference(augment, pixels, **arguments))
+        assert not augment(pixels, sample_ids=torch.arange(0), rows=torch.arange(0), seed=0).numel()

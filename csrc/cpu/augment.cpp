@@ -33,9 +33,11 @@ inline float quotient(uint8_t value) {
 inline void convert(const uint8_t* from, float* to, int64_t count) {
   int64_t i = 0;
 #if defined(__AVX512F__)
+  // the plain intrinsics make g++ 12 warn of its own headers
+  constexpr __mmask16 kAll = 0xFFFF;
   for (; i + 16 <= count; i += 16) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
-    const __m512 x = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+    const __m512 x = _mm512_maskz_cvtepi32_ps(kAll, _mm512_maskz_cvtepu8_epi32(kAll, bytes));
     _mm512_storeu_ps(to + i, _mm512_fmadd_ps(x, _mm512_set1_ps(kHigh), _mm512_mul_ps(x, _mm512_set1_ps(kLow))));
   }
 #endif
@@ -97,62 +99,82 @@ struct Choices {
   }
 };
 
+// 16 bytes from each of two places, side by side.
+inline __m256i load_two(const uint8_t* first, const uint8_t* second) {
+  const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(first));
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm_loadu_si128(reinterpret_cast<const __m128i*>(second)),
+                                 1);
+}
+
+inline void store_two(uint8_t* first, uint8_t* second, __m256i value) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(first), _mm256_castsi256_si128(value));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(second), _mm256_extracti128_si256(value, 1));
+}
+
+// Two times 16 pixels: each vector of 16 bytes, and its neighbour `apart` bytes further on.
 template <class Order>
-inline void rearrange(const uint8_t* const from[3], uint8_t* const to[3]) {
+inline void rearrange(const uint8_t* const from[3], int64_t from_apart, uint8_t* const to[3], int64_t to_apart) {
   static constexpr Choices<Order> choices;
-  __m128i source[3];
-  for (int i = 0; i < 3; ++i) source[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from[i]));
+  __m256i source[3];
+  for (int i = 0; i < 3; ++i) source[i] = load_two(from[i], from[i] + from_apart);
   for (int k = 0; k < 3; ++k) {
-    __m128i target = _mm_setzero_si128();
+    __m256i target = _mm256_setzero_si256();
     for (int i = 0; i < 3; ++i) {
       const __m128i choice = _mm_load_si128(reinterpret_cast<const __m128i*>(choices.of[k][i]));
-      target = _mm_or_si128(target, _mm_shuffle_epi8(source[i], choice));
+      target = _mm256_or_si256(target, _mm256_shuffle_epi8(source[i], _mm256_broadcastsi128_si256(choice)));
     }
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to[k]), target);
+    store_two(to[k], to[k] + to_apart, target);
   }
 }
 
-inline void reverse16(const uint8_t* from, uint8_t* to) {
+// Two times 16 bytes, the order of each turned round.
+inline void reverse(const uint8_t* from, int64_t from_apart, uint8_t* to, int64_t to_apart) {
   const __m128i order = _mm_setr_epi8(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(bytes, order));
+  store_two(to, to + to_apart,
+            _mm256_shuffle_epi8(load_two(from, from + from_apart), _mm256_broadcastsi128_si256(order)));
 }
 
 #else
 
 template <class Order>
-inline void rearrange(const uint8_t* const from[3], uint8_t* const to[3]) {
-  for (int i = 0; i < 48; ++i) to[i / 16][i % 16] = from[Order::source(i) / 16][Order::source(i) % 16];
+inline void rearrange(const uint8_t* const from[3], int64_t from_apart, uint8_t* const to[3], int64_t to_apart) {
+  for (int half = 0; half < 2; ++half) {
+    for (int i = 0; i < 48; ++i) {
+      const int source = Order::source(i);
+      to[i / 16][half * to_apart + i % 16] = from[source / 16][half * from_apart + source % 16];
+    }
+  }
 }
 
-inline void reverse16(const uint8_t* from, uint8_t* to) {
+inline void reverse(const uint8_t* from, int64_t from_apart, uint8_t* to, int64_t to_apart) {
   for (int i = 0; i < 16; ++i) to[i] = from[15 - i];
+  for (int i = 0; i < 16; ++i) to[to_apart + i] = from[from_apart + 15 - i];
 }
 
 #endif
 
-// Calls step(i) for the first of 16 pixels each, the last of them anew where 16 does not divide their number, which is
-// at least 16.
+// Calls step(i, j) for pixels i to i + 15 and j to j + 15, some of them twice where 32 does not divide their number,
+// which is at least 16.
 template <class Step>
-inline void by_16(int64_t count, Step step) {
+inline void by_two_16(int64_t count, Step step) {
+  if (count < 32) return step(0, count - 16);
   int64_t i = 0;
-  for (; i + 16 <= count; i += 16) step(i);
-  if (i < count) step(count - 16);
+  for (; i + 32 <= count; i += 32) step(i, i + 16);
+  if (i < count) step(count - 32, count - 16);
 }
 
 // Short runs without a call.
 inline void copy(const uint8_t* from, uint8_t* to, int64_t count) {
-  if (count > 128) {
+  if (count > 256) {
     memcpy(to, from, count);
   } else if (count >= 16) {
-    by_16(count, [&](int64_t i) { memcpy(to + i, from + i, 16); });
+    by_two_16(count, [&](int64_t i, int64_t j) {
+      memcpy(to + i, from + i, 16);
+      memcpy(to + j, from + j, 16);
+    });
   } else {
     for (int64_t i = 0; i < count; ++i) to[i] = from[i];
   }
-}
-
-inline void zero(uint8_t* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = 0;
 }
 
 // `count` pixels in their order or turned round, from memory to memory of one channel or of several that are packed.
@@ -162,14 +184,14 @@ inline void copy_packed(const uint8_t* from, uint8_t* to, int64_t count, int64_t
   if (!mirrored) return copy(from, to, count * channels);
   const int64_t last = count - 1;
   if (C == 1 && count >= 16) {
-    by_16(count, [&](int64_t i) { reverse16(from + count - 16 - i, to + i); });
+    by_two_16(count, [&](int64_t i, int64_t j) { reverse(from + count - 16 - i, i - j, to + i, j - i); });
   } else if (C == 3 && count >= 16) {
-    by_16(count, [&](int64_t i) {
+    by_two_16(count, [&](int64_t i, int64_t j) {
       const uint8_t* source = from + 3 * (count - 16 - i);
       uint8_t* target = to + 3 * i;
       const uint8_t* const sources[] = {source, source + 16, source + 32};
       uint8_t* const targets[] = {target, target + 16, target + 32};
-      rearrange<Mirrored>(sources, targets);
+      rearrange<Mirrored>(sources, 3 * (i - j), targets, 3 * (j - i));
     });
   } else {
     for (int64_t i = 0; i < count; ++i) {
@@ -183,13 +205,17 @@ template <int C>
 inline void interleave(const uint8_t* from, int64_t stride, uint8_t* to, int64_t count, int64_t channels,
                        bool mirrored) {
   if (C == 3 && count >= 16) {
-    const auto some = [&](int64_t at, int64_t i, auto order) {
-      const uint8_t* const sources[] = {from + at, from + stride + at, from + 2 * stride + at};
+    by_two_16(count, [&](int64_t i, int64_t j) {
+      const uint8_t* source = from + (mirrored ? count - 16 - i : i);
+      const uint8_t* const sources[] = {source, source + stride, source + 2 * stride};
       uint8_t* const targets[] = {to + 3 * i, to + 3 * i + 16, to + 3 * i + 32};
-      rearrange<decltype(order)>(sources, targets);
-    };
-    if (mirrored) return by_16(count, [&](int64_t i) { some(count - 16 - i, i, InterleavedMirrored()); });
-    return by_16(count, [&](int64_t i) { some(i, i, Interleaved()); });
+      if (mirrored) {
+        rearrange<InterleavedMirrored>(sources, i - j, targets, 3 * (j - i));
+      } else {
+        rearrange<Interleaved>(sources, j - i, targets, 3 * (j - i));
+      }
+    });
+    return;
   }
   for (int64_t c = 0; c < channels; ++c) {
     const uint8_t* plane = from + c * stride;
@@ -201,14 +227,17 @@ inline void interleave(const uint8_t* from, int64_t stride, uint8_t* to, int64_t
 template <int C>
 inline void separate(const uint8_t* from, uint8_t* to, int64_t stride, int64_t count, int64_t channels, bool mirrored) {
   if (C == 3 && count >= 16) {
-    const auto some = [&](int64_t at, int64_t i, auto order) {
-      const uint8_t* source = from + 3 * at;
+    by_two_16(count, [&](int64_t i, int64_t j) {
+      const uint8_t* source = from + 3 * (mirrored ? count - 16 - i : i);
       const uint8_t* const sources[] = {source, source + 16, source + 32};
       uint8_t* const targets[] = {to + i, to + stride + i, to + 2 * stride + i};
-      rearrange<decltype(order)>(sources, targets);
-    };
-    if (mirrored) return by_16(count, [&](int64_t i) { some(count - 16 - i, i, SeparatedMirrored()); });
-    return by_16(count, [&](int64_t i) { some(i, i, Separated()); });
+      if (mirrored) {
+        rearrange<SeparatedMirrored>(sources, 3 * (i - j), targets, j - i);
+      } else {
+        rearrange<Separated>(sources, 3 * (j - i), targets, j - i);
+      }
+    });
+    return;
   }
   for (int64_t c = 0; c < channels; ++c) {
     uint8_t* plane = to + c * stride;
@@ -243,69 +272,67 @@ struct Window {
   bool mirrored = false;
 };
 
-// Output rows [first, first + count) as bytes: packed, or one plane's rows after the other's, `rows_apart` apart.
+// Output rows [first, first + count) as bytes: packed, or one plane's rows after the other's.
 template <int C>
-struct Mover {
-  const Augment& a;
-  const uint8_t* image;
-  Span rows, columns;
-  bool mirrored;
-
-  Mover(const Augment& arguments, const uint8_t* from, const Window& window)
-      : a(arguments),
-        image(from),
-        rows(a.height, window.row),
-        columns(a.width, window.column),
-        mirrored(window.mirrored) {}
-
-  // The pixels of one output row, or of one plane's, from packed ones or from planes.
-  void row(int64_t place, uint8_t* to, int64_t plane_stride) const {
-    const int64_t channels = C ? C : a.channels, width = a.width, count = columns.count();
-    const int64_t step = a.out_packed ? channels : 1;
-    const int64_t planes = a.out_packed ? 1 : channels;
-    const bool blank = place < rows.begin || place >= rows.end || count == 0;
-    const int64_t begin = blank ? width : mirrored ? width - columns.end : columns.begin;
-    for (int64_t p = 0; p < planes; ++p) {
-      zero(to + p * plane_stride, begin * step);
-      if (!blank) zero(to + p * plane_stride + (begin + count) * step, (width - begin - count) * step);
-    }
-    if (blank) return;
-    const int64_t source = (place - rows.begin + rows.from) * width + columns.from;
-    const int64_t source_plane = a.height * width;
-    to += begin * step;
-    if (a.packed && a.out_packed) {
-      copy_packed<C>(image + source * channels, to, count, channels, mirrored);
-    } else if (a.packed) {
-      separate<C>(image + source * channels, to, plane_stride, count, channels, mirrored);
-    } else if (a.out_packed) {
-      interleave<C>(image + source, source_plane, to, count, channels, mirrored);
-    } else {
-      for (int64_t p = 0; p < channels; ++p) {
-        copy_packed<1>(image + source + p * source_plane, to + p * plane_stride, count, 1, mirrored);
+void move(const Augment& a, const uint8_t* image, const Window& window, int64_t first, int64_t count, uint8_t* to) {
+  const int64_t channels = C ? C : a.channels, width = a.width, source_plane = a.height * width, plane = count * width;
+  const Span rows(a.height, window.row), columns(width, window.column);
+  const int64_t top = std::max(first, rows.begin), bottom = std::min(first + count, rows.end), run = columns.count();
+  const bool mirrored = window.mirrored;
+  if (bottom - top < count || run < width) memset(to, 0, plane * channels);
+  if (bottom <= top || run == 0) return;
+  const int64_t source = (top + window.row) * width + columns.from;
+  const int64_t target = (top - first) * width + (mirrored ? width - columns.end : columns.begin);
+  if (!a.packed && !a.out_packed) {
+    for (int64_t c = 0; c < channels; ++c) {
+      const uint8_t* from = image + source + c * source_plane;
+      uint8_t* place = to + target + c * plane;
+      for (int64_t row = 0; row < bottom - top; ++row) {
+        copy_packed<1>(from + row * width, place + row * width, run, 1, mirrored);
       }
+    }
+    return;
+  }
+  for (int64_t row = 0; row < bottom - top; ++row) {
+    const int64_t at = source + row * width, place = target + row * width;
+    if (a.packed && a.out_packed) {
+      copy_packed<C>(image + at * channels, to + place * channels, run, channels, mirrored);
+    } else if (a.packed) {
+      separate<C>(image + at * channels, to + place, plane, run, channels, mirrored);
+    } else {
+      interleave<C>(image + at, source_plane, to + place * channels, run, channels, mirrored);
     }
   }
-};
+}
 
-void fill_square(const Augment& a, int64_t sample_id, float* out) {
+// `pattern` holds a row of the square as it lies in the result: all pixels, or a plane's after the other's.
+void fill_square(const Augment& a, int64_t sample_id, const std::vector<float>& pattern, float* out) {
   const Words words = sample_words(0, sample_id, a.seed, Stream::kCutout);
-  const int64_t top = below(words.word[0], a.height) - a.cutout / 2;
-  const int64_t left = below(words.word[1], a.width) - a.cutout / 2;
-  const int64_t bottom = std::min(a.height, top + a.cutout), right = std::min(a.width, left + a.cutout);
-  const int64_t first = std::max<int64_t>(0, left);
-  for (int64_t row = std::max<int64_t>(0, top); row < bottom; ++row) {
+  const int64_t above = below(words.word[0], a.height) - a.cutout / 2;
+  const int64_t before = below(words.word[1], a.width) - a.cutout / 2;
+  const int64_t top = std::max<int64_t>(0, above), bottom = std::min(a.height, above + a.cutout);
+  const int64_t left = std::max<int64_t>(0, before), right = std::min(a.width, before + a.cutout);
+  if (right <= left) return;
+  const int64_t side = std::min(a.cutout, a.width);
+  for (int64_t row = top; row < bottom; ++row) {
+    float* to = out + row * a.width + left;
     if (a.out_packed) {
-      float* to = out + (row * a.width + first) * a.channels;
-      for (int64_t column = first; column < right; ++column) {
-        for (int64_t c = 0; c < a.channels; ++c) *to++ = a.fill[c];
-      }
+      memcpy(out + (row * a.width + left) * a.channels, pattern.data(), (right - left) * a.channels * sizeof(float));
     } else {
       for (int64_t c = 0; c < a.channels; ++c) {
-        float* to = out + (c * a.height + row) * a.width;
-        std::fill(to + first, to + right, a.fill[c]);
+        memcpy(to + c * a.height * a.width, pattern.data() + c * side, (right - left) * sizeof(float));
       }
     }
   }
+}
+
+std::vector<float> square_pattern(const Augment& a) {
+  const int64_t side = std::min(a.cutout, a.width);
+  std::vector<float> pattern(side * a.channels);
+  for (int64_t i = 0; i < side; ++i) {
+    for (int64_t c = 0; c < a.channels; ++c) pattern[a.out_packed ? i * a.channels + c : c * side + i] = a.fill[c];
+  }
+  return pattern;
 }
 
 inline const uint8_t* image_of(const Augment& a, int64_t sample) {
@@ -316,27 +343,32 @@ template <int C>
 void augment(const Augment& a, int64_t begin, int64_t end) {
   const int64_t plane = a.height * a.width, elements = a.channels * plane, row_bytes = a.channels * a.width;
   const int64_t lines = std::clamp<int64_t>(kBlock / row_bytes, 1, a.height);
-  std::vector<uint8_t> bytes(lines * row_bytes);
+  std::vector<uint8_t> moved(lines * row_bytes);
+  const std::vector<float> pattern = square_pattern(a);
   for (int64_t sample = begin; sample < end; ++sample) {
     if (sample + 1 < end) {
       const uint8_t* next = image_of(a, sample + 1);
       for (int64_t i = 0; i < std::min(elements, kBlock); i += kLine) __builtin_prefetch(next + i);
     }
-    const Mover<C> mover(a, image_of(a, sample), Window(a, a.sample_ids[sample]));
+    const uint8_t* image = image_of(a, sample);
     float* out = a.out + sample * elements;
-    for (int64_t first = 0; first < a.height; first += lines) {
-      const int64_t count = std::min(lines, a.height - first), run = count * a.width;
-      const int64_t step = a.out_packed ? row_bytes : a.width;
-      for (int64_t i = 0; i < count; ++i) mover.row(first + i, bytes.data() + i * step, run);
-      if (a.out_packed) {
-        convert(bytes.data(), out + first * row_bytes, count * row_bytes);
-      } else {
-        for (int64_t c = 0; c < a.channels; ++c) {
-          convert(bytes.data() + c * run, out + c * plane + first * a.width, run);
+    const Window window(a, a.sample_ids[sample]);
+    if (a.packed == a.out_packed && window.row == 0 && window.column == 0 && !window.mirrored) {
+      convert(image, out, elements);
+    } else {
+      for (int64_t first = 0; first < a.height; first += lines) {
+        const int64_t count = std::min(lines, a.height - first), run = count * a.width;
+        move<C>(a, image, window, first, count, moved.data());
+        if (a.out_packed || count == a.height) {
+          convert(moved.data(), out + first * row_bytes, count * row_bytes);
+        } else {
+          for (int64_t c = 0; c < a.channels; ++c) {
+            convert(moved.data() + c * run, out + c * plane + first * a.width, run);
+          }
         }
       }
     }
-    if (a.cutout > 0) fill_square(a, a.sample_ids[sample], out);
+    if (a.cutout > 0) fill_square(a, a.sample_ids[sample], pattern, out);
   }
 }
 

@@ -63,7 +63,7 @@ def _triton_problem(device: str) -> str | None:
 
 @functools.cache
 def problem(backend: str, device: str, operation: str | None = None) -> str | None:
-    """Why `backend` cannot serve tensors on `device` ("cpu", "cuda", ...) with `operation`, or at all; None if it can."""
+    """Why `backend` cannot serve tensors on `device` ("cpu", ...) with `operation`, or with any; None if it can."""
     if backend == "cuda" and operation in _WITHOUT_CUDA:
         return f"{operation} has no CUDA C++ kernel, triton serves it on GPUs"
     if backend == "reference":

@@ -315,7 +315,7 @@ def indices(name: str, tensor: Tensor, like_name: str, model: Tensor) -> None:
 def planar(images: Tensor) -> bool:
     """Whether every image of a batch is contiguous: [C, H, W] without gaps, whatever lies between images."""
     _, _, height, width = images.shape
-    return _inner_strides(images, (height * width, width, 1))
+    return images.is_contiguous() or _inner_strides(images, (height * width, width, 1))
 
 
 def packed(images: Tensor) -> bool:
@@ -325,8 +325,10 @@ def packed(images: Tensor) -> bool:
 
 
 def _inner_strides(images: Tensor, expected: tuple[int, ...]) -> bool:
-    sizes = images.shape[1:]
-    return all(size == 1 or a == b for size, a, b in zip(sizes, images.stride()[1:], expected, strict=True))
+    strides = images.stride()[1:]
+    if strides == expected:
+        return True
+    return all(size == 1 or a == b for size, a, b in zip(images.shape[1:], strides, expected, strict=True))
 
 
 def image_batch(x_adv: Tensor, x: Tensor) -> None:

@@ -1,14 +1,21 @@
 """Data sets that are read from their files while they are used, by name."""
 
+import json
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from awp_engine.data._dataset import DataError
-from awp_engine.data._files import FileImages, Listing, list_classes
+from awp_engine.data._files import FileImages, Listing, list_classes, shown
+from awp_engine.data._huggingface import HuggingFaceImages
+from awp_engine.data._imagenet import IMAGENET_STATISTICS, list_imagenet, list_tiny_imagenet
+from awp_engine.data._shards import ArrayShards
 from awp_engine.data._store import EncodedImages, ImageArrays
+from awp_engine.data._tar import TarImages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +45,10 @@ def open_source(name: str, root: Path, *, skip: frozenset[str] = frozenset()) ->
 
     Args:
         name: one of `source_names`.
-        root: the directory that holds its files.
+        root: the directory that holds its files: train and test (or val) for `folder`; train and val for `imagenet` and
+            `tiny-imagenet`, as unpacked; train/*.tar and test/*.tar for `webdataset`; train and test with *.npz or
+            images-*.npy and labels-*.npy for `shards`; what `datasets.save_to_disk` wrote for `huggingface`. Classes are
+            named by the folders, by the column, or by classes.json, a list.
         skip: files to leave out, relative to `root`, in the form of `listed_name`.
 
     Raises:
@@ -48,26 +58,111 @@ def open_source(name: str, root: Path, *, skip: frozenset[str] = frozenset()) ->
         raise DataError(f"data set: unknown name {name!r}; expected one of {', '.join(_OPEN)}")
     if not root.is_dir():
         raise DataError(f"--data.root {root} is not a directory; expected the one that holds the files of {name}")
-    return _OPEN[name](root, skip)
+    try:
+        return _OPEN[name](root, skip)
+    except OSError as error:
+        where = shown(os.fsencode(error.filename or root))
+        raise DataError(f"{where} cannot be read: {error.strerror}; expected a file or directory of {name}") from error
 
 
 def _open_folder(root: Path, skip: frozenset[str]) -> Source:
-    test = root / "test"
-    if not test.exists() and (root / "val").is_dir():
-        test = root / "val"
-    return _of_files("folder", root / "train", list_classes(root / "train", skip=skip), test, skip=skip)
+    train, test = root / "train", _first_of(root, "test", "val")
+    return _of_files("folder", train, list_classes(train, skip=skip), test, list_classes(test, skip=skip))
 
 
-def _of_files(
-    name: str,
-    train_part: Path,
-    train: Listing,
-    test_part: Path,
-    *,
-    skip: frozenset[str],
-    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
-) -> Source:
-    test = list_classes(test_part, skip=skip)
+def _open_imagenet(root: Path, skip: frozenset[str]) -> Source:
+    train, val = list_imagenet(root, skip)
+    source = _of_files("imagenet", root / "train", train, root / "val", val)
+    return replace(source, statistics=IMAGENET_STATISTICS)
+
+
+def _open_tiny_imagenet(root: Path, skip: frozenset[str]) -> Source:
+    train, val = list_tiny_imagenet(root, skip)
+    return _of_files("tiny-imagenet", root / "train", train, root / "val", val)
+
+
+def _open_webdataset(root: Path, skip: frozenset[str]) -> Source:
+    test_part = _first_of(root, "test", "val")
+    train, test = TarImages(root / "train", skip=skip), TarImages(test_part, skip=skip)
+    names = _class_names(root, int(train.labels.max()))
+    for part, images in ((root / "train", train), (test_part, test)):
+        wrong = torch.nonzero(images.labels >= len(names))
+        if len(wrong):
+            row = int(wrong[0])
+            raise DataError(
+                f"{images.name(row)} has label {int(images.labels[row])}; expected 0 to {len(names) - 1} in {part}, by "
+                f"{'the labels of train' if not (root / _CLASSES).is_file() else root / _CLASSES}"
+            )
+    return Source(
+        name="webdataset",
+        train=train,
+        train_labels=train.labels,
+        test=test,
+        test_labels=test.labels,
+        class_names=names,
+    )
+
+
+def _open_shards(root: Path, skip: frozenset[str]) -> Source:
+    if skip:
+        raise DataError(
+            f"{root}: images in shards cannot be skipped one by one, as {min(skip)!r} was to be; expected no list, or "
+            "shards packed anew without it"
+        )
+    train = ArrayShards(root / "train")
+    test = ArrayShards(_first_of(root, "test", "val"), shape=train.shape, like=str(root / "train"))
+    names = _class_names(root, train.highest_label())
+    for shards in (train, test):
+        shards.require_labels(len(names), str(root / "train"))
+    return Source(
+        name="shards",
+        train=train,
+        train_labels=train.all_labels(),
+        test=test,
+        test_labels=test.all_labels(),
+        class_names=names,
+    )
+
+
+def _open_huggingface(root: Path, skip: frozenset[str]) -> Source:
+    test_part = _first_of(root, "test", "validation")
+    train, test = HuggingFaceImages(root / "train", skip=skip), HuggingFaceImages(test_part, skip=skip)
+    if train.class_names != test.class_names:
+        given, expected = (", ".join(names.class_names[:5]) for names in (test, train))
+        raise DataError(
+            f"{test_part} has the classes {given}, ... and train {expected}, ...; both need the same ones in the same order"
+        )
+    return Source(
+        name="huggingface",
+        train=train,
+        train_labels=train.labels,
+        test=test,
+        test_labels=test.labels,
+        class_names=train.class_names,
+    )
+
+
+def _first_of(root: Path, *names: str) -> Path:
+    """The first part that is there; the first one by name, for messages, if none is."""
+    return next((root / name for name in names if (root / name).is_dir()), root / names[0])
+
+
+def _class_names(root: Path, highest: int) -> tuple[str, ...]:
+    """Those of ROOT/classes.json, or numbers."""
+    path = root / _CLASSES
+    if not path.exists():
+        return tuple(map(str, range(max(highest + 1, 2))))
+    try:
+        names = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read: {error}; expected a list of names, one a class") from error
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not is_list or len(names) < 2 or len(set(names)) != len(names):
+        raise DataError(f"{path} is no list of at least 2 different names; expected one a class, in the labels' order")
+    return tuple(names)
+
+
+def _of_files(name: str, train_part: Path, train: Listing, test_part: Path, test: Listing) -> Source:
     require_same_classes(train_part, train.class_names, test_part, test.class_names)
     return Source(
         name=name,
@@ -76,7 +171,6 @@ def _of_files(
         test=FileImages(test_part, test.names),
         test_labels=test.labels,
         class_names=train.class_names,
-        statistics=statistics,
     )
 
 
@@ -94,5 +188,13 @@ def require_same_classes(train: Path, train_names: tuple[str, ...], test: Path, 
             raise DataError(f"{test} lacks class {name!r} of {train}; both need the same classes")
 
 
-_OPEN: dict[str, Callable[[Path, frozenset[str]], Source]] = {"folder": _open_folder}
+_CLASSES = "classes.json"
+_OPEN: dict[str, Callable[[Path, frozenset[str]], Source]] = {
+    "folder": _open_folder,
+    "tiny-imagenet": _open_tiny_imagenet,
+    "imagenet": _open_imagenet,
+    "webdataset": _open_webdataset,
+    "shards": _open_shards,
+    "huggingface": _open_huggingface,
+}
 source_names = tuple(_OPEN)

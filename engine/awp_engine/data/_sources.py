@@ -111,13 +111,14 @@ def _open_shards(root: Path, skip: frozenset[str]) -> Source:
         )
     train = ArrayShards(root / "train")
     test = ArrayShards(_first_of(root, "test", "val"), shape=train.shape, like=str(root / "train"))
-    names = _class_names(root, train.highest_label())
+    labels = train.all_labels()
+    names = _class_names(root, int(labels.max()))
     for shards in (train, test):
         shards.require_labels(len(names), str(root / "train"))
     return Source(
         name="shards",
         train=train,
-        train_labels=train.all_labels(),
+        train_labels=labels,
         test=test,
         test_labels=test.all_labels(),
         class_names=names,

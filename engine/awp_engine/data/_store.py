@@ -24,7 +24,7 @@ class EncodedImages(Protocol):
         ...
 
     def digest(self) -> str:
-        """SHA-256, hexadecimal, of all names and sizes, and of the contents of 1,000 files at even distances."""
+        """SHA-256, hexadecimal, of names, sizes and contents; of the contents of 1,000 files where they have > 256 MB."""
         ...
 
 
@@ -48,5 +48,5 @@ class ImageArrays(Protocol):
         ...
 
     def digest(self) -> str:
-        """SHA-256, hexadecimal, of all shapes and labels, and of at most 1,000 images at even distances."""
+        """SHA-256, hexadecimal, of shape, labels and images; of 1,000 of the images where they have > 256 MB."""
         ...

@@ -1,0 +1,300 @@
+"""Every loader gives the same samples, each once, at any place to go on from; bad files end it by their names."""
+
+import math
+import multiprocessing
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from awp_engine.data import Batches, DataError, Framing, Loading, Split, eval_batches, load_dataset
+from awp_engine.data._ahead import ahead
+from awp_engine.data._batches import shuffled
+from awp_engine.data._framing import Framing as _Framing
+from awp_engine.data._loading import LoaderName, default_workers, free_memory
+from awp_engine.data._split import StreamedSplit
+
+pytest.importorskip("nvidia.dali", reason="the extra `dali` is for Linux")
+
+_LOOKS = {"pad": 2, "flip": True, "cutout": 3, "fill": (0.5, 0.25, 0.75), "cutmix": 0.5, "num_classes": 3}
+
+
+def _picture(number: int, size: tuple[int, int]) -> Image.Image:
+    """Smooth, so that JPEG and resizing behave as with photographs."""
+    generator = np.random.default_rng(number)
+    coarse = generator.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def write_images(root: Path, count: int, size: tuple[int, int] | None = (12, 10), suffix: str = ".jpg") -> None:
+    """A folder data set of three classes; sizes differ where `size` is None."""
+    for part, images in (("train", count), ("test", 9)):
+        for number in range(images):
+            folder = root / part / "abc"[number % 3]
+            folder.mkdir(parents=True, exist_ok=True)
+            own = size or (20 + number % 7, 18 + number % 5)
+            _picture(number + 1000 * (part == "test"), own).save(folder / f"{number:04}{suffix}", quality=90)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("folder")
+    write_images(root, 47)
+    return root
+
+
+def _open(root: Path, loader: LoaderName, name: str = "folder", **loading):
+    return load_dataset(
+        name, root=root, held_out_fraction=0.1, seed=0, loading=Loading(loader=loader, workers=2, **loading)
+    )
+
+
+def _shards(root: Path, folder: Path) -> Path:
+    data = _open(folder, "resident")
+    for part in ("train", "test"):
+        split = load_dataset("folder", root=folder, held_out_fraction=0, seed=0)
+        images = getattr(split, part)
+        (root / part).mkdir(parents=True)
+        for number, rows in enumerate(torch.arange(len(images)).split(20)):
+            np.save(root / part / f"images-{number:05}.npy", images.images[rows].permute(0, 2, 3, 1).numpy())
+            np.save(root / part / f"labels-{number:05}.npy", images.labels[rows].numpy())
+    assert len(data.class_names) == 3
+    return root
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_loaders_give_equal_batches(tmp_path: Path, suffix: str) -> None:
+    """From files of one size: to the bit, whatever decodes; with all that mixes images."""
+    write_images(tmp_path, 31, suffix=suffix)
+    sets = {loader: _open(tmp_path, loader) for loader in ("resident", "dali", "torch")}
+    assert {data.loader for data in sets.values()} == {"resident", "dali", "torch"}
+    assert isinstance(sets["resident"].train, Split)
+    assert isinstance(sets["dali"].train, StreamedSplit)
+    assert len({(data.fingerprint, data.mean, data.std) for data in sets.values()}) == 1
+    for looks in ({"pad": 0, "flip": False}, _LOOKS):
+        found = {
+            loader: list(Batches(data.train, global_batch_size=8, seed=5, **looks)) for loader, data in sets.items()
+        }
+        for loader in ("dali", "torch"):
+            for ours, expected in zip(found[loader], found["resident"], strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    for part in ("held_out", "test"):
+        expected = list(eval_batches(getattr(sets["resident"], part), 4))
+        for loader in ("dali", "torch"):
+            for ours, theirs in zip(eval_batches(getattr(sets[loader], part), 4), expected, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("loader", ["dali", "torch"])
+def test_arrays_are_streamed(tmp_path: Path, folder: Path, loader: LoaderName) -> None:
+    root = _shards(tmp_path / "shards", folder)
+    resident, streamed = _open(root, "resident", "shards"), _open(root, loader, "shards")
+    assert resident.fingerprint == streamed.fingerprint
+    batches = [Batches(data.train, global_batch_size=8, seed=1, **_LOOKS) for data in (resident, streamed)]
+    for ours, expected in zip(*batches, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    digits = load_dataset("digits", root=None, held_out_fraction=0.1, seed=0, loading=Loading(loader=loader, workers=1))
+    own = load_dataset("digits", root=None, held_out_fraction=0.1, seed=0)
+    ours, expected = (
+        next(iter(Batches(d.train, global_batch_size=99, seed=0, pad=1, flip=True))) for d in (digits, own)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+@pytest.mark.parametrize("loader", ["dali", "torch"])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_every_image_once_whoever_and_wherever(folder: Path, loader: LoaderName, ranks: int) -> None:
+    """Ranks' shares are what one rank has; going on at any batch gives exactly what was not seen."""
+    split = _open(folder, loader).train
+    whole = list(Batches(split, global_batch_size=9, seed=2, pad=1, flip=True))
+    assert sorted(torch.cat([batch.ids for batch in whole]).tolist()) == sorted(split.ids.tolist())
+    parts = [Batches(split, global_batch_size=9, seed=2, rank=r, ranks=ranks, pad=1, flip=True) for r in range(ranks)]
+    for whole_batch, *shares in zip(whole, *parts, strict=True):
+        assert torch.equal(torch.cat([share.ids for share in shares]), whole_batch.ids)
+        assert torch.equal(torch.cat([share.images for share in shares]), whole_batch.images)
+    for stop in range(len(whole) + 1):
+        batches = Batches(split, global_batch_size=9, seed=2, pad=1, flip=True)
+        seen = [batch.ids for _, batch in zip(range(stop), batches, strict=False)]
+        later = Batches(split, global_batch_size=9, seed=2, pad=1, flip=True)
+        later.load_state_dict(batches.state_dict())
+        rest = list(later)
+        assert len(seen) + len(rest) == len(whole)
+        for ours, expected in zip(rest, whole[stop:], strict=True):
+            assert torch.equal(ours.images, expected.images)
+            assert torch.equal(ours.ids, expected.ids)
+
+
+def test_a_state_of_other_data_is_refused(folder: Path) -> None:
+    split = _open(folder, "resident").train
+    state = Batches(split, global_batch_size=9, seed=2, pad=1, flip=True).state_dict()
+    with pytest.raises(ValueError, match=r"state_dict: batch 0 of \d+; expected one of"):
+        Batches(split, global_batch_size=2, seed=2, pad=1, flip=True).load_state_dict(state)
+
+
+@pytest.mark.parametrize("resized", [False, True])
+def test_images_of_any_size(tmp_path: Path, resized: bool) -> None:
+    """DALI and Pillow resize the same windows: within two levels, and a tenth of one on average."""
+    write_images(tmp_path, 20, None)
+    framing = Framing(size=16, least_area=0.2 if resized else None, central=0.875)
+    sets = {loader: _open(tmp_path, loader, framing=framing) for loader in ("dali", "torch")}
+    assert sets["dali"].fingerprint == sets["torch"].fingerprint
+    ways = [Batches(d.train, global_batch_size=6, seed=0, pad=0, flip=True) for d in sets.values()]
+    ways = [*zip(*ways, strict=True), *zip(*(eval_batches(d.test, 6) for d in sets.values()), strict=True)]
+    assert len(ways) > 4
+    for by_dali, by_pillow in ways:
+        assert by_dali.images.shape[1:] == (3, 16, 16)
+        assert torch.equal(by_dali.ids, by_pillow.ids)
+        difference = (by_dali.images - by_pillow.images).abs() * 255
+        assert difference.max() <= 2.01
+        assert difference.mean() <= 0.2
+
+
+def test_grey_images_become_colour_where_sizes_differ(tmp_path: Path) -> None:
+    write_images(tmp_path, 12, None)
+    file = tmp_path / "train" / "b" / "0001.jpg"
+    Image.open(file).convert("L").save(file)
+    framing = Framing(size=8)
+    for loader in ("dali", "torch"):
+        images = torch.cat([b.images for b in eval_batches(_open(tmp_path, loader, framing=framing).train, 4)])
+        grey = (images[:, 0] == images[:, 1]).flatten(1).all(1) & (images[:, 0] == images[:, 2]).flatten(1).all(1)
+        assert grey.sum() == 1
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(0, 2**32 - 1), st.floats(0.01, 1))
+@settings(max_examples=100)
+def test_windows_lie_inside(height: int, width: int, seed: int, least: float) -> None:
+    words = torch.randint(0, 2**32, (22,), generator=torch.Generator().manual_seed(seed)).tolist()
+    for given_words in (words, None):
+        top, left, rows, columns = _Framing(size=8, least_area=least, central=0.875).window(height, width, given_words)
+        assert min(rows, columns) >= 1
+        assert min(top, left) >= 0
+        assert top + rows <= height
+        assert left + columns <= width
+
+
+def test_windows_have_the_areas_and_ratios_asked_for() -> None:
+    framing = _Framing(size=8, least_area=0.25)
+    words = torch.randint(0, 2**32, (4000, 22), generator=torch.Generator().manual_seed(0)).tolist()
+    windows = np.array([framing.window(400, 400, word) for word in words], dtype=float)
+    areas, ratios = windows[:, 2] * windows[:, 3] / 160_000, windows[:, 3] / windows[:, 2]
+    assert areas.min() >= 0.245
+    assert ratios.min() >= 0.74
+    assert ratios.max() <= 1.35
+    # large areas fit with fewer ratios: a little below the mean of 0.625
+    assert 0.55 < areas.mean() < 0.63
+    assert abs(np.log(ratios).mean()) < 0.01
+    # every place is as likely as any other
+    slack = (400 - windows[:, 2]) > 100
+    assert abs((windows[slack, 0] / (400 - windows[slack, 2])).mean() - 0.5) < 0.02
+
+
+@given(st.integers(1, 5000), st.integers(0, 2**63 - 1))
+@settings(max_examples=60)
+def test_shuffled_is_a_permutation(size: int, seed: int) -> None:
+    rows = shuffled(torch.arange(size), size, seed=seed)
+    assert torch.equal(rows.sort().values, torch.arange(size))
+    some = torch.randint(0, size, (7,), generator=torch.Generator().manual_seed(seed % 1000))
+    assert torch.equal(shuffled(some, size, seed=seed), rows[some])
+
+
+def test_shuffled_looks_random_and_takes_any_size() -> None:
+    """Correlation of neighbours and of place and row; and half a billion rows without a table of them."""
+    size = 20_000
+    rows = shuffled(torch.arange(size), size, seed=3).double()
+    centred = rows - rows.mean()
+    for other in (centred.roll(1), torch.arange(size) - (size - 1) / 2):
+        assert abs((centred * other).mean() / centred.square().mean()) < 4 / math.sqrt(size)
+    assert not torch.equal(rows, shuffled(torch.arange(size), size, seed=4).double())
+    places = torch.arange(0, 500_000_000, 5_000_011)
+    found = shuffled(places, 500_000_000, seed=1)
+    assert len(found.unique()) == len(places)
+    assert 0 <= found.min() <= found.max() < 500_000_000
+
+
+def _all_ended() -> None:
+    """Threads and processes of loaders, some of which need a moment."""
+    waited = threading.Event()
+    for _ in range(100):
+        named = [thread.name for thread in threading.enumerate() if thread.name.startswith(("read", "gather", "Queue"))]
+        if not named and not multiprocessing.active_children():
+            return
+        waited.wait(0.1)
+    raise AssertionError(f"still there: {named}, {multiprocessing.active_children()}")
+
+
+_SPOILED = {
+    "empty": lambda content: b"",
+    "truncated": lambda content: content[: len(content) // 2],
+    "no image": lambda content: b"no image at all",
+    "another size": None,
+}
+
+
+@pytest.mark.parametrize("loader", ["dali", "torch"])
+@pytest.mark.parametrize("kind", _SPOILED)
+def test_a_bad_file_ends_the_epoch_by_its_name(tmp_path: Path, loader: LoaderName, kind: str) -> None:
+    write_images(tmp_path, 40)
+    data = _open(tmp_path, loader)
+    victim = next(name for row in (data.train.rows[20:]).tolist() if (name := data.train.store.name(row)))
+    spoil = _SPOILED[kind]
+    if spoil is None:
+        _picture(1, (7, 7)).save(victim)
+    else:
+        Path(victim).write_bytes(spoil(Path(victim).read_bytes()))
+    for _ in range(2):  # and again: the first one left nothing behind
+        with pytest.raises(DataError, match=Path(victim).name) as raised:
+            list(Batches(data.train, global_batch_size=4, seed=0, pad=1, flip=True))
+        assert "\n" not in str(raised.value)
+        assert str(victim) in str(raised.value)
+    _all_ended()
+
+
+@pytest.mark.parametrize("loader", ["dali", "torch"])
+def test_an_epoch_that_is_left_leaves_nothing_behind(folder: Path, loader: LoaderName) -> None:
+    split = _open(folder, loader).train
+    for _ in range(3):
+        epoch = Batches(split, global_batch_size=4, seed=0, pad=1, flip=True).epoch(1)
+        next(epoch)
+        epoch.close()
+    _all_ended()
+
+
+def test_ahead_is_ahead_by_what_it_may_and_passes_errors_on() -> None:
+    made: list[int] = []
+
+    def items():
+        for number in range(10):
+            made.append(number)
+            yield number
+        raise OSError("the disk is gone")
+
+    stream = ahead(items(), 2, name="test")
+    assert next(stream) == 0
+    threading.Event().wait(0.3)
+    # one in use, two ready, one in the thread's hands
+    assert len(made) <= 4
+    assert [next(stream) for _ in range(9)] == list(range(1, 10))
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(stream)
+
+
+def test_auto_takes_what_fits(folder: Path) -> None:
+    assert _open(folder, "auto").loader == "resident"
+    assert _open(folder, "auto", resident_share=1e-9).loader == "dali"
+    framing = Framing(size=8, least_area=0.1)
+    assert _open(folder, "auto", framing=framing).loader == "dali"
+    with pytest.raises(DataError, match=r"--data.loader resident: random-resized crops"):
+        _open(folder, "resident", framing=framing)
+    digits = load_dataset(
+        "digits", root=None, held_out_fraction=0.1, seed=0, loading=Loading(loader="auto", resident_share=1e-9)
+    )
+    assert digits.loader == "torch"
+    with pytest.raises(DataError, match=r"--data.image-size 9: digits has images of 8x8"):
+        load_dataset("digits", root=None, held_out_fraction=0.1, seed=0, loading=Loading(framing=Framing(size=9)))
+    assert free_memory(torch.device("cpu")) > 2**20
+    assert 1 <= default_workers() <= 16

@@ -37,15 +37,18 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
             task = bar.add_task(what)
             yield lambda done, total: bar.update(task, completed=done, total=total)
         return
-    start = time.monotonic()
-    due = start + _FIRST_REPORT_S
+    # when the first result came, and how many there were
+    begun = None
+    due = time.monotonic() + _FIRST_REPORT_S
 
     def report(done: int, total: int) -> None:
-        nonlocal due
+        nonlocal begun, due
         now = time.monotonic()
-        if now >= due:
-            due = now + min(now - start, _LAST_REPORT_S)
-            rate = done / (now - start)
+        if begun is None:
+            begun = now, done
+        if now >= due and done > begun[1]:
+            due = now + min(now - begun[0] + _FIRST_REPORT_S, _LAST_REPORT_S)
+            rate = (done - begun[1]) / (now - begun[0])
             print(f"{what}: {done:,} of {total:,}, {rate:,.0f}/s", file=sys.stderr, flush=True)
 
     yield report
@@ -188,7 +191,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DataError as error:
         fail(str(error), code=code, prog=PROG)
     except OSError as error:
-        fail(f"{error.filename or arguments.place}: {error.strerror or error}", code=code, prog=PROG)
+        place = error.filename or getattr(arguments, "out", None) or arguments.place
+        fail(f"{place}: {error.strerror or error}", code=code, prog=PROG)
     except KeyboardInterrupt:
         fail(f"{arguments.command} was interrupted; nothing was written", code=INTERRUPTED, prog=PROG)
 

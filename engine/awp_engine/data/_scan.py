@@ -292,7 +292,6 @@ def scan_folder(
     looks: list[Look] = [Look(known[f], file_state(root / f)) if f in known else _NOT_YET for f in files]
     places = [place for place, file in enumerate(files) if file not in known]
     done = len(files) - len(places)
-    progress(done, len(files))
     work = functools.partial(look, root, pixels, decoder)
     todo = [files[place] for place in places]
     headers: dict[Header, Header] = {}

@@ -228,7 +228,7 @@ def _scan_hint(root: Path) -> str:
 def _plan(root: Path, policy: Literal["refuse", "skip"]) -> tuple[dict[str, list[_Image]], list[str], bool]:
     """The images of each part, the class names, and whether a scan has decoded all of them."""
     files, known = list_files(root)
-    skipped = bad_files(root, policy)
+    skipped = bad_files(root, policy, remedy="pack with --bad-files skip")
     names = {file: listed_name(file) for file in files}
     for file, bad in known.items():
         if names[file] not in skipped:

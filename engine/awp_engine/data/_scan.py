@@ -457,7 +457,13 @@ def _parse_scan(header: Any, rows: list[Any], *, complete: bool) -> Scan:
     )
 
 
-def bad_files(root: Path, policy: Literal["refuse", "skip"], *, path: Path | None = None) -> frozenset[str]:
+def bad_files(
+    root: Path,
+    policy: Literal["refuse", "skip"],
+    *,
+    path: Path | None = None,
+    remedy: str = "train with --data.bad-files skip",
+) -> frozenset[str]:
     """The files to leave out, by the list of a scan; none if there is no list.
 
     Listed files that are gone count no more. One that was changed since may be good now, which only a scan can tell.
@@ -466,6 +472,7 @@ def bad_files(root: Path, policy: Literal["refuse", "skip"], *, path: Path | Non
         root: the image folder.
         policy: what to do about listed files that are there: "refuse" to go on, or "skip" them.
         path: the list; None for the one in `root`.
+        remedy: what to do, instead of removing the files, where they are refused.
 
     Returns:
         Names as `listed_name` gives them for paths below `root`.
@@ -492,6 +499,6 @@ def bad_files(root: Path, policy: Literal["refuse", "skip"], *, path: Path | Non
     if there and policy == "refuse":
         raise DataError(
             f"{len(there):,} unusable files are listed in {path}: first {there[0]} ({scan.bad[there[0]].kind}); "
-            "remove them, or train with --data.bad-files skip"
+            f"remove them, or {remedy}"
         )
     return frozenset(there)

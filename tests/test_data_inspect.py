@@ -198,7 +198,7 @@ def test_the_error_keeps_its_kind_between_processes() -> None:
     assert (str(again), again.kind) == (str(found.value), "empty")
 
 
-@settings(max_examples=1500)
+@settings(max_examples=700)
 @given(
     key=st.sampled_from(list(sound())),
     damage=st.lists(

@@ -1,6 +1,7 @@
 """`python -m awp_engine.data scan`: all bad files are found and nothing else, whatever they do to the one who looks."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -191,6 +192,16 @@ def interrupted(tmp_path: Path) -> Iterator[subprocess.Popen]:
         process.communicate()
 
 
+def test_an_interrupted_scan_leaves_no_process(folder: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        scan_folder(folder, workers=2, progress=interrupt)
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.long
 def test_ctrl_c_ends_all_processes(interrupted: subprocess.Popen, tmp_path: Path) -> None:
     assert interrupted.stderr is not None
     # the first report of progress

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import re
 import sys
@@ -13,12 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from awp_engine.command_line import OneLineParser, fail, one_line
 from awp_engine.data._dataset import DataError
 from awp_engine.data._pack import Manifest, pack_folder, verify_pack
 from awp_engine.data._scan import KINDS, LIST_NAME, Scan, scan_folder, write_scan
+from awp_engine.data._workers import WorkerError
 from awp_engine.report import print_table
 from awp_engine.signals import INTERRUPTED
 
@@ -37,15 +40,17 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
             task = bar.add_task(what)
             yield lambda done, total: bar.update(task, completed=done, total=total)
         return
-    start = time.monotonic()
-    due = start + _FIRST_REPORT_S
+    begun, before, due = 0.0, 0, 0.0
 
     def report(done: int, total: int) -> None:
-        nonlocal due
+        nonlocal begun, before, due
         now = time.monotonic()
+        if not due:
+            # the first result: processes take seconds to start
+            begun, before, due = now, done, now + _FIRST_REPORT_S
         if now >= due:
-            due = now + min(now - start, _LAST_REPORT_S)
-            rate = done / (now - start)
+            due = now + min(now - begun, _LAST_REPORT_S)
+            rate = (done - before) / (now - begun)
             print(f"{what}: {done:,} of {total:,}, {rate:,.0f}/s", file=sys.stderr, flush=True)
 
     yield report
@@ -74,12 +79,15 @@ def _show(scan: Scan, root: Path, path: Path) -> None:
     by_kind: defaultdict[str, list[str]] = defaultdict(list)
     for name, (kind, _) in scan.bad.items():
         by_kind[kind].append(name)
+    console = Console(highlight=False)
+    # Brackets in names are no colours.
+    shown = escape if console.is_terminal else str
     rows = []
     for kind in sorted(by_kind, key=KINDS.index):
         names = by_kind[kind]
         first = ", ".join(map(one_line, names[:_SHOWN])) + (", ..." if len(names) > _SHOWN else "")
-        rows.append({"kind": kind, "files": f"{len(names):,}", "first": first})
-    print_table(rows)
+        rows.append({"kind": kind, "files": f"{len(names):,}", "first": shown(first)})
+    print_table(rows, console=console)
     print(f"{len(scan.bad):,} of {checked} cannot be used; each with its reason in {path}")
     print(f"next: repair or remove them and scan {root} again, or train with --data.bad-files skip")
 
@@ -183,12 +191,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = {"scan": _scan, "pack": _pack, "verify": _verify}[arguments.command]
     # A scan says by 1 that there are bad files, and nothing else.
     code = 2 if arguments.command == "scan" else 1
+    # Names of files need not suit the terminal's encoding.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return command(arguments)
-    except DataError as error:
+    except (DataError, WorkerError) as error:
         fail(str(error), code=code, prog=PROG)
     except OSError as error:
-        fail(f"{error.filename or arguments.place}: {error.strerror or error}", code=code, prog=PROG)
+        place = error.filename or getattr(arguments, "out", None) or arguments.place
+        fail(f"{place}: {error.strerror or error}", code=code, prog=PROG)
     except KeyboardInterrupt:
         fail(f"{arguments.command} was interrupted; nothing was written", code=INTERRUPTED, prog=PROG)
 

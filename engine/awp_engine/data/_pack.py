@@ -228,7 +228,7 @@ def _scan_hint(root: Path) -> str:
 def _plan(root: Path, policy: Literal["refuse", "skip"]) -> tuple[dict[str, list[_Image]], list[str], bool]:
     """The images of each part, the class names, and whether a scan has decoded all of them."""
     files, known = list_files(root)
-    skipped = bad_files(root, policy)
+    skipped = bad_files(root, policy, remedy="pack with --bad-files skip")
     names = {file: listed_name(file) for file in files}
     for file, bad in known.items():
         if names[file] not in skipped:
@@ -298,6 +298,11 @@ def _member_bytes(image: _Image) -> int:
     return 3 * _BLOCK - (-image.size // _BLOCK) * _BLOCK
 
 
+def _padded(size: int) -> int:
+    """A tar file's bytes: its members, two empty blocks, and what fills the last record."""
+    return -(-(size + 2 * _BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+
+
 def _cut(part: str, images: list[_Image], like: Header | None, shard_bytes: int) -> Iterator[_Shard]:
     if like is not None:
         rows = max(1, shard_bytes // _row_bytes(like))
@@ -308,7 +313,7 @@ def _cut(part: str, images: list[_Image], like: Header | None, shard_bytes: int)
         images = sorted(images, key=lambda image: hashlib.sha256(os.fsencode(image.file)).digest())
     number, taken, size = 0, [], 0
     for image in images:
-        if taken and size + _member_bytes(image) > shard_bytes:
+        if taken and _padded(size + _member_bytes(image)) > shard_bytes:
             yield _Shard(part, number, taken)
             number, taken, size = number + 1, [], 0
         taken.append(image)
@@ -350,8 +355,7 @@ def _write_tar(root: Path, out: Path, decoding: bool, shard: _Shard) -> list[Pac
                 line += [suffix, str(file.size), str(len(data)), member.name]
                 file.write(data + bytes(-len(data) % _BLOCK))
             index.append(" ".join(line) + "\n")
-        file.write(bytes(2 * _BLOCK))
-        file.write(bytes(-file.size % tarfile.RECORDSIZE))
+        file.write(bytes(_padded(file.size) - file.size))
     with _NewFile(stem.with_suffix(".idx")) as index_file:
         index_file.write(f"{_INDEX_VERSION} {len(index)}\n".encode())
         index_file.write("".join(index).encode())

@@ -292,7 +292,6 @@ def scan_folder(
     looks: list[Look] = [Look(known[f], file_state(root / f)) if f in known else _NOT_YET for f in files]
     places = [place for place, file in enumerate(files) if file not in known]
     done = len(files) - len(places)
-    progress(done, len(files))
     work = functools.partial(look, root, pixels, decoder)
     todo = [files[place] for place in places]
     headers: dict[Header, Header] = {}
@@ -458,7 +457,13 @@ def _parse_scan(header: Any, rows: list[Any], *, complete: bool) -> Scan:
     )
 
 
-def bad_files(root: Path, policy: Literal["refuse", "skip"], *, path: Path | None = None) -> frozenset[str]:
+def bad_files(
+    root: Path,
+    policy: Literal["refuse", "skip"],
+    *,
+    path: Path | None = None,
+    remedy: str = "train with --data.bad-files skip",
+) -> frozenset[str]:
     """The files to leave out, by the list of a scan; none if there is no list.
 
     Listed files that are gone count no more. One that was changed since may be good now, which only a scan can tell.
@@ -467,6 +472,7 @@ def bad_files(root: Path, policy: Literal["refuse", "skip"], *, path: Path | Non
         root: the image folder.
         policy: what to do about listed files that are there: "refuse" to go on, or "skip" them.
         path: the list; None for the one in `root`.
+        remedy: what to do, instead of removing the files, where they are refused.
 
     Returns:
         Names as `listed_name` gives them for paths below `root`.
@@ -493,6 +499,6 @@ def bad_files(root: Path, policy: Literal["refuse", "skip"], *, path: Path | Non
     if there and policy == "refuse":
         raise DataError(
             f"{len(there):,} unusable files are listed in {path}: first {there[0]} ({scan.bad[there[0]].kind}); "
-            "remove them, or train with --data.bad-files skip"
+            f"remove them, or {remedy}"
         )
     return frozenset(there)

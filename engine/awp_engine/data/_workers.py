@@ -18,6 +18,10 @@ Result = TypeVar("Result")
 LIMIT = 120.0
 
 
+class WorkerError(RuntimeError):
+    """Processes cannot be started; the message is one line."""
+
+
 class Died(NamedTuple):
     """In place of the result of an item that its process did not survive."""
 
@@ -55,7 +59,7 @@ def process_all(
 
     Raises:
         Exception: the first one that `work` raised.
-        RuntimeError: processes cannot be started.
+        WorkerError: processes cannot be started.
     """
     queue = deque(range(start, min(start + chunk, len(items))) for start in range(0, len(items), chunk))
     context = multiprocessing.get_context("forkserver")
@@ -146,9 +150,9 @@ def _lose(
     worker.process.join()
     worker.pipe.close()
     if not worker.started:
-        raise RuntimeError(
-            f"a worker process {how} before it began; with a script of your own, call this below "
-            'if __name__ == "__main__"'
+        raise WorkerError(
+            f"a worker process {how} before it began; a script has to call this below "
+            'if __name__ == "__main__", and otherwise memory may be short: take fewer workers'
         )
     if worker.task is None:
         return

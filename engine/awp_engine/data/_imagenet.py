@@ -51,8 +51,8 @@ def list_tiny_imagenet(root: Path, skip: frozenset[str]) -> tuple[Listing, Listi
         if odd:
             one = shown(min(odd).encode())
             raise DataError(
-                f"{given} and {root / 'train'} differ in {len(odd)} classes, such as {one}; expected the same ones: unpack "
-                "the archive again"
+                f"{given} and {root / 'train'} differ in {len(odd)} classes, such as {one}; expected the same ones: "
+                "unpack the archive again"
             )
     val = root / "val"
     if (val / _ANNOTATIONS).is_file():

@@ -47,8 +47,8 @@ def open_source(name: str, root: Path, *, skip: frozenset[str] = frozenset()) ->
         name: one of `source_names`.
         root: the directory that holds its files: train and test (or val) for `folder`; train and val for `imagenet` and
             `tiny-imagenet`, as unpacked; train/*.tar and test/*.tar for `webdataset`; train and test with *.npz or
-            images-*.npy and labels-*.npy for `shards`; what `datasets.save_to_disk` wrote for `huggingface`. Classes are
-            named by the folders, by the column, or by classes.json, a list.
+            images-*.npy and labels-*.npy for `shards`; what `save_to_disk` wrote for `huggingface`. The classes' names
+            are the folders', the column's, or in classes.json, a list.
         skip: files to leave out, relative to `root`, in the form of `listed_name`.
 
     Raises:
@@ -131,7 +131,7 @@ def _open_huggingface(root: Path, skip: frozenset[str]) -> Source:
     if train.class_names != test.class_names:
         given, expected = (", ".join(names.class_names[:5]) for names in (test, train))
         raise DataError(
-            f"{test_part} has the classes {given}, ... and train {expected}, ...; both need the same ones in the same order"
+            f"{test_part} has the classes {given}, ... and train {expected}, ...; both need the same ones in one order"
         )
     return Source(
         name="huggingface",

@@ -157,12 +157,7 @@ class _Tar:
         found = self.bytes_at(member.offset - _BLOCK, _BLOCK + member.size)
         if len(found) != _BLOCK + member.size:
             raise DataError(f"{self.path}: {shown(member.name)} ended after {len(found)} bytes; {_ADVICE}")
-        header = _header(found[:_BLOCK])
-        # Longer names, and those in other alphabets, stand before the header, which then has some other one.
-        named = header is not None and (
-            header.name == member.name or len(member.name) > 99 or not member.name.isascii()
-        )
-        if header is None or not named or header.kind not in _REGULAR or header.size != member.size:
+        if not _is_header_of(member, found[:_BLOCK]):
             raise DataError(
                 f"{self.path}: {shown(member.name)} is not at byte {member.offset - _BLOCK}, where it was listed; the "
                 "tar or its .idx file is damaged or belongs to another: write them again"
@@ -210,6 +205,14 @@ def _header(block: bytes) -> _Header | None:
     if block[257:263] == b"ustar\0" and block[345]:
         name = block[345:500].split(b"\0", 1)[0] + b"/" + name
     return _Header(name, block[156:157], size)
+
+
+def _is_header_of(member: Member, block: bytes) -> bool:
+    header = _header(block)
+    if header is None or header.kind not in _REGULAR or header.size != member.size:
+        return False
+    # Longer names, and those in other alphabets, stand before the header, which then has some other one.
+    return header.name == member.name or len(member.name) > 99 or not member.name.isascii()
 
 
 def _number(field: bytes) -> int:
@@ -425,7 +428,8 @@ def _indexed(tar: _Tar) -> list[Member] | None:
             if place > tar.size:
                 return None
             members.append(member)
-    return members if members and _is_end(tar, place) else None
+    fits = members and _is_header_of(members[-1], tar.block_at(members[-1].offset - _BLOCK)) and _is_end(tar, place)
+    return members if fits else None
 
 
 def _bad_index(path: Path, number: int, line: bytes) -> DataError:

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal
 _DECIMAL = r"(?:[0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})(?:[eE][+-]?[0-9]{1,2})?"
 _AMOUNT = re.compile(rf"{_DECIMAL}|[0-9]{{1,20}}/[0-9]{{1,20}}")
 _WIDE_RESNET = re.compile(r"wrn-([0-9]{1,4})-([0-9]{1,3})")
+_TIMM_MODELS = ("resnet-50", "convnext-tiny", "convnext-tiny-convstem")
 _PRESET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _INT_LIMIT = 2**63
 
@@ -199,20 +200,28 @@ class ModelConfig(_Checked):
     section: ClassVar[str] = "model."
 
     name: str = "preact-resnet-digits"
-    """Architecture: preact-resnet-18, preact-resnet-digits or wrn-DEPTH-WIDTH, such as wrn-34-10."""
+    """Architecture: preact-resnet-18, preact-resnet-digits, wrn-DEPTH-WIDTH such as wrn-34-10; by timm, for larger
+    images: resnet-50, convnext-tiny, convnext-tiny-convstem."""
     width: int | None = None
     """Channels of the first stage; none means the architecture's own number."""
     activation: Literal["relu", "silu"] = "relu"
-    """Nonlinearity."""
+    """Nonlinearity; ConvNeXt has its own, GELU."""
+    pretrained: Path | None = None
+    """Weights to start from: a .safetensors file of timm's names (the classifier of other classes is left out)."""
 
     def _check(self) -> None:
         wide = _WIDE_RESNET.fullmatch(self.name)
         depth, widen = (int(wide[1]), int(wide[2])) if wide else (0, 0)
-        known = self.name in ("preact-resnet-18", "preact-resnet-digits") or (
+        known = self.name in ("preact-resnet-18", "preact-resnet-digits", *_TIMM_MODELS) or (
             depth >= 10 and (depth - 4) % 6 == 0 and widen >= 1
         )
-        expected = "preact-resnet-18, preact-resnet-digits or wrn-DEPTH-WIDTH with DEPTH = 6n + 4, such as wrn-34-10"
+        expected = (
+            f"preact-resnet-18, preact-resnet-digits, {', '.join(_TIMM_MODELS)} or wrn-DEPTH-WIDTH with DEPTH = 6n + "
+            "4, such as wrn-34-10"
+        )
         self._require(known, "name", expected)
+        own = self.activation == "relu" or not self.name.startswith("convnext")
+        self._require(own, "activation", f"relu, the default, with --model.name {self.name}, whose own is GELU")
         self._require(
             self.width is None or 1 <= self.width <= 65536, "width", "a whole number from 1 to 65536, or none"
         )

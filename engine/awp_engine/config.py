@@ -315,16 +315,20 @@ class AwpConfig(_Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(_Checked):
-    """Stochastic gradient descent and its learning rate."""
+    """The optimizer and its learning rate."""
 
     section: ClassVar[str] = "optimizer."
 
+    kind: Literal["sgd", "adamw"] = "sgd"
+    """Stochastic gradient descent with momentum, or AdamW (Loshchilov, Hutter 2019) with epsilon 1e-8."""
     lr: float = 0.1
     """Learning rate at the start."""
     momentum: float = 0.9
-    """Momentum, at least 0 and less than 1."""
+    """Momentum, at least 0 and less than 1; AdamW's beta1."""
+    beta2: float = 0.999
+    """How much of the mean of squared gradients AdamW keeps in a step, at least 0 and less than 1."""
     weight_decay: float = 5e-4
-    """L2 penalty added to the gradient."""
+    """L2 penalty added to the gradient; AdamW takes this times the learning rate off the weights themselves."""
     nesterov: bool = False
     """Nesterov's momentum."""
     schedule: Literal["piecewise", "cosine", "linear", "one-cycle", "constant"] = "piecewise"
@@ -341,7 +345,10 @@ class OptimizerConfig(_Checked):
     def _check(self) -> None:
         self._require(self.lr > 0, "lr", "a finite number > 0")
         self._require(0 <= self.momentum < 1, "momentum", "a number >= 0 and < 1")
+        self._require(0 <= self.beta2 < 1, "beta2", "a number >= 0 and < 1")
         self._require(self.weight_decay >= 0, "weight_decay", "a finite number >= 0")
+        plain = self.kind == "sgd" or not self.nesterov
+        self._require(plain, "nesterov", "false with --optimizer.kind adamw")
         self._require(not self.nesterov or self.momentum > 0, "nesterov", "a momentum > 0 to go with it")
         rising = all(a < b for a, b in zip((0.0, *self.milestones), (*self.milestones, 2.0), strict=True))
         self._require(
@@ -530,6 +537,10 @@ class Config(_Checked):
         if self.awp.public_code and self.distributed.ascent_sync == "local":
             # its decay acts on w + v, of which there is one a rank then
             raise _refuse("distributed.ascent_sync", "global with --awp.public-code", "local")
+        if self.optimizer.kind == "adamw":
+            for key, value in (("awp.public_code", self.awp.public_code), ("cuda_graphs", self.cuda_graphs)):
+                if value:
+                    raise _refuse(key, "false with --optimizer.kind adamw", value)
         if self.distributed.strategy == "fsdp":
             self._check_sharded()
         for part in ("ascent", "descent"):

@@ -19,9 +19,10 @@ from awp_engine.config import AttackConfig, AwpConfig, DistributedConfig
 from awp_engine.data import rank_share
 from awp_engine.distributed import Ranks
 from awp_engine.objectives import Objective
+from awp_engine.optimizer import Optimizer
 from awp_engine.precision import Copies, LossScale
 from awp_engine.regions import region
-from awp_kernels import SGD, AdversarialWeightPerturbation, conv3x3_forget, total_norm
+from awp_kernels import AdversarialWeightPerturbation, conv3x3_forget, total_norm
 
 # lifts the attack's 16-bit gradients out of underflow; the step ignores the scale
 _ATTACK_LOSS_SCALE = 1024.0
@@ -95,7 +96,7 @@ class TrainingStep:
         self,
         *,
         model: nn.Module,
-        optimizer: SGD,
+        optimizer: Optimizer,
         objective: Objective,
         attack: AttackConfig,
         awp: AdversarialWeightPerturbation | None,

@@ -233,12 +233,14 @@ class AttackConfig(_Checked):
 
     section: ClassVar[str] = "attack."
 
+    kind: Literal["pgd", "apgd"] = "pgd"
+    """Steps of one length, or Auto-PGD (Croce, Hein 2020), which chooses its own, for AT and MART."""
     norm: Literal["linf", "l2"] = "linf"
     """Norm of the ball around an image."""
     epsilon: str = "0.2"
     """Radius of the ball, on pixels in [0, 1], as an exact fraction or a decimal: 8/255, 0.2."""
     step_size: str = "0.05"
-    """Length of one step, in epsilon's units, as an exact fraction or a decimal: 2/255, 0.05."""
+    """Length of one step of PGD, in epsilon's units, as an exact fraction or a decimal: 2/255, 0.05."""
     steps: int = 10
     """Number of steps, at least 1."""
     bn_mode: Literal["train", "eval"] = "train"
@@ -537,6 +539,14 @@ class Config(_Checked):
         if self.awp.public_code and self.distributed.ascent_sync == "local":
             # its decay acts on w + v, of which there is one a rank then
             raise _refuse("distributed.ascent_sync", "global with --awp.public-code", "local")
+        if self.attack.kind == "apgd":
+            if self.method in ("trades", "rst"):
+                expected = f"pgd with --method {self.method}: apgd climbs cross-entropy"
+                raise _refuse("attack.kind", expected, "apgd")
+            if self.awp.public_code:
+                raise _refuse("awp.public_code", "false with --attack.kind apgd", True)
+            if self.awp.gamma > 0 and self.awp.ascent == "shared":
+                raise _refuse("awp.ascent", "exact with --attack.kind apgd, whose last pass has no gradient", "shared")
         if self.optimizer.kind == "adamw":
             for key, value in (("awp.public_code", self.awp.public_code), ("cuda_graphs", self.cuda_graphs)):
                 if value:

@@ -178,8 +178,8 @@ def apgd(
 ) -> Tensor:
     """Attack a batch by Auto-PGD: momentum 0.75, steps of 2 epsilon that are halved where they no longer pay.
 
-    Each sample for itself: at every one of `halving_points`, its step is halved and it goes back to its best point if less
-    than 75% of the steps since the last raised its loss (the very first step counts as having raised it, as in the
+    Each sample for itself: at every one of `halving_points`, its step is halved and it goes back to its best point if
+    less than 75% of the steps since the last raised its loss (the very first step counts as having raised it, as in the
     authors' code), or if the step was not halved there and no better point was found since. One pass forward more than
     `steps`, and as many backward.
 

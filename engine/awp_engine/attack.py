@@ -1,6 +1,7 @@
-"""Projected gradient descent on the images.
+"""Projected gradient descent on the images, with steps of one length or with Auto-PGD's.
 
-Source: Madry et al.: Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018.
+Sources: Madry et al.: Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018; Croce, Hein: Reliable
+Evaluation of Adversarial Robustness with an Ensemble of Diverse Parameter-free Attacks, ICML 2020.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,6 +24,11 @@ NORMAL_START = 0.001
 def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy summed over the batch: a mean would underflow in 16 bits, and the step ignores the scale."""
     return F.cross_entropy(logits, labels, reduction="sum")
+
+
+def cross_entropy_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of every sample, [N], at least fp32."""
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="none")
 
 
 def summed_margin(logits: Tensor, labels: Tensor) -> Tensor:
@@ -137,6 +143,135 @@ def pgd(
             x_adv = x_adv.detach()
             pgd_step_(x_adv, gradient, clean, step_size=step_size, epsilon=epsilon, norm=norm, mask=mask)
     return x_adv
+
+
+def _projected_(x_adv: Tensor, x: Tensor, epsilon: float, norm: Literal["linf", "l2"]) -> Tensor:
+    """`x_adv`, in place, in the ball and in [0, 1]: the attack's step of length 0, along anything."""
+    pgd_step_(x_adv, x, x, step_size=0.0, epsilon=epsilon, norm=norm)
+    return x_adv
+
+
+def halving_points(steps: int) -> list[int]:
+    """After how many of `steps` steps Auto-PGD looks whether to halve the step: after 22%, then ever sooner."""
+    found, length = [], max(int(0.22 * steps), 1)
+    while sum(found) + length <= steps:
+        found.append(length)
+        length = max(length - max(int(0.03 * steps), 1), int(0.06 * steps), 1)
+    return [sum(found[: index + 1]) for index in range(len(found))]
+
+
+def apgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    epsilon: float,
+    steps: int,
+    norm: Literal["linf", "l2"] = "linf",
+    start: Start | Tensor = "none",
+    sample_ids: Tensor | None = None,
+    seed: int = 0,
+    bn_mode: Literal["train", "eval"] = "eval",
+    losses: Loss = cross_entropy_losses,
+    loss_scale: float = 1.0,
+    observe: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Attack a batch by Auto-PGD: momentum 0.75, steps of 2 epsilon that are halved where they no longer pay.
+
+    Each sample for itself: at every one of `halving_points`, its step is halved and it goes back to its best point if
+    less than 75% of the steps since the last raised its loss (the very first step counts as having raised it, as in the
+    authors' code), or if the step was not halved there and no better point was found since. One pass forward more than
+    `steps`, and as many backward.
+
+    Args:
+        model: any module that maps images in [0, 1] to logits; the bare module, not a DistributedDataParallel wrapper.
+        x: [N, C, H, W], values in [0, 1].
+        y: what `losses` compares the logits with: int64 [N] labels, or fp32 [N, classes] of a mixture.
+        epsilon: radius of the ball, on pixels in [0, 1].
+        steps: number of steps, >= 1.
+        norm: "linf" or "l2".
+        start: where to begin, as for `pgd`.
+        sample_ids: int64 [N], what a sample's noise is keyed by; its place in the batch if not given.
+        seed: of the noise, in [0, 2^63).
+        bn_mode: how batch normalisation behaves during the attack; put back afterwards. In "train" the samples of a
+            batch are coupled by its statistics.
+        losses: maps (logits, y) to the losses to climb, [N].
+        loss_scale: lifts 16-bit gradients out of underflow; the steps ignore it.
+        observe: called with every step's number (from 0) and gradient, [N, C, H, W], before the step is taken.
+
+    Returns:
+        The point of the highest loss of each sample, detached, in x's dtype (at least fp32) and memory format.
+
+    Raises:
+        ValueError: arguments out of range, named.
+
+    Source: Croce, Hein, ICML 2020; for training, in two steps: Singh, Croce, Hein: Revisiting Adversarial Training for
+    ImageNet, NeurIPS 2023.
+    """
+    if steps < 1:
+        raise ValueError(f"steps: expected a whole number >= 1, got {steps}")
+    if bn_mode not in ("train", "eval"):
+        raise ValueError(f"bn_mode: expected train or eval, got {bn_mode!r}")
+    if not x.is_floating_point():
+        raise ValueError(f"x: expected floating-point images in [0, 1], got {x.dtype}; divide uint8 images by 255")
+    clean = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    ids = torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids
+    # a start may lie outside, and may be the best point
+    begun = starting_point(clean, start, epsilon=epsilon, norm=norm, sample_ids=ids, seed=seed)
+    x_adv = _projected_(begun, clean, epsilon, norm)
+
+    def passed(x_adv: Tensor, *, backward: bool) -> tuple[Tensor, Tensor | None]:
+        """Losses [N] and their gradients."""
+        with torch.set_grad_enabled(backward):
+            loss = losses(model(x_adv.requires_grad_(backward)), y)
+            gradient = torch.autograd.grad(loss.sum() * loss_scale, x_adv)[0] if backward else None
+        x_adv.requires_grad_(False)
+        return loss.detach(), gradient
+
+    def each(values: Tensor) -> Tensor:
+        return values.reshape(-1, *[1] * (x.ndim - 1))
+
+    modes = batch_norm_mode(model, bn_mode, update_statistics=False, synchronized=False)
+    with modes, torch.no_grad():
+        loss, gradient = passed(x_adv, backward=True)
+        best, best_loss, best_gradient = x_adv, loss, gradient
+        before, step_size = x_adv, torch.full_like(loss, 2 * epsilon, dtype=clean.dtype)
+        # at the last checkpoint
+        checked, halved = loss, torch.ones_like(loss, dtype=torch.bool)
+        rises, last_check, points = torch.ones_like(loss), 0, halving_points(steps)
+        for step in range(steps):
+            assert gradient is not None
+            assert best_gradient is not None
+            if observe is not None:
+                observe(step, gradient)
+            direction = gradient.to(clean.dtype)
+            if norm == "linf":
+                direction = direction.sign()
+            else:
+                length = torch.linalg.vector_norm(direction.double().flatten(1), dim=1)
+                unit = torch.where((length > 0) & length.isfinite(), 1 / length, 0.0)
+                direction = (direction.double() * each(unit)).to(clean.dtype)
+            moved = _projected_(torch.addcmul(x_adv, each(step_size), direction), clean, epsilon, norm)
+            if step:
+                moved = _projected_(x_adv + 0.75 * (moved - x_adv) + 0.25 * (x_adv - before), clean, epsilon, norm)
+            before, x_adv, loss_before = x_adv, moved, loss
+            loss, new_gradient = passed(x_adv, backward=step < steps - 1)
+            if step:
+                rises = rises + (loss > loss_before)
+            better = loss > best_loss
+            best, best_loss = torch.where(each(better), x_adv, best), torch.where(better, loss, best_loss)
+            if new_gradient is None:
+                break
+            gradient = new_gradient
+            best_gradient = torch.where(each(better), gradient, best_gradient)
+            if step + 1 in points:
+                stuck = ~halved & (checked >= best_loss)
+                halved = (rises <= 0.75 * (step + 1 - last_check)) | stuck
+                step_size = torch.where(halved, step_size / 2, step_size)
+                x_adv = torch.where(each(halved), best, x_adv)
+                gradient = torch.where(each(halved), best_gradient, gradient)
+                checked, rises, last_check = best_loss, torch.zeros_like(rises), step + 1
+    return best
 
 
 def fast_attack(kind: str, epsilon: float) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from awp_engine.batch_norm import recompute_statistics
 from awp_engine.config import AverageConfig
-from awp_kernels import SGD
+from awp_engine.optimizer import Optimizer
 
 
 class WeightAverage:
@@ -45,7 +45,7 @@ class WeightAverage:
         """Whether there is an average to use."""
         return self.count > 0
 
-    def follow(self, optimizer: SGD) -> None:
+    def follow(self, optimizer: Optimizer) -> None:
         """Have every step of `optimizer`, over the live model, take the weights in (EMA); see `before_step`."""
         if self.config.kind == "ema":
             optimizer.averages = dict(zip(self._live, self.model.parameters(), strict=True))

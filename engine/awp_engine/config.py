@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal
 _DECIMAL = r"(?:[0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})(?:[eE][+-]?[0-9]{1,2})?"
 _AMOUNT = re.compile(rf"{_DECIMAL}|[0-9]{{1,20}}/[0-9]{{1,20}}")
 _WIDE_RESNET = re.compile(r"wrn-([0-9]{1,4})-([0-9]{1,3})")
+_TIMM_MODELS = ("resnet-50", "convnext-tiny", "convnext-tiny-convstem")
 _PRESET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _INT_LIMIT = 2**63
 
@@ -240,20 +241,28 @@ class ModelConfig(_Checked):
     section: ClassVar[str] = "model."
 
     name: str = "preact-resnet-digits"
-    """Architecture: preact-resnet-18, preact-resnet-digits or wrn-DEPTH-WIDTH, such as wrn-34-10."""
+    """Architecture: preact-resnet-18, preact-resnet-digits, wrn-DEPTH-WIDTH such as wrn-34-10; by timm, for larger
+    images: resnet-50, convnext-tiny, convnext-tiny-convstem."""
     width: int | None = None
     """Channels of the first stage; none means the architecture's own number."""
     activation: Literal["relu", "silu"] = "relu"
-    """Nonlinearity."""
+    """Nonlinearity; ConvNeXt has its own, GELU."""
+    pretrained: Path | None = None
+    """Weights to start from: a .safetensors file of timm's names (the classifier of other classes is left out)."""
 
     def _check(self) -> None:
         wide = _WIDE_RESNET.fullmatch(self.name)
         depth, widen = (int(wide[1]), int(wide[2])) if wide else (0, 0)
-        known = self.name in ("preact-resnet-18", "preact-resnet-digits") or (
+        known = self.name in ("preact-resnet-18", "preact-resnet-digits", *_TIMM_MODELS) or (
             depth >= 10 and (depth - 4) % 6 == 0 and widen >= 1
         )
-        expected = "preact-resnet-18, preact-resnet-digits or wrn-DEPTH-WIDTH with DEPTH = 6n + 4, such as wrn-34-10"
+        expected = (
+            f"preact-resnet-18, preact-resnet-digits, {', '.join(_TIMM_MODELS)} or wrn-DEPTH-WIDTH with DEPTH = 6n + "
+            "4, such as wrn-34-10"
+        )
         self._require(known, "name", expected)
+        own = self.activation == "relu" or not self.name.startswith("convnext")
+        self._require(own, "activation", f"relu, the default, with --model.name {self.name}, whose own is GELU")
         self._require(
             self.width is None or 1 <= self.width <= 65536, "width", "a whole number from 1 to 65536, or none"
         )
@@ -265,12 +274,14 @@ class AttackConfig(_Checked):
 
     section: ClassVar[str] = "attack."
 
+    kind: Literal["pgd", "apgd"] = "pgd"
+    """Steps of one length, or Auto-PGD (Croce, Hein 2020), which chooses its own, for AT and MART."""
     norm: Literal["linf", "l2"] = "linf"
     """Norm of the ball around an image."""
     epsilon: str = "0.2"
     """Radius of the ball, on pixels in [0, 1], as an exact fraction or a decimal: 8/255, 0.2."""
     step_size: str = "0.05"
-    """Length of one step, in epsilon's units, as an exact fraction or a decimal: 2/255, 0.05."""
+    """Length of one step of PGD, in epsilon's units, as an exact fraction or a decimal: 2/255, 0.05."""
     steps: int = 10
     """Number of steps, at least 1."""
     bn_mode: Literal["train", "eval"] = "train"
@@ -347,16 +358,20 @@ class AwpConfig(_Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(_Checked):
-    """Stochastic gradient descent and its learning rate."""
+    """The optimizer and its learning rate."""
 
     section: ClassVar[str] = "optimizer."
 
+    kind: Literal["sgd", "adamw"] = "sgd"
+    """Stochastic gradient descent with momentum, or AdamW (Loshchilov, Hutter 2019) with epsilon 1e-8."""
     lr: float = 0.1
     """Learning rate at the start."""
     momentum: float = 0.9
-    """Momentum, at least 0 and less than 1."""
+    """Momentum, at least 0 and less than 1; AdamW's beta1."""
+    beta2: float = 0.999
+    """How much of the mean of squared gradients AdamW keeps in a step, at least 0 and less than 1."""
     weight_decay: float = 5e-4
-    """L2 penalty added to the gradient."""
+    """L2 penalty added to the gradient; AdamW takes this times the learning rate off the weights themselves."""
     nesterov: bool = False
     """Nesterov's momentum."""
     schedule: Literal["piecewise", "cosine", "linear", "one-cycle", "constant"] = "piecewise"
@@ -373,7 +388,10 @@ class OptimizerConfig(_Checked):
     def _check(self) -> None:
         self._require(self.lr > 0, "lr", "a finite number > 0")
         self._require(0 <= self.momentum < 1, "momentum", "a number >= 0 and < 1")
+        self._require(0 <= self.beta2 < 1, "beta2", "a number >= 0 and < 1")
         self._require(self.weight_decay >= 0, "weight_decay", "a finite number >= 0")
+        plain = self.kind == "sgd" or not self.nesterov
+        self._require(plain, "nesterov", "false with --optimizer.kind adamw")
         self._require(not self.nesterov or self.momentum > 0, "nesterov", "a momentum > 0 to go with it")
         rising = all(a < b for a, b in zip((0.0, *self.milestones), (*self.milestones, 2.0), strict=True))
         self._require(
@@ -562,6 +580,18 @@ class Config(_Checked):
         if self.awp.public_code and self.distributed.ascent_sync == "local":
             # its decay acts on w + v, of which there is one a rank then
             raise _refuse("distributed.ascent_sync", "global with --awp.public-code", "local")
+        if self.attack.kind == "apgd":
+            if self.method in ("trades", "rst"):
+                expected = f"pgd with --method {self.method}: apgd climbs cross-entropy"
+                raise _refuse("attack.kind", expected, "apgd")
+            if self.awp.public_code:
+                raise _refuse("awp.public_code", "false with --attack.kind apgd", True)
+            if self.awp.gamma > 0 and self.awp.ascent == "shared":
+                raise _refuse("awp.ascent", "exact with --attack.kind apgd, whose last pass has no gradient", "shared")
+        if self.optimizer.kind == "adamw":
+            for key, value in (("awp.public_code", self.awp.public_code), ("cuda_graphs", self.cuda_graphs)):
+                if value:
+                    raise _refuse(key, "false with --optimizer.kind adamw", value)
         if self.distributed.strategy == "fsdp":
             self._check_sharded()
         for part in ("ascent", "descent"):

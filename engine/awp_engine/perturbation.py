@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from awp_engine.attack import batch_norm_mode, fast_attack, pgd, starting_point
+from awp_engine.attack import apgd, batch_norm_mode, fast_attack, pgd, starting_point
 from awp_engine.batch_norm import Statistics
 from awp_engine.config import AttackConfig, AwpConfig, DistributedConfig
 from awp_engine.data import rank_share
 from awp_engine.distributed import Ranks
 from awp_engine.objectives import Objective
+from awp_engine.optimizer import Optimizer
 from awp_engine.precision import Copies, LossScale
 from awp_engine.regions import region
-from awp_kernels import SGD, AdversarialWeightPerturbation, conv3x3_forget, total_norm
+from awp_kernels import AdversarialWeightPerturbation, conv3x3_forget, total_norm
 
 # lifts the attack's 16-bit gradients out of underflow; the step ignores the scale
 _ATTACK_LOSS_SCALE = 1024.0
@@ -95,7 +96,7 @@ class TrainingStep:
         self,
         *,
         model: nn.Module,
-        optimizer: SGD,
+        optimizer: Optimizer,
         objective: Objective,
         attack: AttackConfig,
         awp: AdversarialWeightPerturbation | None,
@@ -109,6 +110,10 @@ class TrainingStep:
     ) -> None:
         self.model, self.optimizer, self.objective = model, optimizer, objective
         self.attack, self.awp, self.options = attack, awp, options or AwpConfig()
+        if attack.kind == "apgd" and type(objective).attack_loss is not Objective.attack_loss:
+            raise ValueError(
+                f"attack: apgd climbs cross-entropy, {type(objective).__name__} another loss; expected kind pgd"
+            )
         self.clip_norm = clip_norm
         shared = awp is not None and self.options.ascent == "shared"
         self.copies = copies or Copies(model, shared_ascent=shared)
@@ -252,9 +257,9 @@ class TrainingStep:
         return Work(share, pieces, undivided)
 
     def attacked(self, model: nn.Module, x: Tensor, y: Tensor, sample_ids: Tensor, seed: int, **changes: Any) -> Tensor:
-        """The images that training attacks `model` with; `changes` are arguments of `pgd`."""
+        """The images that training attacks `model` with; `changes` are arguments of `pgd`, or of `apgd`."""
         arguments = self._attack_arguments(fast=False) | {"sample_ids": sample_ids, "seed": seed} | changes
-        return self._attack(model, x, y, arguments)
+        return self._attack(model, x, y, arguments, fast=False)
 
     def refresh_(self) -> None:
         """Bring working copies up to date: to be called when the weights were changed by anything but a step."""
@@ -272,7 +277,7 @@ class TrainingStep:
             module.zero_grad(set_to_none=True)
 
     def _attack_arguments(self, *, fast: bool) -> dict[str, Any]:
-        """How training attacks, in the arguments of `pgd`."""
+        """How training attacks, in the arguments of `pgd`, or of `apgd`."""
         attack = self.attack
         arguments: dict[str, Any] = {
             "epsilon": attack.epsilon_value,
@@ -282,15 +287,24 @@ class TrainingStep:
             "start": attack.start,
             "bn_mode": attack.bn_mode,
         }
+        if self._is_auto(fast):
+            del arguments["step_size"]
         return arguments | (fast_attack(attack.fast, attack.epsilon_value) if fast else {})
 
-    def _attack(self, model: nn.Module, x: Tensor, y: Tensor, arguments: dict[str, Any]) -> Tensor:
+    def _is_auto(self, fast: bool) -> bool:
+        """Whether the attack is Auto-PGD."""
+        return self.attack.kind == "apgd" and not fast
+
+    def _attack(self, model: nn.Module, x: Tensor, y: Tensor, arguments: dict[str, Any], *, fast: bool) -> Tensor:
         if self.attack.epsilon_value == 0:
             return x
+        half = self.copies.precision.attack == torch.float16
+        if self._is_auto(fast):
+            return apgd(model, x, y, loss_scale=_ATTACK_LOSS_SCALE if half else 1.0, **arguments)
         modes = batch_norm_mode(model, arguments["bn_mode"], update_statistics=False, synchronized=False)
         with torch.no_grad(), modes:
             loss = self.objective.attack_loss(model, x, y)
-        if self.copies.precision.attack == torch.float16:
+        if half:
             return pgd(model, x, y, loss=lambda logits, labels: _ATTACK_LOSS_SCALE * loss(logits, labels), **arguments)
         return pgd(model, x, y, loss=loss, **arguments)
 
@@ -313,7 +327,9 @@ class TrainingStep:
             if step == arguments["steps"] - 1:
                 zeros = zeros + (gradient == 0).float().sum() / x.numel()
 
-        arguments |= {"observe": count_zeros, "update_statistics": self.options.public_code}
+        arguments["observe"] = count_zeros
+        if self.options.public_code:
+            arguments["update_statistics"] = True
         shared: list[nn.Parameter] = []
         if share_ascent and self._shared and self.awp is not None:
             shared = [self.copies.attack.get_parameter(name) for name in self.awp.parameters]
@@ -321,8 +337,8 @@ class TrainingStep:
         for rows, _ in work.pieces:
             before = [parameter.grad for parameter in shared]
             model = self._runner(self.copies.attack, x[rows])
-            changes = {"start": start[rows], "shared": shared}
-            attacked.append(self._attack(model, x[rows], y[rows], arguments | changes))
+            changes: dict[str, Any] = {"start": start[rows]} | ({"shared": shared} if shared else {})
+            attacked.append(self._attack(model, x[rows], y[rows], arguments | changes, fast=fast))
             for parameter, gradient in zip(shared, before, strict=True):
                 if gradient is not None and parameter.grad is not None:
                     parameter.grad += gradient

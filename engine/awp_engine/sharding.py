@@ -27,11 +27,9 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from awp_engine.batch_norm import layers
-from awp_engine.models import PreActBlock, WideBlock
-from awp_engine.models._common import Head
+from awp_engine.models import blocks as blocks_of
+from awp_engine.models._common import Classifier
 from awp_kernels._sharded import is_sharded
-
-_BLOCKS = (PreActBlock, WideBlock)
 
 
 def shard(
@@ -58,7 +56,7 @@ def shard(
     """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-    blocks = [module for module in model.modules() if isinstance(module, _BLOCKS)]
+    blocks = blocks_of(model)
     if not blocks:
         raise ValueError(f"model: {type(model).__name__} has no block to shard; expected one of awp_engine.models")
     if isinstance(model, FSDPModule):
@@ -73,7 +71,7 @@ def shard(
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     if param_dtype is not None:
         # one group for all of them
-        whole: list[nn.Module] = [*layers(model), *(module for module in model.modules() if isinstance(module, Head))]
+        whole: list[nn.Module] = [*layers(model), *(m for m in model.modules() if isinstance(m, Classifier))]
         fully_shard(whole, mesh=mesh, reshard_after_forward=True)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)

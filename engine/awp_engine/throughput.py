@@ -38,7 +38,9 @@ def forward_units(config: Config) -> float:
     steps = config.attack.steps if config.attack.epsilon_value > 0 else 0
     # AT passes attacked images alone, the others clean ones as well
     training = 3.0 if config.method == "at" else 6.0
-    attack = 2.0 * steps + (1.0 if config.method in ("trades", "rst") and steps else 0.0)
+    # TRADES passes clean images once before the attack, and Auto-PGD attacked ones after its last step
+    once_more = config.method in ("trades", "rst") or config.attack.kind == "apgd"
+    attack = 2.0 * steps + (1.0 if once_more and steps else 0.0)
     if config.awp.gamma == 0:
         ascent = 0.0
     elif config.awp.ascent == "shared":

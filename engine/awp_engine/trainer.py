@@ -41,7 +41,7 @@ from awp_engine.device import Behind, choose_device, fast_memory_format
 from awp_engine.distributed import Ranks
 from awp_engine.evaluation import PgdAttack, evaluate, evaluation_seed, spread
 from awp_engine.loading import CHECKPOINTS, MODEL_FILE, ModelDescription
-from awp_engine.optimizer import set_learning_rate
+from awp_engine.optimizer import allocate_optimizer_tensors, optimizer_tensors, set_learning_rate
 from awp_engine.perturbation import StepResult
 from awp_engine.precision import choose_precision
 from awp_engine.profile import StepProfiler
@@ -587,12 +587,7 @@ class Trainer:
         return fields
 
     def _momentum(self) -> dict[str, Tensor]:
-        buffers = {
-            name: self.optimizer.state[parameter].get("momentum_buffer")
-            for name, parameter in self.model.named_parameters()
-            if parameter in self.optimizer.state
-        }
-        return {name: buffer for name, buffer in buffers.items() if buffer is not None}
+        return optimizer_tensors(self.model, self.optimizer)
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds in tensors: the same for any number of ranks."""
@@ -686,14 +681,8 @@ class Trainer:
     def _load(self, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
         """What `_save` wrote."""
         scatter_(self.model.state_dict(), tensors["model"])
-        momentum = {
-            name: torch.zeros_like(parameter)
-            for name, parameter in self.model.named_parameters()
-            if name in tensors["optimizer"]
-        }
-        scatter_(momentum, tensors["optimizer"])
-        for name, buffer in momentum.items():
-            self.optimizer.state[self.model.get_parameter(name)]["momentum_buffer"] = buffer
+        held = tensors["optimizer"]
+        scatter_(allocate_optimizer_tensors(self.model, self.optimizer, held), held)
         self.best_weights = tensors["best_model"]
         self.progress = Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
         self._saved = (self.progress.epoch, self.progress.step)

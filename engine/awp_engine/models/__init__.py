@@ -1,21 +1,35 @@
-"""Classifiers with the state-dict names of the public AWP and TRADES code.
+"""Classifiers with the state-dict names of the public AWP and TRADES code, and of timm.
 
 All models take images in [0, 1], [N, C, H, W], and normalise them inside; mean and standard deviation are
 non-persistent buffers.
 """
 
-from awp_engine.models._build import build_model, load_public_state_dict, model_names
+from awp_engine.models._build import (
+    blocks,
+    build_model,
+    load_pretrained,
+    load_public_state_dict,
+    model_names,
+    timm_names,
+)
 from awp_engine.models._common import Activation
 from awp_engine.models.preact_resnet import PreActBlock, PreActResNet
+from awp_engine.models.timm_models import TimmClassifier, TimmConvNeXt, TimmResNet
 from awp_engine.models.wide_resnet import WideBlock, WideResNet
 
 __all__ = [
     "Activation",
     "PreActBlock",
     "PreActResNet",
+    "TimmClassifier",
+    "TimmConvNeXt",
+    "TimmResNet",
     "WideBlock",
     "WideResNet",
+    "blocks",
     "build_model",
+    "load_pretrained",
     "load_public_state_dict",
     "model_names",
+    "timm_names",
 ]

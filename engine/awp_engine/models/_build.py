@@ -2,16 +2,23 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from awp_engine.checkpoint import CheckpointError, read_model
 from awp_engine.models._common import Activation
-from awp_engine.models.preact_resnet import PreActResNet
-from awp_engine.models.wide_resnet import WideResNet
+from awp_engine.models.preact_resnet import PreActBlock, PreActResNet
+from awp_engine.models.timm_models import TimmClassifier, TimmConvNeXt, TimmResNet
+from awp_engine.models.wide_resnet import WideBlock, WideResNet
 
 model_names = ("preact-resnet-18", "preact-resnet-digits", "wrn-28-10", "wrn-34-10", "wrn-70-16")
 """The models the field compares; `wrn-D-K` is understood for every depth D = 6 n + 4 and widen factor K."""
+
+timm_names = ("resnet-50", "convnext-tiny", "convnext-tiny-convstem")
+"""Models for larger images, which need the package timm."""
 
 
 def build_model(
@@ -28,26 +35,35 @@ def build_model(
     Weights are drawn from torch's global generator as in the public code; seed it for a repeatable start.
 
     Args:
-        name: one of `model_names`, or `wrn-D-K`. `preact-resnet-digits` is for 8x8 images: one block in each of three
-            stages.
+        name: one of `model_names` or `timm_names`, or `wrn-D-K`. `preact-resnet-digits` is for 8x8 images: one block in
+            each of three stages.
         num_classes: number of logits.
         mean: one value a channel; their number is the number of input channels.
         std: likewise; images become (x - mean) / std inside.
-        width: channels of a PreActResNet's first stage; None means 64, and 16 for `preact-resnet-digits`.
-        activation: "relu" or "silu".
+        width: channels of the first stage; None means 64, 16 for `preact-resnet-digits`, and 96 for ConvNeXt.
+        activation: "relu" or "silu"; ConvNeXt has GELU of its own and takes "relu" alone.
 
     Raises:
         ValueError: unknown name or activation, a width for a WideResNet, or an argument out of range.
+        ConfigError: timm is needed and not installed.
     """
     if name == "preact-resnet-18":
         return PreActResNet(num_classes, mean, std, width=64 if width is None else width, activation=activation)
     if name == "preact-resnet-digits":
         width = 16 if width is None else width
         return PreActResNet(num_classes, mean, std, num_blocks=(1, 1, 1), width=width, activation=activation)
+    if name == "resnet-50":
+        return TimmResNet(num_classes, mean, std, width=64 if width is None else width, activation=activation)
+    if name in timm_names:
+        if activation != "relu":
+            raise ValueError(f"activation: {activation!r} given for {name}, whose activation is GELU; leave it out")
+        conv_stem = name.endswith("-convstem")
+        return TimmConvNeXt(num_classes, mean, std, width=96 if width is None else width, conv_stem=conv_stem)
     wide = re.fullmatch(r"wrn-(\d{1,4})-(\d{1,4})", name)
     if wide is None:
         raise ValueError(
-            f"model: unknown name {name!r}; expected one of {', '.join(model_names)}, or wrn-DEPTH-WIDENFACTOR"
+            f"model: unknown name {name!r}; expected one of {', '.join(model_names + timm_names)}, or "
+            "wrn-DEPTH-WIDENFACTOR"
         )
     if width is not None:
         raise ValueError(f"width: {width} given for {name}; a WideResNet's width is the last number of its name")
@@ -58,20 +74,14 @@ def load_public_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> N
     """Loads published weights by name, strictly, into a model of `build_model`.
 
     Accepts names with or without `module.`, and the weights themselves or a dictionary that holds them under
-    `state_dict` or `model`. `sub_block1.*` of TRADES' WideResNet, which its forward never uses, and a missing
+    `state_dict` or `model`; timm's own names, and with the public ImageNet code's `base_model.`, into models around a
+    network of timm's. `sub_block1.*` of TRADES' WideResNet, which its forward never uses, and a missing
     `num_batches_tracked`, which PyTorch before 0.4.1 did not have, are no mismatch. On error the model is unchanged.
 
     Raises:
         ValueError: names or shapes differ; the message names the first few.
     """
-    outer = state_dict
-    for key in ("state_dict", "model"):
-        if isinstance(outer.get(key), Mapping):
-            outer = outer[key]
-    weights = {name.removeprefix("module."): value for name, value in outer.items()}
-    if isinstance(model, WideResNet):
-        weights = {name: value for name, value in weights.items() if not name.startswith("sub_block1.")}
-
+    weights = _named(model, state_dict)
     expected = model.state_dict()
     for name in expected:
         if name.endswith(".num_batches_tracked"):
@@ -91,6 +101,63 @@ def load_public_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> N
     if problems:
         raise ValueError(f"state_dict does not fit {type(model).__name__}: {'; '.join(problems)}")
     model.load_state_dict(weights, strict=True)
+
+
+def _named(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Published weights by the names that `model` has for them."""
+    for key in ("state_dict", "model"):
+        if isinstance(state_dict.get(key), Mapping):
+            state_dict = state_dict[key]
+    weights = {name.removeprefix("module."): value for name, value in state_dict.items()}
+    if isinstance(model, WideResNet):
+        weights = {name: value for name, value in weights.items() if not name.startswith("sub_block1.")}
+    if isinstance(model, TimmClassifier):
+        bare = ((name.removeprefix("base_model.").removeprefix("network."), value) for name, value in weights.items())
+        weights = {f"network.{name}": value for name, value in bare}
+    return weights
+
+
+def load_pretrained(model: nn.Module, path: Path) -> list[str]:
+    """Start from published weights, by name and strictly; the classifier is left as it is for other classes.
+
+    Args:
+        model: one of `build_model`, on any device; written in place.
+        path: a safetensors file of timm's names for timm's models, else of the public code's names.
+
+    Returns:
+        The names that were left as they are: none, or the classifier's weight and bias, where the file's are for
+        another number of classes.
+
+    Raises:
+        CheckpointError: not a safetensors file, or names or shapes differ elsewhere; the model is unchanged.
+    """
+    if path.suffix != ".safetensors":
+        raise CheckpointError(
+            f"{path}: expected a .safetensors file, since nothing is unpickled; write one by "
+            "safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW)"
+        )
+    weights, own, kept = _named(model, read_model(path)[0]), model.state_dict(), []
+    if isinstance(model, TimmClassifier):
+        names = model.classifier_names
+        # nothing but the number of classes may differ
+        if all(n in weights and weights[n].shape[1:] == own[n].shape[1:] for n in names) and any(
+            weights[n].shape != own[n].shape for n in names
+        ):
+            kept = list(names)
+            weights |= {name: own[name] for name in names}
+    try:
+        with torch.no_grad():
+            load_public_state_dict(model, weights)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return kept
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The residual blocks of a model of `build_model`: what shards are gathered by; none of another module."""
+    if isinstance(model, TimmClassifier):
+        return model.blocks()
+    return [module for module in model.modules() if isinstance(module, (PreActBlock, WideBlock))]
 
 
 def _differs(value: Any, expected: Tensor) -> bool:

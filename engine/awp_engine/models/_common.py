@@ -24,25 +24,38 @@ def make_activation(name: str) -> nn.Module:
     raise ValueError(f"activation: unknown name {name!r}; expected one of {', '.join(get_args(Activation))}")
 
 
-class ActivatedBatchNorm(nn.BatchNorm2d):
+class BatchNorm(nn.BatchNorm2d):
+    """Batch normalisation that can be synchronised.
+
+    Attributes:
+        synchronized: in train mode by the statistics of all ranks: see `awp_engine.batch_norm.synchronize`.
+    """
+
+    synchronized = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same."""
+        if self.synchronized and self.training and spans_ranks():
+            return synchronized_batch_norm(self, input)
+        return super().forward(input)
+
+
+class ActivatedBatchNorm(BatchNorm):
     """Batch normalisation and the activation after it; with ReLU on the CPU both in one operation.
 
     Attributes:
         activation: what follows the normalisation.
-        synchronized: in train mode by the statistics of all ranks: see `awp_engine.batch_norm.synchronize`.
     """
 
     def __init__(self, channels: int, activation: Activation) -> None:
         super().__init__(channels)
         self.activation = make_activation(activation)
-        self.synchronized = False
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> the same."""
-        if self.synchronized and self.training and spans_ranks():
-            return self.activation(synchronized_batch_norm(self, input))
         # fewer channels than a vector has lanes are slower
         fused = isinstance(self.activation, nn.ReLU) and self.momentum is not None and self.num_features >= 16
+        fused &= not (self.synchronized and self.training and spans_ranks())
         if not fused or torch.compiler.is_compiling() or not bn_relu_available(input, self.weight, self.bias):
             return self.activation(super().forward(input))
         moves = self.training and self.track_running_stats
@@ -126,11 +139,21 @@ class Stem(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, out_channels, ...], in the weight's dtype."""
-        return self._conv_forward(input, self.weight.to(input.dtype), None).to(self.weight.dtype)
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return self._conv_forward(input, self.weight.to(input.dtype), bias).to(self.weight.dtype)
 
 
-class Head(nn.Linear):
-    """Mean over all pixels, then logits, in the precision of its bias, which is full where weights are 16-bit copies.
+class Classifier(nn.Linear):
+    """Logits, in the precision of its bias, which is full where weights are 16-bit copies."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, in_features] -> [N, classes]."""
+        dtype = self.bias.dtype
+        return functional.linear(input.to(dtype), self.weight.to(dtype), self.bias)
+
+
+class Head(Classifier):
+    """Mean over all pixels, then logits.
 
     The mean is taken by the public code's kernel and so equal to it on 32x32 images.
     """
@@ -139,4 +162,4 @@ class Head(nn.Linear):
         """[N, C, H, W] -> [N, classes]."""
         features = input.to(self.bias.dtype)
         pooled = functional.avg_pool2d(features, (features.shape[2], features.shape[3])).flatten(1)
-        return functional.linear(pooled, self.weight.to(self.bias.dtype), self.bias)
+        return super().forward(pooled)

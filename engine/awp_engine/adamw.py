@@ -1,0 +1,187 @@
+"""AdamW as the step needs it: left out on the device, with masters, working copies and averages.
+
+Source: Loshchilov, Hutter: Decoupled Weight Decay Regularization, ICLR 2019.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from awp_kernels._sharded import is_sharded, local
+
+_EPS = 1e-8
+
+
+class AdamW(Optimizer):
+    """torch.optim.AdamW's step by its fused kernel, on CPUs and GPUs.
+
+    Every parameter w with a gradient g, in its t-th step:
+
+        m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2
+        w = w - lr * decay * w - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + 1e-8)
+
+    A step whose gradients are not finite leaves weights, m, v, t and averages as they are, decided on the device.
+    Gradients that are in the parameters' own precision and memory order may be overwritten. Parameters may be sharded
+    by FSDP2's `fully_shard`; m and v are then sharded likewise.
+
+    Args:
+        params: parameters or groups of them, as torch.optim.Optimizer takes them.
+        lr: learning rate, a number or a fp32 tensor of one element on the parameters' device, read there.
+        beta1: decay of m, in [0, 1).
+        beta2: decay of v, in [0, 1).
+        weight_decay: >= 0.
+        working: by parameter, its working copy, whose gradient is followed where it has one, and which gets the new
+            weights, rounded.
+
+    Attributes:
+        grad_scale: what the gradients were multiplied by, or None.
+        found_inf: not 0 where the step is to be left out, or None.
+        grad_norm: of all gradients as they are; not finite: the step is left out; or None.
+        max_norm: largest norm of the unscaled gradients, to which longer ones are scaled down; or None.
+        averages: by parameter, a tensor that follows it.
+        average_weight: what a step counts in the averages, in [0, 1], a number or a one-element tensor.
+        weight_norms: empty; `awp_kernels.SGD` finds its weights' norms in passing, this step does not.
+        decay_at_out: False; nothing else is served.
+
+    Raises:
+        ValueError: a number out of range, or, in `step`, decay_at_out.
+    """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    grad_norm: Tensor | None = None
+    max_norm: float | None = None
+    average_weight: float | Tensor = 0.0
+    decay_at_out = False
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        *,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        weight_decay: float = 1e-2,
+        working: Mapping[nn.Parameter, Tensor] | None = None,
+    ) -> None:
+        for name, beta in (("beta1", beta1), ("beta2", beta2)):
+            if not 0 <= beta < 1:
+                raise ValueError(f"{name}: expected a number >= 0 and < 1, got {beta}")
+        if not weight_decay >= 0:
+            raise ValueError(f"weight_decay: expected a number >= 0, got {weight_decay}")
+        self.working: dict[Tensor, Tensor] = {} if working is None else {**working}
+        self.averages: dict[Tensor, Tensor] = {}
+        self.weight_norms: list[tuple[list[Tensor], Tensor]] = []
+        super().__init__(params, {"lr": lr, "beta1": beta1, "beta2": beta2, "weight_decay": weight_decay})
+
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        """What a parameter follows: its working copy's gradient where there is one, else its own."""
+        copied = self.working.get(parameter)
+        return parameter.grad if copied is None or copied.grad is None else copied.grad
+
+    def gradients(self) -> list[Tensor]:
+        """All gradients that there are, as they are (still scaled): for `total_norm`."""
+        found = (self.gradient(parameter) for group in self.param_groups for parameter in group["params"])
+        return [gradient for gradient in found if gradient is not None]
+
+    def allocate(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The state of a parameter, zeros where it has none yet: `exp_avg`, `exp_avg_sq` and `step`, a fp32 scalar."""
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        return state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Step all parameters that have a gradient.
+
+        Args:
+            closure: computes the loss anew, and its gradients.
+
+        Returns:
+            What the closure returned, else None.
+        """
+        if self.decay_at_out:
+            raise ValueError("decay_at_out: False alone is served, got True; use awp_kernels.SGD")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            moved = {p: gradient for p in group["params"] if (gradient := self.gradient(p)) is not None}
+            by_device: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+            for parameter in moved:
+                by_device.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+            for parameters in by_device.values():
+                self._step(group, parameters, [moved[p] for p in parameters])
+        return loss
+
+    def _step(self, group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor]) -> None:
+        """Of parameters on one device, in one precision."""
+        states = [self.allocate(parameter) for parameter in parameters]
+        kept, scale = self._kept_and_scale(parameters[0].device)
+        torch._foreach_add_([state["step"] for state in states], [kept] * len(states))  # pyright: ignore
+        rows = _rows(parameters)
+        # shards may have no rows
+        here = [index for index, row in enumerate(rows) if row.numel()]
+        if here:
+            given = _rows(gradients)
+            m, v = (_rows([state[name] for state in states]) for name in ("exp_avg", "exp_avg_sq"))
+            torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
+                [rows[i] for i in here],
+                [_laid_out_like(rows[i], given[i]) for i in here],
+                [m[i] for i in here],
+                [v[i] for i in here],
+                [],
+                [states[i]["step"] for i in here],
+                lr=group["lr"],
+                beta1=group["beta1"],
+                beta2=group["beta2"],
+                weight_decay=group["weight_decay"],
+                eps=_EPS,
+                amsgrad=False,
+                maximize=False,
+                grad_scale=scale,
+                found_inf=1 - kept,
+            )
+        copied = [parameter for parameter in parameters if parameter in self.working]
+        if copied:
+            torch._foreach_copy_([self.working[p] for p in copied], copied)  # pyright: ignore[reportPrivateImportUsage]
+        averaged = [parameter for parameter in parameters if parameter in self.averages]
+        if averaged:
+            share = (torch.as_tensor(self.average_weight, device=kept.device) * kept).to(averaged[0].dtype)
+            for average, row in zip(_rows([self.averages[p] for p in averaged]), _rows(averaged), strict=True):
+                average.lerp_(row, share)
+
+    def _kept_and_scale(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """1, or 0 where the step is left out; and what gradients are divided by, None for 1; fp32 scalars."""
+        kept, scale = torch.ones((), device=device), None
+        if self.found_inf is not None:
+            kept = kept * (self.found_inf.to(device).reshape(()) == 0)
+        if self.grad_scale is not None:
+            scale = self.grad_scale.to(device).double().reshape(())
+        if self.grad_norm is not None:
+            norm = self.grad_norm.to(device).double().reshape(())
+            kept = kept * norm.isfinite()
+            if self.max_norm is not None:
+                length = norm if scale is None else norm / scale
+                clip = (self.max_norm / (length + 1e-6)).clamp(max=1.0)
+                scale = 1 / clip if scale is None else scale / clip
+        return kept, None if scale is None else scale.float()
+
+
+def _rows(tensors: list[Tensor]) -> list[Tensor]:
+    """This rank's rows of sharded tensors."""
+    return local(tensors) if any(map(is_sharded, tensors)) else tensors
+
+
+def _laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient in the parameter's precision and memory order, which the fused kernel takes for granted."""
+    if gradient.dtype == parameter.dtype and gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter, memory_format=torch.preserve_format).copy_(gradient)

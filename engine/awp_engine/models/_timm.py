@@ -1,0 +1,59 @@
+"""timm, imported where it is installed, and where torchvision's compiled part cannot be loaded too."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from awp_engine.config import ConfigError
+
+_INSTALL = (
+    "pip install 'awp-engine[timm]' (beside a CPU build of torch 2.13, for which there is no torchvision: "
+    "pip install --no-deps torchvision==0.28.0 timm, and pip install huggingface_hub pyyaml)"
+)
+# keeps the declarations alive
+_declared: list[Any] = []
+
+
+def import_timm() -> ModuleType:
+    """The package timm, with `timm.models` loaded.
+
+    Raises:
+        ConfigError: timm or torchvision is missing or broken, with the command that installs them.
+    """
+    for name in ("timm", "torchvision"):
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"--model.name: this model needs the package {name}, which is not installed: {_INSTALL}")
+    try:
+        _declare_operators()
+        import timm
+        import timm.models
+    except (ImportError, RuntimeError) as error:
+        why = " ".join(str(error).split())
+        raise ConfigError(
+            f"--model.name: this model needs timm, which cannot be imported ({why}): {_INSTALL}"
+        ) from None
+    return timm
+
+
+def _declare_operators() -> None:
+    """Declare two operators that importing torchvision asks for, where its compiled part cannot be loaded.
+
+    The part is built for one torch alone, and only for CUDA on PyPI; classifiers use none of it.
+    """
+    if _declared or hasattr(torch.ops.torchvision, "nms"):
+        return
+    spec = importlib.util.find_spec("torchvision")
+    places = [] if spec is None else spec.submodule_search_locations or []
+    for library in (path for place in places for path in Path(place).glob("_C*.so")):
+        try:
+            torch.ops.load_library(library)
+            return
+        except OSError:
+            continue
+    library = torch.library.Library("torchvision", "DEF")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _declared.append(library)

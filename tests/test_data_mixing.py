@@ -377,7 +377,7 @@ def test_ranks_share_batches_without_overlap_or_loss(
         ({"cutmix": -0.1, "num_classes": 4}, r"cutmix: -0.1; expected a probability"),
         ({"cutmix": 1.1, "num_classes": 4}, r"cutmix: 1.1; expected a probability"),
         ({"cutmix": math.nan, "num_classes": 4}, r"cutmix: nan; expected a probability"),
-        ({"cutmix": 0.5}, r"num_classes: None; expected at least 4 for cutmix, by the labels of split"),
+        ({"cutmix": 0.5}, r"num_classes: None; expected at least 4 for mixed labels, those of split"),
         ({"cutmix": 0.5, "num_classes": 3}, r"num_classes: 3; expected at least 4"),
         ({"extra_fraction": 0.0}, r"extra_fraction: 0.0; expected a number more than 0 and less than 1"),
         ({"extra_fraction": 1.0}, r"extra_fraction: 1.0; expected"),

@@ -206,12 +206,25 @@ class DataConfig(_Checked):
     """Side in pixels of a square that is blanked at a random place of every training image; 0 means none."""
     cutmix: float = 0.0
     """Probability that a box of another training image is pasted over an image, and its label mixed in."""
+    mixup: float = 0.0
+    """Probability that an image, unless it has such a box, is blended with another one, and their labels."""
+    mixup_alpha: float = 0.8
+    """Both parameters of the Beta distribution that MixUp's shares come from."""
+    rand_augment: float | None = None
+    """Magnitude, 0 to 10, of RandAugment's two operations on every training image; none means no RandAugment."""
+    erase: float = 0.0
+    """Probability that a rectangle of a training image is filled with noise."""
     train_limit: int | None = None
     """Train on this many images, evenly spread over the classes; none means all that are not held out."""
     extra: Path | None = None
     """File of further images, synthetic or pseudo-labelled: .npz with `image`, uint8 [N, H, W, C], and `label`, [N]."""
     extra_fraction: float = 0.5
     """Part of every batch that is taken from the extra images."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether training images are mixed with others."""
+        return self.cutmix + self.mixup > 0
 
     def _check(self) -> None:
         self._require(0 < self.held_out_fraction < 1, "held_out_fraction", "a number more than 0 and less than 1")
@@ -229,6 +242,11 @@ class DataConfig(_Checked):
         self._require(0 <= self.pad <= 1024, "pad", "a whole number of pixels, 0 to 1024")
         self._require(0 <= self.cutout <= 1024, "cutout", "a whole number of pixels, 0 to 1024")
         self._require(0 <= self.cutmix <= 1, "cutmix", "a probability, 0 to 1")
+        self._require(0 <= self.mixup <= 1 - self.cutmix, "mixup", "a probability, 0 to 1 less --data.cutmix")
+        self._require(self.mixup_alpha > 0, "mixup_alpha", "a number > 0")
+        magnitude = self.rand_augment
+        self._require(magnitude is None or 0 <= magnitude <= 10, "rand_augment", "a magnitude, 0 to 10, or none")
+        self._require(0 <= self.erase <= 1, "erase", "a probability, 0 to 1")
         limit = self.train_limit
         self._require(limit is None or limit >= 1, "train_limit", "a whole number >= 1, or none")
         self._require(0 < self.extra_fraction < 1, "extra_fraction", "a number more than 0 and less than 1")
@@ -572,9 +590,10 @@ class Config(_Checked):
         """What one group of settings demands of another."""
         hard_labels = "0 with --method mart, whose loss needs one right class"
         self._require(self.method != "mart" or self.label_smoothing == 0, "label_smoothing", hard_labels)
-        if self.method == "mart" and self.data.cutmix > 0:
-            raise _refuse("data.cutmix", hard_labels, self.data.cutmix)
-        if self.awp.public_code and (self.method != "at" or self.attack.fast != "none" or self.data.cutmix > 0):
+        for key in ("cutmix", "mixup"):
+            if self.method == "mart" and getattr(self.data, key) > 0:
+                raise _refuse(f"data.{key}", hard_labels, getattr(self.data, key))
+        if self.awp.public_code and (self.method != "at" or self.attack.fast != "none" or self.data.mixes):
             expected = "false for anything but --method at with PGD and whole labels"
             raise _refuse("awp.public_code", expected, self.awp.public_code)
         if self.awp.public_code and self.distributed.ascent_sync == "local":

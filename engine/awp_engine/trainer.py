@@ -255,6 +255,11 @@ class Trainer:
             flip=config.data.flip,
             cutout=config.data.cutout,
             cutmix=config.data.cutmix,
+            mixup=config.data.mixup,
+            mixup_alpha=config.data.mixup_alpha,
+            rand_augment=config.data.rand_augment,
+            erase=config.data.erase,
+            erase_std=data.std,
             num_classes=len(data.class_names),
             fill=data.mean,
         )

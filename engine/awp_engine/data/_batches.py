@@ -33,6 +33,11 @@ def train_batches(
     cutout: int = 0,
     fill: tuple[float, ...] | None = None,
     cutmix: float = 0.0,
+    mixup: float = 0.0,
+    mixup_alpha: float = 0.8,
+    rand_augment: float | None = None,
+    erase: float = 0.0,
+    erase_std: tuple[float, ...] | None = None,
     num_classes: int | None = None,
     extra: Samples | None = None,
     extra_fraction: float = 0.5,
@@ -43,15 +48,16 @@ def train_batches(
 ) -> Generator[Batch, None, None]:
     """One epoch of shuffled, augmented batches; every sample of `split` comes exactly once.
 
-    What a sample looks like depends on (seed, epoch, id) alone, and under CutMix on the set it belongs to. First comes
-    the crop, then mirroring, then Cutout, then CutMix, whose partner is cropped, mirrored and cut as in its own place.
+    What a sample looks like depends on (seed, epoch, id) alone, and under CutMix and MixUp on the set it belongs to.
+    First comes the crop, then mirroring, Cutout, RandAugment, random erasing, and last CutMix or MixUp, whose partner
+    is treated as in its own place.
 
     Extra images are taken in a random order that goes on from epoch to epoch: each is used before any is used again,
     and the order is drawn anew for every pass. An epoch that takes more of them than there are has some more than once,
     with the same pixels. In which place of its batch a sample stands is random too.
 
     Args:
-        split: on the device where the batches are wanted.
+        split: what is trained on, in memory or made batch by batch.
         batch_size: samples a batch, extra ones included; the last one may be smaller.
         seed: the run's seed.
         epoch: with the seed, decides order and augmentation.
@@ -59,11 +65,17 @@ def train_batches(
         flip: mirror half of the images.
         drop_last: leave out a last batch that is not full, for the sake of equal shapes.
         cutout: side in pixels of the square that is filled in every image; 0 for none.
-        fill: what Cutout fills with, one value in [0, 1] a channel: the data set's mean does what is done to normalised
-            images by zeros. Needed with cutout.
-        cutmix: probability that an image has a box replaced by that of another; 0 for never. Otherwise all labels are
-            shares, fp32 [B, num_classes].
-        num_classes: needed with cutmix.
+        fill: what Cutout fills with, and the mean of the noise that erasing fills with, one value in [0, 1] a channel:
+            the data set's mean does what is done to normalised images by zeros. Needed with cutout and erase.
+        cutmix: probability that an image has a box replaced by that of another; 0 for never. With cutmix or mixup all
+            labels are shares, fp32 [B, num_classes].
+        mixup: probability that an image is blended with another; one that is boxed is not blended too, so both
+            probabilities are 1 together at most.
+        mixup_alpha: both parameters of the Beta distribution of the blended shares.
+        rand_augment: magnitude of RandAugment's two operations, 0 to 10; None for none.
+        erase: probability that a rectangle of an image is filled with noise; 0 for never.
+        erase_std: deviation of that noise, one value a channel; None fills with `fill` itself.
+        num_classes: needed with cutmix and mixup.
         extra: further images, of the same shape on the same device, with ids of their own. They are mixed with each
             other, not with those of `split`.
         extra_fraction: part of every batch that is extra, rounded to whole images, more than 0 and less than 1. The
@@ -80,7 +92,21 @@ def train_batches(
     Source of the batches' composition: Carmon et al.: Unlabeled Data Improves Adversarial Robustness, NeurIPS 2019.
     """
     _check_batch_size(batch_size)
-    recipe = Recipe(seed, epoch, pad, flip, cutout, fill, cutmix, num_classes)
+    recipe = Recipe(
+        seed=seed,
+        epoch=epoch,
+        pad=pad,
+        flip=flip,
+        cutout=cutout,
+        fill=fill,
+        cutmix=cutmix,
+        mixup=mixup,
+        mixup_alpha=mixup_alpha,
+        rand_augment=rand_augment,
+        erase=erase,
+        erase_std=erase_std,
+        num_classes=num_classes,
+    )
     recipe.check(split, "split")
     own_size, extra_size = (batch_size, 0) if extra is None else _shares(batch_size, extra_fraction)
     rows = torch.arange(len(split))

@@ -38,9 +38,19 @@ class Mixture(NamedTuple):
     boxes: Boxes
     blend: Tensor
 
-    def part(self, piece: slice) -> Self:
-        """Those of some of the images."""
-        return type(self)(self.partners[piece], self.boxes.part(piece), self.blend[piece])
+    def part(self, places: Tensor) -> Self:
+        """Those of the images at `places`, int64 [n]."""
+        return type(self)(self.partners[places], self.boxes.part(places), self.blend[places])
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        boxes = Boxes(*(field.to(device, non_blocking=True) for field in self.boxes))
+        return type(self)(self.partners, boxes, self.blend.to(device, non_blocking=True))
+
+    @property
+    def mixes(self) -> Tensor:
+        """Which images are mixed, bool [B]."""
+        return self.boxes.nonempty | (self.blend < 1)
 
     def own_share(self, height: int, width: int) -> Tensor:
         """The image's own share of its label, fp32 [B]."""

@@ -5,8 +5,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from awp_engine.data._erase import draw_erase, erase
 from awp_engine.data._framing import Images, Request, Requests
-from awp_engine.data._mixing import Boxes, draw_cutmix, mixed_labels, replace_boxes
+from awp_engine.data._mixing import mixed_labels, replace_boxes
+from awp_engine.data._mixup import Mixture, blend_images, draw_mixture
+from awp_engine.data._rand_augment import rand_augment
 from awp_engine.data._split import Look
 from awp_kernels.philox import mix_seed
 
@@ -54,10 +57,15 @@ class Recipe(NamedTuple):
     epoch: int
     pad: int
     flip: bool
-    cutout: int
-    fill: tuple[float, ...] | None
-    cutmix: float
-    num_classes: int | None
+    cutout: int = 0
+    fill: tuple[float, ...] | None = None
+    cutmix: float = 0.0
+    mixup: float = 0.0
+    mixup_alpha: float = 0.8
+    rand_augment: float | None = None
+    erase: float = 0.0
+    erase_std: tuple[float, ...] | None = None
+    num_classes: int | None = None
 
     def check(self, split: Samples, name: str) -> None:
         """Whether the images of a split can be made so; `name` is the split's in messages.
@@ -70,87 +78,107 @@ class Recipe(NamedTuple):
             raise ValueError(f"pad: {self.pad}; expected at least 0 pixels")
         if self.cutout < 0:
             raise ValueError(f"cutout: {self.cutout}; expected at least 0 pixels")
-        if self.cutout > 0 and not (
+        filled = " and ".join(what for what, used in (("cutout", self.cutout), ("erase", self.erase)) if used)
+        if filled and not (
             self.fill is not None and len(self.fill) == channels and all(0 <= value <= 1 for value in self.fill)
         ):
-            raise ValueError(f"fill: {self.fill}; expected {channels} values in [0, 1], one a channel, for cutout")
-        if not 0 <= self.cutmix <= 1:
-            raise ValueError(f"cutmix: {self.cutmix}; expected a probability, 0 to 1")
-        if self.cutmix > 0:
+            raise ValueError(f"fill: {self.fill}; expected {channels} values in [0, 1], one a channel, for {filled}")
+        for key in ("cutmix", "mixup", "erase"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"{key}: {getattr(self, key)}; expected a probability, 0 to 1")
+        if self.rand_augment is not None and not 0 <= self.rand_augment <= 10:
+            raise ValueError(f"rand_augment: {self.rand_augment}; expected a magnitude, 0 to 10")
+        if self.cutmix + self.mixup > 1:
+            raise ValueError(
+                f"cutmix + mixup: {self.cutmix + self.mixup}; expected at most 1 together"
+            )
+        if self.mixes:
             if len(split) < 2:
-                raise ValueError(f"{name}: {len(split)} images; expected at least 2 for cutmix")
+                raise ValueError(f"{name}: {len(split)} images; expected at least 2 for cutmix or mixup")
             needed = split.largest_label + 1
             if self.num_classes is None or self.num_classes < needed:
                 raise ValueError(
-                    f"num_classes: {self.num_classes}; expected at least {needed} for cutmix, by the labels of {name}"
+                    f"num_classes: {self.num_classes}; expected at least {needed} for mixed labels, those of {name}"
                 )
 
     @property
+    def mixes(self) -> bool:
+        """Whether images are mixed, so that labels are shares."""
+        return self.cutmix + self.mixup > 0
+
+    @property
     def look(self) -> Look:
-        """What is done to each image by itself."""
+        """What is done to each image by itself, in one pass."""
         return Look(self.pad, self.flip, self.cutout, self.fill if self.cutout else None)
 
     def draw(self, split: Samples, rows: Tensor) -> "Drawn":
         """Draws what mixes the samples at `rows`, int64 [K] on the CPU, with others."""
-        ids, seed = split.ids_of(rows), mix_seed(self.seed, self.epoch)
-        if self.cutmix == 0 or self.num_classes is None:
-            return Drawn(split, rows, ids, seed, None)
+        ids = split.ids_of(rows)
+        if not self.mixes:
+            return Drawn(split, rows, ids, self, None)
         _, height, width = split.shape
-        numbers, boxes = draw_cutmix(
+        mixture = draw_mixture(
             ids,
             seed=self.seed,
             epoch=self.epoch,
-            probability=self.cutmix,
+            probability=self.cutmix + self.mixup,
+            switch=self.cutmix / (self.cutmix + self.mixup),
+            alpha=self.mixup_alpha,
             count=len(split),
             height=height,
             width=width,
         )
-        return Drawn(split, rows, ids, seed, _Mix(split.others(rows, numbers), boxes, self.num_classes))
+        return Drawn(split, rows, ids, self, mixture._replace(partners=split.others(rows, mixture.partners)))
 
-
-class _Mix(NamedTuple):
-    """What CutMix puts into each of the images: int64 [K] rows of others, and where."""
-
-    others: Tensor
-    boxes: Boxes
-    num_classes: int
+    def change(self, images: Tensor, ids: Tensor) -> Tensor:
+        """What is done to each image after `look`: fp32 [n, C, H, W] of samples int64 [n] on the same device."""
+        if self.rand_augment is not None:
+            images = rand_augment(images, ids, seed=self.seed, epoch=self.epoch, magnitude=self.rand_augment)
+        if self.erase and self.fill is not None:
+            _, _, height, width = images.shape
+            seed, epoch = self.seed, self.epoch
+            boxes = draw_erase(ids, seed=seed, epoch=epoch, probability=self.erase, height=height, width=width)
+            images = erase(images, boxes, ids, seed=seed, epoch=epoch, mean=self.fill, std=self.erase_std)
+        return images
 
 
 class Drawn(NamedTuple):
-    """Samples of a split, in the order in which they come, and what was drawn for them; on the CPU."""
+    """Samples of a split, in the order in which they come, and what was drawn for them; on the CPU.
+
+    The partners of `mixture` are rows.
+    """
 
     split: Samples
     rows: Tensor
     ids: Tensor
-    seed: int
-    mix: _Mix | None
+    recipe: Recipe
+    mixture: Mixture | None
 
     def request(self, places: Tensor) -> Request:
         """The images that the samples at `places`, int64 [n], are made of: their own, then those mixed into them."""
         rows, ids = self.rows[places], self.ids[places]
-        if self.mix is not None:
-            others = self.mix.others[places][self.mix.boxes.part(places).nonempty]
-            rows, ids = torch.cat([rows, others]), torch.cat([ids, self.split.ids_of(others)])
-        return Request(rows, ids, self.seed)
+        if self.mixture is not None:
+            mixture = self.mixture.part(places)
+            partners = mixture.partners[mixture.mixes]
+            rows, ids = torch.cat([rows, partners]), torch.cat([ids, self.split.ids_of(partners)])
+        return Request(rows, ids, mix_seed(self.recipe.seed, self.recipe.epoch))
 
     def batch(self, places: Tensor, looks: Tensor) -> Batch:
         """The samples at `places`, made of the images of `request`."""
-        device, rows = looks.device, self.rows[places]
-        labels, ids = self.split.labels_of(rows), self.ids[places].to(device, non_blocking=True)
-        if self.mix is None:
+        request, device, count = self.request(places), looks.device, len(places)
+        looks = self.recipe.change(looks, request.ids.to(device, non_blocking=True))
+        labels = self.split.labels_of(request.rows[:count])
+        ids = request.ids[:count].to(device, non_blocking=True)
+        if self.mixture is None:
             return Batch(looks, labels, ids)
-        boxes, count = self.mix.boxes.part(places), len(places)
-        mixed = boxes.nonempty
-        # who is not mixed has an empty box of itself
-        content = torch.where(mixed, count - 1 + mixed.cumsum(0), torch.arange(count)).to(device, non_blocking=True)
-        boxes = Boxes(*(field.to(device, non_blocking=True) for field in boxes))
-        return Batch(
-            replace_boxes(looks[:count], boxes, looks[content]),
-            mixed_labels(
-                labels,
-                self.split.labels_of(self.mix.others[places]),
-                boxes.share_outside(*looks.shape[2:]),
-                num_classes=self.mix.num_classes,
-            ),
-            ids,
-        )
+        mixture = self.mixture.part(places)
+        # who is not mixed is his own partner
+        partner = torch.where(mixture.mixes, count - 1 + mixture.mixes.cumsum(0), torch.arange(count))
+        partner_labels = self.split.labels_of(mixture.partners)
+        mixture = mixture.to(device)
+        images, content = looks[:count], looks[partner.to(device, non_blocking=True)]
+        if self.recipe.mixup:
+            images = blend_images(images, content, mixture.blend)
+        share = mixture.own_share(*looks.shape[2:])
+        mixed = mixed_labels(labels, partner_labels, share, num_classes=self.recipe.num_classes or 0)
+        return Batch(replace_boxes(images, mixture.boxes, content), mixed, ids)

@@ -24,7 +24,7 @@ class EncodedImages(Protocol):
         ...
 
     def digest(self) -> str:
-        """SHA-256, hexadecimal, of names, sizes and contents; of the contents of 1,000 files where they have > 256 MB."""
+        """SHA-256, hexadecimal, of names, sizes and contents; of 1,000 files' contents where they have > 256 MB."""
         ...
 
 

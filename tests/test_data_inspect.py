@@ -162,18 +162,21 @@ def test_damage_that_pillow_passes_over_is_found() -> None:
 
 @pytest.mark.parametrize("interlace", [0, 1])
 def test_missing_rows_are_truncation(interlace: int) -> None:
-    # 5x5 RGB; Adam7 has passes of 1, 1, 1x2, 2x1, 1x3... pixels
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 5, 5, 8, 2, 0, 0, interlace))
-    size = 5 * 16 if not interlace else 4 + 4 + 7 + 2 * 4 + 10 + 3 * 7 + 2 * 16
-    for missing in (0, 1, 16, size):
-        rows = zlib.compress(bytes(size - missing))
-        content = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    # pixels in each row of 5x5, in Adam7's order
+    widths = (1, 1, 2, 1, 1, 3, 2, 2, 2, 5, 5) if interlace else (5,) * 5
+    rows = b"".join(b"\0" + b"\7" * 3 * width for width in widths)
+    for missing in (0, 1, 16, len(rows)):
+        data = chunk(b"IDAT", zlib.compress(rows[: len(rows) - missing]))
+        content = b"\x89PNG\r\n\x1a\n" + header + data + chunk(b"IEND", b"")
         if not missing:
-            assert not decode(content, "x").any()
+            assert (decode(content, "x") == 7).all()
             continue
         with pytest.raises(BadImageError) as found:
             decode(content, "x")
         assert found.value.kind == "truncated"
+    black = chunk(b"IDAT", zlib.compress(bytes(len(rows))))
+    assert not decode(b"\x89PNG\r\n\x1a\n" + header + black + chunk(b"IEND", b""), "x").any()
 
 
 def test_hostile_files_are_refused_after_bounded_work() -> None:

@@ -177,6 +177,14 @@ def test_bad_files_are_refused_or_skipped_by_the_list(copy: Path, tmp_path: Path
     assert not any(content == bad.read_bytes() for _, content in tar_members(out, "train"))
 
 
+def test_images_that_came_after_the_scan_are_decoded(copy: Path, tmp_path: Path) -> None:
+    write_scan(copy / LIST_NAME, scan_folder(copy, workers=1))
+    good = encode(random_image(3), "JPEG")
+    (copy / "train" / "class_4" / "bad.jpg").write_bytes(good[:-40] + b"\xff\xd8" + good[-40:])
+    with pytest.raises(DataError, match=r"broken JPEG: .*; scan first"):
+        pack_folder(copy, tmp_path / "out", workers=1)
+
+
 def test_a_class_that_loses_its_last_image(copy: Path, tmp_path: Path) -> None:
     for file in (copy / "test" / "class_9").iterdir():
         file.write_bytes(b"")

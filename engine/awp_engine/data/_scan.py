@@ -119,7 +119,7 @@ def read_regular(path: Path) -> tuple[bytes, os.stat_result]:
         # What has become a pipe in the meantime must not block either.
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         with os.fdopen(handle, "rb") as file:
-            return file.read(MAX_BYTES + 1), found
+            return file.read(found.st_size), found
     except OSError as error:
         reason = "is a link to nothing" if path.is_symlink() and not path.exists() else None
         raise BadImageError(
@@ -250,20 +250,18 @@ def _list_class(root: Path, folder: str, files: list[str], bad: dict[str, Bad]) 
 def look(root: Path, pixels: bool, decoder: Callable[[bytes, str], object], file: str) -> Look:
     """Looks at one file below `root`: at its pixels too, unless the header is enough to refuse it."""
     path = root / file
-    state = file_state(path)
     # as `read_regular` names it
     name = listed_name(path)
     try:
         content, found = read_regular(path)
-        state = found.st_size, found.st_mtime_ns
         header = check(content, name, suffix=path.suffix)
         if pixels:
             decoder(content, name)
     except BadImageError as error:
-        return Look(Bad(error.kind, str(error).removeprefix(name).lstrip(": ")), state)
+        return Look(Bad(error.kind, str(error).removeprefix(name).lstrip(": ")), file_state(path))
     except MemoryError:
-        return Look(Bad("crashes-decoder", "needs more memory than there is; remove it"), state)
-    return Look(None, state, header, hashlib.blake2b(content, digest_size=8).digest())
+        return Look(Bad("crashes-decoder", "needs more memory than there is; remove it"), file_state(path))
+    return Look(None, (found.st_size, found.st_mtime_ns), header, hashlib.blake2b(content, digest_size=8).digest())
 
 
 def scan_folder(

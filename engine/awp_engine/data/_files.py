@@ -136,9 +136,13 @@ def listed_name(path: bytes) -> str:
 
 
 def shown(path: bytes) -> str:
-    """A file's name for messages, in one line."""
-    name = listed_name(path)
-    return name if name.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+    """A file's name for messages."""
+    return in_one_line(listed_name(path))
+
+
+def in_one_line(text: str) -> str:
+    """With escapes for what is not printable."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def evenly(count: int, most: int = _SAMPLED) -> list[int]:

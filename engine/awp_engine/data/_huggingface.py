@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from awp_engine.data._dataset import DataError
-from awp_engine.data._files import PackedNames, digest_files, shown
+from awp_engine.data._files import PackedNames, digest_files, in_one_line, shown
 
 
 class HuggingFaceImages:
@@ -121,7 +121,7 @@ def _load(part: Path) -> Any:
 
 
 def _not_read(part: Path, error: object) -> DataError:
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = in_one_line(" ".join(str(error).split())) or type(error).__name__
     return DataError(f"{part}: not read, {reason}; expected what datasets.save_to_disk has written: save it again")
 
 

@@ -32,7 +32,7 @@ from clocks import HEAD_START_CYCLES, seconds
 from weight_lists import Latest, TooLargeError, sizes
 from workload import Workload, own_implementations
 
-from awp_kernels import use_backend
+from awp_kernels import _backend, use_backend
 
 # twice the last cache of the devices at hand: 32 MiB (EPYC), 60 MiB (H200)
 COPY_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
@@ -76,13 +76,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         raise pytest.UsageError(str(error)) from None
     over_weights = weight_operations.ALTERNATIVES | update_operations.ALTERNATIVES
     groups = [(o, inputs, names) for inputs in lists for o, names in over_weights.items()]
-    groups += [(o, "128x3x32x32", names) for o, names in image_operations.ALTERNATIVES.items()]
+    groups += [(o, image_operations.inputs(o), names) for o, names in image_operations.ALTERNATIVES.items()]
     cases = [
         Case(device, operation, inputs, implementation, attempt)
         for operation, inputs, names in groups
         for attempt in range(option.passes)
         for implementation in own_implementations(device) + names
         if implementation != "compile" or option.with_compile
+        if implementation in names or _backend.problem(implementation, device, operation.split()[0]) is None
     ]
     metafunc.parametrize("case", cases, ids=str)
 

@@ -348,7 +348,7 @@ void augment(const Augment& a, int64_t begin, int64_t end) {
   for (int64_t sample = begin; sample < end; ++sample) {
     if (sample + 1 < end) {
       const uint8_t* next = image_of(a, sample + 1);
-      for (int64_t i = 0; i < std::min(elements, kBlock); i += kLine) __builtin_prefetch(next + i);
+      for (int64_t i = 0; i < std::min(elements, kBlock); i += kLine) __builtin_prefetch(next + i, 0, 2);
     }
     const uint8_t* image = image_of(a, sample);
     float* out = a.out + sample * elements;

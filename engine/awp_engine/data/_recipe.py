@@ -89,9 +89,7 @@ class Recipe(NamedTuple):
         if self.rand_augment is not None and not 0 <= self.rand_augment <= 10:
             raise ValueError(f"rand_augment: {self.rand_augment}; expected a magnitude, 0 to 10")
         if self.cutmix + self.mixup > 1:
-            raise ValueError(
-                f"cutmix + mixup: {self.cutmix + self.mixup}; expected at most 1 together"
-            )
+            raise ValueError(f"cutmix + mixup: {self.cutmix + self.mixup}; expected at most 1 together")
         if self.mixes:
             if len(split) < 2:
                 raise ValueError(f"{name}: {len(split)} images; expected at least 2 for cutmix or mixup")

@@ -22,6 +22,13 @@ from awp_engine.data._split import StreamedSplit
 pytest.importorskip("nvidia.dali", reason="the extra `dali` is for Linux")
 
 _LOOKS = {"pad": 2, "flip": True, "cutout": 3, "fill": (0.5, 0.25, 0.75), "cutmix": 0.5, "num_classes": 3}
+_HEAVY = {
+    **_LOOKS,
+    "mixup": 0.4,
+    "rand_augment": 9.0,
+    "erase": 0.5,
+    "erase_std": (0.2, 0.2, 0.2),
+}
 
 
 def _picture(number: int, size: tuple[int, int]) -> Image.Image:
@@ -76,7 +83,7 @@ def test_loaders_give_equal_batches(tmp_path: Path, suffix: str) -> None:
     assert isinstance(sets["resident"].train, Split)
     assert isinstance(sets["dali"].train, StreamedSplit)
     assert len({(data.fingerprint, data.mean, data.std) for data in sets.values()}) == 1
-    for looks in ({"pad": 0, "flip": False}, _LOOKS):
+    for looks in ({"pad": 0, "flip": False}, _LOOKS, _HEAVY):
         found = {
             loader: list(Batches(data.train, global_batch_size=8, seed=5, **looks)) for loader, data in sets.items()
         }
@@ -127,6 +134,22 @@ def test_every_image_once_whoever_and_wherever(folder: Path, loader: LoaderName,
         for ours, expected in zip(rest, whole[stop:], strict=True):
             assert torch.equal(ours.images, expected.images)
             assert torch.equal(ours.ids, expected.ids)
+
+
+def test_heavy_augmentation_does_not_depend_on_the_batch(folder: Path) -> None:
+    """Nor on the ranks; labels are shares that add up to one, and MixUp's are not CutMix's."""
+    split = _open(folder, "resident").train
+    whole = {int(i): (x, y) for b in Batches(split, global_batch_size=64, seed=3, **_HEAVY) for x, y, i in zip(*b)}
+    for size, ranks in ((7, 1), (10, 3)):
+        for rank in range(ranks):
+            for batch in Batches(split, global_batch_size=size, seed=3, rank=rank, ranks=ranks, **_HEAVY):
+                for image, label, number in zip(*batch, strict=True):
+                    expected_image, expected_label = whole[int(number)]
+                    assert torch.equal(image, expected_image)
+                    assert torch.equal(label, expected_label)
+                    assert float(label.sum()) == pytest.approx(1, abs=1e-6)
+    light = {int(i): x for b in Batches(split, global_batch_size=64, seed=3, **_LOOKS) for x, _, i in zip(*b)}
+    assert sum(not torch.equal(light[number], image) for number, (image, _) in whole.items()) > len(split) // 2
 
 
 def test_a_state_of_other_data_is_refused(folder: Path) -> None:

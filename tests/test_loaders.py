@@ -139,7 +139,11 @@ def test_every_image_once_whoever_and_wherever(folder: Path, loader: LoaderName,
 def test_heavy_augmentation_does_not_depend_on_the_batch(folder: Path) -> None:
     """Nor on the ranks; labels are shares that add up to one, and MixUp's are not CutMix's."""
     split = _open(folder, "resident").train
-    whole = {int(i): (x, y) for b in Batches(split, global_batch_size=64, seed=3, **_HEAVY) for x, y, i in zip(*b)}
+    whole = {
+        int(i): (x, y)
+        for b in Batches(split, global_batch_size=64, seed=3, **_HEAVY)
+        for x, y, i in zip(*b, strict=True)
+    }
     for size, ranks in ((7, 1), (10, 3)):
         for rank in range(ranks):
             for batch in Batches(split, global_batch_size=size, seed=3, rank=rank, ranks=ranks, **_HEAVY):
@@ -148,7 +152,9 @@ def test_heavy_augmentation_does_not_depend_on_the_batch(folder: Path) -> None:
                     assert torch.equal(image, expected_image)
                     assert torch.equal(label, expected_label)
                     assert float(label.sum()) == pytest.approx(1, abs=1e-6)
-    light = {int(i): x for b in Batches(split, global_batch_size=64, seed=3, **_LOOKS) for x, _, i in zip(*b)}
+    light = {
+        int(i): x for b in Batches(split, global_batch_size=64, seed=3, **_LOOKS) for x, _, i in zip(*b, strict=True)
+    }
     assert sum(not torch.equal(light[number], image) for number, (image, _) in whole.items()) > len(split) // 2
 
 

@@ -292,7 +292,19 @@ def test_an_index_that_belongs_to_another_tar_is_not_used(tmp_path: Path) -> Non
     assert all_bytes(TarImages(tar.parent)) == [content(n) for n in range(3, 9)]
     write_tar(tar, samples(2))
     assert all_bytes(TarImages(tar.parent)) == [content(n) for n in range(2)]
+    # further samples were appended
+    write_tar(tar, samples(3))
+    write_index(tar)
+    write_tar(tar, samples(6))
+    assert all_bytes(TarImages(tar.parent)) == [content(n) for n in range(6)]
     # as long, but of other files
+    write_tar(tar, samples(3))
+    write_index(tar)
+    index = tar.with_suffix(".idx")
+    index.write_text(index.read_text().replace(f" {len(content(1))} 00001", f" {len(content(1)) - 1} 00001"))
+    with pytest.raises(DataError, match=r"0.tar: 00001.jpg is not at byte \d+, where it was listed"):
+        TarImages(tar.parent).read(1)
+    write_index(tar)
     write_tar(tar, samples(3, prefix="x"))
     assert all_bytes(TarImages(tar.parent)) == [content(n) for n in range(3)]
     # the last member alone is the same one
@@ -350,6 +362,16 @@ def test_links_joined_tars_and_other_files(tmp_path: Path) -> None:
     tar.write_bytes(whole + whole)
     with pytest.raises(
         DataError, match=r"0.tar: something follows the archive's end at byte \d+; expected one archive"
+    ):
+        TarImages(tar.parent)
+    tar.write_bytes(whole[:3100])
+    with pytest.raises(
+        DataError, match=r"0.tar: 00001.jpg goes on to byte \d+ of 3100; truncated or damaged: write or"
+    ):
+        TarImages(tar.parent)
+    tar.write_bytes(whole[:3072])
+    with pytest.raises(
+        DataError, match=r"0.tar: 00001.jpg goes on to byte \d+ of 3072; truncated or damaged: write or"
     ):
         TarImages(tar.parent)
     for kind in (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.GNUTYPE_SPARSE):
@@ -487,6 +509,19 @@ def test_shards(tmp_path: Path, kind: str) -> None:
     changed[7, 3, 4, 2] ^= 1
     write_pair(tmp_path / "one", 0, changed, LABELS)
     assert ArrayShards(tmp_path / "one").digest() != store.digest()
+
+
+@pytest.mark.parametrize("place", ["image", "label"])
+def test_a_changed_bit_in_an_archive_is_found_at_opening(tmp_path: Path, place: str) -> None:
+    write_shards(tmp_path, "npz")
+    path = tmp_path / "part-1.npz"
+    with zipfile.ZipFile(path) as archive:
+        start = archive.getinfo(f"{place}.npy").header_offset + 30 + 9 + 20 + 128
+    damaged = bytearray(path.read_bytes())
+    damaged[start] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(DataError, match=rf"part-1.npz \(\d+ bytes\): not read, Bad CRC-32 for file '{place}.npy'"):
+        ArrayShards(tmp_path)
 
 
 def test_large_images_and_cold_files(tmp_path: Path) -> None:
@@ -681,15 +716,15 @@ def write_zip64(path: Path, members: list[tuple[str, bytes, int]]) -> list[int]:
 def test_shards_of_more_than_4_gib(tmp_path: Path, kind: str) -> None:
     count, item = 1_500_000, 32 * 32 * 3  # 4.3 GiB
     image, label = npy_header((count, 32, 32, 3), "|u1"), npy_header((count,), "|u1")
+    labels = (np.arange(count) % 251).astype(np.uint8)
     if kind == "npy":
         path, start = tmp_path / "images-0.npy", 0
         path.write_bytes(image)
         os.truncate(path, len(image) + count * item)
-        (tmp_path / "labels-0.npy").write_bytes(label + bytes(count))
+        (tmp_path / "labels-0.npy").write_bytes(label + labels.tobytes())
     else:
         path = tmp_path / "large.npz"
-        body = label + bytes(count)
-        # small enough for its checksum to be known
+        body = label + labels.tobytes()
         members = [("image.npy", image, len(image) + count * item), ("label.npy", body, len(body))]
         start, _ = write_zip64(path, members)
     rows = [0, 1, 700_000, 1_398_101, 1_398_102, count - 1]  # 2^32 bytes lie within one of them
@@ -703,6 +738,7 @@ def test_shards_of_more_than_4_gib(tmp_path: Path, kind: str) -> None:
     found = store.gather(torch.tensor(rows[::-1])).permute(0, 2, 3, 1).numpy()
     for got, row in zip(found[::-1], rows, strict=True):
         assert got.tobytes() == content(row % 7, item)[:item]
+    assert store.labels(torch.tensor(rows)).tolist() == labels[rows].tolist()
     assert not store.gather(torch.tensor([2, 1_398_103, 1_200_000])).any()
     for seed in range(5):
         store.gather(torch.from_numpy(np.random.default_rng(seed).integers(0, count, 512)))

@@ -86,8 +86,8 @@ def tensor(values: np.ndarray) -> torch.Tensor:
 @pytest.mark.parametrize("increasing", [True, False])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_operation_gives_what_pillow_gives(name, increasing):
-    """To the bit, on pictures of many contents and shapes; sines may move one of 10,000 pixels of a rotation by one level
-    (none measured).
+    """To the bit, on pictures of many contents and shapes; another processor's sines may move one of 10,000 pixels of a
+    rotation by one level.
     """
     off = total = 0
     for channels in (3, 1):

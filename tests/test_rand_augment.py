@@ -131,6 +131,15 @@ def test_images_of_any_size_and_content(height, width, channels, name, data):
     assert (found - expected).abs().max() <= 1
 
 
+def test_a_million_colours_turn_gray_as_pillows_do():
+    """Enough that the luma's rounding at its ties counts."""
+    image = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), dtype=np.uint8)
+    full = torch.tensor([10.0], dtype=torch.float64)
+    found = operate("color", tensor(image)[None], full, -torch.ones_like(full), increasing=True, fill=FILL)[0]
+    expected = by_pillow("color", Image.fromarray(image), 10.0, -1.0, True)
+    assert torch.equal(found, tensor(np.asarray(expected)))
+
+
 def test_operations_follow_each_other_on_their_own_images():
     batch = torch.stack([tensor(pixels(seed)) for seed in range(6)])
     choice = torch.tensor([[0, 7], [-1, -1], [3, 3], [-1, 10], [1, -1], [8, 0]])

@@ -85,7 +85,7 @@ def plain_apgd(model, x, y, epsilon, steps, norm, start):
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("start", ["none", "uniform"])
-@pytest.mark.parametrize("steps", [1, 2, 3, 10, 40])
+@pytest.mark.parametrize("steps", [1, 2, 3, 25])
 def test_each_sample_follows_the_definition(model, norm, start, steps):
     x, epsilon = X.double(), 0.15 if norm == "linf" else 0.8
     begun = pgd(model, x, Y, epsilon=epsilon, step_size=0, steps=0, norm=norm, start=start, sample_ids=IDS, seed=3)

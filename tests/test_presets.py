@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from awp_engine.config import Config, EvaluationConfig
+from awp_engine.config import Config, ConfigError, EvaluationConfig
+from awp_engine.data import batch_sizes
 from awp_engine.presets import PRESETS, build_preset
 from awp_engine.run_log import RunLog
 from awp_engine.trainer import Trainer
@@ -54,7 +55,12 @@ def tiny(config: Config, root: Path, run_dir: Path) -> Config:
 def test_two_steps(name, colour_images, tmp_path):
     whole = build_preset(name)
     config = tiny(whole, colour_images, tmp_path / "run")
-    if config.model.name.startswith("wrn"):
+    if name.endswith("-edm"):
+        # the network itself is trained in its RST preset
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, name="wrn-10-1"))
+    elif name.startswith("imagenet"):
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, width=16))
+    elif config.model.name.startswith("wrn"):
         # one image at a time: a forward pass of WRN-34-10 alone takes 13 GFLOP
         extra = 2 if config.method == "rst" else 1
         config = dataclasses.replace(config, global_batch_size=extra, data=dataclasses.replace(config.data, pad=0))
@@ -76,6 +82,25 @@ def test_two_steps(name, colour_images, tmp_path):
     assert trainer.step.clip_norm == whole.optimizer.clip_norm
 
 
+def test_the_recipes_for_larger_images_and_generated_ones():
+    for name in ("imagenet-convnext-t-at", "imagenet-resnet50-at"):
+        plain, awp = build_preset(name), build_preset(f"{name}-awp")
+        assert dataclasses.replace(awp, awp=plain.awp, preset=name) == plain
+        attack, optimizer = plain.attack, plain.optimizer
+        assert (attack.kind, attack.steps, attack.epsilon, attack.bn_mode) == ("apgd", 2, "4/255", "eval")
+        assert (optimizer.kind, optimizer.lr, optimizer.momentum, optimizer.beta2) == ("adamw", 1e-3, 0.9, 0.95)
+        assert (optimizer.weight_decay, optimizer.decay_all, plain.label_smoothing) == (0.05, False, 0.1)
+    plain = build_preset("cifar10-wrn-28-10-silu-trades-edm")
+    awp = build_preset("cifar10-wrn-28-10-silu-trades-awp-edm")
+    assert dataclasses.replace(awp, awp=plain.awp, preset=plain.preset) == plain
+    assert (plain.beta, plain.data.extra_fraction, plain.average.decay, awp.awp.gamma) == (5.0, 0.7, 0.995, 0.005)
+    # the public code's number of steps: 400 times 50,000 / 512
+    steps = len(batch_sizes(49_000, plain.global_batch_size, plain.data.extra_fraction)) * plain.epochs
+    assert steps == pytest.approx(400 * 98, rel=0.005)
+    with pytest.raises(ConfigError, match=r"--data\.extra: expected an \.npz"):
+        dataclasses.replace(plain, data=dataclasses.replace(plain.data, root=Path())).require_files()
+
+
 def test_presets_cover_what_the_paper_reports():
     for method in ("at", "trades", "mart"):
         for suffix in ("", "-awp", "-l2", "-awp-l2"):
@@ -84,4 +109,7 @@ def test_presets_cover_what_the_paper_reports():
     for data in ("cifar100", "svhn"):
         assert {f"{data}-preact-resnet18-at{suffix}" for suffix in ("", "-awp", "-l2", "-awp-l2")} <= set(PRESETS)
     assert {"cifar10-wrn-28-10-rst", "cifar10-wrn-28-10-rst-awp"} <= set(PRESETS)
+    for suffix in ("", "-awp"):
+        assert {f"imagenet-{model}-at{suffix}" for model in ("convnext-t", "resnet50")} <= set(PRESETS)
+        assert f"cifar10-wrn-28-10-silu-trades{suffix}-edm" in PRESETS
     assert all(summary.endswith(".") for summary in PRESETS.values())

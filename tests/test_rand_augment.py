@@ -86,8 +86,8 @@ def tensor(values: np.ndarray) -> torch.Tensor:
 @pytest.mark.parametrize("increasing", [True, False])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_operation_gives_what_pillow_gives(name, increasing):
-    """To the bit, on pictures of many contents and shapes; sines may move one of 10,000 pixels of a rotation by one
-    level (none measured).
+    """To the bit, on pictures of many contents and shapes; another processor's sines may move one of 10,000 pixels of a
+    rotation by one level.
     """
     off = total = 0
     for channels in (3, 1):
@@ -129,6 +129,15 @@ def test_images_of_any_size_and_content(height, width, channels, name, data):
     picture = Image.fromarray(image if channels == 3 else image[..., 0])
     expected = tensor(np.asarray(by_pillow(name, picture, level, 1.0, True)))
     assert (found - expected).abs().max() <= 1
+
+
+def test_a_million_colours_turn_gray_as_pillows_do():
+    """Enough that the luma's rounding at its ties counts."""
+    image = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), dtype=np.uint8)
+    full = torch.tensor([10.0], dtype=torch.float64)
+    found = operate("color", tensor(image)[None], full, -torch.ones_like(full), increasing=True, fill=FILL)[0]
+    expected = by_pillow("color", Image.fromarray(image), 10.0, -1.0, True)
+    assert torch.equal(found, tensor(np.asarray(expected)))
 
 
 def test_operations_follow_each_other_on_their_own_images():

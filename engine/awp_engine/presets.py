@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from awp_engine.config import (
     AttackConfig,
+    AverageConfig,
     AwpConfig,
     Config,
     ConfigError,
@@ -145,6 +146,73 @@ def sam() -> Config:
     )
 
 
+def imagenet(model: str, *, awp: bool) -> Config:
+    """224x224 images, Linf 4/255, two steps of Auto-PGD, heavy augmentation; 50 epochs from a clean model.
+
+    Source: Singh, Croce, Hein: Revisiting Adversarial Training for ImageNet, NeurIPS 2023, and its public code
+    (nmndeep/revisiting-at: main.py, parserr.py, run_train.sh), whose 80 images a GPU are those of eight GPUs here.
+    There the cosine begins after the warm-up, layer norms and layer scales decay, and the attack climbs the smoothed
+    loss. The weights to start from are given by --model.pretrained. gamma is the AWP paper's for AT on CIFAR-10, not
+    tuned here.
+    """
+    return Config(
+        method="at",
+        label_smoothing=0.1,
+        # data
+        data=DataConfig(name="folder", held_out_fraction=0.01, flip=True),
+        model=ModelConfig(name=model),
+        attack=AttackConfig(kind="apgd", epsilon="4/255", step_size="2/255", steps=2, bn_mode="eval", start="none"),
+        awp=AwpConfig(gamma=0.01 if awp else 0.0),
+        optimizer=OptimizerConfig(
+            kind="adamw",
+            lr=1e-3,
+            momentum=0.9,
+            beta2=0.95,
+            weight_decay=0.05,
+            decay_all=False,
+            schedule="cosine",
+            warmup=10.0,
+        ),
+        average=AverageConfig(kind="ema", decay=0.9999),
+        # RobustBench takes 5,000 images of ImageNet
+        evaluation=EvaluationConfig(steps=10, batch_size=128, held_out_limit=1000, test_limit=5000),
+        epochs=50,
+        global_batch_size=640,
+        micro_batch_size=80,
+        checkpoint_steps=500,
+        log_interval=30.0,
+    )
+
+
+def generated(*, awp: bool) -> Config:
+    """TRADES on CIFAR-10 with 70% of every batch generated (--data.extra: EDM's images, 1 to 50 million).
+
+    Source: Wang, Pang, Du, Lin, Liu, Yan: Better Diffusion Models Further Improve Adversarial Training, ICML 2023, and
+    its public code (wzekai99/DM-Improves-AT: the README's command, train-wa.py, core/utils). Its 400 epochs are of 98
+    steps each, as it counts generated images too; 123 passes over the labelled images are as many steps. There the EMA
+    begins after the warm-up, batch normalisation has a momentum of 0.01, images are not normalised, and there is no
+    AWP, whose gamma and start (after 10 of the 400) here are the AWP paper's for TRADES.
+    """
+    return Config(
+        # TRADES that asks for extra images
+        method="rst",
+        beta=5.0,
+        label_smoothing=0.1,
+        data=DataConfig(name="cifar10", held_out_fraction=0.02, pad=4, flip=True, extra_fraction=0.7),
+        model=ModelConfig(name="wrn-28-10", activation="silu"),
+        attack=AttackConfig(epsilon="8/255", step_size="2/255", steps=10, bn_mode="train", start="uniform"),
+        awp=AwpConfig(gamma=0.005 if awp else 0.0, warmup=3 if awp else 0),
+        optimizer=OptimizerConfig(
+            lr=0.2, momentum=0.9, weight_decay=5e-4, nesterov=True, schedule="cosine", warmup=0.025 * 123
+        ),
+        average=AverageConfig(kind="ema", decay=0.995),
+        evaluation=EvaluationConfig(steps=20, step_size="2/255"),
+        epochs=123,
+        global_batch_size=512,
+        log_interval=30.0,
+    )
+
+
 DEFAULT = "digits"
 
 _Build = Callable[[], Config]
@@ -167,6 +235,24 @@ def _paper_presets() -> dict[str, tuple[str, _Build]]:
     return presets
 
 
+def _larger_presets() -> dict[str, tuple[str, _Build]]:
+    """ImageNet, and CIFAR-10 with generated images, with and without AWP."""
+    presets = {}
+    for awp in (False, True):
+        suffix, method = ("-awp", "AT-AWP") if awp else ("", "AT")
+        for short, model, words in (
+            ("convnext-t", "convnext-tiny-convstem", "ConvNeXt-T with a convolution stem"),
+            ("resnet50", "resnet-50", "ResNet-50"),
+        ):
+            summary = f"{method} of {words} on ImageNet's folders, 224x224, Linf 4/255, APGD-2, 50 epochs."
+            presets[f"imagenet-{short}-at{suffix}"] = (summary, functools.partial(imagenet, model, awp=awp))
+        summary = (
+            f"TRADES{'-AWP' if awp else ''} of wrn-28-10 (SiLU) on CIFAR-10 and EDM's generated images, Linf 8/255."
+        )
+        presets[f"cifar10-wrn-28-10-silu-trades{suffix}-edm"] = (summary, functools.partial(generated, awp=awp))
+    return presets
+
+
 _ALL: dict[str, tuple[str, _Build]] = {
     "digits": ("AT-AWP on scikit-learn's handwritten digits; under two minutes on two CPU cores.", digits),
     "digits-at": ("The same without weight perturbation.", functools.partial(digits, gamma=0.0)),
@@ -185,6 +271,7 @@ _ALL: dict[str, tuple[str, _Build]] = {
         functools.partial(fast, "free"),
     ),
     "cifar10-preact-resnet18-sam": ((sam.__doc__ or ""), sam),
+    **_larger_presets(),
 }
 
 PRESETS: dict[str, str] = {name: summary for name, (summary, _) in _ALL.items()}

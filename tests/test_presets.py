@@ -36,7 +36,7 @@ def tiny(config: Config, root: Path, run_dir: Path) -> Config:
     """Two steps an epoch; the weight perturbation and every stage of the attack begin at once."""
     data = dataclasses.replace(config.data, held_out_fraction=0.3, train_limit=10)
     if config.data.name != "digits":
-        data = dataclasses.replace(data, name="folder", root=root)
+        data = dataclasses.replace(data, name="folder", root=root, image_size=data.image_size and 32, workers=1)
     if config.method == "rst":
         data = dataclasses.replace(data, extra=root / "extra.npz")
     return dataclasses.replace(

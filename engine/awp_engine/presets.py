@@ -158,8 +158,20 @@ def imagenet(model: str, *, awp: bool) -> Config:
     return Config(
         method="at",
         label_smoothing=0.1,
-        # data
-        data=DataConfig(name="folder", held_out_fraction=0.01, flip=True),
+        data=DataConfig(
+            name="imagenet",
+            held_out_fraction=0.01,
+            image_size=224,
+            center_crop=0.875,
+            crop="resized",
+            crop_scale=0.08,
+            flip=True,
+            rand_augment=9.0,
+            erase=0.25,
+            mixup=0.5,
+            mixup_alpha=0.8,
+            cutmix=0.5,
+        ),
         model=ModelConfig(name=model),
         attack=AttackConfig(kind="apgd", epsilon="4/255", step_size="2/255", steps=2, bn_mode="eval", start="none"),
         awp=AwpConfig(gamma=0.01 if awp else 0.0),

@@ -131,8 +131,8 @@ def list_classes(part: Path, *, skip: frozenset[str] = frozenset(), inside: str 
 
 
 def listed_name(path: bytes) -> str:
-    """A file's name in lists: UTF-8, with escapes for bytes that are not."""
-    return path.decode("utf-8", errors="backslashreplace")
+    """A path in lists: UTF-8 where it is, other bytes as backslash, x and two digits, backslashes doubled."""
+    return path.replace(b"\\", b"\\\\").decode("utf-8", errors="backslashreplace")
 
 
 def shown(path: bytes) -> str:

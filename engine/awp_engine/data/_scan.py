@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from awp_engine.checkpoint import atomic_write_text
 from awp_engine.data._dataset import DataError
+from awp_engine.data._files import listed_name as listed_bytes
 from awp_engine.data._inspect import MAX_BYTES, BadImageError, Header, check, decode
 from awp_engine.data._workers import Died, process_all
 
@@ -89,7 +90,7 @@ class Scan:
 
 def listed_name(path: Path | str) -> str:
     """A path as the list has it: UTF-8 where it is, other bytes as backslash, x and two digits, backslashes doubled."""
-    return os.fsencode(path).replace(b"\\", b"\\\\").decode("utf-8", "backslashreplace")
+    return listed_bytes(os.fsencode(path))
 
 
 def listed_path(name: str) -> str:
@@ -315,9 +316,13 @@ def _judge(files: Sequence[str], looks: list[Look], *, pixels: bool, same_size: 
     """What only the files together tell: odd modes and sizes, and the same bytes twice."""
     notes = []
     modes = Counter(found.header.mode for found in looks if found.header)
-    if len(modes) > 1:
-        (usual, most), (_, fewer) = modes.most_common(2)
-        usual = usual if most > fewer else "RGB"
+    sizes = Counter((found.header.width, found.header.height) for found in looks if found.header)
+    (usual, most), (_, fewer) = [*modes.most_common(2), ("RGB", 0), ("L", 0)][:2]
+    usual = usual if most > fewer else "RGB"
+    # what is resized may be grey among colour, as some of ImageNet's photographs are
+    if len(modes) > 1 and usual == "RGB" and len(sizes) > 1 and not same_size:
+        notes.append(f"{fewer:,} images are grey, and become colour in training")
+    elif len(modes) > 1:
         for place, found in enumerate(looks):
             if found.header and found.header.mode != usual:
                 why = f"has mode {found.header.mode}; expected {usual} as most images have: convert or remove it"

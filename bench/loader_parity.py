@@ -30,33 +30,22 @@ _PROG = "loader_parity.py"
 _LOADERS: tuple[LoaderName, ...] = ("resident", "dali", "torch")
 _TRAIN = Path(__file__).resolve().parent.parent / "engine" / "train.py"
 # a small run: minutes for all of them
-_RUN = [
-    "cifar10-preact-resnet18-at-awp",
-    "--data.name",
-    "folder",
-    "--data.train-limit",
-    "2000",
-    "--model.width",
-    "8",
-    "--attack.steps",
-    "3",
-    "--epochs",
-    "8",
-    "--optimizer.schedule",
-    "cosine",
-    "--global-batch-size",
-    "64",
-    "--evaluation.evaluate-every",
-    "8",
-    "--evaluation.held-out-limit",
-    "200",
-    "--evaluation.test-limit",
-    "1000",
-    "--evaluation.steps",
-    "10",
-    "--log-interval",
-    "1000",
-]
+_PRESET = "cifar10-preact-resnet18-at-awp"
+_SETTINGS = {
+    "data.name": "folder",
+    "data.train-limit": 2000,
+    "model.width": 8,
+    "attack.steps": 2,
+    "epochs": 8,
+    "optimizer.schedule": "cosine",
+    "global-batch-size": 64,
+    "evaluation.evaluate-every": 8,
+    "evaluation.held-out-limit": 200,
+    "evaluation.test-limit": 1000,
+    "evaluation.steps": 10,
+    "log-interval": 1000,
+}
+_RUN = [_PRESET, *(word for key, value in _SETTINGS.items() for word in (f"--{key}", str(value)))]
 
 
 class Statistics:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from samples import generator
 
 from awp_kernels import augment, use_backend
-from awp_kernels.philox import STREAM_AUGMENT, STREAM_CUTOUT, mix_seed, sample_words
+from awp_kernels.philox import STREAM_AUGMENT, STREAM_CUTOUT, sample_words
 
 TESTS = Path(__file__).parent
 BACKENDS = ("reference", "cpp")
@@ -211,24 +211,6 @@ def test_rows_of_a_large_file_are_read_and_nothing_else(backend, tmp_path):
 
 def _resident_bytes():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_same_as_the_engines_own_functions(backend):
-    from awp_engine.data import _augment, _mixing
-
-    images, ids, rows = pixels((9, 3, 32, 32)), random_ids(16), torch.randint(0, 9, (16,), generator=generator(1))
-    fill = (0.4914, 0.4822, 0.4465)
-    for pad, flip, cutout in itertools.product((0, 4), (False, True), (0, 9)):
-        windows = _augment.draw_windows(ids, seed=3, epoch=7, pad=pad, flip=flip)
-        expected = _augment.apply_windows(images[rows], windows)
-        if cutout:
-            squares = _mixing.draw_cutout(ids, seed=3, epoch=7, size=cutout, height=32, width=32)
-            expected = _mixing.replace_boxes(expected, squares, torch.tensor(fill).view(-1, 1, 1))
-        options = {"pad": pad, "flip": flip, "cutout": cutout, "fill": fill, "rows": rows}
-        with use_backend(backend):
-            found = augment(images, sample_ids=ids, seed=mix_seed(3, 7), **options)
-        assert_same(found, expected.contiguous(), torch.channels_last)
 
 
 def test_images_of_any_number_of_threads_are_the_same():

@@ -197,7 +197,7 @@ def test_program(tmp_path):
     ("arguments", "named"),
     [
         (["--method", "mart-awp"], "--method: expected one of at, at-awp, trades-awp, got 'mart-awp'"),
-        (["--model", "resnet-50"], "--model"),
+        (["--model", "resnet-51"], "--model"),
         (["--repeats", "0"], "--repeats: expected a whole number >= 1, got 0"),
         (["--engine", "awp.size=1"], "awp.size"),
         (["--json", "nowhere/step.json"], "--json: expected a file in a directory that exists"),

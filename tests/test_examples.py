@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from awp_engine.models._timm import declare_operators
+
 FOLDER = Path(__file__).resolve().parents[1] / "examples"
 METHODS = ("awp", "sam", "asam", "bounded")
 # other people's packages warn of other people's packages
@@ -23,6 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def example(name: str) -> ModuleType:
+    declare_operators()
     sys.path.insert(0, str(FOLDER))
     try:
         return import_module(name)
@@ -188,7 +191,12 @@ def test_an_unknown_method_is_named():
 )
 def test_as_a_command(name, package, tmp_path):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install {package}")
-    command = [sys.executable, str(FOLDER / f"{name}.py"), "--method", "sam"]
+    # packages import torchvision where it is installed; timm's tests need it, and it does not load beside a CPU build
+    prelude = (
+        "import runpy, sys; from awp_engine.models._timm import declare_operators; declare_operators(); "
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", prelude, str(FOLDER / f"{name}.py"), "--method", "sam"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     first, last = (float(value) for value in done.stdout.strip().splitlines()[-1].removeprefix("loss ").split(" -> "))

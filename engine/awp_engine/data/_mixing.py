@@ -1,4 +1,4 @@
-"""Cutout and CutMix: rectangles of an image that are filled, or taken from another image.
+"""CutMix: rectangles of an image that are taken from another one. Cutout is a part of `awp_kernels.augment`.
 
 All that is random is drawn from Philox words w of (seed, epoch, sample id), each method with its own stream.
 """
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from awp_kernels.philox import mix_seed, sample_words
 
-_STREAM_CUTOUT = 6
 _STREAM_CUTMIX = 7
 
 
@@ -36,19 +35,6 @@ class Boxes(NamedTuple):
         area = self.top.new_full((), height * width)
         left = area - (self.bottom - self.top) * (self.right - self.left)
         return (left.double() / area.double()).float()
-
-
-def draw_cutout(ids: Tensor, *, seed: int, epoch: int, size: int, height: int, width: int) -> Boxes:
-    """A square of `size` pixels a side around a pixel of the image, clipped at the border.
-
-    With words of stream 6, the centre is row w0 * height // 2^32 and column w1 * width // 2^32, and the square begins
-    size // 2 before it.
-
-    Source: DeVries, Taylor: Improved Regularization of Convolutional Neural Networks with Cutout, 2017.
-    """
-    words = sample_words(ids, 2, seed=mix_seed(seed, epoch), stream=_STREAM_CUTOUT)
-    length = torch.full_like(ids, size)
-    return _boxes(words[:, 0], words[:, 1], length, length, height, width)
 
 
 def draw_cutmix(

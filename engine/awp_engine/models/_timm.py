@@ -27,7 +27,7 @@ def import_timm() -> ModuleType:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"--model.name: this model needs the package {name}, which is not installed: {_INSTALL}")
     try:
-        _declare_operators()
+        declare_operators()
         import timm
         import timm.models
     except (ImportError, RuntimeError) as error:
@@ -38,7 +38,7 @@ def import_timm() -> ModuleType:
     return timm
 
 
-def _declare_operators() -> None:
+def declare_operators() -> None:
     """Declare two operators that importing torchvision asks for, where its compiled part cannot be loaded.
 
     The part is built for one torch alone, and only for CUDA on PyPI; classifiers use none of it.

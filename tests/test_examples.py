@@ -190,11 +190,13 @@ def test_an_unknown_method_is_named():
     [("plain_loop", "torch"), ("hugging_face_trainer", "transformers"), ("lightning_module", "lightning")],
 )
 def test_as_a_command(name, package, tmp_path):
+    declare_operators()
     pytest.importorskip(package, reason=f"{package} is not installed: pip install {package}")
     # packages import torchvision where it is installed; timm's tests need it, and it does not load beside a CPU build
     prelude = (
         "import runpy, sys; from awp_engine.models._timm import declare_operators; declare_operators(); "
-        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+        "sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition('/')[0]); "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     command = [sys.executable, "-c", prelude, str(FOLDER / f"{name}.py"), "--method", "sam"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)

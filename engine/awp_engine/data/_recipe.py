@@ -131,8 +131,9 @@ class Recipe(NamedTuple):
     def change(self, images: Tensor, ids: Tensor) -> Tensor:
         """What is done to each image after `look`: fp32 [n, C, H, W] of samples int64 [n] on the same device."""
         if self.rand_augment is not None:
-            drawing = {"seed": self.seed, "epoch": self.epoch}
-            images = rand_augment(images, ids, magnitude=self.rand_augment, fill=self.fill, **drawing)
+            images = rand_augment(
+                images, ids, seed=self.seed, epoch=self.epoch, magnitude=self.rand_augment, fill=self.fill
+            )
         if self.erase and self.fill is not None:
             _, _, height, width = images.shape
             seed, epoch = self.seed, self.epoch

@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from image_folders import write_images
 from kill_runs import RunError, differences, outcome
-from test_loaders import write_images
 
 LOGGED = Path(__file__).parent / "logged_train.py"
 IMAGES, BATCH, EPOCHS = 62, 5, 3
@@ -92,7 +92,7 @@ def kill_once(
     directory.mkdir()
     arguments, log = command(root, directory / "run", ranks, loader), directory / "log"
     steps = -(-len_train(root) // BATCH)
-    target, delay = generator.randrange(1, EPOCHS * steps - 4), generator.uniform(0, 0.03)
+    target, delay = generator.randrange(1, EPOCHS * steps - 4), generator.uniform(0, 0.01)
     process = start(arguments, directory / "before", log)
     deadline = time.monotonic() + _LONGEST
     while max(len(rank) for rank in lines(directory / "before", ranks)) < target:
@@ -108,13 +108,14 @@ def kill_once(
         time.sleep(0.1)
     finish(start(arguments, directory / "after", log), log)
     before, after = (lines(directory / name, ranks) for name in ("before", "after"))
-    first = (after[0][0]["epoch"], after[0][0]["index"])
+    # a kill that came after the last batch leaves nothing to go on with
+    first = (after[0][0]["epoch"], after[0][0]["index"]) if after[0] else (EPOCHS, steps)
     for epoch in range(first[0], EPOCHS + 1):
         begin = first[1] if epoch == first[0] else 0
         parts = [line for rank in before for line in rank if line["epoch"] == epoch and line["index"] < begin]
         rest = [line for rank in after for line in rank if line["epoch"] == epoch]
         ids = sorted(number for line in parts + rest for number in line["ids"])
-        if ids != sorted(trained(root)) or min(line["index"] for line in rest) != begin:
+        if ids != sorted(trained(root)) or min((line["index"] for line in rest), default=steps) != begin:
             raise RunError(
                 f"{directory}: epoch {epoch}, killed at batch {target}, gone on at {first}: not each image once"
             )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from data_kills import IMAGES, kill_once, undisturbed
-from test_loaders import write_images
+from image_folders import write_images
 
 pytest.importorskip("nvidia.dali", reason="the extra `dali` is for Linux")
 

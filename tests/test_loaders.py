@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_folders import picture, write_images
 from PIL import Image
 
 from awp_engine.data import Batches, DataError, Framing, Loading, Split, eval_batches, load_dataset
@@ -29,23 +30,6 @@ _HEAVY = {
     "erase": 0.5,
     "erase_std": (0.2, 0.2, 0.2),
 }
-
-
-def _picture(number: int, size: tuple[int, int]) -> Image.Image:
-    """Smooth, so that JPEG and resizing behave as with photographs."""
-    generator = np.random.default_rng(number)
-    coarse = generator.integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
-
-
-def write_images(root: Path, count: int, size: tuple[int, int] | None = (12, 10), suffix: str = ".jpg") -> None:
-    """A folder data set of three classes; sizes differ where `size` is None."""
-    for part, images in (("train", count), ("test", 9)):
-        for number in range(images):
-            folder = root / part / "abc"[number % 3]
-            folder.mkdir(parents=True, exist_ok=True)
-            own = size or (20 + number % 7, 18 + number % 5)
-            _picture(number + 1000 * (part == "test"), own).save(folder / f"{number:04}{suffix}", quality=90)
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +256,7 @@ def test_a_bad_file_ends_the_epoch_by_its_name(tmp_path: Path, loader: LoaderNam
     victim = next(name for row in (data.train.rows[20:]).tolist() if (name := data.train.store.name(row)))
     spoil = _SPOILED[kind]
     if spoil is None:
-        _picture(1, (7, 7)).save(victim)
+        picture(1, (7, 7)).save(victim)
     else:
         Path(victim).write_bytes(spoil(Path(victim).read_bytes()))
     for _ in range(2):  # and again: the first one left nothing behind

@@ -1,11 +1,15 @@
 """Every preset, but for its images, their number and the attack's length: it builds and trains two steps."""
 
 import dataclasses
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from image_folders import write_images
 from PIL import Image
 
 from awp_engine.config import Config, ConfigError, EvaluationConfig
@@ -113,3 +117,24 @@ def test_presets_cover_what_the_paper_reports():
         assert {f"imagenet-{model}-at{suffix}" for model in ("convnext-t", "resnet50")} <= set(PRESETS)
         assert f"cifar10-wrn-28-10-silu-trades{suffix}-edm" in PRESETS
     assert all(summary.endswith(".") for summary in PRESETS.values())
+
+
+@pytest.mark.parametrize("model", ["convnext-t", "resnet50"])
+def test_a_small_run_of_a_recipe_for_larger_images(model, tmp_path):
+    """The command itself, by DALI: images of any size, random-resized crops, all that the recipe does to them."""
+    pytest.importorskip("nvidia.dali", reason="the extra `dali` is for Linux")
+    write_images(tmp_path / "data", 24, None)
+    flags = (
+        f"imagenet-{model}-at-awp --data.name folder --data.root {tmp_path / 'data'} --data.image-size 32 "
+        "--data.loader dali --data.workers 1 --data.held-out-fraction 0.2 --model.width 16 --epochs 1 "
+        "--global-batch-size 8 --micro-batch-size 4 --optimizer.warmup 0 --average.bn-images 8 --evaluation.steps 1 "
+        f"--run-dir {tmp_path / 'run'}"
+    ).split()
+    train = Path(__file__).parent.parent / "engine" / "train.py"
+    done = subprocess.run(
+        [sys.executable, str(train), *flags], capture_output=True, text=True, check=False, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["attack"]["epsilon"] == "4/255"
+    assert 0 <= report["pgd1_accuracy"] <= report["clean_accuracy"] <= 1

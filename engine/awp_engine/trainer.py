@@ -285,7 +285,9 @@ class Trainer:
         self._clock = time.monotonic()
         self.best_weights = self._whole(self.model.state_dict(), every_rank=True)
         self._writer = checkpoint.Writer(self.run_dir / CHECKPOINTS)
-        self.messages: list[str] = []
+        self.messages = [f"{len(data.train):,} training images, loader {data.loader}"]
+        if extra is not None:
+            self.messages.append(f"{len(extra.split):,} extra images, loader {extra.loader}")
         self._resume()
 
     def _twin(self) -> nn.Module | None:

@@ -1,6 +1,7 @@
 """Some of a data set's images: on the training device as a whole, or made batch by batch."""
 
 import contextlib
+import functools
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -81,11 +82,16 @@ class Split:
 
     def others(self, rows: Tensor, numbers: Tensor) -> Tensor:
         """Which rows have the place `numbers`, in [0, N - 1), among all but `rows` in the order of ids; on the CPU."""
-        return others_by_id(self.ids.cpu(), rows, numbers)
+        return others_by_id(self._ids_on_cpu, rows, numbers)
+
+    @functools.cached_property
+    def _ids_on_cpu(self) -> Tensor:
+        # asking a GPU for them waits for it
+        return self.ids.cpu()
 
     def ids_of(self, rows: Tensor) -> Tensor:
         """Sample ids, int64 [n] on the CPU, of rows int64 [n] on the CPU."""
-        return self.ids.cpu()[rows]
+        return self._ids_on_cpu[rows]
 
     def labels_of(self, rows: Tensor) -> Tensor:
         """Labels, int64 [n] on the split's device, of rows int64 [n] on the CPU."""

@@ -79,24 +79,26 @@ class DaliLoader:
             raise failed[0]
 
     def _run(self, pipeline: Any, store: EncodedImages | ImageArrays, asked: deque[Request]) -> Iterator[Tensor]:
-        in_use: deque[tuple[Tensor, torch.Event]] = deque()
-        while True:
-            try:
-                (images,) = pipeline.run()
-            except StopIteration:
-                break
-            except RuntimeError as error:
-                raise _culprit(error, store, asked) from error
-            asked.popleft()
-            batch = torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
-            yield batch
-            if self.device.type == "cuda":
-                # DALI uses memory again that nobody refers to: not before what was queued has read it
-                in_use.append((batch, torch.cuda.current_stream(self.device).record_event()))
-                if len(in_use) > _AHEAD:
-                    in_use.popleft()[1].synchronize()
-        for _, event in in_use:
-            event.synchronize()
+        on_gpu, in_use = self.device.type == "cuda", deque[tuple[Tensor, torch.Event]]()
+        try:
+            while True:
+                try:
+                    (images,) = pipeline.run()
+                except StopIteration:
+                    return
+                except RuntimeError as error:
+                    raise _culprit(error, store, asked) from error
+                asked.popleft()
+                batch = torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
+                yield batch
+                if on_gpu:
+                    # DALI uses memory again that nobody refers to: not before what was queued has read it
+                    in_use.append((batch, torch.cuda.current_stream(self.device).record_event()))
+                    if len(in_use) > _AHEAD:
+                        in_use.popleft()[1].synchronize()
+        finally:
+            if on_gpu:
+                torch.cuda.current_stream(self.device).synchronize()
 
     def _read(
         self, store: EncodedImages | ImageArrays, request: Request, pool: ThreadPoolExecutor

@@ -2,6 +2,7 @@
 
 import math
 import multiprocessing
+import shutil
 import threading
 from pathlib import Path
 
@@ -13,11 +14,22 @@ from hypothesis import strategies as st
 from image_folders import picture, write_images
 from PIL import Image
 
-from awp_engine.data import Batches, DataError, Framing, Loading, Split, eval_batches, load_dataset
+from awp_engine.data import (
+    Batches,
+    DataError,
+    Framing,
+    Loading,
+    Split,
+    eval_batches,
+    load_dataset,
+    load_extra,
+    place_extra,
+)
 from awp_engine.data._ahead import ahead
 from awp_engine.data._batches import shuffled
 from awp_engine.data._framing import Framing as _Framing
 from awp_engine.data._loading import LoaderName, default_workers, free_memory
+from awp_engine.data._pack import pack_folder
 from awp_engine.data._split import StreamedSplit
 
 pytest.importorskip("nvidia.dali", reason="the extra `dali` is for Linux")
@@ -97,6 +109,55 @@ def test_arrays_are_streamed(tmp_path: Path, folder: Path, loader: LoaderName) -
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
+def _table(root: Path, folder: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="the extra `huggingface` is not installed")
+    datasets.disable_progress_bars()
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+    for part in ("train", "test"):
+        files = sorted((folder / part).glob("*/*"))
+        rows = {
+            "image": [{"bytes": file.read_bytes(), "path": None} for file in files],
+            "label": ["abc".index(file.parent.name) for file in files],
+        }
+        datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(root / part))
+
+
+@pytest.mark.parametrize("name", ["webdataset", "huggingface", "tiny-imagenet", "imagenet"])
+def test_every_source_by_every_loader(tmp_path: Path, folder: Path, name: str) -> None:
+    """The same images and labels as in the folder, in batches; processes read the sources too."""
+    root = tmp_path / name
+    if name == "webdataset":
+        pack_folder(folder, root, shard_bytes=8192)
+    elif name == "huggingface":
+        _table(root, folder)
+    elif name == "imagenet":
+        shutil.copytree(folder / "train", root / "train")
+        shutil.copytree(folder / "test", root / "val")
+    else:
+        notes = []
+        (root / "val" / "images").mkdir(parents=True)
+        for file in sorted((folder / "test").glob("*/*")):
+            shutil.copy(file, root / "val" / "images")
+            notes.append("\t".join([file.name, file.parent.name, "0", "0", "1", "1"]))
+        (root / "val" / "val_annotations.txt").write_text("\n".join(notes) + "\n")
+        for label in "abc":
+            shutil.copytree(folder / "train" / label, root / "train" / label / "images")
+    expected = load_dataset("folder", root=folder, held_out_fraction=0, seed=0)
+    for part in ("train", "test"):
+        wanted = _contents(getattr(expected, part))
+        for loader in ("resident", "dali", "torch"):
+            data = load_dataset(name, root=root, held_out_fraction=0, seed=0, loading=Loading(loader=loader, workers=1))
+            assert _contents(getattr(data, part)) == wanted
+
+
+def _contents(split: Split | StreamedSplit) -> list[tuple[bytes, int]]:
+    """Images and labels, in the order of their bytes."""
+    batches = list(eval_batches(split, 16))
+    found = [(x.numpy().tobytes(), int(y)) for b in batches for x, y in zip(b.images, b.labels, strict=True)]
+    assert len(found) == len(split)
+    return sorted(found)
+
+
 @pytest.mark.parametrize("loader", ["dali", "torch"])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_every_image_once_whoever_and_wherever(folder: Path, loader: LoaderName, ranks: int) -> None:
@@ -140,6 +201,36 @@ def test_heavy_augmentation_does_not_depend_on_the_batch(folder: Path) -> None:
         int(i): x for b in Batches(split, global_batch_size=64, seed=3, **_LOOKS) for x, _, i in zip(*b, strict=True)
     }
     assert sum(not torch.equal(light[number], image) for number, (image, _) in whole.items()) > len(split) // 2
+
+
+def test_extra_images_are_streamed(tmp_path: Path, folder: Path) -> None:
+    """From memory-mapped shards into every rank's batches, as those in memory; all come before any comes again."""
+    shards = _shards(tmp_path / "shards", folder) / "train"
+    data = _open(folder, "resident")
+    images = load_extra(shards, like=data)
+    ways = {name: place_extra(images, Loading(loader=name)) for name in ("resident", "torch", "dali")}
+    assert {name: extra.loader for name, extra in ways.items()} == {name: name for name in ways}
+    assert len({extra.fingerprint for extra in ways.values()}) == 1
+    options = {"global_batch_size": 10, "seed": 4, "extra_fraction": 0.7, **_HEAVY}
+    for rank, ranks in ((0, 1), (1, 3)):
+        batches = {
+            name: Batches(data.train, extra=extra.split, rank=rank, ranks=ranks, **options)
+            for name, extra in ways.items()
+        }
+        for expected, *others in zip(*(batches[name] for name in ways), strict=True):
+            for ours in others:
+                assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    taken = [
+        number
+        for epoch in (1, 2)
+        for batch in Batches(data.train, extra=ways["torch"].split, **options).epoch(epoch)
+        for number in batch.ids.tolist()
+        if number >= data.first_extra_id
+    ]
+    counts = [taken.count(number) for number in range(data.first_extra_id, data.first_extra_id + len(images))]
+    # whole passes, and a part of one at both ends
+    assert min(counts) >= 1
+    assert max(counts) - min(counts) <= 2
 
 
 def test_a_state_of_other_data_is_refused(folder: Path) -> None:

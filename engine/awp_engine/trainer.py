@@ -30,6 +30,7 @@ from awp_engine.data import (
     Batch,
     Batches,
     Dataset,
+    Loading,
     Split,
     StreamedSplit,
     data_loading,
@@ -118,12 +119,12 @@ class EpochSums:
         }
 
 
-def load_data(config: Config, device: torch.device | str = "cpu") -> Dataset:
+def load_data(config: Config, loading: Loading | None = None) -> Dataset:
     """The data set that the configuration names.
 
     Args:
         config: the run's.
-        device: where batches are wanted.
+        loading: how; None: as the configuration wants it, on the CPU.
 
     Raises:
         DataError: naming the file that is missing or damaged.
@@ -135,7 +136,7 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Dataset:
         held_out_fraction=data.held_out_fraction,
         seed=_HOLD_OUT_SEED,
         train_limit=data.train_limit,
-        loading=data_loading(config, torch.device(device)),
+        loading=loading or data_loading(config, torch.device("cpu")),
     )
 
 
@@ -214,10 +215,11 @@ class Trainer:
         self.device = choose_device(config.device, self.ranks.local_rank)
         # before data are read and the run directory is made
         choose_precision(config, self.device)
-        data = self.data = load_data(config, self.device)
+        loading = data_loading(config, self.device)
+        data = self.data = load_data(config, loading)
         extra = None
         if config.data.extra is not None:
-            extra = place_extra(load_extra(config.data.extra, like=data), data_loading(config, self.device))
+            extra = place_extra(load_extra(config.data.extra, like=data), loading)
         self.fingerprints = {
             "data_fingerprint": data.fingerprint,
             "extra_fingerprint": None if extra is None else extra.fingerprint,
@@ -471,7 +473,8 @@ class Trainer:
 
     def _replicated(self) -> dict[str, Tensor]:
         """What has to be the same on all ranks, to the bit."""
-        momentum = {f"momentum of {name}": buffer for name, buffer in self._momentum().items()}
+        held = optimizer_tensors(self.model, self.optimizer).items()
+        momentum = {f"momentum of {name}": buffer for name, buffer in held}
         average = {} if self.average is None else self.average.state()
         tensors = self.model.state_dict() | momentum | {f"average of {name}": t for name, t in average.items()}
         return {name: tensor for name, tensor in tensors.items() if not is_sharded(tensor)}
@@ -593,14 +596,11 @@ class Trainer:
             write_report(self.run_dir, fields)
         return fields
 
-    def _momentum(self) -> dict[str, Tensor]:
-        return optimizer_tensors(self.model, self.optimizer)
-
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds in tensors: the same for any number of ranks."""
         tensors = {
             "model": self._whole(self.model.state_dict()),
-            "optimizer": self._whole(self._momentum()),
+            "optimizer": self._whole(optimizer_tensors(self.model, self.optimizer)),
             "best_model": self.best_weights,
             "epoch": {"sums": self._sums.values},
         }

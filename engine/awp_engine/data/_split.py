@@ -34,8 +34,37 @@ class Loader(Protocol):
         ...
 
 
+class _Labelled:
+    """What a split knows of its samples, wherever their images are."""
+
+    labels: Tensor
+    ids: Tensor
+
+    @property
+    def largest_label(self) -> int:
+        """Of all labels; -1 if there are none."""
+        return int(self.labels.max()) if len(self.labels) else -1
+
+    def others(self, rows: Tensor, numbers: Tensor) -> Tensor:
+        """Which rows have the place `numbers`, in [0, N - 1), among all but `rows` in the order of ids; on the CPU."""
+        return others_by_id(self._ids_on_cpu, rows, numbers)
+
+    @functools.cached_property
+    def _ids_on_cpu(self) -> Tensor:
+        # asking a GPU for them waits for it
+        return self.ids.cpu()
+
+    def ids_of(self, rows: Tensor) -> Tensor:
+        """Sample ids, int64 [n] on the CPU, of rows int64 [n] on the CPU."""
+        return self._ids_on_cpu[rows]
+
+    def labels_of(self, rows: Tensor) -> Tensor:
+        """Labels, int64 [n] on the split's device, of rows int64 [n] on the CPU."""
+        return self.labels[rows.to(self.labels.device)]
+
+
 @dataclass(frozen=True, kw_only=True)
-class Split:
+class Split(_Labelled):
     """Some of a data set's images, all on one device.
 
     Attributes:
@@ -75,28 +104,6 @@ class Split:
         """Itself."""
         return self
 
-    @property
-    def largest_label(self) -> int:
-        """Of all labels; -1 if there are none."""
-        return int(self.labels.max()) if len(self.labels) else -1
-
-    def others(self, rows: Tensor, numbers: Tensor) -> Tensor:
-        """Which rows have the place `numbers`, in [0, N - 1), among all but `rows` in the order of ids; on the CPU."""
-        return others_by_id(self._ids_on_cpu, rows, numbers)
-
-    @functools.cached_property
-    def _ids_on_cpu(self) -> Tensor:
-        # asking a GPU for them waits for it
-        return self.ids.cpu()
-
-    def ids_of(self, rows: Tensor) -> Tensor:
-        """Sample ids, int64 [n] on the CPU, of rows int64 [n] on the CPU."""
-        return self._ids_on_cpu[rows]
-
-    def labels_of(self, rows: Tensor) -> Tensor:
-        """Labels, int64 [n] on the split's device, of rows int64 [n] on the CPU."""
-        return self.labels[rows.to(self.labels.device)]
-
     def looks(self, requests: Requests, look: Look, memory_format: torch.memory_format) -> Images:
         """fp32 [n, C, H, W] in [0, 1] for each request, on the split's device."""
         for request in requests.make():
@@ -111,7 +118,7 @@ class Split:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamedSplit:
+class StreamedSplit(_Labelled):
     """Some of a data set's images, which are read and decoded batch by batch.
 
     Attributes:
@@ -153,23 +160,6 @@ class StreamedSplit:
             pixels[done : done + len(images)] = images.permute(0, 2, 3, 1)
             done += len(images)
         return Split(images=pixels.permute(0, 3, 1, 2), labels=self.labels, ids=self.ids.to(self.device))
-
-    @property
-    def largest_label(self) -> int:
-        """As `Split.largest_label`."""
-        return int(self.labels.max()) if len(self.labels) else -1
-
-    def others(self, rows: Tensor, numbers: Tensor) -> Tensor:
-        """As `Split.others`."""
-        return others_by_id(self.ids, rows, numbers)
-
-    def ids_of(self, rows: Tensor) -> Tensor:
-        """As `Split.ids_of`."""
-        return self.ids[rows]
-
-    def labels_of(self, rows: Tensor) -> Tensor:
-        """As `Split.labels_of`."""
-        return self.labels[rows.to(self.labels.device)]
 
     def looks(self, requests: Requests, look: Look, memory_format: torch.memory_format) -> Images:
         """As `Split.looks`."""

@@ -214,7 +214,7 @@ def test_a_run_stopped_in_an_evaluation_goes_on_from_there(tmp_path, config) -> 
 
     def ask(part: str, begins: bool) -> None:
         if part == "evaluation" and begins:
-            stop.signal = signal.SIGTERM
+            stop.reason = signal.SIGTERM
 
     with (
         listening(ask),

@@ -1,4 +1,4 @@
-"""Requests to stop, from Slurm, a terminal or a user, heeded between steps."""
+"""Requests to stop, from Slurm, a terminal, a user or torchrun's end, heeded between steps."""
 
 import contextlib
 import signal
@@ -8,6 +8,8 @@ from types import FrameType
 # os.EX_TEMPFAIL: "try again"; what a scheduler that preempts looks for
 PREEMPTED = 75
 INTERRUPTED = 130
+# beside the numbers of signals
+TORCHRUN_ENDED = -1
 
 
 class StoppedError(RuntimeError):
@@ -23,15 +25,24 @@ class StoppedError(RuntimeError):
 
 
 class StopRequest:
-    """Whether, and by which signal, this process was asked to stop."""
+    """Whether, and why, this process was asked to stop.
+
+    Attributes:
+        reason: the number of a signal, `TORCHRUN_ENDED`, or 0 for none.
+    """
 
     def __init__(self) -> None:
-        self.signal = 0
+        self.reason = 0
 
-    @property
-    def code(self) -> int:
-        """The exit code that goes with the signal: 130 for SIGINT, else 75."""
-        return INTERRUPTED if self.signal == signal.SIGINT else PREEMPTED
+
+def reason_name(reason: int) -> str:
+    """A `StopRequest.reason` in words."""
+    return "the end of torchrun" if reason == TORCHRUN_ENDED else signal.Signals(reason).name
+
+
+def exit_code(reason: int) -> int:
+    """The exit code that goes with a `StopRequest.reason`: 130 for SIGINT, else 75."""
+    return INTERRUPTED if reason == signal.SIGINT else PREEMPTED
 
 
 @contextlib.contextmanager
@@ -43,9 +54,9 @@ def stop_requests() -> Iterator[StopRequest]:
     request = StopRequest()
 
     def note(number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and request.signal:
+        if number == signal.SIGINT and request.reason:
             raise KeyboardInterrupt
-        request.signal = number
+        request.reason = number
 
     handled = [signal.SIGTERM, signal.SIGUSR1]
     # a shell starts what runs in its background with SIGINT ignored, and means it

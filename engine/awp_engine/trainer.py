@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import signal
 import time
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -51,7 +50,7 @@ from awp_engine.replicas import check_replicas
 from awp_engine.report import plot_learning_curves, write_report
 from awp_engine.run_log import RunLog, read_metrics
 from awp_engine.sharding import gather, gathered, is_sharded, scatter_
-from awp_engine.signals import StoppedError, StopRequest
+from awp_engine.signals import StoppedError, StopRequest, exit_code, reason_name
 from awp_engine.throughput import forward_flops, forward_units, matmul_ceiling, peak_memory
 from awp_engine.watchdog import watching
 from awp_kernels.philox import mix_seed
@@ -324,7 +323,11 @@ class Trainer:
         """
         config, first = self.config, self.ranks.is_first
         log = self._open_log() if first else None
-        with log or contextlib.nullcontext(), self._writer, watching(self.ranks, config.distributed.timeout):
+        with (
+            log or contextlib.nullcontext(),
+            self._writer,
+            watching(self.ranks, config.distributed.timeout, self._stop),
+        ):
             for message in self.messages:
                 _say(log, message)
             history = read_metrics(self.run_dir) if first else []
@@ -428,7 +431,7 @@ class Trainer:
 
     def _count(self, result: StepResult, size: int) -> Tensor:
         """Take a step's numbers in, added up over the ranks; returns the loss of the whole batch."""
-        stop = torch.full_like(result.loss, float(self._stop.signal != 0))
+        stop = torch.full_like(result.loss, float(self._stop.reason != 0))
         told = torch.stack([result.loss, result.correct, result.zero_gradients, stop]).double()
         self.ranks.sum_([told])
         self._sums.add_(told[:3], result.skipped, size)
@@ -457,18 +460,18 @@ class Trainer:
         """Leave a checkpoint, and end."""
         path = self._save(wait=True)
         # together: torchrun gives the others 30 seconds once one of them has ended
-        self.ranks.any(False, self.device)
-        # another rank may have been asked
-        name = signal.Signals(self._stop.signal).name if self._stop.signal else "a signal to another rank"
+        reasons = self.ranks.gather(torch.tensor(self._stop.reason, device=self.device)).tolist()
+        rank, reason = next((rank, reason) for rank, reason in enumerate(reasons) if reason)
+        name = reason_name(reason) + (f" to rank {rank}" if rank and reason > 0 else "")
         raise StoppedError(
             f"stopped by {name}: {path or 'a checkpoint'} is written; start again with --run-dir {self.run_dir} to go "
             "on",
-            self._stop.code,
+            exit_code(reason),
         )
 
     def _heed(self) -> None:
         """Stop here if asked to: called on all ranks alike, between batches of an evaluation."""
-        if self.ranks.any(self._stop.signal != 0, self.device):
+        if self.ranks.any(self._stop.reason != 0, self.device):
             raise _AskedToStopError
 
     def _replicated(self) -> dict[str, Tensor]:

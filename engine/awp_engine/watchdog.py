@@ -20,6 +20,7 @@ from torch.distributed.distributed_c10d import Store
 
 from awp_engine.distributed import Ranks, tell_torchrun
 from awp_engine.regions import listening
+from awp_engine.signals import TORCHRUN_ENDED, StopRequest
 
 
 class HangError(RuntimeError):
@@ -33,10 +34,11 @@ class _Watchdog:
         ranks: of the run.
         store: of the ranks.
         timeout: seconds without progress, or without a word of another rank, until the process is ended.
+        stop: asked once the store is gone.
     """
 
-    def __init__(self, ranks: Ranks, store: Store, timeout: float) -> None:
-        self._ranks, self._store, self._timeout = ranks, store, timeout
+    def __init__(self, ranks: Ranks, store: Store, timeout: float, stop: StopRequest) -> None:
+        self._ranks, self._store, self._timeout, self._stop = ranks, store, timeout, stop
         self._count, self._part, self._words = 0, "start", 0
         self._moved = time.monotonic()
         self._over = threading.Event()
@@ -66,7 +68,7 @@ class _Watchdog:
             except RuntimeError:
                 # the store is gone, and torchrun with it: a rank that went on would write where the next start does
                 if not self._over.is_set():
-                    os.kill(os.getpid(), signal.SIGTERM)
+                    self._stop.reason = self._stop.reason or TORCHRUN_ENDED
                 return
 
     def _tell(self) -> None:
@@ -119,15 +121,16 @@ class _Watchdog:
 
 
 @contextlib.contextmanager
-def watching(ranks: Ranks, timeout: float) -> Iterator[None]:
+def watching(ranks: Ranks, timeout: float, stop: StopRequest) -> Iterator[None]:
     """A block in which a rank that makes no progress for `timeout` seconds is named, and all ranks are ended.
 
-    Progress is a `region` that begins or ends. A process that is stopped on the same machine is killed.
+    Progress is a `region` that begins or ends. A process that is stopped on the same machine is killed. Ranks that
+    torchrun's end has left behind are asked to `stop`.
     """
     if ranks.store is None:
         yield
         return
-    watchdog = _Watchdog(ranks, ranks.store, timeout)
+    watchdog = _Watchdog(ranks, ranks.store, timeout, stop)
     try:
         with listening(watchdog.note):
             yield

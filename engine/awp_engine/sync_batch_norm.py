@@ -8,11 +8,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 
-def spans_ranks() -> bool:
-    """Whether there are other ranks to share statistics with."""
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-
-
 def _channelwise(vector: Tensor, like: Tensor) -> Tensor:
     return vector.to(like.dtype).view(1, -1, *[1] * (like.ndim - 2))
 

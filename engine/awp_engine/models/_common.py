@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional
 
-from awp_engine.sync_batch_norm import spans_ranks, synchronized_batch_norm
 from awp_kernels import bn_relu, bn_relu_available, conv3x3, conv3x3_available
 
 Activation = Literal["relu", "silu"]
@@ -24,6 +23,11 @@ def make_activation(name: str) -> nn.Module:
     raise ValueError(f"activation: unknown name {name!r}; expected one of {', '.join(get_args(Activation))}")
 
 
+def spans_ranks() -> bool:
+    """Whether there are other ranks to share statistics with."""
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
 class BatchNorm(nn.BatchNorm2d):
     """Batch normalisation that can be synchronised.
 
@@ -36,6 +40,9 @@ class BatchNorm(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> the same."""
         if self.synchronized and self.training and spans_ranks():
+            # it imports torch.compile, which takes a second
+            from awp_engine.sync_batch_norm import synchronized_batch_norm
+
             return synchronized_batch_norm(self, input)
         return super().forward(input)
 

@@ -14,6 +14,9 @@ from awp_kernels.conv._weights import held_bytes as conv3x3_held_bytes
 
 __all__ = ["conv3x3", "conv3x3_available", "conv3x3_forget", "conv3x3_held_bytes"]
 
+# torch.compile reads a constant, and would look into a function
+_BUILT = _images.operations() is not None
+
 
 def _served(x: Tensor, weight: Tensor) -> bool:
     return _images.plain(x) and _images.plain(weight) and _images.usable() and x.numel() > 0 and weight.numel() > 0
@@ -168,7 +171,8 @@ def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
         x = x.to(torch.get_autocast_dtype("cpu"))
     if torch.compiler.is_compiling():
         usable = x.device.type == "cpu" and x.dtype in _images.DTYPES and weight.dtype in _images.DTYPES
-        return _traced(x, weight) if usable and _usable_when_traced() else reference.conv3x3(x, weight)
+        usable = usable and _BUILT and _backend._forced in (None, "cpp")
+        return _traced(x, weight) if usable else reference.conv3x3(x, weight)
     if not _served(x, weight):
         if _backend._forced == "cpp":
             raise ValueError(
@@ -178,8 +182,3 @@ def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _Conv3x3.apply(x, weight)
     return _forward(x, weight)
-
-
-@torch.compiler.assume_constant_result
-def _usable_when_traced() -> bool:
-    return _images.usable()

@@ -11,8 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+# without build isolation nobody looks at pyproject.toml's [build-system], and older ones cannot read the rest of it
+if int(setuptools.__version__.partition(".")[0]) < 77:
+    sys.exit(f"setuptools {setuptools.__version__}: expected at least 77; pip install --upgrade setuptools")
 
 ROOT = Path(__file__).parent.resolve()
 

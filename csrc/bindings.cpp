@@ -263,7 +263,9 @@ void check(cudaError_t error) {
 class OnDevice {
  public:
   explicit OnDevice(const Tensor& tensor) : guard_(tensor.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_));
+    // torch 2.11 and 2.13 have other macros for it
+    if (aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_) != TORCH_SUCCESS)
+      throw std::runtime_error("torch does not tell its current CUDA stream");
   }
   cudaStream_t stream() const { return static_cast<cudaStream_t>(stream_); }
 

@@ -98,7 +98,9 @@ def test_a_rank_that_hangs_is_named_with_its_stack(tmp_path):
     script = tmp_path / "faulty.py"
     script.write_text(FAULTY)
     flags = ["hang", "1", "3", str(TRAIN), *SMALL, "--distributed.timeout", "2", "--run-dir", str(tmp_path / "run")]
-    both = ranks(2, tmp_path / "run", script=script, given=flags)
+    # which the first rank would take with it
+    _, port = store_server()
+    both = ranks(2, tmp_path / "run", script=script, given=flags, port=port)
     assert [run.end() for run in both] == [1, 1]
     assert re.search(r"error: no progress for 2 s because of rank 1 \(runs, process \d+ on ", both[0].said())
     assert "in fault_on_purpose" in both[1].said()
@@ -114,6 +116,21 @@ def test_ranks_whose_torchrun_is_gone_leave_a_checkpoint_and_end(tmp_path):
     torchrun.kill()
     assert [run.end() for run in both] == [75, 75]
     assert re.search(r"error: stopped by the end of torchrun: \S+ is written", both[0].said()), both[0].said()
+
+
+def test_a_rank_that_hangs_ends_when_torchrun_is_gone_too(tmp_path):
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULTY)
+    flags = ["hang", "1", "3", str(TRAIN), *SMALL, "--distributed.timeout", "5", "--run-dir", str(tmp_path / "run")]
+    torchrun, port = store_server()
+    both = ranks(2, tmp_path / "run", script=script, given=flags, port=port)
+    while both[0].board.read()[-1] < 2:
+        assert both[0].process.exitcode is None, both[0].said()
+    torchrun.kill()
+    assert [run.end() for run in both] == [1, 1]
+    for rank, run in enumerate(both):
+        assert re.search(rf"error: no progress of rank {rank} for 5 s, last seen in \S.*, after the end of", run.said())
+    assert "in fault_on_purpose" in both[1].said()
 
 
 def _arrive(found, port, rank):

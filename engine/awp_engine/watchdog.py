@@ -67,9 +67,22 @@ class _Watchdog:
                     self._end(interval)
             except RuntimeError:
                 # the store is gone, and torchrun with it: a rank that went on would write where the next start does
-                if not self._over.is_set():
-                    self._stop.reason = self._stop.reason or TORCHRUN_ENDED
+                self._stop.reason = self._stop.reason or TORCHRUN_ENDED
+                self._watch_alone(interval)
                 return
+
+    def _watch_alone(self, interval: float) -> None:
+        """Nobody is left to ask, and nobody to end a rank that hangs and cannot heed."""
+        while not self._over.wait(interval):
+            if time.monotonic() - self._moved > self._timeout:
+                print(
+                    f"train.py: error: no progress of rank {self._ranks.rank} for {self._timeout:g} s, last seen in "
+                    f"{self._part}, after the end of torchrun; start again to go on",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+                os._exit(1)
 
     def _tell(self) -> None:
         self._words += 1

@@ -26,6 +26,30 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 0 if gpu else min(os.cpu_count() or 1, 8)
 
 
+# minutes each; begun last, one of them would leave all processes but one idle
+LONGEST = (
+    "test_torchrun",
+    "test_training",
+    "test_presets",
+    "test_evaluation",
+    "test_sanitizers",
+    "test_resume",
+    "test_triton_interpreter",
+    "test_kills",
+    "test_data_kills",
+    "test_bench_step",
+    "test_bench_suite",
+    "test_evaluation_attacks",
+    "test_distributed",
+    "test_examples",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 def device_backends() -> list:
     """Every (device, backend) pair that can run here; the CUDA ones are marked gpu."""
     pairs = []

@@ -55,12 +55,21 @@ def tiny(config: Config, root: Path, run_dir: Path) -> Config:
     )
 
 
+# one preset for each wide network; in the others it is a small one
+WHOLE_WIDE = ("cifar10-wrn-34-10-trades-awp", "cifar10-wrn-28-10-rst-awp")
+
+
+def test_every_wide_network_is_trained_in_one_preset():
+    networks = {name: build_preset(name).model.name for name in PRESETS}
+    wide = {network for network in networks.values() if network.startswith("wrn")}
+    assert sorted(wide) == sorted(networks[name] for name in WHOLE_WIDE)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_two_steps(name, colour_images, tmp_path):
     whole = build_preset(name)
     config = tiny(whole, colour_images, tmp_path / "run")
-    if name.endswith("-edm"):
-        # the network itself is trained in its RST preset
+    if config.model.name.startswith("wrn") and name not in WHOLE_WIDE:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, name="wrn-10-1"))
     elif name.startswith("imagenet"):
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, width=16))

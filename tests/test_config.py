@@ -121,9 +121,13 @@ def test_other_schedules() -> None:
     cycle = OptimizerConfig(schedule="one-cycle", lr=0.2)
     rates = [learning_rate(cycle, 30, p) for p in (0, 6, 12, 21, 30)]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.1, 0.0])
-    warm = OptimizerConfig(schedule="cosine", warmup=2.0)
-    assert [learning_rate(warm, 10, p) for p in (0, 1)] == pytest.approx([0, learning_rate(cosine, 10, 1) / 2])
-    assert learning_rate(warm, 10, 2) == learning_rate(cosine, 10, 2)
+    for schedule, half in (("cosine", 0.05), ("linear", 0.05), ("constant", 0.1)):
+        warm = OptimizerConfig(schedule=schedule, warmup=2.0)
+        rates = [learning_rate(warm, 10, p) for p in (0, 1, 2, 6, 10)]
+        assert rates == pytest.approx([0, 0.05, 0.1, half, 0.1 if schedule == "constant" else 0])
+    assert learning_rate(OptimizerConfig(schedule="cosine", warmup=10.0), 10, 10) == 0.1
+    stepped = OptimizerConfig(warmup=6.0)
+    assert [learning_rate(stepped, 10, p) for p in (3, 5, 6)] == pytest.approx([0.05, 0.1 * 0.1 * 5 / 6, 0.01])
 
 
 @pytest.mark.parametrize(

@@ -397,7 +397,7 @@ class OptimizerConfig(_Checked):
     milestones: tuple[float, ...] = (0.5, 0.75)
     """Fractions of the epochs, rising, at which the piecewise schedule multiplies the rate by 0.1."""
     warmup: float = 0.0
-    """Epochs in which the learning rate rises from 0 along a line, before the schedule's own value."""
+    """Epochs in which the learning rate rises from 0 along a line; cosine and linear begin to fall after them."""
     clip_norm: float | None = None
     """Largest norm of the whole gradient; a longer one is scaled down to it; none means no clipping."""
     decay_all: bool = True
@@ -685,15 +685,16 @@ def learning_rate(config: OptimizerConfig, epochs: int, progress_in_epochs: floa
 
     The piecewise schedule changes at the start of an epoch only, as the paper's does (x0.1 at 100 and 150 of 200);
     one-cycle rises from 0 to lr in the first 40% and falls to 0 in the rest (Wong, Rice, Kolter, ICLR 2020). During
-    warm-up the schedule's value is multiplied by the part of the warm-up that is done.
+    warm-up the rate rises from 0 along a line; cosine and linear fall to 0 over the epochs after it.
     """
     done = min(progress_in_epochs / epochs, 1.0)
+    fallen = max(progress_in_epochs - config.warmup, 0.0) / max(epochs - config.warmup, 1e-9)
     if config.schedule == "constant":
         factor = 1.0
     elif config.schedule == "cosine":
-        factor = 0.5 * (1 + math.cos(math.pi * done))
+        factor = 0.5 * (1 + math.cos(math.pi * min(fallen, 1.0)))
     elif config.schedule == "linear":
-        factor = 1 - done
+        factor = 1 - min(fallen, 1.0)
     elif config.schedule == "one-cycle":
         factor = done / 0.4 if done < 0.4 else (1 - done) / 0.6
     else:

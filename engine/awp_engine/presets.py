@@ -151,9 +151,8 @@ def imagenet(model: str, *, awp: bool) -> Config:
 
     Source: Singh, Croce, Hein: Revisiting Adversarial Training for ImageNet, NeurIPS 2023, and its public code
     (nmndeep/revisiting-at: main.py, parserr.py, run_train.sh), whose 80 images a GPU are those of eight GPUs here.
-    There the cosine begins after the warm-up, layer norms and layer scales decay, and the attack climbs the smoothed
-    loss. The weights to start from are given by --model.pretrained. gamma is the AWP paper's for AT on CIFAR-10, not
-    tuned here.
+    There layer norms and layer scales decay, and the attack climbs the smoothed loss. The weights to start from are
+    given by --model.pretrained. gamma is the AWP paper's for AT on CIFAR-10, not tuned here.
     """
     return Config(
         method="at",

@@ -25,7 +25,8 @@ class StepProfiler:
     def __init__(self, steps: int, path: Path) -> None:
         self.path, self._steps, self._seen = path, steps, 0
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
-        self._profile = profile(activities=activities) if steps else None
+        # torch 2.11 warns of what a second cycle would lose, in the first and only one too
+        self._profile = profile(activities=activities, acc_events=True) if steps else None
         self._running = False
 
     def step(self) -> str | None:

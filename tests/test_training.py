@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from samples import images
 
 import awp_engine
+from awp_engine.checkpoint import CheckpointError
 from awp_engine.config import (
     AttackConfig,
     AverageConfig,
@@ -130,6 +131,17 @@ def test_evaluate_command(finished):
     assert missing.returncode == 2
     assert missing.stderr.count("\n") == 1
     assert "/nowhere/at/all" in missing.stderr
+
+
+def test_a_run_starts_from_given_weights(finished, tmp_path):
+    given = ModelConfig(width=2, pretrained=finished / "model.safetensors")
+    trainer = Trainer(small_config(tmp_path / "run", model=given))
+    assert equal(weights(finished), {name: trainer.model.state_dict()[name] for name in weights(finished)})
+    assert f"weights of {given.pretrained}" in trainer.messages
+    wrong = dataclasses.replace(given, pretrained=tmp_path / "none.safetensors")
+    with pytest.raises(CheckpointError, match=r"none\.safetensors"):
+        Trainer(small_config(tmp_path / "other", model=wrong))
+    assert not (tmp_path / "other").exists()
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:

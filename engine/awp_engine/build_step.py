@@ -7,7 +7,6 @@ from awp_engine.batch_norm import synchronize
 from awp_engine.config import AwpConfig, Config, ConfigError
 from awp_engine.distributed import Ranks
 from awp_engine.graphs import GraphedStep
-from awp_engine.models import load_pretrained
 from awp_engine.objectives import build_objective
 from awp_engine.optimizer import build_optimizer
 from awp_engine.perturbation import TrainingStep
@@ -21,19 +20,15 @@ def build_step(config: Config, model: nn.Module, ranks: Ranks | None = None) -> 
 
     Args:
         config: the run's.
-        model: in train mode, on its device and in its memory format; equal on all ranks. Gets the weights to start
-            from, where the settings name some.
+        model: in train mode, on its device and in its memory format; equal on all ranks.
         ranks: that train together; by default this process alone.
 
     Raises:
         ConfigError: a precision that the device does not have, or shards of one rank.
-        CheckpointError: the weights to start from cannot be read, or do not fit.
     """
     ranks = ranks or Ranks()
     device = next(model.parameters()).device
     precision = choose_precision(config, device)
-    if config.model.pretrained is not None:
-        load_pretrained(model, config.model.pretrained)
     if config.distributed.sync_batch_norm:
         synchronize(model)
     sharded = config.distributed.strategy == "fsdp"

@@ -41,6 +41,7 @@ from awp_engine.device import Behind, choose_device, fast_memory_format
 from awp_engine.distributed import Ranks
 from awp_engine.evaluation import PgdAttack, evaluate, evaluation_seed, spread
 from awp_engine.loading import CHECKPOINTS, MODEL_FILE, ModelDescription
+from awp_engine.models import load_pretrained
 from awp_engine.optimizer import allocate_optimizer_tensors, optimizer_tensors, set_learning_rate
 from awp_engine.perturbation import StepResult
 from awp_engine.precision import choose_precision
@@ -226,9 +227,6 @@ class Trainer:
         loaders = [data.loader, "" if extra is None else extra.loader]
         given = [config_hash(config), *map(str, self.fingerprints.values()), *loaders]
         self.ranks.require_equal(given, "configuration and data", self.device)
-        if self.ranks.is_first:
-            prepare_run_dir(config)
-
         _set_up_torch(config, self.device)
         self.description = ModelDescription(
             name=config.model.name,
@@ -243,6 +241,15 @@ class Trainer:
         # torch's stub does not know the keyword
         model.to(device=self.device, memory_format=self.memory_format)  # pyright: ignore[reportCallIssue]
         self.model = model.train()
+        self.messages = [f"{len(data.train):,} training images, loader {data.loader}"]
+        if extra is not None:
+            self.messages.append(f"{len(extra.split):,} extra images, loader {extra.loader}")
+        if config.model.pretrained is not None:
+            kept = load_pretrained(model, config.model.pretrained)
+            new = f"; new, for {len(data.class_names)} classes: {', '.join(kept)}" if kept else ""
+            self.messages.append(f"weights of {config.model.pretrained}{new}")
+        if self.ranks.is_first:
+            prepare_run_dir(config)
         self.batches = Batches(
             data.train,
             global_batch_size=config.global_batch_size,
@@ -286,9 +293,6 @@ class Trainer:
         self._clock = time.monotonic()
         self.best_weights = self._whole(self.model.state_dict(), every_rank=True)
         self._writer = checkpoint.Writer(self.run_dir / CHECKPOINTS)
-        self.messages = [f"{len(data.train):,} training images, loader {data.loader}"]
-        if extra is not None:
-            self.messages.append(f"{len(extra.split):,} extra images, loader {extra.loader}")
         self._resume()
 
     def _twin(self) -> nn.Module | None:

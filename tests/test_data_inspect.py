@@ -3,6 +3,7 @@
 import io
 import pickle
 import struct
+import tracemalloc
 import warnings
 import zlib
 from functools import cache
@@ -192,6 +193,33 @@ def test_hostile_files_are_refused_after_bounded_work() -> None:
     last = jpeg.rindex(b"\xff\xda")
     with pytest.raises(DataError, match="over 100 scans"):
         decode(jpeg[:last] + jpeg[last:-2] * 5_000 + jpeg[-2:], "x")
+
+
+@pytest.mark.parametrize("filler", [b"\xff\xdb\0\x02", b"\xff\xfe\0\x02", b"\xff"])
+def test_floods_before_the_pixels_are_refused(filler: bytes) -> None:
+    jpeg = sound()["jpeg"]
+    start = jpeg.index(b"\xff\xda")
+    flooded = jpeg[:start] + filler * 20_000 + jpeg[start:]
+    assert check(flooded, "x").mode == "RGB"
+    with pytest.raises(DataError, match="over 10,000 segments before its pixels"):
+        decode(flooded, "x")
+
+
+def test_floods_of_png_chunks_are_refused_and_bombs_stay_packed() -> None:
+    content = sound()["png"]
+    start = content.index(b"IDAT") - 4
+    for tag in (b"IDAT", b"tEXt"):
+        flooded = content[:start] + chunk(b"IDAT", b"") + chunk(tag, b"") * 12_000 + content[start:]
+        with pytest.raises(DataError, match=r"broken PNG: over 10,\d+ chunks"):
+            decode(flooded, "x")
+    # black, so that its data are looked at: 32 MiB of them where 14 bytes are wanted
+    bomb = png(2, 2, 8, 2, rows=bytes(2**25))
+    tracemalloc.start()
+    try:
+        assert not decode(bomb, "x").any()
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_error_keeps_its_kind_between_processes() -> None:

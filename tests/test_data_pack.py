@@ -1,11 +1,15 @@
 """`python -m awp_engine.data pack` and `verify`: shards that others read as they were meant, or none at all."""
 
+import errno
 import json
 import multiprocessing
+import os
 import shutil
 import signal
+import stat
 import tarfile
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -15,7 +19,7 @@ from disks import small_tmpfs
 from awp_engine.data import DataError
 from awp_engine.data.__main__ import main
 from awp_engine.data._inspect import decode
-from awp_engine.data._pack import Manifest, pack_folder, read_manifest, verify_pack
+from awp_engine.data._pack import Manifest, _fields_digest, pack_folder, read_manifest, verify_pack
 from awp_engine.data._scan import LIST_NAME, scan_folder, write_scan
 
 SHARD = 20 * 1024
@@ -193,6 +197,18 @@ def test_a_class_that_loses_its_last_image(copy: Path, tmp_path: Path) -> None:
         pack_folder(copy, tmp_path / "out", workers=1, policy="skip")
 
 
+@pytest.mark.parametrize("form", ["tar", "npy"])
+def test_fewer_than_two_classes_are_not_packed(copy: Path, tmp_path: Path, form: Literal["tar", "npy"]) -> None:
+    for kept, message in (("class_3", "good images of 1 classes"), ("", "good images of 0 classes; expected at least")):
+        for file in copy.glob("t*/*/*"):
+            if file.parent.name != kept:
+                file.write_bytes(b"")
+        write_scan(copy / LIST_NAME, scan_folder(copy, workers=1))
+        with pytest.raises(DataError, match=message):
+            pack_folder(copy, tmp_path / "out", form=form, workers=1, policy="skip")
+        assert not (tmp_path / "out").exists()
+
+
 def test_val_is_packed_as_test(copy: Path, packed: Path, tmp_path: Path) -> None:
     (copy / "test").rename(copy / "val")
     manifest = pack_folder(copy, tmp_path / "out", shard_bytes=SHARD, workers=1)
@@ -234,6 +250,25 @@ def test_a_failed_pack_leaves_nothing(copy: Path, tmp_path: Path) -> None:
     (copy / "train" / "class_9" / "zz.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"zz\.png is empty"):
         pack_folder(copy, out, shard_bytes=SHARD, workers=1)
+    assert list(out.iterdir()) == []
+
+
+def test_a_manifest_that_may_not_last_is_taken_back(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = os.fsync
+
+    def failing(handle: int) -> None:
+        # a disk that fails for directories alone cannot be had
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(OSError, match="Input/output"):
+        pack_folder(folder, out, workers=1)
     assert list(out.iterdir()) == []
 
 
@@ -286,6 +321,33 @@ def test_no_flipped_bit_in_the_manifest_is_accepted(packed: Path, tmp_path: Path
         (tmp_path / "manifest.json").write_bytes(flipped)
         with pytest.raises(DataError, match="is damaged"):
             read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda fields: fields.update(images=[1]),
+        lambda fields: fields["images"].update(train="1"),
+        lambda fields: fields.update(classes=None),
+        lambda fields: fields["files"].append([]),
+        lambda fields: fields["files"][0].update(bytes="x"),
+        lambda fields: fields["files"][0].update(images="x"),
+        lambda fields: fields["files"][0].update(file="../x"),
+    ],
+)
+def test_manifests_of_other_types_are_damaged(packed: Path, tmp_path: Path, change: Any) -> None:
+    fields = json.loads((packed / "manifest.json").read_text())
+    fields.pop("digest")
+    change(fields)
+    (tmp_path / "manifest.json").write_text(json.dumps({**fields, "digest": _fields_digest(fields)}))
+    with pytest.raises(DataError, match=r"manifest.json is damaged \(.*\); pack again"):
+        verify_pack(tmp_path)
+
+
+def test_a_manifest_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "manifest.json")
+    with pytest.raises(DataError, match=r"manifest.json is damaged \(not a file\); pack again"):
+        verify_pack(tmp_path)
 
 
 def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,6 +102,9 @@ def test_what_lies_in_a_folder_by_mistake(folder: Path) -> None:
     add("train/stray.jpg", image, "no-such-class")
     add("train/class_0/deeper/and/deeper/x.png", image, "no-such-class")
     add("train/dragon/x.jpg", image, "no-such-class")
+    (train / "class_0" / "deeper" / ".git").mkdir()
+    for name in ("deeper/.hidden.jpg", "deeper/.git/y.jpg"):
+        (train / "class_0" / name).write_bytes(image)
     add("train/class_1/grey.jpg", encode(random_image(4, channels=1), "JPEG"), "odd-mode")
     add("train/class_1/rgba.png", encode(random_image(6).convert("RGBA"), "PNG"), "colour-mode")
     add("train/class_1/word.jpg", b"not an image", "corrupt")
@@ -154,6 +157,14 @@ def test_val_in_place_of_test_and_classes_that_are_links(folder: Path, tmp_path:
     (folder / "val" / "class_4").symlink_to(tmp_path / "elsewhere")
     scan = scan_folder(folder, workers=1)
     assert (scan.files, scan.bad) == (60, {})
+
+
+def test_a_heap_of_unlabelled_images_beside_val_is_left_out(folder: Path) -> None:
+    (folder / "test").rename(folder / "val")
+    (folder / "test" / ".cache").mkdir(parents=True)
+    (folder / "test" / "ILSVRC2012_test_00000001.JPEG").write_bytes(encode(random_image(8), "JPEG"))
+    scan = scan_folder(folder, workers=1, pixels=False)
+    assert (scan.files, scan.bad, scan.notes) == (60, {}, ("test has no class folders and was left out",))
 
 
 def test_files_that_kill_their_decoder_are_listed(folder: Path) -> None:
@@ -277,6 +288,9 @@ def test_the_list_is_read_as_written(tmp_path: Path) -> None:
         ('"mtime_ns": 4', '"mtime_ns": null'),
         ("{", "[" * 200_000),
         ('"file": "test/\\\\xff"', '"file": "train/a/b.jpg"'),
+        ("train/a/b.jpg", "train/a/b\\u0000.jpg"),
+        ("train/a/b.jpg", "train/a/b\\ud800.jpg"),
+        ("train/a/b.jpg", "train/a/b\\\\.jpg"),
     ],
 )
 def test_a_damaged_list_is_refused(tmp_path: Path, old: str, new: str) -> None:
@@ -299,6 +313,11 @@ def test_a_cut_list_is_refused(tmp_path: Path) -> None:
             read_scan(path)
     with pytest.raises(DataError, match="cannot be read: No such file"):
         read_scan(tmp_path / "none")
+    path.unlink()
+    # waits for nobody
+    os.mkfifo(path)
+    with pytest.raises(DataError, match=r"is damaged \(not a file\); scan again"):
+        read_scan(path)
 
 
 @pytest.mark.parametrize(

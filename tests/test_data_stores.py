@@ -10,6 +10,7 @@ import shutil
 import struct
 import sys
 import tarfile
+import tracemalloc
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -22,13 +23,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from awp_engine.data import DataError
+from awp_engine.data import Batches, DataError, Loading, load_dataset
 from awp_engine.data._files import PackedNames, evenly
 from awp_engine.data._huggingface import HuggingFaceImages
+from awp_engine.data._mat import read_mat
 from awp_engine.data._shards import ArrayShards
 from awp_engine.data._sources import Source, open_source, source_names
 from awp_engine.data._store import EncodedImages, ImageArrays
 from awp_engine.data._tar import TarImages
+from awp_engine.data._unpickle import read_pickle
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 PIXELS = np.random.default_rng(0).integers(0, 256, (9, 4, 5, 3), dtype=np.uint8)
@@ -109,13 +112,13 @@ def test_what_is_no_regular_file_is_refused_and_never_waited_for(tmp_path: Path)
     (folder / "6.jpg").write_bytes(b"")
     (folder / "7.jpg").symlink_to("0.jpg")
     with (folder / "8.jpg").open("wb") as file:
-        file.truncate(2**30 + 1)
+        file.truncate(2**28 + 1)
     images = open_source("folder", tmp_path).train
     for row, message in (
-        (3, "is not a regular file"),
-        (4, "is not a regular file"),
-        (5, "No such file"),
-        (8, "has 1073"),
+        (3, "is a named pipe, not a file; remove it"),
+        (4, "is a directory, not a file; remove it"),
+        (5, "is a link to nothing; repair or remove it"),
+        (8, "has 268,435,457 bytes; expected at most 268,435,456: remove it"),
     ):
         with pytest.raises(DataError, match=rf"{row}.jpg .*{message}") as raised:
             images.read(row)
@@ -324,6 +327,11 @@ def test_names_of_classes(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"classes.json (cannot be read|is no list of at least 2)") as raised:
             open_source("webdataset", tmp_path)
         one_line(raised)
+    given.unlink()
+    os.mkfifo(given)
+    with pytest.raises(DataError, match=r"classes.json cannot be read: not a file"):
+        open_source("webdataset", tmp_path)
+    given.unlink()
     given.write_text('["a", "b"]')
     with pytest.raises(DataError, match=r"train/0.tar: 00002.jpg has label 2; expected 0 to 1 .*classes.json"):
         open_source("webdataset", tmp_path)
@@ -606,6 +614,101 @@ def test_shards_that_change_or_go_away(tmp_path: Path) -> None:
         pickle.loads(pickle.dumps(store)).gather(torch.tensor([0]))
 
 
+@pytest.mark.parametrize("cut", [1, 4000 * 48])
+def test_a_shard_that_is_cut_between_two_batches_ends_training_by_its_name(tmp_path: Path, cut: int) -> None:
+    for part in ("train", "test"):
+        write_pair(tmp_path / part, 0, np.zeros((4000, 4, 4, 3), np.uint8), np.arange(4000) % 3)
+    data = load_dataset("shards", root=tmp_path, held_out_fraction=0, seed=0, loading=Loading(loader="torch"))
+    batches = iter(Batches(data.train, global_batch_size=40, seed=0, pad=0, flip=False))
+    next(batches)
+    path = tmp_path / "train" / "images-00000.npy"
+    os.truncate(path, path.stat().st_size - cut)
+    with pytest.raises(
+        DataError, match=r"train/images-00000.npy has changed since it was opened \(\d+ bytes"
+    ) as raised:
+        list(batches)
+    one_line(raised)
+
+
+def test_labels_and_files_that_are_cut_or_removed_while_mapped(tmp_path: Path) -> None:
+    write_pair(tmp_path, 0, PIXELS, LABELS)
+    store = ArrayShards(tmp_path)
+    rows = torch.arange(9)
+    assert store.labels(rows).tolist() == LABELS.tolist()
+    assert len(store.gather(rows)) == 9
+    os.truncate(tmp_path / "labels-00000.npy", 0)
+    for read in (store.all_labels, lambda: store.labels(rows), lambda: store.require_labels(3, "x")):
+        with pytest.raises(
+            DataError, match=r"labels-00000.npy has changed since it was opened \(0 bytes, before 200\)"
+        ):
+            read()
+    (tmp_path / "images-00000.npy").unlink()
+    with pytest.raises(DataError, match=r"images-00000.npy cannot be read: No such file"):
+        store.gather(rows)
+
+
+@pytest.mark.parametrize("name", ["shards", "webdataset"])
+def test_one_damaged_label_does_not_fill_the_memory_with_names(tmp_path: Path, name: str) -> None:
+    for part in ("train", "test"):
+        write_pair(tmp_path / part, 0, PIXELS, np.where(LABELS == 1, 300_000_000, LABELS))
+        write_tar(tmp_path / part / "0.tar", [("1.jpg", b"x"), ("1.cls", b"300000000")])
+    with pytest.raises(DataError, match=r"train has the label 300000000; expected fewer than 1,000,000 cl") as raised:
+        open_source(name, tmp_path)
+    one_line(raised)
+
+
+def test_suffixes_in_capitals(tmp_path: Path) -> None:
+    for number, suffix in enumerate(("tar", "TAR")):
+        write_tar(tmp_path / "tars" / f"{number}.{suffix}", samples(3, 3 * number))
+    assert all_bytes(TarImages(tmp_path / "tars")) == [content(n) for n in range(6)]
+    write_pair(tmp_path / "shards", 0, PIXELS, LABELS)
+    for kind in ("images", "labels"):
+        shutil.copy(tmp_path / "shards" / f"{kind}-00000.npy", tmp_path / "shards" / f"{kind}-00001.NPY")
+    with (tmp_path / "shards" / "more.NPZ").open("wb") as file:
+        np.savez(file, image=PIXELS, label=LABELS)
+    assert len(ArrayShards(tmp_path / "shards")) == 27
+    assert len(ArrayShards(tmp_path / "shards" / "images-00001.NPY")) == 9
+
+
+def bomb(begin: bytes, megabytes: int) -> bytes:
+    packer = zlib.compressobj(9)
+    return packer.compress(begin) + b"".join(packer.compress(bytes(2**20)) for _ in range(megabytes)) + packer.flush()
+
+
+def test_what_would_unpack_to_much_is_refused_in_little_memory(tmp_path: Path) -> None:
+    header = b"\x93NUMPY\2\0" + struct.pack("<I", 2**25)
+    with zipfile.ZipFile(tmp_path / "header.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("image.npy", header + bytes(2**25))
+    packed = bomb(b"", 4)
+    (tmp_path / "zeros.mat").write_bytes(bytes(124) + b"\0\1IM" + struct.pack("<II", 15, len(packed)) + packed)
+    (tmp_path / "cut.mat").write_bytes(bytes(124) + b"\0\1IM" + struct.pack("<II", 15, 100) + packed[:100])
+    # nine bytes that ask for 4 GiB of places
+    (tmp_path / "memo").write_bytes(b"\x80\2}r" + struct.pack("<I", 2**28) + b".")
+    for read, message in (
+        (lambda: ArrayShards(tmp_path / "header.npz"), r"header.npz .*: not read, EOF: reading array header"),
+        (lambda: read_mat(tmp_path / "zeros.mat", "X"), r"zeros.mat .*: not read, an element of type 0 where a variab"),
+        (lambda: read_mat(tmp_path / "cut.mat", "X"), r"cut.mat .*: not read, a compressed variable that is cut off"),
+        (lambda: read_pickle(tmp_path / "memo"), r"memo .*: not read, refused: a value of number 268435456 in 9 by"),
+    ):
+        tracemalloc.start()
+        try:
+            with pytest.raises(DataError, match=message) as raised:
+                read()
+            assert tracemalloc.get_traced_memory()[1] < 2**24
+        finally:
+            tracemalloc.stop()
+        one_line(raised)
+
+
+def test_files_that_fail_when_they_are_read(tmp_path: Path) -> None:
+    for name in ("train_32x32.mat", "test_32x32.mat"):
+        # opens, and then fails to be read
+        (tmp_path / name).symlink_to("/proc/self/mem")
+    with pytest.raises(DataError, match=r"cannot be read: Input/output error; expected a file of svhn") as raised:
+        load_dataset("svhn", root=tmp_path, held_out_fraction=0, seed=0)
+    one_line(raised)
+
+
 def test_labels_out_of_range_name_their_file(tmp_path: Path) -> None:
     for part in ("train", "test"):
         write_shards(tmp_path / part, "npy")
@@ -824,6 +927,33 @@ def test_tables_that_are_not_whole(table: Path, tmp_path: Path, change: Any, mes
     with pytest.raises(DataError, match=message) as raised:
         open_source("huggingface", root)
     one_line(raised)
+
+
+def test_labels_that_go_on_after_their_buffer_are_refused(table: Path, tmp_path: Path) -> None:
+    root = copy_table(table, tmp_path / "copy")
+    (path,) = (root / "validation").glob("*.arrow")
+    whole, size = path.read_bytes(), struct.pack("<q", 5 * 8)
+    refused = 0
+    for place in range(0, len(whole), 8):
+        if whole[place : place + 8] == size:
+            path.write_bytes(whole[:place] + struct.pack("<q", 8) + whole[place + 8 :])
+            with pytest.raises(DataError, match=r"validation: not read, .*too small in array of type int64") as raised:
+                HuggingFaceImages(root / "validation")
+            one_line(raised)
+            refused += 1
+    assert refused == 1
+
+
+def test_pipes_among_tables_and_rows_that_are_all_skipped(table: Path, tmp_path: Path) -> None:
+    root = copy_table(table, tmp_path / "copy")
+    every = frozenset(f"validation/{row}" for row in range(5))
+    with pytest.raises(DataError, match=r"validation has no image left: all 5 are skipped"):
+        HuggingFaceImages(root / "validation", skip=every)
+    (path,) = (root / "validation").glob("*.arrow")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DataError, match=r"arrow is not a file; expected what datasets.save_to_disk has written"):
+        HuggingFaceImages(root / "validation")
 
 
 def test_rows_without_bytes_or_labels_and_columns_of_other_types(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Images as files of a directory, train/<class>/*.jpg and the like, read when they are wanted."""
 
+import errno
 import hashlib
 import os
 import stat
@@ -14,10 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from awp_engine.data._dataset import DataError
+from awp_engine.data._inspect import MAX_BYTES, BadImageError
 
 SUFFIXES = (b".jpg", b".jpeg", b".png")
-LARGEST = 2**30
-"""Bytes of an encoded image; nothing larger is one."""
 _SAMPLED = 1000
 # what a digest reads at most of a set that is small enough to be read whole
 _SMALL = 2**28
@@ -79,13 +79,9 @@ class FileImages:
         """The file's bytes.
 
         Raises:
-            DataError: it cannot be read, is no regular file, or is larger than 1 GiB.
+            DataError: as `read_regular`.
         """
-        path = self._path(row)
-        try:
-            return _read_regular(path)
-        except OSError as error:
-            raise DataError(f"{shown(path)} cannot be read: {error.strerror}; replace or remove it") from error
+        return read_regular(self._path(row))[0]
 
     def name(self, row: int) -> str:
         """The file's path, with what is not printable escaped."""
@@ -145,6 +141,50 @@ def in_one_line(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def read_regular(path: bytes) -> tuple[bytes, os.stat_result]:
+    """The bytes of a file, or of what a link leads to, and its status; never waits for a pipe or a device.
+
+    Raises:
+        DataError: a `BadImageError` that begins with the path as `shown` gives it: what is there is no regular file, is
+            too large to be an image, cannot be read, or changes meanwhile.
+    """
+    name = shown(path)
+    try:
+        # a pipe without a writer would block the opening
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise BadImageError(f"{name} is {_what(status.st_mode)}, not a file; remove it", "unreadable")
+            if status.st_size > MAX_BYTES:
+                raise BadImageError(
+                    f"{name} has {status.st_size:,} bytes; expected at most {MAX_BYTES:,}: remove it", "too-large"
+                )
+            with open(descriptor, "rb", closefd=False) as file:
+                content = file.read(status.st_size)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror}"
+        if os.path.islink(path) and not os.path.exists(path):  # noqa: PTH110, PTH114
+            reason = "is a link to nothing"
+        elif error.errno == errno.ENXIO:
+            reason = "is a socket, not a file"
+        raise BadImageError(f"{name} {reason}; repair or remove it", "unreadable") from error
+    if len(content) != status.st_size:
+        raise BadImageError(
+            f"{name} ended {status.st_size - len(content)} bytes before its {status.st_size}; expected a file that "
+            "stays as it is while it is read",
+            "unreadable",
+        )
+    return content, status
+
+
+def _what(mode: int) -> str:
+    kinds = ((stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a named pipe"))
+    return next((what for test, what in kinds if test(mode)), "a device")
+
+
 def evenly(count: int, most: int = _SAMPLED) -> list[int]:
     """At most `most` of `count` rows, at even distances.
 
@@ -168,33 +208,6 @@ def digest_files(names: PackedNames, sizes: NDArray[np.int64], read: Callable[[i
     for row in evenly(len(names), sampled_rows(len(names), int(sizes.sum()))):
         digest.update(hashlib.sha256(read(row)).digest())
     return digest.hexdigest()
-
-
-def _read_regular(path: bytes) -> bytes:
-    # A pipe without a writer would block the opening.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise DataError(f"{shown(path)} is not a regular file; expected an image: replace or remove it")
-        if status.st_size > LARGEST:
-            raise DataError(
-                f"{shown(path)} has {status.st_size} bytes; expected an image of at most {LARGEST}: "
-                "replace or remove it"
-            )
-        pieces, missing = [], status.st_size
-        while missing > 0:
-            piece = os.read(descriptor, missing)
-            if not piece:
-                raise DataError(
-                    f"{shown(path)} ended {missing} bytes before its {status.st_size}; expected a file that stays as "
-                    "it is while it is read"
-                )
-            pieces.append(piece)
-            missing -= len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-    finally:
-        os.close(descriptor)
 
 
 def _list_classes(part: Path, skip: frozenset[str], inside: str) -> Listing:

@@ -35,7 +35,11 @@ class HuggingFaceImages:
         """Of the column of labels."""
         self._chunks, self._starts = self._open(data)
         labels = _labels(part, data, label, len(self.class_names))
-        kept = np.array([row for row in range(len(labels)) if f"{part.name}/{row}" not in skip]) if skip else None
+        kept = None
+        if skip:
+            kept = np.array([row for row in range(len(labels)) if f"{part.name}/{row}" not in skip], np.int64)
+            if not len(kept):
+                raise DataError(f"{part} has no image left: all {len(labels)} are skipped; expected some")
         self._rows = kept
         self.labels: Tensor = labels if kept is None else labels[torch.from_numpy(kept)]
         """int64 [N]."""
@@ -90,12 +94,7 @@ class HuggingFaceImages:
 
     def _open(self, data: Any) -> tuple[list[Any], list[int]]:
         """The column's pieces, mapped, and their first rows."""
-        try:
-            column = data.data.column(self._column)
-            # Offsets only, without which a damaged file would have the process read anywhere.
-            column.validate(full=True)
-        except Exception as error:  # Arrow raises several kinds.
-            raise _not_read(self._part, error) from error
+        column = _validated(self._part, data, self._column)
         lengths = [len(chunk) for chunk in column.chunks]
         return column.chunks, np.cumsum([0, *lengths[:-1]]).tolist()
 
@@ -109,6 +108,10 @@ def _load(part: Path) -> Any:
         ) from error
     if not (part / "state.json").is_file():
         raise DataError(f"{part / 'state.json'} is missing; expected a split that datasets.save_to_disk has written")
+    for file in part.glob("*.arrow"):
+        # a pipe would be waited for
+        if not file.is_file():
+            raise DataError(f"{file} is not a file; expected what datasets.save_to_disk has written: save it again")
     try:
         data = datasets.load_from_disk(str(part), keep_in_memory=False)
         if not isinstance(data, datasets.Dataset):
@@ -118,6 +121,16 @@ def _load(part: Path) -> Any:
         raise
     except Exception as error:  # Damaged files raise nearly anything.
         raise _not_read(part, error) from error
+
+
+def _validated(part: Path, data: Any, name: str) -> Any:
+    """A column whose lengths and offsets fit its buffers; a damaged file would have the process read anywhere."""
+    column = data.data.column(name)
+    try:
+        column.validate(full=True)
+    except Exception as error:  # Arrow raises several kinds.
+        raise _not_read(part, error) from error
+    return column
 
 
 def _not_read(part: Path, error: object) -> DataError:
@@ -136,7 +149,7 @@ def _column(part: Path, data: Any, name: str, kind: str) -> str:
 
 
 def _labels(part: Path, data: Any, name: str, classes: int) -> Tensor:
-    column = data.data.column(name)
+    column = _validated(part, data, name)
     if column.null_count:
         raise DataError(f"{part}: {column.null_count} rows have no {name}; expected a class for every image")
     labels = np.asarray(column.to_numpy(), np.int64)

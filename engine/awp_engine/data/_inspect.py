@@ -306,7 +306,7 @@ def _check(content: bytes, name: str, suffix: str | None, max_pixels: int) -> tu
 def _bare_jpeg(content: bytes, name: str, frame: int) -> bytes:
     """The file without metadata, about which Pillow would warn, and with its structure seen to be whole."""
     kept, at, end = [content[:2]], 2, len(content)
-    while True:
+    for _ in range(_MAX_SEGMENTS):
         if at + 4 > end:
             raise _broken(name, f"JPEG of {end} bytes that ends within its tables", "truncated")
         marker = content[at + 1]
@@ -324,6 +324,8 @@ def _bare_jpeg(content: bytes, name: str, frame: int) -> bytes:
         if marker in (0xE0, _ADOBE) or not (marker == _COM or 0xE0 <= marker <= 0xEF):
             kept.append(content[at : at + 2 + length])
         at += 2 + length
+    else:
+        raise _broken(name, f"broken JPEG: over {_MAX_SEGMENTS:,} segments before its pixels")
     kept.append(content[at:])
     _walk_scans(content, name, at)
     return b"".join(kept)
@@ -358,7 +360,11 @@ def _bare_png(content: bytes, name: str) -> bytes:
     """
     at, end = len(_PNG_SIGNATURE), len(content)
     kept, view = [content[:at]], memoryview(content)
-    while at + 12 <= end:
+    # encoders write pixels in chunks of kilobytes; millions of empty ones are an attack
+    most = _MAX_SEGMENTS + end // 1024
+    for _ in range(most):
+        if at + 12 > end:
+            break
         length, tag = _CHUNK.unpack_from(content, at)
         after = at + 12 + length
         if after > end:
@@ -372,6 +378,8 @@ def _bare_png(content: bytes, name: str) -> bytes:
         if tag == b"IEND":
             return b"".join(kept)
         at = after
+    else:
+        raise _broken(name, f"broken PNG: over {most:,} chunks")
     raise _broken(name, f"PNG of {end} bytes that ends within its pixels", "truncated")
 
 
@@ -388,6 +396,7 @@ def _png_rows_missing(bare: bytes, mode: str) -> bool:
     while expected > 0 and not inflate.eof and at < len(bare):
         length, tag = _CHUNK.unpack_from(bare, at)
         if tag == b"IDAT":
-            expected -= len(inflate.decompress(bare[at + 8 : at + 8 + length]))
+            # no more than is missing: a megabyte of data may unpack to a gigabyte
+            expected -= len(inflate.decompress(bare[at + 8 : at + 8 + length], expected))
         at += 12 + length
     return expected > 0

@@ -67,12 +67,17 @@ def load_dataset(
     if name in source_names:
         source = open_source(name, _existing(name, root), skip=loading.skip)
         return _from_source(source, loading, held_out_fraction=held_out_fraction, seed=seed, train_limit=train_limit)
-    if name == "digits":
-        raw = read_digits()
-    elif name == "svhn":
-        raw = read_svhn(_existing(name, root))
-    else:
-        raw = read_cifar(_existing(name, root), CIFAR10 if name == "cifar10" else CIFAR100)
+    try:
+        if name == "digits":
+            raw = read_digits()
+        elif name == "svhn":
+            raw = read_svhn(_existing(name, root))
+        else:
+            raw = read_cifar(_existing(name, root), CIFAR10 if name == "cifar10" else CIFAR100)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or root} cannot be read: {error.strerror}; expected a file of {name}"
+        ) from error
     data = prepare(name, raw, held_out_fraction=held_out_fraction, seed=seed, train_limit=train_limit)
     return _placed(data, loading)
 

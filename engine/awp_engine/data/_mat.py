@@ -18,6 +18,8 @@ from awp_engine.data._dataset import DataError
 
 _HEADER_BYTES = 128
 _MATRIX, _COMPRESSED = 14, 15
+# an element's head and what 32 bits can announce
+_LARGEST = 8 + 2**32
 _STORED = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 12: "<i8", 13: "<u8"}
 _CLASSES = (
     *("nothing", "cell", "struct", "object", "char", "sparse", "double", "single"),
@@ -56,7 +58,7 @@ def read_mat(path: Path, names: Collection[str]) -> dict[str, MatArray]:
         found: dict[str, MatArray] = {}
         for kind, body in _elements(memoryview(content)[_HEADER_BYTES:], padded=False):
             if kind == _COMPRESSED:
-                (kind, body), *_ = _elements(memoryview(zlib.decompress(body)), padded=False)
+                kind, body = next(_elements(_inflated(body), padded=False), (0, body[:0]))
             if kind != _MATRIX:
                 raise ValueError(f"an element of type {kind} where a variable was expected")
             name, array = _variable(body, names)
@@ -86,6 +88,14 @@ def _elements(data: memoryview, *, padded: bool) -> Iterator[tuple[int, memoryvi
         if begin + size > len(data):
             raise ValueError(f"{size} bytes were announced and {len(data) - begin} are there")
         yield kind, data[begin : begin + size]
+
+
+def _inflated(body: memoryview) -> memoryview:
+    inflate = zlib.decompressobj()
+    data = inflate.decompress(body, _LARGEST)
+    if not inflate.eof:
+        raise ValueError(f"a compressed variable that is cut off, or of more than {_LARGEST} bytes")
+    return memoryview(data)
 
 
 def _variable(body: memoryview, names: Collection[str]) -> tuple[str, MatArray | None]:

@@ -1,6 +1,7 @@
 """Arrays in .npy files and in .npz archives: found right, then mapped where they lie."""
 
 import ctypes
+import io
 import math
 import mmap
 import os
@@ -26,6 +27,8 @@ Expect = Callable[[tuple[int, ...], np.dtype[Any]], str | None]
 """Says what was expected of a shape and type that are not right."""
 
 _CHUNK = 2**22
+# numpy reads a header of any size into memory, and then refuses those of more than 10,000 bytes
+_HEADER_BYTES = 12 + 10_000
 _PAGE = mmap.PAGESIZE
 _THREAD = getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -71,13 +74,30 @@ class StoredArray:
             with Path(self.path).open("rb") as file:
                 status = os.fstat(file.fileno())
                 if (status.st_size, status.st_mtime_ns) != (self.file_size, self.modified):
-                    raise DataError(
-                        f"{self.path} has changed since it was opened ({status.st_size} bytes, before "
-                        f"{self.file_size}); expected files that stay as they are: start again"
-                    )
+                    raise self._changed(status.st_size)
                 return np.asarray(_Mapping(file.fileno(), self)) if self.is_mapped else self._read(file)
         except OSError as error:
             raise DataError(f"{self.path} cannot be read: {error.strerror or error}") from error
+
+    def require_length(self) -> None:
+        """Looks whether the file is as long as it was: who reads a mapping beyond its file's end is killed.
+
+        Raises:
+            DataError: it is not, or is gone. If it is cut after this look and before the reading, microseconds later,
+                the process still dies.
+        """
+        try:
+            size = os.stat(self.path).st_size  # noqa: PTH116
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read: {error.strerror or error}") from error
+        if size != self.file_size:
+            raise self._changed(size)
+
+    def _changed(self, size: int) -> DataError:
+        return DataError(
+            f"{self.path} has changed since it was opened ({size} bytes, before {self.file_size}); expected files that "
+            "stay as they are: start again"
+        )
 
     def check(self) -> None:
         """Compares the checksum, where the file has one."""
@@ -172,8 +192,8 @@ def _not_read(path: str, error: object, kind: str = "an .npz file of plain array
 def alone(path: Path, file: IO[bytes], expect: Expect) -> StoredArray:
     header = _read_header(file, "the array", expect)
     size = os.fstat(file.fileno()).st_size
-    _require_length("the file", size, file.tell(), header)
-    return _array(path, file, header, what="the array", offset=file.tell(), start=0, length=size)
+    _require_length("the file", size, header)
+    return _array(path, file, header, what="the array", offset=header.size, start=0, length=size)
 
 
 def in_archive(path: Path, file: IO[bytes], archive: zipfile.ZipFile, what: str, expect: Expect) -> StoredArray:
@@ -184,8 +204,7 @@ def in_archive(path: Path, file: IO[bytes], archive: zipfile.ZipFile, what: str,
     info = archive.getinfo(names[0])
     with archive.open(info) as member:
         header = _read_header(member, what, expect)
-        begin = member.tell()
-    _require_length(what, info.file_size, begin, header)
+    _require_length(what, info.file_size, header)
     compressed = info.compress_type != zipfile.ZIP_STORED
     start = _start(file, info)
     if not compressed and info.compress_size != info.file_size:
@@ -200,7 +219,7 @@ def in_archive(path: Path, file: IO[bytes], archive: zipfile.ZipFile, what: str,
         member=names[0],
         start=start,
         length=info.file_size,
-        offset=start + begin,
+        offset=start + header.size,
         checksum=info.CRC,
         compressed=compressed,
     )
@@ -221,25 +240,27 @@ class _Header(NamedTuple):
     shape: tuple[int, ...]
     fortran: bool
     dtype: np.dtype[Any]
+    size: int
 
 
 def _read_header(file: IO[bytes], what: str, expect: Expect) -> _Header:
     """Reads an array's header; `expect` says what was expected of a shape and type that are not right."""
-    version = npy_format.read_magic(file)
+    begin = io.BytesIO(file.read(_HEADER_BYTES))
+    version = npy_format.read_magic(begin)
     if version not in ((1, 0), (2, 0)):
         raise DataError(f"{what} is in version {version[0]}.{version[1]} of the npy format; expected 1.0 or 2.0")
     read_header = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
-    shape, fortran, dtype = read_header(file)
+    shape, fortran, dtype = read_header(begin)
     if dtype.hasobject:
         raise DataError(f"{what} holds Python objects, which are refused; expected a plain array")
     expected = expect(shape, dtype)
     if expected is not None:
         raise DataError(f"{what} is {dtype} {list(shape)}; expected {expected}")
-    return _Header(shape, fortran and len(shape) > 1, dtype)
+    return _Header(shape, fortran and len(shape) > 1, dtype, begin.tell())
 
 
-def _require_length(what: str, length: int, begin: int, header: _Header) -> None:
-    expected = begin + header.dtype.itemsize * math.prod(header.shape)
+def _require_length(what: str, length: int, header: _Header) -> None:
+    expected = header.size + header.dtype.itemsize * math.prod(header.shape)
     if length != expected:
         raise DataError(f"{what} has {length} bytes; expected {expected} by its header: write the file again")
 

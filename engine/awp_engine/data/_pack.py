@@ -21,6 +21,7 @@ from numpy.lib import format as npy_format
 
 from awp_engine.checkpoint import atomic_write_text
 from awp_engine.data._dataset import DataError
+from awp_engine.data._files import read_regular, shown
 from awp_engine.data._inspect import BadImageError, Header, check, decode
 from awp_engine.data._scan import (
     LIST_NAME,
@@ -29,8 +30,8 @@ from awp_engine.data._scan import (
     list_files,
     listed_name,
     names_digest,
-    read_regular,
     read_scan,
+    typed,
 )
 from awp_engine.data._workers import Died, process_all
 
@@ -213,7 +214,7 @@ def pack_folder(
     except BaseException:
         for part in images:
             shutil.rmtree(out / part, ignore_errors=True)
-        for name in (CLASSES, _TEMPORARY + CLASSES):
+        for name in (MANIFEST, CLASSES, _TEMPORARY + CLASSES):
             (out / name).unlink(missing_ok=True)
         if made:
             out.rmdir()
@@ -250,6 +251,8 @@ def _plan(root: Path, policy: Literal["refuse", "skip"]) -> tuple[dict[str, list
                 f"{root}: class {lacking!r} has good images in one of train and {part} alone; "
                 "both need the same classes: remove it or add images"
             )
+    if len(classes) < 2:
+        raise DataError(f"{root} has good images of {len(classes)} classes; expected at least 2: repair or add some")
     label = {name: number for number, name in enumerate(classes)}
     images: dict[str, list[_Image]] = {}
     for part in parts:
@@ -331,8 +334,8 @@ def _write_shard(root: Path, out: Path, like: Header | None, decoding: bool, sha
 
 
 def _content(root: Path, image: _Image) -> tuple[bytes, str]:
-    path = root / image.file
-    return read_regular(path)[0], listed_name(path)
+    path = os.fsencode(root / image.file)
+    return read_regular(path)[0], shown(path)
 
 
 def _write_tar(root: Path, out: Path, decoding: bool, shard: _Shard) -> list[PackedFile]:
@@ -420,12 +423,20 @@ def read_manifest(out: Path) -> Manifest:
     """
     path = out / MANIFEST
     try:
+        # a pipe would be waited for
+        if path.exists() and not path.is_file():
+            raise ValueError("not a file")
         fields = json.loads(path.read_bytes())
         digest = fields.pop("digest")
         if digest != _fields_digest(fields):
             raise ValueError("SHA-256 differs")
         if fields["format"] != _FORMAT:
             raise ValueError(f"format {fields['format']}, expected {_FORMAT}")
+        typed(fields, {"format": int, "form": str, "classes": int, "images": dict, "files": list})
+        typed(fields["images"], dict.fromkeys(fields["images"], int))
+        for entry in fields["files"]:
+            images = type(None) if entry["images"] is None else int
+            typed(entry, {"file": str, "bytes": int, "sha256": str, "images": images})
         files = tuple(PackedFile(**entry) for entry in fields["files"])
         for entry in files:
             if not _FILE_NAME.fullmatch(entry.file):

@@ -1,26 +1,26 @@
 """Finds every file of an image folder that cannot be trained on, and keeps the list of them."""
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
 import os
 import re
-import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from awp_engine.checkpoint import atomic_write_text
 from awp_engine.data._dataset import DataError
+from awp_engine.data._files import SUFFIXES, read_regular, shown
 from awp_engine.data._files import listed_name as listed_bytes
-from awp_engine.data._inspect import MAX_BYTES, BadImageError, Header, check, decode
+from awp_engine.data._inspect import BadImageError, Header, check, decode
 from awp_engine.data._workers import Died, process_all
 
 LIST_NAME = "awp-scan.jsonl"
-SUFFIXES = (".jpg", ".jpeg", ".png")
+_SUFFIXES = tuple(map(os.fsdecode, SUFFIXES))
 KINDS = (
     "corrupt",
     "truncated",
@@ -65,7 +65,7 @@ class Look(NamedTuple):
     key: bytes = b""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Scan:
     """What a scan found, as its list holds it.
 
@@ -102,37 +102,6 @@ def listed_path(name: str) -> str:
     return os.fsdecode(re.sub(rb"\\(?:\\|x([0-9a-f]{2}))", byte, name.encode()))
 
 
-def read_regular(path: Path) -> tuple[bytes, os.stat_result]:
-    """The bytes of a file or of what a link leads to; nothing but a regular file is opened, so that none can block.
-
-    Raises:
-        DataError: a `BadImageError` that names the path, for anything else and for a file too large to be an image.
-    """
-    name = listed_name(path)
-    try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise BadImageError(f"{name} is {_what(found.st_mode)}, not a file; remove it", "unreadable")
-        if found.st_size > MAX_BYTES:
-            raise BadImageError(
-                f"{name} has {found.st_size:,} bytes; expected at most {MAX_BYTES:,}: remove it", "too-large"
-            )
-        # What has become a pipe in the meantime must not block either.
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        with os.fdopen(handle, "rb") as file:
-            return file.read(found.st_size), found
-    except OSError as error:
-        reason = "is a link to nothing" if path.is_symlink() and not path.exists() else None
-        raise BadImageError(
-            f"{name} {reason or f'cannot be read: {error.strerror}'}; repair or remove it", "unreadable"
-        ) from error
-
-
-def _what(mode: int) -> str:
-    kinds = ((stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
-    return next((what for test, what in kinds if test(mode)), "a device")
-
-
 def file_state(path: Path) -> tuple[int, int] | None:
     """Size and time of modification (ns) of a file, or of a link that leads nowhere; None if there is none."""
     for function in (path.stat, path.lstat):
@@ -143,7 +112,9 @@ def file_state(path: Path) -> tuple[int, int] | None:
 
 
 def find_parts(root: Path) -> tuple[str, ...]:
-    """The folder's parts: "train", and those of "test" and "val" that are there.
+    """The folder's parts: "train", and those of "test" and "val" that are there and have class folders, if any has.
+
+    ImageNet's test, for one, is a heap of images without labels.
 
     Raises:
         DataError: a part is missing.
@@ -153,7 +124,15 @@ def find_parts(root: Path) -> tuple[str, ...]:
     others = tuple(part for part in ("test", "val") if (root / part).is_dir())
     if not others:
         raise DataError(f"{root} has neither test nor val; expected test/<class>/*.jpg, *.jpeg or *.png there")
-    return ("train", *others)
+    sorted_ones = tuple(part for part in others if _has_folders(root / part))
+    return ("train", *(sorted_ones or others))
+
+
+def _has_folders(part: Path) -> bool:
+    # what cannot be listed is named later
+    with contextlib.suppress(OSError), os.scandir(part) as entries:
+        return any(not entry.name.startswith(".") and _is_folder(entry) for entry in entries)
+    return True
 
 
 def list_files(root: Path) -> tuple[list[str], dict[str, Bad]]:
@@ -213,7 +192,7 @@ def _list_part(root: Path, part: str, files: list[str], bad: dict[str, Bad]) -> 
         if _is_folder(entry):
             classes.add(entry.name)
             _list_class(root, name, files, bad)
-        elif entry.name.lower().endswith(SUFFIXES):
+        elif entry.name.lower().endswith(_SUFFIXES):
             files.append(name)
             bad[name] = Bad("no-such-class", "lies in no class folder; move or remove it")
         elif entry.is_symlink() and not Path(entry.path).exists():
@@ -226,7 +205,7 @@ def _list_class(root: Path, folder: str, files: list[str], bad: dict[str, Bad]) 
     before, images = len(files), 0
     for entry in _entries(root / folder, root, files, bad):
         name = f"{folder}/{entry.name}"
-        suffixed = entry.name.lower().endswith(SUFFIXES)
+        suffixed = entry.name.lower().endswith(_SUFFIXES)
         images += suffixed
         if suffixed or not _is_folder(entry):
             files.append(name)
@@ -237,9 +216,11 @@ def _list_class(root: Path, folder: str, files: list[str], bad: dict[str, Bad]) 
                     f"ends in {ends!r}; expected .jpg, .jpeg or .png in a class folder: convert or remove it",
                 )
         elif not entry.is_symlink():
-            for place, _, names in os.walk(root / name):
+            for place, folders, names in os.walk(root / name):
+                folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
+                shown_names = sorted(file for file in names if not file.startswith("."))
                 below = str(Path(place).relative_to(root))
-                deeper = [f"{below}/{file}" for file in sorted(names) if file.lower().endswith(SUFFIXES)]
+                deeper = [f"{below}/{file}" for file in shown_names if file.lower().endswith(_SUFFIXES)]
                 files.extend(deeper)
                 why = Bad("no-such-class", "lies below its class folder, where it is never read; move or remove it")
                 bad.update(dict.fromkeys(deeper, why))
@@ -251,10 +232,10 @@ def _list_class(root: Path, folder: str, files: list[str], bad: dict[str, Bad]) 
 def look(root: Path, pixels: bool, decoder: Callable[[bytes, str], object], file: str) -> Look:
     """Looks at one file below `root`: at its pixels too, unless the header is enough to refuse it."""
     path = root / file
-    # as `read_regular` names it
-    name = listed_name(path)
+    place = os.fsencode(path)
+    name = shown(place)
     try:
-        content, found = read_regular(path)
+        content, found = read_regular(place)
         header = check(content, name, suffix=path.suffix)
         if pixels:
             decoder(content, name)
@@ -306,7 +287,10 @@ def scan_folder(
             looks[places[index]] = result
             done += 1
             progress(done, len(files))
-    return _judge(files, looks, pixels=pixels, same_size=same_size)
+    scan = _judge(files, looks, pixels=pixels, same_size=same_size)
+    left_out = {part for part in ("test", "val") if (root / part).is_dir()}.difference(find_parts(root))
+    notes = tuple(f"{part} has no class folders and was left out" for part in left_out)
+    return dataclasses.replace(scan, notes=scan.notes + notes)
 
 
 _NOT_YET = Look(None, None)
@@ -409,6 +393,9 @@ def read_scan(path: Path) -> Scan:
         DataError: it is missing, or is not what a scan wrote.
     """
     try:
+        # a pipe would be waited for
+        if path.exists() and not path.is_file():
+            raise ValueError("not a file")
         lines = path.read_bytes().decode().split("\n")
         header, *rows = [json.loads(line) for line in lines[:-1]]
         return _parse_scan(header, rows, complete=lines[-1] == "")
@@ -423,18 +410,18 @@ def _again(path: Path) -> str:
     return f"scan again: python -m awp_engine.data scan {path.parent}"
 
 
-def _typed(row: Any, expected: dict[str, type]) -> list[Any]:
+def typed(row: Any, expected: dict[str, type]) -> None:
+    """Raises `ValueError` unless `row`, from JSON, is an object of these fields and types."""
     if not isinstance(row, dict) or set(row) != set(expected):
         raise ValueError(f"expected an object of {', '.join(expected)}")
     for key, kind in expected.items():
         if type(row[key]) is not kind:
             raise ValueError(f"{key}: expected {kind.__name__}")
-    return list(row.values())
 
 
 def _parse_scan(header: Any, rows: list[Any], *, complete: bool) -> Scan:
     expected = {"format": int, "files": int, "bad": int, "bytes": int, "digest": str, "pixels": bool, "notes": list}
-    _typed(header, expected)
+    typed(header, expected)
     if header["format"] != _FORMAT:
         raise ValueError(f"format {header['format']}, expected {_FORMAT}")
     if not complete or len(rows) != header["bad"] or header["bad"] > header["files"]:
@@ -444,9 +431,11 @@ def _parse_scan(header: Any, rows: list[Any], *, complete: bool) -> Scan:
     for row in rows:
         gone = isinstance(row, dict) and row.get("size") is None and row.get("mtime_ns") is None
         number = type(None) if gone else int
-        _typed(row, {"file": str, "kind": str, "why": str, "size": number, "mtime_ns": number})
+        typed(row, {"file": str, "kind": str, "why": str, "size": number, "mtime_ns": number})
         if row["kind"] not in KINDS or row["file"] in bad:
             raise ValueError(f"kind {row['kind']!r} of {row['file']!r}")
+        if "\0" in row["file"] or listed_name(listed_path(row["file"])) != row["file"]:
+            raise ValueError(f"{row['file']!r} is no listed name")
         bad[row["file"]] = Bad(row["kind"], row["why"])
         states[row["file"]] = None if gone else (row["size"], row["mtime_ns"])
     return Scan(

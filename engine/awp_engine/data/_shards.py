@@ -36,7 +36,8 @@ class ArrayShards:
     where it lies in the file; compressed arrays are read into memory, as long as all of them take 1 GiB at most.
 
     Memory is a few hundred bytes a file. Mapped pages belong to the files and are given back when memory is wanted
-    elsewhere. A file must not be shortened while it is mapped: the system ends a process that reads beyond its end.
+    elsewhere. A file must not be shortened while it is mapped: the system ends a process that reads beyond its end. So
+    its length is looked at before each reading; what happens in the microseconds after that look remains.
 
     Args:
         path: a directory, an .npz file, or the images-*.npy of a pair.
@@ -161,6 +162,8 @@ class ArrayShards:
         mapped = self._mapped.get(array)
         if mapped is None:
             mapped = self._mapped[array] = array.open()
+        elif array.is_mapped:
+            array.require_length()
         return mapped
 
     def _label_chunks(self) -> Iterator[tuple[int, NDArray[Any], tuple[StoredArray, int]]]:
@@ -208,7 +211,7 @@ class _Wanted:
 def _list_shards(path: Path) -> list[tuple[Path, Path]]:
     """The files of images and of labels, which are the same one for .npz."""
     if path.is_file():
-        if path.suffix != ".npy":
+        if path.suffix.lower() != ".npy":
             return [(path, path)]
         if not path.name.startswith("images-"):
             raise DataError(f"{path} is no shard by its name; expected images-*.npy, with labels-*.npy beside it")
@@ -219,14 +222,14 @@ def _list_shards(path: Path) -> list[tuple[Path, Path]]:
             "of such files or of images-*.npy and labels-*.npy"
         )
     try:
-        found = sorted(p for p in path.iterdir() if p.suffix in (".npy", ".npz") and not p.name.startswith("."))
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in (".npy", ".npz") and not p.name.startswith("."))
     except OSError as error:
         raise DataError(f"{path} cannot be listed: {error.strerror}; expected a directory of shards") from error
     pairs = []
     for one in found:
         if not one.is_file():
             raise DataError(f"{one} is not a file; expected a shard: remove it")
-        if one.suffix == ".npz":
+        if one.suffix.lower() == ".npz":
             pairs.append((one, one))
         elif one.name.startswith("images-"):
             pairs.append((one, _labels_of(one)))

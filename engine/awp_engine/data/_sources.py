@@ -152,8 +152,16 @@ def _class_names(root: Path, highest: int) -> tuple[str, ...]:
     """Those of ROOT/classes.json, or numbers."""
     path = root / _CLASSES
     if not path.exists():
+        if highest >= _MOST_CLASSES:
+            raise DataError(
+                f"{root / 'train'} has the label {highest}; expected fewer than {_MOST_CLASSES:,} classes, counted "
+                "from 0: correct the labels"
+            )
         return tuple(map(str, range(max(highest + 1, 2))))
     try:
+        # a pipe would be waited for
+        if not path.is_file():
+            raise ValueError("not a file")
         names = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read: {error}; expected a list of names, one a class") from error
@@ -190,6 +198,8 @@ def require_same_classes(train: Path, train_names: tuple[str, ...], test: Path, 
 
 
 _CLASSES = "classes.json"
+# more than any data set has, and few enough that one damaged label does not fill the memory with names
+_MOST_CLASSES = 10**6
 _OPEN: dict[str, Callable[[Path, frozenset[str]], Source]] = {
     "folder": _open_folder,
     "tiny-imagenet": _open_tiny_imagenet,

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from awp_engine.data._dataset import DataError
-from awp_engine.data._files import LARGEST, SUFFIXES, PackedNames, digest_files, listed_name, shown
+from awp_engine.data._files import SUFFIXES, PackedNames, digest_files, listed_name, shown
+from awp_engine.data._inspect import MAX_BYTES
 
 _BLOCK = 512
 _WINDOW = 4096
@@ -56,7 +57,7 @@ class TarImages:
 
     def __init__(self, part: Path, *, skip: frozenset[str] = frozenset()) -> None:
         try:
-            self._tars = sorted(p for p in part.iterdir() if p.suffix == ".tar" and not p.name.startswith("."))
+            self._tars = sorted(p for p in part.iterdir() if p.suffix.lower() == ".tar" and not p.name.startswith("."))
         except OSError as error:
             raise DataError(f"{part} cannot be listed: {error.strerror}; expected a directory of *.tar") from error
         if not self._tars:
@@ -152,8 +153,11 @@ class _Tar:
 
     def content(self, member: Member) -> bytes:
         """Reads a member, after its header has been found to be that member's."""
-        if member.size > LARGEST:
-            raise DataError(f"{self.path}: {shown(member.name)} has {member.size} bytes; expected at most {LARGEST}")
+        if member.size > MAX_BYTES:
+            raise DataError(
+                f"{self.path}: {shown(member.name)} has {member.size:,} bytes; expected at most {MAX_BYTES:,}: "
+                "remove it"
+            )
         found = self.bytes_at(member.offset - _BLOCK, _BLOCK + member.size)
         if len(found) != _BLOCK + member.size:
             raise DataError(f"{self.path}: {shown(member.name)} ended after {len(found)} bytes; {_ADVICE}")

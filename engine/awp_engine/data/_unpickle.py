@@ -5,7 +5,9 @@ every name it asks for is answered from the short list below, whose members are 
 reconstruction is run, as that trusts its input.
 """
 
+import io
 import pickle
+import pickletools
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,13 @@ class _Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"refused: it asks for {module_name}.{global_name}") from None
 
 
+def _require_small_memo(data: bytes) -> None:
+    """A pickle numbers its values, and its reader keeps as many places as the highest number says."""
+    for operation, place, _ in pickletools.genops(data):
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and (place or 0) > len(data):
+            raise pickle.UnpicklingError(f"refused: a value of number {place} in {len(data)} bytes")
+
+
 def read_pickle(path: Path) -> dict[str, Any]:
     """Reads a pickled dictionary whose values are containers, numbers, strings and integer arrays.
 
@@ -95,8 +104,9 @@ def read_pickle(path: Path) -> dict[str, Any]:
     """
     advice = "expected a file of CIFAR's python version; download it again"
     try:
-        with path.open("rb") as file:
-            content = _Unpickler(file, encoding="latin1").load()
+        data = path.read_bytes()
+        _require_small_memo(data)
+        content = _Unpickler(io.BytesIO(data), encoding="latin1").load()
     except Exception as error:  # Damaged pickles raise nearly anything.
         raise DataError(
             f"{path} ({path.stat().st_size} bytes): not read, {' '.join(str(error).split())}; {advice}"

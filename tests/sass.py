@@ -104,8 +104,10 @@ def _split(text: str, header: str) -> dict[tuple[str, str], str]:
     """The text under every function's header line, by architecture and mangled name."""
     sections: dict[tuple[str, str], list[str]] = {}
     arch, lines = "", []
+    # CUDA 12.8's says sm_90 for sm_90a where it can: in the lines that bare cubins alone need
+    heading = r"\s*arch = (sm_\w+)" if "arch = sm_" in text else r"\s*(?:\.target\s+|code for )(sm_\w+)"
     for line in text.splitlines():
-        if found := re.match(r"\s*(?:arch = |\.target\s+|code for )(sm_\w+)", line):
+        if found := re.match(heading, line):
             arch = found[1]
         elif found := re.match(header, line):
             lines = sections.setdefault((arch, found[1]), [])

@@ -289,7 +289,7 @@ def scan_folder(
             progress(done, len(files))
     scan = _judge(files, looks, pixels=pixels, same_size=same_size)
     left_out = {part for part in ("test", "val") if (root / part).is_dir()}.difference(find_parts(root))
-    notes = tuple(f"{part} has no class folders and was left out" for part in left_out)
+    notes = tuple(f"{part} has no class folders and was left out" for part in sorted(left_out))
     return dataclasses.replace(scan, notes=scan.notes + notes)
 
 

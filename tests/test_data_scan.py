@@ -164,7 +164,7 @@ def test_a_heap_of_unlabelled_images_beside_val_is_left_out(folder: Path) -> Non
     (folder / "test" / ".cache").mkdir(parents=True)
     (folder / "test" / "ILSVRC2012_test_00000001.JPEG").write_bytes(encode(random_image(8), "JPEG"))
     scan = scan_folder(folder, workers=1, pixels=False)
-    assert (scan.files, scan.bad, scan.notes) == (60, {}, ("test has no class folders and was left out",))
+    assert (scan.files, scan.bad, scan.notes) == (60, {}, ("test has no labels and was left out",))
 
 
 def test_files_that_kill_their_decoder_are_listed(folder: Path) -> None:

@@ -22,11 +22,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from awp_engine.data import Batches, DataError, Loading, load_dataset
 from awp_engine.data._files import PackedNames, evenly
 from awp_engine.data._huggingface import HuggingFaceImages
 from awp_engine.data._mat import read_mat
+from awp_engine.data._pack import pack_folder
+from awp_engine.data._scan import LIST_NAME, bad_files, scan_folder, write_scan
 from awp_engine.data._shards import ArrayShards
 from awp_engine.data._sources import Source, open_source, source_names
 from awp_engine.data._store import EncodedImages, ImageArrays
@@ -207,6 +210,25 @@ def test_tiny_imagenet(tmp_path: Path) -> None:
     numbers = [0, 1, 10, 11, 2, 3, 4, 6, 7, 8, 9]
     assert all_bytes(source.test) == [content(number) for number in numbers]
     assert source.test_labels.tolist() == [[2, 0, 1][number % 3] for number in numbers]
+
+
+def test_tiny_imagenet_is_scanned_where_it_lies(tmp_path: Path) -> None:
+    write_tiny_imagenet(tmp_path)
+    for number, file in enumerate(sorted(tmp_path.rglob("[!.]*.[jJP]*"))):
+        Image.fromarray(np.full((8, 8, 3), 3 * number, np.uint8)).save(file)
+    (tmp_path / "test" / "images").mkdir(parents=True)
+    (tmp_path / "train" / "a" / "a_boxes.txt").touch()
+    broken = ["train/b/images/2.JPEG", "val/images/val_7.JPEG"]
+    for name in broken:
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-40])
+    scan = scan_folder(tmp_path, workers=1)
+    assert (sorted(scan.bad), scan.files) == (broken, 9 + 12)
+    assert scan.notes == ("test has no labels and was left out",)
+    write_scan(tmp_path / LIST_NAME, scan)
+    source = open_source("tiny-imagenet", tmp_path, skip=bad_files(tmp_path, "skip"))
+    assert (len(source.train_labels), len(source.test_labels)) == (8, 11)
+    with pytest.raises(DataError, match=r"is Tiny-ImageNet as unpacked, .* sort val into class folders to pack it"):
+        pack_folder(tmp_path, tmp_path.parent / "packed")
 
 
 @pytest.mark.parametrize(

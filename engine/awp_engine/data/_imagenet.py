@@ -36,6 +36,11 @@ def list_imagenet(root: Path, skip: frozenset[str]) -> tuple[Listing, Listing]:
     return train, list_classes(val, skip=skip)
 
 
+def is_tiny_imagenet(root: Path) -> bool:
+    """Whether ROOT holds Tiny-ImageNet as its archive unpacks."""
+    return (root / "val" / _ANNOTATIONS).is_file()
+
+
 def list_tiny_imagenet(root: Path, skip: frozenset[str]) -> tuple[Listing, Listing]:
     """Lists ROOT/train/<wnid>/images/*.JPEG and ROOT/val/images/*.JPEG, whose classes val/val_annotations.txt gives.
 
@@ -55,7 +60,7 @@ def list_tiny_imagenet(root: Path, skip: frozenset[str]) -> tuple[Listing, Listi
                 "unpack the archive again"
             )
     val = root / "val"
-    if (val / _ANNOTATIONS).is_file():
+    if is_tiny_imagenet(root):
         return train, _annotated(val, train.class_names, skip)
     if (val / "images").is_dir():
         raise DataError(

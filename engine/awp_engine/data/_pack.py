@@ -22,6 +22,7 @@ from numpy.lib import format as npy_format
 from awp_engine.checkpoint import atomic_write_text
 from awp_engine.data._dataset import DataError
 from awp_engine.data._files import read_regular, shown
+from awp_engine.data._imagenet import is_tiny_imagenet
 from awp_engine.data._inspect import BadImageError, Header, check, decode
 from awp_engine.data._scan import (
     LIST_NAME,
@@ -228,6 +229,11 @@ def _scan_hint(root: Path) -> str:
 
 def _plan(root: Path, policy: Literal["refuse", "skip"]) -> tuple[dict[str, list[_Image]], list[str], bool]:
     """The images of each part, the class names, and whether a scan has decoded all of them."""
+    if is_tiny_imagenet(root):
+        raise DataError(
+            f"{root} is Tiny-ImageNet as unpacked, which is small enough to train from as it is; expected "
+            "<part>/<class>/*: sort val into class folders to pack it"
+        )
     files, known = list_files(root)
     skipped = bad_files(root, policy, remedy="pack with --bad-files skip")
     names = {file: listed_name(file) for file in files}

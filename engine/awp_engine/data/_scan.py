@@ -16,6 +16,7 @@ from awp_engine.checkpoint import atomic_write_text
 from awp_engine.data._dataset import DataError
 from awp_engine.data._files import SUFFIXES, read_regular, shown
 from awp_engine.data._files import listed_name as listed_bytes
+from awp_engine.data._imagenet import is_tiny_imagenet, list_tiny_imagenet
 from awp_engine.data._inspect import BadImageError, Header, check, decode
 from awp_engine.data._workers import Died, process_all
 
@@ -114,13 +115,15 @@ def file_state(path: Path) -> tuple[int, int] | None:
 def find_parts(root: Path) -> tuple[str, ...]:
     """The folder's parts: "train", and those of "test" and "val" that are there and have class folders, if any has.
 
-    ImageNet's test, for one, is a heap of images without labels.
+    ImageNet's test, for one, is a heap of images without labels, and so is Tiny-ImageNet's.
 
     Raises:
         DataError: a part is missing.
     """
     if not (root / "train").is_dir():
         raise DataError(f"{root / 'train'} is not a directory; expected train/<class>/*.jpg, *.jpeg or *.png there")
+    if is_tiny_imagenet(root):
+        return "train", "val"
     others = tuple(part for part in ("test", "val") if (root / part).is_dir())
     if not others:
         raise DataError(f"{root} has neither test nor val; expected test/<class>/*.jpg, *.jpeg or *.png there")
@@ -141,11 +144,15 @@ def list_files(root: Path) -> tuple[list[str], dict[str, Bad]]:
     Names that begin with a dot are left out.
 
     Raises:
-        DataError: a part is missing or has fewer than 2 classes.
+        DataError: a part is missing or has fewer than 2 classes, or Tiny-ImageNet's annotations do not fit.
     """
     files: list[str] = []
     bad: dict[str, Bad] = {}
     parts = find_parts(root)
+    if is_tiny_imagenet(root):
+        # where each image has its class by name
+        listings = zip(parts, list_tiny_imagenet(root, frozenset()), strict=True)
+        return [f"{part}/{os.fsdecode(name)}" for part, listing in listings for name in listing.names], bad
     classes = {part: _list_part(root, part, files, bad) for part in parts}
     for part, names in classes.items():
         if len(names) < 2:
@@ -289,7 +296,7 @@ def scan_folder(
             progress(done, len(files))
     scan = _judge(files, looks, pixels=pixels, same_size=same_size)
     left_out = {part for part in ("test", "val") if (root / part).is_dir()}.difference(find_parts(root))
-    notes = tuple(f"{part} has no class folders and was left out" for part in sorted(left_out))
+    notes = tuple(f"{part} has no labels and was left out" for part in sorted(left_out))
     return dataclasses.replace(scan, notes=scan.notes + notes)
 
 

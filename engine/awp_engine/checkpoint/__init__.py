@@ -5,7 +5,7 @@ leaves the one before. Nothing is unpickled, and nothing outside the checkpoint'
 `python -m awp_engine.checkpoint verify|list|export DIR`.
 """
 
-from awp_engine.checkpoint._files import CheckpointError, atomic_write_text
+from awp_engine.checkpoint._files import CheckpointError, atomic_write_text, sync_directory
 from awp_engine.checkpoint._load import Checkpoint, damage, load, load_latest
 from awp_engine.checkpoint._model_file import export_model, read_model
 from awp_engine.checkpoint._names import FORMAT, Position, checkpoint_name, names, position
@@ -29,4 +29,5 @@ __all__ = [
     "position",
     "read_model",
     "save",
+    "sync_directory",
 ]

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 from numpy.lib import format as npy_format
 
-from awp_engine.checkpoint import atomic_write_text
+from awp_engine.checkpoint import atomic_write_text, sync_directory
 from awp_engine.data._dataset import DataError
 from awp_engine.data._files import read_regular, shown
 from awp_engine.data._imagenet import is_tiny_imagenet
@@ -209,8 +209,8 @@ def pack_folder(
             ),
         )
         for part in images:
-            _sync(out / part)
-        _sync(out)
+            sync_directory(out / part)
+        sync_directory(out)
         atomic_write_text(out / MANIFEST, _manifest_text(manifest))
     except BaseException:
         for part in images:
@@ -394,16 +394,6 @@ def _write_arrays(root: Path, out: Path, like: Header, shard: _Shard) -> list[Pa
         labels.write(_array_header(shape[:1], "<i8"))
         labels.write(np.array([image.label for image in shard.images], dtype="<i8").tobytes())
     return [file.entry(shape[0]), labels.entry()]
-
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        # Some network file systems have no sync of directories.
-        with contextlib.suppress(OSError):
-            os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _fields_digest(fields: dict[str, Any]) -> str:

@@ -245,7 +245,7 @@ def test_extra_images_keep_their_ratio_and_their_turn(
             epoch_of(0)
         return
     turns = dict.fromkeys(extra.ids.tolist(), 0)
-    for epoch in range(3):
+    for epoch in range(1, 4):
         batches = epoch_of(epoch)
         sizes = [len(batch.ids) for batch in batches]
         promised = batch_sizes(count, batch_size, extra_fraction)
@@ -294,7 +294,7 @@ def test_every_pass_over_the_extra_images_has_an_order_of_its_own() -> None:
     options: dict[str, Any] = {"batch_size": 16, "pad": 0, "flip": False, "extra": extra}
     # Two epochs of 8 are a pass, so its first half is what one epoch takes.
     halves = []
-    for epoch in range(0, 12, 2):
+    for epoch in range(1, 13, 2):
         (batch,) = train_batches(split, seed=0, epoch=epoch, **options)
         halves.append(frozenset(batch.ids[batch.ids >= _FIRST_EXTRA].tolist()))
     assert len(set(halves)) == 6
@@ -312,12 +312,12 @@ def test_extra_images_do_not_move_the_order_of_the_others() -> None:
 def test_the_end_of_one_pass_and_the_start_of_the_next_share_an_epoch() -> None:
     split, extra = _split(10, (1, 2, 2)), _split(7, (1, 2, 2), _FIRST_EXTRA)
     used: list[int] = []
-    for epoch in range(7):
+    for epoch in range(1, 8):
         (batch,) = train_batches(split, batch_size=20, seed=0, epoch=epoch, pad=0, flip=False, extra=extra)
         here = [i for i in batch.ids.tolist() if i >= _FIRST_EXTRA]
         used += here
         turns = [used.count(i) for i in extra.ids.tolist()]
-        assert sum(turns) == 10 * (epoch + 1)
+        assert sum(turns) == 10 * epoch
         assert max(turns) - min(turns) <= 1
     assert all(used.count(i) == 10 for i in extra.ids.tolist())
 
@@ -386,6 +386,8 @@ def test_ranks_share_batches_without_overlap_or_loss(
         ({"extra_fraction": 0.99}, r"extra_fraction: 0.99 of a batch of 4 leaves 0 images of the data set and 4 extra"),
         ({"extra": _split(3, (2, 7, 5))}, r"extra: images \[2, 7, 5\] on cpu; expected \[2, 5, 7\] on cpu"),
         ({"extra": _split(3).to("meta")}, r"extra: images \[2, 5, 7\] on meta; expected \[2, 5, 7\] on cpu"),
+        ({"rank": 2, "ranks": 2}, r"rank: 2; expected 0 to 1, of 2 ranks"),
+        ({"rank": -1}, r"rank: -1; expected 0 to 0"),
         ({"extra": _split(0)}, r"extra: no images; expected at least 1"),
         ({"extra": _split(1), "cutmix": 0.5, "num_classes": 4}, r"extra: 1 images; expected at least 2 for cutmix"),
     ],
@@ -405,6 +407,23 @@ def test_one_image_cannot_be_mixed() -> None:
         batch_sizes(10, 0)
     with pytest.raises(ValueError, match="extra_fraction: 2"):
         batch_sizes(10, 4, 2)
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rand_augment": 9.0},
+        {"erase": 1.0, "fill": (0.5,) * 3, "erase_std": (0.2,) * 3},
+        {"cutmix": 0.5, "mixup": 0.5, "num_classes": _CLASSES},
+        {"extra": _split(9, (3, 5, 7), _FIRST_EXTRA), "extra_fraction": 0.5},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_images_have_the_memory_format_asked_for(options: dict[str, Any], memory_format: torch.memory_format) -> None:
+    split = _split(10, (3, 5, 7))
+    for batch in train_batches(split, batch_size=4, memory_format=memory_format, **_OPTIONS, **options):
+        assert batch.images.is_contiguous(memory_format=memory_format)
 
 
 @pytest.mark.gpu

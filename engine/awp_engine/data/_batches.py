@@ -53,8 +53,9 @@ def train_batches(
     is treated as in its own place.
 
     Extra images are taken in a random order that goes on from epoch to epoch: each is used before any is used again,
-    and the order is drawn anew for every pass. An epoch that takes more of them than there are has some more than once,
-    with the same pixels. In which place of its batch a sample stands is random too.
+    and the order is drawn anew for every pass, the first of which begins with epoch 1. An epoch that takes more of them
+    than there are has some more than once, with the same pixels. In which place of its batch a sample stands is random
+    too.
 
     Args:
         split: what is trained on, in memory or made batch by batch.
@@ -92,6 +93,8 @@ def train_batches(
     Source of the batches' composition: Carmon et al.: Unlabeled Data Improves Adversarial Robustness, NeurIPS 2019.
     """
     _check_batch_size(batch_size)
+    if not 0 <= rank < ranks:
+        raise ValueError(f"rank: {rank}; expected 0 to {ranks - 1}, of {ranks} ranks")
     recipe = Recipe(
         seed=seed,
         epoch=epoch,
@@ -122,7 +125,7 @@ def train_batches(
         _check_extra(extra, split)
         pieces.append(_pieces(_extra_sizes(sizes, own_size, extra_size)))
         count = pieces[1][-1].stop if pieces[1] else 0
-        drawn.append(recipe.draw(extra, _extra_rows(len(extra), first=epoch * count, count=count, seed=seed)))
+        drawn.append(recipe.draw(extra, _extra_rows(len(extra), first=(epoch - 1) * count, count=count, seed=seed)))
     plan = _Plan(drawn, list(zip(*pieces, strict=True)), mix_seed(seed, epoch), rank, ranks)
     return _made(plan, range(first, len(sizes)), recipe.look, batch_size, memory_format)
 
@@ -130,8 +133,8 @@ def train_batches(
 class Batches:
     """A rank's training batches, epoch by epoch, with a place to go on from.
 
-    Iterating gives what is left of the epoch; `set_epoch` begins another one. The state is two numbers, so a run goes
-    on at any batch, with any number of ranks and any loader.
+    Iterating gives what is left of the epoch; `set_epoch` begins another one. The state is where the run is and what
+    batches it has, so it goes on at any batch, with any number of ranks and any loader.
 
     Args:
         split: what is trained on; where it lies and what makes its images is its own affair.
@@ -188,11 +191,19 @@ class Batches:
             **looks,
         }
         self._split, self._epoch, self._next = split, 1, 0
+        self._of = {
+            "batches": len(self.sizes),
+            "images": sum(self.sizes),
+            "global_batch_size": global_batch_size,
+            "seed": seed,
+        }
+        self._just_loaded = False
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def __iter__(self) -> Iterator[Batch]:
+        self._just_loaded = False
         with contextlib.closing(self.epoch(self._epoch, first=self._next)) as batches:
             for batch in batches:
                 # counted before it is used: a state that is saved meanwhile is that of after its step
@@ -204,25 +215,30 @@ class Batches:
         return train_batches(self._split, epoch=epoch, first=first, **self._arguments)
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin an epoch."""
-        self._epoch, self._next = epoch, 0
+        """Begin an epoch; the one that a state has just been loaded for is gone on with."""
+        if not self._just_loaded or epoch != self._epoch:
+            self._epoch, self._next = epoch, 0
+        self._just_loaded = False
 
     def state_dict(self) -> dict[str, int]:
-        """Where iteration stands: the epoch, and how many of its batches were given."""
-        return {"epoch": self._epoch, "batch": self._next, "batches": len(self)}
+        """Where iteration stands: the epoch, how many of its batches were given, and of what batches."""
+        return {"epoch": self._epoch, "batch": self._next, **self._of}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on where `state_dict` was taken.
 
         Raises:
-            ValueError: it is of other data, or another batch size.
+            ValueError: it is of other numbers of images, or another batch size or seed.
         """
-        if state["batches"] != len(self) or not 0 <= state["batch"] <= len(self):
-            raise ValueError(
-                f"state_dict: batch {state['batch']} of {state['batches']}; expected one of {len(self)}: the state of "
-                "the same data and global_batch_size"
-            )
-        self._epoch, self._next = state["epoch"], state["batch"]
+        for key, expected in self._of.items():
+            if state.get(key) != expected:
+                raise ValueError(
+                    f"state_dict: {key} {state.get(key)}; expected {expected}: the state of the same data, "
+                    "global_batch_size and seed"
+                )
+        if not 0 <= state["batch"] <= len(self):
+            raise ValueError(f"state_dict: batch {state['batch']}; expected 0 to {len(self)}")
+        self._epoch, self._next, self._just_loaded = state["epoch"], state["batch"], True
 
 
 def batch_sizes(split_size: int, batch_size: int, extra_fraction: float | None = None) -> list[int]:
@@ -379,11 +395,12 @@ def _made(
         for index in indices:
             *places, order = plan.places(index)
             parts = [d.batch(p, next(s)) for d, p, s in zip(plan.drawn, places, streams, strict=True)]
-            if len(parts) == 1:
-                yield parts[0]
-                continue
-            order = order.to(parts[0].images.device, non_blocking=True)
-            yield Batch(*(torch.cat(fields)[order] for fields in zip(*parts, strict=True)))
+            batch = parts[0]
+            if len(parts) > 1:
+                order = order.to(batch.images.device, non_blocking=True)
+                batch = Batch(*(torch.cat(fields)[order] for fields in zip(*parts, strict=True)))
+            # RandAugment and erasing have an order of their own
+            yield batch._replace(images=batch.images.contiguous(memory_format=memory_format))
 
 
 def _shares(batch_size: int, extra_fraction: float) -> tuple[int, int]:

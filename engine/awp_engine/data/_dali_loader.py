@@ -94,8 +94,7 @@ class DaliLoader:
                 if on_gpu:
                     # DALI uses memory again that nobody refers to: not before what was queued has read it
                     in_use.append((batch, torch.cuda.current_stream(self.device).record_event()))
-                    if len(in_use) > _AHEAD:
-                        in_use.popleft()[1].synchronize()
+                    let_go(in_use, _AHEAD)
         finally:
             if on_gpu:
                 torch.cuda.current_stream(self.device).synchronize()
@@ -159,6 +158,13 @@ class DaliLoader:
             pipeline.set_outputs(images)
         pipeline.build()
         return pipeline
+
+
+def let_go(in_use: deque[tuple[Tensor, torch.Event]], most: int) -> None:
+    """Leaves the `most` latest batches; each of the others is held until its event has come."""
+    while len(in_use) > most:
+        in_use[0][1].synchronize()
+        in_use.popleft()
 
 
 def _culprit(error: RuntimeError, store: EncodedImages | ImageArrays, requests: Iterable[Request]) -> Exception:

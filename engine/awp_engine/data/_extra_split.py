@@ -1,13 +1,13 @@
 """Extra training images as batches take them: in the device's memory, or gathered from files batch by batch."""
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from awp_engine.data._extra import ExtraImages
-from awp_engine.data._framing import Images, Requests
+from awp_engine.data._framing import Framing, Images, Requests
 from awp_engine.data._loading import Loading
 from awp_engine.data._split import Loader, Look, Split, looks_of
 
@@ -71,7 +71,8 @@ class Extra:
 
 
 def place_extra(images: ExtraImages, loading: Loading) -> Extra:
-    """Extra images where `loading` wants them; auto weighs them by themselves, after the data set."""
+    """Extra images where `loading` wants them, as they are; auto weighs them by themselves, after the data set."""
+    loading = replace(loading, framing=Framing())
     loader = loading.choose(images.store, len(images), images.store.shape)
     split: Split | ExtraSplit
     if loader == "resident":

@@ -46,6 +46,11 @@ class Loading:
     resident_share: float = 0.25
     skip: frozenset[str] = frozenset()
 
+    def __post_init__(self) -> None:
+        # without its number it is not the device of any tensor
+        if self.device == torch.device("cuda"):
+            object.__setattr__(self, "device", torch.device("cuda", torch.cuda.current_device()))
+
     def choose(self, store: EncodedImages | ImageArrays, images: int, shape: tuple[int, int, int]) -> LoaderName:
         """The loader that auto stands for.
 
@@ -55,9 +60,15 @@ class Loading:
             shape: channels, height and width.
 
         Raises:
-            DataError: resident was asked for and cannot be had.
+            DataError: resident was asked for and cannot be had, or arrays are to be cut.
         """
-        random_windows = self.framing.size is not None and self.framing.least_area is not None
+        size, least_area, central = self.framing.size, self.framing.least_area, self.framing.central
+        random_windows = size is not None and least_area is not None
+        if size is not None and (random_windows or central != 1) and not isinstance(store, EncodedImages):
+            raise DataError(
+                f"--data.{'crop resized' if random_windows else f'center-crop {central:g}'}: the images are arrays, "
+                "which are taken as they are; leave it out"
+            )
         if self.loader == "resident" and random_windows:
             raise DataError(
                 "--data.loader resident: random-resized crops are cut from the files' own images; "
@@ -65,8 +76,8 @@ class Loading:
             )
         if self.loader != "auto":
             return self.loader
-        size = images * shape[0] * shape[1] * shape[2]
-        if not random_windows and size <= self.resident_share * free_memory(self.device):
+        in_bytes = images * shape[0] * shape[1] * shape[2]
+        if not random_windows and in_bytes <= self.resident_share * free_memory(self.device):
             return "resident"
         return "dali" if isinstance(store, EncodedImages) and dali_problem() is None else "torch"
 

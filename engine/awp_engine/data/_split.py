@@ -60,7 +60,7 @@ class _Labelled:
 
     def labels_of(self, rows: Tensor) -> Tensor:
         """Labels, int64 [n] on the split's device, of rows int64 [n] on the CPU."""
-        return self.labels[rows.to(self.labels.device)]
+        return self.labels[rows.to(self.labels.device, non_blocking=True)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,11 @@
 """Image files decoded by Pillow in the worker processes of torch's DataLoader."""
 
+import atexit
 import multiprocessing
+import multiprocessing.process
+import os
 import signal
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -49,20 +53,41 @@ class TorchLoader:
             sampler=_Requests(requests),
             num_workers=self._workers,
             pin_memory=pinned,
+            # else each epoch takes a number of the process's own generator
+            generator=torch.Generator(),
             **options,
         )
+        others = set(multiprocessing.active_children())
+        items = iter(loader)
+        workers = set(multiprocessing.active_children()) - others
+
+        def kill() -> None:
+            for worker in workers:
+                if worker.is_alive():
+                    worker.kill()
+
+        # before multiprocessing's own handler, which sends them SIGTERM, and waits
+        atexit.register(kill)
+        died = ""
         try:
-            for images, error in loader:
+            for images, error in items:
                 if error:
                     raise DataError(error)
                 yield images.permute(0, 3, 1, 2).to(self.device, non_blocking=pinned)
         except RuntimeError as error:
             if "exited unexpectedly" not in str(error):
                 raise
+            died = " ".join(str(error).split())
+        finally:
+            # asks them to end
+            del items
+            kill()
+            atexit.unregister(kill)
+        # here, where nothing holds on to what was raised, and that to `items`
+        if died:
             raise DataError(
-                f"a process that decodes images died ({' '.join(str(error).split())}), perhaps for want of memory: "
-                "try fewer --data.workers"
-            ) from error
+                f"a process that decodes images died ({died}), perhaps for want of memory: try fewer --data.workers"
+            )
 
 
 class _Requests(torch.utils.data.Sampler):
@@ -116,4 +141,11 @@ def _begin_worker(_: int) -> None:
     # who asks the run to stop asks its main process, though a terminal and Slurm tell all of them
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
+    # torch looks for the server that forked this process, which in turn waits for this process
+    if (main := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=_end_after, args=(main,), daemon=True).start()
+
+
+def _end_after(process: multiprocessing.process.BaseProcess) -> None:
+    process.join()
+    os._exit(1)

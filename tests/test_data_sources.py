@@ -14,10 +14,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from scipy.io import savemat
 
-from awp_engine.data import DataError, Dataset, Split, load_dataset, load_extra
+from awp_engine.data import DataError, Dataset, Loading, Split, eval_batches, load_dataset, load_extra
 from awp_engine.data._dataset import RawDataset, channel_statistics, fingerprint, limit_evenly, prepare
+from awp_engine.data._framing import Framing
 from awp_engine.data._mat import read_mat
 
 _COUNTS = {"train": 40, "test": 12}
@@ -240,7 +242,9 @@ def test_a_limit_is_spread_evenly_and_grows(counts: list[int], seed: int, data: 
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     assert torch.equal(limit_evenly(split.select(order), limits[0], seed=seed, classes=len(counts)), smaller[order])
     for limit in (len(counts) - 1, len(labels) + 1, -1):
-        with pytest.raises(DataError, match=f"train_limit: {limit}; expected at least {len(counts)}, .*{len(labels)}"):
+        with pytest.raises(
+            DataError, match=f"--data.train-limit {limit}: expected at least {len(counts)}, .*{len(labels)}"
+        ):
             limit_evenly(split, limit, seed=seed, classes=len(counts))
 
 
@@ -269,7 +273,9 @@ def test_train_limit() -> None:
     assert everything.mean == full.mean
     assert len({data.fingerprint for data in (full, limited, other, load(201))}) == 4
     for limit in (9, 1294):
-        with pytest.raises(DataError, match=f"train_limit: {limit}; expected at least 10, one image a class, .* 1293"):
+        with pytest.raises(
+            DataError, match=f"--data.train-limit {limit}: expected at least 10, one image a class, .* 1293"
+        ):
             load(limit)
 
 
@@ -352,6 +358,20 @@ def test_extra_fingerprint_covers_images_and_labels(tmp_path: Path) -> None:
         found.add(load_extra(tmp_path / f"{name}.npz", like=data).store.digest())
     assert len(found) == 4
     assert all(len(one) == 64 for one in found)
+
+
+@pytest.mark.parametrize(("greys", "channels"), [(3, 3), (9, 1)])
+def test_most_images_decide_about_colour_where_they_are_resized(tmp_path: Path, greys: int, channels: int) -> None:
+    for part, name, count in (("train", "ant", 8), ("train", "bee", 4), ("test", "ant", 1), ("test", "bee", 1)):
+        (tmp_path / part / name).mkdir(parents=True)
+        for number in range(count):
+            # the first ones of all are grey
+            mode = "L" if greys > 8 or (part == "train" and name == "ant" and number < greys) else "RGB"
+            Image.new(mode, (6 + number, 8)).save(tmp_path / part / name / f"{number}.png")
+    loading = Loading(loader="torch", workers=0, framing=Framing(size=8))
+    data = load_dataset("folder", root=str(tmp_path), held_out_fraction=0.0, seed=0, loading=loading)
+    assert data.train.shape == (channels, 8, 8)
+    assert sum(len(batch.labels) for batch in eval_batches(data.train, 5)) == 12
 
 
 def test_extra_grey_images_and_images_that_fit_both_ways(tmp_path: Path) -> None:

@@ -383,9 +383,13 @@ def test_robust_self_training_draws_from_both_sources(tmp_path):
     own = torch.cat([batch.ids[batch.ids < first] for batch in batches])
     assert sorted(own.tolist()) == sorted(trainer.data.train.ids.tolist())
     assert trainer.run()["train_images"] == len(own)
+    # the same images may lie elsewhere
+    extra = extra.rename(tmp_path / "moved.npz")
+    moved = dataclasses.replace(trainer.config, data=dataclasses.replace(data, extra=extra))
+    assert Trainer(moved).progress.epoch == 1
     np.savez(extra, image=np.zeros((40, 8, 8, 1), dtype=np.uint8), label=np.zeros(40, dtype=np.int64))
     with pytest.raises(ConfigError, match="was trained on other images"):
-        Trainer(trainer.config)
+        Trainer(moved)
     missing = dataclasses.replace(trainer.config, data=DataConfig(extra=tmp_path / "nowhere.npz"))
     with pytest.raises(DataError, match=r"nowhere\.npz"):
         Trainer(dataclasses.replace(missing, run_dir=tmp_path / "other"))

@@ -25,12 +25,16 @@ _TIMM_MODELS = ("resnet-50", "convnext-tiny", "convnext-tiny-convstem")
 _PRESET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _INT_LIMIT = 2**63
 
-# What a resumed run may change: none of it moves the weights, or the choice of the epoch.
+# What a resumed run may change: none of it moves the weights, or the choice of the epoch; images may lie elsewhere, as
+# long as their fingerprints are the same.
 _FREE_ON_RESUME = frozenset(
     {
         "preset",
         "run_dir",
         "device",
+        "data.root",
+        "data.extra",
+        "data.bad_list",
         "data.loader",
         "data.resident_share",
         "data.workers",
@@ -185,9 +189,11 @@ class DataConfig(_Checked):
     resident_share: float = 0.25
     """Part of the device's free memory that auto fills with images."""
     workers: int | None = None
-    """Threads (dali) or processes (torch) that decode; none means one a core, shared by a machine's ranks."""
+    """Threads (dali) or processes (torch; 0: none) that decode; none means one a core, shared by a machine's ranks."""
     bad_files: Literal["refuse", "skip"] = "refuse"
     """What to do about the files that `python -m awp_engine.data scan` listed."""
+    bad_list: Path | None = None
+    """The scan's list, where it is not ROOT/awp-scan.jsonl."""
     image_size: int | None = None
     """Side in pixels that images of files are resized to; none takes them as they are, all of one size."""
     center_crop: float = 1.0
@@ -217,7 +223,7 @@ class DataConfig(_Checked):
     train_limit: int | None = None
     """Train on this many images, evenly spread over the classes; none means all that are not held out."""
     extra: Path | None = None
-    """File of further images, synthetic or pseudo-labelled: .npz with `image`, uint8 [N, H, W, C], and `label`, [N]."""
+    """Further images, synthetic or pseudo-labelled: .npz with `image`, uint8 [N, H, W, C], and `label`, or shards."""
     extra_fraction: float = 0.5
     """Part of every batch that is taken from the extra images."""
 
@@ -229,16 +235,21 @@ class DataConfig(_Checked):
     def _check(self) -> None:
         self._require(0 < self.held_out_fraction < 1, "held_out_fraction", "a number more than 0 and less than 1")
         self._require(0 < self.resident_share <= 1, "resident_share", "a number more than 0, at most 1")
-        self._require(self.workers is None or 0 <= self.workers <= 1024, "workers", "a whole number, or none")
+        self._require(
+            self.workers is None or 0 <= self.workers <= 1024, "workers", "a whole number, 0 to 1024, or none"
+        )
         size = self.image_size
         self._require(size is None or 1 <= size <= 4096, "image_size", "a whole number of pixels, 1 to 4096, or none")
         self._require(0 < self.center_crop <= 1, "center_crop", "a number more than 0, at most 1")
         self._require(size is not None or self.center_crop == 1, "center_crop", "1 without --data.image-size")
         self._require(0 < self.crop_scale <= 1, "crop_scale", "a number more than 0, at most 1")
         resized = self.crop == "resized"
-        self._require(not resized or size is not None, "crop", "pad without --data.image-size")
-        self._require(not resized or self.loader != "resident", "crop", "pad with --data.loader resident")
-        self._require(not resized or self.pad == 0, "crop", "pad with --data.pad > 0")
+        self._require(not resized or size is not None, "crop", "pad, unless --data.image-size is given")
+        self._require(
+            not resized or self.loader != "resident", "crop", "pad, unless --data.loader is another than resident"
+        )
+        self._require(not resized or self.pad == 0, "crop", "pad, unless --data.pad is 0")
+        self._require(resized or self.crop_scale == 0.08, "crop_scale", "0.08, unless --data.crop is resized")
         self._require(0 <= self.pad <= 1024, "pad", "a whole number of pixels, 0 to 1024")
         self._require(0 <= self.cutout <= 1024, "cutout", "a whole number of pixels, 0 to 1024")
         self._require(0 <= self.cutmix <= 1, "cutmix", "a probability, 0 to 1")
@@ -279,6 +290,7 @@ class ModelConfig(_Checked):
             "4, such as wrn-34-10"
         )
         self._require(known, "name", expected)
+        self._require(not wide or self.width is None, "width", f"none with {self.name}, whose width is in its name")
         own = self.activation == "relu" or not self.name.startswith("convnext")
         self._require(own, "activation", f"relu, the default, with --model.name {self.name}, whose own is GELU")
         self._require(
@@ -596,6 +608,10 @@ class Config(_Checked):
         if self.awp.public_code and (self.method != "at" or self.attack.fast != "none" or self.data.mixes):
             expected = "false for anything but --method at with PGD and whole labels"
             raise _refuse("awp.public_code", expected, self.awp.public_code)
+        size, part = self.global_batch_size, self.data.extra_fraction
+        if self.data.extra is not None and not 0 < math.floor(size * (1 - part) + 0.5) < size:
+            expected = f"a part that gives a batch of {size} images of both kinds"
+            raise _refuse("data.extra_fraction", expected, part)
         if self.awp.public_code and self.distributed.ascent_sync == "local":
             # its decay acts on w + v, of which there is one a rank then
             raise _refuse("distributed.ascent_sync", "global with --awp.public-code", "local")
@@ -658,8 +674,13 @@ class Config(_Checked):
             raise ConfigError(f"--data.root: expected the directory that holds {self.data.name}, got nothing")
         if self.method == "rst" and self.data.extra is None:
             raise ConfigError(
-                "--data.extra: expected an .npz of pseudo-labelled images for --method rst, got nothing; to train "
-                "without such images use --method trades"
+                "--data.extra: expected an .npz, or a directory of shards, of pseudo-labelled or generated images for "
+                "--method rst, got nothing; to train without such images use --method trades"
+            )
+        if self.data.extra is None and self.data.extra_fraction != 0.5:
+            raise ConfigError(
+                f"--data.extra: expected an .npz, or a directory of shards, for --data.extra-fraction "
+                f"{self.data.extra_fraction:g}, got nothing"
             )
 
     @property
@@ -790,9 +811,6 @@ def _trajectory(config: Config) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in _plain(config).items():
         values |= {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
-    if config.data.name not in ("folder", "webdataset", "shards", "huggingface"):
-        # The standard data sets are the same wherever they lie.
-        del values["data.root"]
     values["attack.epsilon"] = str(parse_amount(config.attack.epsilon))
     values["attack.step_size"] = str(parse_amount(config.attack.step_size))
     given = config.evaluation.step_size
@@ -805,8 +823,8 @@ def _trajectory(config: Config) -> dict[str, Any]:
 def config_hash(config: Config) -> str:
     """SHA-256 (hex) over all that determines the run's weights and its choice of epoch.
 
-    Left out are the run directory, the device, checkpoint and log settings, and the root of a standard data set;
-    "8/255" and "16/510" count as equal.
+    Left out are the run directory, the device, checkpoint and log settings, and the places of images, which have
+    fingerprints; "8/255" and "16/510" count as equal.
     """
     canonical = json.dumps(_trajectory(config), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()

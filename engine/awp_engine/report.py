@@ -110,7 +110,7 @@ def plot_learning_curves(
         (accuracy_axes, "held_out_clean_accuracy", "held-out, clean", _BLUE, "-", "o"),
         (accuracy_axes, "train_pgd_accuracy", "training, PGD", _GREEN, "--", "^"),
         (accuracy_axes, "held_out_pgd_accuracy", "held-out, PGD", _VERMILION, "-", "s"),
-        (rate_axes, "lr", "", _GREY, "-", ""),
+        (rate_axes, "lr", "", _GREY, "-", "o" if len(metrics) == 1 else ""),
     ]
     for axes, name, label, colour, style, marker in lines:
         x, y = _curve(metrics, name)
@@ -140,6 +140,8 @@ def plot_learning_curves(
         rate_axes.set_yscale("log")
     rate_axes.set_xlabel("epoch")
     rate_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(metrics) == 1:
+        rate_axes.set_xlim(metrics[0]["epoch"] - 0.5, metrics[0]["epoch"] + 0.5)
     figure.align_ylabels()
     path = run_dir / CURVES
     temporary = path.with_name(f".tmp-{path.name}")

@@ -89,7 +89,8 @@ def _show(scan: Scan, root: Path, path: Path) -> None:
         rows.append({"kind": kind, "files": f"{len(names):,}", "first": shown(first)})
     print_table(rows, console=console)
     print(f"{len(scan.bad):,} of {checked} cannot be used; each with its reason in {path}")
-    print(f"next: repair or remove them and scan {root} again, or train with --data.bad-files skip")
+    elsewhere = "" if path == root / LIST_NAME else f" --data.bad-list {path}"
+    print(f"next: repair or remove them and scan {root} again, or train with --data.bad-files skip{elsewhere}")
 
 
 def _scan(arguments: argparse.Namespace) -> int:

@@ -192,7 +192,7 @@ def limit_evenly(split: Split | StreamedSplit, limit: int, *, seed: int, classes
     """
     if not classes <= limit <= len(split):
         raise DataError(
-            f"train_limit: {limit}; expected at least {classes}, one image a class, and at most {len(split)}, "
+            f"--data.train-limit {limit}: expected at least {classes}, one image a class, and at most {len(split)}, "
             "the training images that are not held out"
         )
     labels, ids = split.labels.cpu(), split.ids.cpu()

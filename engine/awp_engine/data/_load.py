@@ -27,13 +27,13 @@ from awp_engine.data._svhn import read_svhn
 
 dataset_names = ("digits", "cifar10", "cifar100", "svhn", *source_names)
 # of the images that cannot be used, in a message
-_SHOWN = 20
+_SHOWN = 6
 
 
 def load_dataset(
     name: str,
     *,
-    root: Path | None,
+    root: Path | str | None,
     held_out_fraction: float,
     seed: int,
     train_limit: int | None = None,
@@ -56,13 +56,15 @@ def load_dataset(
         ValueError: held_out_fraction out of range.
     """
     loading = loading or Loading()
+    root = None if root is None else Path(root)
     if name not in dataset_names:
         raise DataError(f"data set: unknown name {name!r}; expected one of {', '.join(dataset_names)}")
     if not 0 <= held_out_fraction < 1:
         raise ValueError(f"held_out_fraction: {held_out_fraction}; expected a number in [0, 1)")
     if name == "digits" and root is not None:
         raise DataError(
-            f"--data.root {root} was given, but digits ship inside scikit-learn; drop it or choose another preset"
+            f"--data.root {root} was given, but digits ship inside scikit-learn; drop it, or give --data.name or "
+            "another preset"
         )
     if name in source_names:
         source = open_source(name, _existing(name, root), skip=loading.skip)

@@ -1,6 +1,8 @@
 """How images get from where they lie to where they are trained on."""
 
+import contextlib
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -12,9 +14,10 @@ from awp_engine.config import Config
 from awp_engine.data._array_loader import ArrayLoader
 from awp_engine.data._dali_loader import DaliLoader, dali_problem
 from awp_engine.data._dataset import DataError, fingerprint
+from awp_engine.data._files import evenly
 from awp_engine.data._files_loader import Reader
 from awp_engine.data._framing import Framing
-from awp_engine.data._inspect import check
+from awp_engine.data._inspect import Header, check
 from awp_engine.data._scan import bad_files
 from awp_engine.data._split import Loader, Split, StreamedSplit
 from awp_engine.data._store import EncodedImages, ImageArrays
@@ -97,7 +100,9 @@ class Loading:
 
 
 def shape_of(store: EncodedImages | ImageArrays, framing: Framing) -> tuple[int, int, int]:
-    """Channels, height and width of a store's images once they are framed; the first usable file stands for all.
+    """Channels, height and width of a store's images once they are framed.
+
+    The first usable file stands for all; where images are resized, most of up to 1,000 decide about colour.
 
     Raises:
         DataError: no file can be used, or arrays are to be framed.
@@ -111,16 +116,28 @@ def shape_of(store: EncodedImages | ImageArrays, framing: Framing) -> tuple[int,
                 "leave it out"
             )
         return store.shape
-    refused = None
+    first, mode = _usual(store, framing)
+    return 3 if mode == "RGB" else 1, framing.size or first.height, framing.size or first.width
+
+
+def _usual(store: EncodedImages, framing: Framing) -> tuple[Header, str]:
+    """The first usable file's header, and the mode of most images: grey ones that are resized become colour."""
+    first, refused = None, None
     for row in range(len(store)):
         try:
-            header = check(store.read(row), store.name(row))
+            first = check(store.read(row), store.name(row))
+            break
         except DataError as error:
             refused = refused or error
-            continue
-        channels = 3 if header.mode == "RGB" else 1
-        return channels, framing.size or header.height, framing.size or header.width
-    raise refused or DataError("no images: expected at least one")
+    if first is None:
+        raise refused or DataError("no images: expected at least one")
+    if first.mode == "RGB" or framing.size is None:
+        return first, first.mode
+    modes: Counter[str] = Counter()
+    for row in evenly(len(store)):
+        with contextlib.suppress(DataError):
+            modes[check(store.read(row), store.name(row)).mode] += 1
+    return first, "RGB" if modes["RGB"] >= modes["L"] else "L"
 
 
 class InMemory:
@@ -205,5 +222,5 @@ def data_loading(config: Config, device: torch.device, root: Path | None = None)
         framing=Framing(size=data.image_size, least_area=least_area, central=data.center_crop),
         workers=data.workers,
         resident_share=data.resident_share,
-        skip=frozenset() if root is None else bad_files(root, data.bad_files),
+        skip=frozenset() if root is None else bad_files(root, data.bad_files, path=data.bad_list),
     )

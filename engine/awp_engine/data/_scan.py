@@ -463,7 +463,7 @@ def bad_files(
     path: Path | None = None,
     remedy: str = "train with --data.bad-files skip",
 ) -> frozenset[str]:
-    """The files to leave out, by the list of a scan; none if there is no list.
+    """The files to leave out, by the list of a scan; none if there is no list and the policy is to refuse.
 
     Listed files that are gone count no more. One that was changed since may be good now, which only a scan can tell.
 
@@ -478,11 +478,14 @@ def bad_files(
 
     Raises:
         DataError: bad files are there and the policy is to refuse, or one of them was changed since the scan, or the
-            list is damaged.
+            list is damaged, or is wanted and missing.
     """
+    wanted = path is not None or policy == "skip"
     path = path or root / LIST_NAME
     if not os.path.lexists(path):
-        return frozenset()
+        if not wanted:
+            return frozenset()
+        raise DataError(f"{path} is missing; expected the list of a scan: python -m awp_engine.data scan {root}")
     scan = read_scan(path)
     there = []
     for name, before in scan.states.items():

@@ -22,6 +22,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_folders import write_images
 from PIL import Image
 
 from awp_engine.data import Batches, DataError, Loading, load_dataset
@@ -1072,3 +1073,22 @@ def test_unknown_names_and_missing_roots(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"train") as raised:
             open_source(name, tmp_path)
         one_line(raised)
+
+
+def test_a_root_that_is_another_one_is_guessed(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_folder(root)
+    (root / "train" / "train").mkdir()
+    for place in (root / "train", tmp_path):
+        with pytest.raises(DataError, match=rf"did you mean {root}\?$") as raised:
+            open_source("folder", place)
+        one_line(raised)
+    (root / "train" / "train").rmdir()
+    with pytest.raises(DataError, match=rf"did you mean {root}\?$"):
+        scan_folder(root / "train", workers=1)
+    write_images(tmp_path / "small", 9)
+    pack_folder(tmp_path / "small", tmp_path / "packed")
+    with pytest.raises(DataError, match=r"did you mean --data.name webdataset or shards, as it was packed\?$"):
+        open_source("folder", tmp_path / "packed")
+    with pytest.raises(DataError, match=rf"did you mean {tmp_path}/packed/train\?$"):
+        ArrayShards(tmp_path / "packed")

@@ -1,5 +1,6 @@
 """Images as files of a directory, train/<class>/*.jpg and the like, read when they are wanted."""
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -210,15 +211,33 @@ def digest_files(names: PackedNames, sizes: NDArray[np.int64], read: Callable[[i
     return digest.hexdigest()
 
 
+def hint(part: Path) -> str:
+    """What may have been meant where `part` of an image folder is not as it should be; nothing if that is not clear."""
+    root, meant = part.parent, ""
+    if (root / "dataset_dict.json").is_file():
+        meant = "--data.name huggingface"
+    elif (root / "manifest.json").is_file():
+        meant = "--data.name webdataset or shards, as it was packed"
+    elif root.name in ("train", "test", "val") and (root.parent / part.name).is_dir():
+        meant = shown(os.fsencode(root.parent))
+    elif not part.is_dir():
+        with contextlib.suppress(OSError):
+            inside = [entry for entry in root.iterdir() if (entry / part.name).is_dir()]
+            meant = shown(os.fsencode(inside[0])) if len(inside) == 1 else ""
+    return f"; did you mean {meant}?" if meant else ""
+
+
 def _list_classes(part: Path, skip: frozenset[str], inside: str) -> Listing:
     wanted = f"{part.name}/<class>/{inside + '/' if inside else ''}*.jpg, *.jpeg or *.png"
     if not part.is_dir():
-        raise DataError(f"{shown(os.fsencode(part))} is not a directory; expected {wanted} there")
+        raise DataError(f"{shown(os.fsencode(part))} is not a directory; expected {wanted} there{hint(part)}")
     root = os.fsencode(part)
     with os.scandir(root) as entries:
         classes = sorted(entry.name for entry in entries if entry.name[0] != _DOT and entry.is_dir())
     if len(classes) < 2:
-        raise DataError(f"{shown(root)} has {len(classes)} class folders; expected at least 2, each with its images")
+        raise DataError(
+            f"{shown(root)} has {len(classes)} class folders; expected at least 2, each with its images{hint(part)}"
+        )
     skipped = {name for name in skip if name.startswith(listed_name(os.fsencode(part.name)) + "/")}
     counts: list[int] = []
 

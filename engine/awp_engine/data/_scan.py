@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from awp_engine.checkpoint import atomic_write_text
 from awp_engine.data._dataset import DataError
-from awp_engine.data._files import SUFFIXES, read_regular, shown
+from awp_engine.data._files import SUFFIXES, hint, read_regular, shown
 from awp_engine.data._files import listed_name as listed_bytes
 from awp_engine.data._imagenet import is_tiny_imagenet, list_tiny_imagenet
 from awp_engine.data._inspect import BadImageError, Header, check, decode
@@ -121,7 +121,10 @@ def find_parts(root: Path) -> tuple[str, ...]:
         DataError: a part is missing.
     """
     if not (root / "train").is_dir():
-        raise DataError(f"{root / 'train'} is not a directory; expected train/<class>/*.jpg, *.jpeg or *.png there")
+        raise DataError(
+            f"{root / 'train'} is not a directory; expected train/<class>/*.jpg, *.jpeg or *.png there"
+            f"{hint(root / 'train')}"
+        )
     if is_tiny_imagenet(root):
         return "train", "val"
     others = tuple(part for part in ("test", "val") if (root / part).is_dir())
@@ -329,7 +332,7 @@ def _judge(files: Sequence[str], looks: list[Look], *, pixels: bool, same_size: 
         else:
             notes.append(
                 f"images have {len(sizes):,} sizes, most often {width}x{height} ({sizes[width, height]:,} of "
-                f"{sizes.total():,}); random-resized crops take any, and --same-size lists those that differ"
+                f"{sizes.total():,}); --data.image-size makes them one, and --same-size lists those that differ"
             )
     notes.extend(_same_bytes(files, looks))
     listed = sorted((listed_name(file), found) for file, found in zip(files, looks, strict=True))

@@ -238,7 +238,8 @@ def _list_shards(path: Path) -> list[tuple[Path, Path]]:
                 f"{one} has no partner; expected pairs images-*.npy and labels-*.npy: remove or complete it"
             )
     if not pairs:
-        raise DataError(f"{path} holds no shards; expected *.npz, or images-*.npy with labels-*.npy")
+        meant = f"; did you mean {path / 'train'}?" if (path / "train").is_dir() else ""
+        raise DataError(f"{path} holds no shards; expected *.npz, or images-*.npy with labels-*.npy{meant}")
     return pairs
 
 

@@ -99,9 +99,10 @@ def test_a_rank_that_hangs_is_named_with_its_stack(tmp_path):
     script.write_text(FAULTY)
     flags = ["hang", "1", "3", str(TRAIN), *SMALL, "--distributed.timeout", "2", "--run-dir", str(tmp_path / "run")]
     # which the first rank would take with it
-    _, port = store_server()
+    store, port = store_server()
     both = ranks(2, tmp_path / "run", script=script, given=flags, port=port)
     assert [run.end() for run in both] == [1, 1]
+    store.kill()
     assert re.search(r"error: no progress for 2 s because of rank 1 \(runs, process \d+ on ", both[0].said())
     assert "in fault_on_purpose" in both[1].said()
     assert "in fault_on_purpose" not in both[0].said()

@@ -402,7 +402,7 @@ class TrainingStep:
                 (lifted if self.loss_scale is None else lifted * self.loss_scale.value).backward()
             labels = y[rows] if y.ndim == 1 else y[rows].argmax(1)
             loss = loss + mean.detach() * share
-            correct = correct + (logits.argmax(1) == labels).float().mean() * share
+            correct = correct + (logits.argmax(1) == labels).to(x.dtype).mean() * share
         return loss, correct, below
 
     def _ascend(

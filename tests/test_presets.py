@@ -55,23 +55,23 @@ def tiny(config: Config, root: Path, run_dir: Path) -> Config:
     )
 
 
-# one preset for each wide network; in the others it is a small one
-WHOLE_WIDE = ("cifar10-wrn-34-10-trades-awp", "cifar10-wrn-28-10-rst-awp")
+# one preset for each network for CIFAR; in the others it is a small one of its kind
+WHOLE = ("cifar10-preact-resnet18-trades-awp", "cifar10-wrn-34-10-trades-awp", "cifar10-wrn-28-10-rst-awp")
 
 
-def test_every_wide_network_is_trained_in_one_preset():
+def test_every_network_is_trained_in_one_preset():
     networks = {name: build_preset(name).model.name for name in PRESETS}
-    wide = {network for network in networks.values() if network.startswith("wrn")}
-    assert sorted(wide) == sorted(networks[name] for name in WHOLE_WIDE)
+    large = {network for network in networks.values() if network.startswith(("wrn", "preact-resnet-18"))}
+    assert sorted(large) == sorted(networks[name] for name in WHOLE)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_two_steps(name, colour_images, tmp_path):
     whole = build_preset(name)
     config = tiny(whole, colour_images, tmp_path / "run")
-    if config.model.name.startswith("wrn") and name not in WHOLE_WIDE:
+    if config.model.name.startswith("wrn") and name not in WHOLE:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, name="wrn-10-1"))
-    elif name.startswith("imagenet"):
+    elif name.startswith("imagenet") or (config.model.name == "preact-resnet-18" and name not in WHOLE):
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, width=16))
     elif config.model.name.startswith("wrn"):
         # one image at a time: a forward pass of WRN-34-10 alone takes 13 GFLOP

@@ -94,13 +94,17 @@ def test_a_signal_to_one_rank_stops_all_with_the_code_of_preemption(tmp_path):
     assert "train.py: error" not in both[1].said()
 
 
-def test_a_rank_that_hangs_is_named_with_its_stack(tmp_path):
+def hanging(tmp_path, timeout):
+    """Two ranks, the second of which hangs in its third step, and the store, which else the first takes with it."""
     script = tmp_path / "faulty.py"
     script.write_text(FAULTY)
-    flags = ["hang", "1", "3", str(TRAIN), *SMALL, "--distributed.timeout", "2", "--run-dir", str(tmp_path / "run")]
-    # which the first rank would take with it
+    flags = ["hang", "1", "3", str(TRAIN), *SMALL, "--distributed.timeout", timeout, "--run-dir", str(tmp_path / "run")]
     store, port = store_server()
-    both = ranks(2, tmp_path / "run", script=script, given=flags, port=port)
+    return ranks(2, tmp_path / "run", script=script, given=flags, port=port), store
+
+
+def test_a_rank_that_hangs_is_named_with_its_stack(tmp_path):
+    both, store = hanging(tmp_path, "2")
     assert [run.end() for run in both] == [1, 1]
     store.kill()
     assert re.search(r"error: no progress for 2 s because of rank 1 \(runs, process \d+ on ", both[0].said())
@@ -120,11 +124,7 @@ def test_ranks_whose_torchrun_is_gone_leave_a_checkpoint_and_end(tmp_path):
 
 
 def test_a_rank_that_hangs_ends_when_torchrun_is_gone_too(tmp_path):
-    script = tmp_path / "faulty.py"
-    script.write_text(FAULTY)
-    flags = ["hang", "1", "3", str(TRAIN), *SMALL, "--distributed.timeout", "5", "--run-dir", str(tmp_path / "run")]
-    torchrun, port = store_server()
-    both = ranks(2, tmp_path / "run", script=script, given=flags, port=port)
+    both, torchrun = hanging(tmp_path, "5")
     while both[0].board.read()[-1] < 2:
         assert both[0].process.exitcode is None, both[0].said()
     torchrun.kill()

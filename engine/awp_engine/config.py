@@ -609,7 +609,7 @@ class Config(_Checked):
             expected = "false for anything but --method at with PGD and whole labels"
             raise _refuse("awp.public_code", expected, self.awp.public_code)
         size, part = self.global_batch_size, self.data.extra_fraction
-        if self.data.extra is not None and not 0 < math.floor(size * (1 - part) + 0.5) < size:
+        if self.data.extra is not None and not 0 < own_images(size, part) < size:
             expected = f"a part that gives a batch of {size} images of both kinds"
             raise _refuse("data.extra_fraction", expected, part)
         if self.awp.public_code and self.distributed.ascent_sync == "local":
@@ -699,6 +699,11 @@ class Config(_Checked):
         """The evaluation's step, on pixels in [0, 1]: its own, or epsilon / 4."""
         given = self.evaluation.step_size
         return float(parse_amount(self.attack.epsilon) / 4 if given is None else parse_amount(given))
+
+
+def own_images(batch_size: int, extra_fraction: float) -> int:
+    """How many images of a full batch are the data set's own, the others being extra ones."""
+    return math.floor(batch_size * (1 - extra_fraction) + 0.5)
 
 
 def learning_rate(config: OptimizerConfig, epochs: int, progress_in_epochs: float) -> float:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from awp_engine.config import own_images
 from awp_engine.data._dataset import random_order_key
 from awp_engine.data._framing import Images, Request, Requests, every_row
 from awp_engine.data._recipe import Batch, Drawn, Recipe, Samples
@@ -407,7 +408,7 @@ def _shares(batch_size: int, extra_fraction: float) -> tuple[int, int]:
     """How many images of a full batch are the split's and how many extra."""
     if not 0 < extra_fraction < 1:
         raise ValueError(f"extra_fraction: {extra_fraction}; expected a number more than 0 and less than 1")
-    own = math.floor(batch_size * (1 - extra_fraction) + 0.5)
+    own = own_images(batch_size, extra_fraction)
     if not 0 < own < batch_size:
         raise ValueError(
             f"extra_fraction: {extra_fraction} of a batch of {batch_size} leaves {own} images of the data set and "

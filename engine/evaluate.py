@@ -1,5 +1,10 @@
 """Measures how robust a trained model is: `python engine/evaluate.py RUN_OR_CHECKPOINT --attacks clean pgd20 cw`."""
 
+from awp_engine.signals import begin_command
+
+if __name__ == "__main__":
+    begin_command("evaluate.py")
+
 import argparse
 import os
 from collections.abc import Sequence
@@ -82,6 +87,7 @@ def main() -> None:
     from awp_engine.evaluation.robustbench import Publication
     from awp_engine.evaluation.run import DEFAULT_ATTACKS, evaluate_checkpoint
     from awp_engine.report import print_table
+    from awp_engine.signals import interrupted_code, interrupts
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
@@ -98,7 +104,7 @@ def main() -> None:
         reported=arguments.reported,
     )
     try:
-        done = evaluate_checkpoint(
+        done = interrupts()(evaluate_checkpoint)(
             arguments.path,
             attacks=arguments.attacks or DEFAULT_ATTACKS,
             checkpoint=arguments.checkpoint,
@@ -122,8 +128,9 @@ def main() -> None:
         fail(str(error), prog=PROG)
     except OSError as error:
         fail(f"{error.filename or arguments.path}: {error.strerror or error}", code=1, prog=PROG)
-    except KeyboardInterrupt:
-        fail("interrupted; the same command again goes on with autoattack where it was", code=130, prog=PROG)
+    except KeyboardInterrupt as interrupt:
+        resume = "interrupted; the same command again goes on with autoattack where it was"
+        fail(resume, code=interrupted_code(interrupt), prog=PROG)
     print_table(done.measurement.table(), title=done.title)
     regional = done.measurement.regional_table()
     if regional:

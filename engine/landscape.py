@@ -5,6 +5,11 @@ directions; flatness, Stutz's average-case and worst-case flatness. Every figure
 and with a JSON file of all numbers. The images are attacked anew at every point; the weights on disk are only read.
 """
 
+from awp_engine.signals import begin_command
+
+if __name__ == "__main__":
+    begin_command("landscape.py")
+
 import argparse
 import os
 import sys
@@ -91,6 +96,7 @@ def measure(arguments: argparse.Namespace) -> list[Path]:
     from awp_engine.landscape.progress import Progress
     from awp_engine.landscape.robust_loss import as_batches
     from awp_engine.landscape.runs import common_images, open_runs
+    from awp_engine.locking import locked
     from awp_engine.trainer import evaluation_attack
 
     fields = dataclasses.fields(measuring.Settings)
@@ -120,21 +126,22 @@ def measure(arguments: argparse.Namespace) -> list[Path]:
         "flatness": measuring.measure_flatness,
     }
     written = []
-    for mode in arguments.mode:
-        began = time.monotonic()
-        found = chosen[mode](runs, batches, attack, settings, progress)
-        receipt = Receipt(
-            mode=mode,
-            runs=runs,
-            split=arguments.split,
-            images=images,
-            attack=attack,
-            settings=settings,
-            batch_size=arguments.batch_size,
-            device=device,
-            seconds=time.monotonic() - began,
-        )
-        written += write(output, receipt, found)
+    with locked(output):
+        for mode in arguments.mode:
+            began = time.monotonic()
+            found = chosen[mode](runs, batches, attack, settings, progress)
+            receipt = Receipt(
+                mode=mode,
+                runs=runs,
+                split=arguments.split,
+                images=images,
+                attack=attack,
+                settings=settings,
+                batch_size=arguments.batch_size,
+                device=device,
+                seconds=time.monotonic() - began,
+            )
+            written += write(output, receipt, found)
     return written
 
 
@@ -146,15 +153,17 @@ def main() -> None:
 
     from awp_engine.checkpoint import CheckpointError
     from awp_engine.data import DataError
+    from awp_engine.signals import interrupted_code, interrupts
 
     try:
-        written = measure(arguments)
+        with interrupts():
+            written = measure(arguments)
     except (ConfigError, DataError, CheckpointError) as error:
         fail(str(error), prog=PROG)
     except OSError as error:
         fail(f"{error.filename}: cannot be written: {error.strerror}", code=1, prog=PROG)
-    except KeyboardInterrupt:
-        fail("interrupted; modes that were finished are written", code=130, prog=PROG)
+    except KeyboardInterrupt as interrupt:
+        fail("interrupted; modes that were finished are written", code=interrupted_code(interrupt), prog=PROG)
     print("\n".join(f"wrote {path}" for path in written), file=sys.stdout)
 
 

@@ -1,7 +1,13 @@
-"""Trains a robust classifier: `torchrun engine/train.py [PRESET] [flags]`; `--help` lists both."""
+"""Trains a robust classifier: `python engine/train.py [PRESET] [flags]`; `--help` lists both."""
 
 from __future__ import annotations
 
+from awp_engine.signals import begin_command
+
+if __name__ == "__main__":
+    begin_command("train.py")
+
+import contextlib
 import dataclasses
 import os
 from typing import TYPE_CHECKING
@@ -14,11 +20,18 @@ if TYPE_CHECKING:
     from awp_engine.signals import StopRequest
 
 
-def rows(config: Config, ranks: Ranks, stop: StopRequest) -> list[tuple[str, dict]]:
-    """Train, and train again without the weight perturbation if that was asked for."""
+def train(config: Config, ranks: Ranks, stop: StopRequest) -> tuple[str, dict]:
+    """Train in a run directory that no other process trains in."""
+    from awp_engine.locking import locked
     from awp_engine.trainer import Trainer
 
-    trained = [(config.title, Trainer(config, ranks, stop).run())]
+    with locked(config.resolved_run_dir) if ranks.is_first else contextlib.nullcontext():
+        return config.title, Trainer(config, ranks, stop).run()
+
+
+def rows(config: Config, ranks: Ranks, stop: StopRequest) -> list[tuple[str, dict]]:
+    """Train, and train again without the weight perturbation if that was asked for."""
+    trained = [train(config, ranks, stop)]
     if config.compare_without_awp:
         without = dataclasses.replace(
             config,
@@ -26,7 +39,7 @@ def rows(config: Config, ranks: Ranks, stop: StopRequest) -> list[tuple[str, dic
             compare_without_awp=False,
             run_dir=config.resolved_run_dir / "without-awp",
         )
-        trained.append((without.title, Trainer(without, ranks, stop).run()))
+        trained.append(train(without, ranks, stop))
     return trained
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from awp_engine.checkpoint import atomic_write_text
+from awp_engine.checkpoint import atomic_write_text, temporary_beside
 
 REPORT = "report.json"
 CURVES = "learning_curves.png"
@@ -144,7 +144,7 @@ def plot_learning_curves(
         rate_axes.set_xlim(metrics[0]["epoch"] - 0.5, metrics[0]["epoch"] + 0.5)
     figure.align_ylabels()
     path = run_dir / CURVES
-    temporary = path.with_name(f".tmp-{path.name}")
+    temporary = temporary_beside(path)
     try:
         figure.savefig(temporary, dpi=140, format="png")
         temporary.replace(path)

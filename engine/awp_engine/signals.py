@@ -1,7 +1,13 @@
-"""Requests to stop, from Slurm, a terminal, a user or torchrun's end, heeded between steps."""
+"""Requests to stop, from Slurm, a terminal, a user or torchrun's end: at once, or heeded between steps.
+
+Imports little: a command calls `begin_command` before it imports the rest.
+"""
 
 import contextlib
+import io
+import os
 import signal
+import sys
 from collections.abc import Iterator
 from types import FrameType
 
@@ -10,6 +16,9 @@ PREEMPTED = 75
 INTERRUPTED = 130
 # beside the numbers of signals
 TORCHRUN_ENDED = -1
+
+# what `stop_requests` notes at present
+_noted: frozenset[signal.Signals] = frozenset()
 
 
 class StoppedError(RuntimeError):
@@ -45,9 +54,63 @@ def exit_code(reason: int) -> int:
     return INTERRUPTED if reason == signal.SIGINT else PREEMPTED
 
 
+def _numbers(*numbers: signal.Signals) -> list[signal.Signals]:
+    """Those that are not ignored: a shell starts what runs in its background so, or nohup does, and means it."""
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def begin_command(prog: str) -> None:
+    """To be the first thing that a command does, before it imports what takes seconds.
+
+    SIGINT, SIGTERM, SIGHUP and SIGUSR1 end the process with one line and 128 + their number until something else is
+    said, and what a terminal cannot show is printed as an escape.
+    """
+    # nobody has to read it 8 times
+    said = os.environ.get("RANK", "0") == "0"
+
+    def end(number: int, _: FrameType | None) -> None:
+        # no exception: it would be caught, or shown, by whatever is being imported
+        if said:
+            with contextlib.suppress(OSError):
+                os.write(2, f"{prog}: error: interrupted by {signal.Signals(number).name}\n".encode())
+        os._exit(128 + number)
+
+    for number in _numbers(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, end)
+    for stream in (sys.stdout, sys.stderr):
+        # None where who started this has closed it
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[None]:
+    """A block in which SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt, so that what was begun is put in order.
+
+    To be entered in the main thread; `interrupted_code` says what to exit with.
+    """
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
+
+    before = {
+        number: signal.signal(number, interrupt) for number in _numbers(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def interrupted_code(interrupt: KeyboardInterrupt) -> int:
+    """The exit code that goes with an interrupt: 128 and the signal's number, 130 where it is not known."""
+    return 128 + interrupt.args[0] if interrupt.args else INTERRUPTED
+
+
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """A block in which SIGTERM, SIGUSR1 and SIGINT are noted and end nothing; a second SIGINT interrupts at once.
+    """A block in which SIGTERM, SIGUSR1, SIGHUP and SIGINT are noted and end nothing; a second SIGINT interrupts.
 
     To be entered in the main thread.
     """
@@ -58,13 +121,31 @@ def stop_requests() -> Iterator[StopRequest]:
             raise KeyboardInterrupt
         request.reason = number
 
-    handled = [signal.SIGTERM, signal.SIGUSR1]
-    # a shell starts what runs in its background with SIGINT ignored, and means it
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        handled.append(signal.SIGINT)
+    global _noted
+    handled = {signal.SIGTERM, signal.SIGUSR1, *_numbers(signal.SIGINT, signal.SIGHUP)}
     before = {number: signal.signal(number, note) for number in handled}
+    _noted = frozenset(handled)
     try:
         yield request
     finally:
+        _noted = frozenset()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def kept_from_children() -> Iterator[None]:
+    """A block whose child processes never receive what this one notes as a request to stop.
+
+    A terminal and Slurm send it to all of them, and this process needs its children until it has stopped.
+    """
+    from multiprocessing import resource_tracker
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _noted)
+    try:
+        # starting it unblocks two of them
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _noted)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

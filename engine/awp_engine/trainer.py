@@ -41,6 +41,7 @@ from awp_engine.device import Behind, choose_device, fast_memory_format
 from awp_engine.distributed import Ranks
 from awp_engine.evaluation import PgdAttack, evaluate, evaluation_seed, spread
 from awp_engine.loading import CHECKPOINTS, MODEL_FILE, ModelDescription
+from awp_engine.locking import LOCK
 from awp_engine.models import load_pretrained
 from awp_engine.optimizer import allocate_optimizer_tensors, optimizer_tensors, set_learning_rate
 from awp_engine.perturbation import StepResult
@@ -186,8 +187,8 @@ def prepare_run_dir(config: Config) -> None:
             return
         if run_dir.exists() and not run_dir.is_dir():
             raise ConfigError(f"--run-dir: expected a directory, {run_dir} is a file; choose another")
-        # a run that was killed while it wrote its first file has left nothing but that
-        if run_dir.exists() and any(not entry.name.startswith(TEMPORARY) for entry in run_dir.iterdir()):
+        # a run that was killed while it wrote its first file has left nothing but that, and its lock
+        if run_dir.exists() and any(not entry.name.startswith((TEMPORARY, LOCK)) for entry in run_dir.iterdir()):
             raise ConfigError(f"--run-dir: {run_dir} is not empty and holds no config.json of a run; choose another")
         run_dir.mkdir(parents=True, exist_ok=True)
         checkpoint.atomic_write_text(saved, to_json(config))
@@ -197,6 +198,9 @@ def prepare_run_dir(config: Config) -> None:
 
 class Trainer:
     """One run: the data, the model, and everything that a checkpoint holds.
+
+    One process at a time may train in a run directory: train.py makes and runs it inside of
+    `awp_engine.locking.locked`.
 
     Args:
         config: what to do.

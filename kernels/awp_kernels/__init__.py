@@ -3,6 +3,12 @@
 `python -m awp_kernels` prints what was found and which implementation serves which operation.
 """
 
+import sys
+
+if sys.argv[:1] == ["-m"] and "awp_kernels" in sys.orig_argv:
+    # `python -m awp_kernels` imports this, and torch, before the command's own first line
+    from awp_kernels import _interrupted as _interrupted
+
 from awp_kernels._backend import use_backend as use_backend
 from awp_kernels.augment import augment as augment
 from awp_kernels.awp import AdversarialWeightPerturbation as AdversarialWeightPerturbation

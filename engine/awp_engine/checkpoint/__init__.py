@@ -5,7 +5,13 @@ leaves the one before. Nothing is unpickled, and nothing outside the checkpoint'
 `python -m awp_engine.checkpoint verify|list|export DIR`.
 """
 
-from awp_engine.checkpoint._files import CheckpointError, atomic_write_text, sync_directory
+from awp_engine.checkpoint._files import (
+    CheckpointError,
+    atomic_write_text,
+    remove_leftovers,
+    sync_directory,
+    temporary_beside,
+)
 from awp_engine.checkpoint._load import Checkpoint, damage, load, load_latest
 from awp_engine.checkpoint._model_file import export_model, read_model
 from awp_engine.checkpoint._names import FORMAT, Position, checkpoint_name, names, position
@@ -28,6 +34,8 @@ __all__ = [
     "names",
     "position",
     "read_model",
+    "remove_leftovers",
     "save",
     "sync_directory",
+    "temporary_beside",
 ]

@@ -24,8 +24,11 @@ from awp_engine.checkpoint import (
 from awp_engine.checkpoint._load import latest_name
 from awp_engine.checkpoint._names import LATEST, MANIFEST
 from awp_engine.command_line import OneLineParser, fail
+from awp_engine.config import ConfigError
 from awp_engine.loading import CHECKPOINTS
+from awp_engine.locking import LOCK, locked
 from awp_engine.report import print_table
+from awp_engine.signals import interrupted_code, interrupts
 
 PROG = "python -m awp_engine.checkpoint"
 
@@ -127,6 +130,12 @@ def _weights(loaded: Checkpoint, which: str) -> dict[str, Tensor]:
 
 
 def _export(place: Path, output: Path, which: str) -> int:
+    # of that one file: the directory may be anyone's
+    with locked(output.parent, f"{LOCK}-{output.name}"):
+        return _export_alone(place, output, which)
+
+
+def _export_alone(place: Path, output: Path, which: str) -> int:
     if os.path.lexists(output):
         raise CheckpointError(f"{output}: is there already; remove it or choose another name")
     loaded = _chosen(place)
@@ -148,7 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 where `verify` found damage.
 
     Raises:
-        SystemExit: 2 for bad arguments, 1 for what cannot be done, after one line on stderr.
+        SystemExit: 2 for bad arguments and an OUT that another process writes, 1 for what cannot be done, 130 or 143
+            after a signal; after one line on stderr.
     """
     parser = OneLineParser(prog=PROG, description="Looks after the checkpoints of a run.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="verify|list|export")
@@ -167,15 +177,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command == "export" and arguments.output.suffix != ".safetensors":
         parser.error(f"OUT.safetensors: expected a name that ends so, got {str(arguments.output)!r}")
     try:
-        if arguments.command == "verify":
-            return _verify(arguments.place)
-        if arguments.command == "list":
-            return _list(arguments.place)
-        return _export(arguments.place, arguments.output, arguments.weights)
+        with interrupts():
+            if arguments.command == "verify":
+                return _verify(arguments.place)
+            if arguments.command == "list":
+                return _list(arguments.place)
+            return _export(arguments.place, arguments.output, arguments.weights)
+    except ConfigError as error:
+        fail(str(error), prog=PROG)
     except CheckpointError as error:
         fail(str(error), code=1, prog=PROG)
     except OSError as error:
         fail(f"{error.filename or arguments.place}: {error.strerror or error}", code=1, prog=PROG)
+    except KeyboardInterrupt as interrupt:
+        fail(f"{arguments.command} was interrupted", code=interrupted_code(interrupt), prog=PROG)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
+import socket
 import stat
 import uuid
 from collections.abc import Iterator
@@ -14,6 +16,8 @@ from io import BufferedReader
 from pathlib import Path
 
 TEMPORARY = ".tmp-"
+_THIS_PROCESS = uuid.uuid4().hex[:8]
+_WRITER = re.compile(r"-(?P<process>[0-9a-f]{8})-(?P<pid>[1-9][0-9]*)@(?P<host>.*)$")
 
 
 class CheckpointError(RuntimeError):
@@ -26,8 +30,40 @@ def canonical(value: object) -> bytes:
 
 
 def temporary_beside(path: Path) -> Path:
-    """A new name in the same directory."""
-    return path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
+    """A new name in the same directory, which says whose it is."""
+    writer = f"{_THIS_PROCESS}-{os.getpid()}@{socket.gethostname()}"
+    return path.with_name(f"{TEMPORARY}{path.name[:100]}-{uuid.uuid4().hex[:8]}-{writer}")
+
+
+def remove_leftovers(directory: Path, name: str = "") -> None:
+    """Removes what killed processes left in `directory` of files and directories whose names begin with `name`.
+
+    What belongs to a process that is alive on this machine stays; those on other machines are kept out by
+    `awp_engine.locking.locked`.
+    """
+    for entry in directory.glob(f"{TEMPORARY}{name}*"):
+        if _is_in_use(entry.name):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def _is_in_use(name: str) -> bool:
+    found = _WRITER.search(name)
+    if found is None or found["host"] != socket.gethostname():
+        return False
+    if int(found["pid"]) == os.getpid():
+        # in a container one process after another has the same number
+        return found["process"] == _THIS_PROCESS
+    try:
+        os.kill(int(found["pid"]), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def sync_directory(path: Path) -> None:

@@ -15,10 +15,10 @@ import safetensors.torch
 import torch
 
 from awp_engine.checkpoint._files import (
-    TEMPORARY,
     CheckpointError,
     canonical,
     describe,
+    remove_leftovers,
     replace_file,
     require_space,
     sync_directory,
@@ -90,15 +90,6 @@ def _remove(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _remove_temporaries(directory: Path) -> None:
-    """What killed writers left."""
-    for entry in directory.glob(TEMPORARY + "*"):
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            entry.unlink(missing_ok=True)
-
-
 def _prune(directory: Path, saved: str, retention: Retention) -> None:
     newest = position(saved)
     # Only names of this kind: anything else in the directory is the user's.
@@ -146,7 +137,7 @@ def write(directory: Path, name: str, tensors: Groups, state: bytes, retention: 
     temporary = temporary_beside(target)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _remove_temporaries(directory)
+        remove_leftovers(directory)
         require_space(directory, size)
         temporary.mkdir()
         _write_all(temporary, files)

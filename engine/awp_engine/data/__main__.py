@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import os
 import re
 import sys
@@ -18,12 +17,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from awp_engine.command_line import OneLineParser, fail, one_line
+from awp_engine.config import ConfigError
 from awp_engine.data._dataset import DataError
 from awp_engine.data._pack import Manifest, pack_folder, verify_pack
 from awp_engine.data._scan import KINDS, LIST_NAME, Scan, scan_folder, write_scan
 from awp_engine.data._workers import WorkerError
+from awp_engine.locking import LOCK, locked
 from awp_engine.report import print_table
-from awp_engine.signals import INTERRUPTED
+from awp_engine.signals import interrupted_code, interrupts
 
 PROG = "python -m awp_engine.data"
 _SHOWN = 3
@@ -103,7 +104,8 @@ def _scan(arguments: argparse.Namespace) -> int:
         raise DataError(f"{path.parent} is no directory that can be written to; choose another list with --out FILE")
     if path.is_dir():
         raise DataError(f"{path} is a directory; expected a file for the list: choose another one with --out FILE")
-    with _progress("files") as progress:
+    # of that one file: the directory may be anyone's
+    with locked(path.parent, f"{LOCK}-{path.name}"), _progress("files") as progress:
         scan = scan_folder(
             root,
             workers=arguments.workers,
@@ -111,7 +113,7 @@ def _scan(arguments: argparse.Namespace) -> int:
             same_size=arguments.same_size,
             progress=progress,
         )
-    write_scan(path, scan)
+        write_scan(path, scan)
     _show(scan, root, path)
     return 1 if scan.bad else 0
 
@@ -186,24 +188,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Raises:
         SystemExit: after one line on stderr: 2 for bad arguments and what is no image folder, 1 for what cannot be
-            packed or verified, 130 after Ctrl-C.
+            packed or verified, 130 or 143 after a signal.
     """
     arguments = _parser().parse_args(argv)
     command = {"scan": _scan, "pack": _pack, "verify": _verify}[arguments.command]
     # A scan says by 1 that there are bad files, and nothing else.
     code = 2 if arguments.command == "scan" else 1
-    # Names of files need not suit the terminal's encoding.
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return command(arguments)
+        with interrupts():
+            return command(arguments)
+    except ConfigError as error:
+        fail(str(error), prog=PROG)
     except (DataError, WorkerError) as error:
         fail(str(error), code=code, prog=PROG)
     except OSError as error:
         place = error.filename or getattr(arguments, "out", None) or arguments.place
         fail(f"{place}: {error.strerror or error}", code=code, prog=PROG)
-    except KeyboardInterrupt:
-        fail(f"{arguments.command} was interrupted; nothing was written", code=INTERRUPTED, prog=PROG)
+    except KeyboardInterrupt as interrupt:
+        code = interrupted_code(interrupt)
+        fail(f"{arguments.command} was interrupted; nothing was written", code=code, prog=PROG)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from awp_engine.data._scan import (
     typed,
 )
 from awp_engine.data._workers import Died, process_all
+from awp_engine.locking import LOCK, locked
 
 MANIFEST = "manifest.json"
 CLASSES = "classes.json"
@@ -165,6 +166,7 @@ def pack_folder(
 
     Raises:
         DataError: bad files are there, or images differ in size or mode where they may not, or `out` is not empty.
+        LockedError: another process packs into `out`.
         OSError: a file cannot be written. Whatever is raised, nothing is left in `out`.
     """
     images, classes, decoded = _plan(root, policy)
@@ -176,50 +178,51 @@ def pack_folder(
         space = total * _row_bytes(like)
     else:
         space = sum(_member_bytes(image) for part in images.values() for image in part)
-    made = _make_directory(root, out)
-    try:
-        free = shutil.disk_usage(out).free
-        if space > free:
-            raise DataError(f"{out}: the shards take {space:,} bytes and {free:,} are free; make room there")
-        shards = [shard for part, found in images.items() for shard in _cut(part, found, like, shard_bytes)]
-        for part in images:
-            (out / part).mkdir()
-        work = functools.partial(_write_shard, root, out, like, not decoded)
-        files: dict[int, list[PackedFile]] = {}
-        done = 0
-        results = process_all(shards, work, workers=max(1, min(workers, len(shards))), chunk=1, limit=None)
-        with contextlib.closing(results):
-            for index, result in results:
-                if isinstance(result, Died):
-                    raise DataError(
-                        f"{shards[index].part}: the process that packed it {result.why}; {_scan_hint(root)}"
-                    )
-                files[index] = result
-                done += len(shards[index].images)
-                progress(done, total)
-        with _NewFile(out / CLASSES) as file:
-            file.write(json.dumps(classes, indent=1).encode() + b"\n")
-        manifest = Manifest(
-            form=form,
-            classes=len(classes),
-            images={part: len(found) for part, found in images.items()},
-            files=(
-                *(entry for index in range(len(shards)) for entry in files[index]),
-                file.entry()._replace(file=CLASSES),
-            ),
-        )
-        for part in images:
-            sync_directory(out / part)
-        sync_directory(out)
-        atomic_write_text(out / MANIFEST, _manifest_text(manifest))
-    except BaseException:
-        for part in images:
-            shutil.rmtree(out / part, ignore_errors=True)
-        for name in (MANIFEST, CLASSES, _TEMPORARY + CLASSES):
-            (out / name).unlink(missing_ok=True)
-        if made:
-            out.rmdir()
-        raise
+    _require_place(root, out)
+    # which makes the directory, and removes it again where nothing was written
+    with locked(out):
+        _require_empty(out)
+        try:
+            free = shutil.disk_usage(out).free
+            if space > free:
+                raise DataError(f"{out}: the shards take {space:,} bytes and {free:,} are free; make room there")
+            shards = [shard for part, found in images.items() for shard in _cut(part, found, like, shard_bytes)]
+            for part in images:
+                (out / part).mkdir()
+            work = functools.partial(_write_shard, root, out, like, not decoded)
+            files: dict[int, list[PackedFile]] = {}
+            done = 0
+            results = process_all(shards, work, workers=max(1, min(workers, len(shards))), chunk=1, limit=None)
+            with contextlib.closing(results):
+                for index, result in results:
+                    if isinstance(result, Died):
+                        raise DataError(
+                            f"{shards[index].part}: the process that packed it {result.why}; {_scan_hint(root)}"
+                        )
+                    files[index] = result
+                    done += len(shards[index].images)
+                    progress(done, total)
+            with _NewFile(out / CLASSES) as file:
+                file.write(json.dumps(classes, indent=1).encode() + b"\n")
+            manifest = Manifest(
+                form=form,
+                classes=len(classes),
+                images={part: len(found) for part, found in images.items()},
+                files=(
+                    *(entry for index in range(len(shards)) for entry in files[index]),
+                    file.entry()._replace(file=CLASSES),
+                ),
+            )
+            for part in images:
+                sync_directory(out / part)
+            sync_directory(out)
+            atomic_write_text(out / MANIFEST, _manifest_text(manifest))
+        except BaseException:
+            for part in images:
+                shutil.rmtree(out / part, ignore_errors=True)
+            for name in (MANIFEST, CLASSES, _TEMPORARY + CLASSES):
+                (out / name).unlink(missing_ok=True)
+            raise
     return manifest
 
 
@@ -271,31 +274,27 @@ def _plan(root: Path, policy: Literal["refuse", "skip"]) -> tuple[dict[str, list
     return images, classes, decoded
 
 
-def _make_directory(root: Path, out: Path) -> bool:
-    """Whether `out` had to be made."""
+def _require_place(root: Path, out: Path) -> None:
     if root.resolve() in out.resolve().parents and out.resolve().relative_to(root.resolve()).parts[0] in (
         "train",
         "test",
         "val",
     ):
         raise DataError(f"{out} lies among the images of {root}; choose another place for the shards")
-    try:
-        out.mkdir()
-        return True
-    except FileExistsError:
-        pass
-    except FileNotFoundError:
-        raise DataError(f"{out.parent} is not a directory; expected the one to put {out.name} into") from None
-    if not out.is_dir() or out.is_symlink():
+    if not out.parent.is_dir():
+        raise DataError(f"{out.parent} is not a directory; expected the one to put {out.name} into")
+    if os.path.lexists(out) and (not out.is_dir() or out.is_symlink()):
         raise DataError(f"{out} is not a directory; expected a new or empty one")
-    entries = {entry.name for entry in os.scandir(out)}
+
+
+def _require_empty(out: Path) -> None:
+    entries = {entry.name for entry in os.scandir(out)} - {LOCK}
     if entries and MANIFEST not in entries:
         raise DataError(
             f"{out} is not empty; expected a new or empty directory (a pack that was killed can be removed)"
         )
     if entries:
         raise DataError(f"{out} holds a pack already; expected a new or empty directory")
-    return False
 
 
 def _row_bytes(header: Header) -> int:

@@ -20,6 +20,7 @@ from awp_engine.data._files_loader import Reader
 from awp_engine.data._framing import Images, Request, Requests
 from awp_engine.data._inspect import decode
 from awp_engine.data._store import EncodedImages
+from awp_engine.signals import kept_from_children
 
 
 class TorchLoader:
@@ -58,7 +59,9 @@ class TorchLoader:
             **options,
         )
         others = set(multiprocessing.active_children())
-        items = iter(loader)
+        # the server that they are forked from, too, or no epoch could be begun after a signal to all
+        with kept_from_children():
+            items = iter(loader)
         workers = set(multiprocessing.active_children()) - others
 
         def kill() -> None:
@@ -139,7 +142,7 @@ def _framed(image: NDArray[np.uint8], reader: Reader, window: tuple[int, int, in
 
 def _begin_worker(_: int) -> None:
     # who asks the run to stop asks its main process, though a terminal and Slurm tell all of them
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     # torch looks for the server that forked this process, which in turn waits for this process
     if (main := multiprocessing.parent_process()) is not None:

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from awp_engine.checkpoint import CheckpointError, atomic_write_text, export_model, read_model
+from awp_engine.checkpoint import CheckpointError, atomic_write_text, export_model, read_model, remove_leftovers
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -79,8 +79,7 @@ class StateFile:
 
         `say` is told of states of other evaluations, which are left alone, and of a damaged one.
         """
-        for leftover in self.path.parent.glob(".tmp-autoattack-*"):
-            leftover.unlink(missing_ok=True)
+        remove_leftovers(self.path.parent, "autoattack-")
         if not self.path.exists():
             self._name_others(say)
             return None

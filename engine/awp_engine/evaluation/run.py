@@ -23,6 +23,7 @@ from awp_engine.evaluation.results import Measurement
 from awp_engine.evaluation.robustbench import Publication, model_info
 from awp_engine.evaluation.subject import Subject, load_subject
 from awp_engine.evaluation.suite import measure
+from awp_engine.locking import locked
 
 JSON, PAGE, LEADERBOARD = "evaluation.json", "evaluation.html", "robustbench.json"
 DEFAULT_ATTACKS = ("clean", "fgsm", "pgd20", "cw")
@@ -216,31 +217,32 @@ def evaluate_checkpoint(
     )
     if second is not None:
         receipt["transfer_to"] = {"name": second.name, "file": second.weights.name, "sha256": second.sha256}
-    measurement = measure(
-        subject.model,
-        split,
-        wanted,
-        threat,
-        seed=seed,
-        batch_size=batch_size,
-        restarts=restarts,
-        gates_limit=gates_limit,
-        second=None if second is None else second.model,
-        budget=budget,
-        states=output,
-        identity={
-            "checkpoint": subject.sha256,
-            "images": receipt["data"]["sha256_of_these_images"],
-            "device": place.type,
-            "torch": receipt["versions"]["torch"],
-            "pyautoattack": receipt["versions"]["pyautoattack"],
-        },
-        say=say,
-    )
-    report = {"receipt": receipt, **measurement.to_dict()}
-    _write(output, subject, dataset, threat, measurement, report)
-    if publication is not None:
-        _write_leaderboard(output, publication, dataset.name, threat, measurement, limit, say)
+    with locked(output):
+        measurement = measure(
+            subject.model,
+            split,
+            wanted,
+            threat,
+            seed=seed,
+            batch_size=batch_size,
+            restarts=restarts,
+            gates_limit=gates_limit,
+            second=None if second is None else second.model,
+            budget=budget,
+            states=output,
+            identity={
+                "checkpoint": subject.sha256,
+                "images": receipt["data"]["sha256_of_these_images"],
+                "device": place.type,
+                "torch": receipt["versions"]["torch"],
+                "pyautoattack": receipt["versions"]["pyautoattack"],
+            },
+            say=say,
+        )
+        report = {"receipt": receipt, **measurement.to_dict()}
+        _write(output, subject, dataset, threat, measurement, report)
+        if publication is not None:
+            _write_leaderboard(output, publication, dataset.name, threat, measurement, limit, say)
     title = f"{dataset.name} test split, {threat.norm} epsilon {threat.epsilon}, {len(split)} images"
     return Evaluated(measurement=measurement, report=report, output=output, title=title)
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from awp_engine.checkpoint import temporary_beside
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -44,7 +46,7 @@ def _loss_axis(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    temporary = path.with_name(f".tmp-{path.name}")
+    temporary = temporary_beside(path)
     try:
         figure.savefig(temporary, dpi=140, format="png")
         temporary.replace(path)

@@ -1,0 +1,19 @@
+"""Imported before anything else by `python -m awp_kernels`: a signal ends it in one line while torch is imported."""
+
+import contextlib
+import os
+import signal
+from types import FrameType
+
+
+def _end(number: int, _: FrameType | None) -> None:
+    # no exception: it would be caught, or shown, by whatever is being imported
+    with contextlib.suppress(OSError):
+        os.write(2, f"python -m awp_kernels: error: interrupted by {signal.Signals(number).name}\n".encode())
+    os._exit(128 + number)
+
+
+for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    # ignored by who started this, who means it
+    if signal.getsignal(_number) is not signal.SIG_IGN:
+        signal.signal(_number, _end)

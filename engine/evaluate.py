@@ -10,17 +10,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from awp_engine.command_line import OneLineParser, fail
+from awp_engine.command_line import OneLineParser, fail, thread_count
+from awp_engine.command_line import whole_number as _whole_number
 from awp_engine.config import ConfigError
 
 PROG = "evaluate.py"
-
-
-def _whole_number(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text[:80]!r}") from None
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -50,7 +44,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=_whole_number, help="of all noise; the one of the run's own evaluation if not given")
     add("--batch-size", type=_whole_number, help="images a batch")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU if there is one")
-    add("--threads", type=_whole_number, help="CPU threads")
+    add("--threads", type=thread_count, help="CPU threads")
     add("--data-name", "--data.name", help="data set, for weights that belong to no run")
     add("--data-root", "--data.root", type=Path, help="directory of the data set")
     add(
@@ -76,8 +70,6 @@ def main() -> None:
     # before torch loads OpenMP: threads that spin while they wait run ten times slower beside any other busy process
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = parse()
-    if arguments.threads is not None and arguments.threads < 1:
-        fail(f"--threads: expected a whole number >= 1, got {arguments.threads}", prog=PROG)
 
     import torch
 

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from awp_engine.command_line import OneLineParser, fail
+from awp_engine.command_line import OneLineParser, fail, thread_count, whole_number
 from awp_engine.config import ConfigError
 
 PROG = "landscape.py"
@@ -56,26 +56,26 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, help="directory for figures and numbers; RUN/landscape if not given")
     add("--checkpoint", choices=("best", "last"), help="weights of a run directory; best if not given")
     add("--split", choices=("train", "held-out", "test"), default="test", help="images to measure on")
-    add("--images", type=int, default=1000, help="their number, evenly spread over the split")
-    add("--steps", type=int, default=10, help="steps of PGD")
-    add("--restarts", type=int, default=1, help="attacks an image, of which the worst counts")
-    add("--seed", type=int, default=0, help="of directions, starting points and intervals")
-    add("--batch-size", type=int, default=128, help="images a batch; worst-case flatness takes a step for each")
-    add("--points", type=int, default=21, help="1d: points a curve, an odd number")
+    add("--images", type=whole_number, default=1000, help="their number, evenly spread over the split")
+    add("--steps", type=whole_number, default=10, help="steps of PGD")
+    add("--restarts", type=whole_number, default=1, help="attacks an image, of which the worst counts")
+    add("--seed", type=whole_number, default=0, help="of directions, starting points and intervals")
+    add("--batch-size", type=whole_number, default=128, help="images a batch; worst-case flatness steps once for each")
+    add("--points", type=whole_number, default=21, help="1d: points a curve, an odd number")
     add("--radius", type=float, default=1.0, help="1d, 2d: reach along random directions, relative to filters' norms")
     add("--adversarial-radius", type=float, default=0.02, help="1d, 2d: reach along the gradient, relative to layers'")
-    add("--directions", type=int, default=1, help="1d: random directions")
-    add("--points-2d", type=int, default=11, help="2d: points a side, an odd number")
+    add("--directions", type=whole_number, default=1, help="1d: random directions")
+    add("--points-2d", type=whole_number, default=11, help="2d: points a side, an odd number")
     add("--plane", choices=("random", "adversarial"), default="random", help="2d: horizontal direction")
     add("--average-xi", type=numbers, default="0.5", help="flatness: relative radii of the average case")
-    add("--draws", type=int, default=10, help="flatness: random v of the average case")
+    add("--draws", type=whole_number, default=10, help="flatness: random v of the average case")
     add("--worst-xi", type=numbers, default="0.003", help="flatness: relative radii of the worst case")
-    add("--epochs", type=int, default=20, help="flatness: passes over the images in the worst case")
-    add("--attempts", type=int, default=3, help="flatness: random starts in the worst case; the paper takes 10")
-    add("--threads", type=int, help="threads; as many as PyTorch takes if not given")
+    add("--epochs", type=whole_number, default=20, help="flatness: passes over the images in the worst case")
+    add("--attempts", type=whole_number, default=3, help="flatness: random starts in the worst case (paper: 10)")
+    add("--threads", type=thread_count, help="threads; as many as PyTorch takes if not given")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     arguments = parser.parse_args(argv)
-    for name in ("images", "steps", "batch_size", "threads"):
+    for name in ("images", "steps", "batch_size"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')}: expected a whole number >= 1, got {value}")

@@ -55,7 +55,11 @@ def malformed(name: str) -> st.SearchStrategy[str]:
         text = st.text(max_size=12).filter(lambda text: not is_number(text, kind))
         wrong = text | st.sampled_from(NOT_NUMBERS)
         if kind is int:
-            wrong |= st.floats().map(repr) | st.integers(min_value=2**63).map(str) | st.integers(max_value=-1).map(str)
+            limit = 2**63 if name == "--seed" else 2**31
+            wrong |= st.floats().map(repr) | st.integers(min_value=limit).map(str) | st.integers(max_value=-1).map(str)
+        else:
+            # what fp32 cannot hold, and what of it a sum or a product would leave
+            wrong |= (st.floats(min_value=1.01e30) | st.integers(min_value=10**31)).map(str)
     elif known:
         wrong = words.filter(lambda text: text not in known)
     elif name in AMOUNTS:

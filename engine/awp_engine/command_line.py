@@ -48,6 +48,25 @@ def fail(message: str, code: int = 2, prog: str = "train.py", *, once: bool = Fa
     raise SystemExit(code)
 
 
+def whole_number(text: str) -> int:
+    """An argument's value, as `type=` of an argparse flag."""
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {show(text)}") from None
+    if abs(number) >= 2**63:
+        raise argparse.ArgumentTypeError(f"expected a whole number below 2^63, got {show(number)}")
+    return number
+
+
+def thread_count(text: str) -> int:
+    """The same for a number of threads: the system starts as many as it is told, until it has no room for another."""
+    number = whole_number(text)
+    if not 1 <= number <= 1024:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 1024, got {number}")
+    return number
+
+
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose complaints take one line: the message alone, without the usage."""
 

@@ -23,7 +23,8 @@ _AMOUNT = re.compile(rf"{_DECIMAL}|[0-9]{{1,20}}/[0-9]{{1,20}}")
 _WIDE_RESNET = re.compile(r"wrn-([0-9]{1,4})-([0-9]{1,3})")
 _TIMM_MODELS = ("resnet-50", "convnext-tiny", "convnext-tiny-convstem")
 _PRESET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
-_INT_LIMIT = 2**63
+# what fp32 holds, and room for a factor
+_FLOAT_LIMIT = 1e30
 
 # What a resumed run may change: none of it moves the weights, or the choice of the epoch; images may lie elsewhere, as
 # long as their fingerprints are the same.
@@ -121,11 +122,16 @@ def _coerce(hint: Any, value: Any, key: str) -> Any:
             return tuple(_coerce(parts[0], item, key) for item in value)
         accepted = False
     elif hint is float:
-        if isinstance(value, int) and not isinstance(value, bool) and abs(value) < _INT_LIMIT:
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _FLOAT_LIMIT:
             value = float(value)
         accepted = isinstance(value, float) and math.isfinite(value)
+        if accepted and abs(value) > _FLOAT_LIMIT:
+            raise _refuse(key, f"a number of at most {_FLOAT_LIMIT:g}", value)
     elif hint is int:
-        accepted = isinstance(value, int) and not isinstance(value, bool) and abs(value) < _INT_LIMIT
+        accepted = isinstance(value, int) and not isinstance(value, bool)
+        power = 63 if key == "seed" else 31
+        if accepted and abs(value) >= 2**power:
+            raise _refuse(key, f"a whole number below 2^{power}", value)
     elif hint is Path:
         if isinstance(value, str) and value:
             value = Path(value)
@@ -376,7 +382,7 @@ class AwpConfig(_Checked):
     """Do as the paper's public code does: which forwards move the BN statistics, and decay on w + gamma v."""
 
     def _check(self) -> None:
-        self._require(self.gamma >= 0, "gamma", "a finite number >= 0")
+        self._require(0 <= self.gamma <= 1000, "gamma", "a number from 0 to 1000")
         self._require(self.warmup >= 0, "warmup", "a whole number of epochs >= 0")
         self._require(self.every >= 1, "every", "a whole number of steps >= 1")
         self._require(self.ascent_steps >= 1, "ascent_steps", "a whole number >= 1")

@@ -86,8 +86,8 @@ def _lock(handle: int, directory: Path) -> None:
 
 def _make_and_take(path: Path) -> int:
     for _ in range(100):
-        # where whoever made the directory has removed it meanwhile
-        with contextlib.suppress(FileNotFoundError):
+        # where whoever made the directory removes it meanwhile
+        with contextlib.suppress(FileNotFoundError, FileExistsError):
             path.parent.mkdir(parents=True, exist_ok=True)
             return _take(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,13 +110,14 @@ def locked(directory: Path, name: str = LOCK) -> Iterator[None]:
         LockedError: another process holds it; the message says which, where and since when.
         ConfigError: the directory cannot be written to.
     """
-    made = [place for place in (directory, *directory.parents) if not place.exists()]
     path = directory / name
     try:
+        made = [place for place in (directory, *directory.parents) if not place.exists()]
         handle = _make_and_take(path)
     except OSError as error:
+        reason = "is no directory" if isinstance(error, FileExistsError) else error.strerror
         raise ConfigError(
-            f"{error.filename or path}: cannot be written: {error.strerror}; choose another directory"
+            f"{error.filename or path}: cannot be written to: {reason}; choose another directory"
         ) from None
     owner = os.getpid()
     _held.add(handle)

@@ -25,6 +25,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from awp_engine.checkpoint import atomic_write_text
 from awp_engine.config import Config, to_json
+from awp_engine.output import silence
 
 METRICS = "metrics.jsonl"
 _REDRAW_SECONDS = 0.2
@@ -69,18 +70,6 @@ def _write_text(file: TextIO, text: str) -> None:
     rest = f"{text}\n".encode(errors="replace")
     while rest:
         rest = rest[os.write(handle, rest) :]
-
-
-def _silence(file: TextIO | None) -> None:
-    """Sends what is still printed to nowhere, where it neither blocks nor fails."""
-    try:
-        null = os.open(os.devnull, os.O_WRONLY)
-        if file is not None:
-            os.dup2(null, file.fileno())
-        os.close(null)
-    except OSError:
-        # Not a file of the system's: nothing to be blocked by.
-        return
 
 
 class _Lane:
@@ -290,9 +279,9 @@ class RunLog:
         self._metrics.close(_CLOSE_SECONDS)
         written = self._output.close(_CLOSE_SECONDS) and not self._output.failing
         if not written and self._console.file is sys.stdout:
-            _silence(sys.__stdout__)
+            silence(1)
         if not self._warnings.close(_CLOSE_SECONDS):
-            _silence(sys.__stderr__)
+            silence(2)
 
     def message(self, text: str) -> None:
         """Shows one line, above the progress bar where there is one."""

@@ -4,12 +4,12 @@ Imports little: a command calls `begin_command` before it imports the rest.
 """
 
 import contextlib
-import io
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from types import FrameType
+
+from awp_engine.output import begin_output
 
 # os.EX_TEMPFAIL: "try again"; what a scheduler that preempts looks for
 PREEMPTED = 75
@@ -63,7 +63,7 @@ def begin_command(prog: str) -> None:
     """To be the first thing that a command does, before it imports what takes seconds.
 
     SIGINT, SIGTERM, SIGHUP and SIGUSR1 end the process with one line and 128 + their number until something else is
-    said, and what a terminal cannot show is printed as an escape.
+    said, and output goes as `begin_output` has it.
     """
     # nobody has to read it 8 times
     said = os.environ.get("RANK", "0") == "0"
@@ -77,10 +77,7 @@ def begin_command(prog: str) -> None:
 
     for number in _numbers(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, end)
-    for stream in (sys.stdout, sys.stderr):
-        # None where who started this has closed it
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    begin_output()
 
 
 @contextlib.contextmanager

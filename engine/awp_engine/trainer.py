@@ -219,6 +219,8 @@ class Trainer:
         self.device = choose_device(config.device, self.ranks.local_rank)
         # before data are read and the run directory is made
         choose_precision(config, self.device)
+        if config.cuda_graphs and self.device.type != "cuda":
+            raise ConfigError("--cuda-graphs: expected a CUDA device to capture the step on, found none; leave it out")
         loading = data_loading(config, self.device)
         data = self.data = load_data(config, loading)
         extra = None
@@ -246,6 +248,10 @@ class Trainer:
         model.to(device=self.device, memory_format=self.memory_format)  # pyright: ignore[reportCallIssue]
         self.model = model.train()
         self.messages = [f"{len(data.train):,} training images, loader {data.loader}"]
+        if config.global_batch_size > len(data.train) and extra is None:
+            self.messages.append(
+                f"--global-batch-size {config.global_batch_size}: there are fewer training images; every step takes all"
+            )
         if extra is not None:
             self.messages.append(f"{len(extra.split):,} extra images, loader {extra.loader}")
         if config.model.pretrained is not None:

@@ -359,3 +359,22 @@ def test_folders_without_classes_or_test(folder: Path) -> None:
     (folder / "test" / "class_0").mkdir(parents=True)
     with pytest.raises(DataError, match="test has 1 class folders; expected at least 2"):
         scan_folder(folder, workers=1)
+
+
+def test_a_script_without_a_main_guard_is_not_run_again(folder: Path, tmp_path: Path) -> None:
+    """By the processes that scan, or that decode for training, none of which needs it."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from awp_engine.data import Loading, eval_batches, load_dataset\n"
+        "from awp_engine.data._scan import scan_folder\n"
+        "print('run')\n"
+        "print(len(scan_folder(Path(sys.argv[1]), workers=1).bad))\n"
+        "loading = Loading(loader='torch', workers=1)\n"
+        "data = load_dataset('folder', root=Path(sys.argv[1]), held_out_fraction=0, seed=0, loading=loading)\n"
+        "print(sum(len(batch.labels) for batch in eval_batches(data.test, 4)) == len(data.test))\n"
+    )
+    command = [sys.executable, str(script), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr, done.returncode) == ("run\n0\nTrue\n", "", 0)

@@ -20,6 +20,7 @@ from awp_engine.data._files_loader import Reader
 from awp_engine.data._framing import Images, Request, Requests
 from awp_engine.data._inspect import decode
 from awp_engine.data._store import EncodedImages
+from awp_engine.data._workers import apart_from_main
 from awp_engine.signals import kept_from_children
 
 
@@ -60,7 +61,7 @@ class TorchLoader:
         )
         others = set(multiprocessing.active_children())
         # the server that they are forked from, too, or no epoch could be begun after a signal to all
-        with kept_from_children():
+        with kept_from_children(), apart_from_main():
             items = iter(loader)
         workers = set(multiprocessing.active_children()) - others
 

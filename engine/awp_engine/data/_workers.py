@@ -3,7 +3,9 @@
 import contextlib
 import multiprocessing
 import signal
+import sys
 import time
+import types
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +37,20 @@ class _Worker:
     started: bool = False
     task: range | None = None
     deadline: float = 0.0
+
+
+@contextlib.contextmanager
+def apart_from_main() -> Iterator[None]:
+    """A block whose child processes do not import the script that this process runs.
+
+    They need nothing of it, and one without `if __name__ == "__main__"` would be run again by each of them.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def process_all(
@@ -101,7 +117,8 @@ def _start(context: ForkServerContext, work: Callable[[Any], Any]) -> _Worker:
     # A terminal's Ctrl-C reaches all processes; only this one is to answer, once its children are known to it.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        process.start()
+        with apart_from_main():
+            process.start()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         there.close()
@@ -151,10 +168,7 @@ def _lose(
     worker.process.join()
     worker.pipe.close()
     if not worker.started:
-        raise WorkerError(
-            f"a worker process {how} before it began; a script has to call this below "
-            'if __name__ == "__main__", and otherwise memory may be short: take fewer workers'
-        )
+        raise WorkerError(f"a worker process {how} before it began; memory may be short: take fewer workers")
     if worker.task is None:
         return
     if len(worker.task) == 1:

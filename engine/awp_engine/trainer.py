@@ -300,6 +300,7 @@ class Trainer:
         self._behind = Behind(self.device, 2)
         self._profiler = StepProfiler(config.profile if self.ranks.is_first else 0, self.run_dir / "trace.json")
         self.progress = Progress()
+        self._begun = False
         self._clock = time.monotonic()
         self.best_weights = self._whole(self.model.state_dict(), every_rank=True)
         self._writer = checkpoint.Writer(self.run_dir / CHECKPOINTS)
@@ -330,12 +331,16 @@ class Trainer:
             The fields of report.json.
 
         Raises:
-            TrainingError: ten steps in a row had a gradient that is not finite.
+            TrainingError: ten steps in a row had a gradient that is not finite, or it was called before.
             CheckpointError: a checkpoint could not be written; the one before is intact.
             StoppedError: asked to stop, and a checkpoint is written.
             DivergenceError: the ranks' weights differ.
         """
         config, first = self.config, self.ranks.is_first
+        if self._begun:
+            # it may have been interrupted in the middle of a step
+            raise TrainingError("Trainer: has run before; make another one, which goes on from the newest checkpoint")
+        self._begun = True
         log = self._open_log() if first else None
         with (
             log or contextlib.nullcontext(),

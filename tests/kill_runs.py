@@ -380,7 +380,8 @@ def signal_run(
 
     def asked() -> bool:
         part, _, _, updates = run.board.read()
-        return run.process.exitcode is not None or (handles(run.pid, number) and there(part, updates))
+        # before its first part a signal ends it at once
+        return run.process.exitcode is not None or (part != "start" and there(part, updates))
 
     wait_until(asked, f"{run.run_dir}: a moment to stop it")
     run.process.join(seconds)

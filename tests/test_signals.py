@@ -1,7 +1,6 @@
 """Signals at any moment of any command: one line, and the exit code that shells and schedulers know."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from kill_runs import handles
 
 ROOT = Path(__file__).parent.parent
 ENGINE = ROOT / "engine"
@@ -39,13 +39,9 @@ def start(arguments: list[str], cwd: Path, **environment: str) -> subprocess.Pop
 
 def wait_for_handler(process: subprocess.Popen[str]) -> None:
     """Wait for the command's first line; until then Python itself is being started, and SIGTERM ends it silently."""
-    bit = 1 << (signal.SIGTERM - 1)
-    while process.poll() is None:
-        caught = re.search(r"SigCgt:\s*([0-9a-f]+)", Path(f"/proc/{process.pid}/status").read_text())
-        if caught is not None and int(caught[1], 16) & bit:
-            return
+    while not handles(process.pid, signal.SIGTERM):
+        assert process.poll() is None, process.communicate()
         time.sleep(0.002)
-    raise AssertionError(process.communicate())
 
 
 @pytest.mark.parametrize("moment", [0.0, 0.1, 0.5])

@@ -4,13 +4,13 @@ import contextlib
 import io
 import os
 import sys
-from typing import TextIO
+from typing import Any, TextIO
 
 
 class _Survivor(io.FileIO):
     """A file whose first write that fails is the last one that is tried."""
 
-    def write(self, data: bytes, /) -> int | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def write(self, data: Any, /) -> int | None:
         try:
             return super().write(data)
         except OSError as error:

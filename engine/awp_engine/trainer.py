@@ -16,6 +16,7 @@ from awp_engine.batch_norm import synchronize
 from awp_engine.build_step import build_step, capture_step, shard_model
 from awp_engine.checkpoint import CheckpointError
 from awp_engine.checkpoint._files import TEMPORARY
+from awp_engine.class_names import difference
 from awp_engine.config import (
     Config,
     ConfigError,
@@ -40,7 +41,7 @@ from awp_engine.data import (
 from awp_engine.device import Behind, choose_device, fast_memory_format
 from awp_engine.distributed import Ranks
 from awp_engine.evaluation import PgdAttack, evaluate, evaluation_seed, spread
-from awp_engine.loading import CHECKPOINTS, MODEL_FILE, ModelDescription
+from awp_engine.loading import CHECKPOINTS, MODEL_FILE, ModelDescription, described
 from awp_engine.models import load_pretrained
 from awp_engine.optimizer import allocate_optimizer_tensors, optimizer_tensors, set_learning_rate
 from awp_engine.perturbation import StepResult
@@ -235,6 +236,7 @@ class Trainer:
             std=self.data.std,
             width=config.model.width,
             activation=config.model.activation,
+            class_names=data.class_names if data.named else None,
         )
         model = self.description.build()
         self.memory_format = fast_memory_format(model, self.device)
@@ -245,7 +247,7 @@ class Trainer:
         if extra is not None:
             self.messages.append(f"{len(extra.split):,} extra images, loader {extra.loader}")
         if config.model.pretrained is not None:
-            kept = load_pretrained(model, config.model.pretrained)
+            kept = load_pretrained(model, config.model.pretrained, self.description.class_names)
             new = f"; new, for {len(data.class_names)} classes: {', '.join(kept)}" if kept else ""
             self.messages.append(f"weights of {config.model.pretrained}{new}")
         if self.ranks.is_first:
@@ -668,7 +670,8 @@ class Trainer:
             self.messages += [f"skipped a checkpoint: {line}" for line in found.skipped]
             if any(found.state.get(key) != value for key, value in self.fingerprints.items()):
                 raise ConfigError(
-                    f"--run-dir: {self.run_dir} was trained on other images; restore the data or choose another"
+                    f"--run-dir: {self.run_dir} was trained on other images{self._other_classes(found)}; restore the "
+                    "data or choose another"
                 )
             if found.state.get("config_hash") != config_hash(self.config):
                 raise CheckpointError(
@@ -691,6 +694,12 @@ class Trainer:
                 f"{state['ranks']} ranks before, {self.ranks.world} now: images and noise are the same; sums differ by "
                 "rounding, and without --distributed.sync-batch-norm every rank normalises by another part of the batch"
             )
+
+    def _other_classes(self, found: checkpoint.Checkpoint) -> str:
+        """What to add where the data's classes are not those that a checkpoint was trained on."""
+        names = described(found.state, found.path).class_names
+        other = difference(self.data.class_names, names) if names is not None and self.data.named else ""
+        return f", of other classes: the data now have {other}" if other else ""
 
     def _load(self, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
         """What `_save` wrote."""

@@ -131,9 +131,8 @@ def _export(place: Path, output: Path, which: str) -> int:
         raise CheckpointError(f"{output}: is there already; remove it or choose another name")
     loaded = _chosen(place)
     weights = _weights(loaded, which)
-    metadata = {"weights": which, "checkpoint": loaded.path.name}
-    if isinstance(loaded.state.get("model"), str):
-        metadata["model"] = loaded.state["model"]
+    described = {key: loaded.state[key] for key in ("model", "class_names") if isinstance(loaded.state.get(key), str)}
+    metadata = {"weights": which, "checkpoint": loaded.path.name, **described}
     export_model(output, weights, metadata)
     for line in loaded.skipped:
         print(f"skipped a checkpoint: {line}")

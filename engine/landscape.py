@@ -14,6 +14,7 @@ from typing import Any
 
 from awp_engine.command_line import OneLineParser, fail
 from awp_engine.config import ConfigError
+from awp_engine.text import printable
 
 PROG = "landscape.py"
 MODES = ("1d", "2d", "flatness")
@@ -155,7 +156,7 @@ def main() -> None:
         fail(f"{error.filename}: cannot be written: {error.strerror}", code=1, prog=PROG)
     except KeyboardInterrupt:
         fail("interrupted; modes that were finished are written", code=130, prog=PROG)
-    print("\n".join(f"wrote {path}" for path in written), file=sys.stdout)
+    print("\n".join(f"wrote {printable(str(path))}" for path in written), file=sys.stdout)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -40,6 +42,7 @@ from awp_engine.data import (
 )
 from awp_engine.device import Behind, choose_device, fast_memory_format
 from awp_engine.distributed import Ranks
+from awp_engine.drawing import attempt
 from awp_engine.evaluation import PgdAttack, evaluate, evaluation_seed, spread
 from awp_engine.loading import CHECKPOINTS, MODEL_FILE, ModelDescription, described
 from awp_engine.models import load_pretrained
@@ -49,7 +52,7 @@ from awp_engine.precision import choose_precision
 from awp_engine.profile import StepProfiler
 from awp_engine.regions import region
 from awp_engine.replicas import check_replicas
-from awp_engine.report import plot_learning_curves, write_report
+from awp_engine.report import CURVES, plot_learning_curves, write_report
 from awp_engine.run_log import RunLog, read_metrics
 from awp_engine.sharding import gather, gathered, is_sharded, scatter_
 from awp_engine.signals import StoppedError, StopRequest, exit_code, reason_name
@@ -110,10 +113,11 @@ class EpochSums:
         self.values += torch.stack([learned, trained, correct * size, ones * size, zeros, skipped.double(), ones])
 
     def metrics(self) -> dict[str, float]:
-        """Means over the images, or over the steps; waits for the device."""
+        """Means over the images, or over the steps; the loss is NaN where no step was taken. Waits for the device."""
         loss, trained, correct, seen, zeros, skipped, steps = self.values.tolist()
         return {
-            "loss": loss / max(trained, 1),
+            # not 0 where every step was left out
+            "loss": loss / trained if trained else math.nan,
             "train_pgd_accuracy": correct / seen,
             "zero_gradients": zeros / steps,
             "skipped_steps": skipped,
@@ -361,7 +365,7 @@ class Trainer:
             if message := self._profiler.close():
                 _say(log, message)
             _say(log, "measuring the selected and the last weights on the test split")
-            return self._finish()
+            return self._finish(log)
 
     def _open_log(self) -> RunLog:
         config = self.config
@@ -555,7 +559,7 @@ class Trainer:
             best.since_best += 1
         return {"held_out_clean_accuracy": clean, "held_out_pgd_accuracy": robust}
 
-    def _finish(self) -> dict[str, Any]:
+    def _finish(self, log: RunLog | None) -> dict[str, Any]:
         model = self._measured_model(self.progress.epoch)
         test = spread(self.data.test, self.config.evaluation.test_limit)
         # as many training images as test images: the gap between the two is the overfitting
@@ -601,8 +605,12 @@ class Trainer:
             described = {"epoch": str(progress.best_epoch), "config_hash": config_hash(config)}
             metadata = self.description.to_metadata() | described
             checkpoint.export_model(self.run_dir / MODEL_FILE, self.best_weights, metadata)
-            plot_learning_curves(self.run_dir, read_metrics(self.run_dir), progress.best_epoch)
             write_report(self.run_dir, fields)
+            attempt(
+                str(self.run_dir / CURVES),
+                lambda: plot_learning_curves(self.run_dir, read_metrics(self.run_dir), progress.best_epoch),
+                functools.partial(_say, log),
+            )
         return fields
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:

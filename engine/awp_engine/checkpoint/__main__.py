@@ -26,6 +26,7 @@ from awp_engine.checkpoint._names import LATEST, MANIFEST
 from awp_engine.command_line import OneLineParser, fail
 from awp_engine.loading import CHECKPOINTS
 from awp_engine.report import print_table
+from awp_engine.text import printable
 
 PROG = "python -m awp_engine.checkpoint"
 
@@ -64,7 +65,7 @@ def _verify(place: Path) -> int:
     for path in found:
         problems, _ = _problems(path)
         damaged += bool(problems)
-        print("\n".join(f"damaged: {line}" for line in problems) or f"sound: {path}")
+        print("\n".join(f"damaged: {printable(line)}" for line in problems) or f"sound: {printable(str(path))}")
     if len(found) > 1:
         print(f"{len(found) - damaged} of {len(found)} checkpoints are sound")
     return 1 if damaged else 0
@@ -135,8 +136,8 @@ def _export(place: Path, output: Path, which: str) -> int:
     metadata = {"weights": which, "checkpoint": loaded.path.name, **described}
     export_model(output, weights, metadata)
     for line in loaded.skipped:
-        print(f"skipped a checkpoint: {line}")
-    print(f"{output}: {which} of {loaded.path}, {len(weights)} tensors")
+        print(f"skipped a checkpoint: {printable(line)}")
+    print(printable(f"{output}: {which} of {loaded.path}, {len(weights)} tensors"))
     return 0
 
 

@@ -169,7 +169,7 @@ def test_evaluation_is_by_name(tmp_path: Path, folder: Path) -> None:
     assert "unknown: the weights hold none" in evaluated(None)[1]
     # a second model of the same images
     others = weights(tmp_path / "second.safetensors", ("dog", "cat", "eel"), seed=1)
-    with pytest.raises(EvaluationError, match="--transfer-to .*in another order: class 0 is 'dog', not 'cat'"):
+    with pytest.raises(EvaluationError, match=r"--transfer-to .*in another order: class 0 is 'dog', not 'cat'"):
         evaluated(ANIMALS, transfer_to=others)
     evaluated(ANIMALS, transfer_to=weights(tmp_path / "second.safetensors", ANIMALS, seed=1))
 
@@ -283,7 +283,9 @@ def test_bytes_that_are_not_utf_8_are_names(tmp_path: Path) -> None:
 
 
 def test_extra_images_of_other_classes_are_refused(tmp_path: Path, folder: Path) -> None:
-    assert data_command(["pack", str(folder), "--out", str(tmp_path / "packed"), "--format", "npy", "--workers", "1"]) == 0
+    assert (
+        data_command(["pack", str(folder), "--out", str(tmp_path / "packed"), "--format", "npy", "--workers", "1"]) == 0
+    )
     extra, like = tmp_path / "packed" / "train", folder_data(folder)
     assert len(load_extra(extra, like=like)) == 18
     (tmp_path / "packed" / "classes.json").write_text(json.dumps(["dog", "cat", "eel"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -74,7 +75,11 @@ def write_report(run_dir: Path, fields: Mapping[str, Any]) -> Path:
 
 def _curve(metrics: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
     known = [(m["epoch"], m[name]) for m in metrics if m.get(name) is not None]
-    return [epoch for epoch, _ in known], [plottable(value) for _, value in known]
+    # the log may be anybody's: an accuracy of 1e118 would need a label of 120 digits
+    largest = 1.0 if name.endswith("accuracy") else math.inf
+    return [epoch for epoch, _ in known], [
+        plottable(value) if abs(value) <= largest else math.nan for _, value in known
+    ]
 
 
 def plot_learning_curves(

@@ -24,6 +24,7 @@ from awp_engine.evaluation.results import Measurement
 from awp_engine.evaluation.robustbench import Publication, model_info
 from awp_engine.evaluation.subject import Subject, load_subject
 from awp_engine.evaluation.suite import measure
+from awp_engine.text import json_text
 
 JSON, PAGE, LEADERBOARD = "evaluation.json", "evaluation.html", "robustbench.json"
 DEFAULT_ATTACKS = ("clean", "fgsm", "pgd20", "cw")
@@ -280,7 +281,7 @@ def _write(
         caption = f"{pictures.attack}: clean, attacked, and the difference stretched around grey; wrong labels in red"
         figures.append((caption, picture_rows(pictures, dataset.class_names)))
     output.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(output / JSON, json.dumps(report, indent=2, allow_nan=False) + "\n")
+    atomic_write_text(output / JSON, json_text(report, indent=2))
     atomic_write_text(output / PAGE, render_page(report, [measurement.table(), measurement.regional_table()], figures))
 
 

@@ -527,3 +527,20 @@ def test_shuffled_looks_random_and_takes_any_size() -> None:
     found = shuffled(places, 500_000_000, seed=1)
     assert len(found.unique()) == len(places)
     assert 0 <= found.min() <= found.max() < 500_000_000
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("extra", [None, 30])
+def test_sizes_are_those_of_the_batches(drop_last: bool, extra: int | None) -> None:
+    options = {"extra": _split(extra, first_id=_FIRST_EXTRA), "extra_fraction": 0.3} if extra else {}
+    batches = Batches(_split(35), global_batch_size=10, drop_last=drop_last, seed=0, pad=0, flip=False, **options)
+    assert batches.sizes == [len(batch.ids) for batch in batches]
+    assert len(batches) == len(batches.sizes)
+
+
+def test_the_order_is_by_words_of_seed_epoch_and_id() -> None:
+    """Philox words of stream 3, so that a run goes on in the order that it began with, whatever the version."""
+    split = _split(40)
+    found = torch.cat([batch.ids for batch in train_batches(split, batch_size=7, **_OPTIONS)]).tolist()
+    words = {i: _words(i, 2, seed=_OPTIONS["seed"], epoch=_OPTIONS["epoch"], stream=3) for i in split.ids.tolist()}
+    assert found == sorted(words, key=lambda i: (words[i][0], words[i][1] >> 1))

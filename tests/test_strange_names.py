@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from awp_engine import checkpoint
+from awp_engine.checkpoint import CheckpointError
+from awp_engine.command_line import parse_train
 from awp_engine.config import AttackConfig, Config, DataConfig, EvaluationConfig, ModelConfig, to_json
 from awp_engine.drawing import attempt, drawable, legend, save
 from awp_engine.evaluation.figures import picture_rows
@@ -28,7 +30,7 @@ from awp_engine.models import build_model
 from awp_engine.report import plot_learning_curves, print_table
 from awp_engine.run_log import RunLog, read_metrics
 from awp_engine.text import json_text, printable, shortened
-from awp_engine.trainer import Trainer
+from awp_engine.trainer import Trainer, prepare_run_dir
 
 NAMES = [
     "_x",
@@ -45,6 +47,7 @@ NAMES = [
     "",
     "x" * 5000,
 ]
+KEPT = checkpoint.Retention()
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -355,3 +358,24 @@ def test_a_diverged_run_leaves_its_report(tmp_path: Path, capsys: pytest.Capture
     assert strict_loads(line)["loss"] is None
     assert strict_loads(line)["skipped_steps"] == 6
     assert "learning_curves.png could not be drawn" in capsys.readouterr().out
+    # numbers of a state that somebody wrote
+    found = checkpoint.load_latest(run / "checkpoints")
+    assert found is not None
+    for key, value in (("epoch", "1"), ("best_robust", None), ("step", 10**400)):
+        checkpoint.save(found.path.parent, "epoch-2", found.tensors, found.state | {key: value}, KEPT)
+        with pytest.raises(CheckpointError, match=f"has it in another shape: {key} .*expected a finite number"):
+            Trainer(config)
+
+
+def test_the_first_of_two_methods_is_shown_where_the_second_fails(tmp_path, monkeypatch, capsys) -> None:
+    flags = "--epochs 1 --global-batch-size 512 --device cpu --compare-without-awp --data.pad 1 --model.width 1"
+    flags += f" --attack.steps 1 --evaluation.steps 1 --run-dir {tmp_path / 'run'}"
+    prepare_run_dir(parse_train(flags.split()))
+    (tmp_path / "run" / "without-awp").mkdir()
+    (tmp_path / "run" / "without-awp" / "mine").touch()
+    with pytest.raises(SystemExit):
+        command("train", monkeypatch, *flags.split())
+    said = capsys.readouterr()
+    assert "AT-AWP" in said.out
+    assert f"results in {tmp_path / 'run'}" in said.out
+    assert "without-awp is not empty" in said.err

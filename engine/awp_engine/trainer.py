@@ -716,6 +716,10 @@ class Trainer:
         scatter_(allocate_optimizer_tensors(self.model, self.optimizer, held), held)
         self.best_weights = tensors["best_model"]
         self.progress = Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
+        for name, start in dataclasses.asdict(Progress()).items():
+            # NaN is not in it either
+            if type(state[name]) not in (type(start), int) or not start <= state[name] < 2**63:
+                raise ValueError(f"{name} {str(state[name])[:20]!r}; expected a finite number, {start} or more")
         self._saved = (self.progress.epoch, self.progress.step)
         if self.average is not None and self.progress.averaged:
             scatter_(self.average.state(), tensors["average"])

@@ -504,6 +504,15 @@ def test_a_loaded_epoch_is_gone_on_with_and_every_other_one_begins_anew() -> Non
     later.load_state_dict(batches.state_dict())
     later.set_epoch(5)
     assert len(list(later)) == 4
+    # the end of an epoch is a place too
+    done = later.state_dict()
+    later.load_state_dict(done)
+    assert len(list(later)) == 0
+    # gone on with at once, and then set
+    later.load_state_dict(batches.state_dict())
+    assert len(list(later)) == 3
+    later.set_epoch(4)
+    assert len(list(later)) == 4
 
 
 @given(st.integers(1, 5000), st.integers(0, 2**63 - 1))

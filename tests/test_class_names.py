@@ -51,8 +51,9 @@ def weights(path: Path, names: tuple[str, ...] | None, *, seed: int = 0, classes
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = made.build()
-    torch.nn.init.zeros_(model.linear.bias)
-    checkpoint.export_model(path, model.state_dict(), made.to_metadata())
+    state = model.state_dict()
+    state["linear.bias"].zero_()
+    checkpoint.export_model(path, state, made.to_metadata())
     return path
 
 

@@ -98,8 +98,10 @@ def test_every_entry_is_in_the_legend(tmp_path: Path) -> None:
     from matplotlib.figure import Figure
 
     axes = Figure().subplots()
-    legend(axes, [(*axes.plot([0, 1], [0, n]), name) for n, name in enumerate(NAMES)])
-    drawn = axes.get_legend().get_texts()
+    legend(axes, [(axes.plot([0, 1], [0, n])[0], name) for n, name in enumerate(NAMES)])
+    shown = axes.get_legend()
+    assert shown is not None
+    drawn = shown.get_texts()
     assert [text.get_text() for text in drawn] == [drawable(name) for name in NAMES]
     assert not any(text.get_parse_math() for text in drawn)
     assert [drawable(name) for name in NAMES[:2]] == NAMES[:2]

@@ -10,7 +10,6 @@ turns, an epoch each. The step is that of AT-AWP with PreActResNet-18 and PGD-10
 
 import argparse
 import datetime
-import json
 import shlex
 import statistics
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from awp_engine.command_line import OneLineParser, fail
+from awp_engine.text import json_text
 
 _PROG = "data.py"
 _MOST_IN_SHARD = 10_000
@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "commit": commit(),
             "sources": sources_digest(),
         }
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+        arguments.json.write_text(json_text(found, indent=2))
 
 
 if __name__ == "__main__":

@@ -60,4 +60,5 @@ def all_reduce_times(ranks: int, sizes: Sequence[int] = SIZES, repeats: int = 30
 
 if __name__ == "__main__":
     given = sys.argv[1:]
-    print(json.dumps(measure(int(given[0]), int(given[1]), given[2], int(given[3]), [int(n) for n in given[4:]])))
+    times = measure(int(given[0]), int(given[1]), given[2], int(given[3]), [int(n) for n in given[4:]])
+    print(json.dumps(times, allow_nan=False))

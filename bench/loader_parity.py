@@ -25,6 +25,7 @@ from torch import Tensor
 from awp_engine.command_line import OneLineParser, fail
 from awp_engine.data import Batch, Batches, Framing, Loading, StreamedSplit, eval_batches, load_dataset
 from awp_engine.data._loading import LoaderName
+from awp_engine.text import json_text
 
 _PROG = "loader_parity.py"
 _LOADERS: tuple[LoaderName, ...] = ("resident", "dali", "torch")
@@ -190,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "commit": commit(),
         }
-        arguments.json.write_text(json.dumps(about | found, indent=1) + "\n")
+        arguments.json.write_text(json_text(about | found, indent=1))
 
 
 if __name__ == "__main__":

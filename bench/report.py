@@ -6,6 +6,7 @@
 """
 
 import argparse
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from suite import suite_result
 from tables import step_tables, suite_tables
 
 from awp_engine.command_line import OneLineParser, fail
+from awp_engine.drawing import attempt
+from awp_engine.text import json_text
 
 _PROG = "report.py"
 
@@ -83,16 +86,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     arguments = parser.parse_args(argv)
     try:
+        named = ", ".join(map(str, arguments.files))
         results = [result for path in arguments.files for result in read(path, arguments.command)]
-        for result in results:
-            print(step_tables(result) if result["kind"] == "step" else suite_tables(result), end="\n\n")
-            if arguments.out is not None:
-                arguments.out.mkdir(parents=True, exist_ok=True)
-                for path in draw(result, arguments.out):
-                    print(f"![{path.stem}]({path.name})\n")
         if arguments.result is not None:
             arguments.result.parent.mkdir(parents=True, exist_ok=True)
-            arguments.result.write_text(json.dumps({"results": results}, indent=1, allow_nan=False) + "\n")
+            arguments.result.write_text(json_text({"results": results}, indent=1))
+        for result in results:
+            try:
+                table = step_tables(result) if result["kind"] == "step" else suite_tables(result)
+            except (KeyError, IndexError, TypeError, AttributeError) as error:
+                raise ValueError(f"{named}: no result as bench/ writes it: {error!r}; measure again") from None
+            print(table, end="\n\n")
+            if arguments.out is not None:
+                arguments.out.mkdir(parents=True, exist_ok=True)
+                drawn = attempt(named, functools.partial(draw, result, arguments.out), print)
+                for path in drawn or ():
+                    print(f"![{path.stem}]({path.name})\n")
     except ValueError as error:
         fail(str(error), prog=_PROG)
     except OSError as error:

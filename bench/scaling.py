@@ -50,6 +50,7 @@ from tables import machine_line, markdown
 
 from awp_engine.command_line import OneLineParser, fail
 from awp_engine.presets import build_preset
+from awp_engine.text import json_text
 from awp_engine.throughput import forward_units
 
 MODELS = ("preact-resnet-18", "wrn-28-10", "wrn-34-10", "wrn-70-16")
@@ -280,7 +281,7 @@ def measure_compute() -> list[Result]:
                 "steps": [(batch, step_seconds(1, batch, width)) for batch in COMPUTE_BATCHES],
             }
         )
-        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        print(json_text(rows[-1]), end="", file=sys.stderr, flush=True)
     return rows
 
 
@@ -309,7 +310,7 @@ def measure_training(ranks: Sequence[int], gloo: Mapping[str, Any]) -> list[Resu
                         "measured_seconds": step_seconds(count, TRAINING_BATCH, width, ascent_sync=ascent_sync),
                     }
                 )
-                print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+                print(json_text(rows[-1]), end="", file=sys.stderr, flush=True)
     return rows
 
 
@@ -511,7 +512,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = read_result(arguments.json)
         if arguments.measure or arguments.measure_training:
             result = measure(arguments, result)
-            arguments.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+            arguments.json.write_text(json_text(result, indent=1))
     except ValueError as error:
         fail(str(error), prog=_PROG)
     except RuntimeError as error:

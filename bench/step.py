@@ -22,6 +22,7 @@ from typing import Any
 
 from awp_engine.command_line import OneLineParser, fail
 from awp_engine.config import ConfigError
+from awp_engine.text import json_text
 
 METHODS = ("at", "at-awp", "trades-awp")
 AGAINST = {"none": [], "public": ["public"], "eager": ["eager"], "both": ["public", "eager"]}
@@ -265,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail("interrupted", code=130, prog=_PROG)
     print(step_tables(result))
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+        arguments.json.write_text(json_text(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from awp_engine.build_step import build_step
 from awp_engine.config import from_json
 from awp_engine.models import build_model
 from awp_engine.report import print_table, source_commit, versions
+from awp_engine.text import json_text
 
 ROWS = {"at": "AT", "at-awp": "AT-AWP", "trades": "TRADES", "trades-awp": "TRADES-AWP"}
 SEEDS = (0, 1)
@@ -138,7 +139,7 @@ def main(out: Path) -> None:
         "versions": versions(),
         "commit": source_commit(),
     }
-    (out / "study.json").write_text(json.dumps(collected, indent=1, allow_nan=False) + "\n")
+    (out / "study.json").write_text(json_text(collected, indent=1))
     print_table(rows, title="last weights; seeds 0 / 1; time relative to the same method without AWP")
 
 

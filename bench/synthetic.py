@@ -9,7 +9,6 @@ run is that of engine/train.py itself, in a process of its own, stopped by SIGTE
 
 import argparse
 import datetime
-import json
 import os
 import re
 import shlex
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from awp_engine.command_line import OneLineParser, fail
+from awp_engine.text import json_text
 
 _PROG = "synthetic.py"
 _SHARD = 100_000
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "bytes": size,
             "machine": describe_machine("cpu"),
         }
-        arguments.json.write_text(json.dumps(about | found, indent=1) + "\n")
+        arguments.json.write_text(json_text(about | found, indent=1))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 from awp_engine.command_line import OneLineParser, fail, thread_count
 from awp_engine.command_line import whole_number as _whole_number
 from awp_engine.config import ConfigError
+from awp_engine.text import printable
 
 PROG = "evaluate.py"
 
@@ -139,7 +140,7 @@ def main() -> None:
         for gate in done.measurement.gates.gates:
             if not gate.passed:
                 print(f"FAILED {gate.name}: {gate.failure_means}")
-    print(f"reports in {done.output}")
+    print(f"reports in {printable(str(done.output))}")
 
 
 if __name__ == "__main__":

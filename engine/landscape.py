@@ -19,6 +19,7 @@ from typing import Any
 
 from awp_engine.command_line import OneLineParser, fail, thread_count, whole_number
 from awp_engine.config import ConfigError
+from awp_engine.text import printable
 
 PROG = "landscape.py"
 MODES = ("1d", "2d", "flatness")
@@ -164,7 +165,7 @@ def main() -> None:
         fail(f"{error.filename}: cannot be written: {error.strerror}", code=1, prog=PROG)
     except KeyboardInterrupt as interrupt:
         fail("interrupted; modes that were finished are written", code=interrupted_code(interrupt), prog=PROG)
-    print("\n".join(f"wrote {path}" for path in written), file=sys.stdout)
+    print("\n".join(f"wrote {printable(str(path))}" for path in written), file=sys.stdout)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from awp_engine.command_line import fail, parse_train
 from awp_engine.config import Config, ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from awp_engine.distributed import Ranks
     from awp_engine.signals import StopRequest
 
@@ -29,9 +31,9 @@ def train(config: Config, ranks: Ranks, stop: StopRequest) -> tuple[str, dict]:
         return config.title, Trainer(config, ranks, stop).run()
 
 
-def rows(config: Config, ranks: Ranks, stop: StopRequest) -> list[tuple[str, dict]]:
+def rows(config: Config, ranks: Ranks, stop: StopRequest) -> Iterator[tuple[str, dict]]:
     """Train, and train again without the weight perturbation if that was asked for."""
-    trained = [train(config, ranks, stop)]
+    yield train(config, ranks, stop)
     if config.compare_without_awp:
         without = dataclasses.replace(
             config,
@@ -39,13 +41,13 @@ def rows(config: Config, ranks: Ranks, stop: StopRequest) -> list[tuple[str, dic
             compare_without_awp=False,
             run_dir=config.resolved_run_dir / "without-awp",
         )
-        trained.append(train(without, ranks, stop))
-    return trained
+        yield train(without, ranks, stop)
 
 
 def show(config: Config, trained: list[tuple[str, dict]]) -> None:
     """The results as a table."""
     from awp_engine.report import print_table
+    from awp_engine.text import printable
 
     attack = f"PGD-{config.evaluation.steps}"
     table = [
@@ -61,7 +63,7 @@ def show(config: Config, trained: list[tuple[str, dict]]) -> None:
         for method, report in trained
     ]
     print_table(table, title=f"{config.data.name} test split, {config.attack.norm} epsilon {config.attack.epsilon}")
-    print(f"results in {config.resolved_run_dir}")
+    print(f"results in {printable(str(config.resolved_run_dir))}")
 
 
 def main() -> None:
@@ -81,9 +83,14 @@ def main() -> None:
     try:
         # until all ranks are there a signal ends a rank at once: it has nothing to save
         with errors_told(), joined(config.device, config.distributed.timeout) as ranks, stop_requests() as stop:
-            trained = rows(config, ranks, stop)
-            if ranks.is_first:
-                show(config, trained)
+            trained = []
+            try:
+                for row in rows(config, ranks, stop):
+                    trained.append(row)
+            finally:
+                # the first one's results, where the second one diverged
+                if ranks.is_first and trained:
+                    show(config, trained)
     except (ConfigError, DataError) as error:
         fail(str(error))
     except (CheckpointError, TrainingError, DivergenceError) as error:

@@ -115,7 +115,16 @@ def test_results_of_a_step_are_drawn(tmp_path, report):
     assert [p.name for p in tmp_path.glob("*.png")] == ["step-wrn-34-10-at-awp-compile-true-cpu.png"]
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"benchmarks": []}'])
+BY_HAND = [
+    '{"results": [{}]}',
+    '{"results": "x"}',
+    '{"kind": "step"}',
+    '{"rows": 3}',
+    '{"results": [{"kind": "suite", "rows": [1]}]}',
+]
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"benchmarks": []}', *BY_HAND])
 def test_unreadable_results_take_one_line(tmp_path, content, report):
     path = tmp_path / "result.json"
     if content is not None:

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from awp_engine.data import Batch, Split, batch_sizes, rank_share, train_batches
+from awp_engine.data import Batch, Batches, Split, batch_sizes, rank_share, train_batches
+from awp_engine.data._batches import shuffled
 from awp_kernels.philox import mix_seed, sample_words
 
 _CLASSES = 4
@@ -436,3 +437,119 @@ def test_mixed_batches_on_the_gpu_equal_those_on_the_cpu() -> None:
     ]
     for on_cpu, on_gpu in zip(*batches, strict=True):
         assert all(torch.equal(a, b.cpu()) for a, b in zip(on_cpu, on_gpu, strict=True))
+
+
+class _Recorded(Split):
+    """A split that keeps the requests which batches are made from."""
+
+    def looks(self, requests, look, memory_format):
+        sizes = [len(request.rows) for request in requests.make()]
+        assert max(sizes) <= requests.largest
+        _SEEN.extend(sizes)
+        return super().looks(requests, look, memory_format)
+
+
+_SEEN: list[int] = []
+
+
+def test_no_request_is_larger_than_it_says() -> None:
+    """A pipeline makes room for so many images at once: a batch's own, and another one mixed into each."""
+    split = _split(64)
+    recorded = _Recorded(images=split.images, labels=split.labels, ids=split.ids)
+    _SEEN.clear()
+    for batch in train_batches(recorded, batch_size=16, cutmix=0.5, mixup=0.5, num_classes=_CLASSES, **_OPTIONS):
+        assert len(batch.ids) == 16
+    assert max(_SEEN) > 24
+
+
+def _batches(count: int = 100, **options) -> Batches:
+    split = Split(
+        images=torch.zeros(count, 1, 2, 2, dtype=torch.uint8),
+        labels=torch.zeros(count, dtype=torch.int64),
+        ids=torch.arange(count),
+    )
+    return Batches(split, **{"global_batch_size": 50, "seed": 2, "pad": 0, "flip": False, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"global_batch_size": 2}, "batches 2; expected 50"),
+        # as many batches, of other samples
+        ({"global_batch_size": 60}, "global_batch_size 50; expected 60"),
+        ({"count": 99}, "images 100; expected 99"),
+        ({"seed": 3}, "seed 2; expected 3"),
+    ],
+)
+def test_a_state_of_other_batches_is_refused(options, message: str) -> None:
+    state = _batches().state_dict()
+    with pytest.raises(ValueError, match=f"state_dict: {message}: the state of the same data"):
+        _batches(**options).load_state_dict(state)
+    with pytest.raises(ValueError, match="state_dict: batch 3; expected 0 to 2"):
+        _batches().load_state_dict({**state, "batch": 3})
+
+
+def test_a_loaded_epoch_is_gone_on_with_and_every_other_one_begins_anew() -> None:
+    """In the loop that sets each epoch, too: the one of the state once, and again from its beginning."""
+    batches = _batches(global_batch_size=30)
+    batches.set_epoch(4)
+    seen = next(iter(batches)).ids.tolist()
+    later = _batches(global_batch_size=30)
+    later.load_state_dict(batches.state_dict())
+    later.set_epoch(4)
+    assert sorted(seen + [number for batch in later for number in batch.ids.tolist()]) == list(range(100))
+    for epoch in (4, 4, 5):
+        later.set_epoch(epoch)
+        assert sum(len(batch.ids) for batch in later) == 100
+    later.load_state_dict(batches.state_dict())
+    later.set_epoch(5)
+    assert len(list(later)) == 4
+    # the end of an epoch is a place too
+    done = later.state_dict()
+    later.load_state_dict(done)
+    assert len(list(later)) == 0
+    # gone on with at once, and then set
+    later.load_state_dict(batches.state_dict())
+    assert len(list(later)) == 3
+    later.set_epoch(4)
+    assert len(list(later)) == 4
+
+
+@given(st.integers(1, 5000), st.integers(0, 2**63 - 1))
+@settings(max_examples=60)
+def test_shuffled_is_a_permutation(size: int, seed: int) -> None:
+    rows = shuffled(torch.arange(size), size, seed=seed)
+    assert torch.equal(rows.sort().values, torch.arange(size))
+    some = torch.randint(0, size, (7,), generator=torch.Generator().manual_seed(seed % 1000))
+    assert torch.equal(shuffled(some, size, seed=seed), rows[some])
+
+
+def test_shuffled_looks_random_and_takes_any_size() -> None:
+    """Correlation of neighbours and of place and row; and half a billion rows without a table of them."""
+    size = 20_000
+    rows = shuffled(torch.arange(size), size, seed=3).double()
+    centred = rows - rows.mean()
+    for other in (centred.roll(1), torch.arange(size) - (size - 1) / 2):
+        assert abs((centred * other).mean() / centred.square().mean()) < 4 / math.sqrt(size)
+    assert not torch.equal(rows, shuffled(torch.arange(size), size, seed=4).double())
+    places = torch.arange(0, 500_000_000, 5_000_011)
+    found = shuffled(places, 500_000_000, seed=1)
+    assert len(found.unique()) == len(places)
+    assert 0 <= found.min() <= found.max() < 500_000_000
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("extra", [None, 30])
+def test_sizes_are_those_of_the_batches(drop_last: bool, extra: int | None) -> None:
+    options = {"extra": _split(extra, first_id=_FIRST_EXTRA), "extra_fraction": 0.3} if extra else {}
+    batches = Batches(_split(35), global_batch_size=10, drop_last=drop_last, seed=0, pad=0, flip=False, **options)
+    assert batches.sizes == [len(batch.ids) for batch in batches]
+    assert len(batches) == len(batches.sizes)
+
+
+def test_the_order_is_by_words_of_seed_epoch_and_id() -> None:
+    """Philox words of stream 3, so that a run goes on in the order that it began with, whatever the version."""
+    split = _split(40)
+    found = torch.cat([batch.ids for batch in train_batches(split, batch_size=7, **_OPTIONS)]).tolist()
+    words = {i: _words(i, 2, seed=_OPTIONS["seed"], epoch=_OPTIONS["epoch"], stream=3) for i in split.ids.tolist()}
+    assert found == sorted(words, key=lambda i: (words[i][0], words[i][1] >> 1))

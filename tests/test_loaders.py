@@ -1,6 +1,5 @@
 """Every loader gives the same samples, each once, at any place to go on from; bad files end it by their names."""
 
-import math
 import multiprocessing
 import shutil
 import subprocess
@@ -31,7 +30,6 @@ from awp_engine.data import (
     place_extra,
 )
 from awp_engine.data._ahead import ahead
-from awp_engine.data._batches import shuffled
 from awp_engine.data._dali_loader import let_go
 from awp_engine.data._framing import Framing as _Framing
 from awp_engine.data._loading import LoaderName, default_workers, free_memory
@@ -239,50 +237,6 @@ def test_extra_images_are_streamed(tmp_path: Path, folder: Path) -> None:
     assert max(counts) - min(counts) <= 1
 
 
-def _batches(count: int = 100, **options) -> Batches:
-    split = Split(
-        images=torch.zeros(count, 1, 2, 2, dtype=torch.uint8),
-        labels=torch.zeros(count, dtype=torch.int64),
-        ids=torch.arange(count),
-    )
-    return Batches(split, **{"global_batch_size": 50, "seed": 2, "pad": 0, "flip": False, **options})
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"global_batch_size": 2}, "batches 2; expected 50"),
-        # as many batches, of other samples
-        ({"global_batch_size": 60}, "global_batch_size 50; expected 60"),
-        ({"count": 99}, "images 100; expected 99"),
-        ({"seed": 3}, "seed 2; expected 3"),
-    ],
-)
-def test_a_state_of_other_batches_is_refused(options, message: str) -> None:
-    state = _batches().state_dict()
-    with pytest.raises(ValueError, match=f"state_dict: {message}: the state of the same data"):
-        _batches(**options).load_state_dict(state)
-    with pytest.raises(ValueError, match="state_dict: batch 3; expected 0 to 2"):
-        _batches().load_state_dict({**state, "batch": 3})
-
-
-def test_a_loaded_epoch_is_gone_on_with_and_every_other_one_begins_anew() -> None:
-    """In the loop that sets each epoch, too: the one of the state once, and again from its beginning."""
-    batches = _batches(global_batch_size=30)
-    batches.set_epoch(4)
-    seen = next(iter(batches)).ids.tolist()
-    later = _batches(global_batch_size=30)
-    later.load_state_dict(batches.state_dict())
-    later.set_epoch(4)
-    assert sorted(seen + [number for batch in later for number in batch.ids.tolist()]) == list(range(100))
-    for epoch in (4, 4, 5):
-        later.set_epoch(epoch)
-        assert sum(len(batch.ids) for batch in later) == 100
-    later.load_state_dict(batches.state_dict())
-    later.set_epoch(5)
-    assert len(list(later)) == 4
-
-
 @pytest.mark.parametrize("resized", [False, True])
 def test_images_of_any_size(tmp_path: Path, resized: bool) -> None:
     """DALI and Pillow resize the same windows: within two levels, and a tenth of one on average."""
@@ -338,29 +292,6 @@ def test_windows_have_the_areas_and_ratios_asked_for() -> None:
     # every place is as likely as any other
     slack = (400 - windows[:, 2]) > 100
     assert abs((windows[slack, 0] / (400 - windows[slack, 2])).mean() - 0.5) < 0.02
-
-
-@given(st.integers(1, 5000), st.integers(0, 2**63 - 1))
-@settings(max_examples=60)
-def test_shuffled_is_a_permutation(size: int, seed: int) -> None:
-    rows = shuffled(torch.arange(size), size, seed=seed)
-    assert torch.equal(rows.sort().values, torch.arange(size))
-    some = torch.randint(0, size, (7,), generator=torch.Generator().manual_seed(seed % 1000))
-    assert torch.equal(shuffled(some, size, seed=seed), rows[some])
-
-
-def test_shuffled_looks_random_and_takes_any_size() -> None:
-    """Correlation of neighbours and of place and row; and half a billion rows without a table of them."""
-    size = 20_000
-    rows = shuffled(torch.arange(size), size, seed=3).double()
-    centred = rows - rows.mean()
-    for other in (centred.roll(1), torch.arange(size) - (size - 1) / 2):
-        assert abs((centred * other).mean() / centred.square().mean()) < 4 / math.sqrt(size)
-    assert not torch.equal(rows, shuffled(torch.arange(size), size, seed=4).double())
-    places = torch.arange(0, 500_000_000, 5_000_011)
-    found = shuffled(places, 500_000_000, seed=1)
-    assert len(found.unique()) == len(places)
-    assert 0 <= found.min() <= found.max() < 500_000_000
 
 
 def _all_ended() -> None:

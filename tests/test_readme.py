@@ -18,6 +18,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 def namespace(monkeypatch):
     torch.manual_seed(0)
     model = build_model("preact-resnet-digits", 10, (0.5,), (0.25,), width=4)
+    model.class_names = tuple("0123456789")
     monkeypatch.setattr(awp_engine, "load_model", lambda path: model.eval(), raising=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x, y = images((4, 1, 8, 8)), torch.arange(4)

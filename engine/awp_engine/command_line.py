@@ -16,12 +16,12 @@ from typing import Any, Literal, NoReturn
 
 from awp_engine.config import Config, ConfigError, expectation, flags, show
 from awp_engine.presets import DEFAULT, PRESETS, build_preset
+from awp_engine.text import printable
 
 
 def one_line(message: str) -> str:
     """`message` without line breaks or control characters."""
-    joined = " ".join(message.split())
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in joined)
+    return printable(" ".join(message.split()))
 
 
 def _rank() -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
 import platform
 import subprocess
@@ -13,8 +12,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from awp_engine.checkpoint import atomic_write_text, temporary_beside
+from awp_engine.checkpoint import atomic_write_text
+from awp_engine.drawing import plottable, save
+from awp_engine.text import json_text, printable
 
 REPORT = "report.json"
 CURVES = "learning_curves.png"
@@ -50,16 +52,6 @@ def source_commit() -> str | None:
     return result.stdout.strip() or None
 
 
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _jsonable(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_jsonable(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
-
-
 def write_report(run_dir: Path, fields: Mapping[str, Any]) -> Path:
     """Writes report.json atomically, with versions and commit added to `fields`.
 
@@ -77,13 +69,17 @@ def write_report(run_dir: Path, fields: Mapping[str, Any]) -> Path:
         raise ValueError(f"fields: expected {', '.join(_REQUIRED)}; missing {', '.join(missing)}")
     report = {**fields, "versions": versions(), "commit": source_commit()}
     path = run_dir / REPORT
-    atomic_write_text(path, json.dumps(_jsonable(report), indent=2, allow_nan=False) + "\n")
+    atomic_write_text(path, json_text(report, indent=2))
     return path
 
 
 def _curve(metrics: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
     known = [(m["epoch"], m[name]) for m in metrics if m.get(name) is not None]
-    return [epoch for epoch, _ in known], [value for _, value in known]
+    # the log may be anybody's: an accuracy of 1e118 would need a label of 120 digits
+    largest = 1.0 if name.endswith("accuracy") else math.inf
+    return [epoch for epoch, _ in known], [
+        plottable(value) if abs(value) <= largest else math.nan for _, value in known
+    ]
 
 
 def plot_learning_curves(
@@ -144,25 +140,26 @@ def plot_learning_curves(
         rate_axes.set_xlim(metrics[0]["epoch"] - 0.5, metrics[0]["epoch"] + 0.5)
     figure.align_ylabels()
     path = run_dir / CURVES
-    temporary = temporary_beside(path)
-    try:
-        figure.savefig(temporary, dpi=140, format="png")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save(figure, path)
     return path
 
 
 def print_table(rows: Sequence[Mapping[str, str]], title: str = "", console: Console | None = None) -> None:
-    """Prints rows (column -> text; the first row's columns) as a table on a terminal, as aligned text elsewhere."""
+    """Prints rows (column -> text; the first row's columns) as a table on a terminal, as aligned text elsewhere.
+
+    Text is shown as it is: what is not printable by its escapes, and brackets as brackets.
+    """
     console = console or Console(highlight=False)
+    title = printable(title)
+    rows = [{printable(column): printable(text) for column, text in row.items()} for row in rows]
     columns = list(rows[0]) if rows else []
     if console.is_terminal:
-        table = Table(title=title or None)
+        # strings would be read as rich's markup
+        table = Table(title=Text(title) if title else None)
         for index, column in enumerate(columns):
-            table.add_column(column, justify="left" if index == 0 else "right")
+            table.add_column(Text(column), justify="left" if index == 0 else "right")
         for row in rows:
-            table.add_row(*(row[column] for column in columns))
+            table.add_row(*(Text(row[column]) for column in columns))
         console.print(table)
         return
     widths = [max(len(column), *(len(row[column]) for row in rows)) for column in columns]

@@ -26,6 +26,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from awp_engine.checkpoint import atomic_write_text
 from awp_engine.config import Config, to_json
 from awp_engine.output import silence
+from awp_engine.text import json_text, printable
 
 METRICS = "metrics.jsonl"
 _REDRAW_SECONDS = 0.2
@@ -33,7 +34,9 @@ _CLOSE_SECONDS = 10.0
 _METRICS_SECONDS = 5.0
 _WAITING = 1000
 
-Metrics = Mapping[str, float | int | str | None]
+Metrics = Mapping[str, float | int | None]
+# counted from 1; more than any run has
+_MOST_EPOCHS = 2**31
 
 
 class _Number(Protocol):
@@ -41,23 +44,29 @@ class _Number(Protocol):
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The epochs in a run's metrics.jsonl; a line that a crash cut short is left out."""
+    """The epochs in a run's metrics.jsonl, in their order: numbers, and None for what is no finite number.
+
+    A line that a crash cut short, or that is none of an epoch's, is left out; of two of one epoch the later one counts.
+    """
     path = run_dir / METRICS
-    epochs = []
+    epochs: dict[int, dict[str, float | int | None]] = {}
     # a named pipe would be waited for
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(entry, dict) and isinstance(entry.get("epoch"), int):
-            epochs.append(entry)
-    return epochs
+        if isinstance(entry, dict) and type(epoch := entry.get("epoch")) is int and 0 < epoch <= _MOST_EPOCHS:
+            epochs[epoch] = {name: _number(value) for name, value in entry.items()}
+    return [epochs[epoch] for epoch in sorted(epochs)]
 
 
-def _finite(value: Any) -> Any:
-    # JSON has no NaN.
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _number(value: Any) -> float | int | None:
+    """`value` if it is a finite number: JSON has no NaN, and files may hold anything."""
+    try:
+        return value if type(value) in (int, float) and math.isfinite(value) else None
+    except OverflowError:
+        return None
 
 
 def _write_text(file: TextIO, text: str) -> None:
@@ -285,6 +294,7 @@ class RunLog:
 
     def message(self, text: str) -> None:
         """Shows one line, above the progress bar where there is one."""
+        text = printable(text)
         if self._console.is_terminal:
             self._output.put(self._console.print, text, markup=False, highlight=False)
         else:
@@ -333,8 +343,8 @@ class RunLog:
         """Records an epoch; the learning curves use `loss`, `lr`, `train_pgd_accuracy`, `held_out_clean_accuracy` and
         `held_out_pgd_accuracy` (fractions), None where nothing was measured.
         """
-        entry = {"epoch": epoch, **{name: _finite(value) for name, value in metrics.items()}}
-        self._metrics.put(self._append, json.dumps(entry, allow_nan=False).encode() + b"\n")
+        entry = {"epoch": epoch, **{name: _number(value) for name, value in metrics.items()}}
+        self._metrics.put(self._append, json_text(entry).encode())
         self._metrics.flush(_METRICS_SECONDS)
         numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
         self._tensorboard.add(epoch, numbers)
@@ -349,7 +359,7 @@ class RunLog:
         path = self._run_dir / METRICS
         if path.is_file():
             kept = [entry for entry in read_metrics(self._run_dir) if entry["epoch"] <= start_epoch]
-            atomic_write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+            atomic_write_text(path, "".join(map(json_text, kept)))
         # O_NONBLOCK: a named pipe would be waited for
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o666)
         if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -389,7 +399,7 @@ class RunLog:
             self._warnings.put(_write_text, sys.stderr, line)
 
 
-def _short(name: str, value: float | str) -> str:
+def _short(name: str, value: float) -> str:
     if isinstance(value, float):
         return f"{value:.2%}" if name.endswith("accuracy") else f"{value:.4g}"
     return str(value)

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from awp_engine.batch_norm import synchronize
 from awp_engine.build_step import build_step, capture_step, shard_model
 from awp_engine.checkpoint import CheckpointError
 from awp_engine.checkpoint._files import TEMPORARY
+from awp_engine.class_names import difference
 from awp_engine.config import (
     Config,
     ConfigError,
@@ -39,8 +42,9 @@ from awp_engine.data import (
 )
 from awp_engine.device import Behind, choose_device, fast_memory_format
 from awp_engine.distributed import Ranks
+from awp_engine.drawing import attempt
 from awp_engine.evaluation import PgdAttack, evaluate, evaluation_seed, spread
-from awp_engine.loading import CHECKPOINTS, MODEL_FILE, ModelDescription
+from awp_engine.loading import CHECKPOINTS, MODEL_FILE, ModelDescription, described
 from awp_engine.locking import LOCK
 from awp_engine.models import load_pretrained
 from awp_engine.optimizer import allocate_optimizer_tensors, optimizer_tensors, set_learning_rate
@@ -49,7 +53,7 @@ from awp_engine.precision import choose_precision
 from awp_engine.profile import StepProfiler
 from awp_engine.regions import region
 from awp_engine.replicas import check_replicas
-from awp_engine.report import plot_learning_curves, write_report
+from awp_engine.report import CURVES, plot_learning_curves, write_report
 from awp_engine.run_log import RunLog, read_metrics
 from awp_engine.sharding import gather, gathered, is_sharded, scatter_
 from awp_engine.signals import StoppedError, StopRequest, exit_code, reason_name
@@ -110,10 +114,11 @@ class EpochSums:
         self.values += torch.stack([learned, trained, correct * size, ones * size, zeros, skipped.double(), ones])
 
     def metrics(self) -> dict[str, float]:
-        """Means over the images, or over the steps; waits for the device."""
+        """Means over the images, or over the steps; the loss is NaN where no step was taken. Waits for the device."""
         loss, trained, correct, seen, zeros, skipped, steps = self.values.tolist()
         return {
-            "loss": loss / max(trained, 1),
+            # not 0 where every step was left out
+            "loss": loss / trained if trained else math.nan,
             "train_pgd_accuracy": correct / seen,
             "zero_gradients": zeros / steps,
             "skipped_steps": skipped,
@@ -241,6 +246,7 @@ class Trainer:
             std=self.data.std,
             width=config.model.width,
             activation=config.model.activation,
+            class_names=data.class_names if data.named else None,
         )
         model = self.description.build()
         self.memory_format = fast_memory_format(model, self.device)
@@ -255,7 +261,7 @@ class Trainer:
         if extra is not None:
             self.messages.append(f"{len(extra.split):,} extra images, loader {extra.loader}")
         if config.model.pretrained is not None:
-            kept = load_pretrained(model, config.model.pretrained)
+            kept = load_pretrained(model, config.model.pretrained, self.description.class_names)
             new = f"; new, for {len(data.class_names)} classes: {', '.join(kept)}" if kept else ""
             self.messages.append(f"weights of {config.model.pretrained}{new}")
         if self.ranks.is_first:
@@ -374,7 +380,7 @@ class Trainer:
             if message := self._profiler.close():
                 _say(log, message)
             _say(log, "measuring the selected and the last weights on the test split")
-            return self._finish()
+            return self._finish(log)
 
     def _open_log(self) -> RunLog:
         config = self.config
@@ -568,7 +574,7 @@ class Trainer:
             best.since_best += 1
         return {"held_out_clean_accuracy": clean, "held_out_pgd_accuracy": robust}
 
-    def _finish(self) -> dict[str, Any]:
+    def _finish(self, log: RunLog | None) -> dict[str, Any]:
         model = self._measured_model(self.progress.epoch)
         test = spread(self.data.test, self.config.evaluation.test_limit)
         # as many training images as test images: the gap between the two is the overfitting
@@ -614,8 +620,12 @@ class Trainer:
             described = {"epoch": str(progress.best_epoch), "config_hash": config_hash(config)}
             metadata = self.description.to_metadata() | described
             checkpoint.export_model(self.run_dir / MODEL_FILE, self.best_weights, metadata)
-            plot_learning_curves(self.run_dir, read_metrics(self.run_dir), progress.best_epoch)
             write_report(self.run_dir, fields)
+            attempt(
+                str(self.run_dir / CURVES),
+                lambda: plot_learning_curves(self.run_dir, read_metrics(self.run_dir), progress.best_epoch),
+                functools.partial(_say, log),
+            )
         return fields
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -683,7 +693,8 @@ class Trainer:
             self.messages += [f"skipped a checkpoint: {line}" for line in found.skipped]
             if any(found.state.get(key) != value for key, value in self.fingerprints.items()):
                 raise ConfigError(
-                    f"--run-dir: {self.run_dir} was trained on other images; restore the data or choose another"
+                    f"--run-dir: {self.run_dir} was trained on other images{self._other_classes(found)}; restore the "
+                    "data or choose another"
                 )
             if found.state.get("config_hash") != config_hash(self.config):
                 raise CheckpointError(
@@ -707,6 +718,12 @@ class Trainer:
                 "rounding, and without --distributed.sync-batch-norm every rank normalises by another part of the batch"
             )
 
+    def _other_classes(self, found: checkpoint.Checkpoint) -> str:
+        """What to add where the data's classes are not those that a checkpoint was trained on."""
+        names = described(found.state, found.path).class_names
+        other = difference(self.data.class_names, names) if names is not None and self.data.named else ""
+        return f", of other classes: the data now have {other}" if other else ""
+
     def _load(self, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
         """What `_save` wrote."""
         scatter_(self.model.state_dict(), tensors["model"])
@@ -714,6 +731,10 @@ class Trainer:
         scatter_(allocate_optimizer_tensors(self.model, self.optimizer, held), held)
         self.best_weights = tensors["best_model"]
         self.progress = Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
+        for name, start in dataclasses.asdict(Progress()).items():
+            # NaN is not in it either
+            if type(state[name]) not in (type(start), int) or not start <= state[name] < 2**63:
+                raise ValueError(f"{name} {str(state[name])[:20]!r}; expected a finite number, {start} or more")
         self._saved = (self.progress.epoch, self.progress.step)
         if self.average is not None and self.progress.averaged:
             scatter_(self.average.state(), tensors["average"])

@@ -29,6 +29,7 @@ from awp_engine.loading import CHECKPOINTS
 from awp_engine.locking import LOCK, locked
 from awp_engine.report import print_table
 from awp_engine.signals import interrupted_code, interrupts
+from awp_engine.text import printable
 
 PROG = "python -m awp_engine.checkpoint"
 
@@ -67,7 +68,7 @@ def _verify(place: Path) -> int:
     for path in found:
         problems, _ = _problems(path)
         damaged += bool(problems)
-        print("\n".join(f"damaged: {line}" for line in problems) or f"sound: {path}")
+        print("\n".join(f"damaged: {printable(line)}" for line in problems) or f"sound: {printable(str(path))}")
     if len(found) > 1:
         print(f"{len(found) - damaged} of {len(found)} checkpoints are sound")
     return 1 if damaged else 0
@@ -140,13 +141,12 @@ def _export_alone(place: Path, output: Path, which: str) -> int:
         raise CheckpointError(f"{output}: is there already; remove it or choose another name")
     loaded = _chosen(place)
     weights = _weights(loaded, which)
-    metadata = {"weights": which, "checkpoint": loaded.path.name}
-    if isinstance(loaded.state.get("model"), str):
-        metadata["model"] = loaded.state["model"]
+    described = {key: loaded.state[key] for key in ("model", "class_names") if isinstance(loaded.state.get(key), str)}
+    metadata = {"weights": which, "checkpoint": loaded.path.name, **described}
     export_model(output, weights, metadata)
     for line in loaded.skipped:
-        print(f"skipped a checkpoint: {line}")
-    print(f"{output}: {which} of {loaded.path}, {len(weights)} tensors")
+        print(f"skipped a checkpoint: {printable(line)}")
+    print(printable(f"{output}: {which} of {loaded.path}, {len(weights)} tensors"))
     return 0
 
 

@@ -26,7 +26,7 @@ class CheckpointError(RuntimeError):
 
 def canonical(value: object) -> bytes:
     """JSON in the one spelling that is written here."""
-    return json.dumps(value, indent=1, sort_keys=True).encode() + b"\n"
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
 
 
 def temporary_beside(path: Path) -> Path:
@@ -137,10 +137,12 @@ def replace_file(path: Path, payload: bytes) -> None:
 def atomic_write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 text file so that a reader, or a crash, sees the old one or the new one, whole.
 
+    Bytes of names that are not UTF-8, which Python holds as lone surrogates, are written as escapes, as JSON has them.
+
     Raises:
         OSError: if it cannot be written; the old file is untouched.
     """
-    replace_file(path, text.encode())
+    replace_file(path, text.encode(errors="backslashreplace"))
 
 
 def _disk(path: Path) -> tuple[int, int]:

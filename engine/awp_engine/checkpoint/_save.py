@@ -78,7 +78,7 @@ def state_bytes(name: str, tensors: Groups, state: Mapping[str, Any], retention:
     if not isinstance(retention, Retention):
         raise ValueError(f"retention: expected a Retention, got {retention!r}")
     try:
-        return json.dumps(dict(state), indent=1).encode() + b"\n"
+        return json.dumps(dict(state), indent=1, allow_nan=False).encode() + b"\n"
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"state: expected what JSON holds: {error}") from error
 

@@ -5,9 +5,11 @@ nor the loader, nor the device, nor a resumed run changes what a sample looks li
 """
 
 from awp_engine.data._batches import Batches, batch_sizes, eval_batches, rank_share, train_batches
+from awp_engine.data._classes import match_classes
 from awp_engine.data._dataset import DataError, Dataset
 from awp_engine.data._extra import load_extra
 from awp_engine.data._extra_split import place_extra
+from awp_engine.data._files import shown
 from awp_engine.data._framing import Framing
 from awp_engine.data._load import dataset_names, load_dataset
 from awp_engine.data._loading import Loading, data_loading
@@ -30,8 +32,10 @@ __all__ = [
     "eval_batches",
     "load_dataset",
     "load_extra",
+    "match_classes",
     "place_extra",
     "rank_share",
+    "shown",
     "source_names",
     "train_batches",
 ]

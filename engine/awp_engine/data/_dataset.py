@@ -33,6 +33,7 @@ class Dataset:
         held_out: the part of the training set that model selection uses; empty for a fraction of 0.
         test: read once, after training.
         class_names: one a label.
+        named: whether the files name their classes; if not, `class_names` are the labels' numbers.
         mean, std: one value a channel, of images in [0, 1].
         fingerprint: SHA-256, hexadecimal, of the training part that is used (train and held out, in file order) and the
             class names; so of the whole training part, however much is held out, unless a limit leaves some of it out.
@@ -48,6 +49,7 @@ class Dataset:
     std: tuple[float, ...]
     fingerprint: str
     loader: str = "resident"
+    named: bool = True
 
     @property
     def first_extra_id(self) -> int:

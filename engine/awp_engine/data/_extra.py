@@ -6,8 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from awp_engine.data._dataset import Dataset
+from awp_engine.class_names import difference
+from awp_engine.data._dataset import DataError, Dataset
 from awp_engine.data._shards import ArrayShards
+from awp_engine.data._sources import CLASSES, read_classes
 from awp_engine.data._split import Split
 
 
@@ -60,6 +62,13 @@ def load_extra(path: Path, *, like: Dataset) -> ExtraImages:
         DataError: a file is missing or damaged, or an array is missing, or has another shape or type, or holds labels
             out of range.
     """
+    for known in (path / CLASSES, path.parent / CLASSES):
+        # as they are packed: images-*.npy in a directory, its list beside it
+        if path.is_dir() and known.is_file() and like.named and (names := read_classes(known)) != like.class_names:
+            raise DataError(
+                f"--data.extra {path}: the classes of {known} are not those of {like.name}: "
+                f"{difference(names, like.class_names)}; give extra images of the same classes in the same order"
+            )
     store = ArrayShards(path, shape=like.train.shape, like=like.name)
     store.require_labels(len(like.class_names), like.name)
     return ExtraImages(store, like.first_extra_id, len(like.class_names))

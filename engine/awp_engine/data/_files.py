@@ -17,6 +17,7 @@ from torch import Tensor
 
 from awp_engine.data._dataset import DataError
 from awp_engine.data._inspect import MAX_BYTES, BadImageError
+from awp_engine.text import printable
 
 SUFFIXES = (b".jpg", b".jpeg", b".png")
 _SAMPLED = 1000
@@ -55,7 +56,10 @@ class PackedNames:
 
 @dataclass(frozen=True)
 class Listing:
-    """What the class folders of one part of a data set hold; names are relative to the part, labels int64 [N]."""
+    """What the class folders of one part of a data set hold; names are relative to the part, labels int64 [N].
+
+    `class_names` are the folders' own: bytes that are not UTF-8 become lone surrogates, as in Python's file names.
+    """
 
     names: PackedNames
     labels: Tensor
@@ -134,12 +138,7 @@ def listed_name(path: bytes) -> str:
 
 def shown(path: bytes) -> str:
     """A file's name for messages."""
-    return in_one_line(listed_name(path))
-
-
-def in_one_line(text: str) -> str:
-    """With escapes for what is not printable."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return printable(listed_name(path))
 
 
 def read_regular(path: bytes) -> tuple[bytes, os.stat_result]:
@@ -261,7 +260,7 @@ def _list_classes(part: Path, skip: frozenset[str], inside: str) -> Listing:
 
     names = PackedNames.pack(groups())
     labels = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor(counts))
-    return Listing(names, labels, tuple(map(shown, classes)))
+    return Listing(names, labels, tuple(name.decode(errors="surrogateescape") for name in classes))
 
 
 def list_images(folder: bytes) -> list[bytes]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from awp_engine.data._dataset import DataError
-from awp_engine.data._files import PackedNames, digest_files, in_one_line, shown
+from awp_engine.data._files import PackedNames, digest_files, shown
+from awp_engine.text import printable
 
 
 class HuggingFaceImages:
@@ -134,7 +135,7 @@ def _validated(part: Path, data: Any, name: str) -> Any:
 
 
 def _not_read(part: Path, error: object) -> DataError:
-    reason = in_one_line(" ".join(str(error).split())) or type(error).__name__
+    reason = printable(" ".join(str(error).split())) or type(error).__name__
     return DataError(f"{part}: not read, {reason}; expected what datasets.save_to_disk has written: save it again")
 
 

@@ -52,9 +52,9 @@ def list_tiny_imagenet(root: Path, skip: frozenset[str]) -> tuple[Listing, Listi
     train = list_classes(root / "train", skip=skip, inside="images")
     given = root / "wnids.txt"
     if given.is_file():
-        odd = set(given.read_text(errors="replace").split()) ^ set(train.class_names)
+        odd = set(given.read_text(errors="surrogateescape").split()) ^ set(train.class_names)
         if odd:
-            one = shown(min(odd).encode())
+            one = shown(os.fsencode(min(odd)))
             raise DataError(
                 f"{given} and {root / 'train'} differ in {len(odd)} classes, such as {one}; expected the same ones: "
                 "unpack the archive again"
@@ -72,7 +72,7 @@ def list_tiny_imagenet(root: Path, skip: frozenset[str]) -> tuple[Listing, Listi
 def _annotated(val: Path, class_names: tuple[str, ...], skip: frozenset[str]) -> Listing:
     """Rows in the order of the names; lines are name, class and a box, between tabs."""
     path, folder = val / _ANNOTATIONS, os.fsencode(val / "images")
-    numbers = {name.encode(): label for label, name in enumerate(class_names)}
+    numbers = {os.fsencode(name): label for label, name in enumerate(class_names)}
     labels: dict[bytes, int] = {}
     lines, images = path.read_bytes().splitlines(), list_images(folder)
     for number, line in enumerate(lines, 1):

@@ -144,6 +144,7 @@ def _from_source(
         held_out=held_out,
         test=test,
         class_names=source.class_names,
+        named=source.named,
         mean=mean,
         std=std,
         fingerprint=digest,

@@ -21,7 +21,7 @@ from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
 from awp_engine.data._dataset import DataError
-from awp_engine.data._files import in_one_line
+from awp_engine.text import printable
 
 Expect = Callable[[tuple[int, ...], np.dtype[Any]], str | None]
 """Says what was expected of a shape and type that are not right."""
@@ -184,7 +184,7 @@ def blocks_read() -> int:
 
 
 def _not_read(path: str, error: object, kind: str = "an .npz file of plain arrays") -> DataError:
-    reason = in_one_line(" ".join(str(error).split())) or type(error).__name__
+    reason = printable(" ".join(str(error).split())) or type(error).__name__
     size = f" ({os.stat(path).st_size} bytes)" if os.path.exists(path) else ""  # noqa: PTH110, PTH116
     return DataError(f"{path}{size}: not read, {reason}; expected {kind}: write or download it again")
 
@@ -199,7 +199,7 @@ def alone(path: Path, file: IO[bytes], expect: Expect) -> StoredArray:
 def in_archive(path: Path, file: IO[bytes], archive: zipfile.ZipFile, what: str, expect: Expect) -> StoredArray:
     names = [name for name in (f"{what}.npy", f"{what}s.npy") if name in archive.namelist()]
     if len(names) != 1:
-        found = ", ".join(map(in_one_line, archive.namelist()[:6])) or "nothing"
+        found = ", ".join(map(printable, archive.namelist()[:6])) or "nothing"
         raise DataError(f"holds {found}; expected the arrays image and label")
     info = archive.getinfo(names[0])
     with archive.open(info) as member:

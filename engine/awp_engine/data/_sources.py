@@ -27,6 +27,7 @@ class Source:
         train, test: the images of both parts.
         train_labels, test_labels: int64 [N], of every row.
         class_names: one a label.
+        named: as that of `Dataset`.
         statistics: mean and standard deviation, one value a channel of images in [0, 1], where the data set has
             customary ones.
     """
@@ -37,6 +38,7 @@ class Source:
     test: EncodedImages | ImageArrays
     test_labels: Tensor
     class_names: tuple[str, ...]
+    named: bool = True
     statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
 
@@ -91,7 +93,7 @@ def _open_webdataset(root: Path, skip: frozenset[str]) -> Source:
             row = int(wrong[0])
             raise DataError(
                 f"{images.name(row)} has label {int(images.labels[row])}; expected 0 to {len(names) - 1} in {part}, by "
-                f"{'the labels of train' if not (root / _CLASSES).is_file() else root / _CLASSES}"
+                f"{'the labels of train' if not (root / CLASSES).is_file() else root / CLASSES}"
             )
     return Source(
         name="webdataset",
@@ -100,6 +102,7 @@ def _open_webdataset(root: Path, skip: frozenset[str]) -> Source:
         test=test,
         test_labels=test.labels,
         class_names=names,
+        named=(root / CLASSES).exists(),
     )
 
 
@@ -122,6 +125,7 @@ def _open_shards(root: Path, skip: frozenset[str]) -> Source:
         test=test,
         test_labels=test.all_labels(),
         class_names=names,
+        named=(root / CLASSES).exists(),
     )
 
 
@@ -140,6 +144,8 @@ def _open_huggingface(root: Path, skip: frozenset[str]) -> Source:
         test=test,
         test_labels=test.labels,
         class_names=train.class_names,
+        # what datasets makes up where only their number was given
+        named=train.class_names != tuple(map(str, range(len(train.class_names)))),
     )
 
 
@@ -150,7 +156,7 @@ def _first_of(root: Path, *names: str) -> Path:
 
 def _class_names(root: Path, highest: int) -> tuple[str, ...]:
     """Those of ROOT/classes.json, or numbers."""
-    path = root / _CLASSES
+    path = root / CLASSES
     if not path.exists():
         if highest >= _MOST_CLASSES:
             raise DataError(
@@ -158,6 +164,15 @@ def _class_names(root: Path, highest: int) -> tuple[str, ...]:
                 "from 0: correct the labels"
             )
         return tuple(map(str, range(max(highest + 1, 2))))
+    return read_classes(path)
+
+
+def read_classes(path: Path) -> tuple[str, ...]:
+    """The names in a list of classes, classes.json, in the labels' order.
+
+    Raises:
+        DataError: it is no list of different names.
+    """
     try:
         # a pipe would be waited for
         if not path.is_file():
@@ -191,13 +206,14 @@ def require_same_classes(train: Path, train_names: tuple[str, ...], test: Path, 
     """
     for name in test_names:
         if name not in train_names:
-            raise DataError(f"{test / name}: class {name!r} is not in {train}; both need the same classes")
+            where = shown(os.fsencode(test / name))
+            raise DataError(f"{where}: class {name!r} is not in {train}; both need the same classes")
     for name in train_names:
         if name not in test_names:
             raise DataError(f"{test} lacks class {name!r} of {train}; both need the same classes")
 
 
-_CLASSES = "classes.json"
+CLASSES = "classes.json"
 # more than any data set has, and few enough that one damaged label does not fill the memory with names
 _MOST_CLASSES = 10**6
 _OPEN: dict[str, Callable[[Path, frozenset[str]], Source]] = {

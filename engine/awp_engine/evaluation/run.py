@@ -12,8 +12,9 @@ from typing import Any, Literal
 import torch
 
 from awp_engine.checkpoint import atomic_write_text
+from awp_engine.class_names import difference
 from awp_engine.config import parse_amount
-from awp_engine.data import Dataset, data_loading, eval_batches, load_dataset, source_names
+from awp_engine.data import Dataset, data_loading, eval_batches, load_dataset, match_classes, source_names
 from awp_engine.device import choose_device
 from awp_engine.evaluation.accuracy import evaluation_seed, spread
 from awp_engine.evaluation.attacks import EvaluationError, Threat, parse_attack
@@ -24,6 +25,7 @@ from awp_engine.evaluation.robustbench import Publication, model_info
 from awp_engine.evaluation.subject import Subject, load_subject
 from awp_engine.evaluation.suite import measure
 from awp_engine.locking import locked
+from awp_engine.text import json_text
 
 JSON, PAGE, LEADERBOARD = "evaluation.json", "evaluation.html", "robustbench.json"
 DEFAULT_ATTACKS = ("clean", "fgsm", "pgd20", "cw")
@@ -182,11 +184,21 @@ def evaluate_checkpoint(
     place = choose_device(device)
     subject = load_subject(path, which=checkpoint, device=place)
     threat = _threat(subject, epsilon, norm, step_size)
-    dataset = _data(subject, data_name, data_root)
+    found = _data(subject, data_name, data_root)
+    dataset, labels = match_classes(subject.model.class_names, found, str(path))
+    if labels != "the same":
+        say(f"class names: {labels}")
     _require_fit(subject, dataset, place, str(path))
     second = None if transfer_to is None else load_subject(transfer_to, device=place)
     if second is not None:
-        _require_fit(second, dataset, place, f"--transfer-to {transfer_to}")
+        what = f"--transfer-to {transfer_to}"
+        others = match_classes(second.model.class_names, found, what)[0].class_names
+        if others != dataset.class_names:
+            raise EvaluationError(
+                f"{what}: its classes are not those of {path}: {difference(others, dataset.class_names)}; give a model "
+                "of the same classes in the same order"
+            )
+        _require_fit(second, dataset, place, what)
     split = spread(dataset.test, limit).resident().to(place)
     config = subject.config
     if seed is None:
@@ -211,6 +223,7 @@ def evaluate_checkpoint(
             "sha256_of_split": split_hash(dataset.test),
             "limit": limit,
             "chosen": "all" if limit is None else "evenly spread",
+            "class_names": labels,
         },
         seed=seed,
         batch_size=batch_size,
@@ -270,7 +283,7 @@ def _write(
         caption = f"{pictures.attack}: clean, attacked, and the difference stretched around grey; wrong labels in red"
         figures.append((caption, picture_rows(pictures, dataset.class_names)))
     output.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(output / JSON, json.dumps(report, indent=2, allow_nan=False) + "\n")
+    atomic_write_text(output / JSON, json_text(report, indent=2))
     atomic_write_text(output / PAGE, render_page(report, [measurement.table(), measurement.regional_table()], figures))
 
 

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from awp_engine import checkpoint
 from awp_engine.checkpoint import CheckpointError
 from awp_engine.config import Config, load_config
 from awp_engine.evaluation.attacks import EvaluationError
 from awp_engine.loading import CHECKPOINTS, MODEL_FILE, load_model
+from awp_engine.models import NormalizedClassifier
 
 _MANIFEST = "manifest.json"
 _CONFIG = "config.json"
@@ -33,7 +33,7 @@ class Subject:
         config: of that run.
     """
 
-    model: nn.Module
+    model: NormalizedClassifier
     name: str
     weights: Path
     sha256: str

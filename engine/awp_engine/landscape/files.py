@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import torch
 from awp_engine.checkpoint import CheckpointError, atomic_write_text, export_model
 from awp_engine.config import ConfigError
 from awp_engine.data import Split
+from awp_engine.drawing import attempt
 from awp_engine.evaluation import PgdAttack
 from awp_engine.landscape.measure import Measurement, Mode, Settings, interval_facts
 from awp_engine.landscape.plots import plot_curves, plot_flatness, plot_surfaces
 from awp_engine.landscape.runs import Run, attack_facts, sha256_of
 from awp_engine.report import print_table, source_commit, versions
+from awp_engine.text import json_text
 
 _NAMES: dict[Mode, str] = {"1d": "curves", "2d": "surface", "flatness": "flatness"}
 _DEFINITIONS: dict[Mode, str] = {
@@ -113,7 +116,9 @@ def _rows(mode: Mode, found: Measurement) -> list[dict[str, str]]:
                     row[name] = _span(span)
         elif mode == "2d":
             means = [value for line in entry["surface"]["mean"] for value in line]
-            row |= {"at w": f"{means[len(means) // 2]:.4f}", "least": f"{min(means):.4f}", "most": f"{max(means):.4f}"}
+            finite = [value for value in means if math.isfinite(value)] or [math.nan]
+            row["at w"] = f"{means[len(means) // 2]:.4f}"
+            row |= {"least": f"{min(finite):.4f}", "most": f"{max(finite):.4f}"}
         else:
             row["robust loss"] = _span(entry["robust_loss"])
             for kind in ("average", "worst"):
@@ -123,24 +128,29 @@ def _rows(mode: Mode, found: Measurement) -> list[dict[str, str]]:
 
 
 def write(output: Path, receipt: Receipt, found: Measurement) -> list[Path]:
-    """Writes the figure, the numbers and the losses of one mode, and prints a table.
+    """Writes the losses, the numbers and the figure of one mode, and prints a table.
 
     Returns:
-        The files.
+        The files; a figure that cannot be drawn is left out, after a line that says why.
 
     Raises:
         CheckpointError: a run's weights changed on disk while they were measured; nothing is written then.
-        OSError: a file cannot be written.
+        OSError: losses or numbers cannot be written.
     """
     for run in receipt.runs:
         if sha256_of(run.file) != run.sha256:
             raise CheckpointError(f"{run.file}: changed while it was measured; measure again when training is done")
     stem = output / _NAMES[receipt.mode]
     figure, table, losses = (stem.with_suffix(suffix) for suffix in (".png", ".json", ".safetensors"))
-    draw = {"1d": plot_curves, "2d": plot_surfaces, "flatness": plot_flatness}[receipt.mode]
-    draw(figure, found.entries, receipt.title)
+    not_finite = sum(int((~tensor.isfinite()).sum()) for tensor in found.losses.values())
     export_model(losses, found.losses, {"images": json.dumps(receipt.images.ids.tolist())})
-    content = {**receipt.facts(), "losses": losses.name, "runs": found.entries}
-    atomic_write_text(table, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    content = {**receipt.facts(), "losses": losses.name, "losses_not_finite": not_finite, "runs": found.entries}
+    atomic_write_text(table, json_text(content, indent=1))
     print_table(_rows(receipt.mode, found), title=receipt.title)
-    return [figure, table, losses]
+    if not_finite:
+        total = sum(tensor.numel() for tensor in found.losses.values())
+        print(f"warning: {not_finite} of {total} losses are not finite: null in {table.name}, and not drawn")
+    # last, as a picture may fail
+    draw = {"1d": plot_curves, "2d": plot_surfaces, "flatness": plot_flatness}[receipt.mode]
+    drawn = attempt(str(figure), lambda: draw(figure, found.entries, receipt.title) or figure, print)
+    return [table, losses] if drawn is None else [figure, table, losses]

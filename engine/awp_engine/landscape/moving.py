@@ -14,6 +14,14 @@ from awp_kernels import perturb_into_, restore_
 _SWAMPING = 2.0**100
 
 
+def _can_follow(weight: Tensor, direction: Tensor, gamma: float, scope: str, eps: float) -> bool:
+    """Whether w + gamma ||w|| d / (||d|| + eps) has finite coefficients, in the precision they are rounded to."""
+    dims = tuple(range(1, weight.ndim)) if scope == "filter" and weight.ndim > 1 else None
+    size, length = (torch.linalg.vector_norm(tensor.double(), dim=dims) for tensor in (weight, direction))
+    largest = torch.finfo(torch.promote_types(weight.dtype, torch.float32)).max
+    return bool((direction.isfinite().all() & (abs(gamma) * size / (length + eps) <= largest).all()).item())
+
+
 class WorkingCopy:
     """A copy of a model in eval mode whose weights `move_` sets to w + v; w itself, the master, is only read.
 
@@ -49,15 +57,23 @@ class WorkingCopy:
             restore_([self._moving[name] for name in self._moved], [self.weights[name] for name in self._moved])
         self._moved = []
 
+    @torch.no_grad()
     def _take(self, names: Mapping[str, object], tensors: list[Tensor], gamma: float, scope: str, eps: float) -> None:
         out = self.parameters(names)
         if self._moved != list(names):
             self.reset_()
-        perturb_into_(out, [self.weights[name] for name in names], tensors, gamma, scope=scope, eps=eps)
+        weights = [self.weights[name] for name in names]
+        perturb_into_(out, weights, tensors, gamma, scope=scope, eps=eps)
         self._moved = list(names)
+        if not all(_can_follow(w, d, gamma, scope, eps) for w, d in zip(weights, tensors, strict=True)):
+            # a perturbation that is not finite is left out elsewhere, and this would be measured as no move at all
+            for parameter in out:
+                parameter.fill_(torch.nan)
 
     def move_(self, direction: Direction, amount: float) -> None:
         """Set the copy to w + amount ||w|| d / ||d||, norms by filter or by layer as the direction says.
+
+        As all moves, to NaN where that is not finite.
 
         Raises:
             ValueError: names, shapes or devices that are not the model's.

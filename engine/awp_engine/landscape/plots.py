@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from awp_engine.checkpoint import temporary_beside
+from awp_engine.drawing import drawable, legend, plottable, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers and line styles differ as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -30,6 +29,13 @@ def _style(index: int) -> dict[str, Any]:
     }
 
 
+def _plottable(values: Any) -> Any:
+    """Numbers, or lists of them, with gaps for what is not finite."""
+    if isinstance(values, list):
+        return [_plottable(value) for value in values]
+    return values if values is None else plottable(values)
+
+
 def _tidy(axes: Axes) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -38,20 +44,12 @@ def _tidy(axes: Axes) -> None:
 def _loss_axis(axes: Axes, values: Sequence[float]) -> None:
     from matplotlib.ticker import LogLocator, ScalarFormatter
 
-    if min(values) > 0 and max(values) > _WIDE * min(values):
+    values = [value for value in values if math.isfinite(value)]
+    if values and min(values) > 0 and max(values) > _WIDE * min(values):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.yaxis.set_minor_locator(LogLocator(subs=()))
-
-
-def _save(figure: Figure, path: Path) -> None:
-    temporary = temporary_beside(path)
-    try:
-        figure.savefig(temporary, dpi=140, format="png")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 _AXIS = {
@@ -78,9 +76,9 @@ def plot_curves(path: Path, runs: Sequence[Mapping[str, Any]], title: str) -> No
     figure = Figure(figsize=(5.6 * len(kinds), 4.6), layout="constrained")
     panels = figure.subplots(1, len(kinds), squeeze=False)[0]
     for axes, kind in zip(panels, kinds, strict=True):
-        drawn = []
+        drawn, series = [], []
         for index, run in enumerate(runs):
-            curve = run["curves"][kind]
+            curve = {name: _plottable(values) for name, values in run["curves"][kind].items()}
             style = _style(index)
             if len(curve["by_direction"]) > 1:
                 for single in curve["by_direction"]:
@@ -89,16 +87,17 @@ def plot_curves(path: Path, runs: Sequence[Mapping[str, Any]], title: str) -> No
             axes.fill_between(
                 curve["amounts"], curve["low"], curve["high"], color=style["color"], alpha=0.18, linewidth=0
             )
-            axes.plot(curve["amounts"], curve["mean"], label=run["label"], **style)
+            series.append((*axes.plot(curve["amounts"], curve["mean"], **style), run["label"]))
             drawn += [*curve["low"], *curve["high"]]
         axes.axvline(0, color="black", linewidth=0.8, linestyle=":")
         axes.set_xlabel(_AXIS[kind])
         _loss_axis(axes, drawn)
         _tidy(axes)
+        if axes is panels[0]:
+            legend(axes, series)
     panels[0].set_ylabel("robust loss (cross-entropy, nats)")
-    panels[0].legend(frameon=False, loc="best")
     figure.suptitle(f"{title}; bands: 95 % confidence", fontsize="medium")
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_surfaces(path: Path, runs: Sequence[Mapping[str, Any]], title: str) -> None:
@@ -111,12 +110,16 @@ def plot_surfaces(path: Path, runs: Sequence[Mapping[str, Any]], title: str) -> 
 
     Raises:
         OSError: if the file cannot be written.
+        ValueError: there is nothing to draw.
     """
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    every = [value for run in runs for row in run["surface"]["mean"] for value in row]
+    tables = [_plottable(run["surface"]["mean"]) for run in runs]
+    every = [value for table in tables for row in table for value in row if math.isfinite(value)]
+    if not every:
+        raise ValueError("no point has a finite loss")
     lowest, highest = min(every), max(every)
     if lowest > 0 and highest > _WIDE * lowest:
         # a little wider, as rounding must leave no point outside
@@ -132,17 +135,17 @@ def plot_surfaces(path: Path, runs: Sequence[Mapping[str, Any]], title: str) -> 
     figure = Figure(figsize=(4.6 * columns + 1.2, 4.4 * lines + 0.4), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
     filled = None
-    for axes, run in zip(panels, runs, strict=False):
+    for axes, run, means in zip(panels, runs, tables, strict=False):
         surface = run["surface"]
         # rows of the table belong to the first, horizontal, direction
-        table = [list(column) for column in zip(*surface["mean"], strict=True)]
+        table = [list(column) for column in zip(*means, strict=True)]
         filled = axes.contourf(surface["first"], surface["second"], table, levels=levels, norm=norm, cmap="cividis")
         drawn = axes.contour(
             surface["first"], surface["second"], table, levels=levels[2::3], colors="white", linewidths=0.7
         )
         axes.clabel(drawn, fmt="%.3g", fontsize=7)
         axes.plot(0, 0, marker="+", color="white", markersize=11, markeredgewidth=2)
-        axes.set_title(run["label"], fontsize="medium")
+        axes.set_title(drawable(run["label"]), fontsize="medium", parse_math=False)
         axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
         first, second = surface["kinds"]
@@ -154,7 +157,7 @@ def plot_surfaces(path: Path, runs: Sequence[Mapping[str, Any]], title: str) -> 
     bar = figure.colorbar(filled, ax=list(panels), format="%.3g", ticks=levels[::2])
     bar.set_label("robust loss (cross-entropy, nats)")
     figure.suptitle(title, fontsize="medium")
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_flatness(path: Path, runs: Sequence[Mapping[str, Any]], title: str) -> None:
@@ -175,25 +178,27 @@ def plot_flatness(path: Path, runs: Sequence[Mapping[str, Any]], title: str) -> 
     panels = figure.subplots(1, len(kinds), squeeze=False)[0]
     for axes, kind in zip(panels, kinds, strict=True):
         radii = [entry["xi"] for entry in runs[0][kind]]
+        series = []
         for index, run in enumerate(runs):
             # beside one another, as the intervals would hide each other
             places = [i + 0.09 * (index - (len(runs) - 1) / 2) for i in range(len(radii))]
-            values = [entry["value"] for entry in run[kind]]
+            values, low, high = (_plottable([entry[name] for entry in run[kind]]) for name in ("value", "low", "high"))
             errors = [
-                [max(0.0, entry["value"] - entry["low"]) for entry in run[kind]],
-                [max(0.0, entry["high"] - entry["value"]) for entry in run[kind]],
+                [max(0.0, value - end) for value, end in zip(values, low, strict=True)],
+                [max(0.0, end - value) for value, end in zip(values, high, strict=True)],
             ]
             style = _style(index) | {"markersize": 6}
             if len(radii) == 1:
                 style["linestyle"] = "none"
-            axes.errorbar(places, values, yerr=errors, capsize=4, label=run["label"], **style)
+            series.append((axes.errorbar(places, values, yerr=errors, capsize=4, **style), run["label"]))
         axes.set_xticks(range(len(radii)), [f"{radius:g}" for radius in radii])
         axes.set_xlim(-0.5, len(radii) - 0.5)
         axes.axhline(0, color="black", linewidth=0.8, linestyle=":")
         axes.set_xlabel("xi: radius of the ball, as a fraction of each layer's norm")
         axes.set_title(f"{kind}-case flatness (lower is flatter)", fontsize="medium")
         _tidy(axes)
+        if axes is panels[0]:
+            legend(axes, series)
     panels[0].set_ylabel("rise of the robust loss (nats)")
-    panels[0].legend(frameon=False, loc="best")
     figure.suptitle(f"{title}; bars: 95 % confidence", fontsize="medium")
-    _save(figure, path)
+    save(figure, path)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from torch import nn
 
 from awp_engine import checkpoint
 from awp_engine.checkpoint import CheckpointError
+from awp_engine.class_names import difference
 from awp_engine.config import Config, ConfigError, config_hash, load_config, parse_amount
-from awp_engine.data import DataError, Dataset, Split
+from awp_engine.data import DataError, Dataset, Split, match_classes, shown
 from awp_engine.evaluation.accuracy import spread
 from awp_engine.loading import CHECKPOINTS, MODEL_FILE, load_model
 from awp_engine.trainer import load_data
@@ -111,8 +113,10 @@ def sha256_of(file: Path) -> str:
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
-    names = [path.resolve().name for path in paths]
-    labels = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
+    # names need not be UTF-8, which a safetensors file's keys are
+    names = [shown(os.fsencode(path.resolve().name)) for path in paths]
+    whole = [shown(os.fsencode(path)) for path in paths]
+    labels = [name if names.count(name) == 1 else path for name, path in zip(names, whole, strict=True)]
     if len(set(labels)) != len(labels):
         raise ConfigError(f"RUN: {next(x for x in labels if labels.count(x) > 1)} is given twice; give each run once")
     return labels
@@ -131,7 +135,7 @@ def open_runs(paths: Sequence[Path], *, which: str | None, device: torch.device)
         config = find_config(path)
         known = next((run.data for run in runs if run.config.data == config.data), None)
         model = load_model(source, device)
-        data = load_data(config) if known is None else known
+        data, _ = match_classes(model.class_names, load_data(config) if known is None else known, str(path))
         sha256 = sha256_of(file)
         runs.append(Run(label=label, path=path, file=file, sha256=sha256, config=config, model=model, data=data))
     for run in runs[1:]:
@@ -185,5 +189,9 @@ def common_images(runs: Sequence[Run], split: str, count: int) -> Split:
             raise DataError(
                 f"{run.path}: its {split} images ({run.data.name}, {len(other)}) are not those of {runs[0].path} "
                 f"({runs[0].data.name}, {len(first)}); give runs on the same images"
+            )
+        if other := difference(run.data.class_names, runs[0].data.class_names):
+            raise DataError(
+                f"{run.path}: its classes are not those of {runs[0].path}: {other}; give runs of one data set"
             )
     return chosen

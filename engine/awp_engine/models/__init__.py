@@ -12,13 +12,14 @@ from awp_engine.models._build import (
     model_names,
     timm_names,
 )
-from awp_engine.models._common import Activation
+from awp_engine.models._common import Activation, NormalizedClassifier
 from awp_engine.models.preact_resnet import PreActBlock, PreActResNet
 from awp_engine.models.timm_models import TimmClassifier, TimmConvNeXt, TimmResNet
 from awp_engine.models.wide_resnet import WideBlock, WideResNet
 
 __all__ = [
     "Activation",
+    "NormalizedClassifier",
     "PreActBlock",
     "PreActResNet",
     "TimmClassifier",

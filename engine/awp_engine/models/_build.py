@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from awp_engine.checkpoint import CheckpointError, read_model
-from awp_engine.models._common import Activation
+from awp_engine.class_names import to_json
+from awp_engine.models._common import Activation, NormalizedClassifier
 from awp_engine.models.preact_resnet import PreActBlock, PreActResNet
 from awp_engine.models.timm_models import TimmClassifier, TimmConvNeXt, TimmResNet
 from awp_engine.models.wide_resnet import WideBlock, WideResNet
@@ -29,7 +30,7 @@ def build_model(
     *,
     width: int | None = None,
     activation: Activation = "relu",
-) -> nn.Module:
+) -> NormalizedClassifier:
     """Builds a freshly initialised classifier of images in [0, 1].
 
     Weights are drawn from torch's global generator as in the public code; seed it for a repeatable start.
@@ -117,16 +118,17 @@ def _named(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return weights
 
 
-def load_pretrained(model: nn.Module, path: Path) -> list[str]:
+def load_pretrained(model: nn.Module, path: Path, class_names: tuple[str, ...] | None = None) -> list[str]:
     """Start from published weights, by name and strictly; the classifier is left as it is for other classes.
 
     Args:
         model: one of `build_model`, on any device; written in place.
         path: a safetensors file of timm's names for timm's models, else of the public code's names.
+        class_names: of the model's logits, where they have names.
 
     Returns:
         The names that were left as they are: none, or the classifier's weight and bias, where the file's are for
-        another number of classes.
+        another number of classes, for classes of other names, or in another order.
 
     Raises:
         CheckpointError: not a safetensors file, or names or shapes differ elsewhere; the model is unchanged.
@@ -136,12 +138,15 @@ def load_pretrained(model: nn.Module, path: Path) -> list[str]:
             f"{path}: expected a .safetensors file, since nothing is unpickled; write one by "
             "safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW)"
         )
-    weights, own, kept = _named(model, read_model(path)[0]), model.state_dict(), []
-    if isinstance(model, TimmClassifier):
+    tensors, metadata = read_model(path)
+    weights, own, kept = _named(model, tensors), model.state_dict(), []
+    if isinstance(model, NormalizedClassifier):
         names = model.classifier_names
-        # nothing but the number of classes may differ
-        if all(n in weights and weights[n].shape[1:] == own[n].shape[1:] for n in names) and any(
-            weights[n].shape != own[n].shape for n in names
+        theirs = metadata.get("class_names")
+        others = class_names is not None and theirs is not None and theirs != to_json(class_names)
+        # nothing but the classes may differ
+        if all(n in weights and weights[n].shape[1:] == own[n].shape[1:] for n in names) and (
+            others or any(weights[n].shape != own[n].shape for n in names)
         ):
             kept = list(names)
             weights |= {name: own[name] for name in names}

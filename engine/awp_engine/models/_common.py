@@ -112,10 +112,12 @@ class NormalizedClassifier(nn.Module):
     Attributes:
         mean, std: fp32 [1, C, 1, 1], not part of the state dict, which so equals the public layout.
         num_classes: number of logits.
+        class_names: of the logits, in their order, where the weights that were loaded say so.
     """
 
     mean: Tensor
     std: Tensor
+    class_names: tuple[str, ...] | None = None
 
     def __init__(self, num_classes: int, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -136,6 +138,12 @@ class NormalizedClassifier(nn.Module):
     def normalize(self, images: Tensor) -> Tensor:
         """(images - mean) / std, for images [N, C, H, W] in [0, 1]."""
         return (images - self.mean) / self.std
+
+    @property
+    def classifier_names(self) -> tuple[str, str]:
+        """Of the last layer's weight and bias in the state dict."""
+        name = next(name for name, module in self.named_modules() if isinstance(module, Classifier))
+        return f"{name}.weight", f"{name}.bias"
 
 
 class Stem(nn.Conv2d):

@@ -111,13 +111,6 @@ class TimmClassifier(NormalizedClassifier):
         """What FSDP gathers at once."""
         raise NotImplementedError
 
-    @property
-    def classifier_names(self) -> tuple[str, str]:
-        """Of the last layer's weight and bias in the state dict."""
-        last = self.network.get_classifier()
-        name = next(name for name, module in self.named_modules() if module is last)
-        return f"{name}.weight", f"{name}.bias"
-
 
 def _recast(module: nn.Module) -> None:
     """Let a module of timm's, which keeps its weights, compute by this package's forward pass."""

@@ -1,6 +1,6 @@
 """A Trainer used as a library, in a notebook say: SIGINT between any two lines leaves nothing moved and a run to go on.
 
-`AWP_INTERRUPTS=600 pytest -n 0 tests/test_interrupts.py` interrupts at every line.
+`AWP_INTERRUPTS=600 pytest -n 0 tests/test_trainer_interrupts.py` interrupts at every line.
 """
 
 import collections

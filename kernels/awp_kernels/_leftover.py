@@ -22,6 +22,8 @@ class Leftover:
         zeroed: a backward pass began on zeros.
     """
 
+    _handle: Any = None
+
     def __init__(self, parameter: nn.Parameter) -> None:
         self.parameter, self.zeroed, self._gradient = parameter, False, parameter.grad
         # torch has but a weak reference to the node, and hooks go with it
@@ -31,12 +33,17 @@ class Leftover:
         def before(_: Any) -> None:
             me = watched()
             if me is not None and me._gradient is not None and me._clear():
-                me._gradient, me.zeroed = None, parameter.grad is not None
+                me.zeroed = parameter.grad is not None
+                me.drop()
 
         self._handle = self._node.register_prehook(before)
 
-    def __del__(self) -> None:
-        self._handle.remove()
+    def drop(self) -> None:
+        """Follow it no more."""
+        self._gradient = None
+        # an interrupt may have come before it was made
+        if self._handle is not None:
+            self._handle.remove()
 
     def _clear(self) -> bool:
         gradient = self.parameter.grad

@@ -407,7 +407,9 @@ class AdversarialWeightPerturbation:
             for module in (self.model, self.working):
                 for parameter in () if module is None else module.parameters():
                     parameter.grad = None
-            self._leftover = None
+            if self._leftover is not None:
+                self._leftover.drop()
+                self._leftover = None
             # casts made before the move would hide it inside an autocast block
             torch.clear_autocast_cache()
             moved.versions = {name: self._versions(name) for name in moved.names}

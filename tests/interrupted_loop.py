@@ -16,22 +16,11 @@ from awp_kernels import AdversarialWeightPerturbation
 def main(number: int) -> dict[str, int]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(40, 40) for _ in range(8)))
+    model = nn.Sequential(*(nn.Linear(20, 20) for _ in range(4)))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     awp = AdversarialWeightPerturbation(model, 0.5)
-    x = torch.randn(4, 40)
-    inside = 0
-
-    def step() -> None:
-        nonlocal inside
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        inside = 1
-        with awp.perturbed():
-            model(x).square().mean().backward()
-        inside = 0
-
-    again = False
+    x = torch.randn(4, 20)
+    inside, again = False, False
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         nonlocal again
@@ -40,32 +29,40 @@ def main(number: int) -> dict[str, int]:
             signal.setitimer(signal.ITIMER_REAL, 1e-4)
         signal.raise_signal(signal.SIGINT)
 
+    def step(delay: float) -> float:
+        nonlocal inside
+        inside = False
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        inside, began = True, time.perf_counter()
+        signal.setitimer(signal.ITIMER_REAL, delay)
+        with awp.perturbed():
+            model(x).square().mean().backward()
+        inside = False
+        return time.perf_counter() - began
+
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGALRM, interrupt)
-    took = 1.0
-    for _ in range(20):
-        began = time.perf_counter()
-        step()
-        took = min(took, time.perf_counter() - began)
+    took = min(step(0) for _ in range(20))
     optimizer.step()
     before = [p.detach().clone() for p in model.parameters()]
     generator = random.Random(0)
-    counted = {"interrupts": 0, "inside": 0, "late": 0, "moved": 0, "without gradients": 0}
-    while counted["interrupts"] < number:
-        inside, again = 0, counted["interrupts"] % 2 == 1
+    counted = {"inside": 0, "twice": 0, "outside": 0, "moved": 0, "without gradients": 0}
+    while counted["inside"] < number and counted["outside"] < 10 * number:
+        again = counted["inside"] % 2 == 1
+        twice = again
         try:
-            signal.setitimer(signal.ITIMER_REAL, took * generator.uniform(0.2, 1.0))
-            step()
-            again = False
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            step(took * generator.uniform(0.0, 1.0))
+            # it comes late, as the machine does something else
+            time.sleep(1)
         except KeyboardInterrupt:
+            counted["inside" if inside else "outside"] += 1
             # the second one, where it has not come yet
             try:
-                time.sleep(1e-3 * (counted["interrupts"] % 2))
+                time.sleep(3e-4 * twice)
+                counted["twice"] += twice
             except KeyboardInterrupt:
-                counted["late"] += 1
-            counted["interrupts"] += 1
-            counted["inside"] += inside
+                pass
         moved = any(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
         counted["moved"] += moved
         awp.restore_()

@@ -90,10 +90,18 @@ class AdversarialWeightPerturbation:
 
     Between the ascent's backward pass and the optimizer's step:
 
+        optimizer.zero_grad()
         loss_fn(model(x_adv), y).backward()          # ascent gradient
         with awp.perturbed():                        # gradients cleared on entry
             loss_fn(model(x_adv), y).backward()      # descent gradient
         optimizer.step()                             # weights are back, bit for bit
+
+    The model is looked at anew at every perturbation: layers may be frozen, replaced or converted in between. What
+    writes to the weights inside the block, where it would be undone, is refused: steps of a torch.optim.Optimizer
+    before they are taken, other writes on leaving, seen by the tensors' version counters (which writes to
+    `weight.data` in place do not move; of shards, parameters that were replaced are not seen either). So is an ascent
+    whose gradient was added to what the last block's descent has left (not seen for shards, nor once three backward
+    passes began on gradients that were set to zero in place). One object serves one thread.
 
     Works with loss scaling (the direction does not depend on the scale), with gradient accumulation (accumulate the
     ascent, then the descent inside the block) and under autocast (its cache of casts is cleared).
@@ -130,13 +138,13 @@ class AdversarialWeightPerturbation:
             46% of the perturbation at the paper's gamma.
 
     Attributes:
-        parameters: what is perturbed, by name, in the model's order.
         weight_norms: their norms, fp64, if they are known (of a sharded model, this rank's): `take_weight_norms`.
 
     Raises:
-        ValueError: a number out of range, an unknown scope or scale, a model without a parameter to perturb or
-            with some sharded otherwise than by `fully_shard`, or a working copy that lacks one, stores it in bfloat16,
-            or belongs to a sharded model.
+        ValueError: a number out of range, an unknown scope or scale, a model without a parameter to perturb, with one
+            that is lazy, on the meta device, sparse, complex, or not dense in memory, or with some sharded otherwise
+            than by `fully_shard`, or a working copy that lacks one, stores it in bfloat16, or belongs to a sharded
+            model.
 
     Source: Wu, Xia, Wang: Adversarial Weight Perturbation Helps Robust Generalization, NeurIPS 2020.
     """
@@ -653,6 +661,7 @@ def sam(
 ) -> AdversarialWeightPerturbation:
     """Sharpness-aware minimisation: every parameter moves by rho * g / ||g||, one norm over all of them.
 
+        optimizer.zero_grad()
         loss_fn(model(x), y).backward()
         with perturbation.perturbed():
             loss_fn(model(x), y).backward()

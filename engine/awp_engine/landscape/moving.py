@@ -53,8 +53,9 @@ class WorkingCopy:
         out = self.parameters(names)
         if self._moved != list(names):
             self.reset_()
-        perturb_into_(out, [self.weights[name] for name in names], tensors, gamma, scope=scope, eps=eps)
+        # before they are: an interrupt may come in between
         self._moved = list(names)
+        perturb_into_(out, [self.weights[name] for name in names], tensors, gamma, scope=scope, eps=eps)
 
     def move_(self, direction: Direction, amount: float) -> None:
         """Set the copy to w + amount ||w|| d / ||d||, norms by filter or by layer as the direction says.

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+import time
 
 import pytest
 import torch
@@ -512,6 +513,33 @@ def test_threads_that_share_an_object_are_refused_and_nothing_stays_moved(net):
         "weights are perturbed by another thread: make an object and a model for each",
         "weights are perturbed by another thread, which has to restore them",
     }
+
+
+def test_a_block_that_came_too_late_does_not_end_another_threads(net):
+    """It saw nothing moved, waited for the other one to move the weights, and was refused."""
+    refused, late = [], []
+
+    def enter():
+        try:
+            with awp.perturbed():
+                pass
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    def select(name, parameter):
+        if late and not late[0].is_alive():
+            late[0].start()
+            time.sleep(0.3)
+        return is_perturbed(name, parameter)
+
+    awp, before = AdversarialWeightPerturbation(net, 0.1, select=select), bits(net)
+    backward(net)
+    late.append(threading.Thread(target=enter))
+    with awp.perturbed():
+        late.pop().join()
+        assert refused == ["weights are perturbed by another thread: make an object and a model for each"]
+        assert not same(net, before)
+    assert same(net, before)
 
 
 def test_weights_that_a_dead_thread_left_moved_can_be_restored(net):

@@ -24,6 +24,8 @@ def namespace(monkeypatch):
     x, y = images((4, 1, 8, 8)), torch.arange(4)
     loss = torch.nn.functional.cross_entropy
     return {
+        "torch": torch,
+        "steps": 3,
         "model": model,
         "optimizer": optimizer,
         "opt": optimizer,
@@ -36,7 +38,7 @@ def namespace(monkeypatch):
 
 
 def test_readme_has_its_examples():
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
     assert "@@" not in README
 
 

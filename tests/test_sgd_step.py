@@ -919,3 +919,31 @@ def test_grad_scaler(unscale):
     assert_same_model(ours, torchs)
     buffers = [state["momentum_buffer"] for state in pairs[0][1].state.values()]
     assert all(buffer.isfinite().all() for buffer in buffers)
+
+
+def test_groups_with_rates_of_their_own_on_the_device():
+    a, b = (nn.Parameter(torch.zeros(3)) for _ in range(2))
+    for parameter in (a, b):
+        parameter.grad = torch.ones(3)
+    SGD([{"params": [a], "lr": torch.tensor(0.1)}, {"params": [b], "lr": torch.tensor(0.5)}], lr=0.1).step()
+    assert torch.equal(a.data, torch.full((3,), -0.1))
+    assert torch.equal(b.data, torch.full((3,), -0.5))
+
+
+def test_momentum_follows_a_model_into_another_precision():
+    layer = nn.Linear(3, 2, bias=False)
+    optimizer = SGD(layer.parameters(), lr=0.5, momentum=0.5)
+    layer.weight.grad = torch.ones(2, 3)
+    optimizer.step()
+    layer.double()
+    before = layer.weight.detach().clone()
+    layer.weight.grad = torch.ones(2, 3, dtype=torch.float64)
+    optimizer.step()
+    torch.testing.assert_close(layer.weight.detach(), before - 0.5 * 1.5, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("option", ["lr", "momentum", "weight_decay"])
+@pytest.mark.parametrize("value", [1e39, 10**400, "0.1"])
+def test_numbers_that_float32_does_not_hold_are_named(option, value):
+    with pytest.raises(ValueError, match=rf"^{option}: expected (a finite number >= 0|at most 3\.40282e\+38), got"):
+        SGD([nn.Parameter(torch.zeros(3))], **{option: value})

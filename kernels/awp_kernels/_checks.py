@@ -18,25 +18,32 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
-def finite(name: str, value: float, *, minimum: float | None = None) -> None:
-    """Refuse a number that is not finite or lies below the minimum."""
-    if not math.isfinite(value) or (minimum is not None and value < minimum):
+def finite(name: str, value: float, *, minimum: float | None = None, maximum: float | None = None) -> None:
+    """Refuse what is not a finite number or lies outside of a range."""
+    try:
+        good = math.isfinite(value)
+    except (TypeError, OverflowError):
+        # not a number, or an integer that no float holds
+        good = False
+    if not good or (minimum is not None and value < minimum):
         least = "" if minimum is None else f" >= {minimum:g}"
         raise ValueError(f"{name}: expected a finite number{least}, got {value}")
+    if maximum is not None and value > maximum:
+        raise ValueError(f"{name}: expected at most {maximum:g}, got {value}")
 
 
-def scaling(scale: str, eta: float, bound: float | None) -> None:
+def scaling(scale: str, eta: float, bound: float | None, *, maximum: float | None = None) -> None:
     """Refuse what does not say how long a perturbation is.
 
     Raises:
         ValueError: scale, eta or bound.
     """
     one_of("scale", scale, SCALES)
-    finite("eta", eta, minimum=0)
+    finite("eta", eta, minimum=0, maximum=maximum)
     if eta and scale != "elementwise":
         raise ValueError(f"eta: scale 'elementwise' alone takes it, got {eta} with scale {scale!r}")
     if bound is not None:
-        finite("bound", bound, minimum=0)
+        finite("bound", bound, minimum=0, maximum=maximum)
 
 
 def adaptive_flags(adaptive: Sequence[bool], weights: Sequence[Tensor], scale: str) -> None:

@@ -11,6 +11,9 @@ from awp_kernels import _checks
 from awp_kernels._sharded import Shards, is_sharded, local
 from awp_kernels.sgd_step import sgd_step_
 
+# the step computes in float32
+_LARGEST = torch.finfo(torch.float32).max
+
 
 class _Call(NamedTuple):
     """What all tensors of one call have in common."""
@@ -293,9 +296,9 @@ def _check(options: dict[str, Any]) -> None:
         if lr.numel() != 1:
             raise ValueError(f"lr: expected a tensor of one element, got shape {tuple(lr.shape)}")
     else:
-        _checks.finite("lr", lr, minimum=0)
+        _checks.finite("lr", lr, minimum=0, maximum=_LARGEST)
     for name in ("momentum", "weight_decay"):
-        _checks.finite(name, options[name], minimum=0)
+        _checks.finite(name, options[name], minimum=0, maximum=_LARGEST)
     if options["dampening"]:
         raise ValueError(f"dampening: 0 alone is served, got {options['dampening']}; use torch.optim.SGD")
     if options["maximize"]:

@@ -62,13 +62,9 @@ class WorkingCopy:
         out = self.parameters(names)
         if self._moved != list(names):
             self.reset_()
-        weights = [self.weights[name] for name in names]
-        perturb_into_(out, weights, tensors, gamma, scope=scope, eps=eps)
+        # before they are: an interrupt may come in between
         self._moved = list(names)
-        if not all(_can_follow(w, d, gamma, scope, eps) for w, d in zip(weights, tensors, strict=True)):
-            # a perturbation that is not finite is left out elsewhere, and this would be measured as no move at all
-            for parameter in out:
-                parameter.fill_(torch.nan)
+        perturb_into_(out, [self.weights[name] for name in names], tensors, gamma, scope=scope, eps=eps)
 
     def move_(self, direction: Direction, amount: float) -> None:
         """Set the copy to w + amount ||w|| d / ||d||, norms by filter or by layer as the direction says.

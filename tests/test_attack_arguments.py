@@ -312,7 +312,9 @@ def test_losses_of_16_bit_logits_keep_what_the_logits_tell(dtype):
     """Auto-PGD keeps the better of two points by them: 16 bits would round both to one number."""
     logits, y = torch.tensor([[0.0, 8.0, 0.0], [0.0, 8.0, 0.25]], dtype=dtype), Y[:1].expand(2)
     losses = cross_entropy_losses(logits, y)
-    torch.testing.assert_close(losses.double(), F.cross_entropy(logits.double(), y, reduction="none"), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        losses.double(), F.cross_entropy(logits.double(), y, reduction="none"), rtol=1e-6, atol=0
+    )
     assert losses[1] > losses[0]
     # fp16 ends at 65,504
     assert summed_cross_entropy(logits.repeat(10000, 1), Y[:1].expand(20000)).isfinite()

@@ -360,6 +360,7 @@ class Broken(nn.Module):
         self.inner, self.value, self.rows, self.where = linear(), value, rows, where
 
     def forward(self, x):
+        assert x.isfinite().all()
         if self.where == "gradient":
             x = x * 1.0
             if x.requires_grad:

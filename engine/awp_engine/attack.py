@@ -381,8 +381,8 @@ def apgd(
                 direction = direction.sign()
             else:
                 length = torch.linalg.vector_norm(direction.double().flatten(1), dim=1)
-                unit = torch.where((length > 0) & length.isfinite(), 1 / length, 0.0)
-                direction = (direction.double() * each(unit)).to(clean.dtype)
+                usable = (length > 0) & length.isfinite()
+                direction = torch.where(each(usable), direction.double() * each(1 / length), 0.0).to(clean.dtype)
             moved = _projected_(torch.addcmul(x_adv, each(step_size), direction), clean, epsilon, norm, clip)
             if step:
                 moved = x_adv + 0.75 * (moved - x_adv) + 0.25 * (x_adv - before)

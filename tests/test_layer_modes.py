@@ -55,7 +55,16 @@ def volume(layer):
     return nn.Sequential(nn.Unflatten(1, (4, 1)), layer, nn.Flatten(1, 2))
 
 
+def counted():
+    """A batch normalisation with one more buffer, which a hook writes."""
+    layer = nn.BatchNorm2d(4)
+    layer.register_buffer("calls", torch.zeros(()))
+    layer.register_forward_pre_hook(lambda module, inputs: module.calls.add_(1) and None)
+    return layer
+
+
 LAYERS = {
+    "BatchNorm2d with a counter": counted,
     "BatchNorm2d": lambda: nn.BatchNorm2d(4),
     "BatchNorm3d": lambda: volume(nn.BatchNorm3d(4)),
     "BatchNorm1d": lambda: nn.Sequential(nn.Flatten(2), nn.BatchNorm1d(4), nn.Unflatten(2, (8, 8))),
@@ -162,6 +171,29 @@ def test_statistics_that_a_layer_does_not_track_stay_untracked():
     assert torch.equal(model[0].running_mean, before)
     assert not torch.equal(model[1].running_mean, torch.zeros(4))
     assert [layer.track_running_stats for layer in model] == [False, True, False]
+
+
+@pytest.mark.parametrize("kind", list(ATTACKS))
+def test_no_attack_waits_for_other_ranks(kind):
+    """Layers that are synchronised in training are not in an attack, and are again after it."""
+    model = build_model("preact-resnet-digits", 10, (0.5,), (0.25,), width=4).train()
+    batch_norm.synchronize(model)
+    found, seen = batch_norm.layers(model), []
+    model.register_forward_hook(lambda *_: seen.append([layer.synchronized for layer in found]))
+    ATTACKS[kind](model, X[:, :1].contiguous(), Y, bn_mode="train")
+    assert seen
+    assert not any(any(flags) for flags in seen)
+    assert all(layer.synchronized for layer in found)
+
+
+def test_nothing_is_copied_for_the_packages_own_models():
+    """Neither statistics nor normalisation constants: a training step has hundreds of such blocks."""
+    model = build_model("preact-resnet-digits", 10, (0.5,), (0.25,), width=4).train()
+    block = layer_modes(model, "eval")
+    with block:
+        assert block._buffers == []
+    with (other := layer_modes(network("hand-written"))):
+        assert len(other._buffers) == 4
 
 
 def test_a_block_can_be_entered_again_and_in_another():

@@ -406,6 +406,10 @@ def test_gradients_that_are_not_finite_can_be_ignored(kind, value, norm):
     if math.isnan(value) or norm == "l2":
         assert torch.equal(found[rows], X[rows])
     assert all(not gradient[rows].isfinite().any() for gradient in seen)
+    # a batch with NaN as well, as training has its own way with it; other values outside the range not even then
+    attack(kind, linear(), NAN, Y, **options)
+    with pytest.raises(ValueError, match="x: expected images with values in"):
+        attack(kind, linear(), X + 0.3, Y, **options)
 
 
 def test_a_last_loss_that_is_not_finite_is_refused():

@@ -60,6 +60,7 @@ def starting_point(
     sample_ids: Tensor,
     seed: int,
     clip: checks.Clip = (0.0, 1.0),
+    allow_nan: bool = False,
 ) -> Tensor:
     """Where an attack begins: see `pgd`; a new tensor of x's shape and memory format.
 
@@ -71,7 +72,7 @@ def starting_point(
     if len(x) > 1 and x_adv.stride(0) * len(x) != x.numel():
         x_adv = x.contiguous()
     if isinstance(start, Tensor):
-        checks.starting_images(start, x, clip)
+        checks.starting_images(start, x, clip, allow_nan=allow_nan)
         return x_adv.copy_(start.detach())
     low, width = clip[0], clip[1] - clip[0]
     if start == "normal":
@@ -126,14 +127,17 @@ def _prepared(
     if torch.is_inference_mode_enabled():
         raise ValueError("torch.inference_mode: expected torch.no_grad at most, as an attack needs gradients")
     checks.ball(math.prod(x.shape[1:]), epsilon=epsilon, norm=norm, clip=clip, step_size=step_size)
-    checks.images("x", x, clip)
+    ignored = nonfinite == "ignore"
+    checks.images("x", x, clip, allow_nan=ignored)
     # 16-bit images would lose steps: bfloat16 spaces the numbers below 1 by 1/256
     clean = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     ids = torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids
     radius = epsilon if start_epsilon is None else start_epsilon
     checks.number("start_epsilon", radius, minimum=0)
     seed = _fresh_seed(start, sample_ids, seed)
-    begun = starting_point(clean, start, epsilon=radius, norm=norm, sample_ids=ids, seed=seed, clip=clip)
+    begun = starting_point(
+        clean, start, epsilon=radius, norm=norm, sample_ids=ids, seed=seed, clip=clip, allow_nan=ignored
+    )
     # the wrapper would wait for gradients of its parameters
     return model.module if isinstance(model, DistributedDataParallel) else model, clean, begun
 
@@ -192,7 +196,7 @@ def pgd(
         mask: bool, broadcastable to x: the region that may change.
         shared: parameters whose `.grad` the last pass sets, besides moving the images: the gradient of `loss` there.
         nonfinite: what a gradient that is not finite does: "raise", or "ignore", which leaves such pixels (l2: images)
-            where they are in that step.
+            where they are in that step, and takes a batch with NaN in x.
         observe: called with every step's number (from 0) and gradient, [N, C, H, W], before the step is taken.
 
     Returns:

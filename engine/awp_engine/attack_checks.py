@@ -60,7 +60,7 @@ def ball(values: int, *, epsilon: float, norm: str, clip: Clip, step_size: float
         )
 
 
-def images(name: str, x: Tensor, clip: Clip, *, slack: float = 0.0) -> None:
+def images(name: str, x: Tensor, clip: Clip, *, slack: float = 0.0, allow_nan: bool = False) -> None:
     """Refuse what is no batch of floating-point images with values in `clip`.
 
     Args:
@@ -68,6 +68,7 @@ def images(name: str, x: Tensor, clip: Clip, *, slack: float = 0.0) -> None:
         x: [N, ...].
         clip: the range of values.
         slack: how far outside they may lie, as a part of the range.
+        allow_nan: whether a batch with NaN is taken: training leaves its step out, on all ranks alike.
 
     Raises:
         ValueError: dtype, shape or values.
@@ -83,17 +84,18 @@ def images(name: str, x: Tensor, clip: Clip, *, slack: float = 0.0) -> None:
         return
     smallest, largest = torch.aminmax(x.detach())
     room = slack * (high - low)
-    # NaN is neither
-    wrong = ~((smallest >= low - room) & (largest <= high + room))
+    # NaN is neither inside nor outside
+    inside = (smallest >= low - room) & (largest <= high + room)
+    outside = (smallest < low - room) | (largest > high + room)
     _refuse_where(
-        wrong,
+        outside if allow_nan else ~inside,
         f"{name}: expected images with values in [{low:g}, {high:g}]; normalise inside the model, divide bytes by 255, "
         "clamp what was interpolated, or give clip=(low, high)",
         lambda: f"; got values from {smallest.item():.9g} to {largest.item():.9g}",
     )
 
 
-def starting_images(start: Tensor, x: Tensor, clip: Clip) -> None:
+def starting_images(start: Tensor, x: Tensor, clip: Clip, *, allow_nan: bool) -> None:
     """Refuse a first iterate that does not belong to x; noise beyond the range is for the first step to clip.
 
     Raises:
@@ -103,7 +105,7 @@ def starting_images(start: Tensor, x: Tensor, clip: Clip) -> None:
         raise ValueError(f"start: expected shape {tuple(x.shape)} like x, got {tuple(start.shape)}")
     if start.device != x.device:
         raise ValueError(f"start: expected device {x.device} like x, got {start.device}")
-    images("start", start, clip, slack=0.1)
+    images("start", start, clip, slack=0.1, allow_nan=allow_nan)
 
 
 def region(mask: Tensor, x: Tensor) -> None:

@@ -412,6 +412,15 @@ def test_gradients_that_are_not_finite_can_be_ignored(kind, value, norm):
         attack(kind, linear(), X + 0.3, Y, **options)
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("kind", ["pgd", "apgd"])
+def test_images_without_a_gradient_stay(kind, norm):
+    rows = torch.tensor([0, 2])
+    found = attack(kind, Broken(0.0, rows), X, Y, norm=norm, start="none")
+    assert torch.equal(found[rows], X[rows])
+    assert (found[[1, 3]] != X[[1, 3]]).flatten(1).any(1).all()
+
+
 def test_a_last_loss_that_is_not_finite_is_refused():
     """Auto-PGD's last pass has no gradient."""
     passes = []

@@ -257,6 +257,10 @@ def test_logits_are_not_taken_for_probabilities(count, classes, size, seed, data
     attack_checks.outputs(logits.to(dtype).log_softmax(1) - 1e-3, y, count)
 
 
+def test_logits_that_add_up_to_one_are_still_logits():
+    attack_checks.outputs(torch.tensor([[2.0, -1.0], [-3.0, 4.0]]), torch.tensor([0, 1]), 2)
+
+
 def test_on_a_device_nobody_waits_for_the_checks():
     """Tensors without values: whatever a host would have to know of them is an error."""
     x, y, model = X.to("meta"), Y.to("meta"), linear().to("meta")

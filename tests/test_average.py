@@ -150,4 +150,8 @@ def test_masking_and_skipped_steps_are_named():
     said = monitor.warnings(history)
     assert any("gradient masking: 90%" in text for text in said)
     assert any("3 steps skipped in epoch 4" in text for text in said)
-    assert monitor.warnings([{"epoch": 4, "zero_gradients": 0.01, "skipped_steps": 0.0}]) == []
+    said = monitor.warnings([{"epoch": 4, "zero_gradients": 0.01, "nonfinite_gradients": 0.002}])
+    assert len(said) == 1
+    assert "overflow in the attack: 0.002 of its input gradients were not finite in epoch 4" in said[0]
+    fine = {"epoch": 4, "zero_gradients": 0.01, "nonfinite_gradients": 0.0, "skipped_steps": 0.0}
+    assert monitor.warnings([fine]) == []

@@ -151,6 +151,46 @@ def test_bad_amounts_name_the_flag(key: str, text: str) -> None:
         dataclasses.replace(AttackConfig(), **{key: text})
 
 
+def attacked(**attack) -> Config:
+    return Config(attack=AttackConfig(**attack), evaluation=EvaluationConfig())
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_steps_that_no_ball_can_want_are_refused(norm: str) -> None:
+    ball = {"norm": norm, "epsilon": "8/255"}
+    longer = r"^--attack\.step-size: expected at most twice --attack\.epsilon 8/255, .*, got '"
+    for step in ("2", "0.0628", "17/255"):
+        with pytest.raises(ConfigError, match=longer + step):
+            attacked(step_size=step, **ball)
+    attacked(step_size="16/255", **ball)
+    shorter = (
+        r"^--attack\.step-size: expected steps that go farther, 4 of them, than a tenth of --attack\.epsilon 8/255"
+    )
+    for step in ("0", "0.0001", "19/25500"):
+        with pytest.raises(ConfigError, match=shorter):
+            attacked(step_size=step, steps=4, **ball)
+    attacked(step_size="20/25500", steps=4, **ball)
+    # where no such step is taken
+    attacked(epsilon="0", step_size="2", norm=norm)
+    attacked(kind="apgd", step_size="2", **ball)
+    if norm == "linf":
+        attacked(fast="fgsm-rs", step_size="2", **ball)
+        with pytest.raises(ConfigError, match=longer):
+            attacked(fast="fgsm-rs", fast_epochs=3, step_size="2", **ball)
+        attacked(fast="n-fgsm", epsilon="0.5")
+        with pytest.raises(ConfigError, match=r"^--attack\.epsilon: expected at most 1/2 with --attack\.fast n-fgsm"):
+            attacked(fast="n-fgsm", epsilon="0.6")
+
+
+def test_the_evaluations_step_fits_the_ball_as_well() -> None:
+    attack = AttackConfig(epsilon="8/255", step_size="2/255")
+    with pytest.raises(ConfigError, match=r"^--evaluation\.step-size: expected at most twice --attack\.epsilon 8/255"):
+        Config(attack=attack, evaluation=EvaluationConfig(step_size="2"))
+    with pytest.raises(ConfigError, match=r"^--evaluation\.step-size: expected steps that go farther, 20 of them"):
+        Config(attack=attack, evaluation=EvaluationConfig(step_size="1e-5"))
+    Config(attack=attack, evaluation=EvaluationConfig(step_size="1/255"))
+
+
 BAD = {
     "--attack.epsilon": lambda: AttackConfig(epsilon="1.01"),
     "--attack.steps": lambda: AttackConfig(steps=0),

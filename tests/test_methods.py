@@ -412,3 +412,37 @@ def test_zero_gradients_are_counted():
     x, y, ids = batch(0, torch.float32)
     assert build_step(Quantised())(x, y, sample_ids=ids, seed=0).zero_gradients == 1
     assert build_step(small_model(torch.float32))(x, y, sample_ids=ids, seed=0).zero_gradients < 0.25
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("changes", [{}, {"micro_batch_size": 5}])
+def test_gradients_that_are_not_finite_are_counted(value, changes):
+    """On a quarter of the images the attack, of any kind, overflows: the step says so, and trains on."""
+
+    class Overflowing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = small_model(torch.float32)
+
+        def forward(self, x):
+            if x.requires_grad:
+                x = x * 1.0
+                x.register_hook(lambda g: torch.where(x.detach().amax((1, 2, 3), keepdim=True) < 0.9, value, g))
+            return self.inner(x)
+
+    x, y, ids = batch(0, torch.float32)
+    x = x.clamp(max=0.8)
+    x[3:, 0, 0, 0] = 1.0
+    for kind in ("pgd", "apgd"):
+        attack = AttackConfig(kind=kind, epsilon="8/255", step_size="2/255", steps=2, bn_mode="eval", start="none")
+        result = build_step(Overflowing(), attack=attack, **changes)(x, y, sample_ids=ids, seed=0)
+        assert result.nonfinite_gradients == pytest.approx(0.25)
+        assert result.zero_gradients < 0.25
+        assert not result.skipped
+    delta = torch.zeros_like(x)
+    result = build_step(Overflowing(), gamma=0.0, **changes).free(x, y, delta)
+    assert result.nonfinite_gradients == pytest.approx(0.25)
+    if math.isnan(value):
+        assert not delta[:3].any()
+    assert delta.isfinite().all()
+    assert build_step(small_model(torch.float32))(x, y, sample_ids=ids, seed=0).nonfinite_gradients == 0

@@ -30,7 +30,7 @@ from awp_engine.config import (
 )
 from awp_engine.data import DataError, load_dataset
 from awp_engine.evaluation import PgdAttack, evaluate
-from awp_engine.trainer import Trainer, TrainingError
+from awp_engine.trainer import EpochSums, Trainer, TrainingError
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / "engine" / "train.py"
@@ -131,6 +131,27 @@ def test_evaluate_command(finished):
     assert missing.returncode == 2
     assert missing.stderr.count("\n") == 1
     assert "/nowhere/at/all" in missing.stderr
+
+
+def test_an_l2_ball_that_no_image_fits_is_refused_before_anything_is_written(tmp_path):
+    attack = AttackConfig(norm="l2", epsilon="128", step_size="15", steps=2)
+    with pytest.raises(ConfigError, match=r"^--attack\.epsilon: expected at most 9 for l2, as values lie in \[0, 1\]"):
+        Trainer(small_config(tmp_path / "run", attack=attack))
+    assert not (tmp_path / "run").exists()
+
+
+def test_sums_of_an_earlier_version_are_gone_on_from():
+    """They end before the gradients that are not finite."""
+    numbers, skipped = torch.tensor([2.0, 0.5, 0.1, 0.3], dtype=torch.float64), torch.tensor(False)
+    sums, loaded = EpochSums(torch.device("cpu")), EpochSums(torch.device("cpu"))
+    sums.add_(numbers, skipped, 10)
+    loaded.values.fill_(7.0)
+    loaded.load(sums.values[:7])
+    assert loaded.metrics() == sums.metrics() | {"nonfinite_gradients": 0.0}
+    loaded.load(sums.values)
+    assert loaded.metrics()["nonfinite_gradients"] == pytest.approx(0.3)
+    with pytest.raises(RuntimeError):
+        loaded.load(torch.zeros(9))
 
 
 def test_a_run_starts_from_given_weights(finished, tmp_path):

@@ -1,12 +1,16 @@
 """Batch normalisation's statistics: shared by all ranks, held still, put back, computed anew."""
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+_BN_FLAGS = ("track_running_stats", "synchronized")
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def layers(model: nn.Module) -> list[_BatchNorm]:
@@ -36,37 +40,131 @@ def synchronize(model: nn.Module) -> None:
         layer.synchronized = True
 
 
-@contextlib.contextmanager
+def _held_still(module: nn.Module, name: str) -> bool:
+    """Whether no forward pass writes this buffer while `track_running_stats` is off."""
+    kind = type(module)
+    if kind.__module__.startswith("awp_engine.models."):
+        return True
+    return kind.forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward) and name in _STATISTICS
+
+
+class _LayerModes:
+    """A block in which layers behave as told, after which they, and buffers that were to stay, are as they were.
+
+    Leaving it twice does no harm, and may be interrupted once: `with modes, modes:` restores whatever comes when.
+    """
+
+    def __init__(
+        self, model: nn.Module, mode: str | None, bn_mode: str | None, *, update_statistics: bool, synchronized: bool
+    ) -> None:
+        self._model, self._mode, self._bn_mode = model, mode, bn_mode
+        self._update_statistics, self._synchronized = update_statistics, synchronized
+        self._flags: list[tuple[nn.Module, str, bool]] | None = None
+        self._buffers: list[tuple[nn.Module, str, Tensor | None, Tensor | None]] = []
+
+    def __enter__(self) -> None:
+        if self._flags is not None:
+            return
+        modules, found = list(self._model.modules()), layers(self._model)
+        flags = [(module, "training", module.training) for module in (found if self._mode is None else modules)]
+        for layer in found:
+            flags += [(layer, name, getattr(layer, name)) for name in _BN_FLAGS if hasattr(layer, name)]
+        if not self._update_statistics:
+            # running statistics of other layers, hand-written ones, vectors of spectral normalisation, averages
+            self._buffers = [
+                (module, name, buffer, None if buffer is None else buffer.detach().clone())
+                for module in modules
+                for name, buffer in module._buffers.items()
+                if not _held_still(module, name) and (buffer is None or not is_lazy(buffer))
+            ]
+        self._flags = flags
+        try:
+            self._set(modules, found)
+        except BaseException:
+            self._restore()
+            raise
+
+    def _set(self, modules: list[nn.Module], found: list[Any]) -> None:
+        if self._mode is not None:
+            for module in modules:
+                module.training = self._mode == "train"
+        for layer in found:
+            layer.training = layer.training if self._bn_mode is None else self._bn_mode == "train"
+            # without tracking, train mode leaves the buffers alone, and eval mode still reads them
+            layer.track_running_stats &= self._update_statistics
+            if not self._synchronized and hasattr(layer, "synchronized"):
+                layer.synchronized = False
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._restore()
+        except BaseException:
+            # an interrupt came in the middle of it
+            self._restore()
+            raise
+
+    def _restore(self) -> None:
+        for module, name, value in self._flags or ():
+            setattr(module, name, value)
+        for module, name, buffer, saved in self._buffers:
+            module._buffers[name] = buffer  # where a pass assigned another tensor
+            if buffer is not None and saved is not None:
+                # .data: the value is that which graphs made before the block have kept
+                buffer.data.copy_(saved)
+        self._flags, self._buffers = None, []
+
+
+def layer_modes(
+    model: nn.Module,
+    mode: Literal["train", "eval"] | None = None,
+    *,
+    bn_mode: Literal["train", "eval"] | None = None,
+    update_statistics: bool = False,
+    synchronized: bool = True,
+) -> AbstractContextManager[None]:
+    """A block in which the layers of a model behave as told; everything is put back after it, also after an exception.
+
+    Put back are the mode of each layer and, without `update_statistics`, every buffer that a forward pass may have
+    written, whatever the layer: running statistics of hand-written normalisation, the vectors of spectral
+    normalisation, moving averages. What a layer keeps elsewhere than in registered buffers is its own business.
+
+    Args:
+        model: any module.
+        mode: of all its layers, such as dropout; None leaves them as they are.
+        bn_mode: of batch normalisation, whatever `mode` says: "train" normalises by the batch, "eval" by the running
+            statistics; None: as `mode` has it.
+        update_statistics: whether forward passes in train mode move running statistics, and buffers stay as they leave
+            them.
+        synchronized: False: no communication, whatever `synchronize` said; each rank normalises by its own batch.
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+    for name, value in (("mode", mode), ("bn_mode", bn_mode)):
+        if value not in ("train", "eval", None):
+            raise ValueError(f"{name}: expected train or eval, got {value!r}")
+    return _LayerModes(model, mode, bn_mode, update_statistics=update_statistics, synchronized=synchronized)
+
+
 def batch_norm_mode(
     model: nn.Module,
     mode: Literal["train", "eval"] | None = None,
     *,
     update_statistics: bool,
     synchronized: bool = True,
-) -> Iterator[None]:
-    """Sets how the model's batch normalisation behaves inside the block, and puts everything back after it.
+) -> AbstractContextManager[None]:
+    """`layer_modes` for batch normalisation alone: other layers stay in their mode.
 
     Args:
         model: any module.
         mode: "train" normalises by the batch, "eval" by the running statistics; None leaves it as it is.
-        update_statistics: whether forward passes in train mode move the running statistics.
+        update_statistics: whether forward passes in train mode move the running statistics, and other buffers.
         synchronized: False: no communication, whatever `synchronize` said; each rank normalises by its own batch.
+
+    Raises:
+        ValueError: an unknown mode.
     """
-    found: list[Any] = layers(model)
-    before = [(layer.training, layer.track_running_stats, getattr(layer, "synchronized", None)) for layer in found]
-    try:
-        for layer in found:
-            layer.training = layer.training if mode is None else mode == "train"
-            # without tracking, train mode leaves the buffers alone, and eval mode still reads them
-            layer.track_running_stats &= update_statistics
-            if not synchronized and hasattr(layer, "synchronized"):
-                layer.synchronized = False
-        yield
-    finally:
-        for layer, (training, tracking, shared) in zip(found, before, strict=True):
-            layer.training, layer.track_running_stats = training, tracking
-            if shared is not None:
-                layer.synchronized = shared
+    return layer_modes(model, bn_mode=mode, update_statistics=update_statistics, synchronized=synchronized)
 
 
 @torch.no_grad()
@@ -122,21 +220,25 @@ def recompute_statistics(model: nn.Module, forward_passes: Iterable[object]) -> 
     """Replace the running statistics by the plain average over forward passes.
 
     Args:
-        model: any module; its mode is put back afterwards.
+        model: any module; the mode of each layer is put back afterwards, and after an exception the statistics too.
         forward_passes: iterated in train mode; each item is made by one or more forward passes of `model`.
     """
     found = layers(model)
     if not found:
         return
-    momenta, training = [layer.momentum for layer in found], model.training
+    before = [(layer, layer.momentum, [buffer.clone() for buffer in layer.buffers(recurse=False)]) for layer in found]
     try:
         for layer in found:
             layer.reset_running_stats()
             layer.momentum = None
-        model.train()
-        for _ in forward_passes:
-            pass
+        with layer_modes(model, "train", update_statistics=True):
+            for _ in forward_passes:
+                pass
+    except BaseException:
+        for layer, _, saved in before:
+            for buffer, value in zip(layer.buffers(recurse=False), saved, strict=True):
+                buffer.copy_(value)
+        raise
     finally:
-        for layer, momentum in zip(found, momenta, strict=True):
+        for layer, momentum, _ in before:
             layer.momentum = momentum
-        model.train(training)

@@ -317,7 +317,7 @@ class AttackConfig(_Checked):
     epsilon: str = "0.2"
     """Radius of the ball, on pixels in [0, 1], as an exact fraction or a decimal: 8/255, 0.2."""
     step_size: str = "0.05"
-    """Length of one step of PGD, in epsilon's units, as an exact fraction or a decimal: 2/255, 0.05."""
+    """Length of one step of PGD, in epsilon's units and at most 2 epsilon, exact as well: 2/255, 0.05."""
     steps: int = 10
     """Number of steps, at least 1."""
     bn_mode: Literal["train", "eval"] = "train"
@@ -337,6 +337,8 @@ class AttackConfig(_Checked):
         self._require_amount("step_size")
         self._require(self.steps >= 1, "steps", "a whole number >= 1 (--attack.epsilon 0 trains without an attack)")
         self._require(self.fast == "none" or self.norm == "linf", "fast", "none with --attack.norm l2")
+        noise = "at most 1/2 with --attack.fast n-fgsm, whose noise reaches twice as far"
+        self._require(self.fast != "n-fgsm" or epsilon <= Fraction(1, 2), "epsilon", noise)
         fast_epochs = self.fast_epochs
         self._require(fast_epochs is None or fast_epochs >= 1, "fast_epochs", "a whole number >= 1, or none")
         self._require(self.replays >= 1, "replays", "a whole number >= 1")
@@ -483,7 +485,7 @@ class EvaluationConfig(_Checked):
     steps: int = 20
     """Number of steps, at least 1."""
     step_size: str | None = None
-    """Length of one step, as an exact fraction or a decimal; none means epsilon / 4."""
+    """Length of one step, at most 2 epsilon, as an exact fraction or a decimal; none means epsilon / 4."""
     batch_size: int = 512
     """Images in a batch."""
     evaluate_every: int = 1
@@ -606,6 +608,12 @@ class Config(_Checked):
 
     def _check_combinations(self) -> None:
         """What one group of settings demands of another."""
+        attack, fast_epochs = self.attack, self.attack.fast_epochs
+        always_fast = attack.fast != "none" and (fast_epochs is None or fast_epochs >= self.epochs)
+        if attack.kind == "pgd" and not always_fast:
+            _require_step("attack.step_size", attack.step_size, attack.steps, attack.epsilon)
+        if self.evaluation.step_size is not None:
+            _require_step("evaluation.step_size", self.evaluation.step_size, self.evaluation.steps, attack.epsilon)
         hard_labels = "0 with --method mart, whose loss needs one right class"
         self._require(self.method != "mart" or self.label_smoothing == 0, "label_smoothing", hard_labels)
         for key in ("cutmix", "mixup"):
@@ -705,6 +713,21 @@ class Config(_Checked):
         """The evaluation's step, on pixels in [0, 1]: its own, or epsilon / 4."""
         given = self.evaluation.step_size
         return float(parse_amount(self.attack.epsilon) / 4 if given is None else parse_amount(given))
+
+
+def _require_step(key: str, step_size: str, steps: int, epsilon: str) -> None:
+    """Refuse steps that no attack in the ball can want: most of them were meant in 255ths, or were left from another.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    step, radius = parse_amount(step_size), parse_amount(epsilon)
+    if step > 2 * radius > 0:
+        expected = f"at most twice --attack.epsilon {epsilon}, as a longer step leaves the ball from wherever it begins"
+        raise _refuse(key, expected, step_size)
+    if 10 * steps * step < radius:
+        expected = f"steps that go farther, {steps} of them, than a tenth of --attack.epsilon {epsilon}"
+        raise _refuse(key, expected, step_size)
 
 
 def own_images(batch_size: int, extra_fraction: float) -> int:

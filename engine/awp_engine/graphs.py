@@ -1,5 +1,7 @@
 """A whole training step in one CUDA graph."""
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -73,12 +75,7 @@ class GraphedStep:
         graph, result = self._graphs[kind]
         graph.replay()
         # the next replay writes over the graph's own
-        return StepResult(
-            loss=result.loss.clone(),
-            correct=result.correct.clone(),
-            skipped=result.skipped.clone(),
-            zero_gradients=result.zero_gradients.clone(),
-        )
+        return StepResult(*(getattr(result, field.name).clone() for field in dataclasses.fields(result)))
 
     def _plainly(self, inputs: tuple[Tensor, Tensor, Tensor], kind: tuple[bool, bool]) -> StepResult:
         """A step on the stream that captures: libraries keep a workspace for each stream."""

@@ -25,6 +25,17 @@ def gradient_masking(epoch: Mapping[str, Any]) -> str | None:
     )
 
 
+def nonfinite_gradients(epoch: Mapping[str, Any]) -> str | None:
+    """A warning if entries of the attack's gradient were not finite: the attack leaves those pixels where they are."""
+    part = epoch.get("nonfinite_gradients")
+    if not part:
+        return None
+    return (
+        f"overflow in the attack: {part:.2g} of its input gradients were not finite in epoch {epoch['epoch']}, which "
+        "leaves pixels as they are; use --precision.attack bf16 or fp32, and do not trust train_pgd_accuracy"
+    )
+
+
 def catastrophic_overfitting(epochs: Sequence[Mapping[str, Any]]) -> str | None:
     """A warning if training accuracy under attack jumped while held-out PGD accuracy collapsed.
 
@@ -63,5 +74,6 @@ def skipped_steps(epoch: Mapping[str, Any]) -> str | None:
 
 def warnings(epochs: Sequence[Mapping[str, Any]]) -> list[str]:
     """All that is to be said after the last of `epochs`."""
-    said = [gradient_masking(epochs[-1]), catastrophic_overfitting(epochs), skipped_steps(epochs[-1])]
+    last = epochs[-1]
+    said = [gradient_masking(last), nonfinite_gradients(last), catastrophic_overfitting(epochs), skipped_steps(last)]
     return [text for text in said if text]

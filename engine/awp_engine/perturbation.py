@@ -42,11 +42,11 @@ class Work(NamedTuple):
     undivided: bool
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class StepResult:
     """What a step is logged by; all stay on the device.
 
-    Of several ranks each has its part of `loss`, `correct` and `zero_gradients`: their sums are those of the batch.
+    Of several ranks each has its part of all but `skipped`: their sums are those of the batch.
 
     Attributes:
         loss: scalar, averaged over the batch, at the perturbed weights where there are such; not finite at times where
@@ -55,12 +55,19 @@ class StepResult:
         skipped: bool scalar, the same on all ranks: a gradient was not finite, and weights, momentum and statistics
             were left as they were.
         zero_gradients: scalar, the part of exactly zero entries in the attack's last gradient; a mask's mark.
+        nonfinite_gradients: scalar, the part of entries there that are not finite; an overflow's mark.
     """
 
     loss: Tensor
     correct: Tensor
     skipped: Tensor
     zero_gradients: Tensor
+    nonfinite_gradients: Tensor
+
+
+def _marks(gradient: Tensor, images: Tensor) -> Tensor:
+    """How many entries of a gradient are zero, and how many not finite, over the number of values in `images`: [2]."""
+    return torch.stack([(gradient == 0).sum(), (~gradient.isfinite()).sum()]).to(images.dtype) / images.numel()
 
 
 def _reducer(model: nn.Module) -> DistributedDataParallel:
@@ -202,7 +209,7 @@ class TrainingStep:
             with region("attack"):
                 self.copies.prepare_attack_()
                 with self.copies.held():
-                    x_adv, zero_gradients = self._attacked(x, y, start, work, fast, share_ascent=awp is not None)
+                    x_adv, marks = self._attacked(x, y, start, work, fast, share_ascent=awp is not None)
             if awp is not None:
                 with region("ascent"):
                     self._ascend(awp, x_adv, x, y, work)
@@ -214,7 +221,7 @@ class TrainingStep:
                 self._forward_for_statistics(x)
             self._average_statistics(work.share)
             statistics.restore_where(skipped)
-        return StepResult(loss=loss, correct=correct, skipped=skipped, zero_gradients=zero_gradients * work.share)
+        return StepResult(loss, correct, skipped, *(marks * work.share))
 
     def free(self, x: Tensor, y: Tensor, delta: Tensor, *, of: int | None = None) -> StepResult:
         """Train on one batch by one pass that serves image and weights, and move `delta`, [N, C, H, W], in place.
@@ -231,8 +238,7 @@ class TrainingStep:
             skipped = self._update(None)
             self._average_statistics(work.share)
             statistics.restore_where(skipped)
-        zero_gradients = (x_adv.grad == 0).float().mean() * work.share
-        return StepResult(loss=loss, correct=correct, skipped=skipped, zero_gradients=zero_gradients)
+        return StepResult(loss, correct, skipped, *(_marks(x_adv.grad, x) * work.share))
 
     @contextlib.contextmanager
     def _or_put_back(self, awp: AdversarialWeightPerturbation | None) -> Iterator[Statistics]:
@@ -286,6 +292,7 @@ class TrainingStep:
             "norm": attack.norm,
             "start": attack.start,
             "bn_mode": attack.bn_mode,
+            "nonfinite": "ignore",  # counted, see `_attacked`
         }
         if self._is_auto(fast):
             del arguments["step_size"]
@@ -318,16 +325,16 @@ class TrainingStep:
         *,
         share_ascent: bool,
     ) -> tuple[Tensor, Tensor]:
-        """The attacked images, and the part of zeros in the last gradient."""
+        """The attacked images, and the parts of the last gradient that `_marks` tells."""
         arguments = self._attack_arguments(fast=fast)
-        zeros = x.new_zeros(())
+        marks = x.new_zeros(2)
 
-        def count_zeros(step: int, gradient: Tensor) -> None:
-            nonlocal zeros
+        def look(step: int, gradient: Tensor) -> None:
+            nonlocal marks
             if step == arguments["steps"] - 1:
-                zeros = zeros + (gradient == 0).float().sum() / x.numel()
+                marks = marks + _marks(gradient, x)
 
-        arguments["observe"] = count_zeros
+        arguments["observe"] = look
         if self.options.public_code:
             arguments["update_statistics"] = True
         shared: list[nn.Parameter] = []
@@ -348,7 +355,7 @@ class TrainingStep:
         if self.options.public_code:
             with batch_norm_mode(self.model, self.attack.bn_mode, update_statistics=True):
                 self._forward_for_statistics(x_adv)
-        return x_adv, zeros
+        return x_adv, marks
 
     def _runner(self, model: nn.Module, x: Tensor) -> nn.Module:
         """`model` as it is called: compiled, for batches of the first one's size."""

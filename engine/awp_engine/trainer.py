@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from awp_engine import checkpoint, monitor
+from awp_engine.attack_checks import ball
 from awp_engine.average import WeightAverage
 from awp_engine.batch_norm import synchronize
 from awp_engine.build_step import build_step, capture_step, shard_model
@@ -95,32 +96,39 @@ class EpochSums:
     """What an epoch's metrics are made of, added up on the device.
 
     Attributes:
-        values: fp64 [7]; part of a checkpoint.
+        values: fp64 [8]; part of a checkpoint.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.values = torch.zeros(7, dtype=torch.float64, device=device)
+        self.values = torch.zeros(8, dtype=torch.float64, device=device)
 
     def reset_(self) -> None:
         """Begin an epoch."""
         self.values.zero_()
 
     def add_(self, numbers: Tensor, skipped: Tensor, size: int) -> None:
-        """Take a step in: its loss, part of right answers and part of zero gradients, fp64 [3], over `size` images."""
-        loss, correct, zeros = numbers
+        """Take a step over `size` images in: loss, part of right answers, of zero and nonfinite gradients, fp64 [4]."""
+        loss, correct, zeros, nonfinite = numbers
         trained = torch.where(skipped, 0.0, float(size))
         learned = torch.where(skipped, 0.0, loss * size)
         ones = torch.ones_like(loss)
-        self.values += torch.stack([learned, trained, correct * size, ones * size, zeros, skipped.double(), ones])
+        counted = [learned, trained, correct * size, ones * size, zeros, skipped.double(), ones, nonfinite]
+        self.values += torch.stack(counted)
+
+    def load(self, values: Tensor) -> None:
+        """What a checkpoint holds; those of earlier versions end before the gradients that are not finite."""
+        self.reset_()
+        self.values[: len(values)].copy_(values)
 
     def metrics(self) -> dict[str, float]:
         """Means over the images, or over the steps; the loss is NaN where no step was taken. Waits for the device."""
-        loss, trained, correct, seen, zeros, skipped, steps = self.values.tolist()
+        loss, trained, correct, seen, zeros, skipped, steps, nonfinite = self.values.tolist()
         return {
             # not 0 where every step was left out
             "loss": loss / trained if trained else math.nan,
             "train_pgd_accuracy": correct / seen,
             "zero_gradients": zeros / steps,
+            "nonfinite_gradients": nonfinite / steps,
             "skipped_steps": skipped,
         }
 
@@ -228,6 +236,7 @@ class Trainer:
             raise ConfigError("--cuda-graphs: expected a CUDA device to capture the step on, found none; leave it out")
         loading = data_loading(config, self.device)
         data = self.data = load_data(config, loading)
+        self._check_ball()
         extra = None
         if config.data.extra is not None:
             extra = place_extra(load_extra(config.data.extra, like=data), loading)
@@ -311,6 +320,14 @@ class Trainer:
         self.best_weights = self._whole(self.model.state_dict(), every_rank=True)
         self._writer = checkpoint.Writer(self.run_dir / CHECKPOINTS)
         self._resume()
+
+    def _check_ball(self) -> None:
+        """An l2 ball is too large for images of a size that the configuration does not know."""
+        attack = self.config.attack
+        try:
+            ball(math.prod(self.data.train.shape), epsilon=attack.epsilon_value, norm=attack.norm, clip=(0.0, 1.0))
+        except ValueError as error:
+            raise ConfigError(f"--attack.{error}") from None
 
     def _twin(self) -> nn.Module | None:
         """A second model of shards; they cannot be copied."""
@@ -457,11 +474,12 @@ class Trainer:
     def _count(self, result: StepResult, size: int) -> Tensor:
         """Take a step's numbers in, added up over the ranks; returns the loss of the whole batch."""
         stop = torch.full_like(result.loss, float(self._stop.reason != 0))
-        told = torch.stack([result.loss, result.correct, result.zero_gradients, stop]).double()
+        told = [result.loss, result.correct, result.zero_gradients, result.nonfinite_gradients, stop]
+        told = torch.stack(told).double()
         self.ranks.sum_([told])
-        self._sums.add_(told[:3], result.skipped, size)
+        self._sums.add_(told[:4], result.skipped, size)
         self._skipped_in_a_row = torch.where(result.skipped, self._skipped_in_a_row + 1, 0)
-        self._behind.push(torch.stack([told[3], self._skipped_in_a_row.double()]))
+        self._behind.push(torch.stack([told[4], self._skipped_in_a_row.double()]))
         return told[0]
 
     def _between_steps(self, epoch: int) -> None:
@@ -741,7 +759,7 @@ class Trainer:
             self.average.count = self.progress.averaged
         if self.step.loss_scale is not None and "loss_scale" in tensors:
             self.step.loss_scale.load(tensors["loss_scale"])
-        self._sums.values.copy_(tensors["epoch"]["sums"])
+        self._sums.load(tensors["epoch"]["sums"])
         if "delta" in tensors["epoch"]:
             rows, _ = self.ranks.share(self._sizes[0])
             delta = tensors["epoch"]["delta"][rows].to(self.device)

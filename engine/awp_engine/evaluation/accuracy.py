@@ -45,6 +45,7 @@ class PgdAttack:
             model,
             x,
             y,
+            nonfinite="ignore",  # what is measured may have diverged
             epsilon=self.epsilon,
             step_size=self.step_size,
             steps=self.steps,

@@ -166,6 +166,7 @@ def gradient_attack(
                 model,
                 x[left],
                 y[left],
+                nonfinite="ignore",
                 epsilon=float(epsilon),
                 step_size=float(step_size),
                 steps=steps,

@@ -1,7 +1,8 @@
 """Average-case and worst-case flatness of the robust loss.
 
 Source: Stutz, Hein, Schiele: Relating Adversarially Robust Generalization to Flat Minima, ICCV 2021, and its public
-code, from which the sampling, the order of the steps and their lengths are taken.
+code, from which the sampling of the weights, the order of the steps and their lengths are taken. Its attack starts at
+noise whose norm is uniform; ours starts uniformly in the ball.
 """
 
 from collections.abc import Callable, Sequence

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, distributed, nn
@@ -35,7 +35,10 @@ class BatchNorm(nn.BatchNorm2d):
         synchronized: in train mode by the statistics of all ranks: see `awp_engine.batch_norm.synchronize`.
     """
 
-    synchronized = False
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        # the instance's from the start: Dynamo compiles anew where an attribute of the class becomes one of the object
+        self.synchronized = False
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> the same."""

@@ -123,6 +123,7 @@ def _recast(module: nn.Module) -> None:
         module.__class__ = ChannelNorm if type(module).__name__ == "LayerNorm2d" else LastNorm
     elif type(module) is nn.BatchNorm2d:
         module.__class__ = BatchNorm
+        module.synchronized = False  # as its constructor does  # pyright: ignore[reportArgumentType]
 
 
 class TimmResNet(TimmClassifier):

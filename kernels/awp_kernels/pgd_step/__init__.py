@@ -71,8 +71,9 @@ def pgd_step_(
 ) -> None:
     """Move `x_adv` uphill, project it onto the epsilon ball around `x`, and clip it, in place and in one pass.
 
-    `linf` moves by step_size * sign(grad), `l2` by step_size * grad / ||grad|| a sample (not at all where the norm is
-    zero or not finite). In float32 and float64 the result lies in the ball exactly, not to rounding error.
+    `linf` moves by step_size * sign(grad), which is 0 for NaN, `l2` by step_size * grad / ||grad|| a sample (not at all
+    where the norm is zero or not finite). In float32 and float64 the result lies in the ball exactly, not to rounding
+    error.
 
     Args:
         x_adv: [N, ...], read and written.

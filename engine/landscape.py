@@ -146,7 +146,9 @@ def main() -> None:
 
     from awp_engine.checkpoint import CheckpointError
     from awp_engine.data import DataError
+    from awp_engine.lasting_output import LastingOutput
 
+    sys.stdout = LastingOutput(sys.stdout, "measuring")
     try:
         written = measure(arguments)
     except (ConfigError, DataError, CheckpointError) as error:
@@ -155,7 +157,7 @@ def main() -> None:
         fail(f"{error.filename}: cannot be written: {error.strerror}", code=1, prog=PROG)
     except KeyboardInterrupt:
         fail("interrupted; modes that were finished are written", code=130, prog=PROG)
-    print("\n".join(f"wrote {path}" for path in written), file=sys.stdout)
+    print("\n".join(f"wrote {path}" for path in written), flush=True)
 
 
 if __name__ == "__main__":

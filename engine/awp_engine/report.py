@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -14,11 +16,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from awp_engine.checkpoint import atomic_write_text
+from awp_engine.checkpoint import atomic_write_text, naming
 
 REPORT = "report.json"
 CURVES = "learning_curves.png"
 _REQUIRED = ("clean_accuracy", "pgd20_accuracy", "train_pgd_accuracy", "seconds", "epochs", "config_hash")
+
+_PROBE = 1 << 16
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers and line styles differ as well.
 _BLUE, _VERMILION, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
@@ -50,14 +54,32 @@ def source_commit() -> str | None:
     return result.stdout.strip() or None
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """As JSON holds it: null for NaN and infinity, text for paths."""
     if isinstance(value, Mapping):
-        return {str(key): _jsonable(inner) for key, inner in value.items()}
+        return {str(key): jsonable(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_jsonable(inner) for inner in value]
+        return [jsonable(inner) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value
+
+
+def prepare_directory(directory: Path) -> None:
+    """Makes a directory, and tries whether files can be written there: before hours of work, not after.
+
+    Raises:
+        OSError: naming the directory.
+    """
+    with naming(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".tmp-probe-{os.getpid()}"
+        try:
+            probe.write_bytes(bytes(_PROBE))
+        finally:
+            # below a file there is nothing to be removed
+            with contextlib.suppress(OSError):
+                probe.unlink()
 
 
 def write_report(run_dir: Path, fields: Mapping[str, Any]) -> Path:
@@ -77,7 +99,7 @@ def write_report(run_dir: Path, fields: Mapping[str, Any]) -> Path:
         raise ValueError(f"fields: expected {', '.join(_REQUIRED)}; missing {', '.join(missing)}")
     report = {**fields, "versions": versions(), "commit": source_commit()}
     path = run_dir / REPORT
-    atomic_write_text(path, json.dumps(_jsonable(report), indent=2, allow_nan=False) + "\n")
+    atomic_write_text(path, json.dumps(jsonable(report), indent=2, allow_nan=False) + "\n")
     return path
 
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
+from awp_engine.answers import NO_CLASS
 from awp_engine.evaluation.gates import GateReport
 from awp_engine.evaluation.results import Pictures
 from awp_engine.report import CURVES, plot_learning_curves
@@ -110,9 +111,8 @@ def picture_rows(pictures: Pictures, class_names: Sequence[str]) -> bytes:
             _image(grid[row, column], image)
         label = pictures.labels[column]
         for row, predicted in ((0, pictures.clean_predictions[column]), (1, pictures.predictions[column])):
-            grid[row, column].set_title(
-                class_names[predicted][:14], fontsize=9, color="black" if predicted == label else _VERMILION
-            )
+            name = "no answer" if predicted == NO_CLASS else class_names[predicted][:14]
+            grid[row, column].set_title(name, fontsize=9, color="black" if predicted == label else _VERMILION)
         grid[2, column].set_title(f"largest {largest:.3g}", fontsize=8, color=_GREY)
     for row, name in enumerate(("clean", "attacked", "difference")):
         grid[row, 0].set_ylabel(name)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from awp_engine.command_line import OneLineParser, fail
 from awp_engine.config import ConfigError
+from awp_engine.lasting_output import lasting_output
 
 if TYPE_CHECKING:
     from awp_engine.evaluation.run import Evaluated
@@ -118,6 +119,7 @@ def show(done: "Evaluated") -> None:
     sys.stdout.flush()
 
 
+@lasting_output("measuring")
 def main() -> None:
     """Parse, build, run, close."""
     # before torch loads OpenMP: threads that spin while they wait run ten times slower beside any other busy process
@@ -133,9 +135,7 @@ def main() -> None:
     from awp_engine.evaluation.attacks import EvaluationError
     from awp_engine.evaluation.robustbench import Publication
     from awp_engine.evaluation.run import DEFAULT_ATTACKS, evaluate_checkpoint
-    from awp_engine.lasting_output import LastingOutput
 
-    sys.stdout = LastingOutput(sys.stdout, "measuring")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     # a measurement in full fp32: TF32 keeps 10 bits of the mantissa
@@ -178,7 +178,7 @@ def main() -> None:
         fail(f"{error.filename or arguments.path}: {error.strerror or error}", code=1, prog=PROG)
     except KeyboardInterrupt:
         fail("interrupted; the same command again goes on with autoattack where it was", code=130, prog=PROG)
-    print(f"reports in {done.output}", flush=True)
+    print(f"reports in {done.output}")
     if done.report["unreliable"]:
         raise SystemExit(UNRELIABLE)
 

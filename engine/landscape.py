@@ -7,13 +7,13 @@ and with a JSON file of all numbers. The images are attacked anew at every point
 
 import argparse
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from awp_engine.command_line import OneLineParser, fail
 from awp_engine.config import ConfigError
+from awp_engine.lasting_output import lasting_output
 
 PROG = "landscape.py"
 MODES = ("1d", "2d", "flatness")
@@ -138,6 +138,7 @@ def measure(arguments: argparse.Namespace) -> list[Path]:
     return written
 
 
+@lasting_output("measuring")
 def main() -> None:
     """Parse, build, run, close."""
     # before torch loads OpenMP: threads that spin while they wait run ten times slower beside any other busy process
@@ -146,9 +147,7 @@ def main() -> None:
 
     from awp_engine.checkpoint import CheckpointError
     from awp_engine.data import DataError
-    from awp_engine.lasting_output import LastingOutput
 
-    sys.stdout = LastingOutput(sys.stdout, "measuring")
     try:
         written = measure(arguments)
     except (ConfigError, DataError, CheckpointError) as error:
@@ -157,7 +156,7 @@ def main() -> None:
         fail(f"{error.filename}: cannot be written: {error.strerror}", code=1, prog=PROG)
     except KeyboardInterrupt:
         fail("interrupted; modes that were finished are written", code=130, prog=PROG)
-    print("\n".join(f"wrote {path}" for path in written), flush=True)
+    print("\n".join(f"wrote {path}" for path in written))
 
 
 if __name__ == "__main__":

@@ -6,16 +6,22 @@ import contextlib
 import io
 import os
 import sys
+from collections.abc import Iterator
 from typing import TextIO
 
 
-class LastingOutput(io.TextIOBase):
-    """Writes to `stream` as long as that works; then says so once on stderr, and sends the rest to nowhere.
+@contextlib.contextmanager
+def lasting_output(work: str) -> Iterator[None]:
+    """A block, or by decoration a function, whose standard output may be lost; `work` goes on then, says stderr."""
+    with contextlib.redirect_stdout(_LastingOutput(sys.stdout, work)):
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
 
-    Args:
-        stream: such as sys.stdout.
-        work: what goes on, for the message.
-    """
+
+class _LastingOutput(io.TextIOBase):
+    """Writes to `stream` as long as that works; then says so once on stderr, and sends the rest to nowhere."""
 
     def __init__(self, stream: TextIO, work: str) -> None:
         self._stream, self._work, self._lost = stream, work, False

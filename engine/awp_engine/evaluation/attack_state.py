@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from awp_engine.answers import NO_CLASS, predicted
 from awp_engine.checkpoint import CheckpointError, atomic_write_text, content_hash, export_model, read_file, read_model
+from awp_engine.command_line import one_line
 from awp_engine.evaluation.attacks import Threat, in_ball
 from awp_engine.evaluation.user_key import user_key
 
@@ -201,7 +202,7 @@ class StateFile:
             return state
         except (CheckpointError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-            reason = " ".join(reason.removeprefix(f"{self.path}: ").split())
+            reason = one_line(reason.removeprefix(f"{self.path}: "))
             kept = self.path.with_suffix(".refused")
             self.path.replace(kept)
             say(

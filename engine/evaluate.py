@@ -174,6 +174,8 @@ def main() -> None:
         )
     except (ConfigError, DataError, CheckpointError, EvaluationError) as error:
         fail(str(error), prog=PROG)
+    except torch.OutOfMemoryError:
+        fail("the device has too little memory for such batches: give a smaller --batch-size", code=1, prog=PROG)
     except OSError as error:
         fail(f"{error.filename or arguments.path}: {error.strerror or error}", code=1, prog=PROG)
     except KeyboardInterrupt:

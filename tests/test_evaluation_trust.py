@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import stat
+import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -81,9 +82,9 @@ def bright(x: Tensor) -> Tensor:
     return x[:, 0, 2, 4] > 0.5
 
 
-def off_grid(x: Tensor) -> Tensor:
-    """Images that no file holds: attacked ones, but for regional attacks, whose steps are grey levels."""
-    return ((x * 255).round() / 255 - x).abs().flatten(1).amax(1) > 1e-4
+def moved(x: Tensor) -> Tensor:
+    """Images that are none of the test images: attacked ones."""
+    return torch.cdist(x.flatten(1), digits().test.images[:24].flatten(1) / 255).amin(1) > 1e-4
 
 
 @pytest.mark.parametrize(("fill", "other"), [(NAN, NAN), (NAN, 0.0), (INF, 0.0), (0.0, -INF), (INF, NAN)])
@@ -108,6 +109,7 @@ def test_a_model_without_an_answer_gets_no_credit_clean(fill, other):
     assert done.clean == rows["clean"].right == rows["autoattack"].details["right_after"]["clean"] == right
     assert done.not_finite == rows["clean"].not_finite == int(silent.sum())
     assert all(row.right <= right for row in done.rows)
+    assert rows["regional-pixels-45"].details["flipped"] == right - rows["regional-pixels-45"].right
     assert done.worst <= min(row.right for row in done.rows if row.in_ball is not None)
     report = done.to_dict()
     assert report["unreliable"]
@@ -124,17 +126,20 @@ def test_a_model_without_an_answer_gets_no_credit_clean(fill, other):
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_a_model_without_an_answer_gets_no_credit_attacked(fill, norm):
     """The package would keep every such image: its argmax is the label."""
-    model = Silent(fill, 0.0, off_grid)
+    model = Silent(fill, 0.0, moved)
     split = labelled(model.inner)
     threat = THREAT if norm == "linf" else Threat(epsilon=Fraction(1, 5), norm="l2", step_size=Fraction(1, 20))
     done = measure(
-        model, split, [parse_attack(a) for a in ATTACKS[:-1]], threat, gates_limit=None, budget=SHORT, **ARGUMENTS
+        model, split, [parse_attack(a) for a in ATTACKS], threat, gates_limit=None, budget=SHORT, **ARGUMENTS
     )
     assert done.clean == 21
     assert done.not_finite == 0
     for row in done.rows[1:]:
-        assert (row.right, row.in_ball) == (0, True), row.attack
+        assert row.right == 0, row.attack
+        assert row.in_ball is not False
         assert row.not_finite >= 21
+        # the package itself sees it, in the passes with a gradient too
+        assert row.attack != "autoattack" or row.details["right_after"]["apgd-ce"] == 0
     assert "no answer" not in str(done.to_dict())
     attack = PgdAttack(epsilon=0.05, step_size=0.02, steps=3, norm="linf")
     assert evaluate(model, split, attack, batch_size=10).robust == 0.0
@@ -143,7 +148,7 @@ def test_a_model_without_an_answer_gets_no_credit_attacked(fill, norm):
 def test_pictures_of_no_answer_are_drawn():
     from awp_engine.evaluation.figures import picture_rows
 
-    model = Silent(NAN, NAN, off_grid)
+    model = Silent(NAN, NAN, moved)
     done = measure(model, labelled(model.inner), [parse_attack("pgd1")], THREAT, gates_limit=None, **ARGUMENTS)
     assert set(done.pictures[0].predictions) == {NO_CLASS}
     assert picture_rows(done.pictures[0], [str(n) for n in range(10)]).startswith(b"\x89PNG")
@@ -571,7 +576,7 @@ def test_without_a_place_for_the_key_nothing_is_saved_and_it_is_said(tmp_path, m
     assert not (tmp_path / "states").exists()
 
 
-def test_what_autoattack_cannot_do_is_said_before_other_attacks(monkeypatch):
+def test_what_autoattack_cannot_do_is_said_before_other_attacks():
     three = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     split = Split(images=digits().test.images[:4], labels=torch.tensor([0, 1, 2, 0]), ids=torch.arange(4))
     lines: list[str] = []
@@ -579,3 +584,23 @@ def test_what_autoattack_cannot_do_is_said_before_other_attacks(monkeypatch):
     with pytest.raises(EvaluationError, match="at least 4 classes"):
         measure(three, split, attacks, THREAT, gates_limit=None, say=lines.append, **ARGUMENTS)
     assert not lines
+
+
+def test_a_missing_package_is_found_before_other_attacks(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    model, lines = linear(), []
+    for attacks, gates_limit in ((("pgd1", "autoattack"), None), (("pgd1", "square"), None), (("pgd1",), 10)):
+        chosen = [parse_attack(name) for name in attacks]
+        with pytest.raises(EvaluationError, match="pip install pyautoattack"):
+            measure(model, labelled(model), chosen, THREAT, gates_limit=gates_limit, say=lines.append, **ARGUMENTS)
+    assert not lines
+
+
+def test_an_attack_that_cannot_cross_the_ball_is_doubted():
+    """A run's config.json says the step, and comes with the run."""
+    model = linear()
+    for step, name, doubted in (("1/201", "pgd10", True), ("1/200", "pgd10", False), ("1/201", "pgd9", False)):
+        threat = dataclasses.replace(THREAT, step_size=Fraction(step))
+        done = measure(model, labelled(model), [parse_attack(name)], threat, gates_limit=None, **ARGUMENTS)
+        assert done.to_dict()["unreliable"] == doubted
+        assert ("cannot cross a ball of radius 1/20" in "".join(done.doubts())) == doubted

@@ -23,6 +23,7 @@ NAMES = (
 )
 _CW_STEPS = 100
 _RESTART = 7
+_MANY_STEPS = 10
 # fp32 rounds x + delta; nothing that is more than rounding passes
 _BALL_SLACK = 1e-5
 _STEPPED = re.compile(r"(pgd|cw)([1-9][0-9]{0,4})")
@@ -212,6 +213,12 @@ def gradient_attack(
         held.append(holds & ~blind)
         unseen.append(holds & blind)
     parameters: dict[str, Any] = {}
+    details: dict[str, Any] = {}
+    # a run's own config.json may say any step, and it comes with the run; a few steps are weak by name
+    if steps >= _MANY_STEPS and steps * step_size < epsilon:
+        details["warnings"] = [
+            f"{steps} steps of {step_size} cannot cross a ball of radius {epsilon}: give --step-size"
+        ]
     if attack.family != "clean":
         parameters = {
             "loss": "margin of logits (CW)" if attack.family == "cw" else "cross-entropy",
@@ -220,4 +227,10 @@ def gradient_attack(
             "start": start,
             "restarts": restarts,
         }
-    return Outcome(x_adv=torch.cat(attacked), held=torch.cat(held), blind=torch.cat(unseen), parameters=parameters)
+    return Outcome(
+        x_adv=torch.cat(attacked),
+        held=torch.cat(held),
+        blind=torch.cat(unseen),
+        parameters=parameters,
+        details=details,
+    )

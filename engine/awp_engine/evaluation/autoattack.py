@@ -23,7 +23,7 @@ from awp_engine.answers import NO_CLASS, predicted
 from awp_engine.checkpoint import CheckpointError
 from awp_engine.data import Split, eval_batches
 from awp_engine.evaluation.attack_state import AttackState, StateFile
-from awp_engine.evaluation.attacks import EvaluationError, Outcome, Threat, in_ball, predict
+from awp_engine.evaluation.attacks import EvaluationError, Outcome, Threat, predict
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 _TARGETS = 9
@@ -254,7 +254,7 @@ def autoattack(
                 "batch": state.batch,
             }
             say(f"autoattack: going on with {following}, of a state begun at {state.started}: {state_file.path.name}")
-        _run(guarded, threat, x, y, package, attacks, batch_size, state, state_file, flags, say)
+        _run(guarded, x, y, package, attacks, batch_size, state, state_file, flags, say)
     square_gain = state.counts.get("fab-t", 0) - state.counts.get("square", 0)
     if "fab-t" in state.counts and square_gain > 0.002 * len(split):
         state.warnings.append(
@@ -283,7 +283,6 @@ def autoattack(
 
 def _run(
     guarded: _Guarded,
-    threat: Threat,
     x: Tensor,
     y: Tensor,
     package: Any,
@@ -296,16 +295,12 @@ def _run(
 ) -> None:
     """Moves `state` from where it stands to the end."""
     flags.messages += [message for message in state.warnings if message not in flags.messages]
-    outside = 0
 
     def save(next_attack: int, next_batch: int) -> None:
-        nonlocal outside
         # counted since the last time
-        if outside:
-            flags.messages.append(f"{name}: {outside} attacked images left the ball and were not counted")
         if guarded.not_finite:
             flags.messages.append(f"{name}: {guarded.not_finite} gradients of images were not finite")
-        outside = guarded.not_finite = 0
+        guarded.not_finite = 0
         state.warnings = list(flags.messages)
         if state_file is not None:
             try:
@@ -323,10 +318,7 @@ def _run(
                 continue
             guarded.x, guarded.y = x[chosen], y[chosen]
             attacked = _perturb(package, name, guarded.x, guarded.y)
-            # what leaves the ball, or is no image, proves nothing
-            fits = in_ball(attacked, guarded.x, threat)
-            fooled = (predicted(guarded.model(attacked)) != guarded.y) & fits
-            outside += int((~fits).sum())
+            fooled = predicted(guarded.model(attacked)) != guarded.y
             state.robust[chosen[fooled]] = False
             state.x_adv[chosen[fooled]] = attacked[fooled]
             if state_file is not None and batch + 1 < len(batches) and time.monotonic() - saved > _SAVE_SECONDS:

@@ -604,3 +604,36 @@ def test_an_attack_that_cannot_cross_the_ball_is_doubted():
         done = measure(model, labelled(model), [parse_attack(name)], threat, gates_limit=None, **ARGUMENTS)
         assert done.to_dict()["unreliable"] == doubted
         assert ("cannot cross a ball of radius 1/20" in "".join(done.doubts())) == doubted
+
+
+class Interrupted(nn.Module):
+    """A linear model that is interrupted at its pass number `last`."""
+
+    def __init__(self, last: int) -> None:
+        super().__init__()
+        self.inner, self.left = linear(), last
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return self.inner(x)
+
+
+def test_a_state_from_the_middle_of_an_attack_is_gone_on_from(honest, tmp_path, monkeypatch):
+    monkeypatch.setattr("awp_engine.evaluation.autoattack._SAVE_SECONDS", 0.0)
+    model, split, _, state = honest
+    seen = set()
+    for last in (18, 22, 26, 30, 60, 100):
+        file = StateFile(tmp_path / str(last), IDENTITY)
+        with pytest.raises(KeyboardInterrupt):
+            autoattack(Interrupted(last), split, THREAT, budget=SHORT, state_file=file, **ARGUMENTS)
+        with measuring(model):
+            done = autoattack(model, split, THREAT, budget=SHORT, state_file=file, **ARGUMENTS)
+        assert torch.equal(done.x_adv, state.x_adv), last
+        assert torch.equal(done.held, state.robust)
+        assert done.details["right_after"] == state.counts
+        if done.resumed is not None:
+            seen.add((done.resumed["from"], done.resumed["batch"]))
+    assert {batch for _, batch in seen} >= {1, 2}, seen
+    assert len({name for name, _ in seen}) >= 2

@@ -274,9 +274,9 @@ class Cold(nn.Module):
         return self.inner(x) / 1e-4
 
 
-def gates_of(model: nn.Module, threat: Threat = THREAT) -> dict[str, bool]:
+def gates_of(model: nn.Module, threat: Threat = THREAT, images: int = 60) -> dict[str, bool]:
     with measuring(model):
-        report = run_gates(model, spread(digits().test, 60), threat, seed=1, batch_size=60, queries=150)
+        report = run_gates(model, spread(digits().test, images), threat, seed=1, batch_size=60, queries=150)
     return {gate.name: gate.passed for gate in report.gates}
 
 
@@ -298,7 +298,7 @@ def test_masked_gradients_are_flagged():
         "accuracy falls as epsilon grows",
         "black-box does not beat white-box",
     } <= failed
-    cold = gates_of(Cold(robust_model()))
+    cold = gates_of(Cold(robust_model()), images=10)
     assert not cold["gradients are not masked"]
 
 
@@ -312,7 +312,7 @@ class Noisy(nn.Module):
 def test_a_random_model_is_flagged():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        assert not gates_of(Noisy())["epsilon 0 is clean accuracy"]
+        assert not gates_of(Noisy(), images=20)["epsilon 0 is clean accuracy"]
 
 
 def test_measure_takes_any_module_and_leaves_it_as_it_was():

@@ -468,7 +468,21 @@ WRONG_STATES: dict[str, Callable[[AttackState, Tensor], dict]] = {
         "counts": s.counts | {"square": 20},
     },
     "fallen, but the image is clean": lambda s, x: {"x_adv": x.clone()},
-    "fallen, but the image is still right": lambda s, x: {"x_adv": torch.where(s.x_adv == x, x, x + 1e-6)},
+    "fallen, but the image is still right": lambda s, x: {"x_adv": torch.where(s.x_adv == x, x, (x - 1e-5).clamp(0))},
+    "fallen before the first batch": lambda s, x: {
+        "begun": _right(s, x),
+        "counts": {"clean": 21},
+        "attack": 0,
+    },
+    "robust, but not when it began": lambda s, x: {
+        "begun": _swapped(s, x),
+        "counts": {"clean": 21},
+        "attack": 0,
+        "batch": 1,
+    },
+    "withstood, but is changed": lambda s, x: {
+        "x_adv": torch.where(s.robust.view(-1, 1, 1, 1), (x - 1e-3).clamp(0), s.x_adv)
+    },
 }
 
 
@@ -478,6 +492,13 @@ def _fallen(state: AttackState, x: Tensor) -> int:
 
 def _right(state: AttackState, x: Tensor) -> Tensor:
     return state.robust | (state.x_adv != x).flatten(1).any(1)
+
+
+def _swapped(state: AttackState, x: Tensor) -> Tensor:
+    """As many flags as there are right images, one of which is left out for a wrong one."""
+    flags = _right(state, x)
+    flags[[int(state.robust.nonzero()[0]), int((~flags).nonzero()[0])]] = torch.tensor([False, True])
+    return flags
 
 
 @pytest.mark.parametrize("name", WRONG_STATES)

@@ -7,15 +7,31 @@ if __name__ == "__main__":
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from awp_engine.command_line import OneLineParser, fail, thread_count
 from awp_engine.command_line import whole_number as _whole_number
 from awp_engine.config import ConfigError
 from awp_engine.text import printable
 
+if TYPE_CHECKING:
+    from awp_engine.evaluation.run import Evaluated
+
 PROG = "evaluate.py"
+# measured and written, but with a reason not to believe it
+UNRELIABLE = 3
+
+
+def _percentage(text: str) -> str:
+    try:
+        if 0 <= float(text) <= 100:
+            return text
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected a percentage from 0 to 100 such as 56.17, got {text[:80]!r}")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -30,7 +46,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         epilog="attacks: clean; fgsm; pgdN, PGD of N steps on cross-entropy; cwN, PGD of N steps on the margin of "
         "logits (cw is cw100); square and autoattack, by pyautoattack, which go on where they were killed; "
         "regional-SHAPE-PERCENT, such as regional-frame-28, bounded by a region instead of epsilon: square, frame, "
-        "boxes or pixels.",
+        "boxes or pixels. An image counts as right under attack only if it is right without one too. Exit code 0: "
+        "measured; 3: measured, with reasons not to believe it, which are named; 2 and 1: not measured, not written.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -51,7 +68,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--transfer-to", type=Path, metavar="PATH", help="second run or checkpoint: do the attacked images fool it too?"
     )
-    add("--output", type=Path, metavar="DIR", help="where the reports go; RUN_DIR/evaluation if not given")
+    add(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="where the reports go; RUN_DIR/evaluation if not given. The newest is evaluation.json and .html there; "
+        "each is also kept as evaluation-DATA-IMAGES-NORM-EPSILON-HASH, the hash of all that was asked for",
+    )
     add("--gates-limit", type=_whole_number, default=200, metavar="N", help="images of the sanity gates (200)")
     add("--no-gates", action="store_true", help="leave out the sanity gates, and the curves they are read from")
     group = parser.add_argument_group("RobustBench", "writes robustbench.json, its model_info format; needs autoattack")
@@ -61,9 +84,38 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--authors", default="", help="of the paper")
     group.add_argument("--venue", default="", help="such as 'NeurIPS 2020'; empty means unpublished")
     group.add_argument("--architecture", default="", help="such as WideResNet-34-10")
-    group.add_argument("--reported", help="robust accuracy in the paper, in percent; the measured one if not given")
+    group.add_argument(
+        "--reported", type=_percentage, help="robust accuracy in the paper, in percent; the measured one if not given"
+    )
     group.add_argument("--additional-data", action="store_true", help="other images than the training set were used")
     return parser.parse_args(argv)
+
+
+def show(done: "Evaluated") -> None:
+    """The results as tables, and what speaks against them."""
+    from awp_engine.evaluation.results import RIGHT_MEANS
+    from awp_engine.report import print_table
+
+    print_table(done.measurement.table(), title=done.title)
+    print(f"right: {RIGHT_MEANS}")
+    regional = done.measurement.regional_table()
+    if regional:
+        print_table(regional, title="regional attacks, means over the flipped images")
+    if done.measurement.gates is not None:
+        print_table(
+            [
+                {"gate": gate.name, "": "passed" if gate.passed else "FAILED"}
+                | {"measured": gate.measured, "bound": gate.bound}
+                for gate in done.measurement.gates.gates
+            ],
+            title=f"gates, on {done.measurement.gates.images} images",
+        )
+        for gate in done.measurement.gates.gates:
+            if not gate.passed:
+                print(f"FAILED {gate.name}: {gate.failure_means}")
+    for doubt in done.report["doubts"]:
+        print(f"UNRELIABLE: {doubt}")
+    sys.stdout.flush()
 
 
 def main() -> None:
@@ -79,7 +131,6 @@ def main() -> None:
     from awp_engine.evaluation.attacks import EvaluationError
     from awp_engine.evaluation.robustbench import Publication
     from awp_engine.evaluation.run import DEFAULT_ATTACKS, evaluate_checkpoint
-    from awp_engine.report import print_table
     from awp_engine.signals import interrupted_code, interrupts
 
     if arguments.threads is not None:
@@ -116,31 +167,20 @@ def main() -> None:
             output=arguments.output,
             publication=publication if arguments.robustbench else None,
             say=lambda line: print(line, flush=True),
+            tell=show,
         )
     except (ConfigError, DataError, CheckpointError, EvaluationError) as error:
         fail(str(error), prog=PROG)
+    except torch.OutOfMemoryError:
+        fail("the device has too little memory for such batches: give a smaller --batch-size", code=1, prog=PROG)
     except OSError as error:
         fail(f"{error.filename or arguments.path}: {error.strerror or error}", code=1, prog=PROG)
     except KeyboardInterrupt as interrupt:
         resume = "interrupted; the same command again goes on with autoattack where it was"
         fail(resume, code=interrupted_code(interrupt), prog=PROG)
-    print_table(done.measurement.table(), title=done.title)
-    regional = done.measurement.regional_table()
-    if regional:
-        print_table(regional, title="regional attacks, means over the flipped images")
-    if done.measurement.gates is not None:
-        print_table(
-            [
-                {"gate": gate.name, "": "passed" if gate.passed else "FAILED"}
-                | {"measured": gate.measured, "bound": gate.bound}
-                for gate in done.measurement.gates.gates
-            ],
-            title=f"gates, on {done.measurement.gates.images} images",
-        )
-        for gate in done.measurement.gates.gates:
-            if not gate.passed:
-                print(f"FAILED {gate.name}: {gate.failure_means}")
     print(f"reports in {printable(str(done.output))}")
+    if done.report["unreliable"]:
+        raise SystemExit(UNRELIABLE)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ if __name__ == "__main__":
 
 import argparse
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -165,7 +164,7 @@ def main() -> None:
         fail(f"{error.filename}: cannot be written: {error.strerror}", code=1, prog=PROG)
     except KeyboardInterrupt as interrupt:
         fail("interrupted; modes that were finished are written", code=interrupted_code(interrupt), prog=PROG)
-    print("\n".join(f"wrote {printable(str(path))}" for path in written), file=sys.stdout)
+    print("\n".join(f"wrote {printable(str(path))}" for path in written))
 
 
 if __name__ == "__main__":

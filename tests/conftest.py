@@ -1,4 +1,5 @@
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # matplotlib, git and torch write below HOME at times
 os.environ.setdefault("MPLCONFIGDIR", str(Path(os.environ.get("TMPDIR", "/tmp")) / "awp-matplotlib"))
+
+# states of evaluations are authenticated by a key of the user's, which tests have of their own
+if "AWP_TEST_STATE" not in os.environ:
+    os.environ["AWP_TEST_STATE"] = os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="awp-state-")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

@@ -2,7 +2,11 @@
 
 import hashlib
 import json
+import os
 import re
+import resource
+import shlex
+import shutil
 import subprocess
 import sys
 from fractions import Fraction
@@ -11,8 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from digits_model import clean_model, digits, robust_model, write_run
+from disks import small_tmpfs
 from torch import nn
 
+from awp_engine import checkpoint
 from awp_engine.data import eval_batches
 from awp_engine.evaluation import spread
 from awp_engine.evaluation.attacks import EvaluationError, Threat, measuring, parse_attack
@@ -214,7 +220,7 @@ def test_autoattack_with_leaderboard_file(run_dir, tmp_path):
     # started again it goes on from the saved, finished state
     lines.clear()
     again = evaluate_checkpoint(run_dir, say=lines.append, **arguments)
-    assert "autoattack: going on with the result" in lines
+    assert any(line.startswith("autoattack: going on with the result, of a state begun at ") for line in lines)
     assert [row.right for row in again.measurement.rows] == [row.right for row in done.measurement.rows]
 
 
@@ -268,9 +274,9 @@ class Cold(nn.Module):
         return self.inner(x) / 1e-4
 
 
-def gates_of(model: nn.Module, threat: Threat = THREAT) -> dict[str, bool]:
+def gates_of(model: nn.Module, threat: Threat = THREAT, images: int = 60) -> dict[str, bool]:
     with measuring(model):
-        report = run_gates(model, spread(digits().test, 60), threat, seed=1, batch_size=60, queries=150)
+        report = run_gates(model, spread(digits().test, images), threat, seed=1, batch_size=60, queries=150)
     return {gate.name: gate.passed for gate in report.gates}
 
 
@@ -292,7 +298,7 @@ def test_masked_gradients_are_flagged():
         "accuracy falls as epsilon grows",
         "black-box does not beat white-box",
     } <= failed
-    cold = gates_of(Cold(robust_model()))
+    cold = gates_of(Cold(robust_model()), images=10)
     assert not cold["gradients are not masked"]
 
 
@@ -306,7 +312,7 @@ class Noisy(nn.Module):
 def test_a_random_model_is_flagged():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        assert not gates_of(Noisy())["epsilon 0 is clean accuracy"]
+        assert not gates_of(Noisy(), images=20)["epsilon 0 is clean accuracy"]
 
 
 def test_measure_takes_any_module_and_leaves_it_as_it_was():
@@ -336,6 +342,15 @@ def test_measure_takes_any_module_and_leaves_it_as_it_was():
         (["--data-name", "cifar10"], ["--data.root"]),
         (["--transfer-to", "/nowhere/at/all"], ["/nowhere/at/all"]),
         (["--robustbench"], ["--robustbench", "autoattack"]),
+        (["--reported", "abc"], ["--reported", "percentage", "abc"]),
+        (["--reported", "nan"], ["--reported", "nan"]),
+        (["--reported", "101"], ["--reported", "101"]),
+        (["--batch-size", "99999999999999999999"], ["--batch-size", "99999999999999999999"]),
+        (["--restarts", "9" * 50], ["--restarts", "more than 30 digits"]),
+        (["--limit", "9" * 5000], ["--limit", "whole number"]),
+        (["--gates-limit", "9999999999"], ["--gates-limit", "9999999999"]),
+        (["--epsilon", "1e400", "--norm", "l2"], ["--epsilon", "1e400"]),
+        (["--step-size", "1/2"], ["--step-size", "twice epsilon (1/5)", "1/2"]),
         (["--frobnicate"], ["--frobnicate"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("-") else "",
@@ -358,8 +373,174 @@ def test_bad_input_is_one_line(run_dir, arguments, words, monkeypatch, capsys):
 
 
 def test_bad_input_of_a_real_process(tmp_path):
-    for arguments in ([tmp_path / "missing"], [], [SCRIPT]):
-        done = evaluate_command(*arguments)
-        assert done.returncode == 2
-        assert done.stderr.count("\n") == 1
-        assert "Traceback" not in done.stderr
+    done = evaluate_command(tmp_path / "missing")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
+
+
+def command_here(monkeypatch, *arguments: str | Path) -> int:
+    """`evaluate.py` in this process; its exit code."""
+    sys.path.insert(0, str(SCRIPT.parent))
+    import evaluate as command
+
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        command.main()
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    return 0
+
+
+QUICK = ("--attacks", "clean", "fgsm", "--limit", "20", "--no-gates")
+
+
+def test_an_output_that_cannot_be_written_is_found_before_any_attack(run_dir, monkeypatch, capsys):
+    for output in (run_dir / "config.json", run_dir / "config.json" / "below", Path("/dev/full")):
+        assert command_here(monkeypatch, run_dir, *QUICK, "--output", output) == 2
+        out, err = capsys.readouterr()
+        assert not out
+        assert err.count("\n") == 1
+        assert f"--output: {output} cannot be written" in err
+
+
+def test_a_disk_that_is_full_before_any_attack(run_dir, tmp_path, monkeypatch, capsys):
+    with small_tmpfs(tmp_path, "16k") as disk:
+        assert command_here(monkeypatch, run_dir, *QUICK, "--output", disk / "out") == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert f"--output: {disk / 'out'} cannot be written: No space left on device" in err
+
+
+def test_a_disk_that_fills_up_keeps_the_numbers(run_dir, tmp_path, monkeypatch, capsys):
+    """Files of at most 70,000 bytes: the probe, the numbers, and not the page."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, limits[1]))
+    try:
+        code = command_here(monkeypatch, run_dir, *QUICK, "--output", tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    out, err = capsys.readouterr()
+    assert code == 1
+    assert "fgsm" in out.split("right/20")[-1]
+    assert "worst of clean, fgsm" in out
+    assert err.count("\n") == 1
+    assert re.search(rf"error: {tmp_path}/evaluation-digits-20-linf-1_5-[0-9a-f]{{8}}\.html: File too large", err)
+    assert json.loads((tmp_path / "evaluation.json").read_text())["finished"]
+    assert not list(tmp_path.glob("*.html"))
+    assert not list(tmp_path.glob(".tmp*"))
+
+
+@pytest.mark.parametrize("lost", ["pipe", "/dev/full"])
+def test_a_lost_standard_output_ends_nothing(run_dir, tmp_path, monkeypatch, capsys, lost):
+    if lost == "pipe":
+        reading, writing = os.pipe()
+        os.close(reading)
+    else:
+        writing = os.open(lost, os.O_WRONLY)
+    with os.fdopen(writing, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        code = command_here(monkeypatch, run_dir, *QUICK, "--output", tmp_path)
+        monkeypatch.undo()
+    err = capsys.readouterr().err
+    assert code == 0
+    assert err.count("\n") == 1
+    assert err.startswith("warning: standard output cannot be written, measuring goes on: ")
+    assert {path.name for path in tmp_path.iterdir()} >= {"evaluation.json", "evaluation.html"}
+
+
+def test_head_gets_its_line_and_the_reports_are_written(run_dir, tmp_path):
+    command = [sys.executable, SCRIPT, run_dir, *QUICK, "--output", tmp_path, "--threads", "1"]
+    line = f"{shlex.join(map(str, command))} | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("clean: ")
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "evaluation.html").exists()
+
+
+def test_evaluations_of_other_questions_overwrite_nothing(run_dir, tmp_path):
+    arguments = {"gates_limit": None, "output": tmp_path}
+
+    def ask(**question) -> bytes:
+        evaluate_checkpoint(run_dir, **(arguments | {"attacks": ["clean"], "limit": 20} | question))
+        return (tmp_path / "evaluation.json").read_bytes()
+
+    def kept() -> set[bytes]:
+        return {path.read_bytes() for path in tmp_path.glob("evaluation-*.json")}
+
+    questions = [{}, {"limit": 21}, {"epsilon": "1/10"}, {"attacks": ["fgsm"]}, {"restarts": 2}, {"checkpoint": "last"}]
+    answers = [ask(**question) for question in questions]
+    assert kept() == set(answers)
+    assert len(kept()) == len(questions)
+    assert len(list(tmp_path.glob("evaluation-*.html"))) == len(questions)
+    assert (tmp_path / "evaluation.html").read_text() in {p.read_text() for p in tmp_path.glob("evaluation-*.html")}
+    # the same question has the same name
+    again = ask()
+    assert kept() == {again, *answers[1:]}
+    assert all(path.name.startswith("evaluation-digits-2") for path in tmp_path.glob("evaluation-*"))
+
+
+def test_what_is_finished_is_saved_while_other_attacks_run(run_dir, tmp_path):
+    seen: list[list[str]] = []
+
+    def look(line: str) -> None:
+        partial = list(tmp_path.glob("evaluation-*.partial.json"))
+        if line.startswith("pgd2"):
+            report = json.loads(partial[0].read_text())
+            seen.append([row["attack"] for row in report["attacks"]])
+            assert not report["finished"]
+
+    evaluate_checkpoint(
+        run_dir, attacks=["clean", "fgsm", "pgd2"], limit=20, gates_limit=None, output=tmp_path, say=look
+    )
+    assert seen == [["clean", "fgsm"]]
+    assert not list(tmp_path.glob("*.partial.json"))
+
+
+def test_weights_that_answer_nan_are_told_and_exit_with_3(run_dir, tmp_path, monkeypatch, capsys):
+    tensors, metadata = checkpoint.read_model(run_dir / "model.safetensors")
+    tensors["linear.bias"][0] = torch.nan
+    broken = tmp_path / "broken.safetensors"
+    checkpoint.export_model(broken, tensors, metadata)
+    shutil.copy(run_dir / "config.json", tmp_path)
+    assert command_here(monkeypatch, broken, *QUICK, "--output", tmp_path / "out") == 3
+    out = capsys.readouterr().out
+    assert "UNRELIABLE: logits of 20 of 20 images are not finite; they count as wrong" in out
+    assert "right: right clean and attacked; an image that is wrong without an attack is not right under one" in out
+    report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert report["unreliable"]
+    assert [row["right"] for row in report["attacks"]] == [0, 0]
+    assert "Unreliable: logits of 20" in (tmp_path / "out" / "evaluation.html").read_text()
+
+
+def test_a_downloaded_state_is_not_believed(run_dir, tmp_path):
+    """Clean images, all of them robust, all attacks done."""
+    arguments = {"attacks": ["autoattack", "pgd2"], "limit": 20, "gates_limit": None, "output": tmp_path}
+    arguments |= {"budget": Budget(iterations=3, queries=10)}
+    honest = evaluate_checkpoint(run_dir, **arguments)
+    assert not honest.report["unreliable"]
+    assert honest.measurement.rows[0].right < honest.measurement.clean
+    (state,) = tmp_path.glob("autoattack-*.safetensors")
+    _, metadata = checkpoint.read_model(state)
+    x, y, _ = next(eval_batches(spread(digits().test, 20), 20))
+    with torch.no_grad():
+        right = robust_model()(x).argmax(1) == y
+    progress = json.loads(metadata["progress"])
+    progress["counts"] = dict.fromkeys(progress["counts"], int(right.sum()))
+    checkpoint.export_model(
+        state,
+        {"x_adv": x, "robust": right, "begun": right.clone()},
+        {"identity": metadata["identity"], "progress": json.dumps(progress)},
+    )
+    lines: list[str] = []
+    done = evaluate_checkpoint(run_dir, say=lines.append, **arguments)
+    assert lines[0].startswith(f"autoattack: starting anew: {state}: this saved state is not believed: lacks 'code'")
+    assert [row.right for row in done.measurement.rows] == [row.right for row in honest.measurement.rows]
+    assert "resumed" not in done.report["receipt"]
+    again = evaluate_checkpoint(run_dir, **arguments)
+    resumed = again.report["receipt"]["resumed"]["autoattack"]
+    assert (resumed["file"], resumed["from"]) == (state.name, "the result")
+    assert resumed["sha256"] == hashlib.sha256(state.read_bytes()).hexdigest()
+    assert resumed["sha256"] in (tmp_path / "evaluation.html").read_text()

@@ -154,7 +154,9 @@ def test_the_state_of_another_evaluation_is_left_alone_and_a_damaged_one_replace
     lines.clear()
     first.path.write_bytes(kept[:-9] + b"123456789")
     repaired = autoattack(model, split, THREAT, state_file=first, **arguments)
-    assert "starting over" in lines[0]
+    assert "starting anew" in lines[0]
+    assert "SHA-256 differs" in lines[0]
+    assert first.path.with_suffix(".refused").read_bytes() == kept[:-9] + b"123456789"
     assert torch.equal(repaired.x_adv, result.x_adv)
 
 

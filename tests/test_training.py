@@ -123,7 +123,9 @@ def test_starting_a_finished_run_again_trains_nothing(finished):
 
 def test_evaluate_command(finished):
     command = [sys.executable, str(ROOT / "engine" / "evaluate.py"), str(finished)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    # two epochs of a narrow model may well fail a gate
+    assert result.returncode in (0, 3), result.stderr
     report = json.loads((finished / "report.json").read_text())
     assert f"{report['clean_accuracy']:.2%}" in result.stdout
     assert f"{report['pgd20_accuracy']:.2%}" in result.stdout

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from awp_engine.answers import predicted
 from awp_engine.attack import apgd, batch_norm_mode, fast_attack, pgd, starting_point
 from awp_engine.batch_norm import Statistics
 from awp_engine.config import AttackConfig, AwpConfig, DistributedConfig
@@ -409,7 +410,7 @@ class TrainingStep:
                 (lifted if self.loss_scale is None else lifted * self.loss_scale.value).backward()
             labels = y[rows] if y.ndim == 1 else y[rows].argmax(1)
             loss = loss + mean.detach() * share
-            correct = correct + (logits.argmax(1) == labels).to(x.dtype).mean() * share
+            correct = correct + (predicted(logits.detach()) == labels).to(x.dtype).mean() * share
         return loss, correct, below
 
     def _ascend(

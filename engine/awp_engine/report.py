@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import math
+import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -14,13 +16,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from awp_engine.checkpoint import atomic_write_text
+from awp_engine.checkpoint import atomic_write_text, naming
 from awp_engine.drawing import plottable, save
 from awp_engine.text import json_text, printable
 
 REPORT = "report.json"
 CURVES = "learning_curves.png"
 _REQUIRED = ("clean_accuracy", "pgd20_accuracy", "train_pgd_accuracy", "seconds", "epochs", "config_hash")
+
+_PROBE = 1 << 16
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers and line styles differ as well.
 _BLUE, _VERMILION, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
@@ -50,6 +54,23 @@ def source_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip() or None
+
+
+def prepare_directory(directory: Path) -> None:
+    """Makes a directory, and tries whether files can be written there: before hours of work, not after.
+
+    Raises:
+        OSError: naming the directory.
+    """
+    with naming(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".tmp-probe-{os.getpid()}"
+        try:
+            probe.write_bytes(bytes(_PROBE))
+        finally:
+            # below a file there is nothing to be removed
+            with contextlib.suppress(OSError):
+                probe.unlink()
 
 
 def write_report(run_dir: Path, fields: Mapping[str, Any]) -> Path:

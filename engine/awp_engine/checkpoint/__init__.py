@@ -8,12 +8,14 @@ leaves the one before. Nothing is unpickled, and nothing outside the checkpoint'
 from awp_engine.checkpoint._files import (
     CheckpointError,
     atomic_write_text,
+    naming,
+    read_file,
     remove_leftovers,
     sync_directory,
     temporary_beside,
 )
 from awp_engine.checkpoint._load import Checkpoint, damage, load, load_latest
-from awp_engine.checkpoint._model_file import export_model, read_model
+from awp_engine.checkpoint._model_file import content_hash, export_model, read_model
 from awp_engine.checkpoint._names import FORMAT, Position, checkpoint_name, names, position
 from awp_engine.checkpoint._save import Retention, save
 from awp_engine.checkpoint._writer import Writer
@@ -27,12 +29,15 @@ __all__ = [
     "Writer",
     "atomic_write_text",
     "checkpoint_name",
+    "content_hash",
     "damage",
     "export_model",
     "load",
     "load_latest",
     "names",
+    "naming",
     "position",
+    "read_file",
     "read_model",
     "remove_leftovers",
     "save",

@@ -134,6 +134,15 @@ def replace_file(path: Path, payload: bytes) -> None:
     sync_directory(path.parent)
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A block whose `OSError` names `path`, rather than a temporary file or none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
 def atomic_write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 text file so that a reader, or a crash, sees the old one or the new one, whole.
 
@@ -142,7 +151,8 @@ def atomic_write_text(path: Path, text: str) -> None:
     Raises:
         OSError: if it cannot be written; the old file is untouched.
     """
-    replace_file(path, text.encode(errors="backslashreplace"))
+    with naming(path):
+        replace_file(path, text.encode(errors="backslashreplace"))
 
 
 def _disk(path: Path) -> tuple[int, int]:

@@ -40,7 +40,8 @@ def unpack(payload: bytes, path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path}: not a safetensors file: {' '.join(str(error).split())}") from error
 
 
-def _content_hash(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+def content_hash(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256, hexadecimal, of contiguous CPU tensors with their names, dtypes and shapes, and of metadata."""
     digest = hashlib.sha256(canonical({key: metadata[key] for key in metadata if key != _CONTENT_HASH}))
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -56,7 +57,7 @@ def export_model(path: Path, state_dict: Mapping[str, torch.Tensor], metadata: M
         CheckpointError: if it could not be written; a file that was there before is untouched.
     """
     tensors = packable(state_dict)
-    header = {**metadata, _CONTENT_HASH: _content_hash(tensors, metadata)}
+    header = {**metadata, _CONTENT_HASH: content_hash(tensors, metadata)}
     payload = safetensors.torch.save(tensors, metadata=header)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +79,6 @@ def read_model(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
     metadata: dict[str, str] = header.get("__metadata__") or {}
     expected = metadata.pop(_CONTENT_HASH, None)
-    if expected is not None and expected != _content_hash(tensors, metadata):
+    if expected is not None and expected != content_hash(tensors, metadata):
         raise CheckpointError(f"{path}: SHA-256 differs from the one in its header: the file is damaged")
     return tensors, metadata

@@ -2,13 +2,14 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from awp_engine.answers import predicted
 from awp_engine.attack import pgd
 from awp_engine.data import Split, StreamedSplit, eval_batches
 from awp_engine.distributed import Ranks
@@ -38,7 +39,14 @@ class PgdAttack:
     seed: int = 0
 
     def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, *, sample_ids: Tensor | None, seed: int | None = None
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        sample_ids: Tensor | None,
+        seed: int | None = None,
+        observe: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         """The attacked images; see `pgd`. `seed` stands in for the attack's own."""
         return pgd(
@@ -52,7 +60,23 @@ class PgdAttack:
             norm=self.norm,
             sample_ids=sample_ids,
             seed=self.seed if seed is None else seed,
+            observe=observe,
         )
+
+
+class BlindImages:
+    """Which images of an attack had a gradient that is not finite in any step: a step there goes nowhere.
+
+    Attributes:
+        found: bool [N].
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.found = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+
+    def __call__(self, _: int, gradient: Tensor) -> None:
+        """What `pgd` takes as `observe`."""
+        self.found |= ~gradient.isfinite().flatten(1).all(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +85,18 @@ class Accuracy:
 
     clean: float
     robust: float
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """A block with the model in eval mode; every module's own mode is put back afterwards."""
+    training = [module.training for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in zip(model.modules(), training, strict=True):
+            module.training = mode
 
 
 def evaluation_seed(run_seed: int) -> int:
@@ -87,7 +123,10 @@ def evaluate(
     ranks: Ranks | None = None,
     between: Callable[[], None] | None = None,
 ) -> Accuracy:
-    """Classify a split, clean and attacked; the model's mode is put back afterwards.
+    """Classify a split, clean and attacked; the modes of the model and its modules are put back afterwards.
+
+    Logits that are not finite are wrong, and an image does not count as robust if a gradient of its attack is not
+    finite, since it was not attacked then.
 
     Args:
         model: maps images in [0, 1] to logits, on the split's device.
@@ -106,9 +145,7 @@ def evaluate(
     device = split.device
     rows = torch.arange(len(split))[ranks.rank :: ranks.world]
     own = split if ranks.world == 1 else split.select(rows)
-    training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         counts = torch.zeros(2, dtype=torch.int64, device=device)
         with contextlib.closing(eval_batches(own, batch_size)) as batches:
             # the first rank has the most images
@@ -118,13 +155,12 @@ def evaluate(
                 for x, y, ids in itertools.islice(batches, 1):
                     with region("evaluation"):
                         with torch.no_grad():
-                            right = model(x).argmax(1) == y
-                        x_adv = attack(model, x, y, sample_ids=ids)
+                            right = predicted(model(x)) == y
+                        blind = BlindImages(x)
+                        x_adv = attack(model, x, y, sample_ids=ids, observe=blind)
                         with torch.no_grad():
-                            held = right & (model(x_adv).argmax(1) == y)
+                            held = right & ~blind.found & (predicted(model(x_adv)) == y)
                         counts += torch.stack([right.sum(), held.sum()])
         ranks.sum_([counts])
         clean, robust = counts.tolist()
         return Accuracy(clean=clean / len(split), robust=robust / len(split))
-    finally:
-        model.train(training)

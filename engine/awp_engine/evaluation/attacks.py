@@ -10,8 +10,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from awp_engine.answers import predicted
 from awp_engine.attack import Start, pgd, summed_cross_entropy, summed_margin
 from awp_engine.data import Split, eval_batches
+from awp_engine.evaluation.accuracy import BlindImages, eval_mode
 from awp_kernels.philox import mix_seed
 
 Family = Literal["clean", "fgsm", "pgd", "cw", "square", "autoattack", "regional"]
@@ -21,6 +23,9 @@ NAMES = (
 )
 _CW_STEPS = 100
 _RESTART = 7
+_MANY_STEPS = 10
+# fp32 rounds x + delta; nothing that is more than rounding passes
+_BALL_SLACK = 1e-5
 _STEPPED = re.compile(r"(pgd|cw)([1-9][0-9]{0,4})")
 _REGIONAL = re.compile(rf"regional-({'|'.join(get_args(Shape))})-([1-9][0-9]?)")
 
@@ -74,14 +79,18 @@ class Outcome:
     Attributes:
         x_adv: fp32 [N, C, H, W], the attacked images.
         held: bool [N], right both clean and attacked.
+        blind: bool [N], would be right too, but a gradient of the attack was not finite: not counted as right.
+        resumed: where a saved state was gone on from; None where there was none.
         parameters: the attack's, for the receipt.
         details: what else it measured.
     """
 
     x_adv: Tensor
     held: Tensor
+    blind: Tensor
     parameters: dict[str, Any]
     details: dict[str, Any] = field(default_factory=dict)
+    resumed: dict[str, Any] | None = None
 
 
 def parse_attack(name: str) -> Attack:
@@ -105,22 +114,41 @@ def parse_attack(name: str) -> Attack:
 @contextlib.contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
     """Eval mode, and no gradients for parameters (FAB would leave some behind); both are put back afterwards."""
-    training = [module.training for module in model.modules()]
     required = [parameter.requires_grad for parameter in model.parameters()]
     try:
-        model.eval().requires_grad_(False)
-        yield
+        with eval_mode(model):
+            model.requires_grad_(False)
+            yield
     finally:
-        for module, mode in zip(model.modules(), training, strict=True):
-            module.training = mode
         for parameter, needed in zip(model.parameters(), required, strict=True):
             parameter.requires_grad_(needed)
 
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
-    """Predicted classes, int64 [N], of fp32 images [N, C, H, W] in [0, 1]."""
-    return torch.cat([model(part).argmax(1) for part in images.split(batch_size)])
+    """Predicted classes, int64 [N], of fp32 images [N, C, H, W] in [0, 1]; -1 where logits are not finite."""
+    return torch.cat([predicted(model(part)) for part in images.split(batch_size)])
+
+
+def perturbation_norms(x_adv: Tensor, x: Tensor) -> dict[str, Tensor]:
+    """Norms of x_adv - x, a sample each, fp64 [N].
+
+    L0 counts the pixels of which any channel changed, L2 is the Euclidean norm over all values, Linf the largest
+    change.
+    """
+    delta = (x_adv.double() - x.double()).flatten(2)  # [N, C, H * W]
+    return {
+        "L0": (delta != 0).any(1).sum(1).double(),
+        "L2": torch.linalg.vector_norm(delta.flatten(1), dim=1),
+        "Linf": delta.abs().amax((1, 2)),
+    }
+
+
+def in_ball(x_adv: Tensor, x: Tensor, threat: Threat) -> Tensor:
+    """Which images lie in the ball around x, to fp32 rounding, and in [0, 1]: bool [N]; NaN lies nowhere."""
+    distance = perturbation_norms(x_adv, x)["Linf" if threat.norm == "linf" else "L2"]
+    near = distance <= float(threat.epsilon) * (1 + _BALL_SLACK) + _BALL_SLACK / 100
+    return near & ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
 
 
 def gradient_attack(
@@ -136,7 +164,8 @@ def gradient_attack(
     """Runs clean, fgsm, pgd or cw on a split; a sample's noise depends on the seed and its id alone.
 
     Restart 0 starts where the training's own evaluation does; the others are spent on images that still hold. An image
-    holds if its last iterate is classified right in every restart.
+    holds if its last iterate is classified right in every restart, by gradients that are finite: where they are not,
+    the steps go nowhere.
 
     Args:
         model: in eval mode, on the split's device.
@@ -154,14 +183,15 @@ def gradient_attack(
     elif attack.family == "clean":
         epsilon, step_size, start, restarts = Fraction(0), Fraction(0), "none", 1
     loss = summed_margin if attack.family == "cw" else summed_cross_entropy
-    attacked, held = [], []
+    attacked, held, unseen = [], [], []
     for x, y, ids in eval_batches(split, batch_size):
         x_adv = x.clone()
-        holds = predict(model, x, batch_size) == y
+        holds, blind = predict(model, x, batch_size) == y, torch.zeros_like(y, dtype=torch.bool)
         for restart in range(restarts if steps else 0):
             left = torch.arange(len(x), device=x.device) if restart == 0 else torch.nonzero(holds).squeeze(1)
             if not len(left):
                 break
+            gradients = BlindImages(left)
             moved = pgd(
                 model,
                 x[left],
@@ -175,12 +205,21 @@ def gradient_attack(
                 sample_ids=ids[left],
                 seed=seed if restart == 0 else mix_seed(seed, _RESTART, restart),
                 loss=loss,
+                observe=gradients,
             )
             x_adv[left] = moved
+            blind[left] |= gradients.found
             holds[left] &= predict(model, moved, batch_size) == y[left]
         attacked.append(x_adv)
-        held.append(holds)
+        held.append(holds & ~blind)
+        unseen.append(holds & blind)
     parameters: dict[str, Any] = {}
+    details: dict[str, Any] = {}
+    # a run's own config.json may say any step, and it comes with the run; a few steps are weak by name
+    if steps >= _MANY_STEPS and steps * step_size < epsilon:
+        details["warnings"] = [
+            f"{steps} steps of {step_size} cannot cross a ball of radius {epsilon}: give --step-size"
+        ]
     if attack.family != "clean":
         parameters = {
             "loss": "margin of logits (CW)" if attack.family == "cw" else "cross-entropy",
@@ -189,4 +228,10 @@ def gradient_attack(
             "start": start,
             "restarts": restarts,
         }
-    return Outcome(x_adv=torch.cat(attacked), held=torch.cat(held), parameters=parameters)
+    return Outcome(
+        x_adv=torch.cat(attacked),
+        held=torch.cat(held),
+        blind=torch.cat(unseen),
+        parameters=parameters,
+        details=details,
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import logging
 import sys
 import time
@@ -18,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from awp_engine.answers import NO_CLASS, predicted
+from awp_engine.checkpoint import CheckpointError
 from awp_engine.data import Split, eval_batches
 from awp_engine.evaluation.attack_state import AttackState, StateFile
-from awp_engine.evaluation.attacks import EvaluationError, Outcome, Threat
+from awp_engine.evaluation.attacks import EvaluationError, Outcome, Threat, predict
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 _TARGETS = 9
@@ -73,14 +76,64 @@ class Budget:
 STANDARD_BUDGET = Budget()
 
 
+class _Guarded(nn.Module):
+    """The model as the package is to see it: without a number that is not finite.
+
+    The package takes argmax of whatever it is given. Where logits are not finite it is shown ones that are wrong for
+    the label, so that it keeps such an image as a success; where gradients are not, zeros. Every other bit is the
+    model's.
+
+    Attributes:
+        x, y: the images [N, C, H, W] that are attacked, and their labels.
+        not_finite: gradients of images seen so far that are not finite though the logits are.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor, y: Tensor) -> None:
+        super().__init__()
+        self.model, self.x, self.y = model, x, y
+        self.not_finite = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.requires_grad:
+            return self._answers(self.model(x), x)
+        # a new tensor, so that the hook is of this pass alone
+        seen = x.view_as(x)
+        logits = self.model(seen)
+        answered = predicted(logits) != NO_CLASS
+
+        def finite(gradient: Tensor) -> Tensor:
+            bad = ~gradient.isfinite()
+            self.not_finite += int((bad.flatten(1).any(1) & answered).sum())
+            return gradient.masked_fill(bad, 0)
+
+        seen.register_hook(finite)
+        return self._answers(logits, x)
+
+    def _answers(self, logits: Tensor, x: Tensor) -> Tensor:
+        bad = predicted(logits) == NO_CLASS
+        if not bool(bad.any()):
+            return logits
+        # whose image it is: the package hands over any of the batch, moved within the ball
+        nearest = torch.cdist(x.detach()[bad].flatten(1), self.x.flatten(1)).argmin(1)
+        wrong = torch.zeros_like(logits)
+        wrong[bad] = wrong[bad].scatter(1, self.y[nearest].unsqueeze(1), -1)
+        return torch.where(bad.unsqueeze(1), wrong, logits)
+
+
+def require_package() -> None:
+    """Raises `EvaluationError` where pyautoattack is missing: hours before it is wanted."""
+    if importlib.util.find_spec("pyautoattack") is None:
+        raise EvaluationError(
+            "the package pyautoattack is missing, by which autoattack, square and the gates' black-box attack run; "
+            "install it with: pip install pyautoattack, or leave them out (--no-gates)"
+        )
+
+
 def _package(model: nn.Module, threat: Threat, seed: int, device: torch.device, classes: int, budget: Budget) -> Any:
     """The package's object for the standard version, with no more targets than there are wrong classes."""
-    try:
-        from pyautoattack import AutoAttack
-    except ImportError:
-        raise EvaluationError(
-            "the package pyautoattack is missing; install it with: pip install pyautoattack"
-        ) from None
+    require_package()
+    from pyautoattack import AutoAttack
+
     norm = "Linf" if threat.norm == "linf" else "L2"
     package = AutoAttack(model, norm=norm, eps=float(threat.epsilon), version="standard", seed=seed, device=device)
     package.apgd_targeted.n_target_classes = package.fab.n_target_classes = min(_TARGETS, classes - 1)
@@ -119,7 +172,8 @@ def _perturb(package: Any, attack: str, x: Tensor, y: Tensor) -> Tensor:
     return package.square.perturb(x, y)
 
 
-def _refuse_unsuitable(split: Split, classes: int, attacks: Sequence[str], threat: Threat) -> None:
+def require_suitable(split: Split, classes: int, attacks: Sequence[str], threat: Threat) -> None:
+    """Raises `EvaluationError` for images and classes that the package cannot attack."""
     height = split.images.shape[2]
     if classes < 4 and "apgd-t" in attacks:
         raise EvaluationError(
@@ -158,7 +212,7 @@ def autoattack(
 
     Every attack is run on the images that withstood those before. With `state_file` the attacked images are saved after
     every attack, and within one after a batch if a minute has passed; started again, it goes on from there to the same
-    result, as every batch is seeded by itself.
+    result, as every batch is seeded by itself. A state that cannot be written is said, and the attacks go on.
 
     Args:
         model: in eval mode, on the split's device; logits of at least 4 classes.
@@ -173,24 +227,34 @@ def autoattack(
 
     Raises:
         EvaluationError: the package is missing, or cannot attack such images or so few classes.
-        CheckpointError: the state could not be written.
     """
     x, y, _ = next(eval_batches(split, len(split)))
     with _quiet_package(x.device) as flags:
         classes = int(model(x[:1]).shape[1])
-        _refuse_unsuitable(split, classes, attacks, threat)
-        package = _package(model, threat, seed, x.device, classes, budget)
-        state = state_file.load(say) if state_file is not None else None
-        if state is None:
-            _check_model(model, x[:batch_size], y[:batch_size], attacks, package)
-            right = torch.cat(
-                [model(part).max(1)[1] == labels for part, labels in _batches(x, y, batch_size)]
-            )  # max, not argmax, as the package does
+        require_suitable(split, classes, attacks, threat)
+        guarded = _Guarded(model, x[:batch_size], y[:batch_size])
+        package = _package(guarded, threat, seed, x.device, classes, budget)
+
+        def check(saved: AttackState) -> None:
+            saved.to(x.device).require_sound(model, x, y, threat, attacks=tuple(attacks), batch_size=batch_size)
+
+        state, resumed = None if state_file is None else state_file.load(say, check), None
+        if state_file is None or state is None:
+            _check_model(guarded, guarded.x, guarded.y, attacks, package)
+            right = predict(model, x, batch_size) == y
             state = AttackState(x_adv=x.clone(), robust=right, begun=right.clone(), counts={"clean": int(right.sum())})
         else:
             state = state.to(x.device)
-            say(f"autoattack: going on with {attacks[state.attack] if state.attack < len(attacks) else 'the result'}")
-        _run(model, x, y, package, attacks, batch_size, state, state_file, flags, say)
+            following = attacks[state.attack] if state.attack < len(attacks) else "the result"
+            resumed = {
+                "file": state_file.path.name,
+                "sha256": state_file.sha256(),
+                "started": state.started,
+                "from": following,
+                "batch": state.batch,
+            }
+            say(f"autoattack: going on with {following}, of a state begun at {state.started}: {state_file.path.name}")
+        _run(guarded, x, y, package, attacks, batch_size, state, state_file, flags, say)
     square_gain = state.counts.get("fab-t", 0) - state.counts.get("square", 0)
     if "fab-t" in state.counts and square_gain > 0.002 * len(split):
         state.warnings.append(
@@ -207,15 +271,18 @@ def autoattack(
         "batch_size": batch_size,
     }
     details = {"right_after": state.counts, "warnings": state.warnings}
-    return Outcome(x_adv=state.x_adv, held=state.robust, parameters=parameters, details=details)
-
-
-def _batches(x: Tensor, y: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(x.split(batch_size), y.split(batch_size), strict=True)
+    return Outcome(
+        x_adv=state.x_adv,
+        held=state.robust,
+        blind=torch.zeros_like(state.robust),
+        parameters=parameters,
+        details=details,
+        resumed=resumed,
+    )
 
 
 def _run(
-    model: nn.Module,
+    guarded: _Guarded,
     x: Tensor,
     y: Tensor,
     package: Any,
@@ -228,6 +295,19 @@ def _run(
 ) -> None:
     """Moves `state` from where it stands to the end."""
     flags.messages += [message for message in state.warnings if message not in flags.messages]
+
+    def save(next_attack: int, next_batch: int) -> None:
+        # counted since the last time
+        if guarded.not_finite:
+            flags.messages.append(f"{name}: {guarded.not_finite} gradients of images were not finite")
+        guarded.not_finite = 0
+        state.warnings = list(flags.messages)
+        if state_file is not None:
+            try:
+                state_file.save(state, next_attack=next_attack, next_batch=next_batch)
+            except CheckpointError as error:
+                say(f"autoattack: goes on, but its progress could not be saved: {error}")
+
     saved = began = time.monotonic()
     for attack, name in enumerate(attacks):
         if attack < state.attack:
@@ -236,20 +316,18 @@ def _run(
         for batch, chosen in enumerate(batches):
             if batch < state.batch:
                 continue
-            attacked = _perturb(package, name, x[chosen], y[chosen])
-            fooled = model(attacked).max(1)[1] != y[chosen]
+            guarded.x, guarded.y = x[chosen], y[chosen]
+            attacked = _perturb(package, name, guarded.x, guarded.y)
+            fooled = predicted(guarded.model(attacked)) != guarded.y
             state.robust[chosen[fooled]] = False
             state.x_adv[chosen[fooled]] = attacked[fooled]
             if state_file is not None and batch + 1 < len(batches) and time.monotonic() - saved > _SAVE_SECONDS:
-                state.warnings = list(flags.messages)
-                state_file.save(state, next_attack=attack, next_batch=batch + 1)
+                save(attack, batch + 1)
                 saved = time.monotonic()
         state.begun, state.batch = state.robust.clone(), 0
         count, images = int(state.robust.sum()), len(x)
         state.counts[name] = count
-        state.warnings = list(flags.messages)
-        if state_file is not None:
-            state_file.save(state, next_attack=attack + 1, next_batch=0)
-            saved = time.monotonic()
+        save(attack + 1, 0)
+        saved = time.monotonic()
         seconds = time.monotonic() - began
         say(f"autoattack: after {name} at most {count / images:.2%} right ({count} of {images}), {seconds:.0f} s")

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
+from awp_engine.answers import NO_CLASS
 from awp_engine.drawing import drawable
 from awp_engine.evaluation.gates import GateReport
 from awp_engine.evaluation.results import Pictures
@@ -112,7 +113,7 @@ def picture_rows(pictures: Pictures, class_names: Sequence[str]) -> bytes:
         label = pictures.labels[column]
         for row, predicted in ((0, pictures.clean_predictions[column]), (1, pictures.predictions[column])):
             grid[row, column].set_title(
-                drawable(class_names[predicted], 14),
+                "no answer" if predicted == NO_CLASS else drawable(class_names[predicted], 14),
                 fontsize=9,
                 color="black" if predicted == label else _VERMILION,
                 parse_math=False,

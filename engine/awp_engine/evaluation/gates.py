@@ -14,6 +14,7 @@ from fractions import Fraction
 import torch
 from torch import nn
 
+from awp_engine.answers import NO_CLASS, predicted
 from awp_engine.attack import summed_cross_entropy
 from awp_engine.data import Split, eval_batches
 from awp_engine.evaluation.attacks import Threat, gradient_attack, parse_attack, predict
@@ -28,6 +29,8 @@ _EPSILON_STEPS = "pgd40"
 # a few images of a subset may go either way
 _NEARLY_NONE = Fraction(2, 100)
 _SLACK = Fraction(1, 100)
+# of the largest logit, as in AutoAttack's own check for randomised models
+_REPEATED = 1e-4
 _WITHOUT_EPSILON = {"linf": Fraction(8, 255), "l2": Fraction(1, 2)}
 
 
@@ -72,19 +75,42 @@ def _percent(count: int, images: int) -> str:
     return f"{count / images:.1%}"
 
 
-def _zero_gradients(model: nn.Module, split: Split, batch_size: int) -> tuple[int, float]:
-    """Images whose gradient is zero everywhere, and the share of zero entries overall."""
-    images, entries = 0, 0
+@dataclass(frozen=True)
+class _Gradients:
+    """Images without any gradient, images with one that is not finite, and the share of zeros among all values."""
+
+    missing: int
+    not_finite: int
+    zeros: float
+
+
+def _gradients(model: nn.Module, split: Split, batch_size: int) -> _Gradients:
+    missing, not_finite, zeros = 0, 0, 0
     for x, y, _ in eval_batches(split, batch_size):
         x.requires_grad_()
         with torch.enable_grad():
-            output = summed_cross_entropy(model(x), y)
+            logits = model(x)
+            output = summed_cross_entropy(logits, y)
             # a model that cuts the graph has no gradient at all
             gradient = torch.autograd.grad(output, x)[0] if output.requires_grad else torch.zeros_like(x)
-        zero = (gradient == 0).flatten(1)
-        images += int(zero.all(1).sum())
-        entries += int(zero.sum())
-    return images, entries / split.images.numel()
+        zero, finite = (gradient == 0).flatten(1), gradient.isfinite().flatten(1).all(1)
+        missing += int(zero.all(1).sum())
+        # logits that are not finite are wrong already
+        not_finite += int((~finite & (predicted(logits) != NO_CLASS)).sum())
+        zeros += int(zero.sum())
+    return _Gradients(missing, not_finite, zeros / split.images.numel())
+
+
+@torch.no_grad()
+def _differing_answers(model: nn.Module, split: Split, batch_size: int) -> int:
+    """Images whose logits are not the same twice, but for what a GPU's order of summation may do."""
+    differing = 0
+    for x, _, _ in eval_batches(split, batch_size):
+        once, again = model(x), model(x)
+        same = (once == again) | (once.isnan() & again.isnan())
+        allowed = (once - again).abs() <= _REPEATED * once.abs().amax(1, keepdim=True)
+        differing += int((~(same | allowed)).any(1).sum())
+    return differing
 
 
 def run_gates(
@@ -97,7 +123,7 @@ def run_gates(
     queries: int = QUERIES,
     say: Callable[[str], None] = lambda _: None,
 ) -> GateReport:
-    """Runs the five checks on a small split.
+    """Runs the six checks on a small split. Each fails, rather than passes, on what is not a number.
 
     Args:
         model: in eval mode, on the split's device.
@@ -144,7 +170,8 @@ def run_gates(
     clean = predict(model, whole.images, batch_size) == whole.labels
     differing = int((clean != held_at[Fraction(0)]).sum())
     rises = [later - earlier for (_, earlier), (_, later) in itertools.pairwise(steps_curve)]
-    no_gradient, zero_entries = _zero_gradients(model, split, batch_size)
+    gradients = _gradients(model, split, batch_size)
+    varying = _differing_answers(model, split, batch_size)
     gates = (
         Gate(
             name="accuracy falls as epsilon grows",
@@ -177,10 +204,19 @@ def run_gates(
         ),
         Gate(
             name="gradients are not masked",
-            measured=f"{_percent(no_gradient, images)} of images without gradient, {zero_entries:.1%} of values zero",
-            bound=f"at most {float(_SLACK):.0%} of images, half of the values",
-            passed=no_gradient <= slack and zero_entries <= 0.5,
-            failure_means="a step of the model has no gradient, or its logits saturate the loss",
+            measured=f"{_percent(gradients.missing, images)} of images without gradient, "
+            f"{gradients.zeros:.1%} of values zero, {gradients.not_finite} images with values that are not finite",
+            bound=f"at most {float(_SLACK):.0%} of images, half of the values; all values finite",
+            passed=gradients.missing <= slack and gradients.zeros <= 0.5 and gradients.not_finite == 0,
+            failure_means="a step of the model has no gradient, or one that is not finite, or its logits saturate the "
+            "loss",
+        ),
+        Gate(
+            name="the model answers alike twice",
+            measured=f"{varying} of {images} images with other logits",
+            bound=f"none, to {_REPEATED:g} of the largest logit",
+            passed=varying == 0,
+            failure_means="the model is random, dropout that is left on for one: attacks must average over its answers",
         ),
     )
     return GateReport(gates=gates, images=images, epsilon_curve=epsilon_curve, steps_curve=steps_curve, epsilon=epsilon)

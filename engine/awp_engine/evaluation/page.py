@@ -70,15 +70,12 @@ def render_page(
     title = f"{receipt['data']['name']}, {receipt['norm']} epsilon {receipt['epsilon']}"
     sections = [
         f"<h1>Evaluation: {html.escape(title)}</h1>",
-        f"<p>{receipt['data']['images']} images of the {receipt['data']['split']} split; an image counts as right if "
-        "it is classified right clean and attacked.</p>",
+        f"<p>{receipt['data']['images']} images of the {receipt['data']['split']} split. "
+        f"Right means {html.escape(report['right_means'])}.</p>",
         "<h2>Accuracy</h2>",
         *(_table(table) for table in tables if table),
     ]
-    warnings = [
-        f"{row['attack']}: {warning}" for row in report["attacks"] for warning in row["details"].get("warnings", [])
-    ]
-    sections += [f'<p class="failed">{html.escape(warning)}</p>' for warning in warnings]
+    sections += [f'<p class="failed">Unreliable: {html.escape(doubt)}</p>' for doubt in report["doubts"]]
     if report["gates"] is None:
         sections.append("<h2>Gates</h2><p>Not run (--no-gates); so there are no curves of accuracy either.</p>")
     else:

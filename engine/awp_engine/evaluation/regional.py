@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from awp_engine.answers import predicted
 from awp_engine.data import Split, eval_batches
-from awp_engine.evaluation.attacks import Attack, EvaluationError, Outcome, Shape
+from awp_engine.evaluation.attacks import Attack, EvaluationError, Outcome, Shape, perturbation_norms
 from awp_kernels import pgd_step_
 from awp_kernels.philox import STREAM_UNIFORM, mix_seed, sample_words
 
@@ -99,20 +100,6 @@ def region_mask(shape: Shape, percent: int, height: int, width: int, *, sample_i
     return mask
 
 
-def perturbation_norms(x_adv: Tensor, x: Tensor) -> dict[str, Tensor]:
-    """Norms of x_adv - x, a sample each, fp64 [N].
-
-    L0 counts the pixels of which any channel changed, L2 is the Euclidean norm over all values, Linf the largest
-    change.
-    """
-    delta = (x_adv.double() - x.double()).flatten(2)  # [N, C, H * W]
-    return {
-        "L0": (delta != 0).any(1).sum(1).double(),
-        "L2": torch.linalg.vector_norm(delta.flatten(1), dim=1),
-        "Linf": delta.abs().amax((1, 2)),
-    }
-
-
 def regional_attack(
     model: nn.Module,
     split: Split,
@@ -142,16 +129,17 @@ def regional_attack(
     """
     if attack.shape is None:
         raise ValueError(f"attack: expected a regional one, got {attack.name}")
-    attacked, held, norms, taken = [], [], [], []
+    attacked, held, unseen, norms, taken = [], [], [], [], []
     height, width = split.images.shape[2:]
     for x, y, ids in eval_batches(split, batch_size):
         mask = region_mask(attack.shape, attack.percent, height, width, sample_ids=ids, seed=seed)
         with torch.no_grad():
             logits = model(x)
-        right = logits.argmax(1) == y
+        right = predicted(logits) == y
         target = logits.scatter(1, y.unsqueeze(1), -torch.inf).argmax(1)
         x_adv, active = x.clone(), torch.nonzero(right).squeeze(1)
         count = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        blind = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for _ in range(steps):
             if not len(active):
                 break
@@ -159,6 +147,7 @@ def regional_attack(
             with torch.enable_grad():
                 loss = F.cross_entropy(model(current), target[active], reduction="sum")
                 (gradient,) = torch.autograd.grad(loss, current)
+            blind[active] |= ~gradient.isfinite().flatten(1).all(1)
             moved = current.detach()
             # epsilon 1 bounds nothing on [0, 1]
             pgd_step_(
@@ -173,13 +162,14 @@ def regional_attack(
             x_adv[active] = moved
             count[active] += 1
             with torch.no_grad():
-                active = active[model(moved).argmax(1) == y[active]]
+                active = active[predicted(model(moved)) == y[active]]
         holds = torch.zeros_like(right).index_fill(0, active, True)
         flipped = right & ~holds
         norms.append({name: value[flipped] for name, value in perturbation_norms(x_adv, x).items()})
         taken.append(count[flipped])
         attacked.append(x_adv)
-        held.append(holds)
+        held.append(holds & ~blind)
+        unseen.append(holds & blind)
     flipped_steps = torch.cat(taken)
     details: dict[str, Any] = {"flipped": len(flipped_steps)}
     if len(flipped_steps):
@@ -194,4 +184,10 @@ def regional_attack(
         "target": "wrong class with the largest clean logit",
         "bound": "the region and [0, 1] alone, no epsilon",
     }
-    return Outcome(x_adv=torch.cat(attacked), held=torch.cat(held), parameters=parameters, details=details)
+    return Outcome(
+        x_adv=torch.cat(attacked),
+        held=torch.cat(held),
+        blind=torch.cat(unseen),
+        parameters=parameters,
+        details=details,
+    )

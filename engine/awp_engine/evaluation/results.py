@@ -9,6 +9,8 @@ from torch import Tensor
 from awp_engine.evaluation.gates import GateReport
 from awp_engine.evaluation.receipt import percent
 
+RIGHT_MEANS = "right clean and attacked; an image that is wrong without an attack is not right under one"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -17,6 +19,8 @@ class Row:
     Attributes:
         attack: its name.
         right: images right both clean and attacked.
+        not_finite: images whose logits, clean or attacked, are not finite: wrong.
+        blind: images that would be right, but a gradient of their attack was not finite: not counted as right.
         images: how many were attacked.
         seconds: it took, saved parts of an earlier start not counted.
         largest: largest perturbation found, measured again in fp64, in the ball's norm.
@@ -24,10 +28,13 @@ class Row:
         transferred: images that fooled this model and, right before, the second model too; None without one.
         transferable: images that fooled this model and were right on the second one before.
         parameters, details: the attack's own.
+        resumed: the saved state that was gone on from; None where there was none.
     """
 
     attack: str
     right: int
+    not_finite: int
+    blind: int
     images: int
     seconds: float
     largest: float
@@ -36,6 +43,7 @@ class Row:
     transferable: int | None
     parameters: Mapping[str, Any]
     details: Mapping[str, Any]
+    resumed: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +65,7 @@ class Measurement:
     Attributes:
         rows: in the order of the attacks.
         clean: images right without an attack.
+        not_finite: images whose logits are not finite without an attack: wrong.
         worst: images right under every attack of the ball.
         worst_over: the names of those.
         images: how many there are.
@@ -66,15 +75,41 @@ class Measurement:
 
     rows: tuple[Row, ...]
     clean: int
+    not_finite: int
     worst: int
     worst_over: tuple[str, ...]
     images: int
     gates: GateReport | None
     pictures: tuple[Pictures, ...]
 
+    def doubts(self) -> list[str]:
+        """Why not to believe the numbers, in words; empty where nothing speaks against them."""
+        found = []
+        not_finite = max((self.not_finite, *(row.not_finite for row in self.rows)))
+        if not_finite:
+            found.append(f"logits of {not_finite} of {self.images} images are not finite; they count as wrong")
+        for row in self.rows:
+            if row.blind:
+                found.append(f"{row.attack}: gradients of {row.blind} images are not finite; they count as wrong")
+            if row.in_ball is False:
+                found.append(f"{row.attack}: attacked images left the ball, or are no images")
+            found += [f"{row.attack}: {warning}" for warning in row.details.get("warnings", [])]
+        bounded = [row for row in self.rows if row.in_ball is not None]
+        for row in bounded:
+            for other in bounded if row.attack == "autoattack" else ():
+                if row.right > other.right:
+                    found.append(
+                        f"autoattack: {row.right} images right, more than under {other.attack} ({other.right}): "
+                        "its attacks, or what was saved of them, are broken"
+                    )
+        if self.gates is not None:
+            found += [f"gate failed: {gate.name}" for gate in self.gates.gates if not gate.passed]
+        return found
+
     def table(self) -> list[dict[str, str]]:
         """Rows of text for `report.print_table`."""
         transfers = any(row.transferable is not None for row in self.rows)
+        unusable = any(row.not_finite or row.blind for row in self.rows)
         lines = []
         for row in self.rows:
             line = {
@@ -84,6 +119,8 @@ class Measurement:
                 "largest": f"{row.largest:.4g}",
                 "seconds": f"{row.seconds:.1f}",
             }
+            if unusable:
+                line |= {"logits not finite": str(row.not_finite), "gradients not finite": str(row.blind)}
             if transfers:
                 line["transfer"] = f"{percent(row.transferred or 0, row.transferable)}%" if row.transferable else "-"
             lines.append(line)
@@ -118,8 +155,12 @@ class Measurement:
             for row in self.rows
         ]
         worst = {"right": self.worst, "images": self.images, "over": list(self.worst_over)}
+        doubts = self.doubts()
         return {
-            "clean": {"right": self.clean, "images": self.images},
+            "unreliable": bool(doubts),
+            "doubts": doubts,
+            "right_means": RIGHT_MEANS,
+            "clean": {"right": self.clean, "images": self.images, "not_finite": self.not_finite},
             "attacks": rows,
             "robust_to_all": worst | {"accuracy_percent": percent(self.worst, self.images)},
             "gates": None if self.gates is None else _gates_to_dict(self.gates),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -25,11 +27,15 @@ from awp_engine.evaluation.robustbench import Publication, model_info
 from awp_engine.evaluation.subject import Subject, load_subject
 from awp_engine.evaluation.suite import measure
 from awp_engine.locking import locked
+from awp_engine.report import prepare_directory
 from awp_engine.text import json_text
 
 JSON, PAGE, LEADERBOARD = "evaluation.json", "evaluation.html", "robustbench.json"
 DEFAULT_ATTACKS = ("clean", "fgsm", "pgd20", "cw")
 _BATCH_SIZE = 512
+# far beyond use, within what torch counts with
+_MOST = 2**31 - 1
+_LARGEST_L2 = 10**6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +79,15 @@ def _threat(subject: Subject, epsilon: str | None, norm: Literal["linf", "l2"] |
     radius = _amount("epsilon", epsilon or "")
     if norm == "linf" and radius > 1:
         raise EvaluationError(f"--epsilon: expected at most 1 for linf, as pixels lie in [0, 1], got {epsilon}")
+    if radius > _LARGEST_L2:
+        raise EvaluationError(f"--epsilon: expected at most {_LARGEST_L2}, got {str(epsilon)[:80]}")
     if step_size is None and own and config is not None:
         step_size = config.evaluation.step_size
     step = radius / 4 if step_size is None else _amount("step-size", step_size)
+    if step > 2 * radius:
+        raise EvaluationError(
+            f"--step-size: expected at most twice epsilon ({radius}), across the whole ball, got {str(step_size)[:80]}"
+        )
     return Threat(epsilon=radius, norm=norm or "linf", step_size=step)
 
 
@@ -104,8 +116,9 @@ def _output(path: Path, subject: Subject) -> Path:
 
 
 def _positive(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise EvaluationError(f"--{name}: expected a whole number >= 1, got {value}")
+    if value is not None and not 1 <= value <= _MOST:
+        shown = str(value) if abs(value) < 10**30 else "one of more than 30 digits"
+        raise EvaluationError(f"--{name}: expected a whole number from 1 to {_MOST}, got {shown}")
 
 
 def _require_fit(subject: Subject, dataset: Dataset, device: torch.device, what: str) -> None:
@@ -142,8 +155,12 @@ def evaluate_checkpoint(
     publication: Publication | None = None,
     budget: Budget = STANDARD_BUDGET,
     say: Callable[[str], None] = lambda _: None,
+    tell: Callable[[Evaluated], None] = lambda _: None,
 ) -> Evaluated:
     """Measures a checkpoint on the test split, and writes evaluation.json, evaluation.html and what was asked for.
+
+    These are the newest; each is kept under a name of its own as well, by data, images, ball and a hash of all that was
+    asked for, so that another question overwrites nothing. evaluation-NAME.partial.json is there while attacks run.
 
     What is not given is the run's own, from the config.json beside or above the weights.
 
@@ -167,6 +184,7 @@ def evaluate_checkpoint(
         publication: write RobustBench's description, robustbench.json; needs autoattack.
         budget: of autoattack and square, for quick looks.
         say: is told how far it is, one line at a time.
+        tell: is given the result before anything is written.
 
     Raises:
         EvaluationError, ConfigError, DataError, CheckpointError: one line that says what is wrong.
@@ -206,6 +224,10 @@ def evaluate_checkpoint(
     if batch_size is None:
         batch_size = _BATCH_SIZE if config is None else config.evaluation.batch_size
     output = output or _output(path, subject)
+    try:
+        prepare_directory(output)
+    except OSError as error:
+        raise EvaluationError(f"--output: {output} cannot be written: {error.strerror}; choose another") from None
     receipt = make_receipt(
         subject.model,
         split,
@@ -230,6 +252,25 @@ def evaluate_checkpoint(
     )
     if second is not None:
         receipt["transfer_to"] = {"name": second.name, "file": second.weights.name, "sha256": second.sha256}
+    question = {
+        "weights": subject.sha256,
+        "images": receipt["data"]["sha256_of_these_images"],
+        "ball": [str(threat.epsilon), threat.norm, str(threat.step_size)],
+        "attacks": [attack.name for attack in wanted],
+        "numbers": [seed, batch_size, restarts, gates_limit, asdict(budget)],
+        "transfer_to": None if second is None else second.sha256,
+    }
+    name = _name(dataset.name, len(split), threat, question)
+    partial = output / f"evaluation-{name}.partial.json"
+
+    def save(measured: Measurement) -> None:
+        try:
+            atomic_write_text(
+                partial, json_text({"finished": False, "receipt": receipt, **measured.to_dict()}, indent=2)
+            )
+        except OSError as error:
+            say(f"{error.filename}: cannot be written, measuring goes on: {error.strerror}")
+
     with locked(output):
         measurement = measure(
             subject.model,
@@ -251,63 +292,69 @@ def evaluate_checkpoint(
                 "pyautoattack": receipt["versions"]["pyautoattack"],
             },
             say=say,
+            so_far=save,
         )
-        report = {"receipt": receipt, **measurement.to_dict()}
-        _write(output, subject, dataset, threat, measurement, report)
+        resumed = {row.attack: row.resumed for row in measurement.rows if row.resumed is not None}
+        receipt |= {"resumed": resumed} if resumed else {}
+        title = f"{dataset.name} test split, {threat.norm} epsilon {threat.epsilon}, {len(split)} images"
+        report = {"finished": True, "receipt": receipt, **measurement.to_dict()}
+        done = Evaluated(measurement=measurement, report=report, output=output, title=title)
+        tell(done)
+        # numbers before pictures, which may fail
+        _put(output, name, JSON, json_text(report, indent=2))
+        partial.unlink(missing_ok=True)
         if publication is not None:
-            _write_leaderboard(output, publication, dataset.name, threat, measurement, limit, say)
-    title = f"{dataset.name} test split, {threat.norm} epsilon {threat.epsilon}, {len(split)} images"
-    return Evaluated(measurement=measurement, report=report, output=output, title=title)
+            doubts = _leaderboard_doubts(measurement, limit)
+            if doubts:
+                say(f"{LEADERBOARD}: marked unreliable: {', '.join(doubts)}")
+            _put(
+                output,
+                name,
+                LEADERBOARD,
+                json_text(_leaderboard(publication, dataset.name, threat, measurement, doubts), indent=2),
+            )
+        _put(output, name, PAGE, _page(subject, dataset, threat, done))
+        return done
 
 
-def _write(
-    output: Path,
-    subject: Subject,
-    dataset: Dataset,
-    threat: Threat,
-    measurement: Measurement,
-    report: dict[str, Any],
-) -> None:
+def _name(data: str, images: int, threat: Threat, question: Mapping[str, Any]) -> str:
+    """For the reports of one evaluation: says what was measured, unlike that of any other question."""
+    digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:8]
+    parts = (data, images, threat.norm, threat.epsilon)
+    return "-".join([re.sub(r"[^A-Za-z0-9]+", "_", str(part)) for part in parts] + [digest])
+
+
+def _put(output: Path, name: str, kind: str, text: str) -> None:
+    """Writes a report twice: under the evaluation's own name, and as the newest."""
+    stem, _, suffix = kind.partition(".")
+    for path in (output / f"{stem}-{name}.{suffix}", output / kind):
+        atomic_write_text(path, text)
+
+
+def _page(subject: Subject, dataset: Dataset, threat: Threat, done: Evaluated) -> str:
     # matplotlib is imported at the end: it takes a second
     from awp_engine.evaluation.figures import epsilon_curve, learning_curves, picture_rows, steps_curve
     from awp_engine.evaluation.page import render_page
 
+    measurement = done.measurement
     figures: list[tuple[str, bytes]] = []
     if measurement.gates is not None:
         on = f"on {measurement.gates.images} images"
         figures.append((f"Accuracy under PGD-40 against epsilon, {on}", epsilon_curve(measurement.gates, threat.norm)))
         figures.append((f"Accuracy against the steps of PGD, {on}", steps_curve(measurement.gates)))
     if subject.run_dir is not None and (curves := learning_curves(subject.run_dir)) is not None:
-        figures.append(("Learning curves of the run", curves))
+        figures.append(("Learning curves, as the run's metrics.jsonl has them; not measured here", curves))
     for pictures in measurement.pictures:
         caption = f"{pictures.attack}: clean, attacked, and the difference stretched around grey; wrong labels in red"
         figures.append((caption, picture_rows(pictures, dataset.class_names)))
-    output.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(output / JSON, json_text(report, indent=2))
-    atomic_write_text(output / PAGE, render_page(report, [measurement.table(), measurement.regional_table()], figures))
+    return render_page(done.report, [measurement.table(), measurement.regional_table()], figures)
 
 
-def _write_leaderboard(
-    output: Path,
-    publication: Publication,
-    dataset: str,
-    threat: Threat,
-    measurement: Measurement,
-    limit: int | None,
-    say: Callable[[str], None],
-) -> None:
+def _leaderboard(
+    publication: Publication, dataset: str, threat: Threat, measurement: Measurement, doubts: Sequence[str]
+) -> dict[str, Any]:
     autoattack = next(row for row in measurement.rows if row.attack == "autoattack")
-    reasons = {
-        "the gates were not run": measurement.gates is None,
-        "a gate failed": measurement.gates is not None and not all(g.passed for g in measurement.gates.gates),
-        "AutoAttack warned": bool(autoattack.details["warnings"]),
-        "it is not AutoAttack's standard version": autoattack.parameters["version"] != "standard",
-        f"only {measurement.images} images were measured": limit is not None,
-    }
-    doubts = [reason for reason, holds in reasons.items() if holds]
-    if doubts:
-        say(f"{LEADERBOARD}: marked unreliable: {', '.join(doubts)}")
-    info = model_info(
+    return model_info(
         publication,
         dataset=dataset,
         epsilon=threat.epsilon,
@@ -316,4 +363,13 @@ def _write_leaderboard(
         images=measurement.images,
         unreliable=bool(doubts),
     )
-    atomic_write_text(output / LEADERBOARD, json.dumps(info, indent=2, ensure_ascii=False) + "\n")
+
+
+def _leaderboard_doubts(measurement: Measurement, limit: int | None) -> list[str]:
+    autoattack = next(row for row in measurement.rows if row.attack == "autoattack")
+    more = {
+        "the gates were not run": measurement.gates is None,
+        "it is not AutoAttack's standard version": autoattack.parameters["version"] != "standard",
+        f"only {measurement.images} images were measured": limit is not None,
+    }
+    return [*measurement.doubts(), *(reason for reason, holds in more.items() if holds)]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from awp_engine.answers import NO_CLASS
 from awp_engine.data import Split, eval_batches
 from awp_engine.evaluation.accuracy import spread
 from awp_engine.evaluation.attack_state import StateFile
@@ -18,18 +19,31 @@ from awp_engine.evaluation.attacks import (
     Outcome,
     Threat,
     gradient_attack,
+    in_ball,
     measuring,
+    perturbation_norms,
     predict,
 )
-from awp_engine.evaluation.autoattack import STANDARD, STANDARD_BUDGET, Budget, autoattack
-from awp_engine.evaluation.gates import Gate, run_gates
+from awp_engine.evaluation.autoattack import (
+    STANDARD,
+    STANDARD_BUDGET,
+    Budget,
+    autoattack,
+    require_package,
+    require_suitable,
+)
+from awp_engine.evaluation.gates import Gate, GateReport, run_gates
 from awp_engine.evaluation.receipt import percent
-from awp_engine.evaluation.regional import perturbation_norms, regional_attack
+from awp_engine.evaluation.regional import regional_attack
 from awp_engine.evaluation.results import Measurement, Pictures, Row
+from awp_engine.evaluation.user_key import KeyFileError
 
 _PICTURES = 6
-# fp32 rounds x + delta; nothing that is more than rounding passes
-_BALL_SLACK = 1e-5
+
+
+def _package_attacks(attack: Attack) -> tuple[str, ...]:
+    """What of pyautoattack an attack runs."""
+    return {"autoattack": STANDARD, "square": ("square",)}.get(attack.family, ())
 
 
 def _run_attack(
@@ -50,7 +64,7 @@ def _run_attack(
         return regional_attack(model, split, attack, seed=seed, batch_size=batch_size)
     if attack.family not in ("autoattack", "square"):
         return gradient_attack(model, split, attack, threat, restarts=restarts, seed=seed, batch_size=batch_size)
-    names = STANDARD if attack.family == "autoattack" else ("square",)
+    names = _package_attacks(attack)
     state_file = None
     if states is not None:
         depends = {
@@ -62,7 +76,10 @@ def _run_attack(
             "attacks": list(names),
             "budget": asdict(budget),
         }
-        state_file = StateFile(states, depends)
+        try:
+            state_file = StateFile(states, depends)
+        except KeyFileError as error:
+            say(f"{attack.name}: goes on without saving its progress: {error}")
     return autoattack(
         model,
         split,
@@ -81,7 +98,8 @@ def _ball_gate(rows: Sequence[Row], threat: Threat) -> Gate:
     largest = max((row.largest for row in bounded), default=0.0)
     return Gate(
         name="attacked images lie in the ball",
-        measured=f"largest {threat.norm} perturbation {largest:.7g}",
+        measured=f"largest {threat.norm} perturbation {largest:.7g}"
+        + "".join(f", {row.attack} outside" for row in bounded if not row.in_ball),
         bound=f"epsilon {threat.epsilon} ({float(threat.epsilon):.7g}), to fp32 rounding, and pixels in [0, 1]",
         passed=all(row.in_ball for row in bounded),
         failure_means="an attack did more than it may: its accuracy says too little",
@@ -116,6 +134,7 @@ def measure(
     states: Path | None = None,
     identity: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda _: None,
+    so_far: Callable[[Measurement], None] = lambda _: None,
 ) -> Measurement:
     """Runs the attacks one after the other, and the gates; the model is left as it was.
 
@@ -133,10 +152,10 @@ def measure(
         states: directory where autoattack and square save their progress, to go on from.
         identity: what identifies weights and samples there; needed with `states`.
         say: is told how far it is, one line at a time.
+        so_far: is given what was measured after every attack.
 
     Raises:
         EvaluationError: no attacks, no images, or something that an attack cannot do.
-        CheckpointError: the progress could not be saved.
     """
     if not len(split):
         raise EvaluationError("split: expected at least one image, got none")
@@ -145,11 +164,33 @@ def measure(
     if states is not None and not identity:
         raise ValueError("identity: needed with states, to tell one evaluation's progress from another's")
     x, y, _ = next(eval_batches(split, len(split)))
+    if gates_limit is not None or any(map(_package_attacks, attacks)):
+        require_package()
     rows, pictures = [], []
     with measuring(model), measuring(second if second is not None else nn.Identity()):
         clean = predict(model, x, batch_size)
         second_right = None if second is None else predict(second, x, batch_size) == y
         worst = clean == y
+        with torch.no_grad():
+            classes = int(model(x[:1]).shape[1])
+        # before hours of other attacks
+        for attack in attacks:
+            require_suitable(split, classes, _package_attacks(attack), threat)
+        if gates_limit is not None:
+            require_suitable(split, classes, ("square",), threat)
+
+        def measured(gates: GateReport | None) -> Measurement:
+            return Measurement(
+                rows=tuple(rows),
+                clean=int((clean == y).sum()),
+                not_finite=int((clean == NO_CLASS).sum()),
+                worst=int(worst.sum()),
+                worst_over=tuple(attack.name for attack in attacks[: len(rows)] if attack.bounded),
+                images=len(split),
+                gates=gates,
+                pictures=tuple(pictures),
+            )
+
         for attack in attacks:
             began = time.monotonic()
             outcome = _run_attack(
@@ -171,16 +212,17 @@ def measure(
             after = predict(model, outcome.x_adv, batch_size)
             transferred, transferable = None, None
             if second is not None and second_right is not None:
-                candidates = (clean == y) & ~outcome.held & second_right
+                candidates = (clean == y) & ~outcome.held & ~outcome.blind & second_right
                 transferable = int(candidates.sum())
                 transferred = int((candidates & (predict(second, outcome.x_adv, batch_size) != y)).sum())
             largest = perturbation_norms(outcome.x_adv, x)["Linf" if threat.norm == "linf" else "L2"].max().item()
-            inside = bool(((outcome.x_adv >= 0) & (outcome.x_adv <= 1)).all())
-            fits = inside and largest <= float(threat.epsilon) * (1 + _BALL_SLACK) + _BALL_SLACK / 100
+            fits = bool(in_ball(outcome.x_adv, x, threat).all())
             rows.append(
                 Row(
                     attack=attack.name,
                     right=int(outcome.held.sum()),
+                    not_finite=int(((clean == NO_CLASS) | (after == NO_CLASS)).sum()),
+                    blind=int(outcome.blind.sum()),
                     images=len(split),
                     seconds=seconds,
                     largest=largest,
@@ -189,21 +231,15 @@ def measure(
                     transferable=transferable,
                     parameters=outcome.parameters,
                     details=outcome.details,
+                    resumed=outcome.resumed,
                 )
             )
             say(f"{attack.name}: {percent(rows[-1].right, len(split))}% of {len(split)} right, {seconds:.1f} s")
             if attack.family != "clean":
                 pictures.append(_pictures(attack, x, y, clean, outcome, after))
+            so_far(measured(None))
         gates = None
         if gates_limit is not None:
             gates = run_gates(model, spread(split, gates_limit), threat, seed=seed, batch_size=batch_size, say=say)
             gates = replace(gates, gates=(*gates.gates, _ball_gate(rows, threat)))
-    return Measurement(
-        rows=tuple(rows),
-        clean=int((clean == y).sum()),
-        worst=int(worst.sum()),
-        worst_over=tuple(attack.name for attack in attacks if attack.bounded),
-        images=len(split),
-        gates=gates,
-        pictures=tuple(pictures),
-    )
+        return measured(gates)

@@ -18,7 +18,7 @@ from awp_engine.evaluation import PgdAttack
 from awp_engine.landscape.measure import Measurement, Mode, Settings, interval_facts
 from awp_engine.landscape.plots import plot_curves, plot_flatness, plot_surfaces
 from awp_engine.landscape.runs import Run, attack_facts, sha256_of
-from awp_engine.report import print_table, source_commit, versions
+from awp_engine.report import prepare_directory, print_table, source_commit, versions
 from awp_engine.text import json_text
 
 _NAMES: dict[Mode, str] = {"1d": "curves", "2d": "surface", "flatness": "flatness"}
@@ -85,18 +85,18 @@ class Receipt:
 
 
 def prepare_output(given: Path | None, runs: Sequence[Path]) -> Path:
-    """Make the output directory: the one given, or `landscape` in the only run.
+    """Make the output directory: the one given, or `landscape` in the only run; files can be written there.
 
     Raises:
-        ConfigError: none was given for several runs or for a file, or it cannot be a directory.
+        ConfigError: none was given for several runs or for a file, or it cannot be written.
     """
     if given is None and (len(runs) > 1 or not (runs[0] / "config.json").is_file()):
         raise ConfigError("--output: expected a directory for the figures, unless there is a single run directory")
     output = runs[0] / "landscape" if given is None else given
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        prepare_directory(output)
     except OSError as error:
-        raise ConfigError(f"--output: {output} cannot be made: {error.strerror}; choose another") from None
+        raise ConfigError(f"--output: {output} cannot be written: {error.strerror}; choose another") from None
     return output
 
 
@@ -128,7 +128,7 @@ def _rows(mode: Mode, found: Measurement) -> list[dict[str, str]]:
 
 
 def write(output: Path, receipt: Receipt, found: Measurement) -> list[Path]:
-    """Writes the losses, the numbers and the figure of one mode, and prints a table.
+    """Prints a table of one mode, and writes the losses, the numbers and, last, the figure.
 
     Returns:
         The files; a figure that cannot be drawn is left out, after a line that says why.
@@ -143,13 +143,13 @@ def write(output: Path, receipt: Receipt, found: Measurement) -> list[Path]:
     stem = output / _NAMES[receipt.mode]
     figure, table, losses = (stem.with_suffix(suffix) for suffix in (".png", ".json", ".safetensors"))
     not_finite = sum(int((~tensor.isfinite()).sum()) for tensor in found.losses.values())
-    export_model(losses, found.losses, {"images": json.dumps(receipt.images.ids.tolist())})
-    content = {**receipt.facts(), "losses": losses.name, "losses_not_finite": not_finite, "runs": found.entries}
-    atomic_write_text(table, json_text(content, indent=1))
     print_table(_rows(receipt.mode, found), title=receipt.title)
     if not_finite:
         total = sum(tensor.numel() for tensor in found.losses.values())
         print(f"warning: {not_finite} of {total} losses are not finite: null in {table.name}, and not drawn")
+    export_model(losses, found.losses, {"images": json.dumps(receipt.images.ids.tolist())})
+    content = {**receipt.facts(), "losses": losses.name, "losses_not_finite": not_finite, "runs": found.entries}
+    atomic_write_text(table, json_text(content, indent=1))
     # last, as a picture may fail
     draw = {"1d": plot_curves, "2d": plot_surfaces, "flatness": plot_flatness}[receipt.mode]
     drawn = attempt(str(figure), lambda: draw(figure, found.entries, receipt.title) or figure, print)

@@ -46,7 +46,8 @@ class AdversarialWeightPerturbation:
             loss_fn(model(x_adv), y).backward()      # descent gradient
         optimizer.step()                             # weights are back, bit for bit
 
-    Works with loss scaling (the direction does not depend on the scale), with gradient accumulation (accumulate the
+    Works with loss scaling (the direction does not depend on the scale, and one that is not finite is not followed:
+    the descent then runs at w, see `found_inf`), with gradient accumulation (accumulate the
     ascent, then the descent inside the block) and under autocast (its cache of casts is cleared).
 
     Several ascent steps, each from where the one before has led:
@@ -82,6 +83,8 @@ class AdversarialWeightPerturbation:
 
     Attributes:
         parameters: what is perturbed, by name, in the model's order.
+        found_inf: float32 scalar on the device, None before the first perturbation: 1 if a direction of the last one
+            (or of a step with `again` after it) was not finite, and so was not followed, else 0; on all ranks alike.
         weight_norms: their norms, fp64, if they are known (of a sharded model, this rank's): `take_weight_norms`.
 
     Raises:
@@ -130,6 +133,7 @@ class AdversarialWeightPerturbation:
         # empty where nothing is normalised element by element
         self._adaptive = {name: adaptive(name, p) for name, p in self.parameters.items()} if adaptive else {}
         self.weight_norms: Tensor | None = None
+        self.found_inf: Tensor | None = None
         self._saved: dict[str, Tensor] = {}
         self._active: list[str] = []
 
@@ -232,13 +236,17 @@ class AdversarialWeightPerturbation:
             squares = squares.sum(1, keepdim=True).expand_as(squares)
         weight_norms, grad_norms = squares.sqrt().unbind()
         lengths = (weight_norms if self.scale == "relative" else 1.0) / (grad_norms + self.eps)
-        lengths = lengths[where] * (local_norms([directions[name] for name in moved]) + _EPS_OF_SHARDS)
+        # what is not finite on one rank is followed on none
+        followed = grad_norms.isfinite() & (self.gamma * lengths).to(working_dtype(scaled[0].dtype)).isfinite()
+        lengths = torch.where(followed, lengths, torch.nan)[where] * (local_norms([directions[name] for name in moved]) + _EPS_OF_SHARDS)
         self._measured = dict(zip(moved, lengths.unbind(), strict=True))
         return directions
 
     @torch.no_grad()
     def perturb_(self, *, again: bool = False, gradients: Mapping[str, Tensor] | None = None) -> None:
         """Save the weights, move them along their gradients, and clear all gradients.
+
+        Where a gradient is not finite nothing moves that shares its norm (see `perturb_`), and `found_inf` says so.
 
         Args:
             again: take a further step from where the weights are, by a length that is measured there; `restore_`
@@ -272,6 +280,9 @@ class AdversarialWeightPerturbation:
             raise RuntimeError("no gradients to perturb along: call backward() on the ascent loss first")
         if self.scope == "global" and len(groups) > 1:
             raise RuntimeError("scope 'global' needs all perturbed parameters to be of one dtype")
+        found_inf = self._flag(next(iter(gradients.values())).device)
+        if not again:
+            found_inf.zero_()
         try:
             for names in groups:
                 if again:
@@ -281,6 +292,10 @@ class AdversarialWeightPerturbation:
         except BaseException:
             self.restore_()
             raise
+        if self._shards is not None:
+            # a filter lies on one rank, and so does the verdict on it
+            self._shards.add_up_(found_inf)
+            found_inf.clamp_(max=1.0)
         for module in (self.model, self.working) if self._shards is None else ():
             for parameter in () if module is None else module.parameters():
                 parameter.grad = None
@@ -288,6 +303,12 @@ class AdversarialWeightPerturbation:
             parameter.grad = None
         # casts made before the move would hide it inside an autocast block
         torch.clear_autocast_cache()
+
+    def _flag(self, device: torch.device) -> Tensor:
+        """`found_inf`, in the same memory from step to step, as captured graphs need it."""
+        if self.found_inf is None or self.found_inf.device != device:
+            self.found_inf = torch.zeros((), device=device)
+        return self.found_inf
 
     def _buffer(self, name: str) -> Tensor:
         """Where a weight's bits are kept; the same memory from step to step."""
@@ -300,7 +321,12 @@ class AdversarialWeightPerturbation:
     def _options(self, names: list[str], bound: float | None) -> dict[str, Any]:
         if names[0] in self._measured:
             lengths = torch.stack([self._measured[name] for name in names])
-            return {"weight_norms": lengths, "bound": bound, "eps": _EPS_OF_SHARDS}
+            return {
+                "weight_norms": lengths,
+                "bound": bound,
+                "eps": _EPS_OF_SHARDS,
+                "found_inf": self.found_inf,
+            }
         known = self.scale == "relative" and self.scope != "filter" and len(names) == len(self.parameters)
         return {
             "weight_norms": self.weight_norms if known and not self._active else None,
@@ -310,6 +336,7 @@ class AdversarialWeightPerturbation:
             "adaptive": [self._adaptive[name] for name in names] if self._adaptive else None,
             "bound": bound,
             "eps": self.eps,
+            "found_inf": self.found_inf,
         }
 
     def _run(

@@ -71,15 +71,22 @@ __device__ __forceinline__ void keep(DType out_dtype, void* out, const W* weight
   const bool in_place = out == weight;
   if (in_place && saved == nullptr) return;
   walk<kPackOf<W, W>, 1>(length, aligned16(out, weight, saved), rank, size,
-                         [&](auto pack, auto, int64_t at, int64_t) {
+                         [&](auto pack, auto unroll, int64_t first, int64_t step) {
                            constexpr int N = decltype(pack)::value;
-                           const Pack<W, N> weights = load<N>(weight + at);
-                           if (saved != nullptr) store<N>(saved + at, weights);
-                           if (in_place) return;
-                           if (out_dtype == dtype_of<W>) return store<N>(static_cast<W*>(out) + at, weights);
-                           float w[N];
-                           widen(weights, w);
-                           store_as<N>(out_dtype, out, at, w);
+#pragma unroll
+                           for (int m = 0; m < decltype(unroll)::value; ++m) {
+                             const int64_t at = first + m * step;
+                             const Pack<W, N> weights = load<N>(weight + at);
+                             if (saved != nullptr) store<N>(saved + at, weights);
+                             if (in_place) continue;
+                             if (out_dtype == dtype_of<W>) {
+                               store<N>(static_cast<W*>(out) + at, weights);
+                             } else {
+                               float w[N];
+                               widen(weights, w);
+                               store_as<N>(out_dtype, out, at, w);
+                             }
+                           }
                          });
 }
 

@@ -303,12 +303,12 @@ def test_free_uses_one_pass_for_images_and_weights():
     assert relative(ours, model) <= 1e-9
 
 
-@pytest.mark.parametrize("where", ["ascent", "descent"])
+@pytest.mark.parametrize(("ascents", "spoiled"), [(1, 1), (1, 2), (3, 1), (3, 2), (3, 4)])
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_a_step_with_a_gradient_that_is_not_finite_is_left_out_whole(where, value):
-    """Weights, momentum and BN statistics keep their bits; the next step goes on."""
+def test_a_step_with_a_gradient_that_is_not_finite_is_left_out_whole(ascents, spoiled, value):
+    """Weights, momentum and BN statistics keep their bits; the next step goes on. The loss that is told is one at w."""
     model = small_model(torch.float32)
-    step = build_step(model)
+    step = build_step(model, options=AwpConfig(gamma=GAMMA, ascent_steps=ascents))
     x, y, ids = batch(0, torch.float32)
     step(x, y, sample_ids=ids, seed=0)
     before = copy.deepcopy(model)
@@ -318,13 +318,14 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_left_out_whole(where, valu
     def spoil(gradient):
         nonlocal passes
         passes += 1
-        return torch.full_like(gradient, value) if passes == {"ascent": 1, "descent": 2}[where] else gradient
+        return torch.full_like(gradient, value) if passes == spoiled else gradient
 
     handle = model.linear.weight.register_hook(spoil)
     result = step(x, y, sample_ids=ids, seed=1)
     handle.remove()
-    assert passes == 2
+    assert passes == ascents + 1
     assert result.skipped
+    assert result.loss.isfinite()
     assert equal(model, before)
     for p, saved in zip(model.parameters(), momentum, strict=True):
         assert torch.equal(step.optimizer.state[p]["momentum_buffer"], saved)

@@ -417,7 +417,6 @@ class TrainingStep:
         work: Work,
     ) -> Tensor:
         """Perturb the weights; returns, on the device, 1, or NaN where a direction was not finite on this rank."""
-        followed = x.new_ones((), dtype=torch.float32)
         sums: dict[str, Tensor] = {}
         options, model = self.options, self.copies.ascent
         several = options.ascent_steps > 1
@@ -442,10 +441,10 @@ class TrainingStep:
             # every pass is taken where the ones before it moved to, and all are added up at w, as RWP does
             awp.restore_()
             awp.perturb_(gradients=sums)
-            assert awp.found_inf is not None
-            followed = followed.masked_fill(awp.found_inf > 0, torch.nan)
             self.clear_gradients()
-        return followed
+        # of the last pass: what was not finite in one before it is in the sum still
+        assert awp.found_inf is not None
+        return torch.ones_like(awp.found_inf).masked_fill_(awp.found_inf > 0, torch.nan)
 
     def _descend(
         self, x_adv: Tensor, x: Tensor, y: Tensor, work: Work, followed: Tensor | None

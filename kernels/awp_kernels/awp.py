@@ -236,9 +236,8 @@ class AdversarialWeightPerturbation:
             squares = squares.sum(1, keepdim=True).expand_as(squares)
         weight_norms, grad_norms = squares.sqrt().unbind()
         lengths = (weight_norms if self.scale == "relative" else 1.0) / (grad_norms + self.eps)
-        # what is not finite on one rank is followed on none
-        followed = grad_norms.isfinite() & (self.gamma * lengths).to(working_dtype(scaled[0].dtype)).isfinite()
-        lengths = torch.where(followed, lengths, torch.nan)[where] * (local_norms([directions[name] for name in moved]) + _EPS_OF_SHARDS)
+        # 0 or NaN where a gradient is not finite on some rank, so that it is followed on none
+        lengths = lengths[where] * (local_norms([directions[name] for name in moved]) + _EPS_OF_SHARDS)
         self._measured = dict(zip(moved, lengths.unbind(), strict=True))
         return directions
 
@@ -293,7 +292,7 @@ class AdversarialWeightPerturbation:
             self.restore_()
             raise
         if self._shards is not None:
-            # a filter lies on one rank, and so does the verdict on it
+            # the rank that holds what is not finite says so
             self._shards.add_up_(found_inf)
             found_inf.clamp_(max=1.0)
         for module in (self.model, self.working) if self._shards is None else ():

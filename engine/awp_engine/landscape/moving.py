@@ -53,8 +53,14 @@ class WorkingCopy:
         out = self.parameters(names)
         if self._moved != list(names):
             self.reset_()
-        perturb_into_(out, [self.weights[name] for name in names], tensors, gamma, scope=scope, eps=eps)
+        found_inf = torch.zeros((), device=next(self.model.parameters()).device)
+        weights = [self.weights[name] for name in names]
+        perturb_into_(out, weights, tensors, gamma, scope=scope, eps=eps, found_inf=found_inf)
         self._moved = list(names)
+        if found_inf:
+            # it leads nowhere: what is measured there is NaN, not as flat as w itself
+            for tensor in out:
+                tensor.detach().fill_(torch.nan)
 
     def move_(self, direction: Direction, amount: float) -> None:
         """Set the copy to w + amount ||w|| d / ||d||, norms by filter or by layer as the direction says.

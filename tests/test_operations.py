@@ -342,6 +342,25 @@ def test_every_length_of_many_small_tensors(target, variant):
         assert_rounded(moved, exact, weights)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("bound", [0.01, 0.7, 1.9])
+def test_no_weight_of_many_leaves_its_bound(target, bound, dtype):
+    """Where w - r is exact, as for bounds about 1, a product bound * |w| that was rounded up would show."""
+    device, backend = target
+    if dtype == torch.float64 and backend != "reference":
+        return
+    bound = torch.tensor(bound, dtype=torch.float32).item()
+    weights, grads = [randn((500,), dtype, 1)], [randn((500,), dtype, 2)]
+    moved = on(device, weights)
+    perturb_(moved, on(device, grads), 1e3, bound=bound)
+    reached = 0
+    for m, start in zip(moved[0].tolist(), weights[0].tolist(), strict=True):
+        room = Fraction(bound) * abs(Fraction(start)) - abs(Fraction(m) - Fraction(start))
+        assert room >= 0
+        reached += room < Fraction(bound) * abs(Fraction(start)) / 1000
+    assert reached == 500
+
+
 FP32 = st.floats(-(2.0**60), 2.0**60, width=32)
 
 
@@ -617,6 +636,19 @@ def test_l2_step_without_a_usable_gradient_does_not_move(target, bad):
     pgd_step_(x_adv, grad, x, step_size=0.1, epsilon=0.3, norm="l2")
     assert torch.equal(x_adv[0], start[0])
     assert not torch.equal(x_adv[1], start[1])
+
+
+@pytest.mark.parametrize("step_size", [1e-6, 3e-6, 1e-4])
+def test_small_l2_steps_along_the_boundary_stay_in_the_ball(target, step_size):
+    """A step that ends a millionth outside is projected as one that ends far outside is."""
+    device, _ = target
+    x = torch.full((4, 3, 8, 8), 0.5, device=device)
+    x_adv, grad = x.clone(), randn(tuple(x.shape), seed=1).to(device)
+    pgd_step_(x_adv, grad, x, step_size=1.0, epsilon=0.5, norm="l2")
+    assert ball_norm(x_adv, x, "l2") > 0.49999
+    for _ in range(20):
+        pgd_step_(x_adv, grad, x, step_size=step_size, epsilon=0.5, norm="l2")
+        assert ball_norm(x_adv, x, "l2") <= 0.5
 
 
 @given(

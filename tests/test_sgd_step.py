@@ -919,3 +919,34 @@ def test_grad_scaler(unscale):
     assert_same_model(ours, torchs)
     buffers = [state["momentum_buffer"] for state in pairs[0][1].state.values()]
     assert all(buffer.isfinite().all() for buffer in buffers)
+
+
+def test_groups_follow_their_own_rate_tensors():
+    """Rates on the device, as captured graphs read them: what is alike in all else is still not one call."""
+    parameters = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    rates = [torch.tensor(0.1), torch.tensor(0.01)]
+    optimizer = SGD([{"params": [p], "lr": lr} for p, lr in zip(parameters, rates, strict=True)], lr=1.0)
+    for p in parameters:
+        p.grad = torch.ones(3)
+    optimizer.step()
+    for p, lr in zip(parameters, rates, strict=True):
+        torch.testing.assert_close(p.detach(), 1 - lr.expand(3))
+
+
+def test_momentum_goes_along_when_a_model_changes_precision():
+    """As under torch.optim.SGD, whose buffers stay what they were."""
+    ours, torchs = nn.Linear(4, 3), nn.Linear(4, 3)
+    torchs.load_state_dict(ours.state_dict())
+    pairs = [
+        (ours, SGD(ours.parameters(), lr=LR, momentum=0.9)),
+        (torchs, torch.optim.SGD(torchs.parameters(), lr=LR, momentum=0.9)),
+    ]
+    for model, optimizer in pairs:
+        for dtype in (torch.float32, torch.float64):
+            model.to(dtype)
+            optimizer.zero_grad()
+            model(randn((5, 4), dtype)).square().sum().backward()
+            optimizer.step()
+    for p, q in zip(ours.parameters(), torchs.parameters(), strict=True):
+        assert p.dtype == torch.float64
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)

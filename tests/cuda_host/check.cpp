@@ -297,7 +297,8 @@ void check_perturb(const Case& c, const std::vector<Shape>& shapes) {
         if (c.bound >= 0) moved = project_relative(moved, before, c.bound);
         if (!followed) moved = before;
         CHECK(result.bits(i) == (!followed && c.out == c.weight ? original[t]->bits(i) : result.stored(moved)));
-        CHECK(!followed || !(c.bound >= 0) || std::abs(double{moved} - before) <= double{c.bound} * std::abs(double{before}));
+        CHECK(!followed || !(c.bound >= 0) ||
+              std::abs(double{moved} - before) <= double{c.bound} * std::abs(double{before}));
         if (c.save) CHECK(saved[t]->bits(i) == original[t]->bits(i));
         if (!c.in_place) CHECK(weight[t]->bits(i) == original[t]->bits(i));
       }

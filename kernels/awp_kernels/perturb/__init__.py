@@ -82,10 +82,9 @@ def _perturb_into_(
 
 def _told(scales: Tensor, found_inf: Tensor | None) -> Tensor:
     """The scales, 0 where the operation says NaN: nothing was followed there."""
-    stopped = scales.isnan()
     if found_inf is not None:
-        found_inf.masked_fill_(stopped.any(), 1.0)
-    return scales.masked_fill_(stopped, 0.0)
+        found_inf.masked_fill_(scales.isnan().any(), 1.0)
+    return scales.nan_to_num_(nan=0.0)
 
 
 def _scales_like(weights: list[Tensor], scope: str) -> Tensor:

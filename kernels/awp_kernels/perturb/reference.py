@@ -69,7 +69,7 @@ def perturb(
         lengths = [weight_norms.norm()] * len(weights) if scope == "global" else list(weight_norms)
     else:
         lengths = _norms(weights, scope) if scale == "relative" else [torch.ones_like(norm) for norm in grad_norms]
-    scales = [_scale(gamma, length, grad_norm + eps, dtype) for length, grad_norm in zip(lengths, grad_norms, strict=True)]
+    scales = [_scale(gamma, length, norm + eps, dtype) for length, norm in zip(lengths, grad_norms, strict=True)]
     for copy, weight in zip(saved, weights, strict=bool(saved)):
         copy.copy_(weight)
     for target, weight, grad, factor, multiplier in zip(out, weights, grads, factors, scales, strict=True):

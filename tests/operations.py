@@ -213,7 +213,8 @@ def _perturb_into(
 
 
 def _perturbed(arguments: Arguments, dtype: torch.dtype) -> Results:
-    options = {k: v for k, v in arguments.items() if k not in ("weights", "grads", "saved", "out", "weight_norms")}
+    others = ("weights", "grads", "saved", "out", "weight_norms", "found_inf")
+    options = {k: v for k, v in arguments.items() if k not in others}
     weights = arguments["weights"]
     moved, scales = perturbed(
         weights, arguments["grads"], options.pop("gamma"), options.pop("scope", "layer"), dtype=dtype, **options

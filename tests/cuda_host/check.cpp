@@ -629,6 +629,7 @@ int main() {
     for (const DType weight : kDTypes) {
       for (const DType out : kDTypes) {
         for (const Scale scale : {Scale::kRelative, Scale::kAbsolute, Scale::kElementwise}) {
+          if (out != weight && scale != Scale::kAbsolute) continue;
           test = std::string("perturb not followed, scope ") + std::to_string(static_cast<int>(scope)) + " scale " +
                  std::to_string(static_cast<int>(scale)) + " weight " + name(weight) + " out " + name(out);
           Case c{scope, out, weight, weight, out == weight && scale == Scale::kAbsolute, scale != Scale::kElementwise};
@@ -636,7 +637,7 @@ int main() {
           c.bound = scale == Scale::kElementwise ? 0.5f : -1;
           c.norms = scale == Scale::kRelative && scope == Scope::kGlobal;
           c.spoil = true;
-          check_perturb(c, {{4, 0}, {9, 27}, {2, 1025, 1}, {1, 9001}, {3, 41}, {1, 1}});
+          check_perturb(c, {{4, 0}, {9, 27}, {2, 1025, 1}, {1, 4101}, {3, 41}, {1, 1}});
         }
       }
     }

@@ -53,7 +53,7 @@ def set_gradients(model, seed, cut=lambda tensor: tensor, spoiled=""):
     """`spoiled`: the parameter whose last row's gradient is not finite."""
     for name, value in values(seed).items():
         if name == spoiled:
-            value[-1:].view(-1)[0] = torch.inf
+            value[-1:].view(-1)[0] = torch.inf if value.ndim > 1 else torch.nan
         model.get_parameter(name).grad = cut(value)
 
 

@@ -13,7 +13,8 @@ AWP_HOST_DEVICE float perturb_scale(double gamma, double eps, bool relative, dou
                                     double grad_squares) {
   const double length = relative ? sqrt(weight_squares) : 1.0, norm = sqrt(grad_squares);
   const float scale = static_cast<float>(gamma * length / (norm + eps));
-  const bool finite = length < HUGE_VAL && norm < HUGE_VAL && fabsf(scale) < HUGE_VALF;
+  // an infinite length makes the scale infinite, an infinite norm makes it 0
+  const bool finite = norm < HUGE_VAL && fabsf(scale) < HUGE_VALF;
   return finite ? scale : NAN;
 }
 

@@ -36,7 +36,8 @@ def _norms(tensors: list[Tensor], scope: str) -> list[Tensor]:
 def _scale(gamma: float, length: Tensor, divisor: Tensor, dtype: torch.dtype) -> Tensor:
     """What a direction is multiplied by, rounded to `dtype`; NaN: a norm or the scale is not finite."""
     scale = (gamma * length / divisor).to(dtype)
-    return torch.where(length.isfinite() & divisor.isfinite() & scale.isfinite(), scale, torch.nan)
+    # an infinite length makes the scale infinite, an infinite divisor makes it 0
+    return torch.where(divisor.isfinite() & scale.isfinite(), scale, torch.nan)
 
 
 def perturb(

@@ -129,12 +129,11 @@ def _squared_norms(norms, tensors, BLOCK: tl.constexpr):
 @triton.jit
 def _scale(weight_sum, grad_sum, gamma, eps, SCALE: tl.constexpr):
     """Of a direction; NaN where it is not to be followed: a norm is not finite, or the scale is not in fp32."""
-    finite = grad_sum < float("inf")
     if SCALE == _RELATIVE:
-        finite = finite & (weight_sum < float("inf"))
         gamma = gamma * tl.sqrt(weight_sum)
     scale = (gamma / (tl.sqrt(grad_sum) + eps)).to(tl.float32)
-    return tl.where(finite & (tl.abs(scale) < float("inf")), scale, float("nan"))
+    # an infinite sum of the weights makes the scale infinite, one of the gradients makes it 0
+    return tl.where((grad_sum < float("inf")) & (tl.abs(scale) < float("inf")), scale, float("nan"))
 
 
 @triton.jit

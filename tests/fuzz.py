@@ -322,7 +322,7 @@ class Faults:
             k
             for k, v in arguments.items()
             if k != key
-            and k != "sample_ids"
+            and k not in ("sample_ids", "found_inf")
             and len(listed(v)) > index
             and listed(v)[index].dtype == tensor.dtype
             and listed(v)[index].shape == tensor.shape
@@ -431,6 +431,9 @@ class Case:
         known = arguments.get("scale", "relative") == "relative" and arguments.get("scope") != "filter"
         if self.name.startswith("perturb") and known and rng.random() < 0.3:
             arguments["weight_norms"] = torch.stack([w.double().norm() for w in arguments["weights"]])
+        # drawn apart, as above
+        if self.name.startswith("perturb") and random.Random(rng.getstate()[1][0]).random() < 0.5:
+            arguments["found_inf"] = torch.zeros(())
 
     def _spoil(self, rng: random.Random) -> None:
         """Other values in one of the arguments."""
@@ -473,12 +476,14 @@ class Case:
                     layout = chosen.setdefault(index, layout)
                 return self.held.hold(tensor, layout, offset)
 
-            if name == "weight_norms":
+            if name in ("weight_norms", "found_inf"):
                 continue
             if isinstance(value, Tensor):
                 self.arguments[name] = hold(0, value)
             elif listed(value):
                 self.arguments[name] = [hold(i, t) for i, t in enumerate(value)]
+        if "found_inf" in self.arguments:
+            self.arguments["found_inf"] = self.arguments["found_inf"].to(self.device)
         if "weight_norms" in self.arguments:
             self.arguments["weight_norms"] = self.held.hold(
                 torch.stack([w.double().norm() for w in self.arguments["weights"]])
@@ -534,9 +539,17 @@ class Case:
             assert ratio <= 1, f"{where}: {ratio:.3g} times the error that is allowed"
             return
         operands = [t for value in before.values() for t in listed(value) if t.is_floating_point()]
+        weights = [t.clone() for t in before.get("weights", [])]
         largest = max((float(t[t.isfinite()].abs().max()) for t in operands if t.isfinite().any()), default=0.0)
         with use_backend(None if self.dtype == FP64 else "reference"):
             expected = run(self.operation, before)
+        if "found_inf" in before:
+            assert torch.equal(self.arguments["found_inf"].cpu(), before["found_inf"]), "found_inf is another"
+        if self.name.startswith("perturb"):
+            # what is not finite moves nothing: only weights that were not finite themselves give NaN
+            moved = results["out" if "out" in results else "weights"]
+            for found, weight in zip(moved, weights, strict=True):
+                assert not (found.isnan() & weight.isfinite()).any(), "NaN where a weight was finite"
         if self.name == "conv3x3":
             # torch's own carry NaN to their neighbours too, or multiply it by the zeros of a border, each its own way
             exact = self.operation.define(before, FP64)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from samples import SGD_VARIANTS, VARIANTS, generator, images, perturbed, randn, sgd, stepped
+from samples import SGD_VARIANTS, VARIANTS, generator, images, perturbed, randn, sgd, spoil, stepped
 from torch import Tensor
 from torch.nn import functional
 
@@ -189,11 +189,16 @@ def _grads(shapes: Sequence[Shape], dtype: torch.dtype, seed: int) -> list[Tenso
     return [randn(shape, dtype, seed + 1000 + i, 1e-2) for i, shape in enumerate(shapes)]
 
 
-def _perturb(shapes: Sequence[Shape], dtype: torch.dtype, seed: int = 0, **options: Any) -> Arguments:
-    weights = _weights(shapes, dtype, seed)
+def _perturb(
+    shapes: Sequence[Shape], dtype: torch.dtype, seed: int = 0, spoiled: bool = False, **options: Any
+) -> Arguments:
+    """`spoiled`: one element of every third gradient is not finite."""
+    weights, grads = _weights(shapes, dtype, seed), _grads(shapes, dtype, seed)
+    for index, grad in enumerate(grads[::3] if spoiled else []):
+        spoil(grad, seed + 7 * index, (math.inf, math.nan)[index % 2])
     if options.get("scale") == "elementwise":
         options = {"adaptive": [i % 3 != 1 for i in range(len(shapes))]} | options
-    return {"weights": weights, "grads": _grads(shapes, dtype, seed), "saved": _nans(weights), "gamma": 0.01} | options
+    return {"weights": weights, "grads": grads, "saved": _nans(weights), "gamma": 0.01} | options
 
 
 def _perturb_into(
@@ -208,7 +213,8 @@ def _perturb_into(
 
 
 def _perturbed(arguments: Arguments, dtype: torch.dtype) -> Results:
-    options = {k: v for k, v in arguments.items() if k not in ("weights", "grads", "saved", "out", "weight_norms")}
+    others = ("weights", "grads", "saved", "out", "weight_norms", "found_inf")
+    options = {k: v for k, v in arguments.items() if k not in others}
     weights = arguments["weights"]
     moved, scales = perturbed(
         weights, arguments["grads"], options.pop("gamma"), options.pop("scope", "layer"), dtype=dtype, **options
@@ -229,6 +235,8 @@ PERTURBATIONS: dict[str, dict[str, Any]] = {
     "filter": {"scope": "filter"},
     **VARIANTS,
     "elementwise-filter": {**VARIANTS["elementwise-bounded"], "scope": "filter"},
+    "spoiled": {"spoiled": True},
+    "spoiled-elementwise-filter": {**VARIANTS["elementwise-bounded"], "scope": "filter", "spoiled": True},
 }
 
 # ---- sgd_step_, total_norm

@@ -94,7 +94,11 @@ def perturbed(
     adaptive: Sequence[bool] | None = None,
     bound: float | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """The definitions, written from the papers, in plain PyTorch and the precision `dtype`: new weights and scales."""
+    """The definitions, written from the papers, in plain PyTorch and the precision `dtype`: new weights and scales.
+
+    A direction is followed where its norms are finite, and its scale is in the precision that it is rounded to.
+    """
+    largest = torch.finfo(torch.promote_types(weights[0].dtype, torch.float32)).max
     weights, grads = [w.to(dtype) for w in weights], [g.to(dtype) for g in grads]
     chosen = adaptive or [True] * len(weights)
     factors = [
@@ -103,22 +107,31 @@ def perturbed(
     ]
     scaled = [t * g for t, g in zip(factors, grads, strict=True)]
     w_norms, g_norms = norms_of(weights, scope), norms_of(scaled, scope)
+    lengths = w_norms if scale == "relative" else [torch.ones_like(norm) for norm in g_norms]
     scales = [
-        gamma * (w_norm if scale == "relative" else torch.ones_like(w_norm)) / (g_norm + eps)
-        for w_norm, g_norm in zip(w_norms, g_norms, strict=True)
+        torch.where(length.isfinite() & g_norm.isfinite() & (scale.abs() <= largest), scale, 0)
+        for length, g_norm in zip(lengths, g_norms, strict=True)
+        for scale in [gamma * length / (g_norm + eps)]
     ]
     moved = []
     for w, g, factor, multiplier in zip(weights, grads, factors, scales, strict=True):
         v = multiplier * factor**2 * g
         if bound is not None:
             v = torch.maximum(torch.minimum(v, bound * w.abs()), -bound * w.abs())
-        moved.append(w + v)
+        moved.append(torch.where(multiplier == 0, w, w + v))
     if scope == "global":
         return moved, scales[0].reshape(1)
     return moved, torch.cat([value.flatten() for value in scales])
 
 
 perturbed_fp64 = functools.partial(perturbed, dtype=torch.float64)
+
+
+def spoil(tensor: Tensor, place: int, value: float) -> Tensor:
+    """The tensor with one element, counted from either end, made NaN or infinity; empty ones are left alone."""
+    if tensor.numel():
+        tensor.view(-1)[place % tensor.numel()] = value
+    return tensor
 
 
 def norms_of(tensors: list[Tensor], scope: str) -> list[Tensor]:

@@ -101,6 +101,14 @@ BAD_CALLS = {
     ),
     "gamma": (lambda: perturb_([w(3)], [w(3)], float("nan")), "gamma: expected a finite number, got nan"),
     "eps": (lambda: perturb_([w(3)], [w(3)], 0.1, eps=-1), "eps: expected a finite number >= 0, got -1.0"),
+    "found_inf, dtype": (
+        lambda: perturb_([w(3)], [w(3)], 0.1, found_inf=torch.tensor(False)),
+        "found_inf: expected float32, got torch.bool",
+    ),
+    "found_inf, shape": (
+        lambda: perturb_into_([w(3)], [w(3)], [w(3)], 0.1, found_inf=w(2)),
+        "found_inf: expected a tensor of one element, got shape (2,)",
+    ),
     "scale": (
         lambda: perturb_([w(3)], [w(3)], 0.1, scale="sam"),
         "scale: expected one of relative, absolute, elementwise, got 'sam'",
@@ -368,3 +376,11 @@ def test_summary_names_every_operation():
         "cpp        available",
     ):
         assert name in result.stdout
+
+
+def test_neighbours_in_one_block_of_memory_share_nothing():
+    """Views of a flat buffer, as bucketed gradients and flat parameters are."""
+    flat, saved = torch.arange(1.0, 11.0), torch.empty(10)
+    perturb_([flat[:4], flat[4:]], [w(4), w(6)], 0.1, saved=[saved[:4], saved[4:]])
+    assert torch.equal(saved, torch.arange(1.0, 11.0))
+    assert (flat != saved).all()

@@ -155,3 +155,13 @@ def test_masking_and_skipped_steps_are_named():
     assert "overflow in the attack: 0.002 of its input gradients were not finite in epoch 4" in said[0]
     fine = {"epoch": 4, "zero_gradients": 0.01, "nonfinite_gradients": 0.0, "skipped_steps": 0.0}
     assert monitor.warnings([fine]) == []
+
+
+@pytest.mark.parametrize("of_a_twin", [False, True])
+def test_passes_over_an_average_ask_for_no_gradient_of_it(of_a_twin):
+    """An attack on it would otherwise keep what a second set of gradients needs."""
+    model = small_model()
+    average = WeightAverage(model, AverageConfig(kind="ema"), epochs=1, twin=small_model() if of_a_twin else None)
+    x = images((2, 1, 8, 8), torch.float64)
+    assert not average.model(x).requires_grad
+    assert model(x).requires_grad

@@ -1,5 +1,6 @@
 """AdversarialWeightPerturbation in other people's training loops."""
 
+import contextlib
 import copy
 
 import pytest
@@ -504,12 +505,148 @@ def test_one_norm_needs_one_dtype(net):
             method.perturb_()
 
 
-def test_a_gradient_scalers_overflow_is_undone(net):
-    """An infinite gradient makes the perturbed pass useless, so that the scaler skips it; the weights come back."""
-    before = weight_bits(net)
-    for method in (AdversarialWeightPerturbation(net, 0.01, bound=0.1), sam(net), asam(net)):
-        F.cross_entropy(net(X), Y).backward()
-        net.head.weight.grad[0, 0] = float("inf")
-        with method.perturbed():
-            assert net.head.weight.isnan().any()
-        assert same(weight_bits(net), before)
+# ---- directions that are not finite
+
+
+FOLLOWED = {
+    "layer": lambda net, **options: AdversarialWeightPerturbation(net, 0.01, **options),
+    "layer-bounded": lambda net, **options: AdversarialWeightPerturbation(net, 0.01, bound=0.1, **options),
+    "filter": lambda net, **options: AdversarialWeightPerturbation(net, 0.01, scope="filter", **options),
+    "sam": lambda net, **options: sam(net, **options),
+    "asam": lambda net, **options: asam(net, **options),
+}
+
+
+def backward(net: nn.Module, spoiled: bool) -> None:
+    F.cross_entropy(net(X.to(net.head.weight.dtype)).float(), Y).backward()
+    if spoiled:
+        net.head.weight.grad[3, 0] = torch.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("method", list(FOLLOWED))
+def test_a_direction_that_is_not_finite_is_not_followed(net, method, dtype):
+    """The layer, the filter or the model stays at w; the rest moves; a further step counts by itself."""
+    net = net.to(dtype)
+    awp = FOLLOWED[method](net)
+    assert awp.found_inf is None
+    before = {name: p.detach().clone() for name, p in awp.parameters.items()}
+
+    def moved() -> list[str]:
+        held = "head.weight" if method != "filter" else "head.weight, row 3"
+        found = {name: not torch.equal(p, before[name]) for name, p in awp.parameters.items()}
+        if method == "filter":
+            found[held] = not torch.equal(net.head.weight[3], before["head.weight"][3])
+        return [name for name, different in found.items() if different]
+
+    backward(net, spoiled=True)
+    with awp.perturbed():
+        flag = awp.found_inf
+        assert (flag, flag.dtype, flag.shape) == (1, torch.float32, ())
+        first = moved()
+        assert all(p.isfinite().all() for p in net.parameters())
+        backward(net, spoiled=False)
+        awp.perturb_(again=True)
+        assert flag == 1  # of the ascent as a whole
+        assert len(moved()) > len(first)
+    assert first == ([] if "sam" in method else [n for n in before if n != "head.weight" or method == "filter"])
+    backward(net, spoiled=False)
+    with awp.perturbed():
+        assert awp.found_inf is flag
+        assert flag == 0
+        everything, at = moved(), {name: p.detach().clone() for name, p in awp.parameters.items()}
+        backward(net, spoiled=True)
+        awp.perturb_(again=True)
+        assert flag == 1
+        assert torch.equal(net.head.weight[3], at["head.weight"][3])
+        assert all(p.isfinite().all() for p in net.parameters())
+    assert {*before} - {*everything} <= {"conv.bias"}  # without a gradient, before batch normalisation
+    assert all(torch.equal(p, before[name]) for name, p in awp.parameters.items())
+
+
+@pytest.mark.parametrize("method", [name for name in FOLLOWED if "sam" not in name])
+def test_a_working_copy_is_at_the_rounded_weights_where_nothing_is_followed(net, method):
+    copied = copy.deepcopy(net).half()
+    awp = FOLLOWED[method](net, working=copied)
+    backward(copied, spoiled=True)
+    awp.perturb_()
+    assert awp.found_inf == 1
+    rows = slice(3, 4) if method == "filter" else slice(None)
+    assert torch.equal(copied.head.weight[rows], net.head.weight[rows].half())
+    assert not torch.equal(copied.conv.weight, net.conv.weight.half())
+    assert all(p.isfinite().all() for p in copied.parameters())
+    awp.restore_()
+    assert all(torch.equal(p, master.half()) for p, master in zip(copied.parameters(), net.parameters(), strict=True))
+
+
+# ---- a user's loop with torch.amp.GradScaler, as README has it
+
+
+def train(make, overflow: str = "", without: str = "") -> tuple[nn.Module, list[float]]:
+    """200 steps of README's three lines under a scaler in float16; the model, and the losses of the descents.
+
+    Args:
+        make: the perturbation of a model.
+        overflow: the passes, "ascent" or "both", whose loss every tenth step lifts out of float16's range.
+        without: what every tenth step does not do, the "ascent" or "step", for comparison.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10))
+    awp, optimizer = make(model), torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    # a scale that is halved by every tenth step grows again in between
+    halved = "both" in overflow or "step" in without
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=9 if halved else 1000)
+    x, y = randn((64, 20), seed=3), torch.randint(0, 10, (64,), generator=torch.Generator().manual_seed(4))
+    losses = []
+    for step in range(200):
+        rows, tenth = slice(step % 4 * 16, step % 4 * 16 + 16), step % 10 == 9
+
+        def backward(lifted: bool) -> float:
+            with torch.autocast("cpu", torch.float16):
+                loss = F.cross_entropy(model(x[rows]).float(), y[rows])  # noqa: B023
+            scaler.scale(loss * 2.0**30 if lifted else loss).backward()
+            return loss.item()
+
+        if tenth and without == "step":
+            scaler.update(scaler.get_scale() / 2)
+            continue
+        optimizer.zero_grad()
+        before = [p.detach().clone() for p in model.parameters()]
+        backward(lifted=tenth and overflow != "")
+        with contextlib.nullcontext() if tenth and without == "ascent" else awp.perturbed():
+            if tenth and without:
+                optimizer.zero_grad()
+            else:
+                assert awp.found_inf == (tenth and overflow != "")
+            losses.append(backward(lifted=tenth and overflow == "both"))
+        scaler.step(optimizer)
+        scaler.update()
+        assert same(before, model.parameters()) == (tenth and overflow == "both")
+        assert all(value.isfinite().all() for value in model.state_dict().values()), f"step {step}"
+    return model, losses
+
+
+LOOPS = {
+    "awp": lambda model: AdversarialWeightPerturbation(model, 0.01),
+    "sam": lambda model: sam(model, 0.05),
+    "asam": lambda model: asam(model, 0.5),
+}
+
+
+@pytest.mark.parametrize("method", list(LOOPS))
+def test_overflows_in_a_users_loop(method):
+    """Every tenth step overflows: statistics and weights stay finite, and the losses are as without.
+
+    As without: to the bit those of a loop that leaves out such a step, or, where the ascent alone overflows, its
+    perturbation; and at most 40 of 200 steps behind a loop in which nothing overflows.
+    """
+    _, plain = train(LOOPS[method])
+    behind = sum(plain[120:160]) / 40
+    assert behind < 0.9 * plain[0]
+    for overflow, without in (("both", "step"), ("ascent", "ascent")):
+        model, losses = train(LOOPS[method], overflow=overflow)
+        other, expected = train(LOOPS[method], without=without)
+        assert [loss for step, loss in enumerate(losses) if step % 10 != 9 or overflow == "ascent"] == expected
+        assert same(model.parameters(), other.parameters())
+        assert sum(losses[160:]) / 40 < behind
+        assert model.eval()(randn((6, 20), seed=2)).isfinite().all()

@@ -133,7 +133,9 @@ def opchecks():
     for name, operation in OPERATIONS.items():
         if name in fuzz.IMAGE_OPERATIONS:
             continue
-        variants, dtypes = list(operation.variants), operation.dtypes
+        # traced results are compared as numbers, of which NaN, the operator's word for "not followed", is none
+        variants = [variant for variant in operation.variants if not variant.startswith("spoiled")]
+        dtypes = operation.dtypes
         for i, sample in enumerate(operation.samples):
             yield name, variants[-1 - i % len(variants)], sample, dtypes[i % len(dtypes)]
 

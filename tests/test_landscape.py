@@ -147,6 +147,21 @@ def test_weights_of_norm_zero_stay():
     assert all(p.isfinite().all() for p in moved.model.parameters())
 
 
+@pytest.mark.parametrize("scope", ["filter", "layer"])
+def test_a_direction_that_is_not_finite_leads_nowhere(scope):
+    """What is measured there is NaN: at w itself, where perturb_into_ stays, it would pass for flat."""
+    model = network()
+    moved = WorkingCopy(model)
+    direction = random_direction(model, seed=1, scope=scope)
+    moved.move_(direction, 0.5)
+    next(iter(direction.tensors.values())).view(-1)[3] = torch.inf
+    for move in (lambda: moved.move_(direction, 0.5), lambda: moved.move_in_plane_(direction, 0.0, direction, 0.5)):
+        move()
+        assert moved.model(torch.zeros(2, 1, 8, 8)).isnan().all()
+        moved.reset_()
+        assert all(torch.equal(p, q) for p, q in zip(moved.model.parameters(), model.parameters(), strict=True))
+
+
 def test_a_direction_of_another_model_is_refused():
     moved = WorkingCopy(network())
     with pytest.raises(ValueError, match="no parameter 'elsewhere'"):

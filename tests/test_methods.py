@@ -13,6 +13,7 @@ from torch import nn
 
 from awp_engine.attack import NORMAL_START, fast_attack, pgd, starting_point, summed_margin
 from awp_engine.config import AttackConfig, AwpConfig, OptimizerConfig
+from awp_engine.distributed import Ranks
 from awp_engine.models import build_model
 from awp_engine.objectives import build_objective
 from awp_engine.optimizer import build_optimizer
@@ -257,6 +258,48 @@ def test_shared_ascent_follows_the_last_attack_pass():
     assert relative(ours, expected) <= 1e-9
 
 
+def test_shared_ascent_of_micro_batches_is_that_of_the_batch():
+    """In eval mode the attack's gradients of the pieces add up to those of the whole."""
+
+    class Watched(AdversarialWeightPerturbation):
+        def perturb_(self, **arguments):
+            super().perturb_(**arguments)
+            self.seen = {name: moved.clone() for name, moved in self.displacement().items()}
+
+    x, y, ids = batch(6)
+    moves = []
+    for micro_batch_size in (None, 5):
+        step = build_step(
+            small_model(), options=AwpConfig(gamma=GAMMA, ascent="shared"), micro_batch_size=micro_batch_size
+        )
+        step.awp = Watched(step.model, GAMMA)
+        step(x, y, sample_ids=ids, seed=2)
+        moves.append(step.awp.seen)
+    for name, moved in moves[0].items():
+        torch.testing.assert_close(moves[1][name], moved, rtol=1e-9, atol=1e-12)
+
+
+@given(world=st.integers(1, 9), of=st.integers(1, 40), micro=st.integers(1, 12))
+def test_every_rank_has_as_many_pieces_none_of_them_empty(world, of, micro):
+    """Ranks wait for each other in every piece; each image counts once, pieces are as small as that allows."""
+    step = build_step(nn.Linear(1, 1), gamma=0.0, micro_batch_size=micro)
+    counts, shares = [], 0.0
+    for rank in range(world):
+        step.ranks = Ranks(rank=rank, world=world)
+        rows, _ = step.ranks.share(of)
+        count = of if of < world else rows.stop - rows.start
+        work = step._work(count, of)
+        sizes = [piece.stop - piece.start for piece, _ in work.pieces]
+        assert min(sizes) >= 1
+        assert [piece.start for piece, _ in work.pieces] == [sum(sizes[:i]) for i in range(len(sizes))]
+        assert sum(sizes) == count
+        assert max(sizes) <= max(micro, 2)
+        counts.append(len(sizes))
+        shares += sum(share for _, share in work.pieces)
+    assert len(set(counts)) == 1
+    assert shares == pytest.approx(1)
+
+
 @pytest.mark.parametrize("kind", ["fgsm-rs", "n-fgsm"])
 def test_fast_attacks(kind):
     model, (x, y, ids) = small_model(), batch(7)
@@ -303,12 +346,12 @@ def test_free_uses_one_pass_for_images_and_weights():
     assert relative(ours, model) <= 1e-9
 
 
-@pytest.mark.parametrize("where", ["ascent", "descent"])
+@pytest.mark.parametrize(("ascents", "spoiled"), [(1, 1), (1, 2), (3, 1), (3, 2), (3, 4)])
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_a_step_with_a_gradient_that_is_not_finite_is_left_out_whole(where, value):
-    """Weights, momentum and BN statistics keep their bits; the next step goes on."""
+def test_a_step_with_a_gradient_that_is_not_finite_is_left_out_whole(ascents, spoiled, value):
+    """Weights, momentum and BN statistics keep their bits; the next step goes on. The loss that is told is one at w."""
     model = small_model(torch.float32)
-    step = build_step(model)
+    step = build_step(model, options=AwpConfig(gamma=GAMMA, ascent_steps=ascents))
     x, y, ids = batch(0, torch.float32)
     step(x, y, sample_ids=ids, seed=0)
     before = copy.deepcopy(model)
@@ -318,13 +361,14 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_left_out_whole(where, valu
     def spoil(gradient):
         nonlocal passes
         passes += 1
-        return torch.full_like(gradient, value) if passes == {"ascent": 1, "descent": 2}[where] else gradient
+        return torch.full_like(gradient, value) if passes == spoiled else gradient
 
     handle = model.linear.weight.register_hook(spoil)
     result = step(x, y, sample_ids=ids, seed=1)
     handle.remove()
-    assert passes == 2
+    assert passes == ascents + 1
     assert result.skipped
+    assert result.loss.isfinite()
     assert equal(model, before)
     for p, saved in zip(model.parameters(), momentum, strict=True):
         assert torch.equal(step.optimizer.state[p]["momentum_buffer"], saved)
@@ -413,6 +457,17 @@ def test_zero_gradients_are_counted():
     assert build_step(Quantised())(x, y, sample_ids=ids, seed=0).zero_gradients == 1
     assert build_step(small_model(torch.float32))(x, y, sample_ids=ids, seed=0).zero_gradients < 0.25
 
+    class QuantisedAfter(Quantised):
+        """Its gradient is zero in all passes but the first, as where an attack gets stuck."""
+
+        passes = 0
+
+        def forward(self, x):
+            self.passes += 1
+            return super().forward(x) if self.passes > 1 else self.inner(x)
+
+    assert build_step(QuantisedAfter())(x, y, sample_ids=ids, seed=0).zero_gradients == 1
+
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("changes", [{}, {"micro_batch_size": 5}])
@@ -446,3 +501,14 @@ def test_gradients_that_are_not_finite_are_counted(value, changes):
         assert not delta[:3].any()
     assert delta.isfinite().all()
     assert build_step(small_model(torch.float32))(x, y, sample_ids=ids, seed=0).nonfinite_gradients == 0
+
+
+def test_right_answers_to_mixtures_are_those_to_their_largest_class():
+    x, y, ids = batch(3, n=40)
+    shares = nn.functional.one_hot(y, 10).double() * 0.7 + 0.03
+    model = small_model()
+    y[:20] = model.eval()(x[:20]).argmax(1)
+    shares[:20] = nn.functional.one_hot(y[:20], 10).double() * 0.7 + 0.03
+    options = {"gamma": 0.0, "attack": AttackConfig(epsilon="0")}
+    told = [build_step(small_model(), **options)(x, labels, sample_ids=ids, seed=0) for labels in (y, shares)]
+    assert told[0].correct == told[1].correct > 0.2

@@ -17,6 +17,7 @@ from samples import (
     images,
     perturbed_fp64,
     randn,
+    spoil,
     stepped_fp64,
     weights_and_grads,
 )
@@ -103,20 +104,6 @@ def test_perturb_range_of_fp32(target, scale):
     perturb_(moved, on(device, grads), 0.01)
     for m, e in zip(moved, exact, strict=True):
         torch.testing.assert_close(m.cpu().double(), e, rtol=3e-7, atol=1e-9)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_perturb_passes_bad_gradients_on_like_the_reference(target, bad):
-    device, _ = target
-    weights, grads = weights_and_grads("network", torch.float32)
-    grads[2][1, 2, 0, 1] = bad
-    expected = [w.clone() for w in weights]
-    with use_backend("reference"):
-        perturb_(expected, grads, 0.01)
-    moved = on(device, weights)
-    perturb_(moved, on(device, grads), 0.01)
-    for m, e in zip(moved, expected, strict=True):
-        assert torch.equal(m.cpu().isnan(), e.isnan())
 
 
 # ---- every length: relative, absolute, elementwise, bounded
@@ -230,20 +217,114 @@ def test_every_length_over_the_range_of_fp32(target, scale, variant):
     assert_rounded(moved, exact, weights)
 
 
+# ---- directions that are not finite: not followed, whatever shares their norm
+
+
+SPOILED = {
+    # name: shapes, the tensor whose gradient is spoiled, and the element
+    "first": ("network", 2, 0),
+    "middle": ("network", 0, 217),
+    "last of a vector": ("primes", 1, -1),
+    "scalar": ("scalar", 0, 0),
+    "far block": ("large", 0, 650_000),
+    "behind a chunk": ("chunk_edges", 1, 16384),
+}
+
+
+def stopped(weights: list[Tensor], scope: str, spoiled: int, place: int) -> list[Tensor]:
+    """For every element, whether it shares a norm with the spoiled one."""
+    result = [torch.full_like(w, scope == "global", dtype=torch.bool) for w in weights]
+    flat = result[spoiled].view(weights[spoiled].shape[0] if weights[spoiled].ndim > 1 else 1, -1)
+    flat[place % weights[spoiled].numel() // flat.shape[1] if scope == "filter" else slice(None)] = True
+    return result
+
+
 @pytest.mark.parametrize("variant", list(LENGTHS))
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_every_length_passes_bad_gradients_on_like_the_reference(target, bad, variant):
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("case", list(SPOILED))
+def test_a_direction_that_is_not_finite_is_not_followed(target, case, scope, variant):
+    """To the bit, -0.0 included; everything else moves as ever, and `found_inf` tells."""
+    device, _ = target
+    shapes, spoiled, place = SPOILED[case]
+    number = list(LENGTHS).index(variant) + SCOPES.index(scope)
+    dtype, bad = DTYPES[number % 3], (math.nan, math.inf, -math.inf)[number % 2 + place % 2]
+    weights, grads = weights_and_grads(shapes, dtype)
+    for w in weights:
+        w.view(-1)[w.numel() // 2] = -0.0
+    spoil(grads[spoiled], place, bad)
+    options = LENGTHS[variant] | {"scope": scope, "adaptive": flags(weights, LENGTHS[variant])}
+    exact, exact_scales = perturbed_fp64(weights, grads, **options)
+    held = stopped(weights, scope, spoiled, place)
+    moved, saved = on(device, weights), poisoned(on(device, weights))
+    found_inf = torch.zeros((), device=device)
+    scales = perturb_(moved, on(device, grads), saved=saved, found_inf=found_inf, **options)
+    torch.testing.assert_close(scales.cpu().double(), exact_scales, rtol=1e-6, atol=0)
+    assert found_inf == 1
+    assert_rounded(moved, exact, weights)
+    for m, w, h in zip(moved, weights, held, strict=True):
+        assert torch.equal(bits(m.cpu()[h]), bits(w[h]))
+        assert h.all() or not torch.equal(m.cpu()[~h], w[~h])
+    assert same_bits(saved, on(device, weights))
+    perturb_(on(device, weights), on(device, [torch.ones_like(g) for g in grads]), found_inf=found_inf, **options)
+    assert found_inf == 1  # kept: it is the caller's to clear
+
+
+@pytest.mark.parametrize("variant", ["relative", "absolute", "elementwise-bounded"])
+@pytest.mark.parametrize(("out", "weight"), list(itertools.product(DTYPES, repeat=2)), ids=str)
+def test_copies_get_the_weights_where_nothing_is_followed(target, out, weight, variant):
+    """The rounded weights; in their own dtype every bit, NaN's too."""
+    device, _ = target
+    weights, _ = weights_and_grads("network", weight)
+    _, grads = weights_and_grads("network", DTYPES[(DTYPES.index(out) + DTYPES.index(weight)) % 3])
+    spoil(grads[0], 3, math.inf)
+    weights[0].view(-1)[:3] = torch.tensor([-0.0, torch.finfo(weight).tiny / 4, torch.finfo(weight).max])
+    if LENGTHS[variant].get("scale") == "absolute":
+        word = {4: torch.int32, 2: torch.int16}[weights[0].element_size()]
+        weights[0].view(-1).view(word)[5] = {torch.float32: 0x7F8000F1, torch.float16: 0x7C11}.get(weight, 0x7F81)
+    exact, _ = perturbed_fp64(weights[1:], grads[1:], scope="layer", **LENGTHS[variant])
+    sources, found_inf = on(device, weights), torch.zeros(1, device=device)
+    result = poisoned([t.to(out) for t in sources])
+    scales = perturb_into_(result, sources, on(device, grads), found_inf=found_inf, **LENGTHS[variant])
+    assert scales[0] == 0
+    assert scales[1:].all()
+    assert found_inf == 1
+    if out == weight:
+        assert torch.equal(bits(result[0].cpu()), bits(weights[0]))
+    else:
+        torch.testing.assert_close(result[0].cpu(), weights[0].to(out), rtol=0, atol=0, equal_nan=True)
+    assert_rounded(result[1:], exact, weights[1:])
+    assert same_bits(sources, on(device, weights))
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("spoiled", ["norms", "grads"])
+def test_weight_norms_that_are_not_finite_stop_too(target, spoiled, scope):
     device, _ = target
     weights, grads = weights_and_grads("network", torch.float32)
-    grads[2][1, 2, 0, 1] = bad
-    expected = [w.clone() for w in weights]
-    with use_backend("reference"):
-        perturb_(expected, grads, **LENGTHS[variant])
+    norms = torch.stack([w.double().norm() for w in weights])
+    (norms if spoiled == "norms" else grads[1])[1] = math.inf
     moved = on(device, weights)
-    perturb_(moved, on(device, grads), **LENGTHS[variant])
-    for m, e in zip(moved, expected, strict=True):
-        assert torch.equal(m.cpu().isnan(), e.isnan())
-    assert expected[2].isnan().any()
+    scales = perturb_(moved, on(device, grads), 0.01, scope=scope, weight_norms=norms.to(device))
+    held = [scope == "global" or index == 1 for index in range(len(weights))]
+    assert [bool(scale == 0) for scale in scales] == (held if scope == "layer" else [True])
+    assert [torch.equal(m.cpu(), w) for m, w in zip(moved, weights, strict=True)] == held
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize(("gamma", "spoil_weight"), [(1e30, False), (0.0, False), (0.5, True)])
+def test_scales_beyond_fp32_of_zero_and_of_bad_weights(target, gamma, spoil_weight, scope):
+    """1e30 / 1e-10 is not in fp32; a gamma of 0 is followed, and moves nothing, not even a sign."""
+    device, _ = target
+    weights, grads = [randn((3, 5)), torch.full((2,), -0.0)], [randn(s, seed=1, scale=1e-10) for s in ((3, 5), (2,))]
+    if spoil_weight:
+        weights[0][1, 1] = math.nan
+    moved, found_inf = on(device, weights), torch.zeros((), device=device)
+    scales = perturb_(moved, on(device, grads), gamma, scope=scope, found_inf=found_inf)
+    assert found_inf == (gamma != 0)
+    first = scales[1] if scope == "filter" else scales[0]
+    assert first == 0
+    rows = [1] if spoil_weight and scope == "filter" else [0, 1, 2]
+    assert same_bits([moved[0][rows].cpu(), moved[1].cpu()], [weights[0][rows], weights[1]])
 
 
 @pytest.mark.parametrize("variant", list(LENGTHS))
@@ -259,6 +340,25 @@ def test_every_length_of_many_small_tensors(target, variant):
         scales = perturb_(moved, on(device, grads), **options)
         torch.testing.assert_close(scales.cpu().double(), exact_scales, rtol=1e-6, atol=0)
         assert_rounded(moved, exact, weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("bound", [0.01, 0.7, 1.9])
+def test_no_weight_of_many_leaves_its_bound(target, bound, dtype):
+    """Where w - r is exact, as for bounds about 1, a product bound * |w| that was rounded up would show."""
+    device, backend = target
+    if dtype == torch.float64 and backend != "reference":
+        return
+    bound = torch.tensor(bound, dtype=torch.float32).item()
+    weights, grads = [randn((500,), dtype, 1)], [randn((500,), dtype, 2)]
+    moved = on(device, weights)
+    perturb_(moved, on(device, grads), 1e3, bound=bound)
+    reached = 0
+    for m, start in zip(moved[0].tolist(), weights[0].tolist(), strict=True):
+        room = Fraction(bound) * abs(Fraction(start)) - abs(Fraction(m) - Fraction(start))
+        assert room >= 0
+        reached += room < Fraction(bound) * abs(Fraction(start)) / 1000
+    assert reached == 500
 
 
 FP32 = st.floats(-(2.0**60), 2.0**60, width=32)
@@ -536,6 +636,19 @@ def test_l2_step_without_a_usable_gradient_does_not_move(target, bad):
     pgd_step_(x_adv, grad, x, step_size=0.1, epsilon=0.3, norm="l2")
     assert torch.equal(x_adv[0], start[0])
     assert not torch.equal(x_adv[1], start[1])
+
+
+@pytest.mark.parametrize("step_size", [1e-6, 3e-6, 1e-4])
+def test_small_l2_steps_along_the_boundary_stay_in_the_ball(target, step_size):
+    """A step that ends a millionth outside is projected as one that ends far outside is."""
+    device, _ = target
+    x = torch.full((4, 3, 8, 8), 0.5, device=device)
+    x_adv, grad = x.clone(), randn(tuple(x.shape), seed=1).to(device)
+    pgd_step_(x_adv, grad, x, step_size=1.0, epsilon=0.5, norm="l2")
+    assert ball_norm(x_adv, x, "l2") > 0.49999
+    for _ in range(20):
+        pgd_step_(x_adv, grad, x, step_size=step_size, epsilon=0.5, norm="l2")
+        assert ball_norm(x_adv, x, "l2") <= 0.5
 
 
 @given(

@@ -10,7 +10,15 @@ from samples import images
 from torch import nn
 
 from awp_engine.attack import pgd
-from awp_engine.config import AttackConfig, AwpConfig, Config, ConfigError, OptimizerConfig, PrecisionConfig
+from awp_engine.config import (
+    AttackConfig,
+    AwpConfig,
+    Config,
+    ConfigError,
+    DistributedConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+)
 from awp_engine.models import build_model
 from awp_engine.objectives import build_objective
 from awp_engine.optimizer import build_optimizer
@@ -97,6 +105,12 @@ def test_what_is_chosen_for_a_device():
     assert choose_precision(rho, cuda) == Precision(attack=torch.float16)
     shared = Config(awp=AwpConfig(gamma=0.005, ascent="shared"))
     assert choose_precision(shared, cpu).attack is None
+    # without a perturbation nothing is shared
+    plain = Config(awp=AwpConfig(gamma=0.0, ascent="shared"), precision=PrecisionConfig(attack="bf16"))
+    assert choose_precision(plain, cpu).attack == torch.bfloat16
+    # one model in one precision: an attack that is left to choose takes that of the rest
+    fsdp = dataclasses.replace(rho, distributed=DistributedConfig(strategy="fsdp"))
+    assert choose_precision(fsdp, cuda) == Precision()
     with pytest.raises(ConfigError, match=r"--precision.attack: expected fp32 or bf16 on the CPU, got 'fp16'"):
         choose_precision(Config(precision=PrecisionConfig(attack="fp16")), cpu)
     with pytest.raises(ConfigError, match=r"--precision.descent: expected fp32 with --awp.scale absolute"):

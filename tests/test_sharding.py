@@ -49,13 +49,19 @@ def values(seed, dtype=torch.float64):
     return made
 
 
-def set_gradients(model, seed, cut=lambda tensor: tensor):
+def set_gradients(model, seed, cut=lambda tensor: tensor, spoiled=""):
+    """`spoiled`: the parameter whose last row's gradient is not finite."""
     for name, value in values(seed).items():
+        if name == spoiled:
+            value[-1:].view(-1)[0] = torch.inf if value.ndim > 1 else torch.nan
         model.get_parameter(name).grad = cut(value)
 
 
 def three_steps(model, case, cut, rows_of):
-    """Perturbs, perturbs further and restores, then steps with clipping, momentum, decay and an average; thrice."""
+    """Perturbs, perturbs further and restores, then steps with clipping, momentum, decay and an average; thrice.
+
+    Then once more along directions of which one is not finite on one rank, and again.
+    """
     scope, scale, bound, eps = case
     eta = 0.01 if scale == "elementwise" else 0.0
     adaptive = (lambda name, _: "weight" in name) if scale == "elementwise" else None
@@ -87,6 +93,16 @@ def three_steps(model, case, cut, rows_of):
         seen += [optimizer.grad_norm, *(rows_of(p).clone() for p in model.parameters())]
         seen += [rows_of(state["momentum_buffer"]).clone() for state in optimizer.state.values()]
         seen += [rows_of(average).clone() for average in optimizer.averages.values()]
+    for first, second in (("a.weight", ""), ("", "b.bias")):
+        set_gradients(model, 11, cut, first)
+        with awp.perturbed():
+            seen += [awp.found_inf.clone(), *(rows_of(p).clone() for p in model.parameters())]
+            set_gradients(model, 12, cut, second)
+            awp.perturb_(again=True)
+            seen += [awp.found_inf.clone(), *(rows_of(p).clone() for p in model.parameters())]
+        told = [float(value) for value in seen if value.dtype == torch.float32]
+    assert told[-4:] == [1, 1, 0, 1]
+    assert all(value.isfinite().all() for value in seen)
     return seen
 
 

@@ -171,6 +171,32 @@ class TestInterpreted:
         for r, e in zip(result, expected, strict=True):
             assert_close(r, e)
 
+    @pytest.mark.parametrize("variant", ["relative", *VARIANTS])
+    @pytest.mark.parametrize("scope", SCOPES)
+    def test_a_direction_that_is_not_finite_is_not_followed(self, scope, variant):
+        """To the bit; -0.0 and NaN's bits included, in weights' own dtype and, rounded, in another."""
+        options = VARIANTS.get(variant, {"gamma": 0.01}) | {"scope": scope}
+        fp32, fp16 = torch.float32, torch.float16
+        for dtype, out in ((fp32, fp32), (fp16, fp16), (fp32, fp16)):
+            weights = [randn(s, dtype, 5) for s in ((3, 9), (17,), (2, 4), (3000,))]
+            grads = [randn(tuple(w.shape), dtype, 6 + i) for i, w in enumerate(weights)]
+            grads[0][1, 8], grads[3][2900] = float("inf"), float("nan")
+            weights[0][1, 2], weights[3][0] = -0.0, -0.0
+            if options.get("scale") == "absolute":
+                word, odd = (torch.int32, 0x7FC00123) if dtype == fp32 else (torch.int16, 0x7E11)
+                weights[3].view(word)[1] = odd
+            moved, expected = nans([w.to(out) for w in weights]), nans([w.to(out) for w in weights])
+            found_inf = torch.zeros(1)
+            scales = perturb_into_(moved, weights, grads, found_inf=found_inf, **options)
+            assert_close(scales, self.reference(perturb_into_, expected, weights, grads, **options))
+            assert found_inf == 1
+            for m, e in zip(moved, expected, strict=True):
+                assert_close(m, e)
+            held = [(moved[0][1], weights[0][1]), (moved[3], weights[3])]
+            for m, w in held + ([(moved[1], weights[1])] if scope == "global" else []):
+                assert torch.equal(m.nan_to_num(), w.to(out).nan_to_num())
+                assert out != dtype or same_bits(m, w)
+
     @pytest.mark.parametrize("variant", list(VARIANTS))
     @pytest.mark.parametrize("scope", SCOPES)
     def test_every_length_at_zero_norms_and_bad_gradients(self, scope, variant):

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <vector>
 
+#include "awp/perturb.h"
 #include "awp/project.h"
 #include "convert.h"
 
@@ -138,14 +139,32 @@ void perturb_by(void* out, DType out_dtype, const void* weight, DType weight_dty
   if (saved) stream_end();
 }
 
+// Where no direction is followed: out = weight, to the bit where it is stored alike.
+void keep(void* out, DType out_dtype, const void* weight, DType weight_dtype, void* saved, int64_t count) {
+  const int64_t bytes = count * size_of(weight_dtype);
+  if (saved) {
+    stream(saved, weight, bytes);
+    stream_end();
+  }
+  if (out == weight) return;
+  if (out_dtype == weight_dtype) {
+    memcpy(out, weight, bytes);
+  } else {
+    perturb_by(out, out_dtype, weight, weight_dtype, weight, weight_dtype, nullptr, count,
+               [](float w, float) { return w; });
+  }
+}
+
 void perturb(void* out, DType out_dtype, const void* weight, DType weight_dtype, const void* grad, DType grad_dtype,
              void* saved, int64_t count, float scale) {
+  if (!is_followed(scale)) return keep(out, out_dtype, weight, weight_dtype, saved, count);
   perturb_by(out, out_dtype, weight, weight_dtype, grad, grad_dtype, saved, count,
              [=](float w, float g) { return multiply_add(scale, g, w); });
 }
 
 void perturb_scaled(void* out, DType out_dtype, const void* weight, DType weight_dtype, const void* grad,
                     DType grad_dtype, void* saved, int64_t count, float scale, float eta, float bound) {
+  if (!is_followed(scale)) return keep(out, out_dtype, weight, weight_dtype, saved, count);
   const auto plain = [=](float w, float g) { return multiply_add(scale, g, w); };
   const auto scaled = [=](float w, float g) {
     const float factor = std::fabs(w) + eta;

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "awp/cpu.h"
+#include "awp/perturb.h"
 #include "kernels.h"
 
 namespace awp::cpu {
@@ -75,8 +76,7 @@ Squares squares(const Perturb& p, const PerturbTensor& t, int64_t begin, int64_t
 }
 
 float scale_from(const Perturb& p, Squares sum) {
-  const double length = p.scale == Scale::kRelative ? std::sqrt(sum.weight) : 1.0;
-  return static_cast<float>(p.gamma * length / (std::sqrt(sum.grad) + p.eps));
+  return perturb_scale(p.gamma, p.eps, p.scale == Scale::kRelative, sum.weight, sum.grad);
 }
 
 void perturb_filters(const Perturb& p, const ParallelFor& parallel_for) {

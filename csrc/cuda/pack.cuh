@@ -20,6 +20,11 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+template <typename T>
+constexpr DType dtype_of = std::is_same_v<T, Half>       ? DType::kFloat16
+                           : std::is_same_v<T, BFloat16> ? DType::kBFloat16
+                                                         : DType::kFloat32;
+
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(Half value) { return __half2float(__ushort_as_half(value.bits)); }
 __device__ __forceinline__ float to_float(BFloat16 value) { return __bfloat162float(__ushort_as_bfloat16(value.bits)); }

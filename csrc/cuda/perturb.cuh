@@ -1,6 +1,7 @@
 // What the perturbation does to one run of elements, shared by all scopes.
 #pragma once
 
+#include "awp/perturb.h"
 #include "awp/project.h"
 #include "stream.cuh"
 
@@ -18,8 +19,7 @@ inline Scaling scaling_of(const Perturb& p) { return {p.scale == Scale::kRelativ
 inline bool is_plain(const Perturb& p) { return p.scale != Scale::kElementwise && !(p.bound >= 0); }
 
 __device__ __forceinline__ float scale_from(SumPair squares, Scaling scaling) {
-  const double length = scaling.relative ? sqrt(squares.weight) : 1.0;
-  return static_cast<float>(scaling.gamma * length / (sqrt(squares.grad) + scaling.eps));
+  return perturb_scale(scaling.gamma, scaling.eps, scaling.relative, squares.weight, squares.grad);
 }
 
 // A thread's share of the sums of squares of w and g; with `Scaled` of T g, T = |w| + eta, where `adaptive`.
@@ -64,11 +64,38 @@ __device__ __forceinline__ float moved_by(float weight, float grad, float scale,
   return scaling.bound >= 0.0f ? project_relative(moved, weight, scaling.bound) : moved;
 }
 
+// Where no direction is followed: out = weight, to the bit where it is stored alike.
+template <typename W>
+__device__ __forceinline__ void keep(DType out_dtype, void* out, const W* weight, W* saved, int64_t length, int rank,
+                                     int size) {
+  const bool in_place = out == weight;
+  if (in_place && saved == nullptr) return;
+  walk<kPackOf<W, W>, 1>(length, aligned16(out, weight, saved), rank, size,
+                         [&](auto pack, auto unroll, int64_t first, int64_t step) {
+                           constexpr int N = decltype(pack)::value;
+#pragma unroll
+                           for (int m = 0; m < decltype(unroll)::value; ++m) {
+                             const int64_t at = first + m * step;
+                             const Pack<W, N> weights = load<N>(weight + at);
+                             if (saved != nullptr) store<N>(saved + at, weights);
+                             if (in_place) continue;
+                             if (out_dtype == dtype_of<W>) {
+                               store<N>(static_cast<W*>(out) + at, weights);
+                             } else {
+                               float w[N];
+                               widen(weights, w);
+                               store_as<N>(out_dtype, out, at, w);
+                             }
+                           }
+                         });
+}
+
 // out = weight + scale * grad, or moved_by where not `Plain`; saved = weight; a null `saved` is left out. The output's
 // dtype is told apart here, at the store, where it costs one uniform branch, instead of in three times as many kernels.
 template <bool Plain, typename W, typename G>
 __device__ __forceinline__ void move(DType out_dtype, void* out, const W* weight, const G* grad, W* saved,
                                      int64_t length, float scale, bool adaptive, Scaling scaling, int rank, int size) {
+  if (!is_followed(scale)) return keep(out_dtype, out, weight, saved, length, rank, size);
   walk<kPackOf<W, G>, kUnroll>(length, aligned16(out, weight, grad, saved), rank, size,
                                [&](auto pack, auto unroll, int64_t first, int64_t step) {
                                  constexpr int N = decltype(pack)::value, M = decltype(unroll)::value;

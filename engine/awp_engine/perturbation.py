@@ -211,11 +211,12 @@ class TrainingStep:
                 self.copies.prepare_attack_()
                 with self.copies.held():
                     x_adv, marks = self._attacked(x, y, start, work, fast, share_ascent=awp is not None)
+            followed = None
             if awp is not None:
                 with region("ascent"):
-                    self._ascend(awp, x_adv, x, y, work)
+                    followed = self._ascend(awp, x_adv, x, y, work)
             with region("descent"):
-                loss, correct = self._descend(x_adv, x, y, work)  # at w + v
+                loss, correct = self._descend(x_adv, x, y, work, followed)  # at w + v
             with region("update"):
                 skipped = self._update(awp)  # at w
             if self.options.public_code:
@@ -233,7 +234,7 @@ class TrainingStep:
         epsilon, work = self.attack.epsilon_value, self._work(len(x), of)
         with self._or_put_back(None) as statistics:
             x_adv = (x + delta).clamp_(0, 1).requires_grad_()
-            loss, correct = self._descend(x_adv, x, y, work)
+            loss, correct = self._descend(x_adv, x, y, work, None)
             assert x_adv.grad is not None
             delta.add_(x_adv.grad.sign(), alpha=epsilon).clamp_(-epsilon, epsilon)
             skipped = self._update(None)
@@ -381,8 +382,9 @@ class TrainingStep:
         averaged: bool,
         update_statistics: bool,
         c_min: float | None = None,
+        followed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the mean loss in the parameters of `model`, over all ranks if `averaged`.
+        """Gradients of the mean loss in the parameters of `model`, over all ranks if `averaged`, times `followed`.
 
         Returns:
             The mean loss, the part of right answers, and how many losses lie below c_min; of this rank's images.
@@ -407,6 +409,7 @@ class TrainingStep:
                 # the reducer takes the mean over the ranks of what is to be added up
                 scale = share * self.ranks.world
                 lifted = mean if scale == 1 else mean * scale
+                lifted = lifted if followed is None else lifted * followed
                 (lifted if self.loss_scale is None else lifted * self.loss_scale.value).backward()
             labels = y[rows] if y.ndim == 1 else y[rows].argmax(1)
             loss = loss + mean.detach() * share
@@ -420,8 +423,8 @@ class TrainingStep:
         x: Tensor,
         y: Tensor,
         work: Work,
-    ) -> None:
-        """Perturb the weights."""
+    ) -> Tensor:
+        """Perturb the weights; returns, on the device, 1, or NaN where a direction was not finite on this rank."""
         sums: dict[str, Tensor] = {}
         options, model = self.options, self.copies.ascent
         several = options.ascent_steps > 1
@@ -447,11 +450,18 @@ class TrainingStep:
             awp.restore_()
             awp.perturb_(gradients=sums)
             self.clear_gradients()
+        # of the last pass: what was not finite in one before it is in the sum still
+        assert awp.found_inf is not None
+        return torch.ones_like(awp.found_inf).masked_fill_(awp.found_inf > 0, torch.nan)
 
-    def _descend(self, x_adv: Tensor, x: Tensor, y: Tensor, work: Work) -> tuple[Tensor, Tensor]:
+    def _descend(
+        self, x_adv: Tensor, x: Tensor, y: Tensor, work: Work, followed: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Gradients of the training loss; returns it and the part of right answers. Moves the BN statistics."""
         model = self.copies.descent
-        loss, correct, _ = self._backward(model, x_adv, x, y, work, averaged=True, update_statistics=True)
+        loss, correct, _ = self._backward(
+            model, x_adv, x, y, work, averaged=True, update_statistics=True, followed=followed
+        )
         return loss, correct
 
     @torch.no_grad()
@@ -468,7 +478,7 @@ class TrainingStep:
     def _update(self, awp: AdversarialWeightPerturbation | None) -> Tensor:
         """The optimizer's step at w, left out if a gradient is not finite; returns, on the device, whether it was."""
         optimizer = self.optimizer
-        # an ascent gradient that is not finite shows here as well: some weight, and with it the loss, became NaN
+        # an ascent that was not followed on some rank shows here as well: its `followed` made all gradients NaN
         norm = total_norm(optimizer.gradients())
         skipped = ~torch.isfinite(norm)
         optimizer.found_inf, optimizer.grad_norm, optimizer.max_norm = skipped.float(), norm, self.clip_norm

@@ -103,7 +103,8 @@ class AdversarialWeightPerturbation:
     whose gradient was added to what the last block's descent has left (not seen for shards, nor once three backward
     passes began on gradients that were set to zero in place). One object serves one thread.
 
-    Works with loss scaling (the direction does not depend on the scale), with gradient accumulation (accumulate the
+    Works with loss scaling (the direction does not depend on the scale, and one that is not finite is not followed:
+    the descent then runs at w, see `found_inf`), with gradient accumulation (accumulate the
     ascent, then the descent inside the block) and under autocast (its cache of casts is cleared).
 
     Several ascent steps, each from where the one before has led:
@@ -138,6 +139,8 @@ class AdversarialWeightPerturbation:
             46% of the perturbation at the paper's gamma.
 
     Attributes:
+        found_inf: float32 scalar on the device, None before the first perturbation: 1 if a direction of the last one
+            (or of a step with `again` after it) was not finite, and so was not followed, else 0; on all ranks alike.
         weight_norms: their norms, fp64, if they are known (of a sharded model, this rank's): `take_weight_norms`.
 
     Raises:
@@ -168,6 +171,7 @@ class AdversarialWeightPerturbation:
         self._select, self._adaptive_choice = select, adaptive
         self._check_options()
         self.weight_norms: Tensor | None = None
+        self.found_inf: Tensor | None = None
         self._norms_at: list[int] = []
         self._saved: dict[str, Tensor] = {}
         self._found: dict[str, nn.Parameter] = {}
@@ -336,12 +340,15 @@ class AdversarialWeightPerturbation:
             squares = squares.sum(1, keepdim=True).expand_as(squares)
         weight_norms, grad_norms = squares.sqrt().unbind()
         lengths = (weight_norms if self.scale == "relative" else 1.0) / (grad_norms + self.eps)
+        # 0 or NaN where a gradient is not finite on some rank, so that it is followed on none
         lengths = lengths[where] * (local_norms([directions[name] for name in moved]) + _EPS_OF_SHARDS)
         self._measured = dict(zip(moved, lengths.unbind(), strict=True))
         return directions
 
     def perturb_(self, *, again: bool = False, gradients: Mapping[str, Tensor] | None = None) -> None:
         """Save the weights, move them along their gradients, and clear all gradients.
+
+        Where a gradient is not finite nothing moves that shares its norm (see `perturb_`), and `found_inf` says so.
 
         Args:
             again: take a further step from where the weights are, by a length that is measured there; `restore_`
@@ -392,6 +399,9 @@ class AdversarialWeightPerturbation:
             raise RuntimeError("no gradients to perturb along: call backward() on the ascent loss first")
         if self.scope == "global" and len(groups) > 1:
             raise RuntimeError("scope 'global' needs all perturbed parameters to be of one dtype")
+        found_inf = self._flag(next(iter(gradients.values())).device)
+        if not again:
+            found_inf.zero_()
         calls = [self._call(names, gradients, None if again else self.bound) for names in groups]
         # a further step may reach weights that had no gradient before
         first = [name for name in gradients if moved is None or name not in moved.names]
@@ -410,6 +420,10 @@ class AdversarialWeightPerturbation:
             _MOVED[id(self)] = self
             for call in calls:
                 call()
+            if self._shards is not None:
+                # the rank that holds what is not finite says so
+                self._shards.add_up_(found_inf)
+                found_inf.clamp_(max=1.0)
             if again and self.bound is not None:
                 self._clamp(gradients)
             for module in (self.model, self.working):
@@ -425,6 +439,12 @@ class AdversarialWeightPerturbation:
             self._restore(quiet=True)
             raise
 
+    def _flag(self, device: torch.device) -> Tensor:
+        """`found_inf`, in the same memory from step to step, as captured graphs need it."""
+        if self.found_inf is None or self.found_inf.device != device:
+            self.found_inf = torch.zeros((), device=device)
+        return self.found_inf
+
     def _buffer(self, name: str) -> Tensor:
         """Where a weight's bits are kept; the same memory from step to step."""
         weight, saved = self._rows[name], self._saved.get(name)
@@ -436,7 +456,7 @@ class AdversarialWeightPerturbation:
     def _options(self, names: list[str], bound: float | None) -> dict[str, Any]:
         if names[0] in self._measured:
             lengths = torch.stack([self._measured[name] for name in names])
-            return {"weight_norms": lengths, "bound": bound, "eps": _EPS_OF_SHARDS}
+            return {"weight_norms": lengths, "bound": bound, "eps": _EPS_OF_SHARDS, "found_inf": self.found_inf}
         known = self.scale == "relative" and self.scope != "filter" and len(names) == len(self._found)
         return {
             "weight_norms": self.weight_norms if known and not self._active else None,
@@ -446,6 +466,7 @@ class AdversarialWeightPerturbation:
             "adaptive": [self._adaptive[name] for name in names] if self._adaptive else None,
             "bound": bound,
             "eps": self.eps,
+            "found_inf": self.found_inf,
         }
 
     def _call(self, names: list[str], gradients: Mapping[str, Tensor], bound: float | None) -> Callable[[], Tensor]:

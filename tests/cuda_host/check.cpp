@@ -201,7 +201,18 @@ struct Case {
   Scale scale = Scale::kRelative;
   float eta = 0, bound = -1;
   bool norms = false;  // ||w|| is given
+  bool spoil = false;  // the last gradient of every other tensor is infinite, and the weight beside it odd
 };
+
+// Where a direction is not followed w is kept: every bit, in its own dtype.
+void spoil_last(Array& weight, Array& grad) {
+  const int64_t last = weight.count() - 1;
+  grad.set(last, -std::numeric_limits<float>::infinity());
+  weight.set(last, -0.0f);
+  if (last < 1) return;
+  weight.set(last - 1, std::numeric_limits<float>::quiet_NaN());
+  weight.data()[(last - 1) * weight.bytes() / weight.count()] ^= 5;  // a payload
+}
 
 void check_perturb(const Case& c, const std::vector<Shape>& shapes) {
   std::vector<std::unique_ptr<Array>> out, weight, original, grad, saved;
@@ -217,6 +228,7 @@ void check_perturb(const Case& c, const std::vector<Shape>& shapes) {
     weight.back()->fill(-1, 1);
     grad.back()->fill(-1e-3, 1e-3);
     if (numel > 7) weight.back()->set(numel - 1, std::numeric_limits<float>::denorm_min());
+    if (c.spoil && numel > 0 && tensors.size() % 2 == 1) spoil_last(*weight.back(), *grad.back());
     original.back()->copy(*weight.back());
     tensors.push_back({c.in_place ? weight.back()->data() : out.back()->data(), weight.back()->data(),
                        grad.back()->data(), c.save ? saved.back()->data() : nullptr, numel, shape.filters,
@@ -275,15 +287,18 @@ void check_perturb(const Case& c, const std::vector<Shape>& shapes) {
       const double length = c.scale == Scale::kRelative ? std::sqrt(static_cast<double>(w)) : 1.0;
       const double expected = gamma * length / (std::sqrt(static_cast<double>(g)) + eps);
       const float scale = scales.get(global ? 0 : at++);
-      CHECK(std::abs(scale - expected) <= 6e-8 * expected);
+      const bool followed = (c.scale != Scale::kRelative || w < INFINITY) && g < INFINITY;
+      CHECK(followed ? std::abs(scale - expected) <= 6e-8 * expected : std::isnan(scale));
       for (int64_t i = begin; i < end; ++i) {
         const Array& result = c.in_place ? *weight[t] : *out[t];
         const float before = original[t]->get(i), step = grad[t]->get(i);
         float moved = std::fmaf(scale, step, before);
         if (is_scaled(t)) moved = std::fmaf(scale * step * factor(t, i), factor(t, i), before);
         if (c.bound >= 0) moved = project_relative(moved, before, c.bound);
-        CHECK(result.bits(i) == result.stored(moved));
-        CHECK(!(c.bound >= 0) || std::abs(double{moved} - before) <= double{c.bound} * std::abs(double{before}));
+        if (!followed) moved = before;
+        CHECK(result.bits(i) == (!followed && c.out == c.weight ? original[t]->bits(i) : result.stored(moved)));
+        CHECK(!followed || !(c.bound >= 0) ||
+              std::abs(double{moved} - before) <= double{c.bound} * std::abs(double{before}));
         if (c.save) CHECK(saved[t]->bits(i) == original[t]->bits(i));
         if (!c.in_place) CHECK(weight[t]->bits(i) == original[t]->bits(i));
       }
@@ -607,6 +622,24 @@ int main() {
       test = std::string("perturb elementwise bounded weight ") + name(weight) + " grad " + name(grad);
       check_perturb({Scope::kLayer, weight, weight, grad, true, true, Scale::kElementwise, 0.0f, 0.5f},
                     {{1, 1025}, {3, 27}, {2, 41, 1}});
+    }
+  }
+
+  for (const Scope scope : {Scope::kLayer, Scope::kGlobal, Scope::kFilter}) {
+    for (const DType weight : kDTypes) {
+      for (const DType out : kDTypes) {
+        for (const Scale scale : {Scale::kRelative, Scale::kAbsolute, Scale::kElementwise}) {
+          if (out != weight && scale != Scale::kAbsolute) continue;
+          test = std::string("perturb not followed, scope ") + std::to_string(static_cast<int>(scope)) + " scale " +
+                 std::to_string(static_cast<int>(scale)) + " weight " + name(weight) + " out " + name(out);
+          Case c{scope, out, weight, weight, out == weight && scale == Scale::kAbsolute, scale != Scale::kElementwise};
+          c.scale = scale;
+          c.bound = scale == Scale::kElementwise ? 0.5f : -1;
+          c.norms = scale == Scale::kRelative && scope == Scope::kGlobal;
+          c.spoil = true;
+          check_perturb(c, {{4, 0}, {9, 27}, {2, 1025, 1}, {1, 4101}, {3, 41}, {1, 1}});
+        }
+      }
     }
   }
 

@@ -34,7 +34,7 @@ struct Perturb {
   double gamma, eps;
   float eta;      // of Scale::kElementwise
   float bound;    // |out - weight| <= bound * |weight|, rounded toward zero; negative: no bound
-  float* scales;  // [count], [1] or [sum of filters]
+  float* scales;  // [count], [1] or [sum of filters]; NaN where a direction is not followed
   // Scale::kRelative, all scopes but filter: ||w|| of every tensor, [count]; null: to be found
   const double* weight_norms = nullptr;
 };

@@ -14,14 +14,6 @@ from awp_kernels import perturb_into_, restore_
 _SWAMPING = 2.0**100
 
 
-def _can_follow(weight: Tensor, direction: Tensor, gamma: float, scope: str, eps: float) -> bool:
-    """Whether w + gamma ||w|| d / (||d|| + eps) has finite coefficients, in the precision they are rounded to."""
-    dims = tuple(range(1, weight.ndim)) if scope == "filter" and weight.ndim > 1 else None
-    size, length = (torch.linalg.vector_norm(tensor.double(), dim=dims) for tensor in (weight, direction))
-    largest = torch.finfo(torch.promote_types(weight.dtype, torch.float32)).max
-    return bool((direction.isfinite().all() & (abs(gamma) * size / (length + eps) <= largest).all()).item())
-
-
 class WorkingCopy:
     """A copy of a model in eval mode whose weights `move_` sets to w + v; w itself, the master, is only read.
 
@@ -62,9 +54,15 @@ class WorkingCopy:
         out = self.parameters(names)
         if self._moved != list(names):
             self.reset_()
+        found_inf = torch.zeros((), device=next(self.model.parameters()).device)
+        weights = [self.weights[name] for name in names]
         # before they are: an interrupt may come in between
         self._moved = list(names)
-        perturb_into_(out, [self.weights[name] for name in names], tensors, gamma, scope=scope, eps=eps)
+        perturb_into_(out, weights, tensors, gamma, scope=scope, eps=eps, found_inf=found_inf)
+        if found_inf:
+            # it leads nowhere: what is measured there is NaN, not as flat as w itself
+            for tensor in out:
+                tensor.detach().fill_(torch.nan)
 
     def move_(self, direction: Direction, amount: float) -> None:
         """Set the copy to w + amount ||w|| d / ||d||, norms by filter or by layer as the direction says.

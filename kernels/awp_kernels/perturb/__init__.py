@@ -80,6 +80,13 @@ def _perturb_into_(
     return run(out, weights, grads, [], gamma, scope, eps, scale, eta, bound, list(adaptive), weight_norms)
 
 
+def _told(scales: Tensor, found_inf: Tensor | None) -> Tensor:
+    """The scales, 0 where the operation says NaN: nothing was followed there."""
+    if found_inf is not None:
+        found_inf.masked_fill_(scales.isnan().any(), 1.0)
+    return scales.nan_to_num_(nan=0.0)
+
+
 def _scales_like(weights: list[Tensor], scope: str) -> Tensor:
     counts = {"layer": len(weights), "global": 1, "filter": sum(filters(weight) for weight in weights)}
     return weights[0].new_empty(counts[scope], dtype=working_dtype(weights[0].dtype))
@@ -139,6 +146,7 @@ def perturb_(
     bound: float | None = None,
     eps: float = 1e-20,
     weight_norms: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> Tensor:
     """Add a perturbation v along the gradient to every weight, in place.
 
@@ -148,6 +156,10 @@ def perturb_(
 
     Norms are accumulated in fp64, the scale is rounded to fp32, and the sum is formed in fp32 (all in fp64 for fp64
     weights).
+
+    A direction that is not finite is not followed, which is decided where the tensors are, without waiting: if a norm
+    in the formula or the scale is not finite (one gradient of NaN or infinity, say), the scale is 0, and w keeps its
+    bits, for all that the norm is taken over. A sum w + v beyond the range of 16-bit storage is infinity there.
 
     Args:
         weights: tensors of any shapes, one dtype (float64, float32, float16 or bfloat16), one device.
@@ -165,10 +177,12 @@ def perturb_(
         eps: added to the gradient's norm, so that a zero gradient moves nothing.
         weight_norms: if given, ||w|| of every weight as it is, float64 [len(weights)], which `sgd_step_` returned: the
             weights are then read once, not twice. For scale "relative" with scope "layer" or "global".
+        found_inf: if given, float32, one element on the weights' device: set to 1 where a direction was not followed,
+            else left as it is. A scale of 0 does not tell: it is 0 as well for gamma 0 or weights that are 0.
 
     Returns:
-        The scales that g, or T^2 g, was multiplied by, before the bound: float32 (float64 for float64 weights),
-        [len(weights)], [1] or [sum of filters].
+        The scales that g, or T^2 g, was multiplied by, before the bound, 0 where a direction was not followed: float32
+        (float64 for float64 weights), [len(weights)], [1] or [sum of filters].
 
     Raises:
         ValueError: lengths, shapes, dtypes, devices, layouts or memory that do not fit, and numbers out of range,
@@ -196,7 +210,9 @@ def perturb_(
         >>> w
         tensor([3.0000, 4.1000])
     """
-    return _perturb_(
+    if found_inf is not None and weights:
+        _checks.scalar("found_inf", found_inf, (torch.float32,), "weights[0]", weights[0])
+    scales = _perturb_(
         list(weights),
         list(grads),
         float(gamma),
@@ -209,6 +225,7 @@ def perturb_(
         list(adaptive or ()),
         weight_norms,
     )
+    return _told(scales, found_inf)
 
 
 @torch.no_grad()
@@ -225,6 +242,7 @@ def perturb_into_(
     bound: float | None = None,
     eps: float = 1e-20,
     weight_norms: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> Tensor:
     """Write w + v, with the perturbation v of `perturb_`, to other tensors; the weights stay as they are.
 
@@ -243,6 +261,7 @@ def perturb_into_(
         bound: as for `perturb_`.
         eps: as for `perturb_`.
         weight_norms: as for `perturb_`.
+        found_inf: as for `perturb_`.
 
     Returns:
         The scales, as `perturb_` does.
@@ -250,7 +269,9 @@ def perturb_into_(
     Raises:
         ValueError: as `perturb_` does.
     """
-    return _perturb_into_(
+    if found_inf is not None and weights:
+        _checks.scalar("found_inf", found_inf, (torch.float32,), "weights[0]", weights[0])
+    scales = _perturb_into_(
         list(out),
         list(weights),
         list(grads),
@@ -263,3 +284,4 @@ def perturb_into_(
         list(adaptive or ()),
         weight_norms,
     )
+    return _told(scales, found_inf)

@@ -33,6 +33,13 @@ def _norms(tensors: list[Tensor], scope: str) -> list[Tensor]:
     return norms
 
 
+def _scale(gamma: float, length: Tensor, divisor: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a direction is multiplied by, rounded to `dtype`; NaN: a norm or the scale is not finite."""
+    scale = (gamma * length / divisor).to(dtype)
+    # an infinite length makes the scale infinite, an infinite divisor makes it 0
+    return torch.where(divisor.isfinite() & scale.isfinite(), scale, torch.nan)
+
+
 def perturb(
     out: list[Tensor],
     weights: list[Tensor],
@@ -47,7 +54,7 @@ def perturb(
     adaptive: list[bool],
     weight_norms: Tensor | None = None,
 ) -> Tensor:
-    """Write w + v to `out`, and w to `saved`; return the scales."""
+    """Write w + v to `out`, and w to `saved`; return the scales, NaN where a direction is not followed."""
     dtype = working_dtype(weights[0].dtype) if weights else torch.float32
     # T of every tensor; None where it is 1
     factors: list[Tensor | None] = [None] * len(weights)
@@ -63,9 +70,7 @@ def perturb(
         lengths = [weight_norms.norm()] * len(weights) if scope == "global" else list(weight_norms)
     else:
         lengths = _norms(weights, scope) if scale == "relative" else [torch.ones_like(norm) for norm in grad_norms]
-    scales = [
-        (gamma * length / (grad_norm + eps)).to(dtype) for length, grad_norm in zip(lengths, grad_norms, strict=True)
-    ]
+    scales = [_scale(gamma, length, norm + eps, dtype) for length, norm in zip(lengths, grad_norms, strict=True)]
     for copy, weight in zip(saved, weights, strict=bool(saved)):
         copy.copy_(weight)
     for target, weight, grad, factor, multiplier in zip(out, weights, grads, factors, scales, strict=True):
@@ -74,7 +79,8 @@ def perturb(
         moved = start + (step if factor is None else step * factor * factor)
         if bound is not None:
             moved = within(moved, start, round_toward_zero(bound, dtype))
-        target.copy_(moved)
+        # where nothing is followed, w to the bit: NaN * 0 is NaN, and -0.0 + 0.0 is 0.0
+        target.copy_(torch.where(multiplier.abs() > 0, moved.to(target.dtype), weight.to(target.dtype)))
     if not scales:
         return torch.empty(0, dtype=dtype)
     if scope == "filter":

@@ -112,7 +112,8 @@ def _move(
             below = (product.to(tl.int32, bitcast=True) - 1).to(tl.float32, bitcast=True)
             radius = tl.where(product > 0.0, below, product)
             moved = project_linf(moved, w.to(tl.float32), radius, float("-inf"), float("inf"))
-        tl.store(out + index, moved.to(OUT), mask=index < end)
+        # where nothing is followed, w to the bit: NaN * 0 is NaN, and -0.0 + 0.0 is 0.0
+        tl.store(out + index, tl.where(tl.abs(scale) > 0.0, moved.to(OUT), w.to(OUT)), mask=index < end)
 
 
 @triton.jit
@@ -127,9 +128,12 @@ def _squared_norms(norms, tensors, BLOCK: tl.constexpr):
 
 @triton.jit
 def _scale(weight_sum, grad_sum, gamma, eps, SCALE: tl.constexpr):
+    """Of a direction; NaN where it is not to be followed: a norm is not finite, or the scale is not in fp32."""
     if SCALE == _RELATIVE:
         gamma = gamma * tl.sqrt(weight_sum)
-    return (gamma / (tl.sqrt(grad_sum) + eps)).to(tl.float32)
+    scale = (gamma / (tl.sqrt(grad_sum) + eps)).to(tl.float32)
+    # an infinite sum of the weights makes the scale infinite, one of the gradients makes it 0
+    return tl.where((grad_sum < float("inf")) & (tl.abs(scale) < float("inf")), scale, float("nan"))
 
 
 @triton.jit
@@ -245,7 +249,7 @@ def perturb(
     adaptive: list[bool],
     weight_norms: Tensor | None = None,
 ) -> Tensor:
-    """Write w + v to `out`, and w to `saved`; return the scales."""
+    """Write w + v to `out`, and w to `saved`; return the scales, NaN where a direction is not followed."""
     if not weights:
         return torch.empty(0, dtype=torch.float32)
     device = weights[0].device

@@ -5,10 +5,13 @@ gradgradcheck in fp64 would check torch's own operations, which serve there.
 
 import copy
 import functools
+import warnings
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.nn import functional
@@ -25,6 +28,14 @@ pytestmark = [
     pytest.mark.skipif(operations() is None, reason="needs AVX2 with FMA"),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _decompositions_of_torchs_own():
+    with warnings.catch_warnings():  # torch 2.14 loads them at the first tangent, by torch.jit.script
+        warnings.simplefilter("ignore", FutureWarning)
+        with forward_ad.dual_level():
+            forward_ad.make_dual(torch.ones(1), torch.ones(1))
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -283,6 +294,46 @@ def test_fake_tensors():
         assert conv3x3(torch.empty(2, 3, 6, 5), torch.empty(4, 3, 3, 3)).shape == (2, 4, 6, 5)
         # real tensors under the mode are its own to follow
         assert conv3x3(*CASES["conv3x3"][1]).shape == (2, 4, 6, 5)
+
+
+def test_transforms_under_torch_compile():
+    x, weight = CASES["conv3x3"][1]
+    found = []
+    for convolve in (conv3x3, functools.partial(functional.conv2d, padding=1)):
+        torch.compiler.reset()
+
+        def loss(x, weight, convolve=convolve):
+            return smooth(convolve(x, weight))
+
+        def both(x, weight, loss=loss):
+            first = grad(lambda t, w: grad(loss)(t, w).square().sum(), (0, 1))(x, weight)
+            return *first, jvp(lambda t: loss(t, weight), (x,), (x,))[1], vmap(lambda t: loss(t, weight))(x[:, None])
+
+        found.append(torch.compile(both, backend="aot_eager", fullgraph=True)(x, weight))
+        with forward_ad.dual_level():
+            # not fullgraph: torch 2.14 compiles nothing that tangents go through
+            dual = torch.compile(loss, backend="aot_eager")(forward_ad.make_dual(x, x), weight)
+            found[-1] += (forward_ad.unpack_dual(dual).tangent,)
+    for ours, theirs in zip(*found, strict=True):
+        close(ours, theirs.double())
+
+
+def test_torch_compile_keeps_the_fused_convolution():
+    called = []
+
+    def backend(graph, inputs):
+        def compiler(graph, inputs):
+            targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+            called.extend(target for target in targets if "conv" in target)
+            return make_boxed_func(graph.forward)
+
+        return aot_autograd(fw_compiler=compiler)(graph, inputs)
+
+    x, weight = inputs_of("conv3x3", (0, 1), torch.float32)
+    torch.compiler.reset()
+    torch.compile(lambda x, weight: smooth(conv3x3(x, weight)), backend=backend, fullgraph=True)(x, weight).backward()
+    names = "conv3x3", "conv3x3_grad_x", "conv3x3_grad_weight"
+    assert sorted(called) == sorted(f"awp.{name}.default" for name in names)
 
 
 # ---- whole models

@@ -29,14 +29,14 @@ def torchs_own() -> bool:
     """Whether torch's own operations have to compute, because something follows them that cannot follow the compiled
     ones: an exporter or tracer, a transform of torch.func, forward-mode derivatives, a mode that sees every call.
     """
-    return (
-        torch.compiler.is_exporting()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-    )
+    # the flag behind `is_exporting()`, which torch 2.11's compiler takes for true
+    exporting = torch.compiler._is_exporting_flag
+    if exporting or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    if torch.compiler.is_compiling():  # follows an operation of its own, and cannot look into what is asked below
+        return False
+    modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
+    return modes > 0 or torch.jit.is_tracing()
 
 
 def usable() -> bool:

@@ -31,7 +31,7 @@ def bn_relu_available(x: Tensor, *vectors: Tensor | None) -> bool:
         x: images.
         vectors: weight, bias, running_mean, running_var.
     """
-    return x.ndim == 4 and _images.plain(x) and all(map(_plain_vector, vectors)) and _images.usable() and x.numel() > 0
+    return _images.usable() and _images.plain(x) and all(map(_plain_vector, vectors)) and x.ndim == 4 and x.numel() > 0
 
 
 def _check(x: Tensor, vectors: dict[str, Tensor | None], training: bool) -> None:

@@ -24,11 +24,12 @@ def conv3x3_available(x: Tensor, weight: Tensor) -> bool:
     while a model is exported or traced, nor under transforms of torch.func, forward-mode derivatives, or modes.
     """
     if torch.compiler.is_compiling():
-        usable = _BUILT and _backend._forced in (None, "cpp") and not torch.compiler.is_exporting()
+        usable = _BUILT and _backend._forced in (None, "cpp") and not _images.torchs_own()
         return usable and x.device.type == "cpu" and x.dtype in _images.DTYPES and weight.dtype in _images.DTYPES
-    if x.ndim != 4 or weight.ndim != 4 or weight.shape[2:] != (3, 3):
+    # shapes last: while tracing they are tensors
+    if not (_images.usable() and _images.plain(x) and _images.plain(weight)):
         return False
-    return _images.plain(x) and _images.plain(weight) and _images.usable() and x.numel() > 0 and weight.numel() > 0
+    return x.ndim == 4 and weight.ndim == 4 and weight.shape[2:] == (3, 3) and x.numel() > 0 and weight.numel() > 0
 
 
 def _check(x: Tensor, weight: Tensor) -> None:

@@ -84,7 +84,9 @@ def smooth(y: Tensor) -> Tensor:
 
 
 def inputs_of(name: str, wanted: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
-    tensors = [t.to(dtype).to(memory_format=torch.channels_last) if t.ndim == 4 else t.to(dtype) for t in CASES[name][1]]
+    tensors = [
+        t.to(dtype).to(memory_format=torch.channels_last) if t.ndim == 4 else t.to(dtype) for t in CASES[name][1]
+    ]
     return [t.clone().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
 
 

@@ -48,8 +48,8 @@ class _Normalize(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "batch normalisation over all ranks: expected a backward pass without create_graph=True, since its "
-                "gradients cannot be differentiated again; take eval mode, or batch_norm_mode(model, synchronized=False)"
+                "batch normalisation over all ranks: expected a backward pass without create_graph=True, as its gradients "
+                "cannot be differentiated again; take eval mode, or batch_norm_mode(model, synchronized=False)"
             )
         x, weight, mean, variance, count = ctx.saved_tensors
         wide, wants_x = x.to(mean.dtype), ctx.needs_input_grad[0]

@@ -88,7 +88,13 @@ def _forward(
 
 
 def _differentiable(
-    grad: Tensor, x: Tensor | None, weight: Tensor | None, table: Tensor, mask: Tensor | None, training: bool, eps: float
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    table: Tensor,
+    mask: Tensor | None,
+    training: bool,
+    eps: float,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The gradients for x, weight and bias by torch's own operations, which can be differentiated again."""
     samples, channels, height, width = grad.shape

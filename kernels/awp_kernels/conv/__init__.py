@@ -50,20 +50,21 @@ def _channels_last(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="cpu", memory_format=torch.channels_last)
 
 
-def _forward(x: Tensor, weight: Tensor) -> Tensor:
+def _forward(x: Tensor, weight: Tensor) -> tuple[Tensor, tuple[Any, ...] | None]:
+    """The output, and the state of the weights."""
     operations = _images.operations()
     samples, _, height, width = x.shape
     out = _channels_last((samples, weight.shape[0], height, width), x.dtype)
-    u = _weights.transformed(operations, weight, False)
+    u, state = _weights.transformed(operations, weight, False)
     operations.conv3x3.default(x.contiguous(memory_format=torch.channels_last), u, out)
-    return out
+    return out, state
 
 
-def _grad_x(grad: Tensor, weight: Tensor) -> Tensor:
+def _grad_x(grad: Tensor, weight: Tensor, state: tuple[Any, ...] | None = None) -> Tensor:
     operations = _images.operations()
     samples, _, height, width = grad.shape
     out = _channels_last((samples, weight.shape[1], height, width), grad.dtype)
-    u = _weights.transformed(operations, weight, True)
+    u, _ = _weights.transformed(operations, weight, True, state)
     operations.conv3x3.default(grad.contiguous(memory_format=torch.channels_last), u, out)
     return out
 
@@ -93,7 +94,8 @@ class _Conv3x3(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return _forward(x, weight)
+        out, ctx.state = _forward(x, weight)
+        return out
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -103,7 +105,8 @@ class _Conv3x3(torch.autograd.Function):
         wanted = needed(ctx, 0), needed(ctx, 1)
         if not _images.once(grad, x, weight):
             return _differentiable(grad, x, weight, wanted)
-        return _grad_x(grad, weight) if wanted[0] else None, _grad_weight(grad, x) if wanted[1] else None
+        grad_x = _grad_x(grad, weight, ctx.state) if wanted[0] else None
+        return grad_x, _grad_weight(grad, x) if wanted[1] else None
 
 
 # The same for torch.compile, which must not look inside: the memory of weights goes by object. Called one by one these
@@ -112,7 +115,7 @@ class _Conv3x3(torch.autograd.Function):
 
 @torch.library.custom_op("awp::conv3x3", mutates_args=(), device_types="cpu")
 def _traced(x: Tensor, weight: Tensor) -> Tensor:
-    return _forward(x, weight)
+    return _forward(x, weight)[0]
 
 
 @torch.library.custom_op("awp::conv3x3_grad_x", mutates_args=(), device_types="cpu")
@@ -196,4 +199,4 @@ def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
         return _traced(x, weight)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _Conv3x3.apply(x, weight)
-    return _forward(x, weight)
+    return _forward(x, weight)[0]

@@ -85,22 +85,32 @@ def transform(operations: Any, weight: Tensor, transposed: bool, out: Tensor | N
     return out
 
 
-def transformed(operations: Any, weight: Tensor, transposed: bool) -> Tensor:
-    """The same, from memory if the weights have not changed."""
+def transformed(
+    operations: Any, weight: Tensor, transposed: bool, state: tuple[Any, ...] | None = None
+) -> tuple[Tensor, tuple[Any, ...] | None]:
+    """The same, from memory if the weights have not changed, and the state that it is of.
+
+    Args:
+        operations: the compiled ones.
+        weight: [K, C, 3, 3].
+        transposed: for the gradient with respect to x.
+        state: of the forward pass; a backward pass takes what is kept of that state without another look.
+    """
     dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
     if weight.requires_grad or not dense:
-        return _passing(operations, weight, transposed)
+        return _passing(operations, weight, transposed), None
     entry = _entries.get(id(weight))
     if entry is None:
         entry = _entry_for(weight)
-    layout = weight.shape, weight.stride(), weight.dtype
-    state = *layout, operations.conv3x3_fingerprint.default(weight)
     kept = entry.kept[transposed]
+    layout = weight.shape, weight.stride(), weight.dtype
+    if state is None or kept is None or kept[0] != state:
+        state = *layout, operations.conv3x3_fingerprint.default(weight)
     if kept is None or kept[0] != state:
         # memory of the right size is written again
         out = kept[1] if kept is not None and kept[0][:-1] == layout else None
         kept = entry.kept[transposed] = state, transform(operations, weight, transposed, out)
-    return kept[1]
+    return kept[1], state
 
 
 def _passing(operations: Any, weight: Tensor, transposed: bool) -> Tensor:

@@ -48,7 +48,7 @@ class _Normalize(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "batch normalisation over all ranks: expected a backward pass without create_graph=True, as its gradients "
+                "batch normalisation over all ranks: expected a backward pass without create_graph=True, its gradients "
                 "cannot be differentiated again; take eval mode, or batch_norm_mode(model, synchronized=False)"
             )
         x, weight, mean, variance, count = ctx.saved_tensors

@@ -36,7 +36,7 @@ def torchs_own() -> bool:
     if torch.compiler.is_compiling():  # follows an operation of its own, and cannot look into what is asked below
         return False
     modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
-    return modes > 0 or torch.jit.is_tracing()
+    return modes > 0 or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def usable() -> bool:

@@ -101,7 +101,8 @@ class TimmClassifier(NormalizedClassifier):
             ConfigError: images of less than 32 pixels a side.
         """
         # a trace holds for other sizes too, and would warn of a branch
-        if not torch.jit.is_tracing() and min(images.shape[2:]) < _SMALLEST:
+        tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        if not tracing and min(images.shape[2:]) < _SMALLEST:
             size = "x".join(map(str, images.shape[2:]))
             raise ConfigError(f"--model.name: expected one for images of {size} pixels; this one takes 32x32 and more")
         features = self.network.forward_features(self.normalize(images))

@@ -99,23 +99,26 @@ def _differentiable(
     """The gradients for x, weight and bias by torch's own operations, which can be differentiated again."""
     samples, channels, height, width = grad.shape
     mean, invstd, scale, shift = (row[:channels].view(1, -1, 1, 1) for row in table)
-    pixels, wide, normalized = (0, 2, 3), None if x is None else x.float(), None
-    if mask is not None:
+    pixels = (0, 2, 3)
+    if x is None:
+        assert mask is not None
         bits = mask.unsqueeze(-1).bitwise_and(2 ** torch.arange(8, dtype=torch.uint8, device="cpu")).flatten(1)
         zero = bits[:, :channels].eq(0).view(samples, height, width, channels).permute(0, 3, 1, 2)
-    if wide is not None:
-        zero = (wide.detach() - mean) * scale + shift <= 0  # NaN goes through
+        grad_x = grad = grad.float().masked_fill(zero, 0)
+        grad_weight = None
+    else:
+        wide = x.float()
+        grad_x = grad = grad.float().masked_fill((wide.detach() - mean) * scale + shift <= 0, 0)  # NaN goes through
         if training:  # what the batch's statistics owe to x
             mean = wide.mean(pixels, keepdim=True)
             invstd = ((wide - mean).square().mean(pixels, keepdim=True) + eps).rsqrt()
         normalized = (wide - mean) * invstd
-    grad = grad.float().masked_fill(zero, 0)
-    product = None if normalized is None else grad * normalized
-    grad_x = grad
-    if training:
-        grad_x = grad - grad.mean(pixels, keepdim=True) - normalized * product.mean(pixels, keepdim=True)
+        product = grad * normalized
+        if training:
+            grad_x = grad - grad.mean(pixels, keepdim=True) - normalized * product.mean(pixels, keepdim=True)
+        grad_weight = product.sum(pixels)
     grad_x = grad_x * (invstd if weight is None else invstd * weight.view(1, -1, 1, 1))
-    return grad_x, None if product is None else product.sum(pixels), grad.sum(pixels)
+    return grad_x, grad_weight, grad.sum(pixels)
 
 
 class _BnRelu(torch.autograd.Function):

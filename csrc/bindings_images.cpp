@@ -5,8 +5,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <algorithm>
-#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -36,21 +34,10 @@ int64_t conv3x3_transformed_size(int64_t outputs, int64_t inputs) {
   return awp::cpu::conv3x3_available() ? awp::cpu::conv3x3_transformed_size(outputs, inputs) : 0;
 }
 
-// Of up to 256 elements spread over the weights: tells that they were written where torch's version counter did not see
-// it, as through `.data`.
+// Of all bytes of weights that lie without gaps.
 int64_t conv3x3_fingerprint(Tensor weight) {
-  constexpr int64_t kSamples = 256;
-  const int64_t count = weight.numel(), samples = std::min(count, kSamples);
-  const int64_t size = static_cast<int64_t>(weight.element_size());
-  const char* values = static_cast<const char*>(weight.const_data_ptr());
-  uint64_t hash = 0;
-  for (int64_t i = 0; i < samples; ++i) {
-    uint32_t word = 0;
-    memcpy(&word, values + (samples == 1 ? 0 : i * (count - 1) / (samples - 1)) * size, size);
-    hash = (hash ^ word) * 0x9E3779B97F4A7C15u;
-    hash ^= hash >> 29;
-  }
-  return static_cast<int64_t>(hash);
+  return static_cast<int64_t>(
+      awp::cpu::fingerprint(weight.const_data_ptr(), weight.numel() * weight.element_size(), parallel_for));
 }
 
 void conv3x3_transform(Tensor weight, bool transposed, Tensor out) {

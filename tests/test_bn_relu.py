@@ -1,5 +1,9 @@
 """bn_relu against torch's batch normalisation and ReLU in fp64."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -210,13 +214,45 @@ def test_nan_goes_through(mode):
     assert y[:, [0, 1, 3]].isfinite().all()
 
 
-def test_second_derivatives_are_refused():
-    tensors = samples(2, 4, 3, 3)
-    x = tensors["x"].requires_grad_()
-    grad = randn(2, 4, 3, 3, seed=5).requires_grad_()
-    (first,) = torch.autograd.grad(bn_relu(**tensors, training=True), x, grad, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+@pytest.mark.parametrize("mode", list(MODES))
+def test_no_gradient_passes_an_output_of_exactly_zero(mode):
+    """As torch has it: a channel whose weight and bias are 0 stays dead."""
+    tensors, grad = samples(3, 20, 4, 4), randn(3, 20, 4, 4, seed=5)
+    for name in ("weight", "bias"):
+        tensors[name][[2, 7]] = 0.0
+    ours, exact = (
+        results(function, tensors, grad, training=MODES[mode], dtype=dtype)
+        for function, dtype in ((bn_relu, None), (plain, torch.float64))
+    )
+    for name in ("grad_x", "grad_weight", "grad_bias"):
+        dead = ours[name][:, [2, 7]] if name == "grad_x" else ours[name][[2, 7]]
+        assert (dead == 0).all(), name
+        assert error(ours[name], exact[name]) <= 5e-6, name
+
+
+def test_squares_that_vanish_leave_no_negative_variance():
+    """Deviations whose squares fp32 rounds to 0, added up to a mean of their own in fp64."""
+    x = samples(4, 16, 8, 8)["x"] * 1e-24
+    x[0, :, 0, 0] += 1e-22
+    mean, var = torch.zeros(16), torch.zeros(16)
+    bn_relu(x, None, None, mean, var, training=True, momentum=1.0)
+    assert not var.signbit().any()
+
+
+def test_every_lane_of_both_instruction_sets():
+    """The bits kept for the backward pass, on whichever of them this processor would not choose by itself."""
+    code = """
+import torch
+from awp_kernels import bn_relu
+x = torch.randn(3, 40, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+mean, var = torch.linspace(-1, 1, 40), torch.linspace(1, 2, 40)
+y = bn_relu(x, None, None, mean, var, training=False)
+assert y.grad_fn.saved_tensors[2] is not None
+(found,) = torch.autograd.grad(y.sum(), x)
+expected = (y > 0) / (var + 1e-5).sqrt()[:, None, None]
+torch.testing.assert_close(found, expected)
+"""
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"AWP_CPU": "avx2"}, check=True, timeout=120)
 
 
 MISUSE = {
@@ -226,6 +262,7 @@ MISUSE = {
     "weight: expected 4 values": {"weight": randn(5)},
     "running_var: expected together": {"running_var": None},
     "running_mean: expected running statistics": {"running_mean": None, "running_var": None, "training": False},
+    "running_mean: expected statistics without a gradient": {"running_mean": torch.ones(4, requires_grad=True)},
     "bias: expected device": {"bias": torch.empty(4, device="meta")},
 }
 

@@ -15,7 +15,8 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.fixture
-def namespace(monkeypatch):
+def namespace(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     model = build_model("preact-resnet-digits", 10, (0.5,), (0.25,), width=4)
     model.class_names = tuple("0123456789")
@@ -38,7 +39,7 @@ def namespace(monkeypatch):
 
 
 def test_readme_has_its_examples():
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
     assert "@@" not in README
 
 

@@ -76,6 +76,12 @@ def _all_of_a_rank(rank, world):
         outputs = layer_pass(normalise, shard(x, rank, world), shard(images(len(whole), seed=2), rank, world).to(dtype))
         results[str(dtype)] = outputs, buffers(normalise)
 
+    # refused by every rank before it waits for the others
+    normalise, x = layer(), shard(whole, rank, world).requires_grad_()
+    normalise.synchronized = True
+    with pytest.raises(RuntimeError, match="create_graph=True"):
+        torch.autograd.grad(normalise(x).sum(), x, create_graph=True)
+
     network = model()
     share_memory(network)
     synchronize(network)

@@ -3,8 +3,10 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "processor.h"
 #include "tasks.h"
@@ -95,6 +97,45 @@ void conv3x3_transform(const Filters& weights, bool transposed, float* transform
   parallel_for(panels_of(outputs), 1, [&](int64_t begin, int64_t end) {
     winograd()->weights(weights, transposed, transformed, stream, begin, end);
   });
+}
+
+namespace {
+
+// One-to-one in the word and in the hash, so that no single word can change unseen.
+inline uint64_t mixed(uint64_t hash, uint64_t word) {
+  hash = (hash ^ word) * 0x9E3779B97F4A7C15u;
+  return hash << 27 | hash >> 37;
+}
+
+uint64_t hash_of(const char* data, int64_t bytes) {
+  constexpr int64_t kLanes = 8;  // chains that do not wait for one another
+  uint64_t lanes[kLanes] = {1, 2, 3, 4, 5, 6, 7, 8}, words[kLanes];
+  int64_t at = 0;
+  for (; at + int64_t{sizeof(words)} <= bytes; at += sizeof(words)) {
+    memcpy(words, data + at, sizeof(words));
+    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = mixed(lanes[lane], words[lane]);
+  }
+  uint64_t hash = static_cast<uint64_t>(bytes);
+  for (uint64_t lane : lanes) hash = mixed(hash, lane);
+  for (; at < bytes; at += 8) {
+    uint64_t word = 0;
+    memcpy(&word, data + at, std::min<int64_t>(8, bytes - at));
+    hash = mixed(hash, word);
+  }
+  return hash;
+}
+
+}  // namespace
+
+uint64_t fingerprint(const void* data, int64_t bytes, const ParallelFor& parallel_for) {
+  constexpr int64_t kPart = 1 << 16;
+  const int64_t parts = divide_up(bytes, kPart);
+  std::vector<uint64_t> hashes(parts);
+  for_each_task(parts, parallel_for, [&](int64_t part) {
+    const int64_t begin = part * kPart;
+    hashes[part] = hash_of(static_cast<const char*>(data) + begin, std::min(kPart, bytes - begin));
+  });
+  return hash_of(reinterpret_cast<const char*>(hashes.data()), parts * 8);
 }
 
 void conv3x3(const Images& x, const float* transformed, const Images& y, const ParallelFor& parallel_for) {

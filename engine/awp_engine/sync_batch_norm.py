@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 
@@ -44,10 +43,14 @@ class _Normalize(torch.autograd.Function):
         return out.to(x.dtype), mean, squares, count
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor, *_: Any
     ) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "batch normalisation over all ranks: expected a backward pass without create_graph=True, its gradients "
+                "cannot be differentiated again; take eval mode, or batch_norm_mode(model, synchronized=False)"
+            )
         x, weight, mean, variance, count = ctx.saved_tensors
         wide, wants_x = x.to(mean.dtype), ctx.needs_input_grad[0]
         if x.numel():
@@ -79,7 +82,7 @@ def synchronized_batch_norm(layer: nn.BatchNorm2d, x: Tensor) -> Tensor:
     same order. One all-gather of 2 C + 1 numbers a rank forward; one all-reduce of 2 C numbers backward, unless x needs
     no gradient. The gradient for x is that of the sum of all ranks' losses; those for weight and bias are this rank's
     share of it. Statistics are fp32 within a rank (fp64 for fp64 input) and fp64 over ranks; each rank has the same
-    bits. Under torch.compile it is a graph break.
+    bits. Under torch.compile it is a graph break. Differentiable once.
 
     Args:
         layer: with `track_running_stats` its running statistics are moved, by the unbiased variance over all ranks.
@@ -87,6 +90,9 @@ def synchronized_batch_norm(layer: nn.BatchNorm2d, x: Tensor) -> Tensor:
 
     Returns:
         [N, C, H, W], x's dtype.
+
+    Raises:
+        RuntimeError: in the backward pass, with `create_graph`.
     """
     out, mean, squares, count = _Normalize.apply(x, layer.weight, layer.bias, layer.eps)  # type: ignore
     if layer.track_running_stats and layer.running_mean is not None and layer.running_var is not None:

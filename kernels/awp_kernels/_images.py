@@ -5,11 +5,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from awp_kernels import _backend
 
 DTYPES = (torch.float32, torch.bfloat16)
+# of tensors on the CPU that are nothing else, made in inference mode or not
+_ORDINARY = {torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr()}
+with torch.inference_mode():
+    _ORDINARY.add(torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr())
 
 
 @functools.cache
@@ -20,14 +25,46 @@ def operations() -> Any:
     return torch.ops.awp_cpp if torch.ops.awp_cpp.bn_relu_available() else None
 
 
+def torchs_own() -> bool:
+    """Whether torch's own operations have to compute, because something follows them that cannot follow the compiled
+    ones: an exporter or tracer, a transform of torch.func, forward-mode derivatives, a mode that sees every call.
+    """
+    # the flag behind `is_exporting()`, which torch 2.11's compiler takes for true
+    exporting = torch.compiler._is_exporting_flag
+    if exporting or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    if torch.compiler.is_compiling():  # follows an operation of its own, and cannot look into what is asked below
+        return False
+    modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
+    return modes > 0 or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+
+
 def usable() -> bool:
-    """Whether the compiled operations are there, and no other backend was forced."""
-    return _backend._forced in (None, "cpp") and operations() is not None
+    """Whether the compiled operations are there, may serve, and no other backend was forced."""
+    return _backend._forced in (None, "cpp") and operations() is not None and not torchs_own()
 
 
 def plain(tensor: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> bool:
-    """Whether the compiled operations can read it: no subclass, on the CPU."""
-    return type(tensor) in (Tensor, Parameter) and tensor.dtype in dtypes and tensor.device.type == "cpu"
+    """Whether the compiled operations can read it: no subclass, strided, on the CPU."""
+    return (
+        type(tensor) in (Tensor, Parameter)
+        and tensor.dtype in dtypes
+        and tensor.device.type == "cpu"
+        and tensor.layout is torch.strided
+    )
+
+
+def once(grad: Tensor, *saved: Tensor | None) -> bool:
+    """Whether the compiled operations serve a backward pass over these: nobody will differentiate it again.
+
+    Batches of gradients (`is_grads_batched`) and the like look like plain tensors and are told by their dispatch keys.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and not torchs_own()
+        and torch._C._dispatch_keys(grad).raw_repr() in _ORDINARY
+        and all(tensor is None or plain(tensor) for tensor in (grad, *saved))
+    )
 
 
 def needed(ctx: Any, index: int) -> bool:

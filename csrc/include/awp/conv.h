@@ -35,6 +35,9 @@ int64_t conv3x3_transformed_size(int64_t outputs, int64_t inputs);
 // turned weights. `transformed` is aligned to 64 bytes.
 void conv3x3_transform(const Filters& weights, bool transposed, float* transformed, const ParallelFor& parallel_for);
 
+// A number that any change within one aligned 8 bytes changes for certain, and others but for one chance in 2^64.
+uint64_t fingerprint(const void* data, int64_t bytes, const ParallelFor& parallel_for);
+
 void conv3x3(const Images& x, const float* transformed, const Images& y, const ParallelFor& parallel_for);
 
 // grad_weight: fp32 [outputs, 3, 3, inputs].

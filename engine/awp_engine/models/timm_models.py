@@ -100,7 +100,9 @@ class TimmClassifier(NormalizedClassifier):
         Raises:
             ConfigError: images of less than 32 pixels a side.
         """
-        if min(images.shape[2:]) < _SMALLEST:
+        # a trace holds for other sizes too, and would warn of a branch
+        tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        if not tracing and min(images.shape[2:]) < _SMALLEST:
             size = "x".join(map(str, images.shape[2:]))
             raise ConfigError(f"--model.name: expected one for images of {size} pixels; this one takes 32x32 and more")
         features = self.network.forward_features(self.normalize(images))

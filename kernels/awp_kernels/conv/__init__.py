@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from awp_kernels import _backend, _checks, _images
 from awp_kernels._images import needed
@@ -18,16 +17,19 @@ __all__ = ["conv3x3", "conv3x3_available", "conv3x3_forget", "conv3x3_held_bytes
 _BUILT = _images.operations() is not None
 
 
-def _served(x: Tensor, weight: Tensor) -> bool:
-    return _images.plain(x) and _images.plain(weight) and _images.usable() and x.numel() > 0 and weight.numel() > 0
-
-
 def conv3x3_available(x: Tensor, weight: Tensor) -> bool:
     """Whether `conv3x3(x, weight)` is computed by the compiled kernel; if not, `conv2d` computes it.
 
-    It is for fp32 and bf16 CPU tensors, where the library was built and the processor has AVX2 with FMA or AVX-512.
+    It is for fp32 and bf16 CPU tensors, where the library was built and the processor has AVX2 with FMA or AVX-512; not
+    while a model is exported or traced, nor under transforms of torch.func, forward-mode derivatives, or modes.
     """
-    return x.ndim == 4 and weight.ndim == 4 and weight.shape[2:] == (3, 3) and _served(x, weight)
+    if torch.compiler.is_compiling():
+        usable = _BUILT and _backend._forced in (None, "cpp") and not _images.torchs_own()
+        return usable and x.device.type == "cpu" and x.dtype in _images.DTYPES and weight.dtype in _images.DTYPES
+    # shapes last: while tracing they are tensors
+    if not (_images.usable() and _images.plain(x) and _images.plain(weight)):
+        return False
+    return x.ndim == 4 and weight.ndim == 4 and weight.shape[2:] == (3, 3) and x.numel() > 0 and weight.numel() > 0
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
@@ -45,52 +47,66 @@ def _check(x: Tensor, weight: Tensor) -> None:
 
 
 def _channels_last(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+    return torch.empty(shape, dtype=dtype, device="cpu", memory_format=torch.channels_last)
 
 
-def _forward(x: Tensor, weight: Tensor) -> Tensor:
+def _forward(x: Tensor, weight: Tensor) -> tuple[Tensor, tuple[Any, ...] | None]:
+    """The output, and the state of the weights."""
     operations = _images.operations()
     samples, _, height, width = x.shape
     out = _channels_last((samples, weight.shape[0], height, width), x.dtype)
-    u = _weights.transformed(operations, weight, False)
+    u, state = _weights.transformed(operations, weight, False)
     operations.conv3x3.default(x.contiguous(memory_format=torch.channels_last), u, out)
-    return out
+    return out, state
 
 
-def _grad_x(grad: Tensor, weight: Tensor) -> Tensor:
+def _grad_x(grad: Tensor, weight: Tensor, state: tuple[Any, ...] | None = None) -> Tensor:
     operations = _images.operations()
     samples, _, height, width = grad.shape
     out = _channels_last((samples, weight.shape[1], height, width), grad.dtype)
-    u = _weights.transformed(operations, weight, True)
+    u, _ = _weights.transformed(operations, weight, True, state)
     operations.conv3x3.default(grad.contiguous(memory_format=torch.channels_last), u, out)
     return out
 
 
 def _grad_weight(grad: Tensor, x: Tensor) -> Tensor:
     """[K, C, 3, 3] in fp32, channels_last in memory."""
-    out = torch.empty((grad.shape[1], 3, 3, x.shape[1]), dtype=torch.float32)
+    out = torch.empty((grad.shape[1], 3, 3, x.shape[1]), dtype=torch.float32, device="cpu")
     _images.operations().conv3x3_grad_weight.default(
         x.contiguous(memory_format=torch.channels_last), grad.contiguous(memory_format=torch.channels_last), out
     )
     return out.permute(0, 3, 1, 2)
 
 
+def _differentiable(
+    grad: Tensor, x: Tensor | None, weight: Tensor, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Both gradients by torch's own operation, which can be differentiated again."""
+    if x is None:  # not kept where the weight asks for no gradient: only its shape counts
+        x = grad.new_empty(1).expand(grad.shape[0], weight.shape[1], *grad.shape[2:])
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward.default(
+        grad, x, weight.to(grad.dtype), None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [*wanted, False]
+    )
+    return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype)
+
+
 class _Conv3x3(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return _forward(x, weight)
+        out, ctx.state = _forward(x, weight)
+        return out
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        return (
-            _grad_x(grad, weight) if needed(ctx, 0) else None,
-            _grad_weight(grad, x) if needed(ctx, 1) else None,
-        )
+        wanted = needed(ctx, 0), needed(ctx, 1)
+        if not _images.once(grad, x, weight):
+            return _differentiable(grad, x, weight, wanted)
+        grad_x = _grad_x(grad, weight, ctx.state) if wanted[0] else None
+        return grad_x, _grad_weight(grad, x) if wanted[1] else None
 
 
 # The same for torch.compile, which must not look inside: the memory of weights goes by object. Called one by one these
@@ -99,7 +115,7 @@ class _Conv3x3(torch.autograd.Function):
 
 @torch.library.custom_op("awp::conv3x3", mutates_args=(), device_types="cpu")
 def _traced(x: Tensor, weight: Tensor) -> Tensor:
-    return _forward(x, weight)
+    return _forward(x, weight)[0]
 
 
 @torch.library.custom_op("awp::conv3x3_grad_x", mutates_args=(), device_types="cpu")
@@ -136,6 +152,8 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> N
 def _traced_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     x, weight = ctx.saved_tensors
     need_x, need_weight = ctx.needs_input_grad
+    if torch.is_grad_enabled():
+        return _differentiable(grad, x, weight, (need_x, need_weight))
     return (
         _traced_grad_x(grad, weight) if need_x else None,
         _traced_grad_weight(grad, x).to(weight.dtype) if need_weight else None,
@@ -153,7 +171,9 @@ def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
     weights are kept until the weights change: 4 bytes times 36 for every 9 weights, and as much again once a gradient
     with respect to x was taken.
 
-    Differentiable once. The result has x's dtype and is channels_last; x in another order is copied.
+    Differentiable any number of times: with `create_graph` the gradients are computed by torch's own operations, and so
+    is the convolution where `conv3x3_available` says no. The result has x's dtype and is channels_last; x in another
+    order is copied.
 
     Args:
         x: [N, C, H, W]. Under autocast to bf16 it is cast first, as for `conv2d`.
@@ -169,16 +189,14 @@ def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
     _check(x, weight)
     if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         x = x.to(torch.get_autocast_dtype("cpu"))
-    if torch.compiler.is_compiling():
-        usable = x.device.type == "cpu" and x.dtype in _images.DTYPES and weight.dtype in _images.DTYPES
-        usable = usable and _BUILT and _backend._forced in (None, "cpp")
-        return _traced(x, weight) if usable else reference.conv3x3(x, weight)
-    if not _served(x, weight):
+    if not conv3x3_available(x, weight):
         if _backend._forced == "cpp":
             raise ValueError(
                 f"backend 'cpp' was forced but does not convolve {x.dtype} by {weight.dtype} on {x.device.type} here"
             )
         return reference.conv3x3(x, weight)
+    if torch.compiler.is_compiling():
+        return _traced(x, weight)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _Conv3x3.apply(x, weight)
-    return _forward(x, weight)
+    return _forward(x, weight)[0]

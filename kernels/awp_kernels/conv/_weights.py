@@ -3,8 +3,8 @@
 Kept are those of weights that ask for no gradient, as an attack's do, whose passes all need them. Training uses weights
 once in each direction before it changes them: their transforms go to a buffer that all layers share.
 
-Weights are known by the tensor object and told to be unchanged by its version counter, its address, and a fingerprint
-of 256 of their values, since writes through `.data` move no counter.
+Weights are known by the tensor object, and told to be unchanged by their layout and a hash of all their bits: writes
+through `.data`, numpy or shared memory move no version counter.
 """
 
 import threading
@@ -16,14 +16,16 @@ from torch import Tensor
 
 
 class _Entry:
-    """The transforms of one tensor: for the forward pass and for the gradient with respect to the input."""
+    """Of one tensor, for the forward pass and for the gradient with respect to the input: state and transform.
 
-    __slots__ = ("reference", "states", "transformed")
+    Each pair is set at once, for threads that share the weights.
+    """
+
+    __slots__ = ("kept", "reference")
 
     def __init__(self, reference: "weakref.ref[Tensor]") -> None:
         self.reference = reference
-        self.transformed: list[Tensor | None] = [None, None]
-        self.states: list[tuple[int, int, int] | None] = [None, None]
+        self.kept: list[tuple[tuple[Any, ...], Tensor] | None] = [None, None]
 
 
 class _Arena:
@@ -44,7 +46,8 @@ class _Arena:
         padded = -(-size // 16) * 16
         with self._lock:
             if self._block is None or self._used + padded > self._block.numel():
-                self._block, self._used = torch.empty(max(padded, self._BLOCK), dtype=torch.float32), 0
+                block = torch.empty(max(padded, self._BLOCK), dtype=torch.float32, device="cpu")
+                self._block, self._used = block, 0
             self._used += padded
             return self._block[self._used - padded :][:size]
 
@@ -82,21 +85,32 @@ def transform(operations: Any, weight: Tensor, transposed: bool, out: Tensor | N
     return out
 
 
-def transformed(operations: Any, weight: Tensor, transposed: bool) -> Tensor:
-    """The same, from memory if the weights have not changed."""
-    if weight.requires_grad:
-        return _passing(operations, weight, transposed)
-    if weight.is_inference():  # has no version
-        return transform(operations, weight, transposed)
+def transformed(
+    operations: Any, weight: Tensor, transposed: bool, state: tuple[Any, ...] | None = None
+) -> tuple[Tensor, tuple[Any, ...] | None]:
+    """The same, from memory if the weights have not changed, and the state that it is of.
+
+    Args:
+        operations: the compiled ones.
+        weight: [K, C, 3, 3].
+        transposed: for the gradient with respect to x.
+        state: of the forward pass; a backward pass takes what is kept of that state without another look.
+    """
+    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+    if weight.requires_grad or not dense:
+        return _passing(operations, weight, transposed), None
     entry = _entries.get(id(weight))
-    if entry is None or entry.reference() is not weight:
+    if entry is None:
         entry = _entry_for(weight)
-    state = (weight._version, weight.data_ptr(), operations.conv3x3_fingerprint.default(weight))
-    known = entry.transformed[transposed]
-    if known is None or entry.states[transposed] != state:
-        known = entry.transformed[transposed] = transform(operations, weight, transposed, known)
-        entry.states[transposed] = state
-    return known
+    kept = entry.kept[transposed]
+    layout = weight.shape, weight.stride(), weight.dtype
+    if state is None or kept is None or kept[0] != state:
+        state = *layout, operations.conv3x3_fingerprint.default(weight)
+    if kept is None or kept[0] != state:
+        # memory of the right size is written again
+        out = kept[1] if kept is not None and kept[0][:-1] == layout else None
+        kept = entry.kept[transposed] = state, transform(operations, weight, transposed, out)
+    return kept[1], state
 
 
 def _passing(operations: Any, weight: Tensor, transposed: bool) -> Tensor:
@@ -106,13 +120,13 @@ def _passing(operations: Any, weight: Tensor, transposed: bool) -> Tensor:
     size = operations.conv3x3_transformed_size.default(*sizes)
     buffer = getattr(_shared, "buffer", None)
     if buffer is None or buffer.numel() < size:
-        buffer = _shared.buffer = torch.empty(size, dtype=torch.float32)
+        buffer = _shared.buffer = torch.empty(size, dtype=torch.float32, device="cpu")
     return transform(operations, weight, transposed, buffer[:size])
 
 
 def held_bytes() -> int:
     """Memory that transformed weights take now."""
-    return sum(t.nbytes for entry in _entries.values() for t in entry.transformed if t is not None)
+    return sum(kept[1].nbytes for entry in _entries.values() for kept in entry.kept if kept is not None)
 
 
 def forget_all() -> None:

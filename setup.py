@@ -6,6 +6,7 @@ Where a tool is missing the package installs without that part, and `python -m a
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -63,7 +64,8 @@ class CMakeBuild(build_ext):
         else:
             library.unlink(missing_ok=True)
             self.warn(problem)
-        report = {"cpp": problem, "cuda": cuda_problem}
+        report = {"cpp": problem, "cuda": cuda_problem, "archs": "" if cuda_problem else archs}
+        report["sources"] = runpy.run_path(str(ROOT / "csrc" / "sources.py"))["digest"]()
         (library.parent / "build.json").write_text(json.dumps(report, indent=2) + "\n")
 
     def cmake(self, library: Path, archs: str, nvcc: str | None) -> None:

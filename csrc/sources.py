@@ -1,0 +1,45 @@
+"""What the library is built of: setup.py notes it in build.json, and bench/gpu.sh takes a library that was carried there.
+
+python csrc/sources.py ARCH     exits with 0 if the library beside the Python code was built of these sources, for ARCH too
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "kernels" / "awp_kernels"
+
+
+def digest() -> str:
+    """SHA-256 over CMakeLists.txt and the C++ and CUDA sources, with their names."""
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh")]
+    found = hashlib.sha256()
+    for path in [ROOT / "CMakeLists.txt", *sorted(sources)]:
+        found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()
+
+
+def mismatch(arch: str) -> str | None:
+    """Why the library that is there does not serve, or None.
+
+    Args:
+        arch: a CUDA architecture such as "90a"; "" wants no CUDA code.
+    """
+    try:
+        report = json.loads((PACKAGE / "build.json").read_text())
+        told, archs = report["sources"], report["archs"].split(";")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return "there is no build.json that names sources and architectures"
+    if not (PACKAGE / "libawp_kernels.so").is_file():
+        return "there is no libawp_kernels.so"
+    if told != digest():
+        return "it was built of other sources"
+    return None if not arch or arch in archs else f"it was built for {';'.join(archs)}, not for {arch}"
+
+
+if __name__ == "__main__":
+    why = mismatch(sys.argv[1])
+    print("the library that is there serves" if why is None else f"the library has to be built: {why}")
+    sys.exit(why is not None)

@@ -14,6 +14,7 @@ import datetime
 import json
 import os
 import shlex
+import signal
 import statistics
 import sys
 from collections.abc import Sequence
@@ -173,6 +174,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             if not loads:
                 raise
             rounds = {name: turns[: len(loads)] for name, turns in rounds.items()}
+        # an interrupt that comes now would lose what was measured
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         for runner in runners:
             finished[runner.name] = runner.ask("finish")
     finally:

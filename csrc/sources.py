@@ -1,6 +1,7 @@
-"""What the library is built of: setup.py notes it in build.json, and bench/gpu.sh takes a library that was carried there.
+"""What the library is built of: setup.py notes it in build.json, and bench/gpu.sh takes a library that came along.
 
-python csrc/sources.py ARCH     exits with 0 if the library beside the Python code was built of these sources, for ARCH too
+`python csrc/sources.py ARCH` exits with 0 if the library beside the Python code was built of these sources, for ARCH;
+with `--write` before ARCH it notes that it was.
 """
 
 import hashlib
@@ -36,10 +37,25 @@ def mismatch(arch: str) -> str | None:
         return "there is no libawp_kernels.so"
     if told != digest():
         return "it was built of other sources"
-    return None if not arch or arch in archs else f"it was built for {';'.join(archs)}, not for {arch}"
+    return None if not arch or arch in archs else f"it was built for {';'.join(archs) or 'no GPU'}, not for {arch}"
+
+
+def write(folder: Path, archs: str, *, cpp: str | None = None, cuda: str | None = None) -> None:
+    """Note what was built, in build.json.
+
+    Args:
+        folder: that of the library.
+        archs: CUDA architectures, separated by ";".
+        cpp: why the C++ part was left out, if it was.
+        cuda: why the CUDA part was left out, if it was.
+    """
+    report = {"cpp": cpp, "cuda": cuda, "archs": archs, "sources": digest()}
+    (folder / "build.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "--write":
+        sys.exit(write(PACKAGE, sys.argv[2]))
     why = mismatch(sys.argv[1])
     print("the library that is there serves" if why is None else f"the library has to be built: {why}")
     sys.exit(why is not None)

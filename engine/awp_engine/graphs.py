@@ -38,6 +38,11 @@ class GraphedStep:
         self._taken: dict[tuple[bool, bool], int] = {}
         self._graphs: dict[tuple[bool, bool], tuple[torch.cuda.CUDAGraph, StepResult]] = {}
 
+    @property
+    def captured(self) -> int:
+        """How many graphs there are."""
+        return len(self._graphs)
+
     def __call__(
         self,
         x: Tensor,

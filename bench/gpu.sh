@@ -94,7 +94,7 @@ tests() {
   if [ "$DEVICE" = cpu ]; then marker="not gpu" chosen="cpu-cpp and scalar" processes=0; fi
   # pyproject's options ask for coverage and leave the GPU out
   env -u AWP_BACKEND "$PYTHON" -m pytest -o addopts= --strict-markers -p no:cacheprovider -q -m "$marker" --timeout=50 --durations=5 \
-    -n $processes -k "$chosen" tests/test_operations.py tests/test_sgd_step.py tests/test_graphs.py
+    -n $processes --maxschedchunk 1 -k "$chosen" tests/test_graphs.py tests/test_operations.py tests/test_sgd_step.py
 }
 
 # some of the fuzzer's cases; bench/compute_sanitizer.sh by itself takes more, and three more tools

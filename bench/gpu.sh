@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
 # What to do with a GPU that is there for fifteen minutes, in three commands; their limits add up to 780 s:
 #
-#     bash bench/gpu.sh survival     80 s: what works, each check in a process of its own; names the implementation to go on with
-#     bash bench/gpu.sh measure     300 s: where the time of a step is, steps against others, rates of layers, tests, memcheck
-#     bash bench/gpu.sh train       400 s: AT and AT-AWP side by side on all of CIFAR-10 (JPEG); ARCHIVE says where that is
+#     bash bench/gpu.sh survival   80 s: what works, each check in a process of its own
+#     bash bench/gpu.sh measure   300 s: profiles, steps against others, rates of layers, tests, memcheck
+#     bash bench/gpu.sh train     400 s: AT and AT-AWP side by side on all of CIFAR-10 (JPEG), which ARCHIVE names
 #
-# Before: build the library for the GPU where there is time, and bring it along with the tree (it is not under git):
-#     AWP_CUDA_ARCHS=90a python setup.py build_ext --inplace      # kernels/awp_kernels/libawp_kernels.so and build.json
-# If `survival` says so, go on with AWP_BACKEND=triton in front. After: put the three OUT folders into one result,
-#     python bench/gpu_result.py OUT1 OUT2 OUT3 --result bench/results/GPU-DATE.json
+# Before: build the library for the GPU where there is time, and bring it along with the tree, with its build.json:
+#     AWP_CUDA_ARCHS=90a python setup.py build_ext --inplace
+# If `survival` says so, go on with AWP_BACKEND=triton in front. After: put the folders into one result,
+#     python bench/gpu_result.py OUT [OUT ...] --result bench/results/GPU-DATE.json
 #
 # OUT: folder for results (./gpu-out), at most 8 files a command, written as they come. ARCHIVE: of train/<class>/ and
-# test/<class>/, or a folder. STEP_MS: "17 19", of a step of AT and of AT-AWP, which `train` else measures in 20 s. STAGES:
-# some of a command's stages. WHEELS: a folder of wheels that are missing there. STEP_OPTIONS: for bench/step.py. PYTHON: the
-# interpreter (python3). COMMIT: what is measured, where there is no git checkout. DEVICE=cpu rehearses all of it on small
-# models; REHEARSE=1 adds a stage that crashes and one that hangs. A failing stage does not stop the rest; it shows in the
-# table at the end and in the exit code.
+# test/<class>/, or a folder. STEP_MS: "17 19", of a step of AT and of AT-AWP, which `train` else measures in 20 s.
+# STAGES: some of a command's stages. WHEELS: a folder of wheels that are missing there. STEP_OPTIONS: for
+# bench/step.py. PYTHON: the interpreter (python3). COMMIT: what is measured, where there is no git checkout.
+# DEVICE=cpu rehearses all of it on small models; REHEARSE=1 adds a stage that crashes and one that hangs. A failing
+# stage does not stop the rest; it shows in the table at the end and in the exit code.
 set -euo pipefail
 
 export DEVICE=${DEVICE:-cuda} PYTHON=${PYTHON:-python3} OUT=${OUT:-gpu-out} ARCHIVE=${ARCHIVE:-} REHEARSE=${REHEARSE:-}
@@ -32,11 +32,13 @@ export WORK PYTHONUNBUFFERED=1 MPLCONFIGDIR="$WORK/matplotlib"
 export PYTHONPATH="$PWD/kernels:$PWD/engine:$WORK/site${PYTHONPATH:+:$PYTHONPATH}"
 
 if [ "$DEVICE" = cpu ]; then
-  large="--model preact-resnet-digits --batch-size 8 --repeats 1" small="--model preact-resnet-digits --batch-size 16 --repeats 1"
+  large="--model preact-resnet-digits --batch-size 8 --repeats 1"
+  small="--model preact-resnet-digits --batch-size 16 --repeats 1"
   profiled="preact-resnet-digits" batch=16
 else
   graphs="--engine cuda_graphs=true"
-  large="--model wrn-34-10 --batch-size 128 --repeats 2 $graphs" small="--model preact-resnet-18 --batch-size 128 --repeats 3 $graphs"
+  large="--model wrn-34-10 --batch-size 128 --repeats 2 $graphs"
+  small="--model preact-resnet-18 --batch-size 128 --repeats 3 $graphs"
   profiled="wrn-34-10 preact-resnet-18" batch=128
 fi
 
@@ -49,11 +51,11 @@ device_architecture() {
 }
 
 build() {
-  if [ -n "${WHEELS:-}" ]; then "$PYTHON" -m pip install -q --no-index --no-deps --target "$WORK/site" "$WHEELS"/*.whl; fi
   local arch
   arch=$(device_architecture)
   # 1: of other sources, or for another chip
-  if "$PYTHON" csrc/sources.py "$arch" && "$PYTHON" -c 'from awp_kernels import _backend as b; exit(b._library_problem)'; then return; fi
+  if "$PYTHON" csrc/sources.py "$arch" &&
+    "$PYTHON" -c 'from awp_kernels import _backend as b; exit(b._library_problem)'; then return; fi
   # by CMake alone: setup.py needs a newer setuptools than some machines have
   cmake -S . -B "$WORK/build" "-DAWP_CUDA_ARCHS=$arch" \
     "-DAWP_TORCH_DIR=$("$PYTHON" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent)')"
@@ -93,8 +95,9 @@ tests() {
   local marker=gpu chosen="(cuda-${AWP_BACKEND:-cuda} or graphs) and not 2_to_31" processes=12
   if [ "$DEVICE" = cpu ]; then marker="not gpu" chosen="cpu-cpp and scalar" processes=0; fi
   # pyproject's options ask for coverage and leave the GPU out
-  env -u AWP_BACKEND "$PYTHON" -m pytest -o addopts= --strict-markers -p no:cacheprovider -q -m "$marker" --timeout=50 --durations=5 \
-    -n $processes --maxschedchunk 1 -k "$chosen" tests/test_graphs.py tests/test_operations.py tests/test_sgd_step.py
+  env -u AWP_BACKEND "$PYTHON" -m pytest -o addopts= --strict-markers -p no:cacheprovider -q -m "$marker" \
+    --timeout=50 --durations=5 -n $processes --maxschedchunk 1 -k "$chosen" \
+    tests/test_graphs.py tests/test_operations.py tests/test_sgd_step.py
 }
 
 # some of the fuzzer's cases; bench/compute_sanitizer.sh by itself takes more, and three more tools
@@ -115,7 +118,8 @@ real_run() {
   # shellcheck disable=SC2206  # two numbers
   if [ -n "${STEP_MS:-}" ]; then options+=(--step-ms $STEP_MS); fi
   if [ "$DEVICE" = cpu ]; then options+=(--small --epochs 2); fi
-  "$PYTHON" bench/real_run.py "$ARCHIVE" --device "$DEVICE" --seconds "$((LIMIT - 8))" --json "$OUT/real-run.json" "${options[@]}"
+  "$PYTHON" bench/real_run.py "$ARCHIVE" --device "$DEVICE" --seconds "$((LIMIT - 8))" \
+    --json "$OUT/real-run.json" "${options[@]}"
 }
 
 # ---- a rehearsal's
@@ -151,11 +155,14 @@ stage() {
     esac
   fi
   echo "== $1: $outcome after $((SECONDS - begin)) of $LIMIT s" | tee -a "$OUT/stages.log"
-  printf '{"stage": "%s", "outcome": "%s", "seconds": %d, "limit": %d}\n' "$1" "$outcome" $((SECONDS - begin)) "$LIMIT" \
-    >>"$OUT/stages.jsonl"
+  printf '{"stage": "%s", "outcome": "%s", "seconds": %d, "limit": %d}\n' \
+    "$1" "$outcome" $((SECONDS - begin)) "$LIMIT" >>"$OUT/stages.jsonl"
   [ "$outcome" = held ] || failed+=("$1")
 }
 
+if [ -n "${WHEELS:-}" ]; then
+  "$PYTHON" -m pip install -q --no-index --no-deps --target "$WORK/site" "$WHEELS"/*.whl
+fi
 # most valuable first
 case "${1:-}" in
   survival)
@@ -169,11 +176,11 @@ case "${1:-}" in
       stage crash 8 4
       stage hang 8 4
     fi
-    stage profiles 45 30
+    stage profiles 55 30
     stage step_large 85 30
     stage step_small 55 30
-    stage rates 30 10
-    stage tests 65 12
+    stage rates 25 10
+    stage tests 60 12
     stage memcheck 20 4
     ;;
   train)

@@ -158,10 +158,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     prepared: dict[str, Any] = {}
     finished: dict[str, Any] = {}
     try:
-        for name in names:
-            print(f"{name}: building, first steps", file=sys.stderr, flush=True)
-            runners.append(Turns(name, settings, arguments.threads))
-            prepared[name] = runners[-1].ask("prepare")
+        # all import torch meanwhile
+        runners += [Turns(name, settings, arguments.threads) for name in names]
+        for runner in runners:
+            print(f"{runner.name}: building, first steps", file=sys.stderr, flush=True)
+            prepared[runner.name] = runner.ask("prepare")
         try:
             for index in range(arguments.repeats):
                 for runner in runners:

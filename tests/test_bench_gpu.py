@@ -13,10 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
+from awp_kernels import _backend
+
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 sys.path.insert(0, str(BENCH.parent / "csrc"))
 
+import first_contact  # noqa: E402
 import gpu_result  # noqa: E402
 import real_run  # noqa: E402
 import sources  # noqa: E402
@@ -64,6 +67,26 @@ def test_a_check_that_crashes_or_hangs_costs_itself(tmp_path):
         assert told["go_on_with"] is None
     assert outcomes == {"crash": "crashed", "hang": "hung", "cpp restore_": "held", "plain step": "held"}
     assert "ended by SIGSEGV" in done.stdout
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_a_wrong_result_is_found(monkeypatch):
+    assert first_contact.operation("cpp restore_", "cpu", 3).startswith("18 of 18 cases, at most 0.00 of the error")
+    # outputs that nobody writes stay NaN
+    monkeypatch.setitem(_backend._cache, ("cpp", "restore"), lambda weights, saved: None)
+    with pytest.raises(AssertionError, match=r"weights has inf times the error that is allowed, seed 3"):
+        first_contact.operation("cpp restore_", "cpu", 3)
+
+
+def test_the_first_implementation_without_a_fault_serves():
+    def serving(**outcomes):
+        checks = [first_contact.Check(name=f"{name} perturb_", outcome=told) for name, told in outcomes.items()]
+        return first_contact.serving("cuda", checks)
+
+    assert serving(cuda="held", triton="failed") is None
+    assert serving(cuda="not reached", triton="held") is None
+    assert serving(cuda="crashed", triton="held") == "triton"
+    assert serving(cuda="hung", triton="failed") == "reference"
 
 
 def test_a_stage_that_crashes_or_hangs_costs_itself(tmp_path):

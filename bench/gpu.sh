@@ -56,6 +56,8 @@ build() {
   # 1: of other sources, or for another chip
   if "$PYTHON" csrc/sources.py "$arch" &&
     "$PYTHON" -c 'from awp_kernels import _backend as b; exit(b._library_problem)'; then return; fi
+  export PATH="$PATH:/usr/local/cuda/bin"
+  [ -z "$arch" ] || command -v nvcc || { echo "nvcc was not found on PATH: it is part of the CUDA toolkit"; return 1; }
   # by CMake alone: setup.py needs a newer setuptools than some machines have
   cmake -S . -B "$WORK/build" "-DAWP_CUDA_ARCHS=$arch" \
     "-DAWP_TORCH_DIR=$("$PYTHON" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent)')"

@@ -55,7 +55,8 @@ def write(folder: Path, archs: str, *, cpp: str | None = None, cuda: str | None 
 
 if __name__ == "__main__":
     if sys.argv[1] == "--write":
-        sys.exit(write(PACKAGE, sys.argv[2]))
+        left_out = None if sys.argv[2] else "left out when it was built: no architecture was given"
+        sys.exit(write(PACKAGE, sys.argv[2], cuda=left_out))
     why = mismatch(sys.argv[1])
     print("the library that is there serves" if why is None else f"the library has to be built: {why}")
     sys.exit(why is not None)

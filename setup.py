@@ -4,8 +4,8 @@ AWP_CUDA_ARCHS: CUDA architectures, "80;90a;100" if not set, empty to leave CUDA
 Where a tool is missing the package installs without that part, and `python -m awp_kernels` says what was missing.
 """
 
-import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -63,8 +63,8 @@ class CMakeBuild(build_ext):
         else:
             library.unlink(missing_ok=True)
             self.warn(problem)
-        report = {"cpp": problem, "cuda": cuda_problem}
-        (library.parent / "build.json").write_text(json.dumps(report, indent=2) + "\n")
+        sources = runpy.run_path(str(ROOT / "csrc" / "sources.py"))
+        sources["write"](library.parent, "" if cuda_problem else archs, cpp=problem, cuda=cuda_problem)
 
     def cmake(self, library: Path, archs: str, nvcc: str | None) -> None:
         """Configure and build into a folder of its own, then put the library in its place."""

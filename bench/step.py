@@ -14,6 +14,7 @@ import datetime
 import json
 import os
 import shlex
+import signal
 import statistics
 import sys
 from collections.abc import Sequence
@@ -158,10 +159,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     prepared: dict[str, Any] = {}
     finished: dict[str, Any] = {}
     try:
-        for name in names:
-            print(f"{name}: building, first steps", file=sys.stderr, flush=True)
-            runners.append(Turns(name, settings, arguments.threads))
-            prepared[name] = runners[-1].ask("prepare")
+        # all import torch meanwhile
+        runners += [Turns(name, settings, arguments.threads) for name in names]
+        for runner in runners:
+            print(f"{runner.name}: building, first steps", file=sys.stderr, flush=True)
+            prepared[runner.name] = runner.ask("prepare")
         try:
             for index in range(arguments.repeats):
                 for runner in runners:
@@ -174,6 +176,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             if not loads:
                 raise
             rounds = {name: turns[: len(loads)] for name, turns in rounds.items()}
+        # an interrupt that comes now would lose what was measured
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         for runner in runners:
             finished[runner.name] = runner.ask("finish")
     finally:

@@ -12,11 +12,10 @@
 
 #include "awp/cpu.h"
 #if defined(AWP_WITH_CUDA)
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include "awp/cuda.h"
-// weak, so that a library built with nvcc also loads where torch has no CUDA
-#pragma weak aoti_torch_get_current_cuda_stream
 #endif
 
 namespace {
@@ -259,17 +258,45 @@ void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA error: ") + cudaGetErrorString(error));
 }
 
+using CurrentStream = decltype(&aoti_torch_get_current_cuda_stream);
+
+// torch's function, which CUDA builds of torch alone have, or null. Looked up among what torch has loaded: linking to
+// it would tie the library to such builds, and a weak symbol stays null, as torch loads its libraries locally.
+CurrentStream current_stream() {
+  static const CurrentStream found = [] {
+    constexpr char kName[] = "aoti_torch_get_current_cuda_stream";
+    void* symbol = dlsym(RTLD_DEFAULT, kName);
+    // the second one depends on all others, under whatever name they are
+    for (const char* library : {"libtorch_cuda.so", "libtorch_python.so"}) {
+      if (symbol != nullptr) break;
+      // stays open, as torch's libraries do
+      if (void* handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD)) symbol = dlsym(handle, kName);
+    }
+    return reinterpret_cast<CurrentStream>(symbol);
+  }();
+  return found;
+}
+
+bool stream_bound() { return current_stream() != nullptr; }
+
 // Makes the tensor's device current and names torch's stream on it.
 class OnDevice {
  public:
-  explicit OnDevice(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+  explicit OnDevice(const Tensor& tensor) : current_stream_(bound()), guard_(tensor.get_device_index()) {
     // torch 2.11 and 2.13 have other macros for it
-    if (aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_) != TORCH_SUCCESS)
+    if (current_stream_(tensor.get_device_index(), &stream_) != TORCH_SUCCESS)
       throw std::runtime_error("torch does not tell its current CUDA stream");
   }
   cudaStream_t stream() const { return static_cast<cudaStream_t>(stream_); }
 
  private:
+  static CurrentStream bound() {
+    if (!stream_bound())
+      throw std::runtime_error("this torch tells no CUDA stream: expected a CUDA build of torch >= 2.11");
+    return current_stream();
+  }
+
+  CurrentStream current_stream_;
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_ = nullptr;
 };
@@ -373,7 +400,12 @@ STABLE_TORCH_LIBRARY_IMPL(awp_cpp, CompositeExplicitAutograd, m) {
 }
 
 #if defined(AWP_WITH_CUDA)
-STABLE_TORCH_LIBRARY(awp_cuda, m) { AWP_DEFINE_OPERATIONS(m); }
+STABLE_TORCH_LIBRARY(awp_cuda, m) {
+  AWP_DEFINE_OPERATIONS(m);
+  m.def("stream_bound() -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(awp_cuda, CompositeExplicitAutograd, m) { m.impl("stream_bound", TORCH_BOX(&stream_bound)); }
 
 STABLE_TORCH_LIBRARY_IMPL(awp_cuda, CUDA, m) {
   m.impl("perturb", TORCH_BOX(&perturb_cuda));

@@ -9,6 +9,7 @@ import pytest
 import torch
 from samples import randn
 
+from awp_kernels import __main__ as summary
 from awp_kernels import (
     _backend,
     augment,
@@ -373,7 +374,7 @@ def test_summary_names_every_operation():
         "pgd_init_normal_",
         "pgd_step_",
         "augment                      cpu uint8                          cpp",
-        "cpp        available",
+        "cpp        available: called, and right",
     ):
         assert name in result.stdout
 
@@ -384,3 +385,15 @@ def test_neighbours_in_one_block_of_memory_share_nothing():
     perturb_([flat[:4], flat[4:]], [w(4), w(6)], 0.1, saved=[saved[:4], saved[4:]])
     assert torch.equal(saved, torch.arange(1.0, 11.0))
     assert (flat != saved).all()
+
+
+@pytest.mark.parametrize("told", ["a result is wrong by nan", "RuntimeError: cannot be launched"])
+def test_summary_tells_what_an_implementation_did_when_it_was_called(told, monkeypatch, capsys):
+    def broken(*arguments, **options):
+        if told.startswith("RuntimeError"):
+            raise RuntimeError("cannot be launched")
+        return torch.zeros(1)
+
+    monkeypatch.setitem(_backend._cache, ("cpp", "perturb"), broken)
+    assert summary.main() == 1
+    assert f"  cpp        FAILS when called: {told}\n" in capsys.readouterr().out

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import pytest
 import sass
+import torch
+
+from awp_kernels import _backend
 
 # compiling takes a minute on two idle cores, and several where they are shared
 pytestmark = [pytest.mark.compile, pytest.mark.timeout(900)]
@@ -177,3 +181,61 @@ def test_kernels_on_the_host(tmp_path: Path) -> None:
         _run([compiler, *sanitizers, *(tmp_path / f"{source.stem}.o" for source in sources), "-o", program])
     )
     _expect_success(_run([program]))
+
+
+# ---- the library that the installation built, and torch's CUDA stream
+
+# an operation on tensors of a GPU, which the CPU's stand for: nothing is launched without a stream
+PROBE = """
+import ctypes, sys, torch
+import awp_kernels
+for path in sys.argv[1:]:
+    ctypes.CDLL(path)
+print(torch.ops.awp_cuda.stream_bound())
+try:
+    torch.ops.awp_cuda.total_norm.default.redispatch(
+        torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), [torch.ones(3)]
+    )
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    if not hasattr(torch.ops.awp_cuda, "stream_bound"):
+        pytest.skip("the library was built without CUDA: python -m awp_kernels says why")
+    return Path(_backend.__file__).with_name("libawp_kernels.so")
+
+
+def _probe(*libraries: Path) -> list[str]:
+    # all symbols at once, as hardened systems ask for
+    environment = os.environ | {"LD_BIND_NOW": "1"}
+    command = [sys.executable, "-c", PROBE, *map(str, libraries)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_the_library_is_tied_to_no_build_of_torch(library: Path) -> None:
+    """It neither needs torch's CUDA library nor has weak symbols that would stay null without it."""
+    assert "libtorch_cuda" not in _run(["readelf", "-d", library]).stdout
+    undefined = [line.split() for line in _run(["nm", "-D", "--undefined-only", library]).stdout.splitlines()]
+    assert any(name.startswith("aoti_torch_") for _, name in undefined)
+    weak = [name for kind, name in undefined if kind in "wv"]
+    assert not [name for name in weak if not name.startswith(("_ITM_", "__cxa_finalize", "__gmon_start__"))]
+
+
+def test_the_stream_is_bound_where_torch_has_one(library: Path, tmp_path: Path) -> None:
+    """And is refused elsewhere; .ci/run loads the library with a CUDA build of torch."""
+    if torch.version.cuda:
+        assert _probe()[0] == "True"
+        return
+    told = _probe()
+    assert told[0] == "False"
+    assert told[1].startswith("this torch tells no CUDA stream: expected a CUDA build of torch >= 2.11")
+    # loaded locally, as torch loads its own
+    source, stand_in = tmp_path / "stream.c", tmp_path / "libtorch_cuda.so"
+    source.write_text("int aoti_torch_get_current_cuda_stream(int device, void **stream) { return 1; }\n")
+    _expect_success(_run(["gcc", "-shared", "-fPIC", f"-Wl,-soname,{stand_in.name}", source, "-o", stand_in]))
+    assert _probe(stand_in)[0] == "True"

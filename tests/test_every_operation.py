@@ -1,9 +1,12 @@
 """What holds for every operation, on one table of samples: `operations.py` has the operations, `fuzz.py` the rest."""
 
+import fcntl
 import functools
 import itertools
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from pathlib import Path
 
 import fuzz
 import numpy
@@ -261,10 +264,16 @@ def test_more_than_2_to_31_elements(target, name):
     device, backend = target
     if device != "cuda" or backend == "reference":
         pytest.skip("for the kernels; on the CPU by python tests/large_tensors.py")
-    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
-        pytest.skip("needs 40 GiB of device memory")
     serving(name, target)
-    LARGE[name](ELEMENTS, device)
+    # one process at a time: several would all find the memory free, and then share it
+    with (Path(tempfile.gettempdir()) / "awp-large-tensors.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        torch.cuda.empty_cache()
+        if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+            pytest.skip("needs 40 GiB of device memory")
+        LARGE[name](ELEMENTS, device)
+        # the cache of this process is no one else's
+        torch.cuda.empty_cache()
 
 
 ON_GPU = pytest.mark.parametrize(

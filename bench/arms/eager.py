@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from awp_engine.data import Batch
-from awp_engine.device import fast_memory_format
+from awp_engine.device import choose_convolutions, fast_memory_format
 from awp_engine.regions import region
 
 from .common import Arm, PlainArm, Settings, is_moved
@@ -33,8 +33,7 @@ class _EagerArm(PlainArm):
         super().__init__(settings)
         device = torch.device(settings.device)
         cuda = device.type == "cuda"
-        if cuda:
-            torch.backends.cudnn.benchmark = True
+        choose_convolutions(device)
         # torch 2.13 crashes on the CPU with some narrow networks in channels_last
         self.memory_format = fast_memory_format(model, device)
         # torch's stub does not know the keyword

@@ -17,9 +17,10 @@ from awp_engine.config import (
     to_json,
 )
 from awp_engine.data import Batch
-from awp_engine.device import fast_memory_format
+from awp_engine.device import choose_convolutions, fast_memory_format
+from awp_engine.perturbation import StepResult
 
-from .common import Arm, Settings
+from .common import Settings
 
 
 def engine_config(settings: Settings) -> Config:
@@ -57,21 +58,29 @@ def engine_config(settings: Settings) -> Config:
     return from_json(json.dumps(values), "--engine")
 
 
-class _EngineArm:
+class EngineArm:
+    """awp_engine as its trainer runs it.
+
+    Attributes:
+        plain_step: what computes.
+        taken_step: the same, or CUDA graphs of it.
+    """
+
     def __init__(self, config: Config, model: nn.Module, device: torch.device) -> None:
         # as the trainer sets torch up
-        torch.backends.cudnn.benchmark = device.type == "cuda"
+        choose_convolutions(device)
         self.memory_format = fast_memory_format(model, device)
         # torch's stub does not know the keyword
         self.model = model.to(device=device, memory_format=self.memory_format)  # pyright: ignore[reportCallIssue]
-        step = build_step(config, self.model)
-        step.refresh_()
-        self._step = capture_step(config, step)
+        self.plain_step = build_step(config, self.model)
+        self.plain_step.refresh_()
+        self.taken_step = capture_step(config, self.plain_step)
 
-    def step(self, batch: Batch, index: int) -> object:
-        return self._step(batch.images, batch.labels, sample_ids=batch.ids, seed=index)
+    def step(self, batch: Batch, index: int) -> StepResult:
+        """One training step, see `Arm`."""
+        return self.taken_step(batch.images, batch.labels, sample_ids=batch.ids, seed=index)
 
 
-def engine_arm(settings: Settings, model: nn.Module) -> Arm:
+def engine_arm(settings: Settings, model: nn.Module) -> EngineArm:
     """awp_engine as its trainer runs it."""
-    return _EngineArm(engine_config(settings), model, torch.device(settings.device))
+    return EngineArm(engine_config(settings), model, torch.device(settings.device))

@@ -26,6 +26,13 @@ def fast_memory_format(model: nn.Module, device: torch.device) -> torch.memory_f
     return torch.contiguous_format if device.type == "cpu" and narrow else torch.channels_last
 
 
+def choose_convolutions(device: torch.device, *, deterministic: bool = False) -> None:
+    """On a GPU, have cuDNN time its algorithms for every convolution, all of them: torch would stop after ten."""
+    torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
+    if torch.backends.cudnn.benchmark:
+        torch.backends.cudnn.benchmark_limit = 0
+
+
 class Behind:
     """Numbers of the device as of a step ago, which the host can read without waiting for the step that runs.
 

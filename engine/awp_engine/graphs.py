@@ -40,6 +40,11 @@ class GraphedStep:
         self._taken: dict[tuple[bool, bool], int] = {}
         self._graphs: dict[tuple[bool, bool], tuple[torch.cuda.CUDAGraph, StepResult]] = {}
 
+    @property
+    def captured(self) -> int:
+        """How many graphs there are."""
+        return len(self._graphs)
+
     def __call__(
         self,
         x: Tensor,
@@ -91,6 +96,8 @@ class GraphedStep:
         """Capturing computes nothing; gradients of the steps before would be kept alive by the graph."""
         self.step.clear_gradients()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # threads that load and pin batches meanwhile are not in it, and may allocate
+        mode = "thread_local"
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
             result = self.step.from_start(*inputs, perturb=kind[0], fast=kind[1])
         return graph, result

@@ -41,7 +41,7 @@ from awp_engine.data import (
     load_extra,
     place_extra,
 )
-from awp_engine.device import Behind, choose_device, fast_memory_format
+from awp_engine.device import Behind, choose_convolutions, choose_device, fast_memory_format
 from awp_engine.distributed import Ranks
 from awp_engine.drawing import attempt
 from awp_engine.evaluation import PgdAttack, evaluate, evaluation_seed, spread
@@ -182,7 +182,7 @@ def _set_up_torch(config: Config, device: torch.device) -> None:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = device.type == "cuda" and not config.deterministic
+    choose_convolutions(device, deterministic=config.deterministic)
     torch.manual_seed(mix_seed(config.seed))
 
 

@@ -1,6 +1,6 @@
 """Fused operations for adversarial training: weight perturbation, restoration, and the attack's steps.
 
-`python -m awp_kernels` prints what was found and which implementation serves which operation.
+`python -m awp_kernels` calls each implementation and prints which of them serves which operation.
 """
 
 import sys

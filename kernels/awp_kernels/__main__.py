@@ -1,16 +1,43 @@
-"""`python -m awp_kernels`: what was found, and which implementation serves which operation."""
+"""`python -m awp_kernels`: what works when it is called, and which implementation serves which operation."""
+
+import sys
 
 import torch
 
-from awp_kernels import _backend, bn_relu_available, conv3x3_available
+from awp_kernels import _backend, bn_relu_available, conv3x3_available, perturb_into_, use_backend
 
 
-def main() -> None:
-    """Print the table."""
+def call(backend: str, device: str) -> str | None:
+    """Perturb a few weights with an implementation; what is wrong with the result, None if nothing is."""
+    weights = torch.linspace(-1, 1, 1001, dtype=torch.float64)
+    grads, expected = weights.square() - 0.3, torch.empty_like(weights)
+    with use_backend("reference"):
+        perturb_into_([expected], [weights], [grads], 0.5)
+    out, weight, grad = (torch.full_like(t, torch.nan).float().to(device) for t in (weights, weights, grads))
+    weight.copy_(weights)
+    grad.copy_(grads)
+    try:
+        with use_backend(backend):
+            perturb_into_([out], [weight], [grad], 0.5)
+        error = float((out.double().cpu() - expected).abs().max())
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    # this way round, as NaN is wrong
+    return None if error <= 1e-6 else f"a result is wrong by {error:.2g}"
+
+
+def main() -> int:
+    """Print the table; 1 if an implementation fails that ought to work here."""
     print(f"awp_kernels with torch {torch.__version__}, CUDA devices: {torch.cuda.device_count()}")
+    failed = False
     for backend in _backend.BACKENDS:
         own_device = {"cuda": "cuda", "triton": "cuda" if torch.cuda.is_available() else "cpu"}.get(backend, "cpu")
-        print(f"  {backend:<10} {_backend.problem(backend, own_device) or 'available'}")
+        answer = _backend.problem(backend, own_device)
+        if answer is None:
+            wrong = call(backend, own_device)
+            failed |= wrong is not None
+            answer = "available: called, and right" if wrong is None else f"FAILS when called: {wrong}"
+        print(f"  {backend:<10} {answer}", flush=True)
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     dtypes = {"float32, float16, bfloat16": torch.float32, "float64": torch.float64}
     # weights, which the compiled implementations hold in float32; the other lists may be of any of the three
@@ -28,7 +55,10 @@ def main() -> None:
         for device in devices:
             for label, dtype in by_operation.get(operation, dtypes).items():
                 tensors = f"{device} {label}"
-                backend = _backend.backend_for(device, {dtype}, operation=operation)
+                try:
+                    backend = _backend.backend_for(device, {dtype}, operation=operation)
+                except ValueError as error:
+                    backend = f"refused: {error}"
                 print(f"{public[operation]:<28} {tensors:<34} {backend}")
     images = torch.zeros(2, 1, 1, 1)
     for operation, served in (
@@ -36,7 +66,8 @@ def main() -> None:
         ("bn_relu", bn_relu_available(images)),
     ):
         print(f"{operation:<28} {'cpu float32, bfloat16':<34} {'cpp' if served else 'torch'}")
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

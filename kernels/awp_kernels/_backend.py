@@ -75,11 +75,15 @@ def problem(backend: str, device: str, operation: str | None = None) -> str | No
         return f"serves {own_device} tensors"
     if _library_problem is not None:
         return _library_problem
-    if backend == "cuda" and not hasattr(torch.ops.awp_cuda, "perturb"):
-        return _build_report().get("cuda") or "built without nvcc"
-    if backend == "cuda" and not torch.cuda.is_available():
-        return "no CUDA device"
-    return None
+    return _cuda_problem() if backend == "cuda" else None
+
+
+def _cuda_problem() -> str | None:
+    if not hasattr(torch.ops.awp_cuda, "stream_bound"):
+        return _build_report().get("cuda") or "built without nvcc, or by an older version: install again"
+    if not torch.ops.awp_cuda.stream_bound():
+        return f"torch {torch.__version__} tells no CUDA stream: expected a CUDA build of torch >= 2.11"
+    return None if torch.cuda.is_available() else "bound to torch's CUDA stream; no CUDA device"
 
 
 def implementation(backend: str, operation: str) -> Callable[..., Any]:

@@ -204,8 +204,6 @@ def evaluate_checkpoint(
     threat = _threat(subject, epsilon, norm, step_size)
     found = _data(subject, data_name, data_root)
     dataset, labels = match_classes(subject.model.class_names, found, str(path))
-    if labels != "the same":
-        say(f"class names: {labels}")
     _require_fit(subject, dataset, place, str(path))
     second = None if transfer_to is None else load_subject(transfer_to, device=place)
     if second is not None:
@@ -228,6 +226,8 @@ def evaluate_checkpoint(
         prepare_directory(output)
     except OSError as error:
         raise EvaluationError(f"--output: {output} cannot be written: {error.strerror}; choose another") from None
+    if labels != "the same":
+        say(f"class names: {labels}")
     receipt = make_receipt(
         subject.model,
         split,

@@ -25,7 +25,13 @@ def digits() -> Dataset:
 def description() -> ModelDescription:
     data = digits()
     return ModelDescription(
-        name="preact-resnet-digits", num_classes=10, mean=data.mean, std=data.std, width=WIDTH, activation="relu"
+        name="preact-resnet-digits",
+        num_classes=10,
+        mean=data.mean,
+        std=data.std,
+        width=WIDTH,
+        activation="relu",
+        class_names=data.class_names,
     )
 
 

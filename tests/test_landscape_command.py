@@ -295,33 +295,11 @@ def test_runs_on_other_images_are_refused_where_it_matters(command, monkeypatch,
     assert is_png(tmp_path / "out" / "curves.png")
 
 
-def test_a_figure_that_cannot_be_written_costs_no_numbers(command, monkeypatch, capsys, two_runs, tmp_path):
-    (tmp_path / "curves.png").mkdir()
-    with pytest.raises(SystemExit) as stop:
-        run_main(command, monkeypatch, two_runs[0], "--output", tmp_path, *SMALL, "--points", "3")
-    out, err = capsys.readouterr()
-    assert stop.value.code == 1
-    assert err == f"landscape.py: error: {tmp_path / 'curves.png'}: cannot be written: Is a directory\n"
-    assert "at w" in out
-    assert json.loads((tmp_path / "curves.json").read_text())["runs"]
-    assert load_file(tmp_path / "curves.safetensors")
-
-
 def test_an_output_that_cannot_be_written_is_found_before_measuring(command, monkeypatch, capsys, two_runs, tmp_path):
     with small_tmpfs(tmp_path, "16k") as disk:
         refused(command, monkeypatch, capsys, two_runs[0], "--output", disk, words=["--output", "No space left"])
     below = two_runs[0] / "config.json" / "below"
     refused(command, monkeypatch, capsys, two_runs[0], "--output", below, words=["--output", f"{below} cannot be"])
-
-
-def test_a_lost_standard_output_ends_nothing(command, monkeypatch, capsys, two_runs, tmp_path):
-    with Path("/dev/full").open("w") as stream:
-        monkeypatch.setattr(sys, "stdout", stream)
-        run_main(command, monkeypatch, two_runs[0], "--output", tmp_path, *SMALL, "--points", "3")
-        monkeypatch.undo()
-    err = capsys.readouterr().err
-    assert err == ("warning: standard output cannot be written, measuring goes on: No space left on device\n")
-    assert is_png(tmp_path / "curves.png")
 
 
 def test_progress_tells_the_time_left():

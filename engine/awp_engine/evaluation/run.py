@@ -15,7 +15,7 @@ import torch
 
 from awp_engine.checkpoint import atomic_write_text
 from awp_engine.class_names import difference
-from awp_engine.config import parse_amount
+from awp_engine.config import parse_amount, show
 from awp_engine.data import Dataset, data_loading, eval_batches, load_dataset, match_classes, source_names
 from awp_engine.device import choose_device
 from awp_engine.evaluation.accuracy import evaluation_seed, spread
@@ -117,8 +117,7 @@ def _output(path: Path, subject: Subject) -> Path:
 
 def _positive(name: str, value: int | None) -> None:
     if value is not None and not 1 <= value <= _MOST:
-        shown = str(value) if abs(value) < 10**30 else "one of more than 30 digits"
-        raise EvaluationError(f"--{name}: expected a whole number from 1 to {_MOST}, got {shown}")
+        raise EvaluationError(f"--{name}: expected a whole number from 1 to {_MOST}, got {show(value)}")
 
 
 def _require_fit(subject: Subject, dataset: Dataset, device: torch.device, what: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import math
-import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from awp_engine.checkpoint import atomic_write_text, naming
+from awp_engine.checkpoint import atomic_write_text, naming, temporary_beside
 from awp_engine.drawing import plottable, save
 from awp_engine.text import json_text, printable
 
@@ -64,7 +63,7 @@ def prepare_directory(directory: Path) -> None:
     """
     with naming(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".tmp-probe-{os.getpid()}"
+        probe = temporary_beside(directory / "probe")
         try:
             probe.write_bytes(bytes(_PROBE))
         finally:

@@ -22,8 +22,7 @@ from awp_engine.text import json_text, printable
 REPORT = "report.json"
 CURVES = "learning_curves.png"
 _REQUIRED = ("clean_accuracy", "pgd20_accuracy", "train_pgd_accuracy", "seconds", "epochs", "config_hash")
-
-_PROBE = 1 << 16
+_PROBE_BYTES = 1 << 16
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers and line styles differ as well.
 _BLUE, _VERMILION, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
@@ -65,7 +64,7 @@ def prepare_directory(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         probe = temporary_beside(directory / "probe")
         try:
-            probe.write_bytes(bytes(_PROBE))
+            probe.write_bytes(bytes(_PROBE_BYTES))
         finally:
             # below a file there is nothing to be removed
             with contextlib.suppress(OSError):

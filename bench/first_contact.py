@@ -9,7 +9,7 @@ after each check. Exit code 1 if a check did not hold.
 """
 
 import argparse
-import json
+import math
 import os
 import secrets
 import signal
@@ -149,7 +149,7 @@ def step(name: str, device: str, seed: int) -> str:
         f"loss scale {'none' if scale is None else float(scale.value)}, the last step {seconds * 1e3:.1f} ms"
     )
     tensors = list(arm.model.state_dict().values())
-    if not all(bool(tensor.isfinite().all()) for tensor in tensors) or not all(map(_finite, losses)):
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors) or not all(map(math.isfinite, losses)):
         raise AssertionError(f"weights, statistics or losses are not finite: {told}")
     if 2 * len(losses) <= len(results):
         raise AssertionError(f"too many steps are skipped: {told}")
@@ -158,10 +158,6 @@ def step(name: str, device: str, seed: int) -> str:
     if graphs and large and not (isinstance(arm.taken_step, GraphedStep) and arm.taken_step.captured):
         raise AssertionError(f"nothing was captured: {told}")
     return told + ("; no graphs on the CPU" if graphs and not large else "")
-
-
-def _finite(value: float) -> bool:
-    return value - value == 0
 
 
 def crash(*_: object) -> str:
@@ -267,6 +263,7 @@ def table(checks: Sequence[Check]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, check, print, write."""
     from awp_engine.command_line import OneLineParser
+    from awp_engine.text import json_text
 
     parser = OneLineParser(
         prog=_PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -297,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.json:
             result = {"kind": "first_contact", "device": arguments.device, "seed": arguments.seed}
             result |= {"go_on_with": serving(arguments.device, checks), "checks": [asdict(c) for c in checks]}
-            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+            arguments.json.write_text(json_text(result, indent=1))
     print(table(checks))
     if backend := serving(arguments.device, checks):
         print(f"{_BACKENDS[arguments.device][0]} has a fault: go on with AWP_BACKEND={backend}")

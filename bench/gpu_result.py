@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from awp_engine.command_line import OneLineParser, fail
+from awp_engine.text import json_text
 
 _PROG = "gpu_result.py"
 Found = dict[str, Any]
@@ -162,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     found["predictions"] = predictions(found)
     print("\n".join(table(found)))
     if arguments.result is not None:
-        arguments.result.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+        arguments.result.write_text(json_text(found, indent=1))
 
 
 if __name__ == "__main__":

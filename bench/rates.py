@@ -8,7 +8,6 @@ operations move.
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch.nn import functional
 
 from awp_engine.command_line import OneLineParser
 from awp_engine.device import choose_convolutions
+from awp_engine.text import json_text
 
 # channels @ height and width; the last one is the CPU's rehearsal
 _LAYERS = {"cuda": ((160, 32), (320, 16), (640, 8), (64, 32), (512, 4)), "cpu": ((8, 8),)}
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"| {channels}@{size} | {' | '.join(numbers)} |", flush=True)
         result["layers"].append(layer)
         if arguments.json:
-            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+            arguments.json.write_text(json_text(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -30,10 +30,12 @@ from typing import Any
 import numpy
 from PIL import Image
 
+from awp_engine.checkpoint import atomic_write_text
 from awp_engine.command_line import OneLineParser, fail
 from awp_engine.config import Config, DataConfig
 from awp_engine.presets import build_preset
 from awp_engine.run_log import read_metrics
+from awp_engine.text import json_text
 
 _PROG = "real_run.py"
 ARMS = {"at": 0.0, "at-awp": 0.01}
@@ -266,7 +268,8 @@ def conduct(arguments: argparse.Namespace) -> int:
             if reached != seen or over:
                 seen = reached
                 result |= {"arms": states, "equal_epochs": compared(states), "seconds": time.monotonic() - begin}
-                write(arguments.json, result)
+                if arguments.json is not None:
+                    atomic_write_text(arguments.json, json_text(result, indent=1))
                 print(", ".join(f"{arm}: epoch {n}" for arm, n in zip(ARMS, reached, strict=True)), flush=True)
             if over:
                 break
@@ -278,14 +281,6 @@ def conduct(arguments: argparse.Namespace) -> int:
                 process.process.wait()
     print(table(result))
     return int(any(state["exit_code"] != 0 for state in result["arms"].values()))
-
-
-def write(path: Path | None, result: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    if path is not None:
-        beside = path.with_suffix(".partial")
-        beside.write_text(json.dumps(result, indent=1) + "\n")
-        beside.replace(path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,7 +6,6 @@ Steps are taken plainly, as a graph's launches would hide what they launch; the 
 """
 
 import argparse
-import json
 import re
 import time
 from collections import defaultdict
@@ -22,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from turns import WARM_UP, random_batches
 
 from awp_engine.command_line import OneLineParser
+from awp_engine.text import json_text
 
 # the first that matches a kernel's name
 _KINDS = {
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with arguments.table.open("a") as file:
             file.write(f"{arguments.model}\n{table}\n")
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        arguments.json.write_text(json_text(result, indent=1))
 
 
 if __name__ == "__main__":

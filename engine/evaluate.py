@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from awp_engine.command_line import OneLineParser, fail, thread_count
-from awp_engine.command_line import whole_number as _whole_number
+from awp_engine.command_line import OneLineParser, fail, thread_count, whole_number
 from awp_engine.config import ConfigError
 from awp_engine.text import printable
 
@@ -57,10 +56,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--epsilon", help="radius of the ball on pixels in [0, 1], exact: 8/255")
     add("--norm", choices=("linf", "l2"), help="norm of the ball")
     add("--step-size", help="step of pgd and cw; the run's own in its own ball, else epsilon / 4")
-    add("--restarts", type=_whole_number, default=1, help="random starts of pgd and cw; an image must hold in all")
-    add("--limit", type=_whole_number, metavar="N", help="evaluate on N images, evenly spread over the test split")
-    add("--seed", type=_whole_number, help="of all noise; the one of the run's own evaluation if not given")
-    add("--batch-size", type=_whole_number, help="images a batch")
+    add("--restarts", type=whole_number, default=1, help="random starts of pgd and cw; an image must hold in all")
+    add("--limit", type=whole_number, metavar="N", help="evaluate on N images, evenly spread over the test split")
+    add("--seed", type=whole_number, help="of all noise; the one of the run's own evaluation if not given")
+    add("--batch-size", type=whole_number, help="images a batch")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU if there is one")
     add("--threads", type=thread_count, help="CPU threads")
     add("--data-name", "--data.name", help="data set, for weights that belong to no run")
@@ -75,7 +74,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="where the reports go; RUN_DIR/evaluation if not given. The newest is evaluation.json and .html there; "
         "each is also kept as evaluation-DATA-IMAGES-NORM-EPSILON-HASH, the hash of all that was asked for",
     )
-    add("--gates-limit", type=_whole_number, default=200, metavar="N", help="images of the sanity gates (200)")
+    add("--gates-limit", type=whole_number, default=200, metavar="N", help="images of the sanity gates (200)")
     add("--no-gates", action="store_true", help="leave out the sanity gates, and the curves they are read from")
     group = parser.add_argument_group("RobustBench", "writes robustbench.json, its model_info format; needs autoattack")
     group.add_argument("--robustbench", action="store_true", help="write it")

@@ -77,7 +77,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     for name in ("images", "steps", "batch_size"):
         value = getattr(arguments, name)
-        if value is not None and value < 1:
+        if value < 1:
             parser.error(f"--{name.replace('_', '-')}: expected a whole number >= 1, got {value}")
     if not 0 <= arguments.seed < 2**63:
         parser.error(f"--seed: expected a whole number in [0, 2^63), got {arguments.seed}")

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import resource
 import shlex
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import run_command
 from digits_model import clean_model, digits, robust_model, write_run
 from disks import small_tmpfs
 from torch import nn
@@ -356,16 +356,9 @@ def test_measure_takes_any_module_and_leaves_it_as_it_was():
     ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("-") else "",
 )
 def test_bad_input_is_one_line(run_dir, arguments, words, monkeypatch, capsys):
-    sys.path.insert(0, str(SCRIPT.parent))
-    import evaluate as command
-
     output = run_dir.parent / "nothing"
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(run_dir), "--output", str(output), *arguments])
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
-    with pytest.raises(SystemExit) as stopped:
-        command.main()
+    assert run_command("evaluate", monkeypatch, run_dir, "--output", output, *arguments) == 2
     err = capsys.readouterr().err
-    assert stopped.value.code == 2
     assert err.count("\n") == 1
     assert err.startswith("evaluate.py: error: ")
     assert all(word in err for word in words), err
@@ -379,26 +372,12 @@ def test_bad_input_of_a_real_process(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def command_here(monkeypatch, *arguments: str | Path) -> int:
-    """`evaluate.py` in this process; its exit code."""
-    sys.path.insert(0, str(SCRIPT.parent))
-    import evaluate as command
-
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
-    try:
-        command.main()
-    except SystemExit as stopped:
-        return int(stopped.code or 0)
-    return 0
-
-
 QUICK = ("--attacks", "clean", "fgsm", "--limit", "20", "--no-gates")
 
 
 def test_an_output_that_cannot_be_written_is_found_before_any_attack(run_dir, monkeypatch, capsys):
     for output in (run_dir / "config.json", run_dir / "config.json" / "below", Path("/dev/full")):
-        assert command_here(monkeypatch, run_dir, *QUICK, "--output", output) == 2
+        assert run_command("evaluate", monkeypatch, run_dir, *QUICK, "--output", output) == 2
         out, err = capsys.readouterr()
         assert not out
         assert err.count("\n") == 1
@@ -407,7 +386,7 @@ def test_an_output_that_cannot_be_written_is_found_before_any_attack(run_dir, mo
 
 def test_a_disk_that_is_full_before_any_attack(run_dir, tmp_path, monkeypatch, capsys):
     with small_tmpfs(tmp_path, "16k") as disk:
-        assert command_here(monkeypatch, run_dir, *QUICK, "--output", disk / "out") == 2
+        assert run_command("evaluate", monkeypatch, run_dir, *QUICK, "--output", disk / "out") == 2
     out, err = capsys.readouterr()
     assert not out
     assert f"--output: {disk / 'out'} cannot be written: No space left on device" in err
@@ -418,7 +397,7 @@ def test_a_disk_that_fills_up_keeps_the_numbers(run_dir, tmp_path, monkeypatch, 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, limits[1]))
     try:
-        code = command_here(monkeypatch, run_dir, *QUICK, "--output", tmp_path)
+        code = run_command("evaluate", monkeypatch, run_dir, *QUICK, "--output", tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     out, err = capsys.readouterr()
@@ -430,23 +409,6 @@ def test_a_disk_that_fills_up_keeps_the_numbers(run_dir, tmp_path, monkeypatch, 
     assert json.loads((tmp_path / "evaluation.json").read_text())["finished"]
     assert not list(tmp_path.glob("*.html"))
     assert not list(tmp_path.glob(".tmp*"))
-
-
-@pytest.mark.parametrize("lost", ["pipe", "/dev/full"])
-def test_a_lost_standard_output_ends_nothing(run_dir, tmp_path, lost):
-    if lost == "pipe":
-        reading, writing = os.pipe()
-        os.close(reading)
-    else:
-        writing = os.open(lost, os.O_WRONLY)
-    command = [sys.executable, SCRIPT, run_dir, *QUICK, "--output", tmp_path, "--threads", "1"]
-    with os.fdopen(writing, "w") as stream:
-        done = subprocess.run(command, stdout=stream, stderr=subprocess.PIPE, text=True, check=False, timeout=240)
-    assert done.returncode == 0
-    assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith("warning: standard output: ")
-    assert done.stderr.endswith("the rest of it is lost\n")
-    assert {path.name for path in tmp_path.iterdir()} >= {"evaluation.json", "evaluation.html"}
 
 
 def test_head_gets_its_line_and_the_reports_are_written(run_dir, tmp_path):
@@ -504,7 +466,7 @@ def test_weights_that_answer_nan_are_told_and_exit_with_3(run_dir, tmp_path, mon
     broken = tmp_path / "broken.safetensors"
     checkpoint.export_model(broken, tensors, metadata)
     shutil.copy(run_dir / "config.json", tmp_path)
-    assert command_here(monkeypatch, broken, *QUICK, "--output", tmp_path / "out") == 3
+    assert run_command("evaluate", monkeypatch, broken, *QUICK, "--output", tmp_path / "out") == 3
     out = capsys.readouterr().out
     assert "UNRELIABLE: logits of 20 of 20 images are not finite; they count as wrong" in out
     assert "right: right clean and attacked; an image that is wrong without an attack is not right under one" in out

@@ -1,7 +1,6 @@
 """`engine/landscape.py` as a user starts it, on two small runs."""
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import run_command
 from disks import small_tmpfs
 from safetensors.torch import load_file
 
@@ -25,16 +25,6 @@ from awp_engine.trainer import Trainer, evaluation_attack
 COMMAND = Path(__file__).parent.parent / "engine" / "landscape.py"
 # few images, few steps
 SMALL = ["--images", "30", "--steps", "2", "--batch-size", "16", "--threads", "1"]
-
-
-@pytest.fixture(scope="module")
-def command():
-    specification = importlib.util.spec_from_file_location("landscape_command", COMMAND)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -139,18 +129,13 @@ def check_flatness(content, losses, curves) -> None:
             assert 0 < max(entry["largest_relative_move"]) <= entry["xi"] + 2.0**-23
 
 
-def run_main(command, monkeypatch, *arguments) -> None:
-    monkeypatch.setattr(sys, "argv", ["landscape.py", *map(str, arguments)])
-    command.main()
-
-
-def test_one_run_writes_beside_it_and_again_the_same(command, monkeypatch, two_runs, capsys):
+def test_one_run_writes_beside_it_and_again_the_same(monkeypatch, two_runs, capsys):
     run = two_runs[0]
     arguments = [run, *SMALL, "--points", "3", "--seed", "4"]
     try:
         contents = []
         for _ in range(2):
-            run_main(command, monkeypatch, *arguments)
+            assert not run_command("landscape", monkeypatch, *arguments)
             content = json.loads((run / "landscape" / "curves.json").read_text())
             contents.append(content["runs"])
         assert contents[0] == contents[1]
@@ -241,24 +226,22 @@ BAD_FLAGS = [
 ]
 
 
-def refused(command, monkeypatch, capsys, *arguments, words: list[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        run_main(command, monkeypatch, *arguments)
+def refused(monkeypatch, capsys, *arguments, words: list[str]) -> None:
+    assert run_command("landscape", monkeypatch, *arguments) == 2
     error = capsys.readouterr().err
-    assert stop.value.code == 2
     assert error.count("\n") == 1
     assert error.startswith("landscape.py: error: ")
     assert all(word in error for word in words), error
 
 
 @pytest.mark.parametrize(("arguments", "words"), BAD_FLAGS, ids=lambda value: " ".join(value))
-def test_bad_flags_are_one_line(command, monkeypatch, capsys, two_runs, tmp_path, arguments, words):
+def test_bad_flags_are_one_line(monkeypatch, capsys, two_runs, tmp_path, arguments, words):
     output = tmp_path / "out"
-    refused(command, monkeypatch, capsys, two_runs[0], "--output", output, *arguments, words=words)
+    refused(monkeypatch, capsys, two_runs[0], "--output", output, *arguments, words=words)
     assert not output.exists()
 
 
-def test_bad_runs_are_one_line(command, monkeypatch, capsys, two_runs, tmp_path):
+def test_bad_runs_are_one_line(monkeypatch, capsys, two_runs, tmp_path):
     first, second = two_runs
     alone = tmp_path / "elsewhere" / "deep" / "down" / "model.safetensors"
     alone.parent.mkdir(parents=True)
@@ -281,47 +264,25 @@ def test_bad_runs_are_one_line(command, monkeypatch, capsys, two_runs, tmp_path)
         ([first / "model.safetensors", "--checkpoint", "last", "--output", output], ["--checkpoint last"]),
         ([first, "--output", alone], ["--output", "model.safetensors"]),
     ):
-        refused(command, monkeypatch, capsys, *arguments, words=words)
+        refused(monkeypatch, capsys, *arguments, words=words)
     assert not output.exists()
 
 
-def test_runs_on_other_images_are_refused_where_it_matters(command, monkeypatch, capsys, two_runs, tmp_path):
+def test_runs_on_other_images_are_refused_where_it_matters(monkeypatch, capsys, two_runs, tmp_path):
     """Runs with another hold-out share the test images, not the held-out ones."""
     first = two_runs[0]
     other = changed(first, tmp_path / "hold-out", '"held_out_fraction": 0.1', '"held_out_fraction": 0.2')
     arguments = [first, other, "--output", tmp_path / "out", *SMALL, "--points", "3"]
-    refused(command, monkeypatch, capsys, *arguments, "--split", "held-out", words=["held-out images", "same images"])
-    run_main(command, monkeypatch, *arguments)
+    refused(monkeypatch, capsys, *arguments, "--split", "held-out", words=["held-out images", "same images"])
+    assert not run_command("landscape", monkeypatch, *arguments)
     assert is_png(tmp_path / "out" / "curves.png")
 
 
-def test_a_figure_that_cannot_be_written_costs_no_numbers(command, monkeypatch, capsys, two_runs, tmp_path):
-    (tmp_path / "curves.png").mkdir()
-    with pytest.raises(SystemExit) as stop:
-        run_main(command, monkeypatch, two_runs[0], "--output", tmp_path, *SMALL, "--points", "3")
-    out, err = capsys.readouterr()
-    assert stop.value.code == 1
-    assert err == f"landscape.py: error: {tmp_path / 'curves.png'}: cannot be written: Is a directory\n"
-    assert "at w" in out
-    assert json.loads((tmp_path / "curves.json").read_text())["runs"]
-    assert load_file(tmp_path / "curves.safetensors")
-
-
-def test_an_output_that_cannot_be_written_is_found_before_measuring(command, monkeypatch, capsys, two_runs, tmp_path):
+def test_an_output_that_cannot_be_written_is_found_before_measuring(monkeypatch, capsys, two_runs, tmp_path):
     with small_tmpfs(tmp_path, "16k") as disk:
-        refused(command, monkeypatch, capsys, two_runs[0], "--output", disk, words=["--output", "No space left"])
+        refused(monkeypatch, capsys, two_runs[0], "--output", disk, words=["--output", "No space left"])
     below = two_runs[0] / "config.json" / "below"
-    refused(command, monkeypatch, capsys, two_runs[0], "--output", below, words=["--output", f"{below} cannot be"])
-
-
-def test_a_lost_standard_output_ends_nothing(command, monkeypatch, capsys, two_runs, tmp_path):
-    with Path("/dev/full").open("w") as stream:
-        monkeypatch.setattr(sys, "stdout", stream)
-        run_main(command, monkeypatch, two_runs[0], "--output", tmp_path, *SMALL, "--points", "3")
-        monkeypatch.undo()
-    err = capsys.readouterr().err
-    assert err == ("warning: standard output cannot be written, measuring goes on: No space left on device\n")
-    assert is_png(tmp_path / "curves.png")
+    refused(monkeypatch, capsys, two_runs[0], "--output", below, words=["--output", f"{below} cannot be"])
 
 
 def test_progress_tells_the_time_left():

@@ -1,16 +1,15 @@
 """Names and numbers that nobody expects: nothing ends in a traceback, no entry is missing, JSON stays JSON."""
 
 import functools
-import importlib.util
 import io
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import run_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -279,24 +278,13 @@ def strange_runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return runs
 
 
-def command(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    path = Path(__file__).parent.parent / "engine" / f"{name}.py"
-    specification = importlib.util.spec_from_file_location(f"{name}_command", path)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-    module.main()
-
-
 SMALL = ["--images", "6", "--steps", "1", "--points", "3", "--points-2d", "3", "--draws", "1", "--epochs", "1"]
 
 
 def test_landscape_of_runs_of_any_name(strange_runs, monkeypatch, capsys, tmp_path) -> None:
     out = tmp_path / "\udcff$_out"
     flags = ["--mode", "1d,2d,flatness", "--attempts", "1", "--output", out, *SMALL]
-    command("landscape", monkeypatch, *strange_runs, *flags)
+    assert not run_command("landscape", monkeypatch, *strange_runs, *flags)
     said = capsys.readouterr().out
     assert "could not be drawn" not in said
     assert said.count("wrote ") == 9
@@ -311,7 +299,7 @@ def test_landscape_of_runs_of_any_name(strange_runs, monkeypatch, capsys, tmp_pa
 
 def test_landscape_of_a_radius_beyond_fp32(strange_runs, monkeypatch, capsys, tmp_path) -> None:
     flags = ["--mode", "1d,2d", "--radius", "1e30", "--output", tmp_path / "out", *SMALL]
-    command("landscape", monkeypatch, strange_runs[0], *flags)
+    assert not run_command("landscape", monkeypatch, strange_runs[0], *flags)
     for name in ("curves", "surface"):
         found = strict_loads((tmp_path / "out" / f"{name}.json").read_text())
         assert found["losses_not_finite"] > 0
@@ -326,7 +314,7 @@ def test_landscape_of_a_radius_beyond_fp32(strange_runs, monkeypatch, capsys, tm
 
 def test_a_landscape_that_cannot_be_drawn_is_measured(strange_runs, monkeypatch, capsys, tmp_path) -> None:
     (tmp_path / "curves.png").mkdir()
-    command("landscape", monkeypatch, strange_runs[0], "--output", tmp_path, *SMALL)
+    assert not run_command("landscape", monkeypatch, strange_runs[0], "--output", tmp_path, *SMALL)
     said = capsys.readouterr().out
     assert f"warning: {tmp_path / 'curves.png'} could not be drawn" in said
     assert strict_loads((tmp_path / "curves.json").read_text())["runs"][0]["label"] == "_x"
@@ -375,8 +363,7 @@ def test_the_first_of_two_methods_is_shown_where_the_second_fails(tmp_path, monk
     prepare_run_dir(parse_train(flags.split()))
     (tmp_path / "run" / "without-awp").mkdir()
     (tmp_path / "run" / "without-awp" / "mine").touch()
-    with pytest.raises(SystemExit):
-        command("train", monkeypatch, *flags.split())
+    assert run_command("train", monkeypatch, *flags.split()) == 2
     said = capsys.readouterr()
     assert "AT-AWP" in said.out
     assert f"results in {tmp_path / 'run'}" in said.out

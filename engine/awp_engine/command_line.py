@@ -16,12 +16,7 @@ from typing import Any, Literal, NoReturn
 
 from awp_engine.config import Config, ConfigError, expectation, flags, show
 from awp_engine.presets import DEFAULT, PRESETS, build_preset
-from awp_engine.text import printable
-
-
-def one_line(message: str) -> str:
-    """`message` without line breaks or control characters."""
-    return printable(" ".join(message.split()))
+from awp_engine.text import one_line
 
 
 def _rank() -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from awp_engine.checkpoint import temporary_beside
-from awp_engine.text import printable, shortened
+from awp_engine.text import printable, reason, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,6 +67,5 @@ def attempt(what: str, draw: Callable[[], Drawn], say: Callable[[str], object]) 
     try:
         return draw()
     except Exception as error:
-        reason = printable(" ".join(str(error).split())) or type(error).__name__
-        say(f"warning: {printable(what)} could not be drawn: {reason}; the numbers are written")
+        say(f"warning: {printable(what)} could not be drawn: {reason(error)}; the numbers are written")
         return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import math
-import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -16,15 +15,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from awp_engine.checkpoint import atomic_write_text, naming
+from awp_engine.checkpoint import atomic_write_text, naming, temporary_beside
 from awp_engine.drawing import plottable, save
 from awp_engine.text import json_text, printable
 
 REPORT = "report.json"
 CURVES = "learning_curves.png"
 _REQUIRED = ("clean_accuracy", "pgd20_accuracy", "train_pgd_accuracy", "seconds", "epochs", "config_hash")
-
-_PROBE = 1 << 16
+_PROBE_BYTES = 1 << 16
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers and line styles differ as well.
 _BLUE, _VERMILION, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
@@ -64,9 +62,9 @@ def prepare_directory(directory: Path) -> None:
     """
     with naming(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".tmp-probe-{os.getpid()}"
+        probe = temporary_beside(directory / "probe")
         try:
-            probe.write_bytes(bytes(_PROBE))
+            probe.write_bytes(bytes(_PROBE_BYTES))
         finally:
             # below a file there is nothing to be removed
             with contextlib.suppress(OSError):

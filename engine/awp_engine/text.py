@@ -16,6 +16,16 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def one_line(text: str) -> str:
+    """`text` without line breaks or control characters."""
+    return printable(" ".join(text.split()))
+
+
+def reason(error: object) -> str:
+    """What an exception says, in one line; its type where it says nothing."""
+    return one_line(str(error)) or type(error).__name__
+
+
 def shortened(text: str, most: int) -> str:
     """At most `most` characters: of a longer text the beginning and the end.
 

@@ -131,12 +131,6 @@ def _weights(loaded: Checkpoint, which: str) -> dict[str, Tensor]:
 
 
 def _export(place: Path, output: Path, which: str) -> int:
-    # of that one file: the directory may be anyone's
-    with locked(output.parent, f"{LOCK}-{output.name}"):
-        return _export_alone(place, output, which)
-
-
-def _export_alone(place: Path, output: Path, which: str) -> int:
     if os.path.lexists(output):
         raise CheckpointError(f"{output}: is there already; remove it or choose another name")
     loaded = _chosen(place)
@@ -182,7 +176,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _verify(arguments.place)
             if arguments.command == "list":
                 return _list(arguments.place)
-            return _export(arguments.place, arguments.output, arguments.weights)
+            # of that one file: the directory may be anyone's
+            with locked(arguments.output.parent, f"{LOCK}-{arguments.output.name}"):
+                return _export(arguments.place, arguments.output, arguments.weights)
     except ConfigError as error:
         fail(str(error), prog=PROG)
     except CheckpointError as error:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from awp_engine.command_line import OneLineParser, fail, one_line
+from awp_engine.command_line import OneLineParser, fail
 from awp_engine.config import ConfigError
 from awp_engine.data._dataset import DataError
 from awp_engine.data._pack import Manifest, pack_folder, verify_pack
@@ -25,6 +25,7 @@ from awp_engine.data._workers import WorkerError
 from awp_engine.locking import LOCK, locked
 from awp_engine.report import print_table
 from awp_engine.signals import interrupted_code, interrupts
+from awp_engine.text import one_line
 
 PROG = "python -m awp_engine.data"
 _SHOWN = 3

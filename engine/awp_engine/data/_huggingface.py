@@ -10,7 +10,7 @@ from torch import Tensor
 
 from awp_engine.data._dataset import DataError
 from awp_engine.data._files import PackedNames, digest_files, shown
-from awp_engine.text import printable
+from awp_engine.text import reason
 
 
 class HuggingFaceImages:
@@ -135,8 +135,8 @@ def _validated(part: Path, data: Any, name: str) -> Any:
 
 
 def _not_read(part: Path, error: object) -> DataError:
-    reason = printable(" ".join(str(error).split())) or type(error).__name__
-    return DataError(f"{part}: not read, {reason}; expected what datasets.save_to_disk has written: save it again")
+    advice = "expected what datasets.save_to_disk has written: save it again"
+    return DataError(f"{part}: not read, {reason(error)}; {advice}")
 
 
 def _column(part: Path, data: Any, name: str, kind: str) -> str:

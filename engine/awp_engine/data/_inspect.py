@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from awp_engine.data._dataset import DataError
+from awp_engine.text import reason
 
 # 64 Mi pixels decode into 200 MB, which a loader's worker can afford; Pillow's own alarm begins a third above.
 MAX_PIXELS = 64 * 2**20
@@ -165,9 +166,7 @@ def decode(content: bytes, name: str) -> NDArray[np.uint8]:
     # Hostile bytes reach far corners of Pillow, which raises whatever comes up there.
     except Exception as error:
         kind = "truncated" if "truncated" in str(error) else "corrupt"
-        why = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, Image.UnidentifiedImageError):
-            why = "broken header"
+        why = "broken header" if isinstance(error, Image.UnidentifiedImageError) else reason(error)
         raise BadImageError(f"{name} cannot be decoded: {why}; replace or remove it", kind) from error
     if image.mode != header.mode or image.size != (header.width, header.height):
         raise BadImageError(

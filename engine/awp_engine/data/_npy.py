@@ -21,7 +21,7 @@ from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
 from awp_engine.data._dataset import DataError
-from awp_engine.text import printable
+from awp_engine.text import printable, reason
 
 Expect = Callable[[tuple[int, ...], np.dtype[Any]], str | None]
 """Says what was expected of a shape and type that are not right."""
@@ -184,9 +184,8 @@ def blocks_read() -> int:
 
 
 def _not_read(path: str, error: object, kind: str = "an .npz file of plain arrays") -> DataError:
-    reason = printable(" ".join(str(error).split())) or type(error).__name__
     size = f" ({os.stat(path).st_size} bytes)" if os.path.exists(path) else ""  # noqa: PTH110, PTH116
-    return DataError(f"{path}{size}: not read, {reason}; expected {kind}: write or download it again")
+    return DataError(f"{path}{size}: not read, {reason(error)}; expected {kind}: write or download it again")
 
 
 def alone(path: Path, file: IO[bytes], expect: Expect) -> StoredArray:

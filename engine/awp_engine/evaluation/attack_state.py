@@ -29,9 +29,9 @@ from awp_engine.checkpoint import (
     read_model,
     remove_leftovers,
 )
-from awp_engine.command_line import one_line
 from awp_engine.evaluation.attacks import Threat, in_ball
 from awp_engine.evaluation.user_key import user_key
+from awp_engine.text import one_line
 
 _TENSORS = ("x_adv", "robust", "begun")
 _NOTE = re.compile(r"autoattack-[0-9a-f]{16}\.json")

@@ -15,7 +15,7 @@ import torch
 
 from awp_engine.checkpoint import atomic_write_text
 from awp_engine.class_names import difference
-from awp_engine.config import parse_amount
+from awp_engine.config import parse_amount, show
 from awp_engine.data import Dataset, data_loading, eval_batches, load_dataset, match_classes, source_names
 from awp_engine.device import choose_device
 from awp_engine.evaluation.accuracy import evaluation_seed, spread
@@ -117,8 +117,7 @@ def _output(path: Path, subject: Subject) -> Path:
 
 def _positive(name: str, value: int | None) -> None:
     if value is not None and not 1 <= value <= _MOST:
-        shown = str(value) if abs(value) < 10**30 else "one of more than 30 digits"
-        raise EvaluationError(f"--{name}: expected a whole number from 1 to {_MOST}, got {shown}")
+        raise EvaluationError(f"--{name}: expected a whole number from 1 to {_MOST}, got {show(value)}")
 
 
 def _require_fit(subject: Subject, dataset: Dataset, device: torch.device, what: str) -> None:
@@ -304,15 +303,8 @@ def evaluate_checkpoint(
         _put(output, name, JSON, json_text(report, indent=2))
         partial.unlink(missing_ok=True)
         if publication is not None:
-            doubts = _leaderboard_doubts(measurement, limit)
-            if doubts:
-                say(f"{LEADERBOARD}: marked unreliable: {', '.join(doubts)}")
-            _put(
-                output,
-                name,
-                LEADERBOARD,
-                json_text(_leaderboard(publication, dataset.name, threat, measurement, doubts), indent=2),
-            )
+            info = _leaderboard(publication, dataset.name, threat, measurement, limit, say)
+            _put(output, name, LEADERBOARD, json_text(info, indent=2))
         _put(output, name, PAGE, _page(subject, dataset, threat, done))
         return done
 
@@ -351,9 +343,22 @@ def _page(subject: Subject, dataset: Dataset, threat: Threat, done: Evaluated) -
 
 
 def _leaderboard(
-    publication: Publication, dataset: str, threat: Threat, measurement: Measurement, doubts: Sequence[str]
+    publication: Publication,
+    dataset: str,
+    threat: Threat,
+    measurement: Measurement,
+    limit: int | None,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     autoattack = next(row for row in measurement.rows if row.attack == "autoattack")
+    more = {
+        "the gates were not run": measurement.gates is None,
+        "it is not AutoAttack's standard version": autoattack.parameters["version"] != "standard",
+        f"only {measurement.images} images were measured": limit is not None,
+    }
+    doubts = [*measurement.doubts(), *(reason for reason, holds in more.items() if holds)]
+    if doubts:
+        say(f"{LEADERBOARD}: marked unreliable: {', '.join(doubts)}")
     return model_info(
         publication,
         dataset=dataset,
@@ -363,13 +368,3 @@ def _leaderboard(
         images=measurement.images,
         unreliable=bool(doubts),
     )
-
-
-def _leaderboard_doubts(measurement: Measurement, limit: int | None) -> list[str]:
-    autoattack = next(row for row in measurement.rows if row.attack == "autoattack")
-    more = {
-        "the gates were not run": measurement.gates is None,
-        "it is not AutoAttack's standard version": autoattack.parameters["version"] != "standard",
-        f"only {measurement.images} images were measured": limit is not None,
-    }
-    return [*measurement.doubts(), *(reason for reason, holds in more.items() if holds)]

@@ -1,0 +1,21 @@
+"""The commands of engine/, run in the tests' own process."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ENGINE = Path(__file__).parent.parent / "engine"
+
+
+def run_command(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """The exit code of `NAME.py` with these arguments."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+    # which the command sets for itself
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        runpy.run_path(str(ENGINE / f"{name}.py"))["main"]()
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    return 0

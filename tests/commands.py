@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ENGINE = Path(__file__).parent.parent / "engine"
 
@@ -14,8 +15,13 @@ def run_command(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) 
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
     # which the command sets for itself
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    flags = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [flag.fp32_precision for flag in flags]
     try:
         runpy.run_path(str(ENGINE / f"{name}.py"))["main"]()
     except SystemExit as stopped:
         return int(stopped.code or 0)
+    finally:
+        for flag, precision in zip(flags, before, strict=True):
+            flag.fp32_precision = precision
     return 0

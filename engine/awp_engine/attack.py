@@ -233,8 +233,7 @@ def pgd(
     scale = _HALF_SCALE if taken == torch.float16 else 1.0
     # several ranks attack each their own images, without a word to each other
     modes = layer_modes(model, mode, bn_mode=bn_mode, update_statistics=update_statistics, synchronized=False)
-    # twice: an interrupt may come as the first one begins to put things back
-    with modes, modes, torch.enable_grad():
+    with modes, torch.enable_grad():
         for step in range(steps):
             parameters = shared if step == steps - 1 else ()
             x_adv.requires_grad_()
@@ -367,8 +366,7 @@ def apgd(
         return values.reshape(-1, *[1] * (x.ndim - 1))
 
     modes = layer_modes(model, mode, bn_mode=bn_mode, synchronized=False)
-    # twice, as in `pgd`
-    with modes, modes, torch.no_grad():
+    with modes, torch.no_grad():
         loss, gradient = passed(x_adv, backward=True)
         best, best_loss, best_gradient = x_adv, loss, gradient
         before, step_size = x_adv, torch.full_like(loss, 2 * epsilon, dtype=clean.dtype)
@@ -427,12 +425,12 @@ def fast_attack(kind: str, epsilon: float) -> dict[str, Any]:
     if kind == "fgsm-rs":
         return {"steps": 1, "step_size": 1.25 * epsilon, "start": "uniform"}
     if kind == "n-fgsm":
-        # noise and step reach no farther than three epsilons, so that this ball projects nothing
+        # noise and step reach no farther than three epsilons, or across [0, 1], so that this ball projects nothing
         return {
             "steps": 1,
             "step_size": epsilon,
             "start": "uniform",
             "start_epsilon": 2 * epsilon,
-            "epsilon": 3 * epsilon,
+            "epsilon": min(3 * epsilon, 1.0),
         }
     raise ValueError(f"fast: expected fgsm-rs or n-fgsm, got {kind!r}")

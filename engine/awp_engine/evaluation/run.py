@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from awp_engine.attack_checks import ball
 from awp_engine.checkpoint import atomic_write_text
 from awp_engine.class_names import difference
 from awp_engine.config import parse_amount
@@ -207,6 +209,11 @@ def evaluate_checkpoint(
     if labels != "the same":
         say(f"class names: {labels}")
     _require_fit(subject, dataset, place, str(path))
+    try:
+        # what every attack of the ball would refuse
+        ball(math.prod(dataset.test.shape), epsilon=float(threat.epsilon), norm=threat.norm, clip=(0.0, 1.0))
+    except ValueError as error:
+        raise EvaluationError(f"--{error}") from None
     second = None if transfer_to is None else load_subject(transfer_to, device=place)
     if second is not None:
         what = f"--transfer-to {transfer_to}"

@@ -196,7 +196,7 @@ class Statistics:
 
     @torch.no_grad()
     def restore_where(self, condition: Tensor) -> None:
-        """Put the copies back if `condition`, a bool scalar, is true, decided on the device; and keep them no longer."""
+        """Put the copies back if `condition`, a bool scalar, is true, decided on the device; keep them no longer."""
         for live, saved in zip(self._live, self._saved, strict=True):
             live.copy_(torch.where(condition, saved, live))
         self._live, self._saved = [], []

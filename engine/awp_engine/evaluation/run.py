@@ -259,8 +259,11 @@ def evaluate_checkpoint(
     )
     if second is not None:
         receipt["transfer_to"] = {"name": second.name, "file": second.weights.name, "sha256": second.sha256}
+    # the same weights make another model with another activation or normalisation
+    layers = hashlib.sha256(f"{subject.model}{receipt['normalisation']}".encode()).hexdigest()
     question = {
         "weights": subject.sha256,
+        "layers": layers,
         "images": receipt["data"]["sha256_of_these_images"],
         "ball": [str(threat.epsilon), threat.norm, str(threat.step_size)],
         "attacks": [attack.name for attack in wanted],
@@ -293,6 +296,7 @@ def evaluate_checkpoint(
             states=output,
             identity={
                 "checkpoint": subject.sha256,
+                "layers": layers,
                 "images": receipt["data"]["sha256_of_these_images"],
                 "device": place.type,
                 "torch": receipt["versions"]["torch"],

@@ -65,7 +65,8 @@ def _as_told(
     model: nn.Module, mode: str | None, bn_mode: str | None, update_statistics: bool, synchronized: bool
 ) -> Generator[None]:
     """`layer_modes`' block; an interrupt may come once, wherever it likes."""
-    modules, found = list(model.modules()), layers(model)
+    modules = list(model.modules())
+    found: list[Any] = layers(model)
     flags = [(module, "training", module.training) for module in (found if mode is None else modules)]
     flags += [(layer, name, getattr(layer, name)) for layer in found for name in _BN_FLAGS if hasattr(layer, name)]
     buffers = [] if update_statistics else _kept(model)

@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from awp_engine.answers import predicted
 from awp_engine.attack import pgd
+from awp_engine.batch_norm import layer_modes
 from awp_engine.data import Split, StreamedSplit, eval_batches
 from awp_engine.distributed import Ranks
 from awp_engine.regions import region
@@ -87,18 +88,6 @@ class Accuracy:
     robust: float
 
 
-@contextlib.contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """A block with the model in eval mode; every module's own mode is put back afterwards."""
-    training = [module.training for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in zip(model.modules(), training, strict=True):
-            module.training = mode
-
-
 def evaluation_seed(run_seed: int) -> int:
     """The seed of the starting points that a run with `run_seed` is measured from."""
     return mix_seed(run_seed, _EVALUATION_NOISE)
@@ -145,7 +134,7 @@ def evaluate(
     device = split.device
     rows = torch.arange(len(split))[ranks.rank :: ranks.world]
     own = split if ranks.world == 1 else split.select(rows)
-    with eval_mode(model):
+    with layer_modes(model, "eval", update_statistics=True):
         counts = torch.zeros(2, dtype=torch.int64, device=device)
         with contextlib.closing(eval_batches(own, batch_size)) as batches:
             # the first rank has the most images

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from awp_engine.answers import predicted
 from awp_engine.attack import Start, pgd, summed_cross_entropy, summed_margin
+from awp_engine.batch_norm import layer_modes
 from awp_engine.data import Split, eval_batches
-from awp_engine.evaluation.accuracy import BlindImages, eval_mode
+from awp_engine.evaluation.accuracy import BlindImages
 from awp_kernels.philox import mix_seed
 
 Family = Literal["clean", "fgsm", "pgd", "cw", "square", "autoattack", "regional"]
@@ -116,7 +117,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
     """Eval mode, and no gradients for parameters (FAB would leave some behind); both are put back afterwards."""
     required = [parameter.requires_grad for parameter in model.parameters()]
     try:
-        with eval_mode(model):
+        with layer_modes(model, "eval", update_statistics=True):
             model.requires_grad_(False)
             yield
     finally:

@@ -91,8 +91,11 @@ def _fresh_seed(start: Start | Tensor, sample_ids: Tensor | None, seed: int | No
     """The seed of a call's noise: see `pgd`.
 
     Raises:
-        ValueError: there is none while a CUDA graph is captured, which would replay one noise for ever.
+        ValueError: it is no whole number, or there is none while a CUDA graph is captured, which would replay one noise
+            for ever.
     """
+    if seed is not None and not hasattr(seed, "__index__"):  # numpy's whole numbers have it
+        raise ValueError(f"seed: expected a whole number in [0, 2^63), got {seed!r}")
     if seed is not None or sample_ids is not None or isinstance(start, Tensor) or start == "none":
         return seed or 0
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():

@@ -32,7 +32,8 @@ def attack(kind, model, x, y, **settings):
     """Either attack, two steps unless told otherwise."""
     settings = BALL | settings
     if kind == "pgd":
-        return pgd(model, x, y, **({"step_size": settings["epsilon"] / 2} | settings))
+        fits = isinstance(settings["epsilon"], float)
+        return pgd(model, x, y, **({"step_size": settings["epsilon"] / 2 if fits else 0.1} | settings))
     return apgd(model, x, y, **settings)
 
 
@@ -160,6 +161,10 @@ REFUSED = {
     "nonfinite": ({"nonfinite": "warn"}, "nonfinite: expected raise or ignore, got 'warn'"),
     "bytes": ({"x": (X * 255).byte()}, "got torch.uint8; divide uint8 images by 255"),
     "no batch": ({"x": X.flatten()}, "x: expected a batch [N, ...], got shape (432,)"),
+    "part of a seed": ({"seed": 1.5, "start": "uniform"}, "seed: expected a whole number in [0, 2^63), got 1.5"),
+    "a text for epsilon": ({"epsilon": "8/255"}, "epsilon: expected a finite number >= 0, got '8/255'"),
+    "more digits than a float holds": ({"epsilon": 10**400}, "epsilon: expected a finite number >= 0, got 1000"),
+    "labels in a list": ({"y": Y.tolist()}, "y: expected a tensor of labels, got list"),
     "seed": ({"seed": -1, "start": "uniform"}, "seed: expected a number in [0, 2^63), got -1"),
 }
 

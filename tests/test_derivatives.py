@@ -320,6 +320,15 @@ def test_transforms_under_torch_compile():
         close(ours, theirs.double())
 
 
+def test_the_traced_operation_drops_no_tangent():
+    x, weight = CASES["conv3x3"][1]
+    refused = pytest.raises(RuntimeError, match=r"no forward-mode derivatives; call awp_kernels\.conv3x3")
+    with torch.no_grad(), refused:
+        jvp(torch.ops.awp.conv3x3, (x, weight), (x, weight))
+    with torch.no_grad(), forward_ad.dual_level(), refused:
+        torch.ops.awp.conv3x3(forward_ad.make_dual(x, x), weight)
+
+
 def test_torch_compile_keeps_the_fused_convolution():
     called = []
 

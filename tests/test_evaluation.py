@@ -1,5 +1,6 @@
 """The evaluation as a user runs it: reports, receipts, gates, refusals."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import run_command
-from digits_model import clean_model, digits, robust_model, write_run
+from digits_model import clean_model, description, digits, robust_model, write_run
 from disks import small_tmpfs
 from torch import nn
 
@@ -327,12 +328,34 @@ def test_measure_takes_any_module_and_leaves_it_as_it_was():
     print_table(result.table())
 
 
+def test_the_same_weights_in_other_layers_are_another_question(tmp_path):
+    """A checkpoint's description lies in another file than its weights."""
+    tensors = {"model": robust_model().state_dict(), "best_model": robust_model().state_dict()}
+    for name in ("relu", "silu"):
+        metadata = dataclasses.replace(description(), activation=name).to_metadata()
+        checkpoint.save(tmp_path / name, "epoch-1", tensors, {**metadata}, checkpoint.Retention(last=1))
+        evaluate_checkpoint(
+            tmp_path / name / "epoch-1",
+            attacks=["clean", "autoattack"],
+            epsilon="1/10",
+            norm="linf",
+            data_name="digits",
+            limit=2,
+            gates_limit=None,
+            budget=Budget(queries=2, iterations=2),
+            output=tmp_path / "out",
+        )
+    assert len(list((tmp_path / "out").glob("evaluation-*.json"))) == 2
+    assert len(list((tmp_path / "out").glob("autoattack-*.json"))) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--attacks", "pgd20", "autoatack"], ["--attacks", "autoatack", "pgdN"]),
         (["--epsilon", "8/0"], ["--epsilon", "8/255"]),
         (["--epsilon", "2"], ["--epsilon", "at most 1"]),
+        (["--epsilon", "9.1", "--norm", "l2"], ["--epsilon: expected at most 9 for l2", "9.1"]),
         (["--norm", "l1"], ["--norm", "l1"]),
         (["--limit", "0"], ["--limit", "0"]),
         (["--limit", "many"], ["--limit", "many"]),

@@ -1,5 +1,6 @@
 """Interrupts between any two lines of a perturbed block: the weights are back, whoever catches them."""
 
+import contextlib
 import copy
 import json
 import subprocess
@@ -11,6 +12,12 @@ import torch
 from torch import nn
 
 import awp_kernels
+from awp_engine import perturbation
+from awp_engine.config import AttackConfig, OptimizerConfig
+from awp_engine.models import build_model
+from awp_engine.objectives import build_objective
+from awp_engine.optimizer import build_optimizer
+from awp_engine.perturbation import TrainingStep
 from awp_kernels import AdversarialWeightPerturbation
 
 OWN = {str(Path(awp_kernels.__file__).parent / name) for name in ("awp.py", "_block.py", "_leftover.py")}
@@ -136,3 +143,71 @@ def test_of_1000_interrupts_spread_over_a_perturbed_block_none_leaves_a_weight_m
     assert counted["inside"] == 1000
     assert counted["moved"] == 0
     assert counted["twice"] >= 50
+
+
+@pytest.mark.parametrize("fails", [True, False], ids=["in the descent", "done"])
+def test_an_interrupt_at_the_end_of_a_training_step(fails):
+    """At every instruction of what puts weights and statistics back; looked at while the frames still live."""
+    guards = ("steps", "put_back", "__exit__")
+    files = {perturbation.__file__, contextlib.__file__, str(Path(awp_kernels.__file__).parent / "_block.py")}
+    torch.manual_seed(3)
+    model = build_model("preact-resnet-digits", 10, (0.5,), (0.25,), width=4).train()
+    x, y = torch.rand(2, 1, 4, 4), torch.arange(2)
+
+    def state(net):
+        weights, statistics = [*map(torch.clone, net.parameters())], [*map(torch.clone, net.buffers())]
+        return weights, statistics, [(m.training, getattr(m, "track_running_stats", None)) for m in net.modules()]
+
+    def same(a, b):
+        return all(map(torch.equal, a, b))
+
+    count, number, where = 0, 0, ""
+
+    def trace(frame, event, argument):
+        nonlocal count, where
+        if frame.f_code.co_filename not in files or frame.f_code.co_name not in guards:
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        if event == "opcode" and not last_instructions(frame):
+            count += 1
+            if count == number:
+                where = f"{frame.f_code.co_name}:{frame.f_lineno}"
+                raise Interrupt
+        return trace
+
+    def once():
+        """The state before, and where it was left."""
+        nonlocal count
+        net, count = copy.deepcopy(model), 0
+        step = TrainingStep(
+            model=net,
+            optimizer=build_optimizer(net, OptimizerConfig()),
+            objective=build_objective("at"),
+            attack=AttackConfig(steps=1),
+            awp=AdversarialWeightPerturbation(net, 0.5),
+        )
+        if fails:
+            step._update = lambda awp: 1 / 0
+        before, traced = state(net), sys.gettrace()
+        sys.settrace(trace)
+        try:
+            step(x, y, sample_ids=torch.arange(2), seed=0)
+        except (Interrupt, ZeroDivisionError):
+            sys.settrace(None)
+            return before, state(net)
+        finally:
+            sys.settrace(traced)
+            torch.set_grad_enabled(True)
+        return before, state(net)
+
+    ends = once()
+    assert same(ends[0][0], ends[1][0]) == fails
+    while True:
+        number += 1
+        _, (weights, statistics, modes) = once()
+        if count < number:
+            break
+        assert any(same(weights, end[0]) for end in ends), where
+        assert any(same(statistics, end[1]) for end in ends), where
+        assert modes == ends[0][2], where
+    assert number > 40

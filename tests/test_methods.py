@@ -317,6 +317,10 @@ def test_fast_attacks(kind):
     else:
         expected = (start.detach() + EPSILON * g.sign()).clamp(0, 1)
     torch.testing.assert_close(x_adv, expected, rtol=0, atol=1e-12)
+    # the largest epsilon that the configuration takes with it
+    largest = fast_attack(kind, 0.5)
+    within = pgd(model, x, y, **(settings | {"epsilon": 0.5} | largest))
+    assert (within - x).abs().max() > (0.4 if kind == "fgsm-rs" else 0.8)
     with pytest.raises(ValueError, match="fast"):
         fast_attack("free", EPSILON)
 

@@ -921,6 +921,27 @@ def test_grad_scaler(unscale):
     assert all(buffer.isfinite().all() for buffer in buffers)
 
 
+def test_grad_scaler_is_refused_where_it_cannot_see_the_gradients():
+    """Those of working copies; where a copy only takes the weights, an overflow is seen as ever."""
+    masters, copied = model(), copy.deepcopy(model()).half()
+    working = dict(zip(masters.parameters(), copied.parameters(), strict=True))
+    optimizer, scaler = SGD(masters.parameters(), lr=LR, working=working), torch.amp.GradScaler("cpu")
+    before = [p.detach().clone() for p in masters.parameters()]
+    for overflow in (True, False):
+        optimizer.zero_grad()
+        scaler.scale(loss(masters, 0)).backward()
+        if overflow:
+            next(masters.parameters()).grad[0, 0] = float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+        assert same_bits([p.detach() for p in masters.parameters()], before) == overflow
+    assert same_bits([p.detach() for p in copied.parameters()], [p.detach().half() for p in masters.parameters()])
+    next(copied.parameters()).grad = torch.full_like(next(copied.parameters()), float("inf"))
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match=r"^working: GradScaler looks at the parameters' own gradients"):
+        scaler.step(optimizer)
+
+
 @pytest.mark.parametrize("option", ["lr", "momentum", "weight_decay"])
 @pytest.mark.parametrize("value", [1e39, 10**400, "0.1"])
 def test_numbers_that_float32_does_not_hold_are_named(option, value):

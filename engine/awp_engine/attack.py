@@ -91,8 +91,11 @@ def _fresh_seed(start: Start | Tensor, sample_ids: Tensor | None, seed: int | No
     """The seed of a call's noise: see `pgd`.
 
     Raises:
-        ValueError: there is none while a CUDA graph is captured, which would replay one noise for ever.
+        ValueError: it is no whole number, or there is none while a CUDA graph is captured, which would replay one noise
+            for ever.
     """
+    if seed is not None and not hasattr(seed, "__index__"):  # numpy's whole numbers have it
+        raise ValueError(f"seed: expected a whole number in [0, 2^63), got {seed!r}")
     if seed is not None or sample_ids is not None or isinstance(start, Tensor) or start == "none":
         return seed or 0
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -233,8 +236,7 @@ def pgd(
     scale = _HALF_SCALE if taken == torch.float16 else 1.0
     # several ranks attack each their own images, without a word to each other
     modes = layer_modes(model, mode, bn_mode=bn_mode, update_statistics=update_statistics, synchronized=False)
-    # twice: an interrupt may come as the first one begins to put things back
-    with modes, modes, torch.enable_grad():
+    with modes, torch.enable_grad():
         for step in range(steps):
             parameters = shared if step == steps - 1 else ()
             x_adv.requires_grad_()
@@ -367,8 +369,7 @@ def apgd(
         return values.reshape(-1, *[1] * (x.ndim - 1))
 
     modes = layer_modes(model, mode, bn_mode=bn_mode, synchronized=False)
-    # twice, as in `pgd`
-    with modes, modes, torch.no_grad():
+    with modes, torch.no_grad():
         loss, gradient = passed(x_adv, backward=True)
         best, best_loss, best_gradient = x_adv, loss, gradient
         before, step_size = x_adv, torch.full_like(loss, 2 * epsilon, dtype=clean.dtype)
@@ -427,12 +428,12 @@ def fast_attack(kind: str, epsilon: float) -> dict[str, Any]:
     if kind == "fgsm-rs":
         return {"steps": 1, "step_size": 1.25 * epsilon, "start": "uniform"}
     if kind == "n-fgsm":
-        # noise and step reach no farther than three epsilons, so that this ball projects nothing
+        # noise and step reach no farther than three epsilons, or across [0, 1], so that this ball projects nothing
         return {
             "steps": 1,
             "step_size": epsilon,
             "start": "uniform",
             "start_epsilon": 2 * epsilon,
-            "epsilon": 3 * epsilon,
+            "epsilon": min(3 * epsilon, 1.0),
         }
     raise ValueError(f"fast: expected fgsm-rs or n-fgsm, got {kind!r}")

@@ -26,9 +26,13 @@ def _refuse_where(
 
 def number(name: str, value: float, *, minimum: float = -math.inf) -> None:
     """Refuse a number that is not finite or lies below the minimum."""
-    if not math.isfinite(value) or value < minimum:
+    try:
+        fits = math.isfinite(value) and value >= minimum
+    except (TypeError, OverflowError):  # a text such as 8/255, or more digits than a float holds
+        fits = False
+    if not fits:
         least = "" if minimum == -math.inf else f" >= {minimum:g}"
-        raise ValueError(f"{name}: expected a finite number{least}, got {value}")
+        raise ValueError(f"{name}: expected a finite number{least}, got {repr(value)[:80]}")
 
 
 def ball(values: int, *, epsilon: float, norm: str, clip: Clip, step_size: float | None = None) -> None:
@@ -123,7 +127,7 @@ def region(mask: Tensor, x: Tensor) -> None:
         raise ValueError(f"mask: expected device {x.device} like x, got {mask.device}")
 
 
-def outputs(logits: Any, y: Tensor, count: int) -> None:
+def outputs(logits: Any, y: Any, count: int) -> None:
     """Refuse what cross-entropy and margin would take without climbing anything: probabilities, one logit, wrong y.
 
     Args:
@@ -142,6 +146,8 @@ def outputs(logits: Any, y: Tensor, count: int) -> None:
         raise ValueError(
             f"model: expected logits [{count}, classes], got shape {tuple(logits.shape)}; give a loss that fits them"
         )
+    if not isinstance(y, Tensor):
+        raise ValueError(f"y: expected a tensor of labels, got {type(y).__name__}")
     classes = logits.shape[1]
     if classes < 2:
         raise ValueError(

@@ -1,13 +1,15 @@
 """Batch normalisation's statistics: shared by all ranks, held still, put back, computed anew."""
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+import functools
+from collections.abc import Generator, Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
+
+from awp_kernels._block import Block
 
 _BN_FLAGS = ("track_running_stats", "synchronized")
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -48,70 +50,54 @@ def _held_still(module: nn.Module, name: str) -> bool:
     return kind.forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward) and name in _STATISTICS
 
 
-class _LayerModes:
-    """A block in which layers behave as told, after which they, and buffers that were to stay, are as they were.
+def _kept(model: nn.Module) -> list[tuple[nn.Module, str, Tensor | None, Tensor | None]]:
+    """Buffers that a forward pass may write, each with a copy: (module, name, buffer, values)."""
+    # running statistics of other layers, hand-written ones, vectors of spectral normalisation, averages
+    return [
+        (module, name, buffer, None if buffer is None else buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if not _held_still(module, name) and (buffer is None or not is_lazy(buffer))
+    ]
 
-    Leaving it twice does no harm, and may be interrupted once: `with modes, modes:` restores whatever comes when.
-    """
 
-    def __init__(
-        self, model: nn.Module, mode: str | None, bn_mode: str | None, *, update_statistics: bool, synchronized: bool
-    ) -> None:
-        self._model, self._mode, self._bn_mode = model, mode, bn_mode
-        self._update_statistics, self._synchronized = update_statistics, synchronized
-        self._flags: list[tuple[nn.Module, str, bool]] | None = None
-        self._buffers: list[tuple[nn.Module, str, Tensor | None, Tensor | None]] = []
+def _as_told(
+    model: nn.Module, mode: str | None, bn_mode: str | None, update_statistics: bool, synchronized: bool
+) -> Generator[None]:
+    """`layer_modes`' block; an interrupt may come once, wherever it likes."""
+    modules = list(model.modules())
+    found: list[Any] = layers(model)
+    flags = [(module, "training", module.training) for module in (found if mode is None else modules)]
+    flags += [(layer, name, getattr(layer, name)) for layer in found for name in _BN_FLAGS if hasattr(layer, name)]
+    buffers = [] if update_statistics else _kept(model)
 
-    def __enter__(self) -> None:
-        if self._flags is not None:
-            return
-        modules, found = list(self._model.modules()), layers(self._model)
-        flags = [(module, "training", module.training) for module in (found if self._mode is None else modules)]
-        for layer in found:
-            flags += [(layer, name, getattr(layer, name)) for name in _BN_FLAGS if hasattr(layer, name)]
-        if not self._update_statistics:
-            # running statistics of other layers, hand-written ones, vectors of spectral normalisation, averages
-            self._buffers = [
-                (module, name, buffer, None if buffer is None else buffer.detach().clone())
-                for module in modules
-                for name, buffer in module._buffers.items()
-                if not _held_still(module, name) and (buffer is None or not is_lazy(buffer))
-            ]
-        self._flags = flags
-        try:
-            self._set(modules, found)
-        except BaseException:
-            self._restore()
-            raise
-
-    def _set(self, modules: list[nn.Module], found: list[Any]) -> None:
-        if self._mode is not None:
-            for module in modules:
-                module.training = self._mode == "train"
-        for layer in found:
-            layer.training = layer.training if self._bn_mode is None else self._bn_mode == "train"
-            # without tracking, train mode leaves the buffers alone, and eval mode still reads them
-            layer.track_running_stats &= self._update_statistics
-            if not self._synchronized and hasattr(layer, "synchronized"):
-                layer.synchronized = False
-
-    def __exit__(self, *_: object) -> None:
-        try:
-            self._restore()
-        except BaseException:
-            # an interrupt came in the middle of it
-            self._restore()
-            raise
-
-    def _restore(self) -> None:
-        for module, name, value in self._flags or ():
+    def put_back() -> None:
+        for module, name, value in flags:
             setattr(module, name, value)
-        for module, name, buffer, saved in self._buffers:
+        for module, name, buffer, saved in buffers:
             module._buffers[name] = buffer  # where a pass assigned another tensor
             if buffer is not None and saved is not None:
                 # .data: the value is that which graphs made before the block have kept
                 buffer.data.copy_(saved)
-        self._flags, self._buffers = None, []
+
+    is_back = False
+    try:
+        if mode is not None:
+            for module in modules:
+                module.training = mode == "train"
+        for layer in found:
+            layer.training = layer.training if bn_mode is None else bn_mode == "train"
+            # without tracking, train mode leaves the buffers alone, and eval mode still reads them
+            layer.track_running_stats &= update_statistics
+            if not synchronized and hasattr(layer, "synchronized"):
+                layer.synchronized = False
+        yield
+    except GeneratorExit:
+        put_back()
+        is_back = True
+    finally:
+        if not is_back:
+            put_back()
 
 
 def layer_modes(
@@ -121,8 +107,9 @@ def layer_modes(
     bn_mode: Literal["train", "eval"] | None = None,
     update_statistics: bool = False,
     synchronized: bool = True,
-) -> AbstractContextManager[None]:
-    """A block in which the layers of a model behave as told; everything is put back after it, also after an exception.
+) -> Block:
+    """A block in which the layers of a model behave as told; everything is put back after it, also after an exception
+    or an interrupt.
 
     Put back are the mode of each layer and, without `update_statistics`, every buffer that a forward pass may have
     written, whatever the layer: running statistics of hand-written normalisation, the vectors of spectral
@@ -143,7 +130,7 @@ def layer_modes(
     for name, value in (("mode", mode), ("bn_mode", bn_mode)):
         if value not in ("train", "eval", None):
             raise ValueError(f"{name}: expected train or eval, got {value!r}")
-    return _LayerModes(model, mode, bn_mode, update_statistics=update_statistics, synchronized=synchronized)
+    return Block(functools.partial(_as_told, model, mode, bn_mode, update_statistics, synchronized))
 
 
 def batch_norm_mode(
@@ -152,7 +139,7 @@ def batch_norm_mode(
     *,
     update_statistics: bool,
     synchronized: bool = True,
-) -> AbstractContextManager[None]:
+) -> Block:
     """`layer_modes` for batch normalisation alone: other layers stay in their mode.
 
     Args:
@@ -204,15 +191,16 @@ class Statistics:
 
     @torch.no_grad()
     def restore_(self) -> None:
-        """Put the copies back."""
+        """Put the copies back, as long as they are kept."""
         for live, saved in zip(self._live, self._saved, strict=True):
             live.copy_(saved)
 
     @torch.no_grad()
     def restore_where(self, condition: Tensor) -> None:
-        """Put the copies back if `condition`, a bool scalar, is true; decided on the device."""
+        """Put the copies back if `condition`, a bool scalar, is true, decided on the device; keep them no longer."""
         for live, saved in zip(self._live, self._saved, strict=True):
             live.copy_(torch.where(condition, saved, live))
+        self._live, self._saved = [], []
 
 
 @torch.no_grad()

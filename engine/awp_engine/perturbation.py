@@ -5,7 +5,7 @@ Source: Wu, Xia, Wang: Adversarial Weight Perturbation Helps Robust Generalizati
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from awp_engine.optimizer import Optimizer
 from awp_engine.precision import Copies, LossScale
 from awp_engine.regions import region
 from awp_kernels import AdversarialWeightPerturbation, conv3x3_forget, total_norm
+from awp_kernels._block import Block
 
 # lifts the attack's 16-bit gradients out of underflow; the step ignores the scale
 _ATTACK_LOSS_SCALE = 1024.0
@@ -206,7 +207,8 @@ class TrainingStep:
         self._begin(x)
         awp = self.awp if perturb else None
         work = self._work(len(x), of)
-        with self._or_put_back(awp) as statistics:
+        statistics = Statistics(self._statistics)
+        with self._or_put_back(awp, statistics):
             with region("attack"):
                 self.copies.prepare_attack_()
                 with self.copies.held():
@@ -232,7 +234,8 @@ class TrainingStep:
         """
         self._begin(x)
         epsilon, work = self.attack.epsilon_value, self._work(len(x), of)
-        with self._or_put_back(None) as statistics:
+        statistics = Statistics(self._statistics)
+        with self._or_put_back(None, statistics):
             x_adv = (x + delta).clamp_(0, 1).requires_grad_()
             loss, correct = self._descend(x_adv, x, y, work, None)
             assert x_adv.grad is not None
@@ -242,17 +245,27 @@ class TrainingStep:
             statistics.restore_where(skipped)
         return StepResult(loss, correct, skipped, *(_marks(x_adv.grad, x) * work.share))
 
-    @contextlib.contextmanager
-    def _or_put_back(self, awp: AdversarialWeightPerturbation | None) -> Iterator[Statistics]:
-        """A block that leaves weights and statistics as they were if it fails."""
-        statistics = Statistics(self._statistics)
-        try:
-            yield statistics
-        except BaseException:
-            if awp is not None:
-                awp.restore_()
-            statistics.restore_()
-            raise
+    def _or_put_back(self, awp: AdversarialWeightPerturbation | None, statistics: Statistics) -> Block:
+        """A block that leaves weights and statistics as they were if it fails or is interrupted."""
+
+        def put_back() -> None:
+            # neither does anything after a step that was made to its end
+            try:
+                if awp is not None:
+                    awp.restore_()
+            finally:
+                statistics.restore_()
+
+        def steps() -> Generator[None]:
+            try:
+                yield
+            except GeneratorExit:
+                put_back()
+            finally:
+                # again, as an interrupt may have come between the lines above
+                put_back()
+
+        return Block(steps)
 
     def _work(self, count: int, of: int | None) -> Work:
         """This rank's part of a batch of `of` images, in as many pieces on every rank."""

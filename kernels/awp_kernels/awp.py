@@ -140,7 +140,8 @@ class AdversarialWeightPerturbation:
 
     Attributes:
         found_inf: float32 scalar on the device, None before the first perturbation: 1 if a direction of the last one
-            (or of a step with `again` after it) was not finite, and so was not followed, else 0; on all ranks alike.
+            (or of a step with `again` after it) was not finite, and so was not followed, else 0; of shards on all ranks
+            alike, else this process's.
         weight_norms: their norms, fp64, if they are known (of a sharded model, this rank's): `take_weight_norms`.
 
     Raises:

@@ -63,7 +63,7 @@ class SGD(Optimizer):
     the same call and without waiting for the device; momentum buffers start as zeros, so that this may be the first.
 
     With `working` the parameters are masters: where one has a working copy, the copy's gradient is followed if it has
-    one, and the copy gets the new weights, rounded.
+    one, and the copy gets the new weights, rounded. GradScaler does not see such gradients, and is refused.
 
     Parameters may be sharded by FSDP2's `fully_shard`: each rank steps its own rows, and momentum buffers are sharded
     likewise. `total_norm` of their gradients is over all ranks.
@@ -104,8 +104,6 @@ class SGD(Optimizer):
         tensor([-0.9000])
     """
 
-    # torch.amp.GradScaler then sets grad_scale and found_inf for the length of a step, and unscales nothing itself
-    _step_supports_amp_scaling = True
     _sharded = False
     # without values: GradScaler asks whether they are there
     grad_scale: Tensor | None
@@ -144,6 +142,20 @@ class SGD(Optimizer):
         }
         _check(defaults)
         super().__init__(params, defaults)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Read by torch.amp.GradScaler's step: it then sets grad_scale and found_inf for a step, and unscales nothing.
+
+        Raises:
+            RuntimeError: it would not see an overflow in the gradients of working copies.
+        """
+        if any(copied.grad is not None for copied in self.working.values()):
+            raise RuntimeError(
+                "working: GradScaler looks at the parameters' own gradients, not at those of working copies; leave it "
+                "out, and set grad_scale and found_inf (from total_norm of gradients()) before step()"
+            )
+        return True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with options of their own, as torch.optim.Optimizer does.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from awp_engine.attack_checks import ball
 from awp_engine.checkpoint import atomic_write_text
 from awp_engine.class_names import difference
 from awp_engine.config import parse_amount, show
@@ -204,6 +206,11 @@ def evaluate_checkpoint(
     found = _data(subject, data_name, data_root)
     dataset, labels = match_classes(subject.model.class_names, found, str(path))
     _require_fit(subject, dataset, place, str(path))
+    try:
+        # what every attack of the ball would refuse
+        ball(math.prod(dataset.test.shape), epsilon=float(threat.epsilon), norm=threat.norm, clip=(0.0, 1.0))
+    except ValueError as error:
+        raise EvaluationError(f"--{error}") from None
     second = None if transfer_to is None else load_subject(transfer_to, device=place)
     if second is not None:
         what = f"--transfer-to {transfer_to}"
@@ -251,8 +258,11 @@ def evaluate_checkpoint(
     )
     if second is not None:
         receipt["transfer_to"] = {"name": second.name, "file": second.weights.name, "sha256": second.sha256}
+    # the same weights make another model with another activation or normalisation
+    layers = hashlib.sha256(f"{subject.model}{receipt['normalisation']}".encode()).hexdigest()
     question = {
         "weights": subject.sha256,
+        "layers": layers,
         "images": receipt["data"]["sha256_of_these_images"],
         "ball": [str(threat.epsilon), threat.norm, str(threat.step_size)],
         "attacks": [attack.name for attack in wanted],
@@ -285,6 +295,7 @@ def evaluate_checkpoint(
             states=output,
             identity={
                 "checkpoint": subject.sha256,
+                "layers": layers,
                 "images": receipt["data"]["sha256_of_these_images"],
                 "device": place.type,
                 "torch": receipt["versions"]["torch"],

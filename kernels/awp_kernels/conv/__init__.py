@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from awp_kernels import _backend, _checks, _images
 from awp_kernels._images import needed
@@ -115,6 +116,8 @@ class _Conv3x3(torch.autograd.Function):
 
 @torch.library.custom_op("awp::conv3x3", mutates_args=(), device_types="cpu")
 def _traced(x: Tensor, weight: Tensor) -> Tensor:
+    if forward_ad._current_level >= 0:  # torch drops the tangents of its custom operations without a word
+        raise RuntimeError("torch.ops.awp.conv3x3: no forward-mode derivatives; call awp_kernels.conv3x3")
     return _forward(x, weight)[0]
 
 

@@ -7,7 +7,9 @@ import sys
 
 if sys.argv[:1] == ["-m"] and "awp_kernels" in sys.orig_argv:
     # `python -m awp_kernels` imports this, and torch, before the command's own first line
-    from awp_kernels import _interrupted as _interrupted
+    from awp_kernels._interrupted import end_in_one_line
+
+    end_in_one_line()
 
 from awp_kernels._backend import use_backend as use_backend
 from awp_kernels.augment import augment as augment

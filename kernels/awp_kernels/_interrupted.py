@@ -16,7 +16,9 @@ def _end(number: int, _: FrameType | None) -> None:
     os._exit(128 + number)
 
 
-for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-    # ignored by who started this, who means it
-    if signal.getsignal(_number) is not signal.SIG_IGN:
-        signal.signal(_number, _end)
+def end_in_one_line() -> None:
+    """From here on a signal ends the command in one line, while torch is imported, too."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # ignored by who started this, who means it
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _end)

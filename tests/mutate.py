@@ -6,8 +6,8 @@
 
 Mutations are cosmic-ray's (comparisons, arithmetic, booleans, numbers, loops), and statements left out. --each are
 drawn of each module, at most one a line, by a hash of the line and the seed: a line that stays is drawn again after
-other lines have changed. Each is tried in a copy of the checkout, in a process forked from one that has torch loaded,
-against the test files that MODULES names, until the first test fails. What runs into the time limit counts as noticed.
+other lines have changed. Each is tried in a copy of the checkout, against the test files that MODULES names, until the
+first test fails. What runs into the time limit counts as noticed.
 """
 
 import argparse
@@ -149,34 +149,27 @@ def drawn(text: str, number: int, seed: int) -> list[Mutant]:
 
 
 def outcome(tree: Path, tests: list[str], limit: float) -> str:
-    """What comes of the tests in the tree, in a forked process: "passed", "failed" or "time"."""
-    child = os.fork()
-    if child == 0:
-        with contextlib.suppress(BaseException):
-            os.setsid()
-            with (tree / "pytest.log").open("w") as log:
-                os.dup2(log.fileno(), 1)
-                os.dup2(log.fileno(), 2)
-            os.chdir(tree)
-            paths = [str(tree / "kernels"), str(tree / "engine"), str(tree / "tests")]
-            os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
-            sys.path[:0] = paths
-            sys.dont_write_bytecode = True
-            import pytest
-
-            options = ["-n", "0", "--no-cov", "-q", "-x", "-p", "no:cacheprovider"]
-            code = pytest.main([*options, *(f"tests/test_{name}.py" for name in tests)])
-            os._exit(int(code))
-        os._exit(99)
-    deadline = time.monotonic() + limit
-    while time.monotonic() < deadline:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return "passed" if os.waitstatus_to_exitcode(status) == 0 else "failed"
-        time.sleep(0.05)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return "time"
+    """What comes of the tests in the tree: "passed", "failed" or "time"."""
+    paths = os.pathsep.join(str(tree / folder) for folder in ("kernels", "engine", "tests"))
+    options = ["-n", "0", "--no-cov", "-q", "-x", "-p", "no:cacheprovider"]
+    with (tree / "pytest.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pytest", *options, *(f"tests/test_{name}.py" for name in tests)],
+            cwd=tree,
+            env=os.environ | {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            return "passed" if process.wait(limit) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            return "time"
+        finally:
+            # with what the tests have started
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def try_module(tree: Path, module: str, each: int, seed: int) -> dict[str, object]:
@@ -211,8 +204,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="results, written after every module")
     options = parser.parse_args()
-    import torch  # noqa: F401  # once, for all forked processes
-
     results = {}
     tree = Path(tempfile.mkdtemp())
     try:

@@ -260,6 +260,7 @@ MISUSE = {
     "x: expected a floating-point tensor": {"x": torch.ones(2, 4, 3, 3, dtype=torch.int32)},
     "x: expected more than one value a channel": {"x": randn(1, 4, 1, 1)},
     "weight: expected 4 values": {"weight": randn(5)},
+    "weight: expected 4 values, one a channel of x, got \\(4, 1\\)": {"weight": randn(4, 1)},
     "running_var: expected together": {"running_var": None},
     "running_mean: expected running statistics": {"running_mean": None, "running_var": None, "training": False},
     "running_mean: expected statistics without a gradient": {"running_mean": torch.ones(4, requires_grad=True)},

@@ -835,14 +835,14 @@ def test_buffers_in_another_memory_order_are_followed():
 
 
 def test_parameters_without_gradients_are_left_alone():
-    used, unused = nn.Parameter(w(3)), nn.Parameter(w(4))
+    first, unused, last = nn.Parameter(w(3)), nn.Parameter(w(4)), nn.Parameter(w(5))
     before = unused.detach().clone()
-    optimizer = SGD([used, unused], lr=LR, momentum=0.9, weight_decay=0.1)
+    optimizer = SGD([first, unused, last], lr=LR, momentum=0.9, weight_decay=0.1)
     assert optimizer.step() is None
-    used.grad = torch.ones(3)
+    first.grad, last.grad = torch.ones(3), torch.ones(5)
     optimizer.step()
     assert torch.equal(unused, before)
-    assert list(optimizer.state) == [used]
+    assert list(optimizer.state) == [first, last]
 
 
 def test_sparse_gradients_are_refused():

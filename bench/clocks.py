@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from awp_engine.regions import listening
+from awp_engine.observe.regions import listening
 
 # about 5 ms, while the host queues what is timed
 HEAD_START_CYCLES = 10_000_000
@@ -43,7 +43,7 @@ def seconds(call: Callable[[], object], device: str, head_start: int = HEAD_STAR
 
 
 class StepClock:
-    """Times steps and their parts, which name themselves by `awp_engine.regions`.
+    """Times steps and their parts, which name themselves by `awp_engine.observe.regions`.
 
     On CUDA by events: a step lasts until the next one begins on the device, as it does in training, so that time in
     which the device waits for the host is in it. The parts of a step that is replayed from a CUDA graph are timed by

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from awp_engine.command_line import OneLineParser, fail
-from awp_engine.text import json_text
+from awp_engine.cli.command_line import OneLineParser, fail
+from awp_engine.files.text import json_text
 
 _PROG = "data.py"
 _MOST_IN_SHARD = 10_000
@@ -116,7 +116,7 @@ def measure(arguments: argparse.Namespace, shards: Path) -> dict[str, Any]:
 
 def show(found: dict[str, Any]) -> None:
     """A table."""
-    from awp_engine.report import print_table
+    from awp_engine.observe.report import print_table
 
     print_table(
         [

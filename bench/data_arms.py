@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from awp_engine.data import Batches, Loading, load_dataset
-from awp_engine.data._loading import LoaderName
+from awp_engine.data.loaders.choose import LoaderName
 
 NAMES = {"files": "folder", "arrays": "shards"}
 """Where images lie, and the data set's name for it."""

@@ -120,7 +120,7 @@ def step(name: str, device: str, seed: int) -> str:
     from arms.engine import engine_arm
     from turns import random_batches
 
-    from awp_engine.graphs import GraphedStep
+    from awp_engine.step.cuda_graph import GraphedStep
 
     graphs, large = name == "step in a graph", device == "cuda"
     settings = Settings(
@@ -262,8 +262,8 @@ def table(checks: Sequence[Check]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, check, print, write."""
-    from awp_engine.command_line import OneLineParser
-    from awp_engine.text import json_text
+    from awp_engine.cli.command_line import OneLineParser
+    from awp_engine.files.text import json_text
 
     parser = OneLineParser(
         prog=_PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False

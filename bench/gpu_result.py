@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from awp_engine.command_line import OneLineParser, fail
-from awp_engine.text import json_text
+from awp_engine.cli.command_line import OneLineParser, fail
+from awp_engine.files.text import json_text
 
 _PROG = "gpu_result.py"
 Found = dict[str, Any]

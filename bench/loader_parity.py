@@ -22,10 +22,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from awp_engine.command_line import OneLineParser, fail
+from awp_engine.cli.command_line import OneLineParser, fail
 from awp_engine.data import Batch, Batches, Framing, Loading, StreamedSplit, eval_batches, load_dataset
-from awp_engine.data._loading import LoaderName
-from awp_engine.text import json_text
+from awp_engine.data.loaders.choose import LoaderName
+from awp_engine.files.text import json_text
 
 _PROG = "loader_parity.py"
 _LOADERS: tuple[LoaderName, ...] = ("resident", "dali", "torch")

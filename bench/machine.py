@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from awp_engine.report import source_commit
+from awp_engine.observe.report import source_commit
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -18,9 +18,9 @@ from clocks import seconds
 from machine import describe_machine
 from torch.nn import functional
 
-from awp_engine.command_line import OneLineParser
+from awp_engine.cli.command_line import OneLineParser
 from awp_engine.device import choose_convolutions
-from awp_engine.text import json_text
+from awp_engine.files.text import json_text
 
 # channels @ height and width; the last one is the CPU's rehearsal
 _LAYERS = {"cuda": ((160, 32), (320, 16), (640, 8), (64, 32), (512, 4)), "cpu": ((8, 8),)}

@@ -30,12 +30,12 @@ from typing import Any
 import numpy
 from PIL import Image
 
-from awp_engine.checkpoint import atomic_write_text
-from awp_engine.command_line import OneLineParser, fail
+from awp_engine.cli.command_line import OneLineParser, fail
 from awp_engine.config import Config, DataConfig
-from awp_engine.presets import build_preset
-from awp_engine.run_log import read_metrics
-from awp_engine.text import json_text
+from awp_engine.config.presets import build_preset
+from awp_engine.files.atomic import atomic_write_text
+from awp_engine.files.text import json_text
+from awp_engine.observe.run_log import read_metrics
 
 _PROG = "real_run.py"
 ARMS = {"at": 0.0, "at-awp": 0.01}
@@ -170,7 +170,7 @@ def decoded(content: bytes) -> numpy.ndarray:
 
 def train(arm: str, arguments: argparse.Namespace) -> None:
     """One arm, in its own process, without a command line of its own."""
-    from awp_engine.trainer import Trainer
+    from awp_engine.train.trainer import Trainer
 
     Trainer(run_config(arm, arguments, arguments.epochs)).run()
 

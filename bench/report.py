@@ -17,9 +17,9 @@ from plots import plot_models, plot_sizes, plot_step
 from suite import suite_result
 from tables import step_tables, suite_tables
 
-from awp_engine.command_line import OneLineParser, fail
-from awp_engine.drawing import attempt
-from awp_engine.text import json_text
+from awp_engine.cli.command_line import OneLineParser, fail
+from awp_engine.files.text import json_text
+from awp_engine.observe.drawing import attempt
 
 _PROG = "report.py"
 

@@ -21,9 +21,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from awp_engine.command_line import OneLineParser, fail
+from awp_engine.cli.command_line import OneLineParser, fail
 from awp_engine.config import ConfigError
-from awp_engine.text import json_text
+from awp_engine.files.text import json_text
 
 METHODS = ("at", "at-awp", "trades-awp")
 AGAINST = {"none": [], "public": ["public"], "eager": ["eager"], "both": ["public", "eager"]}
@@ -49,7 +49,7 @@ def forward_flops(settings: Any) -> int:
     """Floating-point operations of one forward pass for one image; a multiplication and an addition count as two."""
     import torch
 
-    from awp_engine import throughput
+    from awp_engine.observe import throughput
 
     with torch.device("meta"):
         model = settings.build_model()

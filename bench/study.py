@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from awp_engine.build_step import build_step
 from awp_engine.config import from_json
+from awp_engine.files.text import json_text
 from awp_engine.models import build_model
-from awp_engine.report import print_table, source_commit, versions
-from awp_engine.text import json_text
+from awp_engine.observe.report import print_table, source_commit, versions
+from awp_engine.step.build import build_step
 
 ROWS = {"at": "AT", "at-awp": "AT-AWP", "trades": "TRADES", "trades-awp": "TRADES-AWP"}
 SEEDS = (0, 1)

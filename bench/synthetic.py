@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from awp_engine.command_line import OneLineParser, fail
-from awp_engine.text import json_text
+from awp_engine.cli.command_line import OneLineParser, fail
+from awp_engine.files.text import json_text
 
 _PROG = "synthetic.py"
 _SHARD = 100_000

@@ -17,7 +17,7 @@ from clocks import StepClock, Timing
 from machine import describe_machine
 
 from awp_engine.data import Batch, Split, train_batches
-from awp_engine.regions import region
+from awp_engine.observe.regions import region
 
 # images made, in batches; several, so that no batch is in a cache from its last use
 _SET_BATCHES = 50

@@ -20,8 +20,8 @@ from machine import describe_machine
 from torch.profiler import ProfilerActivity, profile
 from turns import WARM_UP, random_batches
 
-from awp_engine.command_line import OneLineParser
-from awp_engine.text import json_text
+from awp_engine.cli.command_line import OneLineParser
+from awp_engine.files.text import json_text
 
 # the first that matches a kernel's name
 _KINDS = {

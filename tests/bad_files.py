@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from awp_engine.data._inspect import decode
-from awp_engine.data._pack import pack_folder
+from awp_engine.data.sets.inspect import decode
+from awp_engine.data.tools.pack import pack_folder
 
 CLASSES = 10
 

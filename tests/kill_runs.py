@@ -34,8 +34,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from awp_engine import checkpoint
-from awp_engine.command_line import parse_train
-from awp_engine.regions import listening
+from awp_engine.cli.command_line import parse_train
+from awp_engine.observe.regions import listening
 
 TRAIN = Path(__file__).parent.parent / "engine" / "train.py"
 EPOCHS, STEPS = 4, 7  # of a run, of an epoch
@@ -53,7 +53,7 @@ _TIMES = {"seconds", "images_per_second", "tflops", "share_of_matmul", "memory_g
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GLOO_SOCKET_IFNAME": "lo"}
 # imported once by the server that children are forked from, and computing nothing there
 _PRELOADED = [
-    "awp_engine.trainer",
+    "awp_engine.train.trainer",
     "sklearn.datasets",
     "matplotlib.pyplot",
     "tensorboard.summary.writer.record_writer",
@@ -161,7 +161,7 @@ def _train(flags: list[str], board: Path, output: Path) -> None:
     _into(output)
     import torch
 
-    from awp_engine.trainer import Trainer
+    from awp_engine.train.trainer import Trainer
 
     torch.set_num_threads(1)
     trainer = Trainer(parse_train(flags))
@@ -509,7 +509,7 @@ def ranks(
 
 FAULTY = """
 import os, runpy, sys, time
-from awp_engine.regions import listening
+from awp_engine.observe.regions import listening
 
 kind, rank, after, train, *arguments = sys.argv[1:]
 seen = 0

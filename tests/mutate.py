@@ -2,7 +2,7 @@
 
     pip install cosmic-ray
     python tests/mutate.py --each 12 --json mutants.json
-    python tests/mutate.py --modules engine/awp_engine/attack.py --each 100
+    python tests/mutate.py --modules engine/awp_engine/attack/pgd.py --each 100
 
 Mutations are cosmic-ray's (comparisons, arithmetic, booleans, numbers, loops), and statements left out. --each are
 drawn of each module, at most one a line, by a hash of the line and the seed: a line that stays is drawn again after
@@ -45,19 +45,19 @@ MODULES = {
     "kernels/awp_kernels/conv/__init__.py": ["conv", "derivatives"],
     "kernels/awp_kernels/conv/_weights.py": ["conv"],
     "kernels/awp_kernels/bn_relu/__init__.py": ["bn_relu", "derivatives"],
-    "engine/awp_engine/attack.py": ["attack", "attack_arguments", "apgd", "layer_modes"],
-    "engine/awp_engine/attack_checks.py": ["attack_arguments"],
-    "engine/awp_engine/answers.py": ["evaluation_trust"],
-    "engine/awp_engine/batch_norm.py": ["layer_modes", "sync_batch_norm", "average", "methods"],
-    "engine/awp_engine/perturbation.py": ["methods", "public_code", "precision"],
-    "engine/awp_engine/optimizer.py": ["sgd_step", "precision", "methods"],
-    "engine/awp_engine/precision.py": ["precision", "methods"],
-    "engine/awp_engine/average.py": ["average"],
-    "engine/awp_engine/checkpoint/_files.py": ["checkpoint", "checkpoint_disk", "locking"],
-    "engine/awp_engine/checkpoint/_load.py": ["checkpoint", "hostile_files"],
-    "engine/awp_engine/checkpoint/_save.py": ["checkpoint", "checkpoint_disk"],
-    "engine/awp_engine/checkpoint/_writer.py": ["checkpoint_writer"],
-    "engine/awp_engine/checkpoint/_model_file.py": ["checkpoint", "hostile_files"],
+    "engine/awp_engine/attack/pgd.py": ["attack", "attack_arguments", "apgd", "layer_modes"],
+    "engine/awp_engine/attack/checks.py": ["attack_arguments"],
+    "engine/awp_engine/models/answers.py": ["evaluation_trust"],
+    "engine/awp_engine/models/batch_norm.py": ["layer_modes", "sync_batch_norm", "average", "methods"],
+    "engine/awp_engine/step/training_step.py": ["methods", "public_code", "precision"],
+    "engine/awp_engine/optim/optimizer.py": ["sgd_step", "precision", "methods"],
+    "engine/awp_engine/step/precision.py": ["precision", "methods"],
+    "engine/awp_engine/optim/average.py": ["average"],
+    "engine/awp_engine/files/atomic.py": ["checkpoint", "checkpoint_disk", "locking"],
+    "engine/awp_engine/checkpoint/read.py": ["checkpoint", "hostile_files"],
+    "engine/awp_engine/checkpoint/write.py": ["checkpoint", "checkpoint_disk"],
+    "engine/awp_engine/checkpoint/background.py": ["checkpoint_writer"],
+    "engine/awp_engine/checkpoint/model_file.py": ["checkpoint", "hostile_files"],
 }
 
 # BitOr is left out, which stands for unions of types; most pairs of arithmetic are alike

@@ -11,9 +11,6 @@ from samples import images
 from test_resume import AWP_EMA, resumed_everywhere
 from torch import nn
 
-from awp_engine.adamw import AdamW
-from awp_engine.average import WeightAverage
-from awp_engine.build_step import build_step
 from awp_engine.config import (
     AttackConfig,
     AverageConfig,
@@ -24,10 +21,13 @@ from awp_engine.config import (
     OptimizerConfig,
     PrecisionConfig,
 )
-from awp_engine.distributed import Ranks
+from awp_engine.distributed.ranks import Ranks
+from awp_engine.distributed.sharding import gather
 from awp_engine.models import build_model
-from awp_engine.optimizer import allocate_optimizer_tensors, build_optimizer, optimizer_tensors, set_learning_rate
-from awp_engine.sharding import gather
+from awp_engine.optim.adamw import AdamW
+from awp_engine.optim.average import WeightAverage
+from awp_engine.optim.optimizer import allocate_optimizer_tensors, build_optimizer, optimizer_tensors, set_learning_rate
+from awp_engine.step.build import build_step
 from awp_kernels import total_norm
 
 ADAMW = OptimizerConfig(kind="adamw", lr=0.01, momentum=0.8, beta2=0.95, weight_decay=0.1, decay_all=False)

@@ -14,14 +14,14 @@ from pyautoattack.autopgd_base import APGDAttack
 from ranks import run_ranks
 from samples import images
 
-from awp_engine.attack import apgd, batch_norm_mode, cross_entropy_losses, halving_points, pgd
-from awp_engine.build_step import build_step
+from awp_engine.attack.pgd import apgd, batch_norm_mode, cross_entropy_losses, halving_points, pgd
 from awp_engine.config import AttackConfig, AwpConfig, Config, ConfigError, OptimizerConfig, PrecisionConfig
-from awp_engine.distributed import Ranks
+from awp_engine.distributed.ranks import Ranks
 from awp_engine.models import build_model
-from awp_engine.objectives import Trades
-from awp_engine.perturbation import TrainingStep
-from awp_engine.throughput import forward_units
+from awp_engine.observe.throughput import forward_units
+from awp_engine.step.build import build_step
+from awp_engine.step.objectives import Trades
+from awp_engine.step.training_step import TrainingStep
 
 X, Y, IDS = images((8, 1, 8, 8)), torch.arange(8), torch.tensor([5, 9, 0, 2, 7, 1, 3, 30])
 

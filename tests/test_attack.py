@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from samples import images, stepped_fp64
 from torch import nn
 
-from awp_engine.attack import batch_norm_mode, pgd, summed_cross_entropy
+from awp_engine.attack.pgd import batch_norm_mode, pgd, summed_cross_entropy
 from awp_engine.models import build_model
 from awp_kernels import pgd_init_
 

@@ -12,8 +12,8 @@ from samples import images
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from awp_engine import attack_checks
-from awp_engine.attack import (
+from awp_engine.attack import checks as attack_checks
+from awp_engine.attack.pgd import (
     apgd,
     cross_entropy_losses,
     fast_attack,

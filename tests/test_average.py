@@ -7,11 +7,11 @@ import torch
 from samples import images
 from torch import nn
 
-from awp_engine import monitor
-from awp_engine.average import WeightAverage
-from awp_engine.batch_norm import recompute_statistics
 from awp_engine.config import AverageConfig
 from awp_engine.models import build_model
+from awp_engine.models.batch_norm import recompute_statistics
+from awp_engine.observe import warnings as monitor
+from awp_engine.optim.average import WeightAverage
 from awp_kernels import SGD
 
 

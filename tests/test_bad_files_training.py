@@ -9,8 +9,8 @@ import pytest
 from bad_files import make_folder, plant
 
 from awp_engine.data import Batches, DataError, Loading, eval_batches, load_dataset
-from awp_engine.data._loading import LoaderName
-from awp_engine.data._scan import bad_files, scan_folder, write_scan
+from awp_engine.data.loaders.choose import LoaderName
+from awp_engine.data.tools.scan import bad_files, scan_folder, write_scan
 
 pytest.importorskip("nvidia.dali", reason="the extra `dali` is for Linux")
 

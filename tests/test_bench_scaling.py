@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
 
 from awp_engine.models import build_model
-from awp_engine.throughput import forward_flops
+from awp_engine.observe.throughput import forward_flops
 from awp_kernels import use_backend
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,7 +14,7 @@ from public_awp import PublicAwp, public_step
 from samples import images
 
 from awp_engine.data import Batch
-from awp_engine.throughput import forward_units
+from awp_engine.observe.throughput import forward_units
 from awp_kernels import pgd_init_, pgd_init_normal_
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"

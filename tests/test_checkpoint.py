@@ -11,15 +11,7 @@ import torch
 from checkpoint_samples import assert_equal, leftovers, sample
 
 from awp_engine import checkpoint
-from awp_engine.checkpoint import (
-    CheckpointError,
-    Retention,
-    export_model,
-    load,
-    load_latest,
-    read_model,
-    save,
-)
+from awp_engine.checkpoint import CheckpointError, Retention, export_model, load, load_latest, read_model, save
 
 
 def test_round_trip(tmp_path: Path) -> None:

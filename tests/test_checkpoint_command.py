@@ -12,9 +12,9 @@ import torch
 
 from awp_engine import load_model
 from awp_engine.checkpoint import Retention, load, save
-from awp_engine.checkpoint.__main__ import main
-from awp_engine.loading import ModelDescription
+from awp_engine.cli.checkpoint import main
 from awp_engine.models import build_model
+from awp_engine.models.trained import ModelDescription
 
 DESCRIPTION = ModelDescription(
     name="preact-resnet-digits", num_classes=10, mean=(0.5,), std=(0.25,), width=4, activation="relu"

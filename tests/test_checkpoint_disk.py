@@ -14,16 +14,8 @@ import torch
 from checkpoint_samples import assert_equal, leftovers, sample
 from disks import small_tmpfs
 
-from awp_engine.checkpoint import (
-    CheckpointError,
-    Retention,
-    Writer,
-    _save,
-    atomic_write_text,
-    export_model,
-    load_latest,
-    save,
-)
+from awp_engine.checkpoint import CheckpointError, Retention, Writer, _save, export_model, load_latest, save
+from awp_engine.files.atomic import atomic_write_text
 
 
 @pytest.fixture

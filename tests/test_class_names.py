@@ -14,17 +14,17 @@ from PIL import Image
 
 from awp_engine import checkpoint, load_model
 from awp_engine.checkpoint import CheckpointError
-from awp_engine.checkpoint.__main__ import main as checkpoint_command
-from awp_engine.class_names import difference
+from awp_engine.cli.checkpoint import main as checkpoint_command
+from awp_engine.cli.data import main as data_command
 from awp_engine.config import AttackConfig, Config, ConfigError, DataConfig, EvaluationConfig, ModelConfig
 from awp_engine.data import DataError, eval_batches, load_dataset, load_extra, match_classes
-from awp_engine.data.__main__ import main as data_command
 from awp_engine.evaluation.attacks import EvaluationError
 from awp_engine.evaluation.run import evaluate_checkpoint
 from awp_engine.landscape.runs import common_images, open_runs
-from awp_engine.loading import MODEL_FILE, ModelDescription
 from awp_engine.models import build_model, load_pretrained
-from awp_engine.trainer import Trainer
+from awp_engine.models.class_names import difference
+from awp_engine.models.trained import MODEL_FILE, ModelDescription
+from awp_engine.train.trainer import Trainer
 
 ANIMALS = ("cat", "dog", "eel")
 # any text but what no file system or JSON could hold; surrogates are bytes that are not UTF-8

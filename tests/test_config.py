@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from awp_engine.command_line import parse_train
+from awp_engine.cli.command_line import parse_train
 from awp_engine.config import (
     AttackConfig,
     AverageConfig,
@@ -34,7 +34,7 @@ from awp_engine.config import (
     require_same_run,
     to_json,
 )
-from awp_engine.presets import PRESETS, build_preset
+from awp_engine.config.presets import PRESETS, build_preset
 
 
 def run_python(code: str, *args: str) -> subprocess.CompletedProcess[str]:
@@ -43,7 +43,7 @@ def run_python(code: str, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
 
 
-PARSE = "import sys; from awp_engine.command_line import parse_train; print(parse_train(sys.argv[1:]))"
+PARSE = "import sys; from awp_engine.cli.command_line import parse_train; print(parse_train(sys.argv[1:]))"
 
 
 @pytest.mark.parametrize("name", PRESETS)

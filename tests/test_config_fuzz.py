@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from awp_engine.command_line import one_line, parse_train
+from awp_engine.cli.command_line import one_line, parse_train
 from awp_engine.config import Config, ConfigError, flags, load_config, to_json
 
 CASES = int(os.environ.get("AWP_FUZZ_CASES", "150"))

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from awp_engine.data import DataError, Split, eval_batches, load_dataset, train_batches
-from awp_engine.data._cifar import CIFAR10, CIFAR100, CifarLayout, read_cifar
-from awp_engine.data._dataset import channel_statistics, hold_out
+from awp_engine.data.dataset import channel_statistics, hold_out
+from awp_engine.data.sets.cifar import CIFAR10, CIFAR100, CifarLayout, read_cifar
 from awp_kernels.philox import mix_seed, philox4x32
 
 _SMALL10 = dataclasses.replace(CIFAR10, train_records=20, test_records=10)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from awp_engine.data import DataError
-from awp_engine.data._inspect import MAX_PIXELS, BadImageError, Header, check, decode, read_header
+from awp_engine.data.sets.inspect import MAX_PIXELS, BadImageError, Header, check, decode, read_header
 
 
 def pixels(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from awp_engine.data import Batch, Batches, Split, batch_sizes, rank_share, train_batches
-from awp_engine.data._batches import shuffled
+from awp_engine.data import Batch, Batches, Split, batch_sizes, train_batches
+from awp_engine.data.batches import shuffled
+from awp_engine.distributed.share import rank_share
 from awp_kernels.philox import mix_seed, sample_words
 
 _CLASSES = 4

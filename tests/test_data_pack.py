@@ -16,11 +16,11 @@ import pytest
 from bad_files import encode, make_folder, pack_and_die, random_image
 from disks import small_tmpfs
 
+from awp_engine.cli.data import main
 from awp_engine.data import DataError
-from awp_engine.data.__main__ import main
-from awp_engine.data._inspect import decode
-from awp_engine.data._pack import Manifest, _fields_digest, pack_folder, read_manifest, verify_pack
-from awp_engine.data._scan import LIST_NAME, scan_folder, write_scan
+from awp_engine.data.sets.inspect import decode
+from awp_engine.data.tools.pack import Manifest, _fields_digest, pack_folder, read_manifest, verify_pack
+from awp_engine.data.tools.scan import LIST_NAME, scan_folder, write_scan
 
 SHARD = 20 * 1024
 

@@ -16,9 +16,10 @@ from bad_files import crash_or_decode, encode, hang_on_seven, make_folder, plant
 from hypothesis import given
 from hypothesis import strategies as st
 
+from awp_engine.cli.data import main
 from awp_engine.data import DataError
-from awp_engine.data.__main__ import main
-from awp_engine.data._scan import (
+from awp_engine.data.loaders.workers import Died, process_all
+from awp_engine.data.tools.scan import (
     LIST_NAME,
     Bad,
     Scan,
@@ -29,7 +30,6 @@ from awp_engine.data._scan import (
     scan_folder,
     write_scan,
 )
-from awp_engine.data._workers import Died, process_all
 
 COMMAND = [sys.executable, "-m", "awp_engine.data"]
 
@@ -368,7 +368,7 @@ def test_a_script_without_a_main_guard_is_not_run_again(folder: Path, tmp_path: 
         "import sys\n"
         "from pathlib import Path\n"
         "from awp_engine.data import Loading, eval_batches, load_dataset\n"
-        "from awp_engine.data._scan import scan_folder\n"
+        "from awp_engine.data.tools.scan import scan_folder\n"
         "print('run')\n"
         "print(len(scan_folder(Path(sys.argv[1]), workers=1).bad))\n"
         "loading = Loading(loader='torch', workers=1)\n"

@@ -26,16 +26,16 @@ from image_folders import write_images
 from PIL import Image
 
 from awp_engine.data import Batches, DataError, Loading, load_dataset
-from awp_engine.data._files import PackedNames, evenly
-from awp_engine.data._huggingface import HuggingFaceImages
-from awp_engine.data._mat import read_mat
-from awp_engine.data._pack import pack_folder
-from awp_engine.data._scan import LIST_NAME, bad_files, scan_folder, write_scan
-from awp_engine.data._shards import ArrayShards
-from awp_engine.data._sources import Source, open_source, source_names
-from awp_engine.data._store import EncodedImages, ImageArrays
-from awp_engine.data._tar import TarImages
-from awp_engine.data._unpickle import read_pickle
+from awp_engine.data.sets.files import PackedNames, evenly
+from awp_engine.data.sets.huggingface import HuggingFaceImages
+from awp_engine.data.sets.mat import read_mat
+from awp_engine.data.sets.shards import ArrayShards
+from awp_engine.data.sets.sources import Source, open_source, source_names
+from awp_engine.data.sets.store import EncodedImages, ImageArrays
+from awp_engine.data.sets.tar import TarImages
+from awp_engine.data.sets.unpickle import read_pickle
+from awp_engine.data.tools.pack import pack_folder
+from awp_engine.data.tools.scan import LIST_NAME, bad_files, scan_folder, write_scan
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 PIXELS = np.random.default_rng(0).integers(0, 256, (9, 4, 5, 3), dtype=np.uint8)

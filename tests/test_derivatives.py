@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from awp_engine.models import build_model
-from awp_engine.models._common import ActivatedBatchNorm, Conv3x3
+from awp_engine.models.layers import ActivatedBatchNorm, Conv3x3
 from awp_kernels import bn_relu, conv3x3, use_backend
 from awp_kernels._images import operations
 

@@ -9,8 +9,6 @@ import torch
 from ranks import run_ranks
 from torch import Tensor
 
-from awp_engine.average import WeightAverage
-from awp_engine.build_step import build_step
 from awp_engine.config import (
     AttackConfig,
     AverageConfig,
@@ -22,10 +20,12 @@ from awp_engine.config import (
     PrecisionConfig,
 )
 from awp_engine.data import Split, batch_sizes, train_batches
-from awp_engine.distributed import Ranks
+from awp_engine.distributed.ranks import Ranks
+from awp_engine.distributed.sharding import gather
 from awp_engine.models import build_model
-from awp_engine.optimizer import set_learning_rate
-from awp_engine.sharding import gather
+from awp_engine.optim.average import WeightAverage
+from awp_engine.optim.optimizer import set_learning_rate
+from awp_engine.step.build import build_step
 
 EVAL_ATTACK = AttackConfig(steps=2, bn_mode="eval", epsilon="0.2", step_size="0.1")
 BASE = Config(

@@ -29,7 +29,7 @@ from awp_engine.evaluation.receipt import percent, split_hash
 from awp_engine.evaluation.robustbench import Publication, leaderboard_epsilon, model_info
 from awp_engine.evaluation.run import evaluate_checkpoint
 from awp_engine.evaluation.suite import measure
-from awp_engine.report import print_table
+from awp_engine.observe.report import print_table
 
 SCRIPT = Path(__file__).parent.parent / "engine" / "evaluate.py"
 THREAT = Threat(epsilon=Fraction(1, 5), norm="linf", step_size=Fraction(1, 20))

@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 from test_methods import batch, build_step, small_model
 from torch import Tensor, nn
 
-from awp_engine.answers import NO_CLASS, predicted
 from awp_engine.checkpoint import export_model, read_model
 from awp_engine.data import Split
 from awp_engine.evaluation import PgdAttack, evaluate
@@ -32,6 +31,7 @@ from awp_engine.evaluation.gates import run_gates
 from awp_engine.evaluation.page import render_page
 from awp_engine.evaluation.suite import measure
 from awp_engine.evaluation.user_key import KeyFileError, key_path, user_key
+from awp_engine.models.answers import NO_CLASS, predicted
 
 THREAT = Threat(epsilon=Fraction(1, 20), norm="linf", step_size=Fraction(1, 50))
 ATTACKS = ("clean", "fgsm", "pgd3", "cw3", "square", "autoattack", "regional-pixels-45")

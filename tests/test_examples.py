@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from awp_engine.models._timm import declare_operators
+from awp_engine.models.import_timm import declare_operators
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples"
 METHODS = ("awp", "sam", "asam", "bounded")
@@ -194,7 +194,7 @@ def test_as_a_command(name, package, tmp_path):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install {package}")
     # packages import torchvision where it is installed; timm's tests need it, and it does not load beside a CPU build
     prelude = (
-        "import runpy, sys; from awp_engine.models._timm import declare_operators; declare_operators(); "
+        "import runpy, sys; from awp_engine.models.import_timm import declare_operators; declare_operators(); "
         "sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition('/')[0]); "
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from awp_engine.config import ConfigError
 from awp_engine.models import build_model
-from awp_engine.models._common import ActivatedBatchNorm, Conv3x3
-from awp_engine.models._timm import import_timm
+from awp_engine.models.import_timm import import_timm
+from awp_engine.models.layers import ActivatedBatchNorm, Conv3x3
 from awp_engine.models.timm_models import TimmConvNeXt, TimmResNet
 from awp_kernels import bn_relu_available, conv3x3_available
 

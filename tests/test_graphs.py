@@ -6,14 +6,14 @@ import pytest
 import torch
 from samples import images
 
-from awp_engine.average import WeightAverage
 from awp_engine.config import AttackConfig, AverageConfig, AwpConfig, OptimizerConfig
-from awp_engine.graphs import GraphedStep
 from awp_engine.models import build_model
-from awp_engine.objectives import build_objective
-from awp_engine.optimizer import build_optimizer, set_learning_rate
-from awp_engine.perturbation import TrainingStep
-from awp_engine.precision import Copies, Precision
+from awp_engine.optim.average import WeightAverage
+from awp_engine.optim.optimizer import build_optimizer, set_learning_rate
+from awp_engine.step.cuda_graph import GraphedStep
+from awp_engine.step.objectives import build_objective
+from awp_engine.step.precision import Copies, Precision
+from awp_engine.step.training_step import TrainingStep
 from awp_kernels import AdversarialWeightPerturbation
 
 HALF = Precision(attack=torch.float16, ascent=torch.float16, descent=torch.float16)

@@ -21,16 +21,8 @@ import torch
 from PIL import Image
 
 from awp_engine import load_model
-from awp_engine.checkpoint import (
-    CheckpointError,
-    Retention,
-    export_model,
-    load,
-    load_latest,
-    read_model,
-    save,
-)
-from awp_engine.checkpoint.__main__ import main
+from awp_engine.checkpoint import CheckpointError, Retention, export_model, load, load_latest, read_model, save
+from awp_engine.cli.checkpoint import main
 from awp_engine.data import DataError, load_dataset
 
 

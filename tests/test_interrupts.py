@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 import awp_kernels
-from awp_engine import perturbation
 from awp_engine.config import AttackConfig, OptimizerConfig
 from awp_engine.models import build_model
-from awp_engine.objectives import build_objective
-from awp_engine.optimizer import build_optimizer
-from awp_engine.perturbation import TrainingStep
+from awp_engine.optim.optimizer import build_optimizer
+from awp_engine.step import training_step as perturbation
+from awp_engine.step.objectives import build_objective
+from awp_engine.step.training_step import TrainingStep
 from awp_kernels import AdversarialWeightPerturbation
 
 OWN = {str(Path(awp_kernels.__file__).parent / name) for name in ("awp.py", "_block.py", "_leftover.py")}

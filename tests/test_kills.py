@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from kill_runs import SMALL, TRAIN, wait_until
 
-from awp_engine.command_line import parse_train
+from awp_engine.cli.command_line import parse_train
 from awp_engine.config import ConfigError
-from awp_engine.trainer import prepare_run_dir
+from awp_engine.train.trainer import prepare_run_dir
 
 HARNESS = Path(__file__).parent / "kill_runs.py"
 

@@ -20,7 +20,7 @@ from awp_engine.landscape.files import Receipt, write
 from awp_engine.landscape.measure import Measurement, Settings
 from awp_engine.landscape.progress import Progress, duration
 from awp_engine.landscape.runs import find_weights, open_runs
-from awp_engine.trainer import Trainer, evaluation_attack
+from awp_engine.train.trainer import Trainer, evaluation_attack
 
 COMMAND = Path(__file__).parent.parent / "engine" / "landscape.py"
 # few images, few steps

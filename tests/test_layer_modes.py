@@ -13,14 +13,14 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn.utils import parametrizations, spectral_norm
 
-from awp_engine import attack, batch_norm
-from awp_engine.attack import apgd, pgd
-from awp_engine.batch_norm import batch_norm_mode, layer_modes, recompute_statistics
+from awp_engine.attack import pgd as attack
+from awp_engine.attack.pgd import apgd, pgd
 from awp_engine.config import AttackConfig, AwpConfig, OptimizerConfig
-from awp_engine.models import build_model
-from awp_engine.objectives import build_objective
-from awp_engine.optimizer import build_optimizer
-from awp_engine.perturbation import TrainingStep
+from awp_engine.models import batch_norm, build_model
+from awp_engine.models.batch_norm import batch_norm_mode, layer_modes, recompute_statistics
+from awp_engine.optim.optimizer import build_optimizer
+from awp_engine.step.objectives import build_objective
+from awp_engine.step.training_step import TrainingStep
 from awp_kernels import AdversarialWeightPerturbation, _block
 
 X, Y = images((6, 4, 8, 8)), torch.arange(6) % 3

@@ -29,13 +29,13 @@ from awp_engine.data import (
     load_extra,
     place_extra,
 )
-from awp_engine.data._ahead import ahead
-from awp_engine.data._dali_loader import let_go
-from awp_engine.data._framing import Framing as _Framing
-from awp_engine.data._loading import LoaderName, default_workers, free_memory
-from awp_engine.data._pack import pack_folder
-from awp_engine.data._split import StreamedSplit
-from awp_engine.data._workers import process_all
+from awp_engine.data.framing import Framing as _Framing
+from awp_engine.data.loaders.ahead import ahead
+from awp_engine.data.loaders.choose import LoaderName, default_workers, free_memory
+from awp_engine.data.loaders.dali_loader import let_go
+from awp_engine.data.loaders.workers import process_all
+from awp_engine.data.split import StreamedSplit
+from awp_engine.data.tools.pack import pack_folder
 
 pytest.importorskip("nvidia.dali", reason="the extra `dali` is for Linux")
 

@@ -12,18 +12,17 @@ from pathlib import Path
 import pytest
 from kill_runs import SMALL, TRAIN, Run, _train_command, differences, outcome, wait_until
 
-from awp_engine import checkpoint
-from awp_engine.checkpoint import temporary_beside
-from awp_engine.checkpoint.__main__ import main as checkpoint_command
+from awp_engine.cli.checkpoint import main as checkpoint_command
+from awp_engine.cli.data import main as data_command
 from awp_engine.config import ConfigError
-from awp_engine.data.__main__ import main as data_command
 from awp_engine.evaluation.run import evaluate_checkpoint
-from awp_engine.locking import LOCK, LockedError, locked
+from awp_engine.files.atomic import remove_leftovers, temporary_beside
+from awp_engine.files.locking import LOCK, LockedError, locked
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from awp_engine.locking import locked
+from awp_engine.files.locking import locked
 with locked(Path(sys.argv[1]), *sys.argv[2:]):
     print("held", flush=True)
     sys.stdin.read()
@@ -95,7 +94,7 @@ def test_what_outlives_its_parent_keeps_no_lock(tmp_path, how):
     script = f"""
 import multiprocessing, os, subprocess, sys, time
 from pathlib import Path
-from awp_engine.locking import locked
+from awp_engine.files.locking import locked
 if __name__ == "__main__":
     with locked(Path(sys.argv[1])):
         if {how!r} == "subprocess":
@@ -192,5 +191,5 @@ def test_only_what_dead_processes_left_is_removed(tmp_path):
     ]
     for path in (*stays, *goes):
         path.touch()
-    checkpoint.remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted(stays)

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from samples import images
 from torch import nn
 
-from awp_engine.attack import NORMAL_START, fast_attack, pgd, starting_point, summed_margin
+from awp_engine.attack.pgd import NORMAL_START, fast_attack, pgd, starting_point, summed_margin
 from awp_engine.config import AttackConfig, AwpConfig, OptimizerConfig
-from awp_engine.distributed import Ranks
+from awp_engine.distributed.ranks import Ranks
 from awp_engine.models import build_model
-from awp_engine.objectives import build_objective
-from awp_engine.optimizer import build_optimizer
-from awp_engine.perturbation import TrainingStep
+from awp_engine.optim.optimizer import build_optimizer
+from awp_engine.step.objectives import build_objective
+from awp_engine.step.training_step import TrainingStep
 from awp_kernels import AdversarialWeightPerturbation
 from awp_kernels.philox import normals
 

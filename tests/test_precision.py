@@ -9,7 +9,7 @@ from digits_model import digits, robust_model
 from samples import images
 from torch import nn
 
-from awp_engine.attack import pgd
+from awp_engine.attack.pgd import pgd
 from awp_engine.config import (
     AttackConfig,
     AwpConfig,
@@ -20,10 +20,10 @@ from awp_engine.config import (
     PrecisionConfig,
 )
 from awp_engine.models import build_model
-from awp_engine.objectives import build_objective
-from awp_engine.optimizer import build_optimizer
-from awp_engine.perturbation import TrainingStep
-from awp_engine.precision import Copies, LossScale, Precision, choose_precision, frozen_view, working_copy
+from awp_engine.optim.optimizer import build_optimizer
+from awp_engine.step.objectives import build_objective
+from awp_engine.step.precision import Copies, LossScale, Precision, choose_precision, frozen_view, working_copy
+from awp_engine.step.training_step import TrainingStep
 from awp_kernels import AdversarialWeightPerturbation, perturb_into_
 
 HALF = Precision(attack=torch.float16, ascent=torch.float16, descent=torch.float16)

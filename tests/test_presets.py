@@ -13,10 +13,10 @@ from image_folders import write_images
 from PIL import Image
 
 from awp_engine.config import Config, ConfigError, EvaluationConfig
+from awp_engine.config.presets import PRESETS, build_preset
 from awp_engine.data import batch_sizes
-from awp_engine.presets import PRESETS, build_preset
-from awp_engine.run_log import RunLog
-from awp_engine.trainer import Trainer
+from awp_engine.observe.run_log import RunLog
+from awp_engine.train.trainer import Trainer
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
 from scipy import stats
 
-from awp_engine.data._erase import draw_erase, erase
-from awp_engine.data._mixing import draw_cutmix, mixed_labels, replace_boxes
-from awp_engine.data._mixup import beta_quantiles, blend_images, draw_mixture, draw_mixup
-from awp_engine.data._rand_augment import (
+from awp_engine.data.augment.erase import draw_erase, erase
+from awp_engine.data.augment.mixing import draw_cutmix, mixed_labels, replace_boxes
+from awp_engine.data.augment.mixup import beta_quantiles, blend_images, draw_mixture, draw_mixup
+from awp_engine.data.augment.rand_augment import (
     OPERATIONS,
     Operations,
     apply_rand_augment,

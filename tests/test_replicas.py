@@ -12,17 +12,17 @@ from ranks import run_ranks
 from test_distributed import BASE, samples
 from torch import Tensor
 
-from awp_engine.build_step import build_step
 from awp_engine.config import AttackConfig, AwpConfig, Config, ConfigError, DistributedConfig
-from awp_engine.data import rank_share
-from awp_engine.distributed import Ranks, tell_torchrun
+from awp_engine.distributed.ranks import Ranks, tell_torchrun
+from awp_engine.distributed.replicas import DivergenceError, check_replicas, checksums
+from awp_engine.distributed.share import rank_share
 from awp_engine.evaluation import PgdAttack, evaluate
 from awp_engine.models import build_model
-from awp_engine.objectives import build_objective
-from awp_engine.optimizer import build_optimizer
-from awp_engine.perturbation import TrainingStep
-from awp_engine.precision import Copies, Precision
-from awp_engine.replicas import DivergenceError, check_replicas, checksums
+from awp_engine.optim.optimizer import build_optimizer
+from awp_engine.step.build import build_step
+from awp_engine.step.objectives import build_objective
+from awp_engine.step.precision import Copies, Precision
+from awp_engine.step.training_step import TrainingStep
 from awp_kernels import AdversarialWeightPerturbation
 
 X = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -25,10 +25,10 @@ from awp_engine.config import (
     ModelConfig,
     load_config,
 )
-from awp_engine.distributed import Ranks
-from awp_engine.regions import listening
-from awp_engine.signals import StoppedError, StopRequest
-from awp_engine.trainer import Trainer
+from awp_engine.distributed.ranks import Ranks
+from awp_engine.distributed.signals import StoppedError, StopRequest
+from awp_engine.observe.regions import listening
+from awp_engine.train.trainer import Trainer
 
 AWP_EMA = Config(
     device="cpu",

@@ -16,10 +16,10 @@ import torch
 from disks import small_tmpfs
 from rich.console import Console
 
-from awp_engine import report, run_log
 from awp_engine.config import Config
-from awp_engine.report import plot_learning_curves, print_table, source_commit, versions, write_report
-from awp_engine.run_log import RunLog, read_metrics
+from awp_engine.observe import report, run_log
+from awp_engine.observe.report import plot_learning_curves, print_table, source_commit, versions, write_report
+from awp_engine.observe.run_log import RunLog, read_metrics
 
 EPOCHS = 4
 
@@ -210,7 +210,7 @@ def test_a_full_standard_output_does_not_stop_training(tmp_path: Path) -> None:
 import os, sys
 from pathlib import Path
 from awp_engine.config import Config
-from awp_engine.run_log import RunLog
+from awp_engine.observe.run_log import RunLog
 with RunLog(Path(sys.argv[1]), Config(), 3, 1e-9) as log:
     for epoch in (1, 2, 3):
         log.begin_epoch(epoch, 1)
@@ -238,7 +238,7 @@ os._exit(0)
 TRAIN = """
 import sys
 from pathlib import Path
-from awp_engine import run_log
+from awp_engine.observe import run_log
 from awp_engine.config import Config
 run_log._CLOSE_SECONDS = 0.2
 with run_log.RunLog(Path(sys.argv[1]), Config(), 800, 1e-9) as log:

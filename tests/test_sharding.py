@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from awp_engine.attack import pgd
-from awp_engine.batch_norm import batch_norm_mode, share_memory, synchronize
+from awp_engine.attack.pgd import pgd
+from awp_engine.distributed.sharding import gather, gathered, scatter_, shard
 from awp_engine.models import PreActResNet, WideResNet
-from awp_engine.sharding import gather, gathered, scatter_, shard
+from awp_engine.models.batch_norm import batch_norm_mode, share_memory, synchronize
 from awp_kernels import SGD, AdversarialWeightPerturbation, every_parameter, total_norm
 
 # uneven rows, fewer rows than ranks, one dimension

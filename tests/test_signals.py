@@ -66,9 +66,9 @@ def test_a_signal_in_the_middle_leaves_a_command_in_order(tmp_path):
     script.write_text(
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from awp_engine.signals import begin_command, interrupted_code, interrupts\n"
+        "from awp_engine.distributed.signals import begin_command, interrupted_code, interrupts\n"
         "begin_command('script')\n"
-        "from awp_engine.locking import locked\n"
+        "from awp_engine.files.locking import locked\n"
         "try:\n"
         "    with interrupts(), locked(Path(sys.argv[1])):\n"
         "        print('locked', flush=True)\n"
@@ -88,8 +88,10 @@ def test_a_signal_in_the_middle_leaves_a_command_in_order(tmp_path):
 
 def test_what_is_ignored_stays_ignored(tmp_path):
     """As a shell's background, and nohup, have it."""
-    code = "import signal; from awp_engine.signals import *; begin_command('x')\nwith interrupts(), stop_requests():\n"
-    code += " print(signal.getsignal(2), signal.getsignal(1), signal.getsignal(15))"
+    code = "import signal; from awp_engine.distributed.signals import *; begin_command('x')\n"
+    code += (
+        "with interrupts(), stop_requests():\n print(signal.getsignal(2), signal.getsignal(1), signal.getsignal(15))"
+    )
     process = subprocess.run(
         ["sh", "-c", f"trap '' INT HUP; exec {sys.executable} -c \"$0\"", code],
         env=os.environ | {"PYTHONPATH": str(ENGINE)},
@@ -102,7 +104,7 @@ def test_what_is_ignored_stays_ignored(tmp_path):
 
 
 PRINTS = r"""
-from awp_engine.signals import begin_command
+from awp_engine.distributed.signals import begin_command
 begin_command("x")
 print("caf\u00e9 \udcff", flush=True)
 print("again", flush=True)

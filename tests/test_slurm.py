@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
-from awp_engine.command_line import parse_train
+from awp_engine.cli.command_line import parse_train
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "slurm" / "train.sbatch"
 WORKER = """

@@ -16,20 +16,21 @@ from rich.console import Console
 
 from awp_engine import checkpoint
 from awp_engine.checkpoint import CheckpointError
-from awp_engine.command_line import parse_train
+from awp_engine.cli.command_line import parse_train
 from awp_engine.config import AttackConfig, Config, DataConfig, EvaluationConfig, ModelConfig, to_json
-from awp_engine.drawing import attempt, drawable, legend, save
 from awp_engine.evaluation.figures import picture_rows
 from awp_engine.evaluation.results import Pictures
+from awp_engine.files.atomic import atomic_write_text
+from awp_engine.files.text import json_text, printable, shortened
 from awp_engine.landscape.directions import Direction, random_direction
 from awp_engine.landscape.moving import WorkingCopy
 from awp_engine.landscape.plots import plot_curves, plot_flatness, plot_surfaces
-from awp_engine.loading import MODEL_FILE, ModelDescription
 from awp_engine.models import build_model
-from awp_engine.report import plot_learning_curves, print_table
-from awp_engine.run_log import RunLog, read_metrics
-from awp_engine.text import json_text, printable, shortened
-from awp_engine.trainer import Trainer, prepare_run_dir
+from awp_engine.models.trained import MODEL_FILE, ModelDescription
+from awp_engine.observe.drawing import attempt, drawable, legend, save
+from awp_engine.observe.report import plot_learning_curves, print_table
+from awp_engine.observe.run_log import RunLog, read_metrics
+from awp_engine.train.trainer import Trainer, prepare_run_dir
 
 NAMES = [
     "_x",
@@ -227,7 +228,7 @@ def test_checkpoints_hold_no_nan(tmp_path: Path) -> None:
 
 
 def test_files_take_names_that_are_not_utf_8(tmp_path: Path) -> None:
-    checkpoint.atomic_write_text(tmp_path / "page.html", "<p>a\udcff")
+    atomic_write_text(tmp_path / "page.html", "<p>a\udcff")
     assert (tmp_path / "page.html").read_text() == r"<p>a\udcff"
 
 

@@ -7,10 +7,10 @@ import torch
 from ranks import run_ranks
 from torch import distributed, nn
 
-from awp_engine.attack import pgd
-from awp_engine.batch_norm import batch_norm_mode, recompute_statistics, share_memory, synchronize
+from awp_engine.attack.pgd import pgd
 from awp_engine.models import PreActResNet, build_model
-from awp_engine.models._common import ActivatedBatchNorm
+from awp_engine.models.batch_norm import batch_norm_mode, recompute_statistics, share_memory, synchronize
+from awp_engine.models.layers import ActivatedBatchNorm
 
 # images a rank: unequal, and one rank without any
 SHARDS = {2: [5, 2], 4: [3, 0, 1, 4]}

@@ -7,9 +7,9 @@ import torch
 
 from awp_engine.config import AttackConfig, AwpConfig, Config
 from awp_engine.models import build_model
-from awp_engine.profile import StepProfiler
-from awp_engine.regions import listening, region
-from awp_engine.throughput import forward_flops, forward_units, matmul_ceiling, peak_memory
+from awp_engine.observe.profiler import StepProfiler
+from awp_engine.observe.regions import listening, region
+from awp_engine.observe.throughput import forward_flops, forward_units, matmul_ceiling, peak_memory
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from awp_engine import build_step as building
-from awp_engine.batch_norm import batch_norm_mode, layers, synchronize
 from awp_engine.checkpoint import CheckpointError, export_model
 from awp_engine.config import AttackConfig, AwpConfig, Config, ConfigError, ModelConfig, PrecisionConfig
-from awp_engine.loading import MODEL_FILE, ModelDescription, load_model
+from awp_engine.distributed.sharding import gather, shard
 from awp_engine.models import (
     TimmConvNeXt,
     TimmResNet,
@@ -28,10 +26,12 @@ from awp_engine.models import (
     load_public_state_dict,
     timm_names,
 )
-from awp_engine.models._timm import import_timm
-from awp_engine.precision import working_copy
-from awp_engine.sharding import gather, shard
-from awp_engine.throughput import forward_flops
+from awp_engine.models.batch_norm import batch_norm_mode, layers, synchronize
+from awp_engine.models.import_timm import import_timm
+from awp_engine.models.trained import MODEL_FILE, ModelDescription, load_model
+from awp_engine.observe.throughput import forward_flops
+from awp_engine.step import build as building
+from awp_engine.step.precision import working_copy
 from awp_kernels import AdversarialWeightPerturbation
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -14,7 +14,7 @@ import pytest
 from kill_runs import FAULTY, RANKS, SMALL, TRAIN, Torchrun, differences, ranks, store_server, undisturbed_ranks
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from awp_engine.distributed import _agree
+from awp_engine.distributed.ranks import _agree
 
 
 @pytest.fixture(scope="module")

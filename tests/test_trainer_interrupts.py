@@ -17,11 +17,13 @@ from typing import Any
 import pytest
 from kill_runs import SMALL, differences, outcome
 
-from awp_engine import average, optimizer, perturbation, trainer
 from awp_engine.checkpoint import _writer
-from awp_engine.command_line import parse_train
-from awp_engine.regions import listening
-from awp_engine.trainer import Trainer, TrainingError
+from awp_engine.cli.command_line import parse_train
+from awp_engine.observe.regions import listening
+from awp_engine.optim import average, optimizer
+from awp_engine.step import training_step as perturbation
+from awp_engine.train import trainer
+from awp_engine.train.trainer import Trainer, TrainingError
 
 COUNT = int(os.environ.get("AWP_INTERRUPTS", "12"))
 FILES = {module.__file__ for module in (average, optimizer, perturbation, trainer, _writer)}

@@ -30,7 +30,7 @@ from awp_engine.config import (
 )
 from awp_engine.data import DataError, load_dataset
 from awp_engine.evaluation import PgdAttack, evaluate
-from awp_engine.trainer import EpochSums, Trainer, TrainingError
+from awp_engine.train.trainer import EpochSums, Trainer, TrainingError
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / "engine" / "train.py"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from awp_engine.config import AttackConfig, AwpConfig, Config, parse_amount
 from awp_engine.data import Batch
 from awp_engine.models import build_model
-from awp_engine.throughput import forward_units
+from awp_engine.observe.throughput import forward_units
 from awp_kernels import use_backend
 
 NUM_CLASSES = 10
@@ -101,7 +101,7 @@ class Arm(Protocol):
     def step(self, batch: Batch, index: int) -> object:
         """One training step; `index` counts them.
 
-        Its parts are `awp_engine.regions`: attack, ascent, descent, update.
+        Its parts are `awp_engine.observe.regions`: attack, ascent, descent, update.
         """
         ...
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from awp_engine.data import Batch
 from awp_engine.device import choose_convolutions, fast_memory_format
-from awp_engine.regions import region
+from awp_engine.observe.regions import region
 
 from .common import Arm, PlainArm, Settings, is_moved
 

@@ -5,7 +5,6 @@ import json
 import torch
 from torch import nn
 
-from awp_engine.build_step import build_step, capture_step
 from awp_engine.config import (
     AttackConfig,
     AwpConfig,
@@ -18,7 +17,8 @@ from awp_engine.config import (
 )
 from awp_engine.data import Batch
 from awp_engine.device import choose_convolutions, fast_memory_format
-from awp_engine.perturbation import StepResult
+from awp_engine.step.build import build_step, capture_step
+from awp_engine.step.training_step import StepResult
 
 from .common import Settings
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from awp_engine.data import Batch
-from awp_engine.regions import region
+from awp_engine.observe.regions import region
 
 from .common import Arm, PlainArm, Settings, is_moved
 

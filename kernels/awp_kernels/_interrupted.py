@@ -1,6 +1,6 @@
 """Imported before anything else by `python -m awp_kernels`: a signal ends it in one line while torch is imported.
 
-As `awp_engine.signals.begin_command`, which this package does not know, has it for the engine's commands.
+As `awp_engine.distributed.signals.begin_command`, which this package does not know, has it for the engine's commands.
 """
 
 import contextlib

@@ -2,23 +2,16 @@
 
 A checkpoint is written beside its place, synced, and renamed into it, so that a kill or a full disk at any moment
 leaves the one before. Nothing is unpickled, and nothing outside the checkpoint's directory is read. For people:
-`python -m awp_engine.checkpoint verify|list|export DIR`.
+`awp checkpoint verify|list|export DIR`.
 """
 
-from awp_engine.checkpoint._files import (
-    CheckpointError,
-    atomic_write_text,
-    naming,
-    read_file,
-    remove_leftovers,
-    sync_directory,
-    temporary_beside,
-)
-from awp_engine.checkpoint._load import Checkpoint, damage, load, load_latest
-from awp_engine.checkpoint._model_file import content_hash, export_model, read_model
-from awp_engine.checkpoint._names import FORMAT, Position, checkpoint_name, names, position
-from awp_engine.checkpoint._save import Retention, save
-from awp_engine.checkpoint._writer import Writer
+from awp_engine.checkpoint.background import Writer
+from awp_engine.checkpoint.files import CheckpointError, read_file
+from awp_engine.checkpoint.layout import FORMAT, Position, checkpoint_name, names, position
+from awp_engine.checkpoint.model_file import content_hash, export_model, read_model
+from awp_engine.checkpoint.read import Checkpoint, damage, load, load_latest
+from awp_engine.checkpoint.write import Retention, save
+from awp_engine.files.atomic import atomic_write_text, naming, remove_leftovers, sync_directory, temporary_beside
 
 __all__ = [
     "FORMAT",

@@ -4,18 +4,18 @@ Order and augmentation are functions of (seed, epoch, sample id) alone: neither 
 nor the loader, nor the device, nor a resumed run changes what a sample looks like in an epoch.
 """
 
-from awp_engine.data._batches import Batches, batch_sizes, eval_batches, rank_share, train_batches
-from awp_engine.data._classes import match_classes
-from awp_engine.data._dataset import DataError, Dataset
-from awp_engine.data._extra import load_extra
-from awp_engine.data._extra_split import place_extra
-from awp_engine.data._files import shown
-from awp_engine.data._framing import Framing
-from awp_engine.data._load import dataset_names, load_dataset
-from awp_engine.data._loading import Loading, data_loading
-from awp_engine.data._recipe import Batch
-from awp_engine.data._sources import source_names
-from awp_engine.data._split import Split, StreamedSplit
+from awp_engine.data.augment.recipe import Batch
+from awp_engine.data.batches import Batches, batch_sizes, eval_batches, train_batches
+from awp_engine.data.dataset import DataError, Dataset
+from awp_engine.data.extra import load_extra
+from awp_engine.data.extra_split import place_extra
+from awp_engine.data.framing import Framing
+from awp_engine.data.load import dataset_names, load_dataset
+from awp_engine.data.loaders.choose import Loading, data_loading
+from awp_engine.data.sets.classes import match_classes
+from awp_engine.data.sets.files import shown
+from awp_engine.data.sets.sources import source_names
+from awp_engine.data.split import Split, StreamedSplit
 
 __all__ = [
     "Batch",
@@ -34,7 +34,6 @@ __all__ = [
     "load_extra",
     "match_classes",
     "place_extra",
-    "rank_share",
     "shown",
     "source_names",
     "train_batches",

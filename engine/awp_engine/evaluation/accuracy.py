@@ -9,12 +9,12 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from awp_engine.answers import predicted
-from awp_engine.attack import pgd
-from awp_engine.batch_norm import layer_modes
+from awp_engine.attack.pgd import pgd
 from awp_engine.data import Split, StreamedSplit, eval_batches
-from awp_engine.distributed import Ranks
-from awp_engine.regions import region
+from awp_engine.distributed.ranks import Ranks
+from awp_engine.models.answers import predicted
+from awp_engine.models.batch_norm import layer_modes
+from awp_engine.observe.regions import region
 from awp_kernels.philox import mix_seed
 
 # separates the evaluation's noise from the training's, which is derived from the same seed

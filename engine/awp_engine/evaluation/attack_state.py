@@ -19,19 +19,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from awp_engine.answers import NO_CLASS, predicted
-from awp_engine.checkpoint import (
-    CheckpointError,
-    atomic_write_text,
-    content_hash,
-    export_model,
-    read_file,
-    read_model,
-    remove_leftovers,
-)
+from awp_engine.checkpoint import CheckpointError, content_hash, export_model, read_file, read_model
 from awp_engine.evaluation.attacks import Threat, in_ball
 from awp_engine.evaluation.user_key import user_key
-from awp_engine.text import one_line
+from awp_engine.files.atomic import atomic_write_text, remove_leftovers
+from awp_engine.files.text import one_line
+from awp_engine.models.answers import NO_CLASS, predicted
 
 _TENSORS = ("x_adv", "robust", "begun")
 _NOTE = re.compile(r"autoattack-[0-9a-f]{16}\.json")

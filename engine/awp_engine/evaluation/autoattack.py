@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from awp_engine.answers import NO_CLASS, predicted
 from awp_engine.checkpoint import CheckpointError
 from awp_engine.data import Split, eval_batches
 from awp_engine.evaluation.attack_state import AttackState, StateFile
 from awp_engine.evaluation.attacks import EvaluationError, Outcome, Threat, predict
+from awp_engine.models.answers import NO_CLASS, predicted
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 _TARGETS = 9

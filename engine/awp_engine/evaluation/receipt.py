@@ -12,7 +12,7 @@ from torch import nn
 
 from awp_engine.data import Split, StreamedSplit
 from awp_engine.evaluation.attacks import Threat
-from awp_engine.report import source_commit, versions
+from awp_engine.observe.report import source_commit, versions
 
 
 def split_hash(split: Split | StreamedSplit) -> str:

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awp_engine.answers import predicted
 from awp_engine.data import Split, eval_batches
 from awp_engine.evaluation.attacks import Attack, EvaluationError, Outcome, Shape, perturbation_norms
+from awp_engine.models.answers import predicted
 from awp_kernels import pgd_step_
 from awp_kernels.philox import STREAM_UNIFORM, mix_seed, sample_words
 

@@ -14,9 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from awp_engine.attack_checks import ball
-from awp_engine.checkpoint import atomic_write_text
-from awp_engine.class_names import difference
+from awp_engine.attack.checks import ball
 from awp_engine.config import parse_amount, show
 from awp_engine.data import Dataset, data_loading, eval_batches, load_dataset, match_classes, source_names
 from awp_engine.device import choose_device
@@ -28,9 +26,11 @@ from awp_engine.evaluation.results import Measurement
 from awp_engine.evaluation.robustbench import Publication, model_info
 from awp_engine.evaluation.subject import Subject, load_subject
 from awp_engine.evaluation.suite import measure
-from awp_engine.locking import locked
-from awp_engine.report import prepare_directory
-from awp_engine.text import json_text
+from awp_engine.files.atomic import atomic_write_text
+from awp_engine.files.locking import locked
+from awp_engine.files.text import json_text
+from awp_engine.models.class_names import difference
+from awp_engine.observe.report import prepare_directory
 
 JSON, PAGE, LEADERBOARD = "evaluation.json", "evaluation.html", "robustbench.json"
 DEFAULT_ATTACKS = ("clean", "fgsm", "pgd20", "cw")

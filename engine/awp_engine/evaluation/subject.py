@@ -10,8 +10,8 @@ from awp_engine import checkpoint
 from awp_engine.checkpoint import CheckpointError
 from awp_engine.config import Config, load_config
 from awp_engine.evaluation.attacks import EvaluationError
-from awp_engine.loading import CHECKPOINTS, MODEL_FILE, load_model
 from awp_engine.models import NormalizedClassifier
+from awp_engine.models.trained import CHECKPOINTS, MODEL_FILE, load_model
 
 _MANIFEST = "manifest.json"
 _CONFIG = "config.json"

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from awp_engine.answers import NO_CLASS
 from awp_engine.data import Split, eval_batches
 from awp_engine.evaluation.accuracy import spread
 from awp_engine.evaluation.attack_state import StateFile
@@ -37,6 +36,7 @@ from awp_engine.evaluation.receipt import percent
 from awp_engine.evaluation.regional import regional_attack
 from awp_engine.evaluation.results import Measurement, Pictures, Row
 from awp_engine.evaluation.user_key import KeyFileError
+from awp_engine.models.answers import NO_CLASS
 
 _PICTURES = 6
 

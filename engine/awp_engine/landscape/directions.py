@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from awp_engine.attack import batch_norm_mode, summed_cross_entropy
+from awp_engine.attack.pgd import batch_norm_mode, summed_cross_entropy
 from awp_engine.data import Batch
 from awp_engine.evaluation import PgdAttack
 from awp_kernels.awp import is_perturbed

@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 
-from awp_engine.checkpoint import CheckpointError, atomic_write_text, export_model
+from awp_engine.checkpoint import CheckpointError, export_model
 from awp_engine.config import ConfigError
 from awp_engine.data import Split
-from awp_engine.drawing import attempt
 from awp_engine.evaluation import PgdAttack
+from awp_engine.files.atomic import atomic_write_text
+from awp_engine.files.text import json_text
 from awp_engine.landscape.measure import Measurement, Mode, Settings, interval_facts
 from awp_engine.landscape.plots import plot_curves, plot_flatness, plot_surfaces
 from awp_engine.landscape.runs import Run, attack_facts, sha256_of
-from awp_engine.report import prepare_directory, print_table, source_commit, versions
-from awp_engine.text import json_text
+from awp_engine.observe.drawing import attempt
+from awp_engine.observe.report import prepare_directory, print_table, source_commit, versions
 
 _NAMES: dict[Mode, str] = {"1d": "curves", "2d": "surface", "flatness": "flatness"}
 _DEFINITIONS: dict[Mode, str] = {

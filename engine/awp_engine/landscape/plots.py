@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from awp_engine.drawing import drawable, legend, plottable, save
+from awp_engine.observe.drawing import drawable, legend, plottable, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

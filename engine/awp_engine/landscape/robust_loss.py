@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awp_engine.attack import batch_norm_mode
+from awp_engine.attack.pgd import batch_norm_mode
 from awp_engine.data import Batch, Split, eval_batches
 from awp_engine.evaluation import PgdAttack
 from awp_kernels.philox import mix_seed

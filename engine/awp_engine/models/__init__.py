@@ -4,7 +4,7 @@ All models take images in [0, 1], [N, C, H, W], and normalise them inside; mean 
 non-persistent buffers.
 """
 
-from awp_engine.models._build import (
+from awp_engine.models.build import (
     blocks,
     build_model,
     load_pretrained,
@@ -12,7 +12,7 @@ from awp_engine.models._build import (
     model_names,
     timm_names,
 )
-from awp_engine.models._common import Activation, NormalizedClassifier
+from awp_engine.models.layers import Activation, NormalizedClassifier
 from awp_engine.models.preact_resnet import PreActBlock, PreActResNet
 from awp_engine.models.timm_models import TimmClassifier, TimmConvNeXt, TimmResNet
 from awp_engine.models.wide_resnet import WideBlock, WideResNet

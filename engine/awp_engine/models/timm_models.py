@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from awp_engine.config import ConfigError
-from awp_engine.models._common import (
+from awp_engine.models.import_timm import import_timm
+from awp_engine.models.layers import (
     ActivatedBatchNorm,
     Activation,
     BatchNorm,
@@ -21,7 +22,6 @@ from awp_engine.models._common import (
     NormalizedClassifier,
     Stem,
 )
-from awp_engine.models._timm import import_timm
 
 _SMALLEST = 32
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from awp_engine.models._common import ActivatedBatchNorm, Activation, Head, NormalizedClassifier, Stem, convolution
+from awp_engine.models.layers import ActivatedBatchNorm, Activation, Head, NormalizedClassifier, Stem, convolution
 
 
 class WideBlock(nn.Module):

@@ -1,0 +1,54 @@
+"""The command line: `awp train|evaluate|landscape|data|checkpoint`; the scripts in engine/ call the same.
+
+One module a command: its `main` parses, builds, runs, and ends with one line for what is wrong. Nothing here imports
+torch before a command line is known to be right.
+"""
+
+import importlib
+import sys
+
+from awp_engine.distributed.signals import begin_command
+
+COMMANDS = {
+    "train": "train a robust classifier, or go on with a run",
+    "evaluate": "measure how robust a trained model is",
+    "landscape": "draw the robust loss around trained weights, and measure its flatness",
+    "data": "scan image folders, pack them into shards, verify shards",
+    "checkpoint": "verify, list or export the checkpoints of a run",
+}
+
+
+def run(command: str, prog: str) -> None:
+    """Run one command, with the arguments in `sys.argv`, and exit.
+
+    Args:
+        command: one of `COMMANDS`.
+        prog: what messages call it.
+
+    Raises:
+        SystemExit: always, with the command's exit code.
+    """
+    begin_command(prog)
+    raise SystemExit(importlib.import_module(f"awp_engine.cli.{command}").main(prog=prog))
+
+
+def main(prog: str = "awp") -> None:
+    """The command `awp`.
+
+    Raises:
+        SystemExit: always, with the command's exit code; 2 for a command that there is not.
+    """
+    given = sys.argv[1:2]
+    if given and given[0] in COMMANDS:
+        del sys.argv[1]
+        run(given[0], f"{prog} {given[0]}")
+    from awp_engine.cli.command_line import OneLineParser
+
+    lines = "".join(f"  {name:<12}{text}\n" for name, text in COMMANDS.items())
+    usage = f"{prog} COMMAND ...\n\ncommands:\n{lines}\n{prog} COMMAND --help lists its flags"
+    parser = OneLineParser(prog=prog, usage=usage)
+    if not given:
+        parser.print_usage(sys.stderr)
+        raise SystemExit(2)
+    parser.parse_known_args(given)
+    parser.error(f"{given[0]}: expected one of {', '.join(COMMANDS)}")

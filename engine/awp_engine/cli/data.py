@@ -1,0 +1,209 @@
+"""`awp data scan|pack|verify`: looks after image folders and shards."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from awp_engine.cli.command_line import OneLineParser, fail
+from awp_engine.config import ConfigError
+from awp_engine.data.dataset import DataError
+from awp_engine.data.loaders.workers import WorkerError
+from awp_engine.data.tools.pack import Manifest, pack_folder, verify_pack
+from awp_engine.data.tools.scan import KINDS, LIST_NAME, Scan, scan_folder, write_scan
+from awp_engine.distributed.signals import interrupted_code, interrupts
+from awp_engine.files.locking import LOCK, locked
+from awp_engine.files.text import one_line
+from awp_engine.observe.report import print_table
+
+_SHOWN = 3
+_FIRST_REPORT_S, _LAST_REPORT_S = 1.0, 30.0
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, else a line after a second and then less and less often; both on stderr."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task(what)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    begun, before, due = 0.0, 0, 0.0
+
+    def report(done: int, total: int) -> None:
+        nonlocal begun, before, due
+        now = time.monotonic()
+        if not due:
+            # the first result: processes take seconds to start
+            begun, before, due = now, done, now + _FIRST_REPORT_S
+        if now >= due:
+            due = now + min(now - begun, _LAST_REPORT_S)
+            rate = (done - before) / (now - begun)
+            print(f"{what}: {done:,} of {total:,}, {rate:,.0f}/s", file=sys.stderr, flush=True)
+
+    yield report
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"([0-9]{1,15})([KMG]?)", text.upper())
+    if not match or int(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"expected a number of bytes such as 256M or 1G, got {text!r}")
+    return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]]
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,4}", text) or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 9999, got {text!r}")
+    return int(text)
+
+
+def _show(scan: Scan, root: Path, path: Path) -> None:
+    for note in scan.notes:
+        print(f"note: {one_line(note)}")
+    checked = f"{scan.files:,} files ({scan.total_bytes:,} bytes)"
+    if not scan.bad:
+        print(f"all of {checked} can be used{'' if scan.pixels else ', by their headers'}; said so in {path}")
+        return
+    by_kind: defaultdict[str, list[str]] = defaultdict(list)
+    for name, (kind, _) in scan.bad.items():
+        by_kind[kind].append(name)
+    console = Console(highlight=False)
+    # Brackets in names are no colours.
+    shown = escape if console.is_terminal else str
+    rows = []
+    for kind in sorted(by_kind, key=KINDS.index):
+        names = by_kind[kind]
+        first = ", ".join(map(one_line, names[:_SHOWN])) + (", ..." if len(names) > _SHOWN else "")
+        rows.append({"kind": kind, "files": f"{len(names):,}", "first": shown(first)})
+    print_table(rows, console=console)
+    print(f"{len(scan.bad):,} of {checked} cannot be used; each with its reason in {path}")
+    elsewhere = "" if path == root / LIST_NAME else f" --data.bad-list {path}"
+    print(f"next: repair or remove them and scan {root} again, or train with --data.bad-files skip{elsewhere}")
+
+
+def _scan(arguments: argparse.Namespace) -> int:
+    root: Path = arguments.place
+    path: Path = arguments.out or root / LIST_NAME
+    # An hour's scan must not end with a list that cannot be written.
+    if not root.is_dir():
+        raise DataError(f"{root} is not a directory; expected one with train/<class>/ and test/<class>/")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise DataError(f"{path.parent} is no directory that can be written to; choose another list with --out FILE")
+    if path.is_dir():
+        raise DataError(f"{path} is a directory; expected a file for the list: choose another one with --out FILE")
+    # of that one file: the directory may be anyone's
+    with locked(path.parent, f"{LOCK}-{path.name}"), _progress("files") as progress:
+        scan = scan_folder(
+            root,
+            workers=arguments.workers,
+            pixels=not arguments.skip_pixels,
+            same_size=arguments.same_size,
+            progress=progress,
+        )
+        write_scan(path, scan)
+    _show(scan, root, path)
+    return 1 if scan.bad else 0
+
+
+def _describe(out: Path, manifest: Manifest) -> str:
+    images = " and ".join(f"{count:,} {part}" for part, count in manifest.images.items())
+    shards = sum(entry.images is not None for entry in manifest.files)
+    size = sum(entry.bytes for entry in manifest.files)
+    return f"{out}: {images} images of {manifest.classes} classes in {shards:,} shards, {size:,} bytes"
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    with _progress("images") as progress:
+        manifest = pack_folder(
+            arguments.place,
+            arguments.out,
+            form=arguments.format,
+            shard_bytes=arguments.shard_bytes,
+            workers=arguments.workers,
+            policy=arguments.bad_files,
+            progress=progress,
+        )
+    print(_describe(arguments.out, manifest))
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    with _progress("bytes") as progress:
+        problems = verify_pack(arguments.place, progress)
+    print("\n".join(f"damaged: {one_line(line)}" for line in problems) or f"sound: {arguments.place}")
+    return 1 if problems else 0
+
+
+def _parser(prog: str) -> OneLineParser:
+    parser = OneLineParser(prog=prog, description="Looks after image folders and shards.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="scan|pack|verify")
+    texts = {
+        "scan": "find every file that cannot be trained on and list them; exit code 1 if there is one",
+        "pack": "write an image folder as shards with a manifest",
+        "verify": "compare shards with their manifest; exit code 1 if one is damaged",
+    }
+    workers = os.process_cpu_count() if sys.version_info >= (3, 13) else os.cpu_count()
+    for name, text in texts.items():
+        command = commands.add_parser(name, help=text, description=text)
+        place = "the shards" if name == "verify" else "image folder with train/<class>/ and test/<class>/ (or val)"
+        command.add_argument("place", type=Path, metavar="OUT" if name == "verify" else "DIR", help=place)
+        if name != "verify":
+            command.add_argument(
+                "--workers", type=_count, default=workers or 1, metavar="N", help="processes (default: one a core)"
+            )
+        if name == "scan":
+            command.add_argument("--out", type=Path, metavar="FILE", help=f"the list (default: DIR/{LIST_NAME})")
+            command.add_argument("--skip-pixels", action="store_true", help="read headers alone, decode nothing")
+            command.add_argument("--same-size", action="store_true", help="list images of another size than most")
+        if name == "pack":
+            command.add_argument("--out", type=Path, required=True, metavar="OUT", help="a new or empty directory")
+            command.add_argument("--format", choices=("tar", "npy"), default="tar", help="WebDataset tars or arrays")
+            command.add_argument(
+                "--shard-bytes", type=_size, default=256 * 2**20, metavar="N", help="such as 1G (default: 256M)"
+            )
+            command.add_argument(
+                "--bad-files", choices=("refuse", "skip"), default="refuse", help="what a scan listed (default: refuse)"
+            )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "awp data") -> int:
+    """Runs one command.
+
+    Returns:
+        0; 1 where `scan` found bad files or `verify` damage.
+
+    Raises:
+        SystemExit: after one line on stderr: 2 for bad arguments and what is no image folder, 1 for what cannot be
+            packed or verified, 130 or 143 after a signal.
+    """
+    arguments = _parser(prog).parse_args(argv)
+    command = {"scan": _scan, "pack": _pack, "verify": _verify}[arguments.command]
+    # A scan says by 1 that there are bad files, and nothing else.
+    code = 2 if arguments.command == "scan" else 1
+    try:
+        with interrupts():
+            return command(arguments)
+    except ConfigError as error:
+        fail(str(error), prog=prog)
+    except (DataError, WorkerError) as error:
+        fail(str(error), code=code, prog=prog)
+    except OSError as error:
+        place = error.filename or getattr(arguments, "out", None) or arguments.place
+        fail(f"{place}: {error.strerror or error}", code=code, prog=prog)
+    except KeyboardInterrupt as interrupt:
+        code = interrupted_code(interrupt)
+        fail(f"{arguments.command} was interrupted; nothing was written", code=code, prog=prog)

@@ -1,0 +1,182 @@
+"""`awp evaluate RUN_OR_CHECKPOINT --attacks clean pgd20 cw`: measures how robust a trained model is."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from awp_engine.cli.command_line import OneLineParser, fail, thread_count, whole_number
+from awp_engine.config import ConfigError
+from awp_engine.files.text import printable
+
+if TYPE_CHECKING:
+    from awp_engine.evaluation.run import Evaluated
+
+# measured and written, but with a reason not to believe it
+UNRELIABLE = 3
+
+
+def _percentage(text: str) -> str:
+    try:
+        if 0 <= float(text) <= 100:
+            return text
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected a percentage from 0 to 100 such as 56.17, got {text[:80]!r}")
+
+
+def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argparse.Namespace:
+    """The command line's settings.
+
+    Raises:
+        SystemExit: 0 after --help; 2 after one line on stderr.
+    """
+    parser = OneLineParser(
+        prog=prog,
+        description="Measures a trained model on the test split, under attack. What is not given is the run's own.",
+        epilog="attacks: clean; fgsm; pgdN, PGD of N steps on cross-entropy; cwN, PGD of N steps on the margin of "
+        "logits (cw is cw100); square and autoattack, by pyautoattack, which go on where they were killed; "
+        "regional-SHAPE-PERCENT, such as regional-frame-28, bounded by a region instead of epsilon: square, frame, "
+        "boxes or pixels. An image counts as right under attack only if it is right without one too. Exit code 0: "
+        "measured; 3: measured, with reasons not to believe it, which are named; 2 and 1: not measured, not written.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("path", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run directory, a checkpoint or a .safetensors file")
+    add("--attacks", nargs="+", metavar="NAME", help="see below; clean fgsm pgd20 cw if not given")
+    add("--checkpoint", default="best", metavar="best|last|NAME|PATH", help="which weights of a run directory")
+    add("--epsilon", help="radius of the ball on pixels in [0, 1], exact: 8/255")
+    add("--norm", choices=("linf", "l2"), help="norm of the ball")
+    add("--step-size", help="step of pgd and cw; the run's own in its own ball, else epsilon / 4")
+    add("--restarts", type=whole_number, default=1, help="random starts of pgd and cw; an image must hold in all")
+    add("--limit", type=whole_number, metavar="N", help="evaluate on N images, evenly spread over the test split")
+    add("--seed", type=whole_number, help="of all noise; the one of the run's own evaluation if not given")
+    add("--batch-size", type=whole_number, help="images a batch")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU if there is one")
+    add("--threads", type=thread_count, help="CPU threads")
+    add("--data-name", "--data.name", help="data set, for weights that belong to no run")
+    add("--data-root", "--data.root", type=Path, help="directory of the data set")
+    add(
+        "--transfer-to", type=Path, metavar="PATH", help="second run or checkpoint: do the attacked images fool it too?"
+    )
+    add(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="where the reports go; RUN_DIR/evaluation if not given. The newest is evaluation.json and .html there; "
+        "each is also kept as evaluation-DATA-IMAGES-NORM-EPSILON-HASH, the hash of all that was asked for",
+    )
+    add("--gates-limit", type=whole_number, default=200, metavar="N", help="images of the sanity gates (200)")
+    add("--no-gates", action="store_true", help="leave out the sanity gates, and the curves they are read from")
+    group = parser.add_argument_group("RobustBench", "writes robustbench.json, its model_info format; needs autoattack")
+    group.add_argument("--robustbench", action="store_true", help="write it")
+    group.add_argument("--link", default="", help="of the paper")
+    group.add_argument("--name", default="", help="title of the paper")
+    group.add_argument("--authors", default="", help="of the paper")
+    group.add_argument("--venue", default="", help="such as 'NeurIPS 2020'; empty means unpublished")
+    group.add_argument("--architecture", default="", help="such as WideResNet-34-10")
+    group.add_argument(
+        "--reported", type=_percentage, help="robust accuracy in the paper, in percent; the measured one if not given"
+    )
+    group.add_argument("--additional-data", action="store_true", help="other images than the training set were used")
+    return parser.parse_args(argv)
+
+
+def show(done: "Evaluated") -> None:
+    """The results as tables, and what speaks against them."""
+    from awp_engine.evaluation.results import RIGHT_MEANS
+    from awp_engine.observe.report import print_table
+
+    print_table(done.measurement.table(), title=done.title)
+    print(f"right: {RIGHT_MEANS}")
+    regional = done.measurement.regional_table()
+    if regional:
+        print_table(regional, title="regional attacks, means over the flipped images")
+    if done.measurement.gates is not None:
+        print_table(
+            [
+                {"gate": gate.name, "": "passed" if gate.passed else "FAILED"}
+                | {"measured": gate.measured, "bound": gate.bound}
+                for gate in done.measurement.gates.gates
+            ],
+            title=f"gates, on {done.measurement.gates.images} images",
+        )
+        for gate in done.measurement.gates.gates:
+            if not gate.passed:
+                print(f"FAILED {gate.name}: {gate.failure_means}")
+    for doubt in done.report["doubts"]:
+        print(f"UNRELIABLE: {doubt}")
+    sys.stdout.flush()
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
+    """Parse, build, run, close."""
+    # before torch loads OpenMP: threads that spin while they wait run ten times slower beside any other busy process
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    arguments = parse(argv, prog)
+
+    import torch
+
+    from awp_engine.checkpoint import CheckpointError
+    from awp_engine.data import DataError
+    from awp_engine.distributed.signals import interrupted_code, interrupts
+    from awp_engine.evaluation.attacks import EvaluationError
+    from awp_engine.evaluation.robustbench import Publication
+    from awp_engine.evaluation.run import DEFAULT_ATTACKS, evaluate_checkpoint
+
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    # a measurement in full fp32: TF32 keeps 10 bits of the mantissa
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # pyright: ignore[reportAttributeAccessIssue]
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    publication = Publication(
+        link=arguments.link,
+        name=arguments.name,
+        authors=arguments.authors,
+        venue=arguments.venue,
+        architecture=arguments.architecture,
+        additional_data=arguments.additional_data,
+        reported=arguments.reported,
+    )
+    try:
+        done = interrupts()(evaluate_checkpoint)(
+            arguments.path,
+            attacks=arguments.attacks or DEFAULT_ATTACKS,
+            checkpoint=arguments.checkpoint,
+            epsilon=arguments.epsilon,
+            norm=arguments.norm,
+            step_size=arguments.step_size,
+            restarts=arguments.restarts,
+            seed=arguments.seed,
+            batch_size=arguments.batch_size,
+            limit=arguments.limit,
+            gates_limit=None if arguments.no_gates else arguments.gates_limit,
+            device=arguments.device,
+            data_name=arguments.data_name,
+            data_root=arguments.data_root,
+            transfer_to=arguments.transfer_to,
+            output=arguments.output,
+            publication=publication if arguments.robustbench else None,
+            say=lambda line: print(line, flush=True),
+            tell=show,
+        )
+    except (ConfigError, DataError, CheckpointError, EvaluationError) as error:
+        fail(str(error), prog=prog)
+    except torch.OutOfMemoryError:
+        fail("the device has too little memory for such batches: give a smaller --batch-size", code=1, prog=prog)
+    except OSError as error:
+        fail(f"{error.filename or arguments.path}: {error.strerror or error}", code=1, prog=prog)
+    except KeyboardInterrupt as interrupt:
+        resume = "interrupted; the same command again goes on with autoattack where it was"
+        fail(resume, code=interrupted_code(interrupt), prog=prog)
+    print(f"reports in {printable(str(done.output))}")
+    if done.report["unreliable"]:
+        raise SystemExit(UNRELIABLE)
+
+
+if __name__ == "__main__":
+    from awp_engine.cli import run
+
+    run("evaluate", "python -m awp_engine.cli.evaluate")

@@ -1,0 +1,168 @@
+"""`awp landscape RUN...`: draws the robust loss around trained weights and measures its flatness.
+
+Modes: 1d, the loss along random filter-normalised directions and along the gradient; 2d, over a plane of two
+directions; flatness, Stutz's average-case and worst-case flatness. Every figure comes with 95 % confidence intervals
+and with a JSON file of all numbers. The images are attacked anew at every point; the weights on disk are only read.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from awp_engine.cli.command_line import OneLineParser, fail, thread_count, whole_number
+from awp_engine.config import ConfigError
+from awp_engine.files.text import printable
+
+MODES = ("1d", "2d", "flatness")
+
+
+def modes(text: str) -> tuple[str, ...]:
+    """A list of modes, such as "1d,flatness"."""
+    names = tuple(dict.fromkeys(text.split(",")))
+    if any(name not in MODES for name in names):
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(MODES)}, got {text!r}")
+    return names
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """A list of numbers, such as "0.001,0.003"."""
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers separated by commas, got {text!r}") from None
+
+
+def parse(argv: Sequence[str] | None = None, prog: str = "landscape.py") -> argparse.Namespace:
+    """The arguments; ends the program with one line for what is wrong with them."""
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = OneLineParser(prog=prog, description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add(
+        "runs",
+        metavar="RUN",
+        type=Path,
+        nargs="+",
+        help="run directories, checkpoints or .safetensors files inside one",
+    )
+    add("--mode", type=modes, default="1d", help="what to do, separated by commas: 1d, 2d, flatness")
+    add("--output", type=Path, help="directory for figures and numbers; RUN/landscape if not given")
+    add("--checkpoint", choices=("best", "last"), help="weights of a run directory; best if not given")
+    add("--split", choices=("train", "held-out", "test"), default="test", help="images to measure on")
+    add("--images", type=whole_number, default=1000, help="their number, evenly spread over the split")
+    add("--steps", type=whole_number, default=10, help="steps of PGD")
+    add("--restarts", type=whole_number, default=1, help="attacks an image, of which the worst counts")
+    add("--seed", type=whole_number, default=0, help="of directions, starting points and intervals")
+    add("--batch-size", type=whole_number, default=128, help="images a batch; worst-case flatness steps once for each")
+    add("--points", type=whole_number, default=21, help="1d: points a curve, an odd number")
+    add("--radius", type=float, default=1.0, help="1d, 2d: reach along random directions, relative to filters' norms")
+    add("--adversarial-radius", type=float, default=0.02, help="1d, 2d: reach along the gradient, relative to layers'")
+    add("--directions", type=whole_number, default=1, help="1d: random directions")
+    add("--points-2d", type=whole_number, default=11, help="2d: points a side, an odd number")
+    add("--plane", choices=("random", "adversarial"), default="random", help="2d: horizontal direction")
+    add("--average-xi", type=numbers, default="0.5", help="flatness: relative radii of the average case")
+    add("--draws", type=whole_number, default=10, help="flatness: random v of the average case")
+    add("--worst-xi", type=numbers, default="0.003", help="flatness: relative radii of the worst case")
+    add("--epochs", type=whole_number, default=20, help="flatness: passes over the images in the worst case")
+    add("--attempts", type=whole_number, default=3, help="flatness: random starts in the worst case (paper: 10)")
+    add("--threads", type=thread_count, help="threads; as many as PyTorch takes if not given")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    arguments = parser.parse_args(argv)
+    for name in ("images", "steps", "batch_size"):
+        value = getattr(arguments, name)
+        if value < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected a whole number >= 1, got {value}")
+    if not 0 <= arguments.seed < 2**63:
+        parser.error(f"--seed: expected a whole number in [0, 2^63), got {arguments.seed}")
+    return arguments
+
+
+def measure(arguments: argparse.Namespace) -> list[Path]:
+    """Load the runs, measure them in all modes, and write each mode's files as soon as it is done."""
+    import dataclasses
+
+    import torch
+
+    from awp_engine.device import choose_device, fast_memory_format
+    from awp_engine.files.locking import locked
+    from awp_engine.landscape import measure as measuring
+    from awp_engine.landscape.files import Receipt, prepare_output, write
+    from awp_engine.landscape.progress import Progress
+    from awp_engine.landscape.robust_loss import as_batches
+    from awp_engine.landscape.runs import common_images, open_runs
+    from awp_engine.train.trainer import evaluation_attack
+
+    fields = dataclasses.fields(measuring.Settings)
+    try:
+        settings = measuring.Settings(**{field.name: getattr(arguments, field.name) for field in fields})
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    device = choose_device(arguments.device)
+    runs = open_runs(arguments.runs, which=arguments.checkpoint, device=device)
+    images = common_images(runs, arguments.split, arguments.images).to(device)
+    output = prepare_output(arguments.output, arguments.runs)
+    layout = torch.contiguous_format
+    for run in runs:
+        layout = fast_memory_format(run.model, device)
+        # torch's stub does not know the keyword
+        run.model.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+    batches = as_batches(images, arguments.batch_size, layout)
+    attack = evaluation_attack(runs[0].config, steps=arguments.steps, seed=arguments.seed)
+    progress = Progress(
+        sum(measuring.work(mode, settings, len(runs), len(images), attack.steps) for mode in arguments.mode)
+    )
+    chosen: dict[str, Any] = {
+        "1d": measuring.measure_curves,
+        "2d": measuring.measure_surfaces,
+        "flatness": measuring.measure_flatness,
+    }
+    written = []
+    with locked(output):
+        for mode in arguments.mode:
+            began = time.monotonic()
+            found = chosen[mode](runs, batches, attack, settings, progress)
+            receipt = Receipt(
+                mode=mode,
+                runs=runs,
+                split=arguments.split,
+                images=images,
+                attack=attack,
+                settings=settings,
+                batch_size=arguments.batch_size,
+                device=device,
+                seconds=time.monotonic() - began,
+            )
+            written += write(output, receipt, found)
+    return written
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "landscape.py") -> None:
+    """Parse, build, run, close."""
+    # before torch loads OpenMP: threads that spin while they wait run ten times slower beside any other busy process
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    arguments = parse(argv, prog)
+
+    from awp_engine.checkpoint import CheckpointError
+    from awp_engine.data import DataError
+    from awp_engine.distributed.signals import interrupted_code, interrupts
+
+    try:
+        with interrupts():
+            written = measure(arguments)
+    except (ConfigError, DataError, CheckpointError) as error:
+        fail(str(error), prog=prog)
+    except OSError as error:
+        fail(f"{error.filename}: cannot be written: {error.strerror}", code=1, prog=prog)
+    except KeyboardInterrupt as interrupt:
+        fail("interrupted; modes that were finished are written", code=interrupted_code(interrupt), prog=prog)
+    print("\n".join(f"wrote {printable(str(path))}" for path in written))
+
+
+if __name__ == "__main__":
+    from awp_engine.cli import run
+
+    run("landscape", "python -m awp_engine.cli.landscape")

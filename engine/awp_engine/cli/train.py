@@ -1,0 +1,102 @@
+"""`awp train [PRESET] [flags]`: trains a robust classifier; `torchrun -m awp_engine.cli.train` on several GPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from typing import TYPE_CHECKING
+
+from awp_engine.cli.command_line import fail, parse_train
+from awp_engine.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from awp_engine.distributed.ranks import Ranks
+    from awp_engine.distributed.signals import StopRequest
+
+
+def train(config: Config, ranks: Ranks, stop: StopRequest) -> tuple[str, dict]:
+    """Train in a run directory that no other process trains in."""
+    from awp_engine.files.locking import locked
+    from awp_engine.train.trainer import Trainer
+
+    with locked(config.resolved_run_dir) if ranks.is_first else contextlib.nullcontext():
+        return config.title, Trainer(config, ranks, stop).run()
+
+
+def rows(config: Config, ranks: Ranks, stop: StopRequest) -> Iterator[tuple[str, dict]]:
+    """Train, and train again without the weight perturbation if that was asked for."""
+    yield train(config, ranks, stop)
+    if config.compare_without_awp:
+        without = dataclasses.replace(
+            config,
+            awp=dataclasses.replace(config.awp, gamma=0.0),
+            compare_without_awp=False,
+            run_dir=config.resolved_run_dir / "without-awp",
+        )
+        yield train(without, ranks, stop)
+
+
+def show(config: Config, trained: list[tuple[str, dict]]) -> None:
+    """The results as a table."""
+    from awp_engine.files.text import printable
+    from awp_engine.observe.report import print_table
+
+    attack = f"PGD-{config.evaluation.steps}"
+    table = [
+        {
+            "method": method,
+            "clean": f"{report['clean_accuracy']:.2%}",
+            attack: f"{report[f'pgd{config.evaluation.steps}_accuracy']:.2%}",
+            f"{attack} train": f"{report['train_pgd_accuracy']:.2%}",
+            f"{attack} last": f"{report['last'][f'pgd{config.evaluation.steps}_accuracy']:.2%}",
+            "epoch": str(report["selected_epoch"]),
+            "seconds": f"{report['seconds']:.0f}",
+        }
+        for method, report in trained
+    ]
+    print_table(table, title=f"{config.data.name} test split, {config.attack.norm} epsilon {config.attack.epsilon}")
+    print(f"results in {printable(str(config.resolved_run_dir))}")
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
+    """Parse, build, run, close."""
+    # before torch loads OpenMP: threads that spin while they wait run ten times slower beside any other busy process
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    config = parse_train(argv, prog)
+
+    from awp_engine.checkpoint import CheckpointError
+    from awp_engine.data import DataError
+    from awp_engine.distributed.ranks import errors_told, joined
+    from awp_engine.distributed.replicas import DivergenceError
+    from awp_engine.distributed.signals import INTERRUPTED, StoppedError, stop_requests
+    from awp_engine.train.trainer import TrainingError
+
+    resume = f"start again with --run-dir {config.resolved_run_dir} to go on"
+    try:
+        # until all ranks are there a signal ends a rank at once: it has nothing to save
+        with errors_told(), joined(config.device, config.distributed.timeout) as ranks, stop_requests() as stop:
+            trained = []
+            try:
+                for row in rows(config, ranks, stop):
+                    trained.append(row)
+            finally:
+                # the first one's results, where the second one diverged
+                if ranks.is_first and trained:
+                    show(config, trained)
+    except (ConfigError, DataError) as error:
+        fail(str(error), prog=prog)
+    except (CheckpointError, TrainingError, DivergenceError) as error:
+        fail(str(error), code=1, prog=prog)
+    except StoppedError as stopped:
+        fail(str(stopped), code=stopped.code, prog=prog, once=True)
+    except KeyboardInterrupt:
+        fail(f"interrupted; {resume}", code=INTERRUPTED, prog=prog, once=True)
+
+
+if __name__ == "__main__":
+    from awp_engine.cli import run
+
+    run("train", "python -m awp_engine.cli.train")

@@ -1,0 +1,1 @@
+"""What is done to training images, keyed by sample: crops, mirroring, mixing, RandAugment, erasing."""

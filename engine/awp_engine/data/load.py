@@ -1,0 +1,188 @@
+"""Data sets by name."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from awp_engine.data.dataset import (
+    DataError,
+    Dataset,
+    channel_statistics,
+    divide,
+    prepare,
+    sampled,
+    streamed_fingerprint,
+)
+from awp_engine.data.loaders.choose import InMemory, Loading, shape_of, streamed
+from awp_engine.data.loaders.files_loader import Reader
+from awp_engine.data.sets.cifar import CIFAR10, CIFAR100, read_cifar
+from awp_engine.data.sets.digits import read_digits
+from awp_engine.data.sets.inspect import decode
+from awp_engine.data.sets.sources import Source, open_source, source_names
+from awp_engine.data.sets.store import EncodedImages
+from awp_engine.data.sets.svhn import read_svhn
+from awp_engine.data.split import Split, StreamedSplit
+
+dataset_names = ("digits", "cifar10", "cifar100", "svhn", *source_names)
+# of the images that cannot be used, in a message
+_SHOWN = 6
+
+
+def load_dataset(
+    name: str,
+    *,
+    root: Path | str | None,
+    held_out_fraction: float,
+    seed: int,
+    train_limit: int | None = None,
+    loading: Loading | None = None,
+) -> Dataset:
+    """Opens a data set, and holds out a part of its training set for model selection.
+
+    Args:
+        name: one of `dataset_names`.
+        root: directory of the files; None for `digits`, which ship inside scikit-learn.
+        held_out_fraction: part of every class that is held out, in [0, 1).
+        seed: of the hold-out alone. Runs with different seeds should share it, so that their held-out figures compare.
+        train_limit: train on so many images alone, as many of every class; None for all that are not held out. Neither
+            the held-out images nor those of a smaller limit depend on it.
+        loading: where the images are wanted, and how they get there; None reads all of them into the CPU's memory.
+
+    Raises:
+        DataError: the data set is unknown, or its files are missing or not as they should be, or it has fewer training
+            images than train_limit, or more classes.
+        ValueError: held_out_fraction out of range.
+    """
+    loading = loading or Loading()
+    root = None if root is None else Path(root)
+    if name not in dataset_names:
+        raise DataError(f"data set: unknown name {name!r}; expected one of {', '.join(dataset_names)}")
+    if not 0 <= held_out_fraction < 1:
+        raise ValueError(f"held_out_fraction: {held_out_fraction}; expected a number in [0, 1)")
+    if name == "digits" and root is not None:
+        raise DataError(
+            f"--data.root {root} was given, but digits ship inside scikit-learn; drop it, or give --data.name or "
+            "another preset"
+        )
+    if name in source_names:
+        source = open_source(name, _existing(name, root), skip=loading.skip)
+        return _from_source(source, loading, held_out_fraction=held_out_fraction, seed=seed, train_limit=train_limit)
+    try:
+        if name == "digits":
+            raw = read_digits()
+        elif name == "svhn":
+            raw = read_svhn(_existing(name, root))
+        else:
+            raw = read_cifar(_existing(name, root), CIFAR10 if name == "cifar10" else CIFAR100)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or root} cannot be read: {error.strerror}; expected a file of {name}"
+        ) from error
+    data = prepare(name, raw, held_out_fraction=held_out_fraction, seed=seed, train_limit=train_limit)
+    return _placed(data, loading)
+
+
+def _existing(name: str, root: Path | None) -> Path:
+    if root is None:
+        raise DataError(f"--data.root is required for {name}: give the directory that holds its files")
+    if not root.is_dir():
+        raise DataError(f"--data.root {root} is not a directory; expected the one that holds the files of {name}")
+    return root
+
+
+def _placed(data: Dataset, loading: Loading) -> Dataset:
+    """A data set in the CPU's memory, where `loading` wants it."""
+    splits: dict[str, Split] = {"train": data.train, "held_out": data.held_out, "test": data.test}  # pyright: ignore[reportAssignmentType]
+    store = splits["train"]
+    size = loading.framing.size
+    if size is not None and store.shape[1:] != (size, size):
+        height, width = store.shape[1:]
+        raise DataError(f"--data.image-size {size}: {data.name} has images of {width}x{height}; leave it out")
+    loader = loading.choose(InMemory(store), sum(map(len, splits.values())), store.shape)
+    if loader == "resident":
+        placed = {part: split.to(loading.device) for part, split in splits.items()}
+    else:
+        placed = {part: streamed(split, loading, loader) for part, split in splits.items()}
+    return dataclasses.replace(data, **placed, loader=loader)
+
+
+def _from_source(
+    source: Source, loading: Loading, *, held_out_fraction: float, seed: int, train_limit: int | None
+) -> Dataset:
+    shape = shape_of(source.train, loading.framing)
+    train_count, test_count = len(source.train), len(source.test)
+    loader = loading.choose(source.train, train_count + test_count, shape)
+    full, test = (
+        StreamedSplit(
+            store=store,
+            loader=loading.open(loader, store, shape),
+            shape=shape,
+            rows=torch.arange(len(store)),
+            labels=labels.to(loading.device),
+            ids=torch.arange(first, first + len(store)),
+        )
+        for store, labels, first in (
+            (source.train, source.train_labels, 0),
+            (source.test, source.test_labels, train_count),
+        )
+    )
+    parts = divide(
+        full, test, source.class_names, held_out_fraction=held_out_fraction, seed=seed, train_limit=train_limit
+    )
+    used = full.select(parts.used)
+    framing = "" if loading.framing.size is None else f"{loading.framing.central:.6g}"
+    digest = streamed_fingerprint(used, source.class_names, framing)
+    train, held_out, test = parts.train, parts.held_out, parts.test
+    if loader == "resident":
+        train, held_out, test = _resident([train, held_out, test], loading)
+    mean, std = source.statistics or _statistics(train, held_out, sampled(used))
+    return Dataset(
+        name=source.name,
+        train=train,
+        held_out=held_out,
+        test=test,
+        class_names=source.class_names,
+        named=source.named,
+        mean=mean,
+        std=std,
+        fingerprint=digest,
+        loader=loader,
+    )
+
+
+def _statistics(
+    train: Split | StreamedSplit, held_out: Split | StreamedSplit, ids: Tensor
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Of the images with these ids: the same ones for every loader."""
+    parts = [part.select(torch.nonzero(torch.isin(part.ids.cpu(), ids)).squeeze(1)) for part in (train, held_out)]
+    return channel_statistics([part.resident().images for part in parts])
+
+
+def _resident(parts: list[StreamedSplit], loading: Loading) -> list[Split]:
+    try:
+        return [split.resident() for split in parts]
+    except DataError as error:
+        raise _with_others(error, parts, loading) from None
+
+
+def _with_others(error: DataError, parts: list[StreamedSplit], loading: Loading) -> DataError:
+    """The error about one file, and the names of all others that cannot be used either."""
+    unusable: dict[int, tuple[str, str]] = {}
+    for split in parts:
+        store = split.store
+        if not isinstance(store, EncodedImages):
+            return error
+        reader = Reader(split.shape, loading.framing)
+        for row, sample in zip(split.rows.tolist(), split.ids.tolist(), strict=True):
+            try:
+                decode(reader.read(store, row, None).content, store.name(row))
+            except DataError as found:
+                unusable[sample] = store.name(row), str(found)
+    if len(unusable) < 2:
+        return error
+    (_, first), *others = (unusable[sample] for sample in sorted(unusable))
+    names = [name for name, _ in others]
+    shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    return DataError(f"{first}; {len(names)} more cannot be used: {shown}")

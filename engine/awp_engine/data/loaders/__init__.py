@@ -1,0 +1,1 @@
+"""What brings images from where they lie to where they are trained on: memory, DALI, or torch."""

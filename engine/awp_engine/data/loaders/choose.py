@@ -1,0 +1,226 @@
+"""How images get from where they lie to where they are trained on."""
+
+import contextlib
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from awp_engine.config import Config
+from awp_engine.data.dataset import DataError, fingerprint
+from awp_engine.data.framing import Framing
+from awp_engine.data.loaders.array_loader import ArrayLoader
+from awp_engine.data.loaders.dali_loader import DaliLoader, dali_problem
+from awp_engine.data.loaders.files_loader import Reader
+from awp_engine.data.loaders.torch_loader import TorchLoader
+from awp_engine.data.sets.files import evenly
+from awp_engine.data.sets.inspect import Header, check
+from awp_engine.data.sets.store import EncodedImages, ImageArrays
+from awp_engine.data.split import Loader, Split, StreamedSplit
+from awp_engine.data.tools.scan import bad_files
+
+LoaderName = Literal["auto", "resident", "dali", "torch"]
+_MOST_WORKERS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """The settings of loading.
+
+    Attributes:
+        loader: "resident" keeps all images in the device's memory; "dali" and "torch" make them batch by batch, from
+            files by NVIDIA DALI or by Pillow in processes, from arrays by a thread that copies them; "auto" is resident
+            where the images fit and are of one size, else dali for files where it is installed, else torch.
+        device: where the images are wanted.
+        framing: how images of files become images of one size.
+        workers: threads or processes that decode; None takes one a core, shared among the ranks of a machine.
+        resident_share: part of the device's free memory that auto fills with images.
+        skip: files to leave out, as a scan lists them.
+    """
+
+    loader: LoaderName = "resident"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    framing: Framing = field(default_factory=Framing)
+    workers: int | None = None
+    resident_share: float = 0.25
+    skip: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        # without its number it is not the device of any tensor
+        if self.device == torch.device("cuda"):
+            object.__setattr__(self, "device", torch.device("cuda", torch.cuda.current_device()))
+
+    def choose(self, store: EncodedImages | ImageArrays, images: int, shape: tuple[int, int, int]) -> LoaderName:
+        """The loader that auto stands for.
+
+        Args:
+            store: what is trained on.
+            images: of all parts of the data set.
+            shape: channels, height and width.
+
+        Raises:
+            DataError: resident was asked for and cannot be had, or arrays are to be cut.
+        """
+        size, least_area, central = self.framing.size, self.framing.least_area, self.framing.central
+        random_windows = size is not None and least_area is not None
+        if size is not None and (random_windows or central != 1) and not isinstance(store, EncodedImages):
+            raise DataError(
+                f"--data.{'crop resized' if random_windows else f'center-crop {central:g}'}: the images are arrays, "
+                "which are taken as they are; leave it out"
+            )
+        if self.loader == "resident" and random_windows:
+            raise DataError(
+                "--data.loader resident: random-resized crops are cut from the files' own images; "
+                "use auto, dali or torch, or --data.crop pad"
+            )
+        if self.loader != "auto":
+            return self.loader
+        in_bytes = images * shape[0] * shape[1] * shape[2]
+        if not random_windows and in_bytes <= self.resident_share * free_memory(self.device):
+            return "resident"
+        return "dali" if isinstance(store, EncodedImages) and dali_problem() is None else "torch"
+
+    def open(self, name: LoaderName, store: EncodedImages | ImageArrays, shape: tuple[int, int, int]) -> Loader:
+        """A loader for a store; for "resident" the one that fills the memory.
+
+        Raises:
+            DataError: it is not installed.
+        """
+        workers = self.workers if self.workers is not None else default_workers()
+        reader = Reader(shape, self.framing)
+        if name == "dali" or (name == "resident" and isinstance(store, EncodedImages) and dali_problem() is None):
+            return DaliLoader(reader, self.device, workers)
+        if isinstance(store, EncodedImages):
+            return TorchLoader(reader, self.device, workers)
+        return ArrayLoader(self.device)
+
+
+def shape_of(store: EncodedImages | ImageArrays, framing: Framing) -> tuple[int, int, int]:
+    """Channels, height and width of a store's images once they are framed.
+
+    The first usable file stands for all; where images are resized, most of up to 1,000 decide about colour.
+
+    Raises:
+        DataError: no file can be used, or arrays are to be framed.
+    """
+    if isinstance(store, ImageArrays):
+        size = framing.size
+        if size is not None and store.shape[1:] != (size, size):
+            height, width = store.shape[1:]
+            raise DataError(
+                f"--data.image-size {size}: the images are arrays of {width}x{height}, which are taken as they are; "
+                "leave it out"
+            )
+        return store.shape
+    first, mode = _usual(store, framing)
+    return 3 if mode == "RGB" else 1, framing.size or first.height, framing.size or first.width
+
+
+def _usual(store: EncodedImages, framing: Framing) -> tuple[Header, str]:
+    """The first usable file's header, and the mode of most images: grey ones that are resized become colour."""
+    first, refused = None, None
+    for row in range(len(store)):
+        try:
+            first = check(store.read(row), store.name(row))
+            break
+        except DataError as error:
+            refused = refused or error
+    if first is None:
+        raise refused or DataError("no images: expected at least one")
+    if first.mode == "RGB" or framing.size is None:
+        return first, first.mode
+    modes: Counter[str] = Counter()
+    for row in evenly(len(store)):
+        with contextlib.suppress(DataError):
+            modes[check(store.read(row), store.name(row)).mode] += 1
+    return first, "RGB" if modes["RGB"] >= modes["L"] else "L"
+
+
+class InMemory:
+    """Images that lie in memory, as `ImageArrays`.
+
+    Args:
+        split: on the CPU.
+    """
+
+    def __init__(self, split: Split) -> None:
+        self._split = split
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        return self._split.shape
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """uint8 [n, C, H, W] of rows int64 [n]."""
+        return self._split.images[rows]
+
+    def labels(self, rows: Tensor) -> Tensor:
+        """int64 [n] of the same rows."""
+        return self._split.labels[rows]
+
+    def digest(self) -> str:
+        """SHA-256, hexadecimal, of shape, images and labels."""
+        return fingerprint(self._split, ())
+
+
+def streamed(split: Split, loading: Loading, name: LoaderName) -> StreamedSplit:
+    """Images in memory, made batch by batch."""
+    store = InMemory(split)
+    return StreamedSplit(
+        store=store,
+        loader=loading.open(name, store, split.shape),
+        shape=split.shape,
+        rows=torch.arange(len(split)),
+        labels=split.labels.to(loading.device),
+        ids=split.ids,
+    )
+
+
+def default_workers() -> int:
+    """One a core, shared among the ranks of a machine; 16 at most."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(_MOST_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that nobody uses: of a GPU, or of this machine by its ranks."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:  # noqa: PTH123
+            available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        available = pages
+    return available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def data_loading(config: Config, device: torch.device, root: Path | None = None) -> Loading:
+    """How a configuration wants images to be loaded.
+
+    Args:
+        config: the run's.
+        device: where batches are wanted.
+        root: of the data set, in place of the configuration's.
+
+    Raises:
+        DataError: files of the data set are listed as unusable, and are not to be skipped.
+    """
+    data, root = config.data, root or config.data.root
+    least_area = data.crop_scale if data.crop == "resized" else None
+    return Loading(
+        loader=data.loader,
+        device=device,
+        framing=Framing(size=data.image_size, least_area=least_area, central=data.center_crop),
+        workers=data.workers,
+        resident_share=data.resident_share,
+        skip=frozenset() if root is None else bad_files(root, data.bad_files, path=data.bad_list),
+    )

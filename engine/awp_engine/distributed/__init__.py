@@ -1,0 +1,1 @@
+"""Several ranks: what they tell each other, share, compare, and survive. Imports nothing by itself."""

@@ -1,0 +1,181 @@
+"""What both families of networks share."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn import functional
+
+from awp_kernels import bn_relu, bn_relu_available, conv3x3, conv3x3_available
+
+Activation = Literal["relu", "silu"]
+
+
+def make_activation(name: str) -> nn.Module:
+    """Returns the activation module called `name`; raises ValueError for another name."""
+    if name == "relu":
+        # Safe in place: it only ever follows batch normalisation, whose backward needs its input and not its output.
+        return nn.ReLU(inplace=True)
+    if name == "silu":
+        return nn.SiLU()
+    raise ValueError(f"activation: unknown name {name!r}; expected one of {', '.join(get_args(Activation))}")
+
+
+def spans_ranks() -> bool:
+    """Whether there are other ranks to share statistics with."""
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch normalisation that can be synchronised.
+
+    Attributes:
+        synchronized: in train mode by the statistics of all ranks: see `awp_engine.models.batch_norm.synchronize`.
+    """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        # the instance's from the start: Dynamo compiles anew where an attribute of the class becomes one of the object
+        self.synchronized = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same."""
+        if self.synchronized and self.training and spans_ranks():
+            # it imports torch.compile, which takes a second
+            from awp_engine.models.sync_batch_norm import synchronized_batch_norm
+
+            return synchronized_batch_norm(self, input)
+        return super().forward(input)
+
+
+class ActivatedBatchNorm(BatchNorm):
+    """Batch normalisation and the activation after it; with ReLU on the CPU both in one operation.
+
+    Attributes:
+        activation: what follows the normalisation.
+    """
+
+    def __init__(self, channels: int, activation: Activation) -> None:
+        super().__init__(channels)
+        self.activation = make_activation(activation)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same."""
+        # fewer channels than a vector has lanes are slower
+        fused = isinstance(self.activation, nn.ReLU) and self.momentum is not None and self.num_features >= 16
+        fused &= not (self.synchronized and self.training and spans_ranks())
+        if not fused or torch.compiler.is_compiling() or not bn_relu_available(input, self.weight, self.bias):
+            return self.activation(super().forward(input))
+        moves = self.training and self.track_running_stats
+        if moves and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        keeps = moves or not self.training
+        return bn_relu(
+            input,
+            self.weight,
+            self.bias,
+            self.running_mean if keeps else None,
+            self.running_var if keeps else None,
+            training=self.training,
+            momentum=self.momentum or 0.0,
+            eps=self.eps,
+        )
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution of stride 1, on the CPU by the fused operation."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, in_channels, H, W] -> [N, out_channels, H, W]."""
+        # measured: narrower layers and images smaller than a tile gain nothing, 16-bit ones need twice the width
+        least = 32 if input.dtype == torch.float32 else 64
+        wide = min(self.in_channels, self.out_channels) >= least and self.bias is None
+        if wide and conv3x3_available(input, self.weight) and min(input.shape[2:]) >= 4:
+            return conv3x3(input, self.weight)
+        return super().forward(input)
+
+
+def convolution(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d:
+    """A 3x3 convolution without bias that keeps the resolution, or divides it by `stride`."""
+    if stride == 1:
+        return Conv3x3(in_channels, out_channels)
+    return nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
+
+
+class NormalizedClassifier(nn.Module):
+    """Base of all models: checks and holds mean and standard deviation, and normalises images with them.
+
+    Attributes:
+        mean, std: fp32 [1, C, 1, 1], not part of the state dict, which so equals the public layout.
+        num_classes: number of logits.
+        class_names: of the logits, in their order, where the weights that were loaded say so.
+    """
+
+    mean: Tensor
+    std: Tensor
+    class_names: tuple[str, ...] | None = None
+
+    def __init__(self, num_classes: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"num_classes: {num_classes}; expected at least 2")
+        if not mean or len(mean) != len(std):
+            raise ValueError(f"mean and std: {len(mean)} and {len(std)} values; expected one of each for every channel")
+        if not all(math.isfinite(value) for value in mean) or not all(
+            math.isfinite(value) and value > 0 for value in std
+        ):
+            raise ValueError(
+                f"mean and std: {tuple(mean)} and {tuple(std)}; expected finite means, positive finite deviations"
+            )
+        self.num_classes = num_classes
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """(images - mean) / std, for images [N, C, H, W] in [0, 1]."""
+        return (images - self.mean) / self.std
+
+    @property
+    def classifier_names(self) -> tuple[str, str]:
+        """Of the last layer's weight and bias in the state dict."""
+        name = next(name for name, module in self.named_modules() if isinstance(module, Classifier))
+        return f"{name}.weight", f"{name}.bias"
+
+
+class Stem(nn.Conv2d):
+    """A convolution in the images' precision; what follows goes on in the precision of its weight.
+
+    16-bit images would lose attack steps: bfloat16 spaces the numbers below 1 by 1/256.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, out_channels, ...], in the weight's dtype."""
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return self._conv_forward(input, self.weight.to(input.dtype), bias).to(self.weight.dtype)
+
+
+class Classifier(nn.Linear):
+    """Logits, in the precision of its bias, which is full where weights are 16-bit copies."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, in_features] -> [N, classes]."""
+        dtype = self.bias.dtype
+        return functional.linear(input.to(dtype), self.weight.to(dtype), self.bias)
+
+
+class Head(Classifier):
+    """Mean over all pixels, then logits.
+
+    The mean is taken by the public code's kernel and so equal to it on 32x32 images.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, classes]."""
+        features = input.to(self.bias.dtype)
+        pooled = functional.avg_pool2d(features, (features.shape[2], features.shape[3])).flatten(1)
+        return super().forward(pooled)

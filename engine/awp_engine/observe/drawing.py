@@ -1,0 +1,71 @@
+"""What all figures share: names drawn as they are, files written whole, and failures that cost a line."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from awp_engine.files.atomic import temporary_beside
+from awp_engine.files.text import printable, reason, shortened
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Drawn = TypeVar("Drawn")
+# matplotlib's arithmetic on an axis overflows beyond
+_LARGEST = 1e150
+
+
+@functools.cache
+def _glyphs() -> frozenset[int]:
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    return frozenset(get_font(findfont(FontProperties())).get_charmap())
+
+
+def drawable(text: str, most: int = 48) -> str:
+    """`text` as a figure shows it: short, and with escapes for what is not printable or not in the font.
+
+    To be drawn with `parse_math=False`, as dollars are no formulas.
+    """
+    known = shortened(printable(text), most)
+    return "".join(c if ord(c) in _glyphs() else ascii(c).strip("'") for c in known)
+
+
+def legend(axes: Axes, series: Sequence[tuple[Any, str]]) -> None:
+    """A legend of artists and their names, whatever the names are: matplotlib hides those that begin with `_`."""
+    drawn = axes.legend([artist for artist, _ in series], [""] * len(series), frameon=False, loc="best")
+    for text, (_, name) in zip(drawn.get_texts(), series, strict=True):
+        text.set(text=drawable(name), parse_math=False)
+
+
+def plottable(value: float) -> float:
+    """`value`, or NaN, which leaves a gap, where no axis can hold it."""
+    return value if abs(value) < _LARGEST else math.nan
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a PNG file whole.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    temporary = temporary_beside(path)
+    try:
+        figure.savefig(temporary, dpi=140, format="png")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def attempt(what: str, draw: Callable[[], Drawn], say: Callable[[str], object]) -> Drawn | None:
+    """What `draw` returns; whatever it raises is told in a line, as results do not depend on a picture."""
+    try:
+        return draw()
+    except Exception as error:
+        say(f"warning: {printable(what)} could not be drawn: {reason(error)}; the numbers are written")
+        return None

@@ -1,0 +1,76 @@
+"""The optimizer that a configuration describes, and its state in a checkpoint."""
+
+from collections.abc import Iterable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from awp_engine.config import OptimizerConfig
+from awp_engine.optim.adamw import AdamW
+from awp_kernels import SGD
+
+Optimizer: TypeAlias = SGD | AdamW
+
+_MOMENTUM, _ADAMW = "momentum_buffer", ("exp_avg", "exp_avg_sq", "step")
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig, *, working: nn.Module | None = None) -> Optimizer:
+    """SGD or AdamW over all parameters of `model`, in one or two launches a step.
+
+    Args:
+        model: its parameters are stepped.
+        config: kind, rate, momentum and decay.
+        working: a working copy of `model`, whose gradients are taken where it has any, and which gets the new weights.
+    """
+    parameters = dict(model.named_parameters())
+    # biases and normalisation weights are the parameters of one dimension
+    groups = [[p for p in parameters.values() if p.ndim > 1], [p for p in parameters.values() if p.ndim <= 1]]
+    decays = [config.weight_decay, config.weight_decay if config.decay_all else 0.0]
+    parts = [{"params": group, "weight_decay": decay} for group, decay in zip(groups, decays, strict=True) if group]
+    copies = {} if working is None else dict(working.named_parameters())
+    copied = {p: copies[name] for name, p in parameters.items() if name in copies and copies[name] is not p}
+    # on the device, where a captured step reads it; the fused kernel of AdamW reads fp32 alone there
+    dtype = torch.float64 if config.kind == "sgd" else torch.float32
+    lr = torch.tensor(config.lr, dtype=dtype, device=next(iter(parameters.values())).device)
+    if config.kind == "adamw":
+        return AdamW(parts, lr=lr, beta1=config.momentum, beta2=config.beta2, working=copied)
+    return SGD(parts, lr=lr, momentum=config.momentum, nesterov=config.nesterov, working=copied)
+
+
+def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state by name, for a checkpoint: momentum by parameter, or `exp_avg.PARAMETER` and so on."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[name if key == _MOMENTUM else f"{key}.{name}"] = value
+    return tensors
+
+
+def allocate_optimizer_tensors(model: nn.Module, optimizer: Optimizer, names: Iterable[str]) -> dict[str, Tensor]:
+    """Makes the state that `optimizer_tensors` had under these names, to be written into.
+
+    Raises:
+        ValueError: a name that is not this optimizer's.
+    """
+    parameters, wanted = dict(model.named_parameters()), set(names)
+    for name, parameter in parameters.items():
+        if isinstance(optimizer, AdamW):
+            if any(f"{key}.{name}" in wanted for key in _ADAMW):
+                optimizer.allocate(parameter)
+        elif name in wanted:
+            optimizer.state[parameter][_MOMENTUM] = torch.zeros_like(parameter)
+    tensors = optimizer_tensors(model, optimizer)
+    if strange := sorted(wanted - tensors.keys()):
+        raise ValueError(f"{strange[0]}: expected the state of {type(optimizer).__name__}")
+    return tensors
+
+
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
+    """Set the rate of all groups, in place where it is a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr

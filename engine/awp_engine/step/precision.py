@@ -1,0 +1,213 @@
+"""Which precision serves which part of a step, and the models that compute in it.
+
+Masters stay in full precision. A part in 16 bits runs on a working copy: a second module whose convolution and linear
+weights are stored in 16 bits, its other parameters as they are; the running statistics are the model's own.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from awp_engine.config import Config, ConfigError
+from awp_engine.distributed.sharding import gathered
+from awp_engine.models.batch_norm import share_memory
+from awp_engine.step.folding import FoldedView
+
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_PARTS = ("attack", "ascent", "descent")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """What the parts of a step compute in; None is the model's own precision."""
+
+    attack: torch.dtype | None = None
+    ascent: torch.dtype | None = None
+    descent: torch.dtype | None = None
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 in hardware; without, it is slower than fp32."""
+    path = Path("/proc/cpuinfo")
+    flags = path.read_text() if path.exists() else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def choose_precision(config: Config, device: torch.device) -> Precision:
+    """The precision that a run computes in.
+
+    Raises:
+        ConfigError: fp16 on the CPU, which has no arithmetic for it.
+    """
+    cuda = device.type == "cuda"
+    # one norm over parameters of two precisions: see `Config`
+    sharpness_aware = config.awp.gamma > 0 and config.awp.scale != "relative"
+    chosen: dict[str, torch.dtype | None] = {}
+    for part in _PARTS:
+        name = getattr(config.precision, part)
+        if name == "fp16" and not cuda:
+            raise ConfigError(f"--precision.{part}: expected fp32 or bf16 on the CPU, got 'fp16'")
+        if name != "auto":
+            chosen[part] = _DTYPES[name]
+        elif cuda:
+            chosen[part] = None if sharpness_aware and part != "attack" else torch.float16
+        else:
+            chosen[part] = torch.bfloat16 if part == "attack" and has_fast_bfloat16() else None
+    if config.awp.gamma > 0 and config.awp.ascent == "shared":
+        # the ascent's gradient comes out of the attack's last pass
+        chosen["attack"] = chosen["ascent"]
+    if config.distributed.strategy == "fsdp":
+        # there is one model, whose parameters are gathered in one precision
+        if config.precision.attack == "auto":
+            chosen["attack"] = chosen["descent"]
+        if len(set(chosen.values())) > 1:
+            raise ConfigError(
+                "--precision.attack: expected that of ascent and descent with --distributed.strategy fsdp"
+            )
+    if config.attack.epsilon_value == 0:
+        # no attack, and no copy for it
+        chosen["attack"] = chosen["descent"]
+    return Precision(**chosen)
+
+
+def working_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A second module with parameters of its own, the weights of convolutions and linear layers in `dtype`.
+
+    Args:
+        model: any module; its buffers, such as running statistics, serve both.
+        dtype: 16-bit.
+    """
+    lowered = {id(m.weight) for m in model.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))}
+    # deepcopy takes what the memo holds in place of a copy
+    memo: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
+    for p in model.parameters():
+        copied = p.detach().clone().to(dtype if id(p) in lowered else p.dtype)
+        memo[id(p)] = nn.Parameter(copied, requires_grad=p.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
+def frozen_view(model: nn.Module) -> nn.Module:
+    """A second module over the same memory, none of whose parameters asks for a gradient."""
+    memo: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+    return copy.deepcopy(model, memo)
+
+
+class Copies:
+    """The models that the parts of a step run on.
+
+    Args:
+        model: holds the masters.
+        precision: of the parts.
+        shared_ascent: the ascent's gradient is that of the attack's last pass, which therefore runs on `ascent`.
+        fold: fold batch normalisation into convolutions where the attack, in eval mode, allows; see `FoldedView`.
+        sharded: the model's parameters are: it serves all parts itself, in the precision in which they are gathered.
+
+    Attributes:
+        model: as given.
+        attack: asks for no gradient of its parameters, but where `shared_ascent`.
+        ascent, descent: the model itself, or a working copy.
+        statistics: all running statistics, see `share_memory`.
+        sharded: as given.
+        all: the working copies.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        precision: Precision | None = None,
+        *,
+        shared_ascent: bool = False,
+        fold: bool = False,
+        sharded: bool = False,
+    ) -> None:
+        precision = precision or Precision()
+        self.model, self.precision, self.sharded = model, precision, sharded
+        self.statistics = share_memory(model)
+        if sharded:
+            self.all: list[nn.Module] = []
+            self.attack = self.ascent = self.descent = model
+            self._folded = None
+            return
+        by_dtype: dict[torch.dtype | None, nn.Module] = {None: model}
+        for dtype in (precision.descent, precision.ascent, precision.attack):
+            if dtype not in by_dtype and dtype is not None:
+                by_dtype[dtype] = working_copy(model, dtype)
+        self.all = [copied for dtype, copied in by_dtype.items() if dtype is not None]
+        self.ascent, self.descent = by_dtype[precision.ascent], by_dtype[precision.descent]
+        of_attack = by_dtype[precision.attack]
+        self.attack = of_attack if shared_ascent else frozen_view(of_attack)
+        self._folded = FoldedView(self.attack, model) if fold and not shared_ascent else None
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """A block of several passes between which no parameter changes: shards stay gathered."""
+        with gathered(self.model) if self.sharded else contextlib.nullcontext():
+            yield
+
+    def prepare_attack_(self) -> None:
+        """Compute once a step what all passes of the attack use."""
+        if self._folded is not None:
+            self._folded.refresh_()
+
+    @property
+    def working(self) -> nn.Module | None:
+        """The copy that takes the perturbed weights: the descent's; None where the descent runs on the masters."""
+        return None if self.descent is self.model else self.descent
+
+    @property
+    def updated(self) -> nn.Module | None:
+        """The copy that an update writes along with the masters: the descent's, else the ascent's or the attack's."""
+        return self.all[0] if self.all else None
+
+    @torch.no_grad()
+    def refresh_(self) -> None:
+        """Bring all working copies up to date with the masters."""
+        self._refresh(self.all)
+
+    @torch.no_grad()
+    def refresh_rest_(self) -> None:
+        """Bring those up to date that an update does not write: see `updated`."""
+        self._refresh(self.all[1:])
+
+    def _refresh(self, copies: list[nn.Module]) -> None:
+        masters: list[Tensor] = list(self.model.parameters())
+        for copied in copies:
+            targets: list[Tensor] = list(copied.parameters())
+            torch._foreach_copy_(targets, masters)  # pyright: ignore[reportPrivateImportUsage]
+
+
+class LossScale:
+    """The factor that lifts 16-bit gradients out of underflow; grows and shrinks on the device, as torch.amp's does.
+
+    Attributes:
+        value: fp32 scalar.
+        growth: int32 scalar, steps since it last changed.
+    """
+
+    def __init__(self, device: torch.device, initial: float = 2.0**15) -> None:
+        self.value = torch.full((), initial, device=device)
+        self.growth = torch.zeros((), dtype=torch.int32, device=device)
+
+    @torch.no_grad()
+    def update_(self, skipped: Tensor) -> None:
+        """Halve after a step whose gradient was not finite, double after 2,000 steps without one."""
+        update: Any = torch._amp_update_scale_  # pyright: ignore[reportPrivateImportUsage]
+        update(self.value, self.growth, skipped.float(), 2.0, 0.5, 2000)
+
+    def state(self) -> dict[str, Tensor]:
+        """For a checkpoint."""
+        return {"value": self.value, "growth": self.growth}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        """What `state` gave."""
+        self.value.copy_(state["value"])
+        self.growth.copy_(state["growth"])

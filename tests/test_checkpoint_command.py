@@ -1,4 +1,4 @@
-"""`python -m awp_engine.checkpoint`, as people call it."""
+"""`awp checkpoint`, as people call it."""
 
 import os
 import subprocess
@@ -145,7 +145,7 @@ def test_errors_are_one_line(
         call(*(argument.replace("RUN", str(run_dir)) for argument in arguments))
     assert caught.value.code == code
     shown = capsys.readouterr()
-    assert shown.err.startswith("python -m awp_engine.checkpoint")
+    assert shown.err.startswith("awp checkpoint")
     assert message in shown.err
     assert shown.err.count("\n") == 1
     assert not (run_dir / "x.safetensors").exists()
@@ -156,7 +156,7 @@ def test_the_program(run_dir: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
     def program(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "awp_engine.checkpoint", *map(str, arguments)]
+        command = [sys.executable, "-m", "awp_engine", "checkpoint", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
 
     (run_dir / "checkpoints" / "epoch-1" / "state.json").unlink()

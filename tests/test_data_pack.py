@@ -1,4 +1,4 @@
-"""`python -m awp_engine.data pack` and `verify`: shards that others read as they were meant, or none at all."""
+"""`awp data pack` and `verify`: shards that others read as they were meant, or none at all."""
 
 import errno
 import json
@@ -167,7 +167,7 @@ def test_bad_files_are_refused_or_skipped_by_the_list(copy: Path, tmp_path: Path
     good = encode(random_image(3), "JPEG")
     # whole by its header and its end
     bad.write_bytes(good[:-40] + b"\xff\xd8" + good[-40:])
-    with pytest.raises(DataError, match=rf"{bad}: broken JPEG: .*; scan first: python -m awp_engine.data scan"):
+    with pytest.raises(DataError, match=rf"{bad}: broken JPEG: .*; scan first: awp data scan"):
         pack_folder(copy, out, workers=1)
     assert not out.exists()
     (copy / "train" / "class_4" / "words.txt").write_text("words")

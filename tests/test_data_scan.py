@@ -1,4 +1,4 @@
-"""`python -m awp_engine.data scan`: all bad files are found and nothing else, whatever they do to the one who looks."""
+"""`awp data scan`: all bad files are found and nothing else, whatever they do to the one who looks."""
 
 import json
 import multiprocessing
@@ -31,7 +31,7 @@ from awp_engine.data.tools.scan import (
     write_scan,
 )
 
-COMMAND = [sys.executable, "-m", "awp_engine.data"]
+COMMAND = [sys.executable, "-m", "awp_engine", "data"]
 
 
 @pytest.fixture
@@ -221,7 +221,7 @@ def test_ctrl_c_ends_all_processes(interrupted: subprocess.Popen, tmp_path: Path
     # to the end of the file: when no process holds it any more
     _, errors = interrupted.communicate(timeout=60)
     lines = [line for line in errors.splitlines() if not line.startswith("files: ")]
-    assert lines == ["python -m awp_engine.data: error: scan was interrupted; nothing was written"]
+    assert lines == ["python -m awp_engine data: error: scan was interrupted; nothing was written"]
     assert interrupted.returncode == 130
     assert not (tmp_path / "images" / LIST_NAME).exists()
 
@@ -308,7 +308,7 @@ def test_a_damaged_list_is_refused(tmp_path: Path, old: str, new: str) -> None:
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new, 1))
-    with pytest.raises(DataError, match=r"is damaged \(.*\); scan again: python -m awp_engine.data scan"):
+    with pytest.raises(DataError, match=r"is damaged \(.*\); scan again: awp data scan"):
         read_scan(path)
 
 

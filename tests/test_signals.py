@@ -17,8 +17,8 @@ COMMANDS = {
     "train.py": [str(ENGINE / "train.py"), "--epochs", "500"],
     "evaluate.py": [str(ENGINE / "evaluate.py"), "nowhere"],
     "landscape.py": [str(ENGINE / "landscape.py"), "nowhere"],
-    "python -m awp_engine.data": ["-m", "awp_engine.data", "scan", "."],
-    "python -m awp_engine.checkpoint": ["-m", "awp_engine.checkpoint", "list", "."],
+    "python -m awp_engine data": ["-m", "awp_engine", "data", "scan", "."],
+    "python -m awp_engine checkpoint": ["-m", "awp_engine", "checkpoint", "list", "."],
     "python -m awp_kernels": ["-m", "awp_kernels"],
 }
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from awp_engine import checkpoint
-from awp_engine.attack.pgd import pgd
+from awp_engine.attack import pgd
 from awp_engine.config import AttackConfig, Config, EvaluationConfig, ModelConfig, to_json
 from awp_engine.data import Dataset, load_dataset, train_batches
 from awp_engine.models.trained import CHECKPOINTS, MODEL_FILE, ModelDescription

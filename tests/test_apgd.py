@@ -14,10 +14,11 @@ from pyautoattack.autopgd_base import APGDAttack
 from ranks import run_ranks
 from samples import images
 
-from awp_engine.attack.pgd import apgd, batch_norm_mode, cross_entropy_losses, halving_points, pgd
+from awp_engine.attack import apgd, cross_entropy_losses, halving_points, pgd
 from awp_engine.config import AttackConfig, AwpConfig, Config, ConfigError, OptimizerConfig, PrecisionConfig
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.models import build_model
+from awp_engine.models.batch_norm import batch_norm_mode
 from awp_engine.observe.throughput import forward_units
 from awp_engine.step.build import build_step
 from awp_engine.step.objectives import Trades

@@ -12,8 +12,7 @@ from samples import images
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from awp_engine.attack import checks as attack_checks
-from awp_engine.attack.pgd import (
+from awp_engine.attack import (
     apgd,
     cross_entropy_losses,
     fast_attack,
@@ -22,6 +21,7 @@ from awp_engine.attack.pgd import (
     summed_cross_entropy,
     summed_margin,
 )
+from awp_engine.attack import checks as attack_checks
 from awp_engine.models import build_model
 
 X, Y = images((4, 3, 6, 6)), torch.arange(4)

@@ -21,7 +21,7 @@ from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from awp_engine.attack.pgd import pgd
+from awp_engine.attack import pgd
 from awp_engine.data import Split, eval_batches
 from awp_engine.evaluation import PgdAttack, evaluate, evaluation_seed, spread
 from awp_engine.evaluation.attack_state import StateFile

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from samples import images, randn
 from torch import nn
 
-from awp_engine.attack.pgd import pgd
+from awp_engine.attack import pgd
 from awp_engine.data import Batch, load_dataset
 from awp_engine.evaluation import PgdAttack
 from awp_engine.landscape import (

@@ -13,8 +13,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn.utils import parametrizations, spectral_norm
 
-from awp_engine.attack import pgd as attack
-from awp_engine.attack.pgd import apgd, pgd
+from awp_engine.attack import apgd, pgd
+from awp_engine.attack import common as attack
 from awp_engine.config import AttackConfig, AwpConfig, OptimizerConfig
 from awp_engine.models import batch_norm, build_model
 from awp_engine.models.batch_norm import batch_norm_mode, layer_modes, recompute_statistics

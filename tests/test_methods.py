@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from samples import images
 from torch import nn
 
-from awp_engine.attack.pgd import NORMAL_START, fast_attack, pgd, starting_point, summed_margin
+from awp_engine.attack import NORMAL_START, fast_attack, pgd, starting_point, summed_margin
 from awp_engine.config import AttackConfig, AwpConfig, OptimizerConfig
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.models import build_model

@@ -9,7 +9,7 @@ from digits_model import digits, robust_model
 from samples import images
 from torch import nn
 
-from awp_engine.attack.pgd import pgd
+from awp_engine.attack import pgd
 from awp_engine.config import (
     AttackConfig,
     AwpConfig,

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from awp_engine.attack.pgd import pgd
+from awp_engine.attack import pgd
 from awp_engine.distributed.sharding import gather, gathered, scatter_, shard
 from awp_engine.models import PreActResNet, WideResNet
 from awp_engine.models.batch_norm import batch_norm_mode, share_memory, synchronize

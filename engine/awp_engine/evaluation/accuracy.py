@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from awp_engine.attack.pgd import pgd
+from awp_engine.attack import pgd
 from awp_engine.data import Split, StreamedSplit, eval_batches
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.models.answers import predicted

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from awp_engine.attack.pgd import Start, pgd, summed_cross_entropy, summed_margin
+from awp_engine.attack import Start, pgd, summed_cross_entropy, summed_margin
 from awp_engine.data import Split, eval_batches
 from awp_engine.evaluation.accuracy import BlindImages
 from awp_engine.models.answers import predicted

@@ -14,7 +14,7 @@ from fractions import Fraction
 import torch
 from torch import nn
 
-from awp_engine.attack.pgd import summed_cross_entropy
+from awp_engine.attack import summed_cross_entropy
 from awp_engine.data import Split, eval_batches
 from awp_engine.evaluation.attacks import Threat, gradient_attack, parse_attack, predict
 from awp_engine.evaluation.autoattack import Budget, autoattack

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from awp_engine.attack.pgd import batch_norm_mode, summed_cross_entropy
+from awp_engine.attack import summed_cross_entropy
 from awp_engine.data import Batch
 from awp_engine.evaluation import PgdAttack
+from awp_engine.models.batch_norm import batch_norm_mode
 from awp_kernels.awp import is_perturbed
 from awp_kernels.philox import mix_seed, normals
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from awp_engine.attack.pgd import summed_cross_entropy
+from awp_engine.attack import summed_cross_entropy
 from awp_engine.data import Batch
 from awp_engine.evaluation import PgdAttack
 from awp_engine.landscape.bootstrap import Interval, mean_interval

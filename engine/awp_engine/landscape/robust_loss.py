@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awp_engine.attack.pgd import batch_norm_mode
 from awp_engine.data import Batch, Split, eval_batches
 from awp_engine.evaluation import PgdAttack
+from awp_engine.models.batch_norm import batch_norm_mode
 from awp_kernels.philox import mix_seed
 
 Report = Callable[[int], None]

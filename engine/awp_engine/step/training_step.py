@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from awp_engine.attack.pgd import apgd, batch_norm_mode, fast_attack, pgd, starting_point
+from awp_engine.attack import apgd, fast_attack, pgd, starting_point
 from awp_engine.config import AttackConfig, AwpConfig, DistributedConfig
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.share import rank_share
 from awp_engine.models.answers import predicted
-from awp_engine.models.batch_norm import Statistics
+from awp_engine.models.batch_norm import Statistics, batch_norm_mode
 from awp_engine.observe.regions import region
 from awp_engine.optim.optimizer import Optimizer
 from awp_engine.step.objectives import Objective

@@ -1,5 +1,6 @@
 """`engine/landscape.py` as a user starts it, on two small runs."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -16,11 +17,12 @@ from safetensors.torch import load_file
 
 from awp_engine.checkpoint import CheckpointError
 from awp_engine.config import AttackConfig, Config, DataConfig, EvaluationConfig, ModelConfig
+from awp_engine.evaluation import evaluation_attack
 from awp_engine.landscape.files import Receipt, write
 from awp_engine.landscape.measure import Measurement, Settings
 from awp_engine.landscape.progress import Progress, duration
 from awp_engine.landscape.runs import find_weights, open_runs
-from awp_engine.train.trainer import Trainer, evaluation_attack
+from awp_engine.train.trainer import Trainer
 
 COMMAND = Path(__file__).parent.parent / "engine" / "landscape.py"
 # few images, few steps
@@ -188,7 +190,7 @@ def test_weights_that_change_meanwhile_are_refused(two_runs, tmp_path):
         runs=runs,
         split="test",
         images=runs[0].data.test,
-        attack=evaluation_attack(runs[0].config, steps=1, seed=0),
+        attack=dataclasses.replace(evaluation_attack(runs[0].config), steps=1, seed=0),
         settings=settings,
         batch_size=16,
         device=torch.device("cpu"),

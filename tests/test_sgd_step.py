@@ -942,6 +942,37 @@ def test_grad_scaler_is_refused_where_it_cannot_see_the_gradients():
         scaler.step(optimizer)
 
 
+def test_what_a_step_is_told_holds_for_that_step():
+    """Nothing of it stays with the optimizer; beside GradScaler, clipping is told and the rest refused."""
+    network = model()
+    optimizer, scaler = SGD(network.parameters(), lr=LR), torch.amp.GradScaler("cpu", init_scale=4.0)
+    weights = [p.detach() for p in network.parameters()]
+    for p in network.parameters():
+        p.grad = torch.full_like(p, 4.0)
+    arguments = {"grad_scale": torch.tensor(4.0), "found_inf": torch.tensor(0.0), "grad_norm": torch.tensor(8.0)}
+    for options, moved in (
+        (arguments | {"max_norm": 1.0}, 0.5),
+        ({}, 4.0),
+        ({"grad_norm": torch.tensor(float("inf"))}, 0.0),
+        ({"found_inf": torch.tensor(True)}, 0.0),
+    ):
+        before = [w.clone() for w in weights]
+        optimizer.step(**options)
+        for w, old in zip(weights, before, strict=True):
+            torch.testing.assert_close(w, old - LR * moved)
+    scaler.scale(torch.zeros(()))
+    before = [w.clone() for w in weights]
+    scaler.step(optimizer, grad_norm=torch.tensor(8.0), max_norm=1.0)
+    scaler.update()
+    for w, old in zip(weights, before, strict=True):
+        torch.testing.assert_close(w, old - LR * 0.5)
+    for name in ("grad_scale", "found_inf"):
+        with pytest.raises(ValueError, match=rf"^{name}: expected none beside GradScaler"):
+            scaler.step(optimizer, **{name: torch.tensor(1.0)})
+        del optimizer.grad_scale, optimizer.found_inf
+        scaler.update()
+
+
 @pytest.mark.parametrize("option", ["lr", "momentum", "weight_decay"])
 @pytest.mark.parametrize("value", [1e39, 10**400, "0.1"])
 def test_numbers_that_float32_does_not_hold_are_named(option, value):

@@ -10,7 +10,7 @@ from awp_engine.data.dataset import DataError, Dataset
 from awp_engine.data.extra import load_extra
 from awp_engine.data.extra_split import place_extra
 from awp_engine.data.framing import Framing
-from awp_engine.data.load import dataset_names, load_dataset
+from awp_engine.data.load import dataset_names, load_data, load_dataset
 from awp_engine.data.loaders.choose import Loading, data_loading
 from awp_engine.data.sets.classes import match_classes
 from awp_engine.data.sets.files import shown
@@ -30,6 +30,7 @@ __all__ = [
     "data_loading",
     "dataset_names",
     "eval_batches",
+    "load_data",
     "load_dataset",
     "load_extra",
     "match_classes",

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from awp_engine.config import Config
 from awp_engine.data.dataset import (
     DataError,
     Dataset,
@@ -15,7 +16,7 @@ from awp_engine.data.dataset import (
     sampled,
     streamed_fingerprint,
 )
-from awp_engine.data.loaders.choose import InMemory, Loading, shape_of, streamed
+from awp_engine.data.loaders.choose import InMemory, Loading, data_loading, shape_of, streamed
 from awp_engine.data.loaders.files_loader import Reader
 from awp_engine.data.sets.cifar import CIFAR10, CIFAR100, read_cifar
 from awp_engine.data.sets.digits import read_digits
@@ -26,8 +27,31 @@ from awp_engine.data.sets.svhn import read_svhn
 from awp_engine.data.split import Split, StreamedSplit
 
 dataset_names = ("digits", "cifar10", "cifar100", "svhn", *source_names)
+# the hold-out is the same for every run, so that runs of different seeds can be compared
+_HOLD_OUT_SEED = 0
 # of the images that cannot be used, in a message
 _SHOWN = 6
+
+
+def load_data(config: Config, loading: Loading | None = None) -> Dataset:
+    """The data set that the configuration names.
+
+    Args:
+        config: the run's.
+        loading: how; None: as the configuration wants it, on the CPU.
+
+    Raises:
+        DataError: naming the file that is missing or damaged.
+    """
+    data = config.data
+    return load_dataset(
+        data.name,
+        root=data.root,
+        held_out_fraction=data.held_out_fraction,
+        seed=_HOLD_OUT_SEED,
+        train_limit=data.train_limit,
+        loading=loading or data_loading(config, torch.device("cpu")),
+    )
 
 
 def load_dataset(

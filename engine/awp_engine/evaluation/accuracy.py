@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from awp_engine.attack import pgd
+from awp_engine.config import Config
 from awp_engine.data import Split, StreamedSplit, eval_batches
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.models.answers import predicted
@@ -91,6 +92,17 @@ class Accuracy:
 def evaluation_seed(run_seed: int) -> int:
     """The seed of the starting points that a run with `run_seed` is measured from."""
     return mix_seed(run_seed, _EVALUATION_NOISE)
+
+
+def evaluation_attack(config: Config) -> PgdAttack:
+    """The attack that a run is measured by."""
+    return PgdAttack(
+        epsilon=config.attack.epsilon_value,
+        step_size=config.evaluation_step_size,
+        steps=config.evaluation.steps,
+        norm=config.attack.norm,
+        seed=evaluation_seed(config.seed),
+    )
 
 
 _AnySplit = TypeVar("_AnySplit", bound=Split | StreamedSplit)

@@ -12,11 +12,10 @@ from torch import nn
 from awp_engine import checkpoint
 from awp_engine.checkpoint import CheckpointError
 from awp_engine.config import Config, ConfigError, config_hash, load_config, parse_amount
-from awp_engine.data import DataError, Dataset, Split, match_classes, shown
+from awp_engine.data import DataError, Dataset, Split, load_data, match_classes, shown
 from awp_engine.evaluation.accuracy import spread
 from awp_engine.models.class_names import difference
 from awp_engine.models.trained import CHECKPOINTS, MODEL_FILE, load_model
-from awp_engine.train.trainer import load_data
 
 CONFIG = "config.json"
 SPLITS = {"train": "train", "held-out": "held_out", "test": "test"}

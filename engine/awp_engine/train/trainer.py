@@ -27,12 +27,10 @@ from awp_engine.config import (
 from awp_engine.data import (
     Batch,
     Batches,
-    Dataset,
-    Loading,
     Split,
     StreamedSplit,
     data_loading,
-    load_dataset,
+    load_data,
     load_extra,
     place_extra,
 )
@@ -42,7 +40,7 @@ from awp_engine.distributed.replicas import check_replicas
 from awp_engine.distributed.sharding import gather, gathered, is_sharded, scatter_
 from awp_engine.distributed.signals import StoppedError, StopRequest, exit_code, reason_name
 from awp_engine.distributed.watchdog import watching
-from awp_engine.evaluation import PgdAttack, evaluate, evaluation_seed, spread
+from awp_engine.evaluation import evaluate, evaluation_attack, spread
 from awp_engine.files.atomic import TEMPORARY, atomic_write_text
 from awp_engine.files.locking import LOCK
 from awp_engine.models import load_pretrained
@@ -63,8 +61,6 @@ from awp_engine.step.precision import choose_precision
 from awp_engine.step.training_step import StepResult
 from awp_kernels.philox import mix_seed
 
-# the hold-out is the same for every run, so that runs of different seeds can be compared
-_HOLD_OUT_SEED = 0
 _ATTACK_NOISE = 1
 _AVERAGE_NOISE = 3
 # a loss scale that starts too high is halved in each of them
@@ -132,51 +128,6 @@ class EpochSums:
             "nonfinite_gradients": nonfinite / steps,
             "skipped_steps": skipped,
         }
-
-
-def load_data(config: Config, loading: Loading | None = None) -> Dataset:
-    """The data set that the configuration names.
-
-    Args:
-        config: the run's.
-        loading: how; None: as the configuration wants it, on the CPU.
-
-    Raises:
-        DataError: naming the file that is missing or damaged.
-    """
-    data = config.data
-    return load_dataset(
-        data.name,
-        root=data.root,
-        held_out_fraction=data.held_out_fraction,
-        seed=_HOLD_OUT_SEED,
-        train_limit=data.train_limit,
-        loading=loading or data_loading(config, torch.device("cpu")),
-    )
-
-
-def evaluation_attack(config: Config, *, steps: int | None = None, seed: int | None = None) -> PgdAttack:
-    """The attack that a run is measured by.
-
-    Args:
-        config: the run's.
-        steps: another number of steps.
-        seed: of other starting points.
-
-    Raises:
-        ConfigError: steps or seed out of range.
-    """
-    if steps is not None and steps < 1:
-        raise ConfigError(f"--steps: expected a whole number >= 1, got {steps}")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ConfigError(f"--seed: expected a whole number in [0, 2^63), got {seed}")
-    return PgdAttack(
-        epsilon=config.attack.epsilon_value,
-        step_size=config.evaluation_step_size,
-        steps=config.evaluation.steps if steps is None else steps,
-        norm=config.attack.norm,
-        seed=evaluation_seed(config.seed) if seed is None else seed,
-    )
 
 
 def _set_up_torch(config: Config, device: torch.device) -> None:

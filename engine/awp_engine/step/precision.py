@@ -100,7 +100,7 @@ def frozen_view(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-class Copies:
+class WorkingModels:
     """The models that the parts of a step run on.
 
     Args:

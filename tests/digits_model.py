@@ -44,7 +44,7 @@ def trained(epsilon: float, epochs: int) -> nn.Module:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, weight_decay=5e-4)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=12 * epochs)
     for epoch in range(epochs):
-        for x, y, ids in train_batches(digits().train, batch_size=128, seed=0, epoch=epoch, pad=0, flip=False):
+        for x, y, ids, _ in train_batches(digits().train, batch_size=128, seed=0, epoch=epoch, pad=0, flip=False):
             x_adv = x
             if epsilon:
                 x_adv = pgd(

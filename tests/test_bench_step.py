@@ -46,7 +46,7 @@ def with_method(method: str, **changes: object) -> Settings:
 def batch(index: int) -> Batch:
     # fp64: no sign of a gradient may depend on the order of a sum
     y = torch.randint(0, 10, (16,), generator=torch.Generator().manual_seed(index))
-    return Batch(images((16, 1, 8, 8), torch.float64, seed=index), y, torch.arange(16) + 100 * index)
+    return Batch(images((16, 1, 8, 8), torch.float64, seed=index), y, torch.arange(16) + 100 * index, 16)
 
 
 def start(settings: Settings, given: Batch, seed: int) -> torch.Tensor:

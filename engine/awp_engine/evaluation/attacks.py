@@ -185,7 +185,7 @@ def gradient_attack(
         epsilon, step_size, start, restarts = Fraction(0), Fraction(0), "none", 1
     loss = summed_margin if attack.family == "cw" else summed_cross_entropy
     attacked, held, unseen = [], [], []
-    for x, y, ids in eval_batches(split, batch_size):
+    for x, y, ids, _ in eval_batches(split, batch_size):
         x_adv = x.clone()
         holds, blind = predict(model, x, batch_size) == y, torch.zeros_like(y, dtype=torch.bool)
         for restart in range(restarts if steps else 0):

@@ -127,7 +127,7 @@ def adversarial_direction(
     names = list(select(model))
     chosen = [parameters[name] for name in names]
     sums = [torch.zeros_like(parameter) for parameter in chosen]
-    for x, y, ids in batches:
+    for x, y, ids, _ in batches:
         x_adv = attack(model, x, y, sample_ids=ids)
         with batch_norm_mode(model, "eval", update_statistics=False), torch.enable_grad():
             gradients = torch.autograd.grad(summed_cross_entropy(model(x_adv), y), chosen)

@@ -83,7 +83,7 @@ def robust_losses(
     return torch.cat(
         [
             robust_loss(model, x, y, attack, restarts=restarts, sample_ids=ids, report=report).cpu()
-            for x, y, ids in batches
+            for x, y, ids, _ in batches
         ]
     )
 
@@ -91,6 +91,6 @@ def robust_losses(
 def as_batches(split: Split, batch_size: int, memory_format: torch.memory_format) -> list[Batch]:
     """All of a split as fp32 batches, held in memory, since they are visited many times."""
     return [
-        Batch(images.contiguous(memory_format=memory_format), labels, ids)
-        for images, labels, ids in eval_batches(split, batch_size)
+        batch._replace(images=batch.images.contiguous(memory_format=memory_format))
+        for batch in eval_batches(split, batch_size)
     ]

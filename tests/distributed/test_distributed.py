@@ -6,6 +6,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from awp_engine.step.build import build_step
 from ranks import run_ranks
 from torch import Tensor
 
@@ -25,7 +26,6 @@ from awp_engine.distributed.sharding import gather
 from awp_engine.models import build_model
 from awp_engine.optim.average import WeightAverage
 from awp_engine.optim.optimizer import set_learning_rate
-from awp_engine.step.build import build_step
 
 EVAL_ATTACK = AttackConfig(steps=2, bn_mode="eval", epsilon="0.2", step_size="0.1")
 BASE = Config(

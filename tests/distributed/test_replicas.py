@@ -8,6 +8,8 @@ import threading
 import numpy as np
 import pytest
 import torch
+from awp_engine.step.build import build_step
+from awp_engine.step.training_step import TrainingStep
 from ranks import run_ranks
 from test_distributed import BASE, samples
 from torch import Tensor
@@ -19,10 +21,8 @@ from awp_engine.distributed.share import rank_share
 from awp_engine.evaluation import PgdAttack, evaluate
 from awp_engine.models import build_model
 from awp_engine.optim.optimizer import build_optimizer
-from awp_engine.step.build import build_step
 from awp_engine.step.objectives import build_objective
 from awp_engine.step.precision import Copies, Precision
-from awp_engine.step.training_step import TrainingStep
 from awp_kernels import AdversarialWeightPerturbation
 
 X = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from awp_engine.step.training_step import TrainingStep
 from places import SOAK
 from torch import nn
 
@@ -18,7 +19,6 @@ from awp_engine.models import build_model
 from awp_engine.optim.optimizer import build_optimizer
 from awp_engine.step import training_step as perturbation
 from awp_engine.step.objectives import build_objective
-from awp_engine.step.training_step import TrainingStep
 from awp_kernels import AdversarialWeightPerturbation
 
 OWN = {str(Path(awp_kernels.__file__).parent / name) for name in ("awp.py", "_block.py", "_leftover.py")}

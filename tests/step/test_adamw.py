@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from awp_engine.step.build import build_step
 from ranks import run_ranks
 from samples import images
 from test_resume import AWP_EMA, resumed_everywhere
@@ -27,7 +28,6 @@ from awp_engine.models import build_model
 from awp_engine.optim.adamw import AdamW
 from awp_engine.optim.average import WeightAverage
 from awp_engine.optim.optimizer import allocate_optimizer_tensors, build_optimizer, optimizer_tensors, set_learning_rate
-from awp_engine.step.build import build_step
 from awp_kernels import total_norm
 
 ADAMW = OptimizerConfig(kind="adamw", lr=0.01, momentum=0.8, beta2=0.95, weight_decay=0.1, decay_all=False)

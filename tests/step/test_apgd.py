@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from awp_engine.step.build import build_step
+from awp_engine.step.training_step import TrainingStep
 from digits_model import digits, robust_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,9 +22,7 @@ from awp_engine.distributed.ranks import Ranks
 from awp_engine.models import build_model
 from awp_engine.models.batch_norm import batch_norm_mode
 from awp_engine.observe.throughput import forward_units
-from awp_engine.step.build import build_step
 from awp_engine.step.objectives import Trades
-from awp_engine.step.training_step import TrainingStep
 
 X, Y, IDS = images((8, 1, 8, 8)), torch.arange(8), torch.tensor([5, 9, 0, 2, 7, 1, 3, 30])
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from awp_engine.step.training_step import TrainingStep
 from samples import images
 
 from awp_engine.config import AttackConfig, AverageConfig, AwpConfig, OptimizerConfig
@@ -13,7 +14,6 @@ from awp_engine.optim.optimizer import build_optimizer, set_learning_rate
 from awp_engine.step.cuda_graph import GraphedStep
 from awp_engine.step.objectives import build_objective
 from awp_engine.step.precision import Copies, Precision
-from awp_engine.step.training_step import TrainingStep
 from awp_kernels import AdversarialWeightPerturbation
 
 HALF = Precision(attack=torch.float16, ascent=torch.float16, descent=torch.float16)

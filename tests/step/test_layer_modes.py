@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torch._dynamo
+from awp_engine.step.training_step import TrainingStep
 from samples import images
 from torch import nn
 from torch._dynamo.utils import counters
@@ -20,7 +21,6 @@ from awp_engine.models import batch_norm, build_model
 from awp_engine.models.batch_norm import batch_norm_mode, layer_modes, recompute_statistics
 from awp_engine.optim.optimizer import build_optimizer
 from awp_engine.step.objectives import build_objective
-from awp_engine.step.training_step import TrainingStep
 from awp_kernels import AdversarialWeightPerturbation, _block
 
 X, Y = images((6, 4, 8, 8)), torch.arange(6) % 3

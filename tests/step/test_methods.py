@@ -6,6 +6,7 @@ import math
 import plain_methods
 import pytest
 import torch
+from awp_engine.step.training_step import TrainingStep
 from hypothesis import given
 from hypothesis import strategies as st
 from samples import images
@@ -17,7 +18,6 @@ from awp_engine.distributed.ranks import Ranks
 from awp_engine.models import build_model
 from awp_engine.optim.optimizer import build_optimizer
 from awp_engine.step.objectives import build_objective
-from awp_engine.step.training_step import TrainingStep
 from awp_kernels import AdversarialWeightPerturbation
 from awp_kernels.philox import normals
 

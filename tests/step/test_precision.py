@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from awp_engine.step.training_step import TrainingStep
 from digits_model import digits, robust_model
 from samples import images
 from torch import nn
@@ -23,7 +24,6 @@ from awp_engine.models import build_model
 from awp_engine.optim.optimizer import build_optimizer
 from awp_engine.step.objectives import build_objective
 from awp_engine.step.precision import Copies, LossScale, Precision, choose_precision, frozen_view, working_copy
-from awp_engine.step.training_step import TrainingStep
 from awp_kernels import AdversarialWeightPerturbation, perturb_into_
 
 HALF = Precision(attack=torch.float16, ascent=torch.float16, descent=torch.float16)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from awp_engine.step.training_step import TrainingStep
 from public_awp import PublicAwp, public_step
 from samples import images
 
@@ -11,7 +12,6 @@ import awp_kernels
 from awp_engine.config import AttackConfig, AwpConfig
 from awp_engine.models import build_model
 from awp_engine.step.objectives import AdversarialTraining
-from awp_engine.step.training_step import TrainingStep
 from awp_kernels import AdversarialWeightPerturbation, pgd_init_
 
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}

@@ -19,3 +19,7 @@ class Batch(NamedTuple):
     labels: Tensor
     ids: Tensor
     whole_size: int
+
+    def part(self, rows: slice) -> "Batch":
+        """Some of the images, as a batch of the same whole."""
+        return Batch(self.images[rows], self.labels[rows], self.ids[rows], self.whole_size)

@@ -139,8 +139,7 @@ class AwpStep:
     def climbed(self, x_adv: Tensor, batch: Batch, share: RankShare, phase: Phase) -> Iterator[Tensor]:
         """A block at w + v; gives, on the device, 1, or NaN where a direction was not finite on this rank.
 
-        After it w is back, but in a working copy, which the update writes anew. `AdversarialWeightPerturbation.perturbed`
-        would restore that too.
+        After it w is back, but in a working copy, which the update writes anew; `awp.perturbed()` would restore that.
         """
         assert self.awp is not None
         with region("ascent"):

@@ -25,10 +25,14 @@ class FreeStep:
         otherwise: takes the steps of other phases: `step`, or what captures it.
         replays: updates that a batch serves for.
         largest_batch: images of the largest batch, over all ranks; no batch comes before one of that size.
+        memory_format: of the images.
     """
 
-    def __init__(self, step: AwpStep, otherwise: Step, *, replays: int, largest_batch: int) -> None:
+    def __init__(
+        self, step: AwpStep, otherwise: Step, *, replays: int, largest_batch: int, memory_format: torch.memory_format
+    ) -> None:
         self._step, self._otherwise, self._replays, self._largest = step, otherwise, replays, largest_batch
+        self._memory_format = memory_format
         self._delta: Tensor | None = None
 
     def begin_epoch(self) -> None:
@@ -82,4 +86,4 @@ class FreeStep:
             rows, _ = self._step.passes.ranks.share(self._largest)
             model = self._step.models.model
             device = next(model.parameters()).device
-            self._delta = state["delta"][rows].to(device)
+            self._delta = state["delta"][rows].to(device).contiguous(memory_format=self._memory_format)

@@ -148,6 +148,9 @@ class Passes:
         half = self.models.precision.attack == torch.float16
         scale = _ATTACK_LOSS_SCALE if half else 1.0
         loss: Loss | None = None
+        if attack.kind == "apgd" and type(self.objective).attack_loss is not Objective.attack_loss:
+            name = type(self.objective).__name__
+            raise ValueError(f"attack: apgd climbs cross-entropy, {name} another loss; expected kind pgd")
         if attack.kind == "pgd" and attack.epsilon > 0:
             modes = batch_norm_mode(model, attack.bn_mode, update_statistics=False, synchronized=False)
             with torch.no_grad(), modes:

@@ -1,4 +1,4 @@
-"""Collects what bench/study.sh left: `python bench/study.py OUT` writes OUT/study.json, two plots and a table."""
+"""Collects what study.sh left: `python -m bench.study.study OUT` writes OUT/study.json, two plots and a table."""
 
 import json
 import sys
@@ -147,5 +147,5 @@ def main(out: Path) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        raise SystemExit("usage: python bench/study.py OUT")
+        raise SystemExit("usage: python -m bench.study.study OUT")
     main(Path(sys.argv[1]))

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import ARMS, NUM_CLASSES, Settings
-from ceilings import measure_ceilings
-from clocks import StepClock, Timing
-from machine import describe_machine
 
 from awp_engine.data import Batch, Split, train_batches
 from awp_engine.observe.regions import region
+from bench.clocks import StepClock, Timing
+from bench.machine import describe_machine
+from bench.step.arms import ARMS, NUM_CLASSES, Settings
+from bench.step.ceilings import measure_ceilings
 
 # images made, in batches; several, so that no batch is in a cache from its last use
 _SET_BATCHES = 50

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # The fuzzer and the table of samples on a GPU under NVIDIA's compute-sanitizer, which must report nothing:
-#     bash bench/compute_sanitizer.sh
+#     bash bench/ops/compute_sanitizer.sh
 # TOOLS: some of "memcheck racecheck initcheck synccheck". BACKENDS: "cuda triton". CASES: of the fuzzer (400).
 # SECONDS_EACH: a tool's limit with a backend (600); a run that was cut short has found nothing until then, and says so.
 # Without torch's caching allocator each tensor has bounds of its own. A report ends it with exit code 9.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 python=${PYTHON:-python3}
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH="$PWD/kernels:$PWD/engine${PYTHONPATH:+:$PYTHONPATH}"

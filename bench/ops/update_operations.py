@@ -4,13 +4,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import alternatives
 import torch
 from torch import Tensor, nn
-from weight_lists import TENSORS, require_memory, weights_of
-from workload import Workload
 
 from awp_kernels import _backend, sgd_step_, total_norm
+from bench.ops import alternatives
+from bench.ops.weight_lists import TENSORS, require_memory, weights_of
+from bench.ops.workload import Workload
 
 LR, MOMENTUM, WEIGHT_DECAY, AVERAGE_WEIGHT = 0.1, 0.9, 5e-4, 0.005
 ALTERNATIVES = {

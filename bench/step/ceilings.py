@@ -4,7 +4,8 @@ import statistics
 from dataclasses import asdict, dataclass
 
 import torch
-from clocks import seconds
+
+from bench.clocks import seconds
 
 # matrices of this many rows and columns; bytes of a copied block, several times the last cache
 _SIZE = {"cpu": 2048, "cuda": 8192}

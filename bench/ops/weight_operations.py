@@ -4,15 +4,15 @@ import copy
 import functools
 from collections.abc import Callable
 
-import alternatives
 import torch
-from arms.public import ProxyPerturbation
 from torch import Tensor
-from weight_lists import TENSORS, require_memory, weights_of
-from workload import Workload, distance
 
 from awp_kernels import _backend, perturb_, perturb_into_, restore_, use_backend
 from awp_kernels.awp import is_perturbed
+from bench.ops import alternatives
+from bench.ops.weight_lists import TENSORS, require_memory, weights_of
+from bench.ops.workload import Workload, distance
+from bench.step.arms.public import ProxyPerturbation
 
 GAMMA, EPS = 0.01, 1e-20
 ALTERNATIVES = {

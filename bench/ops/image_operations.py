@@ -4,14 +4,14 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import alternatives
 import torch
 from torch import Tensor
 from torch.nn import functional
-from workload import Workload
 
 from awp_kernels import _backend, augment, pgd_init_, pgd_step_, use_backend
 from awp_kernels.philox import STREAM_AUGMENT, STREAM_CUTOUT, sample_words
+from bench.ops import alternatives
+from bench.ops.workload import Workload
 
 BATCH = (128, 3, 32, 32)
 ALTERNATIVES = {

@@ -1,4 +1,4 @@
-"""The processes of bench/data.py: one way of making batches each."""
+"""The processes of bench/data/data.py: one way of making batches each."""
 
 import gc
 import os

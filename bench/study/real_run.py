@@ -1,6 +1,6 @@
 """AT and AT-AWP side by side on real images, in a given time: PreActResNet-18, PGD-10, one seed.
 
-    python bench/real_run.py cifar10-jpeg.tar.xz --seconds 390 --json real-run.json
+    python -m bench.study.real_run cifar10-jpeg.tar.xz --seconds 390 --json real-run.json
 
 The data are a folder, or an archive of one, with train/<class>/ and test/<class>/. Both arms train at once, each in a
 process of its own, for as many epochs as the measured times of a step allow; the rate falls after half and three
@@ -78,8 +78,8 @@ def step_seconds(arguments: argparse.Namespace) -> dict[str, float]:
     """Seconds of a step of each arm alone: as told, or measured."""
     if arguments.step_ms:
         return {arm: value / 1e3 for arm, value in zip(ARMS, arguments.step_ms, strict=True)}
-    from arms import Settings
-    from turns import Turns
+    from bench.step.arms import Settings
+    from bench.step.turns import Turns
 
     device = arguments.device
     settings = {
@@ -203,7 +203,8 @@ class _Running:
 def start(arm: str, arguments: argparse.Namespace, epochs: int) -> _Running:
     """Begin to train one arm."""
     log = arguments.work / f"{arm}.log"
-    words = [sys.executable, __file__, str(arguments.data), "--device", arguments.device, "--arm", arm]
+    words = [sys.executable, "-m", "bench.study.real_run", str(arguments.data), "--device", arguments.device]
+    words += ["--arm", arm]
     words += ["--epochs", str(epochs), "--work", str(arguments.work), *(["--small"] if arguments.small else [])]
     with log.open("wb") as file:
         process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
@@ -234,7 +235,7 @@ def table(result: dict[str, Any]) -> str:
 
 def conduct(arguments: argparse.Namespace) -> int:
     """Measure, plan, train both arms, write as it goes; 1 if an arm did not come to its end."""
-    from machine import commit, describe_machine, sources_digest
+    from bench.machine import commit, describe_machine, sources_digest
 
     begin = time.monotonic()
     end = begin + arguments.seconds - _CLOSING_SECONDS

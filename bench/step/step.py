@@ -1,12 +1,12 @@
 """Times one whole training step of several programs that compute the same, and says where the time goes.
 
-    python bench/step.py --model wrn-34-10 --batch-size 128 --method at-awp --against both --json step.json
-    python bench/report.py step.json
+    python -m bench.step.step --model wrn-34-10 --batch-size 128 --method at-awp --against both --json step.json
+    python -m bench.report step.json
 
 The arms are the engine, the public loop of 2020 (`public`), and what plain PyTorch with mixed precision gives in an
-afternoon (`eager`); see bench/arms/. Each has a process of its own, and they take turns, A B C A B C, so that a noisy
-neighbour disturbs all of them. The result is the median over the rounds of the ratio of their times. Images are random
-and lie on the device; PGD-10, Linf 8/255, step 2/255; gamma 0.005; SGD 0.1, momentum 0.9, weight decay 5e-4.
+afternoon (`eager`); see bench/step/arms/. Each has a process of its own, and they take turns, A B C A B C, so that a
+noisy neighbour disturbs all of them. The result is the median over the rounds of the ratio of their times. Images are
+random and lie on the device; PGD-10, Linf 8/255, step 2/255; gamma 0.005; SGD 0.1, momentum 0.9, weight decay 5e-4.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def command_line(arguments: argparse.Namespace) -> str:
     """The command that gives such a result again, without the file that it was written to."""
-    words = ["python bench/step.py"]
+    words = ["python -m bench.step.step"]
     for name, value in vars(arguments).items():
         if name != "json" and value not in (None, []):
             text = shlex.join(value) if isinstance(value, list) else value
@@ -128,11 +128,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         ConfigError: a setting cannot be used.
         ArmError: an arm failed.
     """
-    from arms import Settings, engine_config, necessary_units
-    from machine import commit, sources_digest
-    from turns import STEPS, WARM_UP, Turns
-
     from awp_engine.device import choose_device
+    from bench.machine import commit, sources_digest
+    from bench.step.arms import Settings, engine_config, necessary_units
+    from bench.step.turns import STEPS, WARM_UP, Turns
 
     device = choose_device(arguments.device).type
     settings = Settings(
@@ -255,8 +254,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # before torch loads OpenMP, as train.py does: threads that spin while they wait disturb the other arms
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = parse(argv)
-    from tables import step_tables
-    from turns import ArmError
+    from bench.step.turns import ArmError
+    from bench.tables import step_tables
 
     try:
         result = measure(arguments)

@@ -1,7 +1,7 @@
 """Times every implementation of every operation beside what a user could call instead.
 
     OMP_NUM_THREADS=2 pytest bench --benchmark-enable -o addopts= --benchmark-json=bench.json
-    python bench/report.py bench.json --out plots
+    python -m bench.report bench.json --out plots
 
 The operations on weights run over the tensors of models, and over lists of 1e3 to 1e9 elements (`--sizes 1e5,1e7`), as
 far as memory goes. On a GPU machine the GPU is timed (`--device cpu` times the CPU
@@ -23,16 +23,14 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import image_operations
 import pytest
 import torch
-import update_operations
-import weight_operations
-from clocks import HEAD_START_CYCLES, seconds
-from weight_lists import Latest, TooLargeError, sizes
-from workload import Workload, own_implementations
 
 from awp_kernels import _backend, use_backend
+from bench.clocks import HEAD_START_CYCLES, seconds
+from bench.ops import image_operations, update_operations, weight_operations
+from bench.ops.weight_lists import Latest, TooLargeError, sizes
+from bench.ops.workload import Workload, own_implementations
 
 # twice the last cache of the devices at hand: 32 MiB (EPYC), 60 MiB (H200)
 COPY_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}

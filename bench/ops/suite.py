@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from machine import commit, sources_digest
+from bench.machine import commit, sources_digest
 
 # the implementation that this package chooses by itself is the first of these that ran
 PREFERRED = ("cuda", "cpp", "triton", "reference")

@@ -1,6 +1,6 @@
 """Trains from millions of generated images in memory-mapped shards, mixed with a real set, and watches the memory.
 
-    python bench/synthetic.py --root DATA --images 2000000 --steps 200 --json synthetic.json
+    python -m bench.data.synthetic --root DATA --images 2000000 --steps 200 --json synthetic.json
 
 DATA is a folder data set of 32x32 colour images. The generated ones are noise with random labels, made on the spot in
 .npy shards (3 KB an image): what matters here is that they are many. 70% of every batch are generated, 30% real. The
@@ -28,7 +28,7 @@ from awp_engine.files.text import json_text
 
 _PROG = "synthetic.py"
 _SHARD = 100_000
-_TRAIN = Path(__file__).resolve().parent.parent / "engine" / "train.py"
+_TRAIN = Path(__file__).resolve().parents[2] / "engine" / "train.py"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace, shards: Path, run_dir: Path) -> dict[str,
 def main(argv: Sequence[str] | None = None) -> None:
     """Make shards, train, show, write."""
     arguments = parse(argv)
-    from machine import commit, describe_machine
+    from bench.machine import commit, describe_machine
 
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
         begin = time.monotonic()

@@ -1,4 +1,4 @@
-"""The ways to make a training step that `bench/step.py` compares."""
+"""The ways to make a training step that `bench/step/step.py` compares."""
 
 from collections.abc import Callable
 

@@ -1,6 +1,6 @@
 """Times the ways of making batches, in one run, beside what a training step consumes.
 
-    python bench/data.py --root DATA --json data.json
+    python -m bench.data.data --root DATA --json data.json
 
 DATA is a folder data set of small images (train/<class>/*.jpg and test/<class>/*). The same images are also written as
 .npy shards, so that each loader is timed from files and from memory-mapped arrays: resident, dali, torch, and `user`,
@@ -64,9 +64,9 @@ def write_shards(root: Path, out: Path) -> None:
 
 def measure(arguments: argparse.Namespace, shards: Path) -> dict[str, Any]:
     """All ways, turn by turn, and the step."""
-    from arms import Settings
-    from data_arms import LOADERS, NAMES, Feed, LoaderWorker
-    from turns import STEPS, Turns
+    from bench.data.data_arms import LOADERS, NAMES, Feed, LoaderWorker
+    from bench.step.arms import Settings
+    from bench.step.turns import STEPS, Turns
 
     roots = {"files": arguments.root, "arrays": shards}
     wanted = arguments.only or [f"{kind}:{loader}" for kind in NAMES for loader in LOADERS]
@@ -139,8 +139,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse, measure, show, write."""
     arguments = parse(argv)
     import torch
-    from machine import commit, sources_digest
-    from turns import ArmError
+
+    from bench.machine import commit, sources_digest
+    from bench.step.turns import ArmError
 
     if arguments.device == "auto":
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -154,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     show(found)
     if arguments.json is not None:
         found |= {
-            "command": shlex.join(["python", "bench/data.py", *(sys.argv[1:] if argv is None else argv)]),
+            "command": shlex.join(["python", "-m", "bench.data.data", *(sys.argv[1:] if argv is None else argv)]),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "commit": commit(),
             "sources": sources_digest(),

@@ -1,6 +1,6 @@
 """Where the time of a training step goes on the device, by kernel: torch.profiler over a few steps of the engine.
 
-    python bench/where.py --model wrn-34-10 --batch-size 128 --device cuda --json where.json --table where.txt
+    python -m bench.step.where --model wrn-34-10 --batch-size 128 --device cuda --json where.json --table where.txt
 
 Steps are taken plainly, as a graph's launches would hide what they launch; the shares are of the device's busy time.
 """
@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import Settings
-from arms.engine import engine_arm
-from machine import describe_machine
 from torch.profiler import ProfilerActivity, profile
-from turns import WARM_UP, random_batches
 
 from awp_engine.cli.command_line import OneLineParser
 from awp_engine.files.text import json_text
+from bench.machine import describe_machine
+from bench.step.arms import Settings
+from bench.step.arms.engine import engine_arm
+from bench.step.turns import WARM_UP, random_batches
 
 # the first that matches a kernel's name
 _KINDS = {
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = OneLineParser(
         prog="where.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--model", default="wrn-34-10", help="a name of bench/step.py's")
+    parser.add_argument("--model", default="wrn-34-10", help="a name of bench/step/step.py's")
     parser.add_argument("--batch-size", type=int, default=128, help="images a step")
     parser.add_argument("--method", choices=("at", "at-awp", "trades-awp"), default="at-awp")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")

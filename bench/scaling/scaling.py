@@ -1,12 +1,16 @@
 """How an AT-AWP step scales: a cost model for 1 to 1,024 GPUs, its terms measured where this machine can.
 
-    python bench/scaling.py                                                  the model's tables
-    python bench/scaling.py --measure --json scaling.json                    gloo's all-reduce and JPEG decoding here
-    python bench/scaling.py --measure-training --ranks 2 --json scaling.json training steps against the prediction
-    python bench/scaling.py --json scaling.json --plot docs/scaling.png      draws what was measured beside the model
+the model's tables:
+    python -m bench.scaling.scaling
+gloo's all-reduce and JPEG decoding here:
+    python -m bench.scaling.scaling --measure --json scaling.json
+training steps against the prediction:
+    python -m bench.scaling.scaling --measure-training --ranks 2 --json scaling.json
+what was measured beside the model:
+    python -m bench.scaling.scaling --json scaling.json --plot docs/scaling.png
 
-The tables assume an H200 as `GPU` says; `--gpu-steps` takes its place by what bench/step.py measured with
-`--engine cuda_graphs=true` at two batch sizes or more. The model is bench/cost.py.
+The tables assume an H200 as `GPU` says; `--gpu-steps` takes its place by what bench/step/step.py measured with
+`--engine cuda_graphs=true` at two batch sizes or more. The model is bench/scaling/cost.py.
 """
 
 import argparse
@@ -24,7 +28,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cost import (
+from matplotlib.figure import Figure
+
+from awp_engine.cli.command_line import OneLineParser, fail
+from awp_engine.config.presets import build_preset
+from awp_engine.files.text import json_text
+from awp_engine.observe.throughput import forward_units
+from bench.machine import ROOT, commit, describe_machine, sources_digest
+from bench.scaling.cost import (
     ATTACK_STEPS,
     CONTROL_BYTES,
     SYNCED_PASSES,
@@ -43,15 +54,8 @@ from cost import (
     strong_efficiency,
     weak_efficiency,
 )
-from gloo_times import all_reduce_times
-from machine import ROOT, commit, describe_machine, sources_digest
-from matplotlib.figure import Figure
-from tables import machine_line, markdown
-
-from awp_engine.cli.command_line import OneLineParser, fail
-from awp_engine.config.presets import build_preset
-from awp_engine.files.text import json_text
-from awp_engine.observe.throughput import forward_units
+from bench.scaling.gloo_times import all_reduce_times
+from bench.tables import machine_line, markdown
 
 MODELS = ("preact-resnet-18", "wrn-28-10", "wrn-34-10", "wrn-70-16")
 # docs/performance.md's targets for an H200, 12 ms and 100 ms a step: not measured; 10 ms of launches without graphs
@@ -402,7 +406,7 @@ def plot(networks: Sequence[Network], gpu: Gpu, result: Result | None, path: Pat
 
 
 def read_gpu(paths: Sequence[Path]) -> Gpu:
-    """The GPU that results of bench/step.py are of.
+    """The GPU that results of bench/step/step.py are of.
 
     Raises:
         ValueError: naming the file or the flag.
@@ -417,7 +421,7 @@ def read_gpu(paths: Sequence[Path]) -> Gpu:
             points.append((settings["batch_size"], arm["seconds"]["median"]))
             models.add(settings["model"])
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            raise ValueError(f"{path}: not a result of bench/step.py for an AT-AWP step: {error}") from None
+            raise ValueError(f"{path}: not a result of bench/step/step.py for an AT-AWP step: {error}") from None
     if len(models) != 1:
         raise ValueError(f"--gpu-steps: expected steps of one model, got {', '.join(sorted(models))}")
     try:
@@ -438,7 +442,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--measure", action="store_true", help="time gloo's all-reduce and JPEG decoding here")
     parser.add_argument("--measure-training", action="store_true", help="time training steps here; takes minutes")
     parser.add_argument("--ranks", type=int, nargs="*", default=[2], help="of --measure-training: 2, 4, both or none")
-    parser.add_argument("--gpu-steps", type=Path, nargs="+", metavar="FILE", help="results of bench/step.py")
+    parser.add_argument("--gpu-steps", type=Path, nargs="+", metavar="FILE", help="results of bench/step/step.py")
     parser.add_argument("--json", type=Path, help="what was measured: read if it is there, written after measuring")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="file for the plot")
     arguments = parser.parse_args(argv)
@@ -468,7 +472,7 @@ def read_result(path: Path | None) -> Result | None:
         if result["kind"] != "scaling":
             raise ValueError(f"it is a result of kind {result['kind']!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--json: {path}: not a result of bench/scaling.py: {error}") from None
+        raise ValueError(f"--json: {path}: not a result of bench/scaling/scaling.py: {error}") from None
     return result
 
 
@@ -496,7 +500,7 @@ def measure(arguments: argparse.Namespace, earlier: Result | None) -> Result:
     return result | {
         "kind": "scaling",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commands": [*result.get("commands", []), f"python bench/scaling.py {shlex.join(told)}"],
+        "commands": [*result.get("commands", []), f"python -m bench.scaling.scaling {shlex.join(told)}"],
         "machine": describe_machine("cpu") | {"threads": 1},
         "load_average": {"least": min(loads), "most": max(loads)},
         "commit": commit(),

@@ -1,6 +1,6 @@
 """How fast cuDNN and torch compute the layers of which a step is made: what a training step can reach at most.
 
-    python bench/rates.py --device cuda --json rates.json
+    python -m bench.ops.rates --device cuda --json rates.json
 
 3x3 convolutions of the models' widths in channels_last fp16 (on the CPU fp32): forward, gradient for the images,
 gradient for the weight, in TFLOP/s; batch normalisation with ReLU in train mode, in GB/s of what torch's own
@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clocks import seconds
-from machine import describe_machine
 from torch.nn import functional
 
 from awp_engine.cli.command_line import OneLineParser
 from awp_engine.device import choose_convolutions
 from awp_engine.files.text import json_text
+from bench.clocks import seconds
+from bench.machine import describe_machine
 
 # channels @ height and width; the last one is the CPU's rehearsal
 _LAYERS = {"cuda": ((160, 32), (320, 16), (640, 8), (64, 32), (512, 4)), "cpu": ((8, 8),)}

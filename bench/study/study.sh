@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # The robust-overfitting study of docs/study.md: 500 training images, AT and TRADES, with and without AWP, two seeds.
 #
-#   bench/study.sh DATA OUT [STAGE]     DATA holds train/<class>/*.jpg and test/<class>/*.jpg; STAGE: train, measure, draw, all
+#   bench/study/study.sh DATA OUT [STAGE]     DATA holds train/<class>/*.jpg and test/<class>/*.jpg; STAGE: train, measure, draw, all
 #
 # One process a core, one thread a process. What is done already is not done again.
 set -euo pipefail
 data=$1 out=$2 stage=${3:-all}
 jobs=${JOBS:-$(nproc)}
-root=$(cd "$(dirname "$0")/.." && pwd)
+root=$(cd "$(dirname "$0")/../.." && pwd)
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 mkdir -p "$out"
 
@@ -36,7 +36,7 @@ measure() { # preset gamma seed
 draw() {
   python "$root/engine/landscape.py" "$out"/{at,at-awp,trades,trades-awp}-seed0 --checkpoint last --mode 1d --images 200 \
     --points 15 --output "$out/landscape" > "$out/landscape.log" 2>&1
-  python "$root/bench/study.py" "$out"
+  python "$root/bench/study/study.py" "$out"
 }
 
 grid() {
@@ -55,5 +55,5 @@ case $stage in
   train | measure) what=$stage grid ;;
   draw) draw ;;
   all) what=train grid && what=measure grid && draw ;;
-  *) echo "bench/study.sh: STAGE: expected train, measure, draw or all, got '$stage'" >&2; exit 2 ;;
+  *) echo "bench/study/study.sh: STAGE: expected train, measure, draw or all, got '$stage'" >&2; exit 2 ;;
 esac

@@ -1,6 +1,6 @@
 """Compares the loaders: pixels, and what a small run ends with.
 
-    python bench/loader_parity.py --root DATA --json parity.json
+    python -m bench.data.loader_parity --root DATA --json parity.json
 
 DATA is a folder data set of small JPEG images (train/<class>/*.jpg and test/<class>/*). Statistics are of all training
 images as evaluation sees them and of one augmented epoch; differences are from Pillow's decoding, an image at a time.
@@ -29,7 +29,7 @@ from awp_engine.files.text import json_text
 
 _PROG = "loader_parity.py"
 _LOADERS: tuple[LoaderName, ...] = ("resident", "dali", "torch")
-_TRAIN = Path(__file__).resolve().parent.parent / "engine" / "train.py"
+_TRAIN = Path(__file__).resolve().parents[2] / "engine" / "train.py"
 # a small run: minutes for all of them
 _PRESET = "cifar10-preact-resnet18-at-awp"
 _SETTINGS = {
@@ -173,7 +173,7 @@ def runs(root: Path, directory: Path, seeds: int) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and write."""
     arguments = parse(argv)
-    from machine import commit
+    from bench.machine import commit
 
     found: dict[str, Any] = {"pixels": pixels(arguments.root)}
     with tempfile.TemporaryDirectory() as directory:
@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{kind} {key}: {float((values.amax(0) - values.amin(0)).max()):.2g} of 255 apart at most")
     if arguments.json is not None:
         about = {
-            "command": f"python bench/{_PROG} --root DATA --seeds {arguments.seeds}",
+            "command": f"python -m bench.data.loader_parity --root DATA --seeds {arguments.seeds}",
             "run": " ".join(_RUN),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "commit": commit(),

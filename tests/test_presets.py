@@ -80,7 +80,7 @@ def test_two_steps(name, colour_images, tmp_path):
     trainer = Trainer(config)
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
     results = []
-    with RunLog(trainer.run_dir, config, 1, 60.0):
+    with RunLog(trainer.run_dir, "{}", 1, 60.0):
         for index, batch in zip(range(2), trainer.batches.epoch(1), strict=False):
             for group in trainer.optimizer.param_groups:
                 group["lr"] = config.optimizer.lr

@@ -15,8 +15,8 @@ from awp_engine.evaluation.gates import GateReport
 from awp_engine.evaluation.results import Pictures
 from awp_engine.models.answers import NO_CLASS
 from awp_engine.observe.drawing import drawable
+from awp_engine.observe.metrics import read_metrics
 from awp_engine.observe.report import CURVES, plot_learning_curves
-from awp_engine.observe.run_log import read_metrics
 
 # Okabe and Ito's colours, which colour-blind readers tell apart
 _BLUE, _VERMILION, _GREY = "#0072B2", "#D55E00", "#666666"

@@ -41,7 +41,7 @@ def versions() -> dict[str, str | None]:
 
 def source_commit() -> str | None:
     """The git commit of this package's source tree, with "-dirty" where it was changed; None outside a checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     root = package.parent.parent
     # Not any repository above: an environment inside somebody's project is not our source tree.
     if package.parent.name != "engine" or not (root / ".git").exists():
@@ -108,7 +108,7 @@ def plot_learning_curves(
 
     Args:
         run_dir: an existing directory.
-        metrics: what `run_log.read_metrics` returns.
+        metrics: what `metrics.read_metrics` returns.
         selected_epoch: the epoch whose weights were kept, to be marked.
 
     Raises:

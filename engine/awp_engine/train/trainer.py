@@ -49,10 +49,11 @@ from awp_engine.models.class_names import difference
 from awp_engine.models.trained import CHECKPOINTS, MODEL_FILE, ModelDescription, described
 from awp_engine.observe import warnings as monitor
 from awp_engine.observe.drawing import attempt
+from awp_engine.observe.metrics import read_metrics
 from awp_engine.observe.profiler import StepProfiler
 from awp_engine.observe.regions import region
 from awp_engine.observe.report import CURVES, plot_learning_curves, write_report
-from awp_engine.observe.run_log import RunLog, read_metrics
+from awp_engine.observe.run_log import RunLog
 from awp_engine.observe.throughput import forward_flops, forward_units, matmul_ceiling, peak_memory
 from awp_engine.optim.average import WeightAverage
 from awp_engine.optim.optimizer import allocate_optimizer_tensors, optimizer_tensors, set_learning_rate
@@ -353,7 +354,8 @@ class Trainer:
 
     def _open_log(self) -> RunLog:
         config = self.config
-        return RunLog(self.run_dir, config, config.epochs, config.log_interval, start_epoch=self.progress.epoch)
+        start = self.progress.epoch
+        return RunLog(self.run_dir, to_json(config), config.epochs, config.log_interval, start_epoch=start)
 
     def _out_of_patience(self) -> bool:
         patience = self.config.evaluation.patience

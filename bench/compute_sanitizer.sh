@@ -19,7 +19,7 @@ for tool in ${TOOLS:-memcheck racecheck initcheck synccheck}; do
   for backend in ${BACKENDS:-cuda triton}; do
     status=0
     timeout "${SECONDS_EACH:-600}" compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 \
-      "$python" tests/fuzz.py --device cuda --backend "$backend" --cases "${CASES:-400}" || status=$?
+      "$python" tests/soak/fuzz.py --device cuda --backend "$backend" --cases "${CASES:-400}" || status=$?
     if [ $status -eq 124 ]; then
       echo "$tool, $backend: cut short; nothing was found until then"
     elif [ $status -ne 0 ]; then

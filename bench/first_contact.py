@@ -85,7 +85,7 @@ def operations_of(backend: str) -> list[str]:
 
 def operation(name: str, device: str, seed: int) -> str:
     """All variants, samples and dtypes of one operation, as far as the time goes."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     import torch
     from operations import OPERATIONS, Arguments, cases, excess, mapped, run
 

@@ -99,14 +99,14 @@ tests() {
   # pyproject's options ask for coverage and leave the GPU out
   env -u AWP_BACKEND "$PYTHON" -m pytest -o addopts= --strict-markers -p no:cacheprovider -q -m "$marker" \
     --timeout=50 --durations=5 -n $processes --maxschedchunk 1 -k "$chosen" \
-    tests/test_graphs.py tests/test_operations.py tests/test_sgd_step.py
+    tests/step/test_graphs.py tests/kernels/test_operations.py tests/kernels/test_sgd_step.py
 }
 
 # some of the fuzzer's cases; bench/compute_sanitizer.sh by itself takes more, and three more tools
 memcheck() {
   if ! command -v compute-sanitizer >/dev/null || [ "$DEVICE" = cpu ]; then
     echo "compute-sanitizer is not there, or there is nothing for it to check: the cases run without"
-    "$PYTHON" tests/fuzz.py --device "$DEVICE" --cases 20
+    "$PYTHON" tests/soak/fuzz.py --device "$DEVICE" --cases 20
     return
   fi
   TOOLS=memcheck BACKENDS=${AWP_BACKEND:-cuda} CASES=20 SECONDS_EACH=$((LIMIT - 6)) bash bench/compute_sanitizer.sh

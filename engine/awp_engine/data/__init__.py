@@ -4,7 +4,7 @@ Order and augmentation are functions of (seed, epoch, sample id) alone: neither 
 nor the loader, nor the device, nor a resumed run changes what a sample looks like in an epoch.
 """
 
-from awp_engine.data.augment.recipe import Batch
+from awp_engine.data.batch import Batch
 from awp_engine.data.batches import Batches, batch_sizes, eval_batches, train_batches
 from awp_engine.data.dataset import DataError, Dataset
 from awp_engine.data.extra import load_extra

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from awp_engine.config import own_images
-from awp_engine.data.augment.recipe import Batch, Drawn, Recipe, Samples
+from awp_engine.data.augment.recipe import DrawnSamples, Recipe, Samples
+from awp_engine.data.batch import Batch
 from awp_engine.data.dataset import random_order_key
 from awp_engine.data.framing import Images, Request, Requests, every_row
-from awp_engine.data.split import Look, Split, StreamedSplit
+from awp_engine.data.split import AugmentArgs, Split, StreamedSplit
 from awp_engine.distributed.share import rank_share
 from awp_kernels.philox import mix_seed, sample_words
 
@@ -129,7 +130,7 @@ def train_batches(
         count = pieces[1][-1].stop if pieces[1] else 0
         drawn.append(recipe.draw(extra, _extra_rows(len(extra), first=(epoch - 1) * count, count=count, seed=seed)))
     plan = _Plan(drawn, list(zip(*pieces, strict=True)), mix_seed(seed, epoch), rank, ranks)
-    return _made(plan, range(first, len(sizes)), recipe.look, batch_size, memory_format)
+    return _made(plan, range(first, len(sizes)), recipe.args, batch_size, memory_format)
 
 
 class Batches:
@@ -275,9 +276,10 @@ def eval_batches(
 def _evaluated(
     split: Split | StreamedSplit, requests: Requests, memory_format: torch.memory_format
 ) -> Generator[Batch, None, None]:
-    with contextlib.closing(split.looks(requests, Look(), memory_format)) as looks:
-        for request, images in zip(requests.make(), looks, strict=True):
-            yield Batch(images, split.labels_of(request.rows), split.ids_of(request.rows).to(split.device))
+    with contextlib.closing(split.augmented(requests, AugmentArgs(), memory_format)) as augmented:
+        for request, images in zip(requests.make(), augmented, strict=True):
+            labels, ids = split.labels_of(request.rows), split.ids_of(request.rows).to(split.device)
+            yield Batch(images, labels, ids, len(images))
 
 
 def _extra_rows(size: int, *, first: int, count: int, seed: int) -> Tensor:
@@ -338,11 +340,15 @@ class _Plan(NamedTuple):
         rank, ranks: whose part is wanted.
     """
 
-    drawn: list[Drawn]
+    drawn: list[DrawnSamples]
     pieces: list[tuple[slice, ...]]
     seed: int
     rank: int
     ranks: int
+
+    def size(self, index: int) -> int:
+        """Samples of a batch, over all ranks."""
+        return sum(piece.stop - piece.start for piece in self.pieces[index])
 
     def places(self, index: int) -> list[Tensor]:
         """Of a batch's own samples and extra ones, int64 [n] each, and how they are put in order, int64 [their sum]."""
@@ -362,30 +368,32 @@ class _Plan(NamedTuple):
 
 
 def _made(
-    plan: _Plan, indices: range, look: Look, batch_size: int, memory_format: torch.memory_format
+    plan: _Plan, indices: range, args: AugmentArgs, batch_size: int, memory_format: torch.memory_format
 ) -> Generator[Batch, None, None]:
     """The batches at `indices`."""
 
-    def looks(which: int) -> Images:
+    def augmented(which: int) -> Images:
         drawn = plan.drawn[which]
 
         def make() -> Iterator[Request]:
             return (drawn.request(plan.places(index)[which]) for index in indices)
 
         # every image may have another one mixed in
-        return drawn.split.looks(Requests(make, 2 * batch_size), look, memory_format)
+        return drawn.split.augmented(Requests(make, 2 * batch_size), args, memory_format)
 
     with contextlib.ExitStack() as stack:
-        streams = [looks(which) for which in range(len(plan.drawn))]
+        streams = [augmented(which) for which in range(len(plan.drawn))]
         for stream in streams:
             stack.enter_context(contextlib.closing(stream))
         for index in indices:
             *places, order = plan.places(index)
-            parts = [d.batch(p, next(s)) for d, p, s in zip(plan.drawn, places, streams, strict=True)]
+            size = plan.size(index)
+            parts = [d.batch(p, next(s), size) for d, p, s in zip(plan.drawn, places, streams, strict=True)]
             batch = parts[0]
             if len(parts) > 1:
                 order = order.to(batch.images.device, non_blocking=True)
-                batch = Batch(*(torch.cat(fields)[order] for fields in zip(*parts, strict=True)))
+                fields = zip(*(part[:3] for part in parts), strict=True)
+                batch = Batch(*(torch.cat(tensors)[order] for tensors in fields), size)
             # RandAugment and erasing have an order of their own
             yield batch._replace(images=batch.images.contiguous(memory_format=memory_format))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from awp_engine.data.extra import ExtraImages
 from awp_engine.data.framing import Framing, Images, Requests
 from awp_engine.data.loaders.choose import Loading
-from awp_engine.data.split import Loader, Look, Split, looks_of
+from awp_engine.data.split import AugmentArgs, Loader, Split, augment_streamed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +54,11 @@ class ExtraSplit:
         """As `Split.labels_of`."""
         return self.images.labels(rows).to(self.device, non_blocking=True)
 
-    def looks(self, requests: Requests, look: Look, memory_format: torch.memory_format) -> Images:
-        """As `Split.looks`."""
+    def augmented(self, requests: Requests, args: AugmentArgs, memory_format: torch.memory_format) -> Images:
+        """As `Split.augmented`."""
         streamed = self.loader.stream(self.images.store, requests.nonempty())
         with contextlib.closing(streamed):
-            yield from looks_of(streamed, requests, look, memory_format, shape=self.shape, device=self.device)
+            yield from augment_streamed(streamed, requests, args, memory_format, shape=self.shape, device=self.device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from awp_kernels import augment
 _CHUNK = 256
 
 
-class Look(NamedTuple):
+class AugmentArgs(NamedTuple):
     """What `awp_kernels.augment` does to an image; by default nothing."""
 
     pad: int = 0
@@ -104,7 +104,7 @@ class Split(_Labelled):
         """Itself."""
         return self
 
-    def looks(self, requests: Requests, look: Look, memory_format: torch.memory_format) -> Images:
+    def augmented(self, requests: Requests, args: AugmentArgs, memory_format: torch.memory_format) -> Images:
         """fp32 [n, C, H, W] in [0, 1] for each request, on the split's device."""
         for request in requests.make():
             yield augment(
@@ -113,7 +113,7 @@ class Split(_Labelled):
                 sample_ids=request.ids.to(self.device, non_blocking=True),
                 seed=request.seed or 0,
                 memory_format=memory_format,
-                **look._asdict(),
+                **args._asdict(),
             )
 
 
@@ -161,10 +161,10 @@ class StreamedSplit(_Labelled):
             done += len(images)
         return Split(images=pixels.permute(0, 3, 1, 2), labels=self.labels, ids=self.ids.to(self.device))
 
-    def looks(self, requests: Requests, look: Look, memory_format: torch.memory_format) -> Images:
-        """As `Split.looks`."""
+    def augmented(self, requests: Requests, args: AugmentArgs, memory_format: torch.memory_format) -> Images:
+        """As `Split.augmented`."""
         streamed = self._stream(requests)
-        return looks_of(streamed, requests, look, memory_format, shape=self.shape, device=self.device)
+        return augment_streamed(streamed, requests, args, memory_format, shape=self.shape, device=self.device)
 
     def _stream(self, requests: Requests) -> Images:
         return self.loader.stream(self.store, requests.nonempty(self.rows))
@@ -177,20 +177,20 @@ def others_by_id(ids: Tensor, rows: Tensor, numbers: Tensor) -> Tensor:
     return by_id[numbers + (numbers >= place[rows])]
 
 
-def looks_of(
+def augment_streamed(
     streamed: Images,
     requests: Requests,
-    look: Look,
+    args: AugmentArgs,
     memory_format: torch.memory_format,
     *,
     shape: tuple[int, int, int],
     device: torch.device,
 ) -> Images:
-    """What `look` makes of images uint8 [n, *shape] as they come, on `device`; no image comes for an empty request."""
+    """What `args` makes of images uint8 [n, *shape] as they come, on `device`; no image comes for an empty request."""
     with contextlib.closing(streamed):
         for request in requests.make():
             if not len(request.rows):
                 yield torch.empty(0, *shape, device=device)
                 continue
             ids, seed = request.ids.to(device, non_blocking=True), request.seed or 0
-            yield augment(next(streamed), sample_ids=ids, seed=seed, memory_format=memory_format, **look._asdict())
+            yield augment(next(streamed), sample_ids=ids, seed=seed, memory_format=memory_format, **args._asdict())

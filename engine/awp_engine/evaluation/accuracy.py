@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from awp_engine.attack.pgd import pgd
+from awp_engine.attack import pgd
 from awp_engine.config import Config
 from awp_engine.data import Split, StreamedSplit, eval_batches
 from awp_engine.distributed.ranks import Ranks
@@ -153,7 +153,7 @@ def evaluate(
             for _ in range(-(-len(split) // ranks.world // batch_size) or 1):
                 if between is not None:
                     between()
-                for x, y, ids in itertools.islice(batches, 1):
+                for x, y, ids, _ in itertools.islice(batches, 1):
                     with region("evaluation"):
                         with torch.no_grad():
                             right = predicted(model(x)) == y

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from awp_engine.attack.pgd import Start, pgd, summed_cross_entropy, summed_margin
+from awp_engine.attack import Start, pgd, summed_cross_entropy, summed_margin
 from awp_engine.data import Split, eval_batches
 from awp_engine.evaluation.accuracy import BlindImages
 from awp_engine.models.answers import predicted
@@ -185,7 +185,7 @@ def gradient_attack(
         epsilon, step_size, start, restarts = Fraction(0), Fraction(0), "none", 1
     loss = summed_margin if attack.family == "cw" else summed_cross_entropy
     attacked, held, unseen = [], [], []
-    for x, y, ids in eval_batches(split, batch_size):
+    for x, y, ids, _ in eval_batches(split, batch_size):
         x_adv = x.clone()
         holds, blind = predict(model, x, batch_size) == y, torch.zeros_like(y, dtype=torch.bool)
         for restart in range(restarts if steps else 0):

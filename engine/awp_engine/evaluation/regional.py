@@ -131,7 +131,7 @@ def regional_attack(
         raise ValueError(f"attack: expected a regional one, got {attack.name}")
     attacked, held, unseen, norms, taken = [], [], [], [], []
     height, width = split.images.shape[2:]
-    for x, y, ids in eval_batches(split, batch_size):
+    for x, y, ids, _ in eval_batches(split, batch_size):
         mask = region_mask(attack.shape, attack.percent, height, width, sample_ids=ids, seed=seed)
         with torch.no_grad():
             logits = model(x)

@@ -163,7 +163,7 @@ def measure(
         raise EvaluationError("--attacks: expected at least one name, got none")
     if states is not None and not identity:
         raise ValueError("identity: needed with states, to tell one evaluation's progress from another's")
-    x, y, _ = next(eval_batches(split, len(split)))
+    x, y, *_ = next(eval_batches(split, len(split)))
     if gates_limit is not None or any(map(_package_attacks, attacks)):
         require_package()
     rows, pictures = [], []

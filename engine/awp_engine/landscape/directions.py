@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from awp_engine.attack.pgd import batch_norm_mode, summed_cross_entropy
+from awp_engine.attack import summed_cross_entropy
 from awp_engine.data import Batch
 from awp_engine.evaluation import PgdAttack
+from awp_engine.models.batch_norm import batch_norm_mode
 from awp_kernels.awp import is_perturbed
 from awp_kernels.philox import mix_seed, normals
 
@@ -126,7 +127,7 @@ def adversarial_direction(
     names = list(select(model))
     chosen = [parameters[name] for name in names]
     sums = [torch.zeros_like(parameter) for parameter in chosen]
-    for x, y, ids in batches:
+    for x, y, ids, _ in batches:
         x_adv = attack(model, x, y, sample_ids=ids)
         with batch_norm_mode(model, "eval", update_statistics=False), torch.enable_grad():
             gradients = torch.autograd.grad(summed_cross_entropy(model(x_adv), y), chosen)

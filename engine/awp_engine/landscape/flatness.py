@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from awp_engine.attack.pgd import summed_cross_entropy
+from awp_engine.attack import summed_cross_entropy
 from awp_engine.data import Batch
 from awp_engine.evaluation import PgdAttack
 from awp_engine.landscape.bootstrap import Interval, mean_interval
@@ -175,14 +175,14 @@ def _joint_ascent(
         fp64 [N], the loss of every image at the end.
     """
     attacked = []
-    for x, _, ids in batches:
+    for x, _, ids, _ in batches:
         x_adv = x.clone()
         pgd_init_(x_adv, x, epsilon=attack.epsilon, norm=attack.norm, sample_ids=ids, seed=seed)
         attacked.append(x_adv)
     copy.move_relative_(displacement)
     moving = copy.parameters(displacement)
     for _ in range(epochs):
-        for x_adv, (x, y, _) in zip(attacked, batches, strict=True):
+        for x_adv, (x, y, *_) in zip(attacked, batches, strict=True):
             x_adv.requires_grad_()
             with torch.enable_grad():
                 loss = summed_cross_entropy(copy.model(x_adv), y)

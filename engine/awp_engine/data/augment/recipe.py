@@ -9,20 +9,10 @@ from awp_engine.data.augment.erase import draw_erase, erase
 from awp_engine.data.augment.mixing import mixed_labels, replace_boxes
 from awp_engine.data.augment.mixup import Mixture, blend_images, draw_mixture
 from awp_engine.data.augment.rand_augment import rand_augment
+from awp_engine.data.batch import Batch
 from awp_engine.data.framing import Images, Request, Requests
-from awp_engine.data.split import Look
+from awp_engine.data.split import AugmentArgs
 from awp_kernels.philox import mix_seed
-
-
-class Batch(NamedTuple):
-    """images: fp32 [B, C, H, W] in [0, 1]; labels: int64 [B], or fp32 [B, classes] under CutMix; ids: int64 [B].
-
-    Extra images are those with an id of at least the data set's `first_extra_id`.
-    """
-
-    images: Tensor
-    labels: Tensor
-    ids: Tensor
 
 
 class Samples(Protocol):
@@ -57,7 +47,7 @@ class Samples(Protocol):
         """The rows of the images that are number `numbers`, in [0, len - 1), among all but `rows`, by their ids."""
         ...
 
-    def looks(self, requests: Requests, look: Look, memory_format: torch.memory_format) -> Images:
+    def augmented(self, requests: Requests, args: AugmentArgs, memory_format: torch.memory_format) -> Images:
         """The images of every request, fp32 [n, C, H, W] in [0, 1]."""
         ...
 
@@ -117,15 +107,15 @@ class Recipe(NamedTuple):
         return self.cutmix + self.mixup > 0
 
     @property
-    def look(self) -> Look:
+    def args(self) -> AugmentArgs:
         """What is done to each image by itself, in one pass."""
-        return Look(self.pad, self.flip, self.cutout, self.fill if self.cutout else None)
+        return AugmentArgs(self.pad, self.flip, self.cutout, self.fill if self.cutout else None)
 
-    def draw(self, split: Samples, rows: Tensor) -> "Drawn":
+    def draw(self, split: Samples, rows: Tensor) -> "DrawnSamples":
         """Draws what mixes the samples at `rows`, int64 [K] on the CPU, with others."""
         ids = split.ids_of(rows)
         if not self.mixes:
-            return Drawn(split, rows, ids, self, None)
+            return DrawnSamples(split, rows, ids, self, None)
         _, height, width = split.shape
         mixture = draw_mixture(
             ids,
@@ -138,10 +128,10 @@ class Recipe(NamedTuple):
             height=height,
             width=width,
         )
-        return Drawn(split, rows, ids, self, mixture._replace(partners=split.others(rows, mixture.partners)))
+        return DrawnSamples(split, rows, ids, self, mixture._replace(partners=split.others(rows, mixture.partners)))
 
     def change(self, images: Tensor, ids: Tensor) -> Tensor:
-        """What is done to each image after `look`: fp32 [n, C, H, W] of samples int64 [n] on the same device."""
+        """What is done to each image after `args`: fp32 [n, C, H, W] of samples int64 [n] on the same device."""
         if self.rand_augment is not None:
             images = rand_augment(
                 images, ids, seed=self.seed, epoch=self.epoch, magnitude=self.rand_augment, fill=self.fill
@@ -154,7 +144,7 @@ class Recipe(NamedTuple):
         return images
 
 
-class Drawn(NamedTuple):
+class DrawnSamples(NamedTuple):
     """Samples of a split, in the order in which they come, and what was drawn for them; on the CPU.
 
     The partners of `mixture` are rows.
@@ -175,22 +165,22 @@ class Drawn(NamedTuple):
             rows, ids = torch.cat([rows, partners]), torch.cat([ids, self.split.ids_of(partners)])
         return Request(rows, ids, mix_seed(self.recipe.seed, self.recipe.epoch))
 
-    def batch(self, places: Tensor, looks: Tensor) -> Batch:
-        """The samples at `places`, made of the images of `request`."""
-        request, device, count = self.request(places), looks.device, len(places)
-        looks = self.recipe.change(looks, request.ids.to(device, non_blocking=True))
+    def batch(self, places: Tensor, augmented: Tensor, whole_size: int) -> Batch:
+        """The samples at `places`, made of the images of `request`, as a share of a batch of `whole_size`."""
+        request, device, count = self.request(places), augmented.device, len(places)
+        augmented = self.recipe.change(augmented, request.ids.to(device, non_blocking=True))
         labels = self.split.labels_of(request.rows[:count])
         ids = request.ids[:count].to(device, non_blocking=True)
         if self.mixture is None:
-            return Batch(looks, labels, ids)
+            return Batch(augmented, labels, ids, whole_size)
         mixture = self.mixture.part(places)
         # who is not mixed is his own partner
         partner = torch.where(mixture.mixes, count - 1 + mixture.mixes.cumsum(0), torch.arange(count))
         partner_labels = self.split.labels_of(mixture.partners)
         mixture = mixture.to(device)
-        images, content = looks[:count], looks[partner.to(device, non_blocking=True)]
+        images, content = augmented[:count], augmented[partner.to(device, non_blocking=True)]
         if self.recipe.mixup:
             images = blend_images(images, content, mixture.blend)
-        share = mixture.own_share(*looks.shape[2:])
+        share = mixture.own_share(*augmented.shape[2:])
         mixed = mixed_labels(labels, partner_labels, share, num_classes=self.recipe.num_classes or 0)
-        return Batch(replace_boxes(images, mixture.boxes, content), mixed, ids)
+        return Batch(replace_boxes(images, mixture.boxes, content), mixed, ids, whole_size)

@@ -51,7 +51,7 @@ from tables import machine_line, markdown
 from awp_engine.cli.command_line import OneLineParser, fail
 from awp_engine.config.presets import build_preset
 from awp_engine.files.text import json_text
-from awp_engine.observe.throughput import forward_units
+from awp_engine.train.cost import forward_units
 
 MODELS = ("preact-resnet-18", "wrn-28-10", "wrn-34-10", "wrn-70-16")
 # docs/performance.md's targets for an H200, 12 ms and 100 ms a step: not measured; 10 ms of launches without graphs

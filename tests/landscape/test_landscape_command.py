@@ -21,7 +21,7 @@ from awp_engine.config import AttackConfig, Config, DataConfig, EvaluationConfig
 from awp_engine.evaluation import evaluation_attack
 from awp_engine.landscape.files import Receipt, write
 from awp_engine.landscape.measure import Measurement, Settings
-from awp_engine.landscape.progress import Progress, duration
+from awp_engine.landscape.progress import ProgressLines, duration
 from awp_engine.landscape.runs import find_weights, open_runs
 from awp_engine.train.trainer import Trainer
 
@@ -290,7 +290,7 @@ def test_an_output_that_cannot_be_written_is_found_before_measuring(monkeypatch,
 
 def test_progress_tells_the_time_left():
     lines: list[str] = []
-    progress = Progress(100, interval=0.0, write=lines.append)
+    progress = ProgressLines(100, interval=0.0, write=lines.append)
     progress.begin("curves")
     progress.advance(25)
     progress.advance(75)

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from samples import images, randn
 from torch import nn
 
-from awp_engine.attack import pgd
+from awp_engine.attack import Attack, pgd
 from awp_engine.data import Batch, load_dataset
-from awp_engine.evaluation import PgdAttack
 from awp_engine.landscape import (
     Direction,
     WorkingCopy,
@@ -30,7 +29,7 @@ from awp_engine.landscape.directions import gaussian_like, perturbed_weights, we
 from awp_engine.landscape.flatness import project_relative_
 from awp_engine.models import build_model
 
-ATTACK = PgdAttack(epsilon=0.1, step_size=0.03, steps=3, norm="linf", seed=5)
+ATTACK = Attack(epsilon=0.1, step_size=0.03, steps=3, norm="linf", seed=5)
 # the relative rounding of one fp32 operation
 ULP = 2.0**-24
 
@@ -237,7 +236,7 @@ class Linear(nn.Module):
         return self.linear(x.flatten(1))
 
 
-LINEAR_ATTACK = PgdAttack(epsilon=0.05, step_size=0.02, steps=8, norm="linf", seed=2)
+LINEAR_ATTACK = Attack(epsilon=0.05, step_size=0.02, steps=8, norm="linf", seed=2)
 
 
 def linear_data(count: int = 8, size: int = 3) -> list[Batch]:

@@ -36,7 +36,7 @@ class EvaluationError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attack:
+class NamedAttack:
     """What a name stands for.
 
     Attributes:
@@ -94,7 +94,7 @@ class Outcome:
     resumed: dict[str, Any] | None = None
 
 
-def parse_attack(name: str) -> Attack:
+def parse_attack(name: str) -> NamedAttack:
     """The attack that `name` stands for, such as pgd20, cw, or regional-frame-28.
 
     Raises:
@@ -103,12 +103,12 @@ def parse_attack(name: str) -> Attack:
     if name == "cw":
         name = f"cw{_CW_STEPS}"
     if name in ("clean", "fgsm", "square", "autoattack"):
-        return Attack(name=name, family=name)
+        return NamedAttack(name=name, family=name)
     if match := _STEPPED.fullmatch(name):
-        return Attack(name=name, family="pgd" if match[1] == "pgd" else "cw", steps=int(match[2]))
+        return NamedAttack(name=name, family="pgd" if match[1] == "pgd" else "cw", steps=int(match[2]))
     if match := _REGIONAL.fullmatch(name):
         shape: Any = match[1]
-        return Attack(name=name, family="regional", shape=shape, percent=int(match[2]))
+        return NamedAttack(name=name, family="regional", shape=shape, percent=int(match[2]))
     raise EvaluationError(f"--attacks: expected {NAMES}; got {name[:80]!r}")
 
 
@@ -155,7 +155,7 @@ def in_ball(x_adv: Tensor, x: Tensor, threat: Threat) -> Tensor:
 def gradient_attack(
     model: nn.Module,
     split: Split,
-    attack: Attack,
+    attack: NamedAttack,
     threat: Threat,
     *,
     restarts: int,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from awp_engine.data import Split, eval_batches
-from awp_engine.evaluation.attacks import Attack, EvaluationError, Outcome, Shape, perturbation_norms
+from awp_engine.evaluation.attacks import EvaluationError, NamedAttack, Outcome, Shape, perturbation_norms
 from awp_engine.models.answers import predicted
 from awp_kernels import pgd_step_
 from awp_kernels.philox import STREAM_UNIFORM, mix_seed, sample_words
@@ -103,7 +103,7 @@ def region_mask(shape: Shape, percent: int, height: int, width: int, *, sample_i
 def regional_attack(
     model: nn.Module,
     split: Split,
-    attack: Attack,
+    attack: NamedAttack,
     *,
     seed: int,
     batch_size: int,

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from awp_engine.attack import Attack
 from awp_engine.checkpoint import CheckpointError, export_model
 from awp_engine.config import ConfigError
 from awp_engine.data import Split
-from awp_engine.evaluation import PgdAttack
 from awp_engine.files.atomic import atomic_write_text
 from awp_engine.files.text import json_text
 from awp_engine.landscape.measure import Measurement, Mode, Settings, interval_facts
@@ -40,7 +40,7 @@ class Receipt:
     runs: Sequence[Run]
     split: str
     images: Split
-    attack: PgdAttack
+    attack: Attack
     settings: Settings
     batch_size: int
     device: torch.device

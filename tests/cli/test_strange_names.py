@@ -31,7 +31,8 @@ from awp_engine.observe.drawing import attempt, drawable, legend, save
 from awp_engine.observe.metrics import read_metrics
 from awp_engine.observe.report import plot_learning_curves, print_table
 from awp_engine.observe.run_log import RunLog
-from awp_engine.train.trainer import Trainer, prepare_run_dir
+from awp_engine.train.run_dir import prepare_run_dir
+from awp_engine.train.trainer import Trainer
 
 NAMES = [
     "_x",

@@ -142,7 +142,7 @@ def step(name: str, device: str, seed: int) -> str:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
     losses = [float(result.loss) for result in results if not result.skipped]
-    scale = arm.plain_step.loss_scale
+    scale = arm.plain_step.passes.loss_scale
     told = (
         f"{settings.model}, losses {min(losses, default=0):.3f} to {max(losses, default=0):.3f}, "
         f"{len(results) - len(losses)} of {len(results)} steps skipped, "

@@ -6,8 +6,8 @@ import functools
 import numpy as np
 import pytest
 import torch
-from awp_engine.step.build import build_step
 from ranks import run_ranks
+from steps import build_step
 from torch import Tensor
 
 from awp_engine.config import (
@@ -124,7 +124,7 @@ def trained(config: Config, ranks: Ranks, *, dtype: torch.dtype = torch.float64,
     averaged = {} if average is None else {f"average.{n}": t for n, t in average.state().items()}
     # .clone(): statistics are views of one tensor
     found = {**model.state_dict(), **momentum, **averaged, "numbers": torch.stack(losses)}
-    if step.copies.sharded:
+    if step.models.sharded:
         return gather(found, every_rank=True)
     return {name: tensor.detach().clone() for name, tensor in found.items()}
 

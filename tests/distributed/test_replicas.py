@@ -8,9 +8,8 @@ import threading
 import numpy as np
 import pytest
 import torch
-from awp_engine.step.build import build_step
-from awp_engine.step.training_step import TrainingStep
 from ranks import run_ranks
+from steps import build_step, make_step
 from test_distributed import BASE, samples
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from awp_engine.evaluation import evaluate
 from awp_engine.models import build_model
 from awp_engine.optim.optimizer import build_optimizer
 from awp_engine.step.objectives import build_objective
-from awp_engine.step.precision import Copies, Precision
+from awp_engine.step.precision import Precision, WorkingModels
 from awp_kernels import AdversarialWeightPerturbation
 
 X = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -183,17 +182,17 @@ def test_evaluation_counts_every_image_once() -> None:
 
 def half_on_rank(rank: int, world: int) -> tuple[list[str], dict[str, Tensor]]:
     model, ranks = network(), Ranks(rank=rank, world=world)
-    copies = Copies(model, Precision(ascent=torch.float16, descent=torch.float16))
-    step = TrainingStep(
-        model=model,
-        optimizer=build_optimizer(model, BASE.optimizer, working=copies.updated),
+    models = WorkingModels(model, Precision(ascent=torch.float16, descent=torch.float16))
+    step = make_step(
+        model,
+        optimizer=build_optimizer(model, BASE.optimizer, working=models.updated),
         objective=build_objective("at", beta=0.0, label_smoothing=0.0),
         attack=AttackConfig(steps=1),
-        awp=AdversarialWeightPerturbation(model, 0.01, working=copies.working),
-        copies=copies,
+        awp=AdversarialWeightPerturbation(model, 0.01, working=models.working),
+        models=models,
         ranks=ranks,
     )
-    (reducer,) = step._reducers.values()
+    (reducer,) = step.passes._reducers.values()
     travelled: list[str] = []
 
     def hook(_, bucket):

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from awp_engine.step.build import build_step
 from ranks import run_ranks
 from samples import images
+from steps import build_step
 from test_resume import AWP_EMA, resumed_everywhere
 from torch import nn
 
@@ -247,7 +247,7 @@ def test_a_step_writes_the_working_copy_anew_and_skips_whole():
     torch.manual_seed(0)
     model = build_model("preact-resnet-digits", 10, (0.3,), (0.4,), width=8).train()
     step = build_step(config, model)
-    copied = step.copies.updated
+    copied = step.models.updated
     assert copied is not None
     for value in (0.0, math.nan, 0.0):
         before = {**model.state_dict(), **optimizer_tensors(model, step.optimizer)}

@@ -195,7 +195,7 @@ def test_steps_longer_than_the_ball_are_refused(norm):
     assert torch.equal(pgd(model, X, Y, step_size=2.0, **(options | {"epsilon": 0.0})), X)
     if norm == "linf":
         for kind in ("fgsm-rs", "n-fgsm"):
-            pgd(model, X, Y, **fast_attack(kind, 0.3) | ({} if kind == "n-fgsm" else {"epsilon": 0.3}))
+            fast_attack(kind, 0.3)(model, X, Y)
 
 
 @pytest.mark.parametrize(

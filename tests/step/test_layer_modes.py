@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 import torch._dynamo
-from awp_engine.step.training_step import TrainingStep
 from samples import images
+from steps import make_step
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn.utils import parametrizations, spectral_norm
@@ -291,8 +291,8 @@ def test_dynamo_makes_one_graph_for_each_kind_of_pass(monkeypatch, method, graph
     counters.clear()
     x = images((6, 1, 8, 8))
     model = build_model("preact-resnet-digits", 10, (0.5,), (0.25,), width=4).train()
-    step = TrainingStep(
-        model=model,
+    step = make_step(
+        model,
         optimizer=build_optimizer(model, OptimizerConfig()),
         objective=build_objective(method),
         attack=AttackConfig(steps=2),

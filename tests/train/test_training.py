@@ -32,7 +32,9 @@ from awp_engine.config import (
 )
 from awp_engine.data import DataError, load_dataset
 from awp_engine.evaluation import evaluate
-from awp_engine.train.trainer import EpochSums, Trainer, TrainingError
+from awp_engine.train.hooks import TrainingError
+from awp_engine.train.progress import EpochSums
+from awp_engine.train.trainer import Trainer
 
 # small enough for a test: a narrow network, two attack steps
 SMALL = ["--model.width", "2", "--attack.steps", "2", "--evaluation.steps", "3", "--global-batch-size", "256"]
@@ -148,12 +150,12 @@ def test_sums_of_an_earlier_version_are_gone_on_from():
     sums, loaded = EpochSums(torch.device("cpu")), EpochSums(torch.device("cpu"))
     sums.add_(numbers, skipped, 10)
     loaded.values.fill_(7.0)
-    loaded.load(sums.values[:7])
+    loaded.load({"sums": sums.values[:7]})
     assert loaded.metrics() == sums.metrics() | {"nonfinite_gradients": 0.0}
-    loaded.load(sums.values)
+    loaded.load(sums.state())
     assert loaded.metrics()["nonfinite_gradients"] == pytest.approx(0.3)
     with pytest.raises(RuntimeError):
-        loaded.load(torch.zeros(9))
+        loaded.load({"sums": torch.zeros(9)})
 
 
 def test_a_run_starts_from_given_weights(finished, tmp_path):
@@ -449,7 +451,7 @@ def test_sam_trains_on_clean_images(tmp_path):
     calls = []
     trainer.model.register_forward_hook(lambda module, inputs, output: calls.append(inputs[0]))
     batch = next(trainer.batches.epoch(1))
-    list(trainer._steps(batch, 1, 0))
+    trainer.step(batch, trainer.schedule(1, 0))
     assert len(calls) == 2
     assert all(torch.equal(x, batch.images) for x in calls)
 

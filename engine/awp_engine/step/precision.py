@@ -6,7 +6,7 @@ weights are stored in 16 bits, its other parameters as they are; the running sta
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,7 @@ class LossScale:
         return {"value": self.value, "growth": self.growth}
 
     @torch.no_grad()
-    def load(self, state: dict[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Tensor]) -> None:
         """What `state` gave."""
         self.value.copy_(state["value"])
         self.growth.copy_(state["growth"])

@@ -13,11 +13,12 @@ from steps import build_step, make_step
 from test_distributed import BASE, samples
 from torch import Tensor
 
+from awp_engine.attack import Attack
 from awp_engine.config import AttackConfig, AwpConfig, Config, ConfigError, DistributedConfig
 from awp_engine.distributed.ranks import Ranks, tell_torchrun
 from awp_engine.distributed.replicas import DivergenceError, check_replicas, checksums
 from awp_engine.distributed.share import rank_share
-from awp_engine.evaluation import PgdAttack, evaluate
+from awp_engine.evaluation import evaluate
 from awp_engine.models import build_model
 from awp_engine.optim.optimizer import build_optimizer
 from awp_engine.step.objectives import build_objective
@@ -159,7 +160,7 @@ def evaluated_on_rank(rank: int, world: int, count: int) -> tuple[float, float, 
         nonlocal calls
         calls += 1
 
-    attack = PgdAttack(epsilon=0.2, step_size=0.1, steps=2, norm="linf")
+    attack = Attack(epsilon=0.2, step_size=0.1, steps=2, norm="linf")
     ranks = Ranks(rank=rank, world=world)
     found = evaluate(network().eval(), samples(count), attack, batch_size=4, ranks=ranks, between=count_calls)
     return found.clean, found.robust, calls

@@ -21,9 +21,9 @@ from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from awp_engine.attack import pgd
+from awp_engine.attack import Attack, pgd
 from awp_engine.data import Split, eval_batches
-from awp_engine.evaluation import PgdAttack, evaluate, evaluation_seed, spread
+from awp_engine.evaluation import evaluate, evaluation_seed, spread
 from awp_engine.evaluation.attack_state import StateFile
 from awp_engine.evaluation.attacks import EvaluationError, Threat, gradient_attack, measuring, parse_attack, predict
 from awp_engine.evaluation.autoattack import Budget, autoattack
@@ -193,7 +193,7 @@ def run(model, name, split=None, threat=THREAT, **changes):
 
 
 def test_pgd_is_what_the_run_itself_measured(model):
-    attack = PgdAttack(epsilon=0.2, step_size=0.05, steps=20, norm="linf", seed=evaluation_seed(0))
+    attack = Attack(epsilon=0.2, step_size=0.05, steps=20, norm="linf", seed=evaluation_seed(0))
     accuracy = evaluate(model, digits().test, attack, batch_size=100)
     assert int(run(model, "pgd20").held.sum()) == round(accuracy.robust * 360)
     assert int(run(model, "clean").held.sum()) == round(accuracy.clean * 360)

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from samples import images, randn
 from torch import nn
 
-from awp_engine.attack import pgd
+from awp_engine.attack import Attack, pgd
 from awp_engine.data import Batch, load_dataset
-from awp_engine.evaluation import PgdAttack
 from awp_engine.landscape import (
     Direction,
     WorkingCopy,
@@ -30,7 +29,7 @@ from awp_engine.landscape.directions import gaussian_like, perturbed_weights, we
 from awp_engine.landscape.flatness import project_relative_
 from awp_engine.models import build_model
 
-ATTACK = PgdAttack(epsilon=0.1, step_size=0.03, steps=3, norm="linf", seed=5)
+ATTACK = Attack(epsilon=0.1, step_size=0.03, steps=3, norm="linf", seed=5)
 # the relative rounding of one fp32 operation
 ULP = 2.0**-24
 
@@ -237,7 +236,7 @@ class Linear(nn.Module):
         return self.linear(x.flatten(1))
 
 
-LINEAR_ATTACK = PgdAttack(epsilon=0.05, step_size=0.02, steps=8, norm="linf", seed=2)
+LINEAR_ATTACK = Attack(epsilon=0.05, step_size=0.02, steps=8, norm="linf", seed=2)
 
 
 def linear_data(count: int = 8, size: int = 3) -> list[Batch]:
@@ -327,7 +326,7 @@ def test_surface_meets_the_curves_on_its_axes():
 
 
 def test_robust_loss_attacks_this_model_with_running_statistics():
-    model, (x, y, ids) = network(), batches(6, 6)[0]
+    model, (x, y, ids, _) = network(), batches(6, 6)[0]
     losses = robust_loss(model, x, y, ATTACK, sample_ids=ids)
     assert losses.shape == (6,)
     assert losses.dtype == torch.float64
@@ -341,7 +340,7 @@ def test_robust_loss_attacks_this_model_with_running_statistics():
 
 
 def test_restarts_keep_the_worst():
-    model, (x, y, ids) = network(), batches(12, 12)[0]
+    model, (x, y, ids, _) = network(), batches(12, 12)[0]
     once, thrice = (robust_loss(model, x, y, ATTACK, restarts=n, sample_ids=ids) for n in (1, 3))
     assert (thrice >= once).all()
     assert (thrice > once).any()

@@ -14,7 +14,7 @@ from public_awp import PublicAwp, public_step
 from samples import images
 
 from awp_engine.data import Batch
-from awp_engine.observe.throughput import forward_units
+from awp_engine.train.cost import forward_units
 from awp_kernels import pgd_init_, pgd_init_normal_
 from bench.step.arms import Settings, engine_config, necessary_units
 from bench.step.arms.eager import eager_arm

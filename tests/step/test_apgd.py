@@ -20,8 +20,8 @@ from awp_engine.config import AttackConfig, AwpConfig, Config, ConfigError, Opti
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.models import build_model
 from awp_engine.models.batch_norm import batch_norm_mode
-from awp_engine.observe.throughput import forward_units
 from awp_engine.step.objectives import Trades
+from awp_engine.train.cost import forward_units
 
 X, Y, IDS = images((8, 1, 8, 8)), torch.arange(8), torch.tensor([5, 9, 0, 2, 7, 1, 3, 30])
 

@@ -81,7 +81,7 @@ def test_two_steps(name, colour_images, tmp_path):
     trainer = Trainer(config)
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
     results = []
-    with RunLog(trainer.run_dir, config, 1, 60.0):
+    with RunLog(trainer.run_dir, "{}", 1, 60.0):
         for index, batch in zip(range(2), trainer.batches.epoch(1), strict=False):
             phase = dataclasses.replace(trainer.schedule(1, index), lr=config.optimizer.lr)
             results.append(trainer.step(batch, phase))

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from samples import images
 
 import awp_engine
+from awp_engine.attack import Attack
 from awp_engine.checkpoint import CheckpointError
 from awp_engine.config import (
     AttackConfig,
@@ -30,7 +31,7 @@ from awp_engine.config import (
     OptimizerConfig,
 )
 from awp_engine.data import DataError, load_dataset
-from awp_engine.evaluation import PgdAttack, evaluate
+from awp_engine.evaluation import evaluate
 from awp_engine.train.hooks import TrainingError
 from awp_engine.train.progress import EpochSums
 from awp_engine.train.trainer import Trainer
@@ -105,7 +106,7 @@ def test_the_report_is_what_the_selected_weights_give(finished):
     with torch.no_grad():
         predicted = model(data.test.images / 255).argmax(1)
     assert (predicted == data.test.labels).double().mean().item() == pytest.approx(report["clean_accuracy"])
-    attack = PgdAttack(epsilon=0.2, step_size=0.05, steps=20, norm="linf", seed=1)
+    attack = Attack(epsilon=0.2, step_size=0.05, steps=20, norm="linf", seed=1)
     accuracy = evaluate(model, data.test, attack, batch_size=100)
     assert accuracy.robust == pytest.approx(report["pgd20_accuracy"], abs=0.03)
     by_checkpoint = awp_engine.load_model(finished / "checkpoints" / f"epoch-{report['selected_epoch']}")

@@ -90,7 +90,7 @@ def measure(arguments: argparse.Namespace) -> list[Path]:
     from awp_engine.files.locking import locked
     from awp_engine.landscape import measure as measuring
     from awp_engine.landscape.files import Receipt, prepare_output, write
-    from awp_engine.landscape.progress import Progress
+    from awp_engine.landscape.progress import ProgressLines
     from awp_engine.landscape.robust_loss import as_batches
     from awp_engine.landscape.runs import common_images, open_runs
 
@@ -112,7 +112,7 @@ def measure(arguments: argparse.Namespace) -> list[Path]:
         run.model.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
     batches = as_batches(images, arguments.batch_size, layout)
     attack = dataclasses.replace(evaluation_attack(runs[0].config), steps=arguments.steps, seed=arguments.seed)
-    progress = Progress(
+    progress = ProgressLines(
         sum(measuring.work(mode, settings, len(runs), len(images), attack.steps) for mode in arguments.mode)
     )
     chosen: dict[str, Any] = {

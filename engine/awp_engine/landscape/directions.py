@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from awp_engine.attack import summed_cross_entropy
+from awp_engine.attack import Attack, summed_cross_entropy
 from awp_engine.data import Batch
-from awp_engine.evaluation import PgdAttack
 from awp_engine.models.batch_norm import batch_norm_mode
 from awp_kernels.awp import is_perturbed
 from awp_kernels.philox import mix_seed, normals
@@ -105,7 +104,7 @@ def random_direction(
 def adversarial_direction(
     model: nn.Module,
     batches: Sequence[Batch],
-    attack: PgdAttack,
+    attack: Attack,
     *,
     scope: Scope = "layer",
     select: Callable[[nn.Module], Sequence[str]] = perturbed_weights,

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from awp_engine.attack import summed_cross_entropy
+from awp_engine.attack import Attack, summed_cross_entropy
 from awp_engine.data import Batch
-from awp_engine.evaluation import PgdAttack
 from awp_engine.landscape.bootstrap import Interval, mean_interval
 from awp_engine.landscape.directions import gaussian_like, name_key, random_direction, weights_and_biases
 from awp_engine.landscape.moving import WorkingCopy
@@ -88,7 +87,7 @@ def _require(name: str, value: float, minimum: float) -> None:
 def average_flatness(
     model: nn.Module,
     batches: Sequence[Batch],
-    attack: PgdAttack,
+    attack: Attack,
     *,
     xi: float = 0.5,
     count: int = 10,
@@ -161,7 +160,7 @@ def _joint_ascent(
     copy: WorkingCopy,
     displacement: dict[str, Tensor],
     batches: Sequence[Batch],
-    attack: PgdAttack,
+    attack: Attack,
     *,
     xi: float,
     epochs: int,
@@ -202,7 +201,7 @@ def _joint_ascent(
 def worst_flatness(
     model: nn.Module,
     batches: Sequence[Batch],
-    attack: PgdAttack,
+    attack: Attack,
     *,
     xi: float = 0.003,
     epochs: int = 20,

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from awp_engine.attack import Attack
 from awp_engine.data import Batch, Split, eval_batches
-from awp_engine.evaluation import PgdAttack
 from awp_engine.models.batch_norm import batch_norm_mode
 from awp_kernels.philox import mix_seed
 
@@ -31,7 +31,7 @@ def robust_loss(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    attack: PgdAttack,
+    attack: Attack,
     *,
     restarts: int = 1,
     sample_ids: Tensor | None = None,
@@ -70,7 +70,7 @@ def robust_loss(
 def robust_losses(
     model: nn.Module,
     batches: Sequence[Batch],
-    attack: PgdAttack,
+    attack: Attack,
     *,
     restarts: int = 1,
     report: Report | None = None,

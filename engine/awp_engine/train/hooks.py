@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from awp_engine.device import Behind
+from awp_engine.device import DelayedReadback
 from awp_engine.train.schedule import Schedule
 from awp_engine.train.state import RunState
 
@@ -24,17 +24,17 @@ class StopOrDiverge:
     """
 
     def __init__(self, device: torch.device, stop: Callable[[], object]) -> None:
-        self._stop, self._behind = stop, Behind(device, 2)
+        self._stop, self._readback = stop, DelayedReadback(device, 2)
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
 
     def count(self, asked: Tensor, skipped: Tensor) -> None:
         """Take an update in: how many ranks were asked to stop, and whether it was skipped."""
         self._skipped = torch.where(skipped, self._skipped + 1, 0)
-        self._behind.push(torch.stack([asked, self._skipped.double()]))
+        self._readback.push(torch.stack([asked, self._skipped.double()]))
 
     def __call__(self, state: RunState) -> None:
         """Raise what ends the run."""
-        stop, skipped = self._behind.latest()
+        stop, skipped = self._readback.latest()
         if skipped >= _MOST_SKIPPED:
             raise TrainingError(
                 f"epoch {state.progress.epoch + 1}, step {state.progress.step}: the gradients of {skipped:.0f} steps "

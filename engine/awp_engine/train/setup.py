@@ -20,7 +20,7 @@ from awp_engine.distributed.sharding import gather, shard
 from awp_engine.models import load_pretrained
 from awp_engine.models.batch_norm import synchronize
 from awp_engine.models.trained import ModelDescription
-from awp_engine.observe.throughput import forward_flops, forward_units
+from awp_engine.observe.throughput import forward_flops
 from awp_engine.optim.average import WeightAverage
 from awp_engine.optim.optimizer import build_optimizer
 from awp_engine.step.awp_step import Ascent, AwpStep
@@ -29,6 +29,7 @@ from awp_engine.step.free import FreeStep
 from awp_engine.step.objectives import build_objective
 from awp_engine.step.precision import PARTS, Precision, WorkingModels, has_fast_bfloat16
 from awp_engine.step.step import Step
+from awp_engine.train.cost import forward_units
 from awp_engine.train.run_dir import prepare_run_dir
 from awp_engine.train.schedule import Schedule
 from awp_kernels import AdversarialWeightPerturbation, asam, sam

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 
 from awp_engine import checkpoint
-from awp_engine.config import Config, config_hash
+from awp_engine.config import Config, config_hash, to_json
 from awp_engine.data import Batch
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.signals import StoppedError, StopRequest, exit_code, reason_name
@@ -18,10 +18,11 @@ from awp_engine.evaluation import evaluation_attack
 from awp_engine.models.trained import MODEL_FILE
 from awp_engine.observe import warnings
 from awp_engine.observe.drawing import attempt
+from awp_engine.observe.metrics import read_metrics
 from awp_engine.observe.profiler import StepProfiler
 from awp_engine.observe.regions import region
 from awp_engine.observe.report import CURVES, plot_learning_curves, write_report
-from awp_engine.observe.run_log import RunLog, read_metrics
+from awp_engine.observe.run_log import RunLog
 from awp_engine.observe.throughput import matmul_ceiling, peak_memory
 from awp_engine.step.step import StepResult
 from awp_engine.train.hooks import CheckReplicas, SaveSteps, StopOrDiverge, TrainingError
@@ -129,7 +130,7 @@ class Trainer(Setup):
             raise TrainingError("Trainer: has run before; make another one, which goes on from the newest checkpoint")
         self._begun = True
         if self.ranks.is_first:
-            self._log = RunLog(self.run_dir, config, config.epochs, config.log_interval, start_epoch=done)
+            self._log = RunLog(self.run_dir, to_json(config), config.epochs, config.log_interval, start_epoch=done)
         with (
             self._log or contextlib.nullcontext(),
             self.state.writer,

@@ -66,7 +66,6 @@ def sgd_step(namespace: Any) -> Callable[..., Tensor]:
         grad_norm: Tensor | None,
         max_norm: float | None,
         average_weight: float | Tensor,
-        decay_at_out: bool,
     ) -> Tensor:
         return operation(
             weights,
@@ -83,7 +82,6 @@ def sgd_step(namespace: Any) -> Callable[..., Tensor]:
             grad_norm,
             max_norm,
             *_number(average_weight),
-            decay_at_out,
         )
 
     return call

@@ -23,7 +23,6 @@ def _check_options(
     grad_norm: Tensor | None,
     max_norm: float | None,
     average_weight: float,
-    decay_at_out: bool,
 ) -> None:
     if not weights:
         raise ValueError("weights: expected at least one tensor, got an empty list")
@@ -47,8 +46,6 @@ def _check_options(
             raise ValueError("max_norm: expected grad_norm with it, the norm of all gradients (see total_norm)")
     if not 0 <= average_weight <= 1:
         raise ValueError(f"average_weight: expected a number in [0, 1], got {average_weight}")
-    if decay_at_out and not out:
-        raise ValueError("decay_at_out: expected out with it, the copy that the decay is taken from")
 
 
 def _lists(
@@ -100,7 +97,6 @@ def _sgd_step_(
     max_norm: float | None,
     average_weight: float,
     average_weight_tensor: Tensor | None,
-    decay_at_out: bool,
 ) -> Tensor:
     _check_options(
         weights,
@@ -113,7 +109,6 @@ def _sgd_step_(
         grad_norm,
         max_norm,
         average_weight,
-        decay_at_out,
     )
     numbers = _numbers(weights, lr_tensor, grad_scale, found_inf, grad_norm, average_weight_tensor)
     grads = list(grads)
@@ -140,7 +135,6 @@ def _sgd_step_(
         grad_norm,
         max_norm,
         average_weight if average_weight_tensor is None else average_weight_tensor,
-        decay_at_out,
     )
 
 
@@ -162,7 +156,6 @@ def _(
     max_norm: float | None,
     average_weight: float,
     average_weight_tensor: Tensor | None,
-    decay_at_out: bool,
 ) -> Tensor:
     # where one tensor is "meta" or fake and another is not, nothing else looks at them
     _numbers(weights, lr_tensor, grad_scale, found_inf, grad_norm, average_weight_tensor)
@@ -187,12 +180,11 @@ def sgd_step_(
     averages: Sequence[Tensor] | None = None,
     average_weight: float | Tensor | None = None,
     out: Sequence[Tensor] | None = None,
-    decay_at_out: bool = False,
 ) -> Tensor:
     """Take one step of SGD, in place, as torch.optim.SGD defines it, with all that surrounds it.
 
         g = grad / grad_scale * min(1, max_norm / (grad_norm / grad_scale + 1e-6))
-        d = g + weight_decay * w                      decay_at_out: of what `out` holds before, instead of w
+        d = g + weight_decay * w
         buffer = momentum * buffer + d;  d = buffer   nesterov: d + momentum * buffer
         w = w - lr * d
         average = average + average_weight * (w - average);  out = w, rounded to nearest even
@@ -221,7 +213,6 @@ def sgd_step_(
         average_weight: what a new weight counts in its average, in [0, 1], a number or a one-element tensor on the
             device (float32 or float64).
         out: tensors of the weights' shapes and strides that take the new weights, of any one floating dtype.
-        decay_at_out: decay towards zero from what `out` held, such as w + v from `perturb_into_`, instead of from w.
 
     Returns:
         ||w|| of every stepped tensor, float64 [len(weights)], as `perturb_` takes it for `weight_norms`.
@@ -270,5 +261,4 @@ def sgd_step_(
         None if max_norm is None else float(max_norm),
         0.0 if isinstance(share, Tensor) else float(share),
         share if isinstance(share, Tensor) else None,
-        decay_at_out,
     )

@@ -45,7 +45,6 @@ def sgd_step(
     grad_norm: Tensor | None,
     max_norm: float | None,
     average_weight: float | Tensor,
-    decay_at_out: bool,
 ) -> Tensor:
     """Step the weights, their momentum and their averages; write them to `out`; return their norms."""
     dtype = working_dtype(weights[0].dtype)
@@ -63,7 +62,7 @@ def sgd_step(
         if factor is not None:
             d = factor * d
         if decay != 0:
-            d = d + decay * (out[index].to(dtype) if decay_at_out else w)
+            d = d + decay * w
         if momentum_buffers:
             buffer = momentum * momentum_buffers[index].to(dtype) + d
             update(momentum_buffers[index], buffer)

@@ -213,10 +213,6 @@ def _fp32_bits(value: float) -> int:
     return struct.unpack("<i", struct.pack("<f", value))[0]
 
 
-def _number(value: float | Tensor) -> tuple[float, Tensor | None]:
-    return (0.0, value) if isinstance(value, Tensor) else (value, None)
-
-
 def sgd_step(
     weights: list[Tensor],
     grads: list[Tensor],
@@ -224,14 +220,16 @@ def sgd_step(
     averages: list[Tensor],
     out: list[Tensor],
     weight_decay: list[float],
-    lr: float | Tensor,
+    lr: float,
+    lr_tensor: Tensor | None,
     momentum: float,
     nesterov: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     grad_norm: Tensor | None,
     max_norm: float | None,
-    average_weight: float | Tensor,
+    average_weight: float,
+    average_weight_tensor: Tensor | None,
 ) -> Tensor:
     """Step the weights, their momentum and their averages; write them to `out`; return their norms."""
     device = weights[0].device
@@ -244,9 +242,11 @@ def sgd_step(
             rows,
             programs,
             partials,
-            *_number(lr),
+            lr,
+            lr_tensor,
             momentum,
-            *_number(average_weight),
+            average_weight,
+            average_weight_tensor,
             grad_scale,
             found_inf,
             grad_norm,

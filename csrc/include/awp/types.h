@@ -68,7 +68,6 @@ struct SgdRule {
   double max_norm;  // negative: gradients are not clipped
   float momentum;
   bool nesterov;
-  bool decay_at_out;  // decay is taken from what out holds before
 };
 
 struct SgdStep {

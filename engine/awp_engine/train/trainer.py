@@ -25,6 +25,7 @@ from awp_engine.config import (
     to_json,
 )
 from awp_engine.data import (
+    Augmentation,
     Batch,
     Batches,
     Dataset,
@@ -151,7 +152,7 @@ def load_data(config: Config, loading: Loading | None = None) -> Dataset:
         held_out_fraction=data.held_out_fraction,
         seed=_HOLD_OUT_SEED,
         train_limit=data.train_limit,
-        loading=loading or data_loading(config, torch.device("cpu")),
+        loading=loading or data_loading(config.data, torch.device("cpu")),
     )
 
 
@@ -235,7 +236,7 @@ class Trainer:
         choose_precision(config, self.device)
         if config.cuda_graphs and self.device.type != "cuda":
             raise ConfigError("--cuda-graphs: expected a CUDA device to capture the step on, found none; leave it out")
-        loading = data_loading(config, self.device)
+        loading = data_loading(config.data, self.device)
         data = self.data = load_data(config, loading)
         self._check_ball()
         extra = None
@@ -276,18 +277,11 @@ class Trainer:
             self.messages.append(f"weights of {config.model.pretrained}{new}")
         if self.ranks.is_first:
             prepare_run_dir(config)
-        self.batches = Batches(
-            data.train,
-            global_batch_size=config.global_batch_size,
-            seed=config.seed,
-            rank=self.ranks.rank,
-            ranks=self.ranks.world,
-            extra=None if extra is None else extra.split,
-            extra_fraction=config.data.extra_fraction,
-            memory_format=self.memory_format,
+        augmentation = Augmentation(
             pad=config.data.pad,
             flip=config.data.flip,
             cutout=config.data.cutout,
+            fill=data.mean,
             cutmix=config.data.cutmix,
             mixup=config.data.mixup,
             mixup_alpha=config.data.mixup_alpha,
@@ -295,7 +289,17 @@ class Trainer:
             erase=config.data.erase,
             erase_std=data.std,
             num_classes=len(data.class_names),
-            fill=data.mean,
+        )
+        self.batches = Batches(
+            data.train,
+            augmentation,
+            global_batch_size=config.global_batch_size,
+            seed=config.seed,
+            rank=self.ranks.rank,
+            ranks=self.ranks.world,
+            extra=None if extra is None else extra.split,
+            extra_fraction=config.data.extra_fraction,
+            memory_format=self.memory_format,
         )
         self._sizes = self.batches.sizes
         self._flops, self._ceiling = forward_units(config) * forward_flops(model, data.train.shape), None

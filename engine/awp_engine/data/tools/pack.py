@@ -24,16 +24,8 @@ from awp_engine.data.loaders.workers import Died, process_all
 from awp_engine.data.sets.files import read_regular, shown
 from awp_engine.data.sets.imagenet import is_tiny_imagenet
 from awp_engine.data.sets.inspect import BadImageError, Header, check, decode
-from awp_engine.data.tools.scan import (
-    LIST_NAME,
-    bad_files,
-    file_state,
-    list_files,
-    listed_name,
-    names_digest,
-    read_scan,
-    typed,
-)
+from awp_engine.data.sets.scan_list import LIST_NAME, bad_files, file_state, listed_name, read_scan, typed
+from awp_engine.data.tools.scan import list_files, names_digest
 from awp_engine.files.atomic import atomic_write_text, sync_directory
 from awp_engine.files.locking import LOCK, locked
 

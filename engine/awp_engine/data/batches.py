@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -67,22 +67,18 @@ def train_batches(
 
     Source of the batches' composition: Carmon et al.: Unlabeled Data Improves Adversarial Robustness, NeurIPS 2019.
     """
-    _check_batch_size(batch_size)
     if not 0 <= rank < ranks:
         raise ValueError(f"rank: {rank}; expected 0 to {ranks - 1}, of {ranks} ranks")
     augmentation.require_fit(split, "split")
-    own_size, extra_size = (batch_size, 0) if extra is None else _shares(batch_size, extra_fraction)
+    sizes = _sizes(len(split), batch_size, None if extra is None else extra_fraction, drop_last)
     order = epoch_order(split.ids_of(torch.arange(len(split))), seed=seed, epoch=epoch)
-    if drop_last:
-        order = order[: len(order) // own_size * own_size]
-    sizes = _sizes(len(order), own_size)
     drawn = [augmentation.draw(split, order, seed=seed, epoch=epoch)]
-    pieces = [_pieces(sizes)]
+    pieces = [_pieces(own for own, _ in sizes)]
     if extra is not None:
         augmentation.require_fit(extra, "extra")
         _check_extra(extra, split)
-        pieces.append(_pieces(_extra_sizes(sizes, own_size, extra_size)))
-        count = pieces[1][-1].stop if pieces[1] else 0
+        pieces.append(_pieces(more for _, more in sizes))
+        count = sum(more for _, more in sizes)
         rows = extra_rows(len(extra), first=(epoch - 1) * count, count=count, seed=seed)
         drawn.append(augmentation.draw(extra, rows, seed=seed, epoch=epoch))
     plan = _Plan(drawn, list(zip(*pieces, strict=True)), mix_seed(seed, epoch), rank, ranks)
@@ -135,8 +131,8 @@ class Batches:
         drop_last: bool = False,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
-        sizes = batch_sizes(len(split), global_batch_size, None if extra is None else extra_fraction)
-        self.sizes = [size for size in sizes if not drop_last or size == global_batch_size]
+        fraction = None if extra is None else extra_fraction
+        self.sizes = [own + more for own, more in _sizes(len(split), global_batch_size, fraction, drop_last)]
         """Images of every batch, over all ranks."""
         self._train_batches = functools.partial(
             train_batches,
@@ -211,10 +207,7 @@ def batch_sizes(split_size: int, batch_size: int, extra_fraction: float | None =
     >>> batch_sizes(300, 128), len(batch_sizes(50_000, 128, 0.5))
     ([128, 128, 44], 782)
     """
-    _check_batch_size(batch_size)
-    own_size, extra_size = (batch_size, 0) if extra_fraction is None else _shares(batch_size, extra_fraction)
-    sizes = _sizes(split_size, own_size)
-    return [a + b for a, b in zip(sizes, _extra_sizes(sizes, own_size, extra_size), strict=True)]
+    return [own + more for own, more in _sizes(split_size, batch_size, extra_fraction, drop_last=False)]
 
 
 def eval_batches(
@@ -240,16 +233,15 @@ def _evaluated(
             yield Batch(images, labels, ids, len(images))
 
 
-def _sizes(count: int, size: int) -> list[int]:
-    return [min(size, count - start) for start in range(0, count, size)]
+def _sizes(count: int, batch_size: int, extra_fraction: float | None, drop_last: bool) -> list[tuple[int, int]]:
+    """Own images and extra ones of every batch; the latter rounded half up in the last one, as in the full ones."""
+    _check_batch_size(batch_size)
+    size, extra = (batch_size, 0) if extra_fraction is None else _shares(batch_size, extra_fraction)
+    own_sizes = [min(size, count - start) for start in range(0, count, size)]
+    return [(own, (2 * own * extra + size) // (2 * size)) for own in own_sizes if not drop_last or own == size]
 
 
-def _extra_sizes(sizes: list[int], own_size: int, extra_size: int) -> list[int]:
-    """Rounded half up, as in the full batches."""
-    return [(2 * size * extra_size + own_size) // (2 * own_size) for size in sizes]
-
-
-def _pieces(sizes: list[int]) -> list[slice]:
+def _pieces(sizes: Iterable[int]) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise(accumulate(sizes, initial=0))]
 
 
@@ -277,7 +269,7 @@ class _Plan(NamedTuple):
         """Of a batch's own samples and extra ones, int64 [n] each, and how they are put in order, int64 [their sum]."""
         pieces = self.pieces[index]
         places = [torch.arange(piece.start, piece.stop) for piece in pieces]
-        share, _ = rank_share(sum(map(len, places)), self.rank, self.ranks)
+        share, _ = rank_share(self.size(index), self.rank, self.ranks)
         if len(places) == 1:
             own = places[0][share]
             return [own, torch.arange(len(own))]
@@ -315,8 +307,8 @@ def _made(
             batch = parts[0]
             if len(parts) > 1:
                 order = order.to(batch.images.device, non_blocking=True)
-                own, extra = parts
-                images, labels, ids = (torch.cat([own[field], extra[field]])[order] for field in range(3))
+                fields = zip(*(part[:3] for part in parts), strict=True)
+                images, labels, ids = (torch.cat(tensors)[order] for tensors in fields)
                 batch = Batch(images, labels, ids, size)
             # RandAugment and erasing have an order of their own
             yield batch._replace(images=batch.images.contiguous(memory_format=memory_format))

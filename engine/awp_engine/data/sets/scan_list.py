@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from awp_engine.data.dataset import DataError
-from awp_engine.data.sets.files import listed_name as listed_bytes
+from awp_engine.data.sets.files import listed_name
 from awp_engine.files.atomic import atomic_write_text
 
 LIST_NAME = "awp-scan.jsonl"
@@ -62,11 +62,6 @@ class Scan:
     notes: tuple[str, ...]
     bad: dict[str, Bad]
     states: dict[str, tuple[int, int] | None]
-
-
-def listed_name(path: Path | str) -> str:
-    """A path as the list has it: UTF-8 where it is, other bytes as backslash, x and two digits, backslashes doubled."""
-    return listed_bytes(os.fsencode(path))
 
 
 def listed_path(name: str) -> str:

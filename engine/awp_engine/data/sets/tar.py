@@ -101,7 +101,7 @@ class TarImages:
 
     def name(self, row: int) -> str:
         """The tar and the member."""
-        return f"{shown(os.fsencode(self._tars[self._tar[row]]))}: {shown(self._names[row])}"
+        return f"{shown(self._tars[self._tar[row]])}: {shown(self._names[row])}"
 
     def digest(self) -> str:
         """See `EncodedImages`; how the samples are spread over tars does not matter."""

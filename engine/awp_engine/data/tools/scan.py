@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from awp_engine.data.dataset import DataError
 from awp_engine.data.loaders.workers import Died, process_all
-from awp_engine.data.sets.files import SUFFIXES, hint, read_regular, shown
+from awp_engine.data.sets.files import SUFFIXES, hint, listed_name, read_regular, shown
 from awp_engine.data.sets.imagenet import is_tiny_imagenet, list_tiny_imagenet
 from awp_engine.data.sets.inspect import BadImageError, Header, check, decode
-from awp_engine.data.sets.scan_list import Bad, Scan, file_state, listed_name
+from awp_engine.data.sets.scan_list import Bad, Scan, file_state
 
 _SUFFIXES = tuple(map(os.fsdecode, SUFFIXES))
 # Enough images a task that handing tasks out costs nothing, few enough that all processes finish together.

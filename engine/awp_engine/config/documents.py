@@ -89,7 +89,7 @@ def _parse_yaml(text: str, source: str) -> Any:
             text = super().construct_scalar(node)
             if node.style is not None:
                 return text
-            return None if text.lower() in ("", "~", "null") else Word(text)
+            return None if text in ("", "~", "null", "Null", "NULL") else Word(text)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             mapping = super().construct_mapping(node, deep=True)

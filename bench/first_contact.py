@@ -69,7 +69,7 @@ def machine(device: str) -> str:
             "--query-gpu=driver_version,memory.total,clocks.sm,ecc.errors.uncorrected.volatile.total",
         ]
         told.append(subprocess.run([*query, "--format=csv,noheader"], capture_output=True, text=True).stdout.strip())
-    for name in ("triton", "setuptools", "hypothesis", "xdist", "tyro"):
+    for name in ("triton", "setuptools", "hypothesis", "xdist"):
         try:
             told.append(f"{name} {getattr(__import__(name), '__version__', '')}".strip())
         except ImportError:

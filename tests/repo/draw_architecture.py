@@ -97,7 +97,9 @@ def arrow_paths(arrows: dict[str, set[str]]) -> list[str]:
             else:
                 x1 += BOX_WIDTH * (index + 1) / (len(leaving) + 1)
                 x2 += BOX_WIDTH * (arriving[other].index(wing) + 1) / (len(arriving[other]) + 1)
-                between = [TOP + n * FLOOR_HEIGHT for n in range(structure.FLOOR[wing] + 1, structure.FLOOR[other])]
+                between = [
+                    float(TOP + n * FLOOR_HEIGHT) for n in range(structure.FLOOR[wing] + 1, structure.FLOOR[other])
+                ]
                 path = way((x1, y1 + BOX_HEIGHT), between, (x2, y2), taken)
             drawn.append(f'<path d="{path}" marker-end="url(#head)"><title>{wing} imports {other}</title></path>')
     return drawn

@@ -169,35 +169,36 @@ def beside(found: list[Import]) -> list[Import]:
     return [one for one, a, b in wings if a != b and FLOOR.get(a, -1) == FLOOR.get(b, -2)]
 
 
-def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
-    """Wings that import each other, directly or by way of others."""
-
-    def reached(start: str) -> set[str]:
-        seen, queue = set(), deque(arrows.get(start, ()))
+def reach(arrows: dict[str, set[str]]) -> dict[str, set[str]]:
+    """For every room, all that it imports, directly or by way of others."""
+    found: dict[str, set[str]] = {}
+    for start in arrows:
+        seen, queue = set(), deque(arrows[start])
         while queue:
-            wing = queue.popleft()
-            if wing not in seen:
-                seen.add(wing)
-                queue.extend(arrows.get(wing, ()))
-        return seen
+            room = queue.popleft()
+            if room not in seen:
+                seen.add(room)
+                queue.extend(arrows.get(room, ()))
+        found[start] = seen
+    return found
 
-    reach = {wing: reached(wing) for wing in arrows}
-    groups = {frozenset(other for other in arrows if other in reach[wing] and wing in reach[other]) for wing in arrows}
+
+def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
+    """Rooms that import each other, directly or by way of others."""
+    reached = reach(arrows)
+    groups = {frozenset(b for b in arrows if b in reached[a] and a in reached[b]) for a in arrows}
     return sorted(sorted(group) for group in groups if group)
 
 
 def levels(arrows: dict[str, set[str]]) -> int:
-    """Rooms on the longest way down; a circle counts once."""
+    """Rooms on the longest way down; those of a circle count once."""
+    reached = reach(arrows)
+    # of two rooms in one circle each reaches all that the other does
+    below = {a: {b for b in reached[a] if a not in reached.get(b, ())} for a in arrows}
     depth: dict[str, int] = {}
-
-    def below(room: str, above: frozenset[str]) -> int:
-        if room not in depth:
-            on_the_way = above | {room}
-            further = [below(other, on_the_way) for other in arrows.get(room, ()) if other not in on_the_way]
-            depth[room] = 1 + max(further, default=0)
-        return depth[room]
-
-    return max(below(room, frozenset()) for room in arrows)
+    for room in sorted(arrows, key=lambda room: len(below[room])):
+        depth[room] = 1 + max((depth[other] for other in below[room]), default=0)
+    return max(depth.values())
 
 
 def lines_of(node: ast.AST) -> int:
@@ -229,12 +230,20 @@ def calls(node: ast.AST) -> Iterator[tuple[str, str]]:
 def is_algorithm(node: ast.FunctionDef) -> bool:
     """Whether it reads like Algorithm 1: attack, ascent, descent and update, called by one function."""
     called = " ".join(name for _, name in calls(node))
-    return all(stem in called for stem in ("attack", "ascen", "descen", "update"))
+    parts = (("attack",), ("ascen", "climb"), ("descen",), ("update",))
+    return all(any(stem in called for stem in part) for part in parts)
 
 
 def trainer_class(found: list[Module]) -> ast.ClassDef | None:
     """Class Trainer."""
     return next((node for _, node in classes(found) if node.name == "Trainer"), None)
+
+
+def bases(found: list[Module], node: ast.ClassDef) -> list[ast.ClassDef]:
+    """The classes of the product that a class inherits from, and theirs."""
+    of_name = {other.name: other for _, other in classes(found)}
+    direct = [of_name[ast.unparse(base)] for base in node.bases if ast.unparse(base) in of_name]
+    return [*direct, *(further for base in direct for further in bases(found, base))]
 
 
 def step_class(found: list[Module]) -> ast.ClassDef | None:
@@ -253,7 +262,8 @@ def chain(found: list[Module]) -> list[str]:
     if trainer is None:
         return []
     steps = {node.name: node for module, node in classes(found) if module.wing == "step" and "Step" in node.name}
-    of_class = {"Trainer": methods(trainer)} | {name: methods(node) for name, node in steps.items()}
+    inherited = {name: item for base in bases(found, trainer) for name, item in methods(base).items()}
+    of_class = {"Trainer": inherited | methods(trainer)} | {name: methods(node) for name, node in steps.items()}
 
     def following(owner: str, node: ast.FunctionDef) -> Iterator[tuple[str, str]]:
         for on, name in calls(node):
@@ -311,14 +321,19 @@ def representations(found: list[Module]) -> list[str]:
             return len(fields & numbers) >= 2
         return isinstance(node, ast.FunctionDef) and any(len(held(d.keys) & numbers) >= 2 for d in outermost(node))
 
-    return [
-        f"{module.name}.{node.name}"
-        for module in found
-        if module.wing not in ("config", "cli", "observe", "awp_kernels")
-        for top in module.tree.body
-        for node in [top, *(methods(top).values() if isinstance(top, ast.ClassDef) else ())]
-        if carries(node) and node.name not in _WRITTEN_DOWN
-    ]
+    names = []
+    for module in found:
+        if module.wing in ("config", "cli", "observe", "awp_kernels"):
+            continue
+        for top in module.tree.body:
+            # what a class that carries them does with them is its own business
+            inner = methods(top).values() if isinstance(top, ast.ClassDef) and not carries(top) else ()
+            names += [
+                f"{module.name}.{node.name}"
+                for node in (top, *inner)
+                if carries(node) and node.name not in _WRITTEN_DOWN
+            ]
+    return names
 
 
 def product_lines(checkout: Path) -> dict[str, int]:
@@ -353,6 +368,7 @@ def measure(checkout: Path) -> dict[str, Any]:
             module.name for module in engine if module.path.parent.name == DOOR and module.path.stem != "__main__"
         ),
         "trainer_lines": lines_of(trainer) if trainer else None,
+        "trainer_bases": {base.name: lines_of(base) for base in bases(found, trainer)} if trainer else {},
         "step_class": step.name if step else None,
         "step_lines": lines_of(step) if step else None,
         "attack_representations": representations(found),
@@ -374,6 +390,7 @@ def table(figures: dict[str, Any]) -> str:
     rows = [
         ("top-level modules of awp_engine", len(figures["top_level_modules"]), f"at most {MODULES}"),
         ("lines of class Trainer", figures["trainer_lines"], f"at most {TRAINER_LINES}"),
+        *((f"lines of its base {name}", lines, "") for name, lines in figures["trainer_bases"].items()),
         (f"lines of class {figures['step_class'] or '(step)'}", figures["step_lines"], f"at most {STEP_LINES}"),
         ("what carries an attack's settings", count, REPRESENTATIONS),
         ("functions from the loop to Algorithm 1", len(chained) or "not found", HOPS),

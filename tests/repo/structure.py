@@ -327,7 +327,7 @@ def representations(found: list[Module]) -> list[str]:
             continue
         for top in module.tree.body:
             # what a class that carries them does with them is its own business
-            inner = methods(top).values() if isinstance(top, ast.ClassDef) and not carries(top) else ()
+            inner = [] if not isinstance(top, ast.ClassDef) or carries(top) else [*methods(top).values()]
             names += [
                 f"{module.name}.{node.name}"
                 for node in (top, *inner)

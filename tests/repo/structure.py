@@ -326,8 +326,10 @@ def representations(found: list[Module]) -> list[str]:
         if module.wing in ("config", "cli", "observe", "awp_kernels"):
             continue
         for top in module.tree.body:
+            if not isinstance(top, (ast.ClassDef, ast.FunctionDef)):
+                continue
             # what a class that carries them does with them is its own business
-            inner = [] if not isinstance(top, ast.ClassDef) or carries(top) else [*methods(top).values()]
+            inner = [] if isinstance(top, ast.FunctionDef) or carries(top) else [*methods(top).values()]
             names += [
                 f"{module.name}.{node.name}"
                 for node in (top, *inner)

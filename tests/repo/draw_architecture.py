@@ -88,7 +88,7 @@ def arrow_paths(arrows: dict[str, set[str]]) -> list[str]:
     taken: dict[tuple[float, float], int] = {}
     arriving = {wing: sorted((w for w in arrows if wing in arrows[w]), key=corner.__getitem__) for wing in corner}
     for wing, others in sorted(arrows.items()):
-        leaving = sorted(others, key=lambda other: corner[other][0])
+        leaving = sorted(others, key=corner.__getitem__)
         for index, other in enumerate(leaving):
             (x1, y1), (x2, y2) = corner[wing], corner[other]
             if y1 == y2:

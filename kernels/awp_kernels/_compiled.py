@@ -1,4 +1,4 @@
-"""The compiled operations behind the internal signatures of docs/design.md."""
+"""The compiled operations behind the internal signatures of docs/areas/kernels.md."""
 
 from collections.abc import Callable
 from typing import Any

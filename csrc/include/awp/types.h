@@ -1,4 +1,4 @@
-// What a kernel is told: plain pointers and sizes, checked by the caller (docs/design.md lists the guarantees).
+// What a kernel is told: plain pointers and sizes, checked by the caller (docs/areas/kernels.md lists the guarantees).
 #pragma once
 
 #include <cstdint>

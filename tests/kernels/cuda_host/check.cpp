@@ -1,4 +1,4 @@
-// The CUDA kernels, run by the emulator, against plain loops that follow docs/design.md.
+// The CUDA kernels, run by the emulator, against plain loops that follow docs/areas/operations.md.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>

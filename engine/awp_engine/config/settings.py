@@ -190,10 +190,6 @@ class AttackConfig(Checked):
         """step_size, in the same units."""
         return float(parse_amount(self.step_size))
 
-    def is_fast(self, epoch: int) -> bool:
-        """Whether the cheap attack serves in `epoch`, counted from 1."""
-        return self.fast != "none" and (self.fast_epochs is None or epoch <= self.fast_epochs)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AwpConfig(Checked):

@@ -69,7 +69,7 @@ def machine(device: str) -> str:
             "--query-gpu=driver_version,memory.total,clocks.sm,ecc.errors.uncorrected.volatile.total",
         ]
         told.append(subprocess.run([*query, "--format=csv,noheader"], capture_output=True, text=True).stdout.strip())
-    for name in ("triton", "setuptools", "hypothesis", "xdist", "tyro"):
+    for name in ("triton", "setuptools", "hypothesis", "xdist"):
         try:
             told.append(f"{name} {getattr(__import__(name), '__version__', '')}".strip())
         except ImportError:
@@ -142,7 +142,7 @@ def step(name: str, device: str, seed: int) -> str:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
     losses = [float(result.loss) for result in results if not result.skipped]
-    scale = arm.plain_step.loss_scale
+    scale = arm.plain_step.passes.loss_scale
     told = (
         f"{settings.model}, losses {min(losses, default=0):.3f} to {max(losses, default=0):.3f}, "
         f"{len(results) - len(losses)} of {len(results)} steps skipped, "

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from awp_engine.data import Batches, Loading, load_dataset
+from awp_engine.data import Augmentation, Batches, Loading, load_dataset
 from awp_engine.data.loaders.choose import LoaderName
 
 NAMES = {"files": "folder", "arrays": "shards"}
@@ -96,11 +96,10 @@ def _engine_batches(loader: LoaderName, feed: Feed) -> Batches:
     )
     return Batches(
         data.train,
+        Augmentation(pad=feed.pad, flip=feed.flip),
         global_batch_size=feed.batch_size,
         seed=0,
         memory_format=torch.channels_last,
-        pad=feed.pad,
-        flip=feed.flip,
     )
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from awp_engine.cli.command_line import OneLineParser, fail
-from awp_engine.data import Batch, Batches, Framing, Loading, StreamedSplit, eval_batches, load_dataset
+from awp_engine.data import Augmentation, Batch, Batches, Framing, Loading, StreamedSplit, eval_batches, load_dataset
 from awp_engine.data.loaders.choose import LoaderName
 from awp_engine.files.text import json_text
 
@@ -108,7 +108,7 @@ def pixels(root: Path) -> dict[str, Any]:
         plain, augmented = Statistics(), Statistics()
         for batch in eval_batches(split, 500):
             plain.add(batch.images, torch.stack([_pillow(streamed, int(number)) for number in batch.ids]))
-        for batch in Batches(split, global_batch_size=500, seed=0, pad=4, flip=True):
+        for batch in Batches(split, Augmentation(pad=4, flip=True), global_batch_size=500, seed=0):
             augmented.add(batch.images)
         found[loader] = {"plain": plain.found(len(split)), "augmented": augmented.found(len(split))}
         print(loader, found[loader]["plain"], flush=True)
@@ -148,7 +148,7 @@ def resized(root: Path, enlarged: Path, images: int = 1000) -> dict[str, Any]:
 def _batches(split: Any, kind: str) -> Iterable[Batch]:
     if kind == "evaluation":
         return eval_batches(split, 100)
-    return Batches(split, global_batch_size=100, seed=0, pad=0, flip=True)
+    return Batches(split, Augmentation(flip=True), global_batch_size=100, seed=0)
 
 
 def runs(root: Path, directory: Path, seeds: int) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from awp_engine.config import AttackConfig, AwpConfig, Config
 from awp_engine.models import build_model
-from awp_engine.observe.throughput import forward_units
+from awp_engine.train.cost import forward_units
 
 ATTACK_STEPS = 10
 # torch's DistributedDataParallel sends a bucket as soon as it holds this much

@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 from awp_engine.cli.command_line import OneLineParser, fail
 from awp_engine.config.presets import build_preset
 from awp_engine.files.text import json_text
-from awp_engine.observe.throughput import forward_units
+from awp_engine.train.cost import forward_units
 from bench.machine import ROOT, commit, describe_machine, sources_digest
 from bench.scaling.cost import (
     ATTACK_STEPS,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from awp_engine.data import Batch, Split, train_batches
+from awp_engine.data import Augmentation, Batch, Split, train_batches
 from awp_engine.observe.regions import region
 from bench.clocks import StepClock, Timing
 from bench.machine import describe_machine
@@ -41,7 +41,7 @@ def random_batches(settings: Settings) -> Iterator[Batch]:
         ids=torch.arange(size),
     ).to(torch.device(settings.device))
     for epoch in count(1):
-        yield from train_batches(split, batch_size=settings.batch_size, seed=0, epoch=epoch, pad=0, flip=False)
+        yield from train_batches(split, Augmentation(), batch_size=settings.batch_size, seed=0, epoch=epoch)
 
 
 def _status(field: str) -> int:

@@ -35,7 +35,7 @@ from awp_engine.config import Config, DataConfig
 from awp_engine.config.presets import build_preset
 from awp_engine.files.atomic import atomic_write_text
 from awp_engine.files.text import json_text
-from awp_engine.observe.run_log import read_metrics
+from awp_engine.observe.metrics import read_metrics
 
 _PROG = "real_run.py"
 ARMS = {"at": 0.0, "at-awp": 0.01}

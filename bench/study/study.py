@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from awp_engine.config import from_json
+from awp_engine.data import Batch
 from awp_engine.files.text import json_text
 from awp_engine.models import build_model
 from awp_engine.observe.report import print_table, source_commit, versions
-from awp_engine.step.build import build_step
+from awp_engine.step.step import Phase
+from awp_engine.train.setup import build_step, training_attack
 
 ROWS = {"at": "AT", "at-awp": "AT-AWP", "trades": "TRADES", "trades-awp": "TRADES-AWP"}
 SEEDS = (0, 1)
@@ -69,14 +71,14 @@ def step_seconds(results: dict[str, list[dict[str, Any]]], rounds: int = 21) -> 
         torch.manual_seed(0)
         model = build_model(config.model.name, 10, (0.5,) * 3, (0.25,) * 3, width=config.model.width)
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        steps[name] = build_step(config, model.train())
+        steps[name] = build_step(config, model.train()), training_attack(config.attack)
     x = torch.rand(32, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-    y, ids = torch.randint(0, 10, (32,)), torch.arange(32)
+    batch = Batch(x, torch.randint(0, 10, (32,)), torch.arange(32), 32)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(rounds):
-        for name, step in steps.items():
+        for name, (step, attack) in steps.items():
             began = time.perf_counter()
-            step(x, y, sample_ids=ids, seed=index)
+            step(batch, Phase(attack=attack, seed=index))
             times[name].append(time.perf_counter() - began)
     # the first round allocates
     return {name: median(taken[1:]) for name, taken in times.items()}

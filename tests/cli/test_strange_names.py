@@ -28,9 +28,11 @@ from awp_engine.landscape.plots import plot_curves, plot_flatness, plot_surfaces
 from awp_engine.models import build_model
 from awp_engine.models.trained import MODEL_FILE, ModelDescription
 from awp_engine.observe.drawing import attempt, drawable, legend, save
+from awp_engine.observe.metrics import read_metrics
 from awp_engine.observe.report import plot_learning_curves, print_table
-from awp_engine.observe.run_log import RunLog, read_metrics
-from awp_engine.train.trainer import Trainer, prepare_run_dir
+from awp_engine.observe.run_log import RunLog
+from awp_engine.train.run_dir import prepare_run_dir
+from awp_engine.train.trainer import Trainer
 
 NAMES = [
     "_x",
@@ -212,7 +214,7 @@ def test_any_metrics_are_read_as_numbers(
 def test_a_run_goes_on_over_a_spoiled_log(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("\n".join(LINES))
     console = Console(file=io.StringIO())
-    with RunLog(tmp_path, Config(), 4, 1.0, start_epoch=3, console=console) as log:
+    with RunLog(tmp_path, "{}", 4, 1.0, start_epoch=3, console=console) as log:
         log.message("a\nb \udcff")
         log.end_epoch(4, {"loss": math.nan, "lr": 0.1})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
+from steps import build_step
 from torch import Tensor
 
 from awp_engine.config import (
@@ -19,13 +20,12 @@ from awp_engine.config import (
     OptimizerConfig,
     PrecisionConfig,
 )
-from awp_engine.data import Split, batch_sizes, train_batches
+from awp_engine.data import Augmentation, Split, batch_sizes, train_batches
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.sharding import gather
 from awp_engine.models import build_model
 from awp_engine.optim.average import WeightAverage
 from awp_engine.optim.optimizer import set_learning_rate
-from awp_engine.step.build import build_step
 
 EVAL_ATTACK = AttackConfig(steps=2, bn_mode="eval", epsilon="0.2", step_size="0.1")
 BASE = Config(
@@ -89,17 +89,15 @@ def trained(config: Config, ranks: Ranks, *, dtype: torch.dtype = torch.float64,
         average.follow(step.optimizer)
     split, extra = samples(26), samples(40, 1000) if config.data.extra_fraction != 0.5 else None
     sizes = batch_sizes(26, config.global_batch_size, None if extra is None else config.data.extra_fraction)
+    augmentation = Augmentation(pad=config.data.pad, flip=config.data.flip, cutmix=config.data.cutmix, num_classes=10)
     losses = []
     for epoch in range(1, epochs + 1):
         batches = train_batches(
             split,
+            augmentation,
             batch_size=config.global_batch_size,
             seed=3,
             epoch=epoch,
-            pad=config.data.pad,
-            flip=config.data.flip,
-            cutmix=config.data.cutmix,
-            num_classes=10,
             extra=extra,
             extra_fraction=config.data.extra_fraction,
             rank=ranks.rank,
@@ -124,7 +122,7 @@ def trained(config: Config, ranks: Ranks, *, dtype: torch.dtype = torch.float64,
     averaged = {} if average is None else {f"average.{n}": t for n, t in average.state().items()}
     # .clone(): statistics are views of one tensor
     found = {**model.state_dict(), **momentum, **averaged, "numbers": torch.stack(losses)}
-    if step.copies.sharded:
+    if step.models.sharded:
         return gather(found, every_rank=True)
     return {name: tensor.detach().clone() for name, tensor in found.items()}
 

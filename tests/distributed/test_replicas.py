@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
+from steps import build_step, make_step
 from test_distributed import BASE, samples
 from torch import Tensor
 
+from awp_engine.attack import Attack
 from awp_engine.config import AttackConfig, AwpConfig, Config, ConfigError, DistributedConfig
 from awp_engine.distributed.ranks import Ranks, tell_torchrun
 from awp_engine.distributed.replicas import DivergenceError, check_replicas, checksums
 from awp_engine.distributed.share import rank_share
-from awp_engine.evaluation import PgdAttack, evaluate
+from awp_engine.evaluation import evaluate
 from awp_engine.models import build_model
 from awp_engine.optim.optimizer import build_optimizer
-from awp_engine.step.build import build_step
 from awp_engine.step.objectives import build_objective
-from awp_engine.step.precision import Copies, Precision
-from awp_engine.step.training_step import TrainingStep
+from awp_engine.step.precision import Precision, WorkingModels
 from awp_kernels import AdversarialWeightPerturbation
 
 X = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -160,7 +160,7 @@ def evaluated_on_rank(rank: int, world: int, count: int) -> tuple[float, float, 
         nonlocal calls
         calls += 1
 
-    attack = PgdAttack(epsilon=0.2, step_size=0.1, steps=2, norm="linf")
+    attack = Attack(epsilon=0.2, step_size=0.1, steps=2, norm="linf")
     ranks = Ranks(rank=rank, world=world)
     found = evaluate(network().eval(), samples(count), attack, batch_size=4, ranks=ranks, between=count_calls)
     return found.clean, found.robust, calls
@@ -182,17 +182,17 @@ def test_evaluation_counts_every_image_once() -> None:
 
 def half_on_rank(rank: int, world: int) -> tuple[list[str], dict[str, Tensor]]:
     model, ranks = network(), Ranks(rank=rank, world=world)
-    copies = Copies(model, Precision(ascent=torch.float16, descent=torch.float16))
-    step = TrainingStep(
-        model=model,
-        optimizer=build_optimizer(model, BASE.optimizer, working=copies.updated),
+    models = WorkingModels(model, Precision(ascent=torch.float16, descent=torch.float16))
+    step = make_step(
+        model,
+        optimizer=build_optimizer(model, BASE.optimizer, working=models.updated),
         objective=build_objective("at", beta=0.0, label_smoothing=0.0),
         attack=AttackConfig(steps=1),
-        awp=AdversarialWeightPerturbation(model, 0.01, working=copies.working),
-        copies=copies,
+        awp=AdversarialWeightPerturbation(model, 0.01, working=models.working),
+        models=models,
         ranks=ranks,
     )
-    (reducer,) = step._reducers.values()
+    (reducer,) = step.passes._reducers.values()
     travelled: list[str] = []
 
     def hook(_, bucket):

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from awp_engine.attack.pgd import pgd
+from awp_engine.attack import pgd
 from awp_engine.distributed.sharding import gather, gathered, scatter_, shard
 from awp_engine.models import PreActResNet, WideResNet
 from awp_engine.models.batch_norm import batch_norm_mode, share_memory, synchronize
@@ -86,11 +86,11 @@ def three_steps(model, case, cut, rows_of):
             set_gradients(model, 4 + 3 * step, cut)
         assert all(torch.equal(rows_of(p), old) for p, old in zip(model.parameters(), before, strict=True))
         optimizer.average_weight = 0.25
-        optimizer.grad_norm, optimizer.max_norm = total_norm(optimizer.gradients()), 2.0
-        optimizer.step()
+        norm = total_norm(optimizer.gradients())
+        optimizer.step(grad_norm=norm, max_norm=2.0)
         awp.take_weight_norms(optimizer.weight_norms)
         assert awp.weight_norms is not None
-        seen += [optimizer.grad_norm, *(rows_of(p).clone() for p in model.parameters())]
+        seen += [norm, *(rows_of(p).clone() for p in model.parameters())]
         seen += [rows_of(state["momentum_buffer"]).clone() for state in optimizer.state.values()]
         seen += [rows_of(average).clone() for average in optimizer.averages.values()]
     for first, second in (("a.weight", ""), ("", "b.bias")):
@@ -228,9 +228,7 @@ class Run:
         with self.awp.perturbed():
             self.backward(batches, self.trades, True)
         assert all(torch.equal(tensor, before[name]) for name, tensor in rows(self.model).items())
-        norm = total_norm(self.optimizer.gradients())
-        self.optimizer.grad_norm, self.optimizer.max_norm = norm, 1.0
-        self.optimizer.step()
+        self.optimizer.step(grad_norm=total_norm(self.optimizer.gradients()), max_norm=1.0)
         self.awp.take_weight_norms(self.optimizer.weight_norms)
         self.optimizer.zero_grad()
 

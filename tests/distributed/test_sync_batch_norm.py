@@ -7,7 +7,7 @@ import torch
 from ranks import run_ranks
 from torch import distributed, nn
 
-from awp_engine.attack.pgd import pgd
+from awp_engine.attack import pgd
 from awp_engine.models import PreActResNet, build_model
 from awp_engine.models.batch_norm import batch_norm_mode, recompute_statistics, share_memory, synchronize
 from awp_engine.models.layers import ActivatedBatchNorm

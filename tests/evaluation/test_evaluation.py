@@ -126,7 +126,7 @@ def test_counts_add_up(reported):
     out, report, _ = reported
     rows = {row["attack"]: row for row in report["attacks"]}
     assert [row["images"] for row in rows.values()] == [60] * 6
-    x, y, _ = next(eval_batches(spread(digits().test, 60), 60))
+    x, y, *_ = next(eval_batches(spread(digits().test, 60), 60))
     with torch.no_grad():
         right = int((robust_model()(x).argmax(1) == y).sum())
     assert rows["clean"]["right"] == report["clean"]["right"] == right
@@ -509,7 +509,7 @@ def test_a_downloaded_state_is_not_believed(run_dir, tmp_path):
     assert honest.measurement.rows[0].right < honest.measurement.clean
     (state,) = tmp_path.glob("autoattack-*.safetensors")
     _, metadata = checkpoint.read_model(state)
-    x, y, _ = next(eval_batches(spread(digits().test, 20), 20))
+    x, y, *_ = next(eval_batches(spread(digits().test, 20), 20))
     with torch.no_grad():
         right = robust_model()(x).argmax(1) == y
     progress = json.loads(metadata["progress"])

@@ -21,9 +21,9 @@ from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from awp_engine.attack.pgd import pgd
+from awp_engine.attack import Attack, pgd
 from awp_engine.data import Split, eval_batches
-from awp_engine.evaluation import PgdAttack, evaluate, evaluation_seed, spread
+from awp_engine.evaluation import evaluate, evaluation_seed, spread
 from awp_engine.evaluation.attack_state import StateFile
 from awp_engine.evaluation.attacks import EvaluationError, Threat, gradient_attack, measuring, parse_attack, predict
 from awp_engine.evaluation.autoattack import Budget, autoattack
@@ -45,7 +45,7 @@ def model():
 def test_pgd_agrees_with_torchattacks_on_every_image(model):
     """From the same start, predictions are equal for 200 images, and the iterates for all but rounding's few."""
     torchattacks = pytest.importorskip("torchattacks", reason="cannot be a dependency: it pins torchvision")
-    x, y, _ = next(eval_batches(spread(digits().test, 200), 200))
+    x, y, *_ = next(eval_batches(spread(digits().test, 200), 200))
     theirs = torchattacks.PGD(model, eps=0.2, alpha=0.05, steps=20)
     with torch.random.fork_rng():
         torch.manual_seed(3)
@@ -73,7 +73,7 @@ def direct_autoattack(model: nn.Module, norm: str, epsilon: float, budget: Budge
 @pytest.mark.parametrize(("norm", "epsilon"), [("linf", "1/5"), ("l2", "1/2")])
 def test_autoattack_equals_the_package_to_the_bit(model, norm, epsilon):
     split = spread(digits().test, 60)
-    x, y, _ = next(eval_batches(split, 60))
+    x, y, *_ = next(eval_batches(split, 60))
     package = direct_autoattack(model, {"linf": "Linf", "l2": "L2"}[norm], float(Fraction(epsilon)), SHORT)
     tracer = sys.gettrace()
     with torch.random.fork_rng():
@@ -193,7 +193,7 @@ def run(model, name, split=None, threat=THREAT, **changes):
 
 
 def test_pgd_is_what_the_run_itself_measured(model):
-    attack = PgdAttack(epsilon=0.2, step_size=0.05, steps=20, norm="linf", seed=evaluation_seed(0))
+    attack = Attack(epsilon=0.2, step_size=0.05, steps=20, norm="linf", seed=evaluation_seed(0))
     accuracy = evaluate(model, digits().test, attack, batch_size=100)
     assert int(run(model, "pgd20").held.sum()) == round(accuracy.robust * 360)
     assert int(run(model, "clean").held.sum()) == round(accuracy.clean * 360)
@@ -201,7 +201,7 @@ def test_pgd_is_what_the_run_itself_measured(model):
 
 def test_fgsm_is_one_signed_step_of_epsilon(model):
     split = spread(digits().test, 50)
-    x, y, _ = next(eval_batches(split, 50))
+    x, y, *_ = next(eval_batches(split, 50))
     x.requires_grad_()
     (gradient,) = torch.autograd.grad(F.cross_entropy(model(x), y), x)
     expected = (x.detach() + 0.2 * gradient.sign()).clamp(0, 1)

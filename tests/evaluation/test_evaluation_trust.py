@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 from test_methods import batch, build_step, small_model
 from torch import Tensor, nn
 
+from awp_engine.attack import Attack
 from awp_engine.checkpoint import export_model, read_model
 from awp_engine.data import Split
-from awp_engine.evaluation import PgdAttack, evaluate
+from awp_engine.evaluation import evaluate
 from awp_engine.evaluation.attack_state import AttackState, StateFile
 from awp_engine.evaluation.attacks import EvaluationError, Threat, in_ball, measuring, parse_attack
 from awp_engine.evaluation.autoattack import STANDARD, Budget, autoattack
@@ -116,7 +117,7 @@ def test_a_model_without_an_answer_gets_no_credit_clean(fill, other):
     assert f"logits of {done.not_finite} of 24 images are not finite" in report["doubts"][0] or done.not_finite < 24
     assert report["clean"]["not_finite"] == done.not_finite
     assert done.table()[0]["logits not finite"] == str(done.not_finite)
-    attack = PgdAttack(epsilon=0.05, step_size=0.02, steps=3, norm="linf")
+    attack = Attack(epsilon=0.05, step_size=0.02, steps=3, norm="linf")
     accuracy = evaluate(model, split, attack, batch_size=10)
     assert round(accuracy.clean * 24) == right
     assert accuracy.robust <= accuracy.clean
@@ -141,7 +142,7 @@ def test_a_model_without_an_answer_gets_no_credit_attacked(fill, norm):
         # the package itself sees it, in the passes with a gradient too
         assert row.attack != "autoattack" or row.details["right_after"]["apgd-ce"] == 0
     assert "no answer" not in str(done.to_dict())
-    attack = PgdAttack(epsilon=0.05, step_size=0.02, steps=3, norm="linf")
+    attack = Attack(epsilon=0.05, step_size=0.02, steps=3, norm="linf")
     assert evaluate(model, split, attack, batch_size=10).robust == 0.0
 
 
@@ -209,7 +210,7 @@ def test_gradients_that_are_not_finite_fail_gates_and_report(value):
     page = render_page({"receipt": _receipt(), **report}, [done.table()], [])
     assert "Unreliable: pgd3: gradients of" in page
     json.dumps(report, allow_nan=False)
-    attack = PgdAttack(epsilon=0.05, step_size=0.02, steps=3, norm="linf")
+    attack = Attack(epsilon=0.05, step_size=0.02, steps=3, norm="linf")
     accuracy = evaluate(model, split, attack, batch_size=10)
     assert (round(accuracy.clean * 24), accuracy.robust) == (21, 0.0)
 

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from places import SOAK
+from steps import make_step
 from torch import nn
 
 import awp_kernels
 from awp_engine.config import AttackConfig, OptimizerConfig
 from awp_engine.models import build_model
 from awp_engine.optim.optimizer import build_optimizer
-from awp_engine.step import training_step as perturbation
+from awp_engine.step import awp_step, passes
 from awp_engine.step.objectives import build_objective
-from awp_engine.step.training_step import TrainingStep
 from awp_kernels import AdversarialWeightPerturbation
 
 OWN = {str(Path(awp_kernels.__file__).parent / name) for name in ("awp.py", "_block.py", "_leftover.py")}
@@ -150,7 +150,12 @@ def test_of_1000_interrupts_spread_over_a_perturbed_block_none_leaves_a_weight_m
 def test_an_interrupt_at_the_end_of_a_training_step(fails):
     """At every instruction of what puts weights and statistics back; looked at while the frames still live."""
     guards = ("steps", "put_back", "__exit__")
-    files = {perturbation.__file__, contextlib.__file__, str(Path(awp_kernels.__file__).parent / "_block.py")}
+    files = {
+        awp_step.__file__,
+        passes.__file__,
+        contextlib.__file__,
+        str(Path(awp_kernels.__file__).parent / "_block.py"),
+    }
     torch.manual_seed(3)
     model = build_model("preact-resnet-digits", 10, (0.5,), (0.25,), width=4).train()
     x, y = torch.rand(2, 1, 4, 4), torch.arange(2)
@@ -180,15 +185,15 @@ def test_an_interrupt_at_the_end_of_a_training_step(fails):
         """The state before, and where it was left."""
         nonlocal count
         net, count = copy.deepcopy(model), 0
-        step = TrainingStep(
-            model=net,
+        step = make_step(
+            net,
             optimizer=build_optimizer(net, OptimizerConfig()),
             objective=build_objective("at"),
             attack=AttackConfig(steps=1),
             awp=AdversarialWeightPerturbation(net, 0.5),
         )
         if fails:
-            step._update = lambda awp: 1 / 0
+            step.step.update = lambda: 1 / 0
         before, traced = state(net), sys.gettrace()
         sys.settrace(trace)
         try:

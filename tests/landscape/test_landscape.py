@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from samples import images, randn
 from torch import nn
 
-from awp_engine.attack.pgd import pgd
+from awp_engine.attack import Attack, pgd
 from awp_engine.data import Batch, load_dataset
-from awp_engine.evaluation import PgdAttack
 from awp_engine.landscape import (
     Direction,
     WorkingCopy,
@@ -30,7 +29,7 @@ from awp_engine.landscape.directions import gaussian_like, perturbed_weights, we
 from awp_engine.landscape.flatness import project_relative_
 from awp_engine.models import build_model
 
-ATTACK = PgdAttack(epsilon=0.1, step_size=0.03, steps=3, norm="linf", seed=5)
+ATTACK = Attack(epsilon=0.1, step_size=0.03, steps=3, norm="linf", seed=5)
 # the relative rounding of one fp32 operation
 ULP = 2.0**-24
 
@@ -45,7 +44,9 @@ def network(width: int = 4, seed: int = 0, memory_format=torch.contiguous_format
 
 def batches(count: int = 12, size: int = 5, dtype=torch.float32) -> list[Batch]:
     x, y, ids = images((count, 1, 8, 8), dtype), torch.arange(count) % 10, torch.arange(100, 100 + count)
-    return [Batch(x[i : i + size], y[i : i + size], ids[i : i + size]) for i in range(0, count, size)]
+    return [
+        Batch(x[i : i + size], y[i : i + size], ids[i : i + size], min(size, count - i)) for i in range(0, count, size)
+    ]
 
 
 def relative_fp64(weight: torch.Tensor, direction: torch.Tensor, scope: str) -> torch.Tensor:
@@ -235,13 +236,15 @@ class Linear(nn.Module):
         return self.linear(x.flatten(1))
 
 
-LINEAR_ATTACK = PgdAttack(epsilon=0.05, step_size=0.02, steps=8, norm="linf", seed=2)
+LINEAR_ATTACK = Attack(epsilon=0.05, step_size=0.02, steps=8, norm="linf", seed=2)
 
 
 def linear_data(count: int = 8, size: int = 3) -> list[Batch]:
     # far enough from 0 and 1 that the ball is not cut
     x, y, ids = 0.3 + 0.4 * images((count, 1, 4, 4), torch.float64), torch.arange(count) % 2, torch.arange(count)
-    return [Batch(x[i : i + size], y[i : i + size], ids[i : i + size]) for i in range(0, count, size)]
+    return [
+        Batch(x[i : i + size], y[i : i + size], ids[i : i + size], min(size, count - i)) for i in range(0, count, size)
+    ]
 
 
 def linear_robust_losses(weight: torch.Tensor, bias: torch.Tensor, data: list[Batch], epsilon: float) -> torch.Tensor:
@@ -323,7 +326,7 @@ def test_surface_meets_the_curves_on_its_axes():
 
 
 def test_robust_loss_attacks_this_model_with_running_statistics():
-    model, (x, y, ids) = network(), batches(6, 6)[0]
+    model, (x, y, ids, _) = network(), batches(6, 6)[0]
     losses = robust_loss(model, x, y, ATTACK, sample_ids=ids)
     assert losses.shape == (6,)
     assert losses.dtype == torch.float64
@@ -337,7 +340,7 @@ def test_robust_loss_attacks_this_model_with_running_statistics():
 
 
 def test_restarts_keep_the_worst():
-    model, (x, y, ids) = network(), batches(12, 12)[0]
+    model, (x, y, ids, _) = network(), batches(12, 12)[0]
     once, thrice = (robust_loss(model, x, y, ATTACK, restarts=n, sample_ids=ids) for n in (1, 3))
     assert (thrice >= once).all()
     assert (thrice > once).any()
@@ -374,7 +377,7 @@ def trained() -> tuple[nn.Module, list[Batch]]:
             optimizer.step()
     test = data.test
     return model.eval(), [
-        Batch(test.images[i : i + 50] / 255, test.labels[i : i + 50], test.ids[i : i + 50]) for i in (0, 50)
+        Batch(test.images[i : i + 50] / 255, test.labels[i : i + 50], test.ids[i : i + 50], 50) for i in (0, 50)
     ]
 
 
@@ -391,10 +394,10 @@ def test_the_gradient_raises_the_loss_more_than_random_directions(trained):
 
 def test_adversarial_direction_is_the_gradient_of_the_robust_loss(trained):
     """Finite differences in fp64, on images attacked at w."""
-    model, data = copy.deepcopy(trained[0]).double(), [Batch(b.images.double(), b.labels, b.ids) for b in trained[1]]
+    model, data = copy.deepcopy(trained[0]).double(), [b._replace(images=b.images.double()) for b in trained[1]]
     direction = adversarial_direction(model, data, ATTACK)
     weight, gradient = model.get_parameter("linear.weight"), direction.tensors["linear.weight"]
-    attacked = [pgd(model, x, y, epsilon=0.1, step_size=0.03, steps=3, sample_ids=ids, seed=5) for x, y, ids in data]
+    attacked = [pgd(model, x, y, epsilon=0.1, step_size=0.03, steps=3, sample_ids=ids, seed=5) for x, y, ids, _ in data]
     totals = []
     for shift in (1e-6, -1e-6):
         with torch.no_grad():

@@ -1,5 +1,6 @@
 """`engine/landscape.py` as a user starts it, on two small runs."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,11 +18,13 @@ from safetensors.torch import load_file
 
 from awp_engine.checkpoint import CheckpointError
 from awp_engine.config import AttackConfig, Config, DataConfig, EvaluationConfig, ModelConfig
+from awp_engine.evaluation import evaluation_attack
 from awp_engine.landscape.files import Receipt, write
 from awp_engine.landscape.measure import Measurement, Settings
-from awp_engine.landscape.progress import Progress, duration
-from awp_engine.landscape.runs import find_weights, open_runs
-from awp_engine.train.trainer import Trainer, evaluation_attack
+from awp_engine.landscape.progress import ProgressLines, duration
+from awp_engine.landscape.runs import open_runs
+from awp_engine.models.trained import find_weights
+from awp_engine.train.trainer import Trainer
 
 COMMAND = ENGINE / "landscape.py"
 # few images, few steps
@@ -148,11 +151,11 @@ def test_one_run_writes_beside_it_and_again_the_same(monkeypatch, two_runs, caps
 def test_which_weights_are_read(two_runs):
     run = two_runs[0]
     last = run / "checkpoints" / "epoch-2"
-    assert find_weights(run, None) == find_weights(run, "best") == (run, run / "model.safetensors")
+    assert find_weights(run) == find_weights(run, "best") == (run, run / "model.safetensors")
     assert find_weights(run, "last") == (last, last / "model.safetensors")
-    assert find_weights(last, None) == (last, last / "model.safetensors")
+    assert find_weights(last) == (last, last / "model.safetensors")
     file = run / "model.safetensors"
-    assert find_weights(file, None) == (file, file)
+    assert find_weights(file) == (file, file)
 
 
 def test_unfinished_run_shows_its_best_weights(two_runs, tmp_path):
@@ -189,7 +192,7 @@ def test_weights_that_change_meanwhile_are_refused(two_runs, tmp_path):
         runs=runs,
         split="test",
         images=runs[0].data.test,
-        attack=evaluation_attack(runs[0].config, steps=1, seed=0),
+        attack=dataclasses.replace(evaluation_attack(runs[0].config), steps=1, seed=0),
         settings=settings,
         batch_size=16,
         device=torch.device("cpu"),
@@ -288,7 +291,7 @@ def test_an_output_that_cannot_be_written_is_found_before_measuring(monkeypatch,
 
 def test_progress_tells_the_time_left():
     lines: list[str] = []
-    progress = Progress(100, interval=0.0, write=lines.append)
+    progress = ProgressLines(100, interval=0.0, write=lines.append)
     progress.begin("curves")
     progress.advance(25)
     progress.advance(75)

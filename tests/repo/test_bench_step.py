@@ -14,7 +14,7 @@ from public_awp import PublicAwp, public_step
 from samples import images
 
 from awp_engine.data import Batch
-from awp_engine.observe.throughput import forward_units
+from awp_engine.train.cost import forward_units
 from awp_kernels import pgd_init_, pgd_init_normal_
 from bench.step.arms import Settings, engine_config, necessary_units
 from bench.step.arms.eager import eager_arm
@@ -40,7 +40,7 @@ def with_method(method: str, **changes: object) -> Settings:
 def batch(index: int) -> Batch:
     # fp64: no sign of a gradient may depend on the order of a sum
     y = torch.randint(0, 10, (16,), generator=torch.Generator().manual_seed(index))
-    return Batch(images((16, 1, 8, 8), torch.float64, seed=index), y, torch.arange(16) + 100 * index)
+    return Batch(images((16, 1, 8, 8), torch.float64, seed=index), y, torch.arange(16) + 100 * index, 16)
 
 
 def start(settings: Settings, given: Batch, seed: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from samples import images
+from steps import build_step
 from test_resume import AWP_EMA, resumed_everywhere
 from torch import nn
 
@@ -27,7 +28,6 @@ from awp_engine.models import build_model
 from awp_engine.optim.adamw import AdamW
 from awp_engine.optim.average import WeightAverage
 from awp_engine.optim.optimizer import allocate_optimizer_tensors, build_optimizer, optimizer_tensors, set_learning_rate
-from awp_engine.step.build import build_step
 from awp_kernels import total_norm
 
 ADAMW = OptimizerConfig(kind="adamw", lr=0.01, momentum=0.8, beta2=0.95, weight_decay=0.1, decay_all=False)
@@ -99,14 +99,21 @@ def test_gradients_are_unscaled_and_clipped(max_norm, scaled):
         scale = 2.0 ** (9 + step) if scaled else 1.0
         for p, g in zip(net.parameters(), grads, strict=True):
             p.grad = g * scale
-        optimizer.grad_norm, optimizer.max_norm = total_norm(optimizer.gradients()), max_norm
-        optimizer.grad_scale = torch.tensor(scale) if scaled else None
         norm = math.sqrt(sum(float(g.square().sum()) for g in grads))
         formula.step(grads, 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6)))
-        optimizer.step()
+        optimizer.step(
+            grad_norm=total_norm(optimizer.gradients()),
+            max_norm=max_norm,
+            grad_scale=torch.tensor(scale) if scaled else None,
+        )
     for p, expected in zip(net.parameters(), formula.weights, strict=True):
         # the factor is rounded to fp32
         torch.testing.assert_close(p.detach(), expected, rtol=0, atol=1e-6)
+
+
+def test_clipping_needs_the_norm():
+    with pytest.raises(ValueError, match=r"^max_norm: expected grad_norm with it"):
+        build_optimizer(network(), ADAMW).step(max_norm=1.0)
 
 
 def test_working_copies_and_averages_follow():
@@ -145,9 +152,8 @@ def test_a_skipped_step_leaves_every_bit(told_by, first):
                 continue
             for p, g in zip(net.parameters(), gradients(net, 3), strict=True):
                 p.grad = torch.full_like(g, math.nan) if skip else g
-            optimizer.found_inf = torch.tensor(float(skip)) if told_by == "found_inf" else None
-            optimizer.grad_norm = total_norm(optimizer.gradients()) if told_by == "grad_norm" else None
-            optimizer.step()
+            told = torch.tensor(float(skip)) if told_by == "found_inf" else total_norm(optimizer.gradients())
+            optimizer.step(**{told_by: told})
     one, other = ({"w." + n: p for n, p in net.named_parameters()} for net in nets)
     for tensors, net, optimizer in zip((one, other), nets, optimizers, strict=True):
         tensors |= optimizer_tensors(net, optimizer)
@@ -241,7 +247,7 @@ def test_a_step_writes_the_working_copy_anew_and_skips_whole():
     torch.manual_seed(0)
     model = build_model("preact-resnet-digits", 10, (0.3,), (0.4,), width=8).train()
     step = build_step(config, model)
-    copied = step.copies.updated
+    copied = step.models.updated
     assert copied is not None
     for value in (0.0, math.nan, 0.0):
         before = {**model.state_dict(), **optimizer_tensors(model, step.optimizer)}

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from pyautoattack.autopgd_base import APGDAttack
 from ranks import run_ranks
 from samples import images
+from steps import build_step, make_step
 
-from awp_engine.attack.pgd import apgd, batch_norm_mode, cross_entropy_losses, halving_points, pgd
+from awp_engine.attack import apgd, cross_entropy_losses, halving_points, pgd
 from awp_engine.config import AttackConfig, AwpConfig, Config, ConfigError, OptimizerConfig, PrecisionConfig
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.models import build_model
-from awp_engine.observe.throughput import forward_units
-from awp_engine.step.build import build_step
+from awp_engine.models.batch_norm import batch_norm_mode
 from awp_engine.step.objectives import Trades
-from awp_engine.step.training_step import TrainingStep
+from awp_engine.train.cost import forward_units
 
 X, Y, IDS = images((8, 1, 8, 8)), torch.arange(8), torch.tensor([5, 9, 0, 2, 7, 1, 3, 30])
 
@@ -231,7 +231,7 @@ def test_bf16_attack_reaches_the_same_loss():
     for precision in ("fp32", "bf16"):
         config = dataclasses.replace(CONFIG, precision=dataclasses.replace(CONFIG.precision, attack=precision))
         step = build_step(config, copy.deepcopy(net).train())
-        x_adv = step.attacked(step.copies.attack, x, y, torch.arange(128), 0)
+        x_adv = step.attacked(step.models.attack, x, y, torch.arange(128), 0)
         with torch.no_grad():
             losses.append(float(cross_entropy_losses(net(x_adv), y).mean()))
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
@@ -256,12 +256,9 @@ def test_what_is_refused(model):
     assert Config(method="mart", attack=AttackConfig(kind="apgd")).attack.kind == "apgd"
     with pytest.raises(ConfigError, match=r"--awp\.ascent: expected exact with --attack.kind apgd"):
         Config(attack=AttackConfig(kind="apgd"), awp=AwpConfig(ascent="shared"))
-    with pytest.raises(ConfigError, match=r"--awp\.public-code: expected false with --attack.kind apgd"):
-        Config(attack=AttackConfig(kind="apgd"), awp=AwpConfig(public_code=True))
     step = build_step(CONFIG, copy.deepcopy(model))
+    other = make_step(model, optimizer=step.optimizer, objective=Trades(), attack=CONFIG.attack)
     with pytest.raises(ValueError, match="apgd climbs cross-entropy, Trades another loss"):
-        TrainingStep(
-            model=model, optimizer=step.optimizer, objective=Trades(), attack=CONFIG.attack, awp=None, options=None
-        )
+        other(X, Y, sample_ids=IDS, seed=0)
     with pytest.raises(ValueError, match="steps: expected a whole number >= 1, got 0"):
         apgd(model, X, Y, epsilon=0.1, steps=0)

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from samples import images, stepped_fp64
 from torch import nn
 
-from awp_engine.attack.pgd import batch_norm_mode, pgd, summed_cross_entropy
+from awp_engine.attack import pgd, summed_cross_entropy
 from awp_engine.models import build_model
+from awp_engine.models.batch_norm import batch_norm_mode
 from awp_kernels import pgd_init_
 
 X, Y, IDS = images((6, 1, 8, 8)), torch.arange(6), torch.tensor([5, 9, 0, 2, 7, 1])

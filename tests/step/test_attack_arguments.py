@@ -12,8 +12,7 @@ from samples import images
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from awp_engine.attack import checks as attack_checks
-from awp_engine.attack.pgd import (
+from awp_engine.attack import (
     apgd,
     cross_entropy_losses,
     fast_attack,
@@ -22,6 +21,7 @@ from awp_engine.attack.pgd import (
     summed_cross_entropy,
     summed_margin,
 )
+from awp_engine.attack import checks as attack_checks
 from awp_engine.models import build_model
 
 X, Y = images((4, 3, 6, 6)), torch.arange(4)
@@ -195,7 +195,7 @@ def test_steps_longer_than_the_ball_are_refused(norm):
     assert torch.equal(pgd(model, X, Y, step_size=2.0, **(options | {"epsilon": 0.0})), X)
     if norm == "linf":
         for kind in ("fgsm-rs", "n-fgsm"):
-            pgd(model, X, Y, **fast_attack(kind, 0.3) | ({} if kind == "n-fgsm" else {"epsilon": 0.3}))
+            fast_attack(kind, 0.3)(model, X, Y)
 
 
 @pytest.mark.parametrize(

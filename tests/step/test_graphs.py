@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from samples import images
+from steps import make_step
 
 from awp_engine.config import AttackConfig, AverageConfig, AwpConfig, OptimizerConfig
 from awp_engine.models import build_model
@@ -12,8 +13,7 @@ from awp_engine.optim.average import WeightAverage
 from awp_engine.optim.optimizer import build_optimizer, set_learning_rate
 from awp_engine.step.cuda_graph import GraphedStep
 from awp_engine.step.objectives import build_objective
-from awp_engine.step.precision import Copies, Precision
-from awp_engine.step.training_step import TrainingStep
+from awp_engine.step.precision import Precision, WorkingModels
 from awp_kernels import AdversarialWeightPerturbation
 
 HALF = Precision(attack=torch.float16, ascent=torch.float16, descent=torch.float16)
@@ -24,19 +24,20 @@ def build_step(device: str, precision: Precision, method: str = "at", options: A
     model = build_model("preact-resnet-18", 10, (0.5,) * 3, (0.25,) * 3, width=16).to(device).train()
     model.to(memory_format=torch.channels_last)
     options = options or AwpConfig(gamma=0.005)
-    copies = Copies(model, precision, shared_ascent=options.ascent == "shared")
-    optimizer = build_optimizer(model, OptimizerConfig(), working=copies.updated)
+    models = WorkingModels(model, precision, shared_ascent=options.ascent == "shared")
+    optimizer = build_optimizer(model, OptimizerConfig(), working=models.updated)
     average = WeightAverage(model, AverageConfig(kind="ema"), epochs=1)
     average.follow(optimizer)
-    step = TrainingStep(
-        model=model,
+    step = make_step(
+        model,
         optimizer=optimizer,
         objective=build_objective(method),
         attack=AttackConfig(epsilon="8/255", step_size="2/255", steps=3, bn_mode="eval", fast="fgsm-rs", fast_epochs=1),
-        awp=AdversarialWeightPerturbation(model, options.gamma, working=copies.working),
+        average=average,
+        awp=AdversarialWeightPerturbation(model, options.gamma, working=models.working),
         options=options,
         clip_norm=5.0,
-        copies=copies,
+        models=models,
     )
     return model, step, average
 
@@ -49,11 +50,11 @@ def batch(index: int, n: int, device: str):
 
 def test_a_step_that_cannot_be_captured_is_refused():
     _, step, _ = build_step("cpu", Precision())
-    assert step.capturable
+    assert step.step.capturable
     with pytest.raises(ValueError, match=r"step: expected one on a CUDA device.*got one on cpu"):
-        GraphedStep(step)
-    for options in (AwpConfig(gamma=0.005, c_min=1.7), AwpConfig(gamma=0.005, public_code=True)):
-        assert not build_step("cpu", Precision(), options=options)[1].capturable
+        GraphedStep(step.step)
+    options = AwpConfig(gamma=0.005, c_min=1.7)
+    assert not build_step("cpu", Precision(), options=options)[1].step.capturable
 
 
 @pytest.mark.gpu
@@ -67,17 +68,18 @@ def test_graphs_and_plain_steps_give_the_same_numbers(precision, method, ascent,
     runs = []
     for graphed in (False, True):
         model, step, average = build_step("cuda", precision, method, options)
-        take = GraphedStep(step) if graphed else step
+        if graphed:
+            step.taken = GraphedStep(step.step)
         losses = []
         for index in range(16):
             set_learning_rate(step.optimizer, 0.1 / (1 + index))
-            average.before_step()
             x, y, ids = batch(index, 7 if index == 9 else 32, "cuda")
             fast, perturb = index in (1, 2, 3, 10, 11), index % 5 != 4
-            result = take(x, y, sample_ids=ids, seed=index // 4, perturb=perturb, fast=fast)
+            result = step(x, y, sample_ids=ids, seed=index // 4, perturb=perturb, fast=fast)
             losses.append(result.loss)
         if graphed:
-            assert set(take._graphs) == {(True, False), (True, True)}
+            kinds = {(perturbed, attack.steps) for perturbed, attack in step.taken._graphs}
+            assert kinds == {(True, 3), (True, 1)}
         momentum = [step.optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
         runs.append((model, average.model, momentum, losses))
     (plain, plain_average, plain_momentum, plain_losses), (model, average, momentum, losses) = runs
@@ -91,18 +93,17 @@ def test_graphs_and_plain_steps_give_the_same_numbers(precision, method, ascent,
 @pytest.mark.gpu
 def test_a_replayed_step_leaves_itself_out():
     """Images that are not finite reach a captured graph: weights and statistics keep their bits, the scale halves."""
-    model, step, average = build_step("cuda", HALF)
-    take = GraphedStep(step)
+    model, step, _ = build_step("cuda", HALF)
+    step.taken = GraphedStep(step.step)
     for index in range(6):
-        average.before_step()
         x, y, ids = batch(index, 32, "cuda")
-        take(x, y, sample_ids=ids, seed=0)
-    before, scale = copy.deepcopy(model.state_dict()), float(step.loss_scale.value)
-    result = take(torch.full_like(x, torch.nan), y, sample_ids=ids, seed=0)
+        step(x, y, sample_ids=ids, seed=0)
+    before, scale = copy.deepcopy(model.state_dict()), float(step.passes.loss_scale.value)
+    result = step(torch.full_like(x, torch.nan), y, sample_ids=ids, seed=0)
     assert result.skipped
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert float(step.loss_scale.value) == scale / 2
-    assert not take(x, y, sample_ids=ids, seed=0).skipped
+    assert float(step.passes.loss_scale.value) == scale / 2
+    assert not step(x, y, sample_ids=ids, seed=0).skipped
     assert not torch.equal(model.conv1.weight, before["conv1.weight"])
 
 
@@ -112,12 +113,12 @@ def test_a_captured_step_launches_nothing_of_its_own():
     from torch.profiler import ProfilerActivity, profile
 
     _, step, _ = build_step("cuda", HALF)
-    take = GraphedStep(step)
+    step.taken = GraphedStep(step.step)
     x, y, ids = batch(0, 32, "cuda")
     for _ in range(5):
-        take(x, y, sample_ids=ids, seed=0)
+        step(x, y, sample_ids=ids, seed=0)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
-        take(x, y, sample_ids=ids, seed=0)
+        step(x, y, sample_ids=ids, seed=0)
         torch.cuda.synchronize()
     launches = sum(event.count for event in recorded.key_averages() if event.key == "cudaGraphLaunch")
     assert launches == 1

@@ -9,18 +9,18 @@ import pytest
 import torch
 import torch._dynamo
 from samples import images
+from steps import make_step
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn.utils import parametrizations, spectral_norm
 
-from awp_engine.attack import pgd as attack
-from awp_engine.attack.pgd import apgd, pgd
+from awp_engine.attack import apgd, pgd
+from awp_engine.attack import common as attack
 from awp_engine.config import AttackConfig, AwpConfig, OptimizerConfig
 from awp_engine.models import batch_norm, build_model
 from awp_engine.models.batch_norm import batch_norm_mode, layer_modes, recompute_statistics
 from awp_engine.optim.optimizer import build_optimizer
 from awp_engine.step.objectives import build_objective
-from awp_engine.step.training_step import TrainingStep
 from awp_kernels import AdversarialWeightPerturbation, _block
 
 X, Y = images((6, 4, 8, 8)), torch.arange(6) % 3
@@ -291,8 +291,8 @@ def test_dynamo_makes_one_graph_for_each_kind_of_pass(monkeypatch, method, graph
     counters.clear()
     x = images((6, 1, 8, 8))
     model = build_model("preact-resnet-digits", 10, (0.5,), (0.25,), width=4).train()
-    step = TrainingStep(
-        model=model,
+    step = make_step(
+        model,
         optimizer=build_optimizer(model, OptimizerConfig()),
         objective=build_objective(method),
         attack=AttackConfig(steps=2),

@@ -9,15 +9,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from samples import images
+from steps import TensorStep, make_step
 from torch import nn
 
-from awp_engine.attack.pgd import NORMAL_START, fast_attack, pgd, starting_point, summed_margin
+from awp_engine.attack import NORMAL_START, fast_attack, starting_point, summed_margin
 from awp_engine.config import AttackConfig, AwpConfig, OptimizerConfig
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.models import build_model
 from awp_engine.optim.optimizer import build_optimizer
 from awp_engine.step.objectives import build_objective
-from awp_engine.step.training_step import TrainingStep
 from awp_kernels import AdversarialWeightPerturbation
 from awp_kernels.philox import normals
 
@@ -41,10 +41,10 @@ def batch(index: int = 0, dtype: torch.dtype = torch.float64, n: int = 12):
     return x, y, torch.arange(n) + 100 * index
 
 
-def build_step(model: nn.Module, method: str = "at", gamma: float = GAMMA, **changes) -> TrainingStep:
+def build_step(model: nn.Module, method: str = "at", gamma: float = GAMMA, **changes) -> TensorStep:
     awp = AdversarialWeightPerturbation(model, gamma) if gamma else None
     options = {"attack": ATTACK, "optimizer": build_optimizer(model, SGD), "options": AwpConfig(gamma=gamma)} | changes
-    return TrainingStep(model=model, objective=build_objective(method, beta=BETA), awp=awp, **options)
+    return make_step(model, objective=build_objective(method, beta=BETA), awp=awp, **options)
 
 
 def relative(a: nn.Module, b: nn.Module) -> float:
@@ -193,8 +193,8 @@ def test_rwp_adds_up_masked_gradients():
     x, y, ids = batch(4)
     options = AwpConfig(gamma=GAMMA, scope="global", ascent_steps=3, c_min=2.4)
     awp = AdversarialWeightPerturbation(ours, GAMMA, scope="global")
-    step = TrainingStep(
-        model=ours,
+    step = make_step(
+        ours,
         objective=build_objective("at"),
         optimizer=build_optimizer(ours, SGD),
         attack=ATTACK,
@@ -272,9 +272,9 @@ def test_shared_ascent_of_micro_batches_is_that_of_the_batch():
         step = build_step(
             small_model(), options=AwpConfig(gamma=GAMMA, ascent="shared"), micro_batch_size=micro_batch_size
         )
-        step.awp = Watched(step.model, GAMMA)
+        step.step.awp = Watched(step.models.model, GAMMA)
         step(x, y, sample_ids=ids, seed=2)
-        moves.append(step.awp.seen)
+        moves.append(step.step.awp.seen)
     for name, moved in moves[0].items():
         torch.testing.assert_close(moves[1][name], moved, rtol=1e-9, atol=1e-12)
 
@@ -285,10 +285,10 @@ def test_every_rank_has_as_many_pieces_none_of_them_empty(world, of, micro):
     step = build_step(nn.Linear(1, 1), gamma=0.0, micro_batch_size=micro)
     counts, shares = [], 0.0
     for rank in range(world):
-        step.ranks = Ranks(rank=rank, world=world)
-        rows, _ = step.ranks.share(of)
+        step.passes.ranks = Ranks(rank=rank, world=world)
+        rows, _ = step.passes.ranks.share(of)
         count = of if of < world else rows.stop - rows.start
-        work = step._work(count, of)
+        work = step.passes.share(count, of)
         sizes = [piece.stop - piece.start for piece, _ in work.pieces]
         assert min(sizes) >= 1
         assert [piece.start for piece, _ in work.pieces] == [sum(sizes[:i]) for i in range(len(sizes))]
@@ -303,9 +303,7 @@ def test_every_rank_has_as_many_pieces_none_of_them_empty(world, of, micro):
 @pytest.mark.parametrize("kind", ["fgsm-rs", "n-fgsm"])
 def test_fast_attacks(kind):
     model, (x, y, ids) = small_model(), batch(7)
-    changes = fast_attack(kind, EPSILON)
-    settings = {"epsilon": EPSILON, "norm": "linf", "sample_ids": ids, "seed": 1, "step_size": 0.0, "steps": 1}
-    x_adv = pgd(model, x, y, **(settings | changes))
+    x_adv = fast_attack(kind, EPSILON)(model, x, y, sample_ids=ids, seed=1)
     reach = EPSILON if kind == "fgsm-rs" else 2 * EPSILON
     start = starting_point(x, "uniform", epsilon=reach, norm="linf", sample_ids=ids, seed=1)
     start.requires_grad_()
@@ -318,8 +316,7 @@ def test_fast_attacks(kind):
         expected = (start.detach() + EPSILON * g.sign()).clamp(0, 1)
     torch.testing.assert_close(x_adv, expected, rtol=0, atol=1e-12)
     # the largest epsilon that the configuration takes with it
-    largest = fast_attack(kind, 0.5)
-    within = pgd(model, x, y, **(settings | {"epsilon": 0.5} | largest))
+    within = fast_attack(kind, 0.5)(model, x, y, sample_ids=ids, seed=1)
     assert (within - x).abs().max() > (0.4 if kind == "fgsm-rs" else 0.8)
     with pytest.raises(ValueError, match="fast"):
         fast_attack("free", EPSILON)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from digits_model import digits, robust_model
 from samples import images
+from steps import make_step
 from torch import nn
 
-from awp_engine.attack.pgd import pgd
+from awp_engine.attack import pgd
 from awp_engine.config import (
     AttackConfig,
     AwpConfig,
@@ -22,8 +23,8 @@ from awp_engine.config import (
 from awp_engine.models import build_model
 from awp_engine.optim.optimizer import build_optimizer
 from awp_engine.step.objectives import build_objective
-from awp_engine.step.precision import Copies, LossScale, Precision, choose_precision, frozen_view, working_copy
-from awp_engine.step.training_step import TrainingStep
+from awp_engine.step.precision import LossScale, Precision, WorkingModels, frozen_view, working_copy
+from awp_engine.train.setup import choose_precision
 from awp_kernels import AdversarialWeightPerturbation, perturb_into_
 
 HALF = Precision(attack=torch.float16, ascent=torch.float16, descent=torch.float16)
@@ -37,15 +38,15 @@ def small_model(seed: int = 0) -> nn.Module:
 
 def build_step(model: nn.Module, precision: Precision, gamma: float = 0.01, method: str = "at", **changes):
     options = AwpConfig(gamma=gamma, **changes)
-    copies = Copies(model, precision, shared_ascent=gamma > 0 and options.ascent == "shared")
-    return TrainingStep(
-        model=model,
-        optimizer=build_optimizer(model, OptimizerConfig(lr=0.05), working=copies.updated),
+    models = WorkingModels(model, precision, shared_ascent=gamma > 0 and options.ascent == "shared")
+    return make_step(
+        model,
+        optimizer=build_optimizer(model, OptimizerConfig(lr=0.05), working=models.updated),
         objective=build_objective(method),
         attack=ATTACK,
-        awp=AdversarialWeightPerturbation(model, gamma, working=copies.working) if gamma else None,
+        awp=AdversarialWeightPerturbation(model, gamma, working=models.working) if gamma else None,
         options=options,
-        copies=copies,
+        models=models,
     )
 
 
@@ -166,18 +167,18 @@ def test_folding_leaves_logits_and_image_gradients_alone(name):
     """In fp64, in eval mode, and again after weights and statistics have moved."""
     torch.manual_seed(0)
     model = build_model(name, 10, (0.5,), (0.25,)).double().train()
-    copies = Copies(model, fold=True)
+    models = WorkingModels(model, fold=True)
     blocks = sum(hasattr(module, "bn2") for module in model.modules())
-    assert sum(isinstance(getattr(module, "bn2", None), nn.ReLU) for module in copies.attack.modules()) == blocks
+    assert sum(isinstance(getattr(module, "bn2", None), nn.ReLU) for module in models.attack.modules()) == blocks
     for index in range(2):
         with torch.no_grad():
             model(images((8, 1, 8, 8), torch.float64, seed=index))
             for p in model.parameters():
                 p.mul_(1.1)
-        copies.prepare_attack_()
+        models.prepare_attack_()
         x = images((8, 1, 8, 8), torch.float64, seed=7).requires_grad_()
         results = []
-        for attacked in (model.eval(), copies.attack.eval()):
+        for attacked in (model.eval(), models.attack.eval()):
             logits = attacked(x)
             results.append((logits, torch.autograd.grad(logits.square().sum(), x)[0]))
         model.train()
@@ -217,8 +218,8 @@ def test_the_step_leaves_working_copies_at_the_rounded_masters():
         for index in range(3):
             x, y, ids = batch(index)
             step(x, y, sample_ids=ids, seed=index)
-            assert len(step.copies.all) in (1, 2)
-            for copied in step.copies.all:
+            assert len(step.models.all) in (1, 2)
+            for copied in step.models.all:
                 for master, p in zip(model.parameters(), copied.parameters(), strict=True):
                     assert torch.equal(p, master.to(p.dtype))
 
@@ -240,15 +241,15 @@ def test_an_overflow_leaves_the_step_out_and_halves_the_scale(where):
         passes += 1
         return gradient * torch.inf if passes == {"ascent": 1, "descent": 2}[where] else gradient
 
-    handle = step.copies.descent.linear.weight.register_hook(overflow)
+    handle = step.models.descent.linear.weight.register_hook(overflow)
     result = step(x, y, sample_ids=ids, seed=1)
     handle.remove()
     assert result.skipped
-    assert float(step.loss_scale.value) == 2.0**14
+    assert float(step.passes.loss_scale.value) == 2.0**14
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     for p, saved in zip(model.parameters(), momentum, strict=True):
         assert torch.equal(step.optimizer.state[p]["momentum_buffer"], saved)
-    for master, p in zip(model.parameters(), step.copies.descent.parameters(), strict=True):
+    for master, p in zip(model.parameters(), step.models.descent.parameters(), strict=True):
         assert torch.equal(p, master.to(p.dtype))
 
 
@@ -264,13 +265,13 @@ def test_an_exception_leaves_masters_and_copies_alone():
         if calls == 2:  # after the ascent, the descent
             raise KeyboardInterrupt
 
-    handle = step.copies.descent.register_forward_hook(interrupt)
+    handle = step.models.descent.register_forward_hook(interrupt)
     x, y, ids = batch(0)
     with pytest.raises(KeyboardInterrupt):
         step(x, y, sample_ids=ids, seed=0)
     handle.remove()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    for master, p in zip(model.parameters(), step.copies.descent.parameters(), strict=True):
+    for master, p in zip(model.parameters(), step.models.descent.parameters(), strict=True):
         assert torch.equal(p, master.to(p.dtype))
 
 
@@ -280,7 +281,7 @@ def test_the_loss_scale_does_not_move_the_step():
     for scale in (2.0**8, 2.0**12):
         model = small_model()
         step = build_step(model, Precision(ascent=torch.float16, descent=torch.float16))
-        step.loss_scale.value.fill_(scale)
+        step.passes.loss_scale.value.fill_(scale)
         x, y, ids = batch(3)
         step(x, y, sample_ids=ids, seed=0)
         results.append(model)
@@ -320,10 +321,10 @@ def test_rwp_in_fp16_adds_its_passes_up():
     step = build_step(model, HALF, ascent_steps=3, c_min=5.0, scope="global")
     x, y, ids = batch(1)
     calls = []
-    step.copies.descent.register_forward_hook(lambda *_: calls.append(1))
+    step.models.descent.register_forward_hook(lambda *_: calls.append(1))
     assert not step(x, y, sample_ids=ids, seed=0).skipped
     assert len(calls) == 3 + 1
-    for master, p in zip(model.parameters(), step.copies.descent.parameters(), strict=True):
+    for master, p in zip(model.parameters(), step.models.descent.parameters(), strict=True):
         assert torch.equal(p, master.to(p.dtype))
 
 
@@ -349,14 +350,13 @@ def test_a_compiled_step_gives_the_same_numbers_and_a_short_batch_compiles_nothi
     for compiled in (False, True):
         model = small_model()
         step = build_step(model, Precision())
-        step = TrainingStep(
-            model=model,
+        step = make_step(
+            model,
             optimizer=step.optimizer,
-            objective=step.objective,
+            objective=step.passes.objective,
             attack=ATTACK,
             awp=step.awp,
-            options=step.options,
-            copies=step.copies,
+            models=step.models,
             compile=compiled,
         )
         for index in range(2):

@@ -9,6 +9,7 @@ import torch
 from ranks import run_ranks
 from safetensors.torch import save_file
 from samples import images
+from steps import build_step
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -30,7 +31,6 @@ from awp_engine.models.batch_norm import batch_norm_mode, layers, synchronize
 from awp_engine.models.import_timm import import_timm
 from awp_engine.models.trained import MODEL_FILE, ModelDescription, load_model
 from awp_engine.observe.throughput import forward_flops
-from awp_engine.step import build as building
 from awp_engine.step.precision import working_copy
 from awp_kernels import AdversarialWeightPerturbation
 
@@ -179,7 +179,7 @@ def step_config(kind: str, **changes) -> Config:
 def test_a_step_attacks_in_16_bits_and_trains_every_weight(kind):
     model = small(kind, torch.float32).train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    step = building.build_step(step_config(kind), model)
+    step = build_step(step_config(kind), model)
     result = step(X, Y, sample_ids=torch.arange(4), seed=0)
     assert result.loss.isfinite()
     assert not result.skipped

@@ -18,7 +18,7 @@ class PublicAwp:
 
     def calculate(self, x_adv: Tensor, y: Tensor) -> "OrderedDict[str, Tensor]":
         self.proxy.load_state_dict(self.model.state_dict())
-        self.proxy.train()
+        self.proxy.train(self.model.training)
         loss = -F.cross_entropy(self.proxy(x_adv), y)
         self.proxy_optimizer.zero_grad()
         loss.backward()
@@ -63,8 +63,7 @@ def public_step(
     start: Tensor,
     **attack: float,
 ) -> "OrderedDict[str, Tensor]":
-    """One training step; returns the unit perturbation."""
-    model.train()
+    """One training step, in the model's own mode; returns the unit perturbation."""
     x_adv = public_attack(model, x, y, start, **attack)  # type: ignore[arg-type]
     differences = awp.calculate(x_adv, y)
     awp.add(differences, +1)

@@ -12,7 +12,7 @@ from places import SOAK
 
 from awp_engine.cli.command_line import parse_train
 from awp_engine.config import ConfigError
-from awp_engine.train.trainer import prepare_run_dir
+from awp_engine.train.run_dir import prepare_run_dir
 
 HARNESS = SOAK / "kill_runs.py"
 

@@ -81,19 +81,18 @@ def test_two_steps(name, colour_images, tmp_path):
     trainer = Trainer(config)
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
     results = []
-    with RunLog(trainer.run_dir, config, 1, 60.0):
+    with RunLog(trainer.run_dir, "{}", 1, 60.0):
         for index, batch in zip(range(2), trainer.batches.epoch(1), strict=False):
-            for group in trainer.optimizer.param_groups:
-                group["lr"] = config.optimizer.lr
-            results += trainer._steps(batch, 1, index)
-    assert len(results) == (2 * config.attack.replays if config.attack.fast == "free" else 2)
+            phase = dataclasses.replace(trainer.schedule(1, index), lr=config.optimizer.lr)
+            results.append(trainer.step(batch, phase))
     for result in results:
-        assert torch.isfinite(result.loss)
-        assert not result.skipped
+        assert result.loss.numel() == (config.attack.replays if config.attack.fast == "free" else 1)
+        assert torch.isfinite(result.loss).all()
+        assert not result.skipped.any()
     moved = [key for key, value in trainer.model.state_dict().items() if not torch.equal(value, before[key])]
     assert set(moved) >= {key for key, p in trainer.model.named_parameters() if p.ndim > 1}
-    assert (trainer.step.awp is not None) == (whole.awp.gamma > 0)
-    assert trainer.step.clip_norm == whole.optimizer.clip_norm
+    assert (trainer.awp_step.awp is not None) == (whole.awp.gamma > 0)
+    assert trainer.awp_step.update.clip_norm == whole.optimizer.clip_norm
 
 
 def test_the_recipes_for_larger_images_and_generated_ones():

@@ -16,10 +16,11 @@ import torch
 from disks import small_tmpfs
 from rich.console import Console
 
-from awp_engine.config import Config
-from awp_engine.observe import report, run_log
+import awp_engine
+from awp_engine.observe import report, run_log, tensorboard
+from awp_engine.observe.metrics import MetricsFile, read_metrics
 from awp_engine.observe.report import plot_learning_curves, print_table, source_commit, versions, write_report
-from awp_engine.observe.run_log import RunLog, read_metrics
+from awp_engine.observe.run_log import RunLog
 
 EPOCHS = 4
 
@@ -34,7 +35,7 @@ def run(
     metrics: Callable[[int], dict[str, Any]] = lambda epoch: {"loss": 1 / epoch, "held_out_pgd_accuracy": epoch / 10},
 ) -> str:
     console = console or Console(file=io.StringIO())
-    with RunLog(run_dir, Config(), EPOCHS, interval, start_epoch=start_epoch, console=console) as log:
+    with RunLog(run_dir, "{}", EPOCHS, interval, start_epoch=start_epoch, console=console) as log:
         for epoch in range(start_epoch + 1, stop + 1):
             log.begin_epoch(epoch, 3)
             for _ in range(3):
@@ -61,7 +62,7 @@ def test_metrics_and_events_are_written(tmp_path: Path) -> None:
 
 
 def test_each_epoch_is_on_disk_when_it_ends(tmp_path: Path) -> None:
-    with RunLog(tmp_path, Config(), 2, 1.0, console=Console(file=io.StringIO())) as log:
+    with RunLog(tmp_path, "{}", 2, 1.0, console=Console(file=io.StringIO())) as log:
         log.begin_epoch(1, 1)
         log.end_epoch(1, {"loss": 1.0})
         assert read_metrics(tmp_path) == [{"epoch": 1, "loss": 1.0}]
@@ -125,7 +126,7 @@ class Loss:
 
 def test_a_loss_is_read_only_when_it_is_shown(tmp_path: Path) -> None:
     loss = Loss()
-    with RunLog(tmp_path, Config(), 1, 3600, console=Console(file=io.StringIO())) as log:
+    with RunLog(tmp_path, "{}", 1, 3600, console=Console(file=io.StringIO())) as log:
         log.begin_epoch(1, 50)
         for _ in range(50):
             log.step(loss, 0.1, 1)
@@ -158,7 +159,7 @@ def test_a_writer_that_raises_does_not_stop_training(
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("broken\nwriter")
 
-    monkeypatch.setattr(run_log._Events, "write", broken)
+    monkeypatch.setattr(tensorboard._Events, "write", broken)
     run(tmp_path)
     assert len(read_metrics(tmp_path)) == EPOCHS
     assert capsys.readouterr().err.count("\n") == 1
@@ -168,11 +169,11 @@ def test_a_writer_that_blocks_does_not_stop_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     release = threading.Event()
-    monkeypatch.setattr(run_log._Events, "write", lambda *args, **kwargs: release.wait(60))
+    monkeypatch.setattr(tensorboard._Events, "write", lambda *args, **kwargs: release.wait(60))
     monkeypatch.setattr(run_log, "_CLOSE_SECONDS", 0.1)
     began = time.monotonic()
     try:
-        with RunLog(tmp_path, Config(), 200, 3600, console=Console(file=io.StringIO())) as log:
+        with RunLog(tmp_path, "{}", 200, 3600, console=Console(file=io.StringIO())) as log:
             for epoch in range(1, 201):
                 log.end_epoch(epoch, {"loss": 1.0})
         assert time.monotonic() - began < 20
@@ -191,7 +192,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_does_not_stop_training(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with RunLog(small_disk, Config(), 300, 3600, console=Console(file=io.StringIO())) as log:
+    with RunLog(small_disk, "{}", 300, 3600, console=Console(file=io.StringIO())) as log:
         for epoch in range(1, 301):
             log.begin_epoch(epoch, 1)
             log.end_epoch(epoch, {f"metric_{n}": 1.0 for n in range(60)})
@@ -209,9 +210,8 @@ def test_a_full_standard_output_does_not_stop_training(tmp_path: Path) -> None:
     code = """
 import os, sys
 from pathlib import Path
-from awp_engine.config import Config
 from awp_engine.observe.run_log import RunLog
-with RunLog(Path(sys.argv[1]), Config(), 3, 1e-9) as log:
+with RunLog(Path(sys.argv[1]), "{}", 3, 1e-9) as log:
     for epoch in (1, 2, 3):
         log.begin_epoch(epoch, 1)
         log.step(1.0, 0.1, 1)
@@ -238,10 +238,10 @@ os._exit(0)
 TRAIN = """
 import sys
 from pathlib import Path
+import tensorboard.plugins.text.summary_v2, tensorboard.summary.writer.record_writer  # slow on a busy machine
 from awp_engine.observe import run_log
-from awp_engine.config import Config
 run_log._CLOSE_SECONDS = 0.2
-with run_log.RunLog(Path(sys.argv[1]), Config(), 800, 1e-9) as log:
+with run_log.RunLog(Path(sys.argv[1]), "{}", 800, 1e-9) as log:
     for epoch in range(1, 801):
         log.begin_epoch(epoch, 1)
         log.step(1.0, 0.1, 1)
@@ -302,7 +302,7 @@ def test_a_console_that_raises_does_not_stop_training(tmp_path: Path, capsys: py
         def write(self, text: str, /) -> int:
             raise RuntimeError("broken\nconsole")
 
-    with RunLog(tmp_path, Config(), 2, 1e-9, console=Console(file=Broken())) as log:
+    with RunLog(tmp_path, "{}", 2, 1e-9, console=Console(file=Broken())) as log:
         for epoch in (1, 2):
             log.begin_epoch(epoch, 1)
             log.step(1.0, 0.1, 1)
@@ -329,12 +329,12 @@ def test_metrics_that_are_never_written_delay_training_once(
 ) -> None:
     # A file system that hangs cannot be had: the call that would hang in it.
     release = threading.Event()
-    monkeypatch.setattr(RunLog, "_append", lambda self, line: release.wait(60))
+    monkeypatch.setattr(MetricsFile, "append", lambda *args: release.wait(60))
     monkeypatch.setattr(run_log, "_METRICS_SECONDS", 0.1)
     monkeypatch.setattr(run_log, "_CLOSE_SECONDS", 0.1)
     began = time.monotonic()
     try:
-        with RunLog(tmp_path, Config(), 2000, 3600, console=Console(file=io.StringIO())) as log:
+        with RunLog(tmp_path, "{}", 2000, 3600, console=Console(file=io.StringIO())) as log:
             for epoch in range(1, 2001):
                 log.end_epoch(epoch, {"loss": 1.0})
         assert time.monotonic() - began < 20
@@ -390,20 +390,21 @@ def test_an_incomplete_report_is_refused(tmp_path: Path) -> None:
 
 def test_commit_is_that_of_the_source_tree_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tree = tmp_path / "tree"
-    package = tree / "engine" / "awp_engine"
-    package.mkdir(parents=True)
-    (package / "report.py").write_text("x")
-    monkeypatch.setattr(report, "__file__", str(package / "report.py"))
+    module = Path(report.__file__).relative_to(Path(awp_engine.__file__).parent)
+    file = tree / "engine" / "awp_engine" / module
+    file.parent.mkdir(parents=True)
+    file.write_text("x")
+    monkeypatch.setattr(report, "__file__", str(file))
     assert source_commit() is None
     identity = ["-c", "user.name=x", "-c", "user.email=x@example.org", "-c", "commit.gpgsign=false"]
     for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "x"]):
         subprocess.run(["git", "-C", str(tree), *command], check=True)
     head = subprocess.run(["git", "-C", str(tree), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     assert source_commit() == head.stdout.strip()
-    (package / "report.py").write_text("y")
+    file.write_text("y")
     assert source_commit() == head.stdout.strip() + "-dirty"
     # Installed into an environment inside somebody's repository.
-    monkeypatch.setattr(report, "__file__", str(tree / "venv" / "awp_engine" / "report.py"))
+    monkeypatch.setattr(report, "__file__", str(tree / "venv" / "awp_engine" / module))
     assert source_commit() is None
 
 

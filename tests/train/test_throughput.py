@@ -9,7 +9,8 @@ from awp_engine.config import AttackConfig, AwpConfig, Config
 from awp_engine.models import build_model
 from awp_engine.observe.profiler import StepProfiler
 from awp_engine.observe.regions import listening, region
-from awp_engine.observe.throughput import forward_flops, forward_units, matmul_ceiling, peak_memory
+from awp_engine.observe.throughput import forward_flops, matmul_ceiling, peak_memory
+from awp_engine.train.cost import forward_units
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,14 @@ from awp_engine.checkpoint import background
 from awp_engine.cli.command_line import parse_train
 from awp_engine.observe.regions import listening
 from awp_engine.optim import average, optimizer
-from awp_engine.step import training_step as perturbation
-from awp_engine.train import trainer
+from awp_engine.step import awp_step, passes, update
+from awp_engine.train import selection, state, trainer
 from awp_engine.train.trainer import Trainer, TrainingError
 
 COUNT = int(os.environ.get("AWP_INTERRUPTS", "12"))
-FILES = {module.__file__ for module in (average, optimizer, perturbation, trainer, background)}
+FILES = {
+    module.__file__ for module in (average, optimizer, awp_step, passes, update, trainer, state, selection, background)
+}
 
 Line = tuple[str, int]
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from samples import images
 
 import awp_engine
+from awp_engine.attack import Attack
 from awp_engine.checkpoint import CheckpointError
 from awp_engine.config import (
     AttackConfig,
@@ -30,8 +31,10 @@ from awp_engine.config import (
     OptimizerConfig,
 )
 from awp_engine.data import DataError, load_dataset
-from awp_engine.evaluation import PgdAttack, evaluate
-from awp_engine.train.trainer import EpochSums, Trainer, TrainingError
+from awp_engine.evaluation import evaluate
+from awp_engine.train.hooks import TrainingError
+from awp_engine.train.progress import EpochSums
+from awp_engine.train.trainer import Trainer
 
 # small enough for a test: a narrow network, two attack steps
 SMALL = ["--model.width", "2", "--attack.steps", "2", "--evaluation.steps", "3", "--global-batch-size", "256"]
@@ -103,7 +106,7 @@ def test_the_report_is_what_the_selected_weights_give(finished):
     with torch.no_grad():
         predicted = model(data.test.images / 255).argmax(1)
     assert (predicted == data.test.labels).double().mean().item() == pytest.approx(report["clean_accuracy"])
-    attack = PgdAttack(epsilon=0.2, step_size=0.05, steps=20, norm="linf", seed=1)
+    attack = Attack(epsilon=0.2, step_size=0.05, steps=20, norm="linf", seed=1)
     accuracy = evaluate(model, data.test, attack, batch_size=100)
     assert accuracy.robust == pytest.approx(report["pgd20_accuracy"], abs=0.03)
     by_checkpoint = awp_engine.load_model(finished / "checkpoints" / f"epoch-{report['selected_epoch']}")
@@ -147,12 +150,12 @@ def test_sums_of_an_earlier_version_are_gone_on_from():
     sums, loaded = EpochSums(torch.device("cpu")), EpochSums(torch.device("cpu"))
     sums.add_(numbers, skipped, 10)
     loaded.values.fill_(7.0)
-    loaded.load(sums.values[:7])
+    loaded.load({"sums": sums.values[:7]})
     assert loaded.metrics() == sums.metrics() | {"nonfinite_gradients": 0.0}
-    loaded.load(sums.values)
+    loaded.load(sums.state())
     assert loaded.metrics()["nonfinite_gradients"] == pytest.approx(0.3)
     with pytest.raises(RuntimeError):
-        loaded.load(torch.zeros(9))
+        loaded.load({"sums": torch.zeros(9)})
 
 
 def test_a_run_starts_from_given_weights(finished, tmp_path):
@@ -448,7 +451,7 @@ def test_sam_trains_on_clean_images(tmp_path):
     calls = []
     trainer.model.register_forward_hook(lambda module, inputs, output: calls.append(inputs[0]))
     batch = next(trainer.batches.epoch(1))
-    list(trainer._steps(batch, 1, 0))
+    trainer.step(batch, trainer.schedule(1, 0))
     assert len(calls) == 2
     assert all(torch.equal(x, batch.images) for x in calls)
 

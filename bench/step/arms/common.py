@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from awp_engine.config import AttackConfig, AwpConfig, Config, parse_amount
 from awp_engine.data import Batch
 from awp_engine.models import build_model
-from awp_engine.observe.throughput import forward_units
+from awp_engine.train.cost import forward_units
 from awp_kernels import use_backend
 
 NUM_CLASSES = 10

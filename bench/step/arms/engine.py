@@ -17,8 +17,8 @@ from awp_engine.config import (
 )
 from awp_engine.data import Batch
 from awp_engine.device import choose_convolutions, fast_memory_format
-from awp_engine.step.build import build_step, capture_step
-from awp_engine.step.training_step import StepResult
+from awp_engine.step.step import Phase, StepResult
+from awp_engine.train.setup import build_step, capture_step, training_attack
 
 from .common import Settings
 
@@ -73,12 +73,13 @@ class EngineArm:
         # torch's stub does not know the keyword
         self.model = model.to(device=device, memory_format=self.memory_format)  # pyright: ignore[reportCallIssue]
         self.plain_step = build_step(config, self.model)
-        self.plain_step.refresh_()
+        self.plain_step.models.refresh_()
         self.taken_step = capture_step(config, self.plain_step)
+        self._attack = training_attack(config.attack)
 
     def step(self, batch: Batch, index: int) -> StepResult:
         """One training step, see `Arm`."""
-        return self.taken_step(batch.images, batch.labels, sample_ids=batch.ids, seed=index)
+        return self.taken_step(batch, Phase(attack=self._attack, seed=index))
 
 
 def engine_arm(settings: Settings, model: nn.Module) -> EngineArm:

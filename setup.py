@@ -59,8 +59,7 @@ def cuda_left_out(archs: str | None) -> str | None:
     if archs == "":
         return "left out at installation: AWP_CUDA_ARCHS is empty"
     if archs is None and torch.version.cuda is None:
-        build = f"AWP_CUDA_ARCHS='{ARCHS}' pip install --no-build-isolation ..."
-        return f"left out at installation: torch {TORCH} is not built for CUDA; all the same by {build}"
+        return f"left out beside a CPU build of torch ({TORCH}): install from source with AWP_CUDA_ARCHS='{ARCHS}'"
     if find_nvcc() is None:
         return "nvcc was not found at installation: install the CUDA toolkit, then install again"
     return None
@@ -193,8 +192,9 @@ EXTRAS = {
     "dev": ["awp-engine[test]", "ruff", "pyright", "clang-format", "pre-commit"],
 }
 
-setup(
-    ext_modules=[Extension("awp_kernels.libawp_kernels", sources=[])],
-    extras_require=EXTRAS,
-    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("awp_kernels.libawp_kernels", sources=[])],
+        extras_require=EXTRAS,
+        cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
+    )

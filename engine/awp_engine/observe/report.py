@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+import awp_engine
 from awp_engine.files.atomic import atomic_write_text, naming, temporary_beside
 from awp_engine.files.text import json_text, printable
 from awp_engine.observe.drawing import plottable, save
@@ -31,12 +32,12 @@ _BLUE, _VERMILION, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that a result depends on; None for one that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("torch", "numpy", "awp-engine"):
+    for name in ("torch", "numpy"):
         try:
-            found[name.replace("-", "_")] = importlib.metadata.version(name)
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name.replace("-", "_")] = None
-    return found
+            found[name] = None
+    return found | {"awp_engine": awp_engine.__version__}
 
 
 def source_commit() -> str | None:

@@ -84,9 +84,11 @@ def test_a_wheel_without_a_compiler_holds_both_packages_and_says_what_it_lacks(s
     [
         (["GLIBC_2.2.5", "GLIBC_2.16", "GLIBCXX_3.4.21"], "manylinux_2_28"),
         (["GLIBC_2.34", "GLIBC_2.3.4", "GLIBCXX_3.4.24"], "manylinux_2_34"),
-        # compilers newer than the oldest system's
-        (["GLIBC_2.16", "GLIBCXX_3.4.32"], None),
-        (["GLIBC_2.16", "CXXABI_1.3.15"], None),
+        # what newer compilers ask of libstdc++
+        (["GLIBC_2.16", "GLIBCXX_3.4.29"], "manylinux_2_34"),
+        (["GLIBC_2.36", "GLIBCXX_3.4.29"], "manylinux_2_36"),
+        (["GLIBC_2.16", "CXXABI_1.3.14"], "manylinux_2_39"),
+        (["GLIBC_2.16", "GLIBCXX_3.4.99"], None),
     ],
 )
 def test_the_tag_is_that_of_the_oldest_system_with_all_symbols(needed, tag, tmp_path, monkeypatch):

@@ -38,6 +38,9 @@ def test_one_file_holds_the_version():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert "version" not in project["project"]
     assert project["tool"]["setuptools"]["dynamic"]["version"] == {"file": "kernels/awp_kernels/VERSION"}
+    # which nothing but a person writes
+    for citation in ROOT.glob("CITATION.cff"):
+        assert f"\nversion: {version}\n" in citation.read_text()
     assert awp("--version").stdout == f"awp-engine {version}\n"
 
 

@@ -31,8 +31,14 @@ except importlib.metadata.PackageNotFoundError:
 
 ROOT = Path(__file__).parent.resolve()
 ARCHS = "80;90a;100"
-# what the oldest system that torch's own wheels run on has, manylinux_2_28
-OLDEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11)}
+# glibc of a system with the newest GLIBCXX and CXXABI beside it, by auditwheel; torch's own wheels need the first
+SYSTEMS = [
+    ((2, 28), (3, 4, 24), (1, 3, 11)),
+    ((2, 31), (3, 4, 28), (1, 3, 12)),
+    ((2, 34), (3, 4, 29), (1, 3, 13)),
+    ((2, 35), (3, 4, 30), (1, 3, 13)),
+    ((2, 39), (3, 4, 33), (1, 3, 15)),
+]
 
 
 def find_nvcc() -> str | None:
@@ -59,8 +65,7 @@ def cuda_left_out(archs: str | None) -> str | None:
     if archs == "":
         return "left out at installation: AWP_CUDA_ARCHS is empty"
     if archs is None and torch.version.cuda is None:
-        build = f"AWP_CUDA_ARCHS='{ARCHS}' pip install --no-build-isolation ..."
-        return f"left out at installation: torch {TORCH} is not built for CUDA; all the same by {build}"
+        return f"left out beside a CPU build of torch ({TORCH}): install from source with AWP_CUDA_ARCHS='{ARCHS}'"
     if find_nvcc() is None:
         return "nvcc was not found at installation: install the CUDA toolkit, then install again"
     return None
@@ -123,19 +128,21 @@ class CMakeBuild(build_ext):
 
 
 def oldest_linux(library: Path) -> str | None:
-    """The manylinux tag of the oldest system that has all symbols of the library; None where no tag tells that.
+    """The tag of the oldest system that has all symbols of the library but torch's: https://peps.python.org/pep-0600.
 
-    As auditwheel has it, with torch's own libraries left out: https://peps.python.org/pep-0600.
+    None where there is no library, or no tag is known.
     """
     if not library.exists() or shutil.which("objdump") is None:
         return None
     told = subprocess.run(["objdump", "-p", str(library)], check=True, capture_output=True, text=True).stdout
-    needed = dict(OLDEST)
+    needed: dict[str, tuple[int, ...]] = {"GLIBC": (0,), "GLIBCXX": (0,), "CXXABI": (0,)}
     for name, version in re.findall(r"\b(GLIBC|GLIBCXX|CXXABI)_([0-9.]+)$", told, re.MULTILINE):
         needed[name] = max(needed[name], tuple(map(int, version.split("."))))
-    glibc = needed.pop("GLIBC")
-    # a newer libstdc++ than the oldest system's is not dated by its symbols alone
-    return f"manylinux_{glibc[0]}_{glibc[1]}" if needed.items() <= OLDEST.items() else None
+    for glibc, glibcxx, cxxabi in SYSTEMS:
+        if needed["GLIBCXX"] <= glibcxx and needed["CXXABI"] <= cxxabi:
+            major, minor = max(glibc, needed["GLIBC"])[:2]
+            return f"manylinux_{major}_{minor}"
+    return None
 
 
 class PlatformWheel(bdist_wheel):
@@ -192,8 +199,9 @@ EXTRAS = {
     "dev": ["awp-engine[test]", "ruff", "pyright", "clang-format", "pre-commit"],
 }
 
-setup(
-    ext_modules=[Extension("awp_kernels.libawp_kernels", sources=[])],
-    extras_require=EXTRAS,
-    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("awp_kernels.libawp_kernels", sources=[])],
+        extras_require=EXTRAS,
+        cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
+    )

@@ -11,6 +11,8 @@ import pytest
 from kill_runs import handles
 from places import ENGINE, ROOT
 
+# as the installed script has it
+AWP = "from awp_engine.cli import main; main()"
 # what the command is called in its messages, and how it is started; each imports torch, for seconds
 COMMANDS = {
     "train.py": [str(ENGINE / "train.py"), "--epochs", "500"],
@@ -19,6 +21,9 @@ COMMANDS = {
     "python -m awp_engine data": ["-m", "awp_engine", "data", "scan", "."],
     "python -m awp_engine checkpoint": ["-m", "awp_engine", "checkpoint", "list", "."],
     "python -m awp_kernels": ["-m", "awp_kernels"],
+    "awp train": ["-c", AWP, "train", "--epochs", "500"],
+    "awp evaluate": ["-c", AWP, "evaluate", "nowhere"],
+    "python -m awp_engine.cli.train": ["-m", "awp_engine.cli.train", "--epochs", "500"],
 }
 
 
@@ -50,9 +55,9 @@ def test_a_signal_in_the_first_seconds_is_one_line(tmp_path, moment):
         for _, process in running:
             wait_for_handler(process)
         time.sleep(moment)
-        for (_, process), number in zip(running, numbers * 2, strict=True):
+        for (_, process), number in zip(running, numbers * 3, strict=True):
             process.send_signal(number)
-        for (prog, process), number in zip(running, numbers * 2, strict=True):
+        for (prog, process), number in zip(running, numbers * 3, strict=True):
             out, err = process.communicate(timeout=60)
             assert (process.returncode, out) == (128 + number, ""), (prog, err)
             assert err == f"{prog}: error: interrupted by {number.name}\n"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchattacks
 from digits_model import clean_model, description, digits, robust_model
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,7 +45,6 @@ def model():
 
 def test_pgd_agrees_with_torchattacks_on_every_image(model):
     """From the same start, predictions are equal for 200 images, and the iterates for all but rounding's few."""
-    torchattacks = pytest.importorskip("torchattacks", reason="cannot be a dependency: it pins torchvision")
     x, y, *_ = next(eval_batches(spread(digits().test, 200), 200))
     theirs = torchattacks.PGD(model, eps=0.2, alpha=0.05, steps=20)
     with torch.random.fork_rng():

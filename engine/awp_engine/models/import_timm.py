@@ -9,10 +9,8 @@ import torch
 
 from awp_engine.config import ConfigError
 
-_INSTALL = (
-    "pip install 'awp-engine[timm]' (beside a CPU build of torch 2.13, for which there is no torchvision: "
-    "pip install --no-deps torchvision==0.28.0 timm, and pip install huggingface_hub pyyaml)"
-)
+# each torchvision is built for one torch: where none is named, pip takes the newest of both
+_INSTALL = f"pip install 'awp-engine[timm]' torch=={torch.__version__.partition('+')[0]}"
 # keeps the declarations alive
 _declared: list[Any] = []
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+import awp_engine
 from awp_engine.files.atomic import atomic_write_text, naming, temporary_beside
 from awp_engine.files.text import json_text, printable
 from awp_engine.observe.drawing import BLUE, GREEN, GREY, VERMILION, plottable, save, tidy
@@ -28,12 +29,12 @@ _PROBE_BYTES = 1 << 16
 def versions(*more: str) -> dict[str, str | None]:
     """Versions of Python, of what every result depends on and of `more`; None for a package not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("torch", "numpy", "awp-engine", *more):
+    for name in ("torch", "numpy", *more):
         try:
-            found[name.replace("-", "_")] = importlib.metadata.version(name)
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name.replace("-", "_")] = None
-    return found
+            found[name] = None
+    return found | {"awp_engine": awp_engine.__version__}
 
 
 def source_commit() -> str | None:

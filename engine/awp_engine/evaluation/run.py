@@ -30,7 +30,7 @@ from awp_engine.files.atomic import atomic_write_text
 from awp_engine.files.locking import locked
 from awp_engine.files.text import json_text
 from awp_engine.models.class_names import difference
-from awp_engine.observe.report import prepare_directory
+from awp_engine.observe.report import prepare_output
 
 JSON, PAGE, LEADERBOARD = "evaluation.json", "evaluation.html", "robustbench.json"
 DEFAULT_ATTACKS = ("clean", "fgsm", "pgd20", "cw")
@@ -69,28 +69,26 @@ def _amount(name: str, text: str) -> Fraction:
 def _threat(subject: Subject, epsilon: str | None, norm: Literal["linf", "l2"] | None, step_size: str | None) -> Threat:
     """The ball that was asked for, or else the run's own; a step goes with its ball, else it is epsilon / 4."""
     config = subject.config
-    if config is None and (epsilon is None or norm is None):
+    if config is not None:
+        if epsilon is None and norm in (None, config.attack.norm) and step_size is None:
+            step_size = config.evaluation.step_size
+        epsilon = config.attack.epsilon if epsilon is None else epsilon
+        norm = norm or config.attack.norm
+    elif epsilon is None or norm is None:
         raise EvaluationError(
             f"{subject.weights}: belongs to no run whose config.json could say it: give --epsilon and --norm"
         )
-    own = config is not None and epsilon is None and norm in (None, config.attack.norm)
-    if epsilon is None and config is not None:
-        epsilon = config.attack.epsilon
-    if norm is None and config is not None:
-        norm = config.attack.norm
-    radius = _amount("epsilon", epsilon or "")
+    radius = _amount("epsilon", epsilon)
     if norm == "linf" and radius > 1:
         raise EvaluationError(f"--epsilon: expected at most 1 for linf, as pixels lie in [0, 1], got {epsilon}")
     if radius > _LARGEST_L2:
-        raise EvaluationError(f"--epsilon: expected at most {_LARGEST_L2}, got {str(epsilon)[:80]}")
-    if step_size is None and own and config is not None:
-        step_size = config.evaluation.step_size
+        raise EvaluationError(f"--epsilon: expected at most {_LARGEST_L2}, got {epsilon[:80]}")
     step = radius / 4 if step_size is None else _amount("step-size", step_size)
     if step > 2 * radius:
         raise EvaluationError(
             f"--step-size: expected at most twice epsilon ({radius}), across the whole ball, got {str(step_size)[:80]}"
         )
-    return Threat(epsilon=radius, norm=norm or "linf", step_size=step)
+    return Threat(epsilon=radius, norm=norm, step_size=step)
 
 
 def _data(subject: Subject, name: str | None, root: Path | None) -> Dataset:
@@ -228,10 +226,7 @@ def evaluate_checkpoint(
     if batch_size is None:
         batch_size = _BATCH_SIZE if config is None else config.evaluation.batch_size
     output = output or _output(path, subject)
-    try:
-        prepare_directory(output)
-    except OSError as error:
-        raise EvaluationError(f"--output: {output} cannot be written: {error.strerror}; choose another") from None
+    prepare_output(output)
     if labels != "the same":
         say(f"class names: {labels}")
     receipt = make_receipt(

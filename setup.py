@@ -1,10 +1,13 @@
-"""Builds the compiled operations with CMake; everything else about the package stands in pyproject.toml.
+"""Builds the compiled operations with CMake, beside the torch that is installed; all else stands in pyproject.toml.
 
-AWP_CUDA_ARCHS: CUDA architectures, "80;90a;100" if not set, empty to leave CUDA out.
+AWP_CUDA_ARCHS: CUDA architectures; empty leaves CUDA out. Not set, it is "80;90a;100" beside a CUDA build of torch, and
+CUDA is left out beside a CPU build, where it could not run.
 Where a tool is missing the package installs without that part, and `python -m awp_kernels` says what was missing.
 """
 
+import importlib.metadata
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -12,14 +15,24 @@ import sys
 from pathlib import Path
 
 import setuptools
-from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
 
 # without build isolation nobody looks at pyproject.toml's [build-system], and older ones cannot read the rest of it
 if int(setuptools.__version__.partition(".")[0]) < 77:
     sys.exit(f"setuptools {setuptools.__version__}: expected at least 77; pip install --upgrade setuptools")
 
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+try:
+    TORCH = importlib.metadata.version("torch")
+except importlib.metadata.PackageNotFoundError:
+    sys.exit("torch is not installed, and the operations are built beside it: install torch first")
+
 ROOT = Path(__file__).parent.resolve()
+ARCHS = "80;90a;100"
+# what the oldest system that torch's own wheels run on has, manylinux_2_28
+OLDEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11)}
 
 
 def find_nvcc() -> str | None:
@@ -39,6 +52,20 @@ def missing_tools() -> str | None:
     return None
 
 
+def cuda_left_out(archs: str | None) -> str | None:
+    """What keeps the CUDA code from being built, or None; `archs` are those that were asked for."""
+    import torch
+
+    if archs == "":
+        return "left out at installation: AWP_CUDA_ARCHS is empty"
+    if archs is None and torch.version.cuda is None:
+        build = f"AWP_CUDA_ARCHS='{ARCHS}' pip install --no-build-isolation ..."
+        return f"left out at installation: torch {TORCH} is not built for CUDA; all the same by {build}"
+    if find_nvcc() is None:
+        return "nvcc was not found at installation: install the CUDA toolkit, then install again"
+    return None
+
+
 class CMakeBuild(build_ext):
     """Runs CMake where setuptools would call the compiler."""
 
@@ -48,25 +75,21 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:  # noqa: D102
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
         library.parent.mkdir(parents=True, exist_ok=True)
+        asked = os.environ.get("AWP_CUDA_ARCHS")
         problem = missing_tools()
-        archs = os.environ.get("AWP_CUDA_ARCHS", "80;90a;100")
-        nvcc = find_nvcc()
-        cuda_problem = problem or (
-            "left out at installation: AWP_CUDA_ARCHS is empty"
-            if not archs
-            else None
-            if nvcc
-            else "nvcc was not found at installation: install the CUDA toolkit, then install again"
-        )
+        cuda_problem = problem or cuda_left_out(asked)
+        archs = "" if cuda_problem else asked or ARCHS
         if problem is None:
-            self.cmake(library, archs if cuda_problem is None else "", nvcc)
+            self.cmake(library, archs)
         else:
             library.unlink(missing_ok=True)
-            self.warn(problem)
+        for code, why in (("C++", problem), ("CUDA", cuda_problem)):
+            if why is not None:
+                self.warn(f"without {code} code: {why}")
         sources = runpy.run_path(str(ROOT / "csrc" / "sources.py"))
-        sources["write"](library.parent, "" if cuda_problem else archs, cpp=problem, cuda=cuda_problem)
+        sources["write"](library.parent, archs, cpp=problem, cuda=cuda_problem)
 
-    def cmake(self, library: Path, archs: str, nvcc: str | None) -> None:
+    def cmake(self, library: Path, archs: str) -> None:
         """Configure and build into a folder of its own, then put the library in its place."""
         import torch
 
@@ -76,8 +99,8 @@ class CMakeBuild(build_ext):
             f"-DAWP_CUDA_ARCHS={archs}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build}",
         ]
-        if archs and nvcc:
-            options.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
+        if archs:
+            options.append(f"-DCMAKE_CUDA_COMPILER={find_nvcc()}")
         # a cache from another torch or Python would win over the options
         shutil.rmtree(build, ignore_errors=True)
         subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), *options], check=True)
@@ -99,4 +122,78 @@ class CMakeBuild(build_ext):
                 shutil.copy2(built, source / name)
 
 
-setup(ext_modules=[Extension("awp_kernels.libawp_kernels", sources=[])], cmdclass={"build_ext": CMakeBuild})
+def oldest_linux(library: Path) -> str | None:
+    """The manylinux tag of the oldest system that has all symbols of the library; None where no tag tells that.
+
+    As auditwheel has it, with torch's own libraries left out: https://peps.python.org/pep-0600.
+    """
+    if not library.exists() or shutil.which("objdump") is None:
+        return None
+    told = subprocess.run(["objdump", "-p", str(library)], check=True, capture_output=True, text=True).stdout
+    needed = dict(OLDEST)
+    for name, version in re.findall(r"\b(GLIBC|GLIBCXX|CXXABI)_([0-9.]+)$", told, re.MULTILINE):
+        needed[name] = max(needed[name], tuple(map(int, version.split("."))))
+    glibc = needed.pop("GLIBC")
+    # a newer libstdc++ than the oldest system's is not dated by its symbols alone
+    return f"manylinux_{glibc[0]}_{glibc[1]}" if needed.items() <= OLDEST.items() else None
+
+
+class PlatformWheel(bdist_wheel):
+    """One wheel a platform: the library is on torch's stable ABI and knows no Python."""
+
+    def run(self) -> None:
+        """Build anew: modules of an earlier build that have gone would be packed too."""
+        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)  # type: ignore[attr-defined]
+        super().run()
+
+    def get_tag(self) -> tuple[str, str, str]:  # noqa: D102
+        platform = super().get_tag()[2]
+        library = self.get_finalized_command("build_ext").get_ext_fullpath("awp_kernels.libawp_kernels")  # type: ignore[attr-defined]
+        tag = oldest_linux(Path(library))
+        return "py3", "none", platform if tag is None else platform.replace("linux", tag, 1)
+
+
+TRAIN = "awp-engine[train]"
+TESTED = [
+    "pytest>=8",
+    "pytest-benchmark>=5",
+    "pytest-cov>=5",
+    "pytest-timeout",
+    "pytest-xdist>=3",
+    "hypothesis>=6",
+    "huggingface_hub",
+    "onnxruntime",
+    "onnxscript",
+    "pyyaml",
+    "torchattacks==3.5.1",
+    "triton>=3.6; platform_system == 'Linux'",
+    "awp-engine[dali,eval,examples,huggingface,timm]",
+    # each torchvision is built for one torch: without this line pip takes the newest of both
+    f"torch=={TORCH.partition('+')[0]}",
+]
+EXTRAS = {
+    # awp_engine/cli/__init__.py names those that are missing
+    "train": [
+        "numpy",
+        "safetensors>=0.5",
+        "rich>=13",
+        "tensorboard",
+        "matplotlib",
+        "pillow",
+        "scikit-learn",
+        "scipy",
+    ],
+    "dali": [TRAIN, "nvidia-dali-cuda130>=2.4; platform_system == 'Linux'"],
+    "eval": [TRAIN, "pyautoattack==0.2.*"],
+    "huggingface": [TRAIN, "datasets>=3"],
+    "timm": [TRAIN, "timm>=1.0.20"],
+    "examples": ["transformers>=5", "accelerate", "lightning>=2.6"],
+    "test": TESTED,
+    "dev": ["awp-engine[test]", "ruff", "pyright", "clang-format", "pre-commit"],
+}
+
+setup(
+    ext_modules=[Extension("awp_kernels.libawp_kernels", sources=[])],
+    extras_require=EXTRAS,
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
+)

@@ -1,9 +1,13 @@
 """A training engine for image classifiers that must stay right under attack."""
 
+import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from awp_engine.models.trained import load_model
+
+    __version__: str
 
 __all__ = ["load_model"]
 
@@ -14,4 +18,10 @@ def __getattr__(name: str) -> Any:
         from awp_engine.models.trained import load_model
 
         return load_model
+    if name == "__version__":
+        # awp_kernels holds that of both, and would import torch
+        kernels = importlib.util.find_spec("awp_kernels")
+        assert kernels is not None
+        assert kernels.origin is not None
+        return Path(kernels.origin).with_name("VERSION").read_text().strip()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

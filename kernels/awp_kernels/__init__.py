@@ -4,6 +4,7 @@
 """
 
 import sys
+from pathlib import Path
 
 if sys.argv[:1] == ["-m"] and "awp_kernels" in sys.orig_argv:
     # `python -m awp_kernels` imports this, and torch, before the command's own first line
@@ -32,6 +33,9 @@ from awp_kernels.restore import restore_ as restore_
 from awp_kernels.sgd import SGD as SGD
 from awp_kernels.sgd_step import sgd_step_ as sgd_step_
 from awp_kernels.total_norm import total_norm as total_norm
+
+# that of the whole distribution
+__version__ = (Path(__file__).parent / "VERSION").read_text().strip()
 
 __all__ = [
     "SGD",

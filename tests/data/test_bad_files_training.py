@@ -9,9 +9,10 @@ import pytest
 from bad_files import make_folder, plant
 from places import TRAIN
 
-from awp_engine.data import Batches, DataError, Loading, eval_batches, load_dataset
+from awp_engine.data import Augmentation, Batches, DataError, Loading, eval_batches, load_dataset
 from awp_engine.data.loaders.choose import LoaderName
-from awp_engine.data.tools.scan import bad_files, scan_folder, write_scan
+from awp_engine.data.sets.scan_list import bad_files, write_scan
+from awp_engine.data.tools.scan import scan_folder
 
 pytest.importorskip("nvidia.dali", reason="the extra `dali` is for Linux")
 
@@ -48,7 +49,8 @@ def test_each_kind_alone_is_named_or_harmless(tmp_path: Path, loader: LoaderName
         try:
             loading = Loading(loader=loader, workers=0 if loader == "torch" else 1)
             data = load_dataset("folder", root=root, held_out_fraction=0.1, seed=0, loading=loading)
-            seen = sum(len(b.labels) for b in Batches(data.train, global_batch_size=20, seed=0, pad=1, flip=True))
+            augmentation = Augmentation(pad=1, flip=True)
+            seen = sum(len(b.labels) for b in Batches(data.train, augmentation, global_batch_size=20, seed=0))
             seen += sum(len(b.labels) for part in (data.held_out, data.test) for b in eval_batches(part, 20))
             found[path] = f"{seen} images"
         except DataError as error:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from awp_engine.data import DataError, Split, eval_batches, load_dataset, train_batches
+from awp_engine.data import Augmentation, DataError, Split, eval_batches, load_dataset, train_batches
 from awp_engine.data.dataset import channel_statistics, hold_out
 from awp_engine.data.sets.cifar import CIFAR10, CIFAR100, CifarLayout, read_cifar
 from awp_kernels.philox import mix_seed, philox4x32
@@ -82,7 +82,11 @@ def test_augmentation_takes_every_offset_and_depends_on_the_epoch() -> None:
 def test_an_epoch_has_every_sample_once(count: int, batch_size: int, epoch: int, drop_last: bool) -> None:
     split = _split(count)
     options: dict[str, Any] = {"seed": 3, "epoch": epoch, "pad": 1, "flip": True}
-    batches = list(train_batches(split, batch_size=batch_size, drop_last=drop_last, **options))
+    batches = list(
+        train_batches(
+            split, Augmentation(pad=1, flip=True), batch_size=batch_size, drop_last=drop_last, seed=3, epoch=epoch
+        )
+    )
     assert all(len(batch.labels) == batch_size for batch in (batches if drop_last else batches[:-1]))
     seen = torch.cat([batch.ids for batch in batches]) if batches else torch.empty(0)
     assert len(seen) == (count - count % batch_size if drop_last else count)
@@ -98,7 +102,7 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
     split = _split(64)
 
     def order(split: Split, seed: int, epoch: int, batch_size: int) -> list[int]:
-        batches = train_batches(split, batch_size=batch_size, seed=seed, epoch=epoch, pad=0, flip=False)
+        batches = train_batches(split, Augmentation(), batch_size=batch_size, seed=seed, epoch=epoch)
         return torch.cat([batch.ids for batch in batches]).tolist()
 
     reference = order(split, 0, 0, 8)
@@ -120,7 +124,8 @@ def test_eval_batches_keep_order_and_values() -> None:
 def test_batches_on_the_gpu_equal_those_on_the_cpu() -> None:
     split = _split(200, (3, 32, 32))
     batches = [
-        train_batches(split.to(device), batch_size=64, seed=0, epoch=2, pad=4, flip=True) for device in ("cpu", "cuda")
+        train_batches(split.to(device), Augmentation(pad=4, flip=True), batch_size=64, seed=0, epoch=2)
+        for device in ("cpu", "cuda")
     ]
     for on_cpu, on_gpu in zip(*batches, strict=True):
         assert all(torch.equal(a, b.cpu()) for a, b in zip(on_cpu[:3], on_gpu[:3], strict=True))
@@ -129,7 +134,7 @@ def test_batches_on_the_gpu_equal_those_on_the_cpu() -> None:
 def test_wrong_batch_arguments() -> None:
     split = _split(4)
     with pytest.raises(ValueError, match="batch_size: 0"):
-        train_batches(split, batch_size=0, seed=0, epoch=0, pad=0, flip=False)
+        train_batches(split, Augmentation(), batch_size=0, seed=0, epoch=0)
     with pytest.raises(ValueError, match="batch_size: -1"):
         eval_batches(split, -1)
     with pytest.raises(ValueError, match=r"pad: .* got -1"):

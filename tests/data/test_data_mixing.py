@@ -1,7 +1,9 @@
 """Cutout, CutMix and extra data in the batches, against plain definitions of one sample at a time."""
 
+import dataclasses
 import itertools
 import math
+from collections.abc import Generator
 from fractions import Fraction
 from typing import Any
 
@@ -12,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from awp_engine.data import Batch, Batches, Split, batch_sizes, train_batches
-from awp_engine.data.batches import shuffled
+from awp_engine.data import Augmentation, Batch, Batches, Split, batch_sizes, train_batches
+from awp_engine.data.order import shuffled
 from awp_engine.distributed.share import rank_share
 from awp_kernels.philox import mix_seed, sample_words
 
@@ -75,6 +77,18 @@ def _sample_one(split: Split, row: int, *, cutmix: float, **look: Any) -> tuple[
     return image, shares, len(pixels)
 
 
+def _given(options: dict[str, Any]) -> tuple[Augmentation, dict[str, Any]]:
+    """What of these options is said of the images, and the others."""
+    keys = {field.name for field in dataclasses.fields(Augmentation)}
+    augmentation = Augmentation(**{key: value for key, value in options.items() if key in keys})
+    return augmentation, {key: value for key, value in options.items() if key not in keys}
+
+
+def _train_batches(split: Split, **options: Any) -> Generator[Batch, None, None]:
+    augmentation, others = _given(options)
+    return train_batches(split, augmentation, **others)
+
+
 def _all(batches: Any) -> dict[int, tuple[Tensor, Tensor]]:
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for batch in batches:
@@ -103,7 +117,7 @@ def test_samples_equal_their_plain_definition(
 ) -> None:
     split = _split(count, shape)
     look: dict[str, Any] = {"seed": seed, "epoch": epoch, "pad": pad, "flip": flip, "cutout": cutout, "fill": _FILL}
-    found = _all(train_batches(split, batch_size=3, cutmix=cutmix, num_classes=_CLASSES, **look))
+    found = _all(_train_batches(split, batch_size=3, cutmix=cutmix, num_classes=_CLASSES, **look))
     assert len(found) == count
     for row in range(count):
         image, shares, pixels = _sample_one(split, row, cutmix=cutmix, **look)
@@ -133,11 +147,11 @@ def test_a_sample_does_not_depend_on_its_batch(
 ) -> None:
     options: dict[str, Any] = {**_OPTIONS, "cutout": 3, "fill": _FILL, "cutmix": cutmix, "num_classes": _CLASSES}
     split, extra = _split(9), _split(30, first_id=_FIRST_EXTRA)
-    reference = _all(train_batches(split, batch_size=9, **options))
+    reference = _all(_train_batches(split, batch_size=9, **options))
     shuffled = split.select(torch.tensor(order))
     extra_options: dict[str, Any] = {"extra": extra, "extra_fraction": 0.5} if with_extra else {}
-    found = _all(train_batches(shuffled, batch_size=batch_size, **extra_options, **options))
-    alone = _all(train_batches(extra, batch_size=30, **options))
+    found = _all(_train_batches(shuffled, batch_size=batch_size, **extra_options, **options))
+    alone = _all(_train_batches(extra, batch_size=30, **options))
     assert set(reference) == {sample_id for sample_id in found if sample_id < _FIRST_EXTRA}
     assert with_extra == any(sample_id >= _FIRST_EXTRA for sample_id in found)
     for sample_id, (image, label) in found.items():
@@ -153,8 +167,8 @@ def _changed(cutout: int, shape: tuple[int, int, int] = (1, 8, 10), count: int =
         labels=torch.zeros(count, dtype=torch.int64),
         ids=torch.arange(count),
     )
-    options: dict[str, Any] = {"seed": 0, "epoch": 0, "pad": 0, "flip": False}
-    (batch,) = train_batches(split, batch_size=count, cutout=cutout, fill=(1.0,), **options)
+    options: dict[str, Any] = {"seed": 0, "epoch": 0}
+    (batch,) = _train_batches(split, batch_size=count, cutout=cutout, fill=(1.0,), **options)
     return (batch.images == 1).all(1)
 
 
@@ -181,9 +195,9 @@ def test_cutmix_mixes_as_often_and_as_much_as_asked() -> None:
     split = Split(
         images=images.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 16, 16), labels=split.labels, ids=split.ids
     )
-    options: dict[str, Any] = {"seed": 1, "epoch": 0, "pad": 0, "flip": False, "num_classes": _CLASSES}
+    options: dict[str, Any] = {"seed": 1, "epoch": 0, "num_classes": _CLASSES}
     for probability, lowest, highest in ((0.25, 0.19, 0.26), (1.0, 0.9, 1.0)):
-        (batch,) = train_batches(split, batch_size=4000, cutmix=probability, **options)
+        (batch,) = _train_batches(split, batch_size=4000, cutmix=probability, **options)
         rows = {int(i): n for n, i in enumerate(split.ids)}
         own = images[[rows[int(i)] for i in batch.ids]].view(-1, 1, 1, 1) / 255
         taken = (batch.images != own).float().mean((1, 2, 3))
@@ -202,9 +216,7 @@ def test_cutmix_partners_are_others_and_all_of_them() -> None:
     )
     pairs: dict[tuple[int, int], int] = dict.fromkeys(itertools.permutations(range(3), 2), 0)
     for epoch in range(120):
-        for batch in train_batches(
-            split, batch_size=2, seed=0, epoch=epoch, pad=0, flip=False, cutmix=1.0, num_classes=3
-        ):
+        for batch in _train_batches(split, batch_size=2, seed=0, epoch=epoch, cutmix=1.0, num_classes=3):
             for shares, sample_id in zip(batch.labels, batch.ids, strict=True):
                 row = split.ids.tolist().index(int(sample_id))
                 for partner in set(torch.nonzero(shares).flatten().tolist()) - {row}:
@@ -229,13 +241,11 @@ def test_extra_images_keep_their_ratio_and_their_turn(
 
     def epoch_of(epoch: int) -> list[Batch]:
         return list(
-            train_batches(
+            _train_batches(
                 split,
                 batch_size=batch_size,
                 seed=seed,
                 epoch=epoch,
-                pad=0,
-                flip=False,
                 drop_last=drop_last,
                 extra=extra,
                 extra_fraction=extra_fraction,
@@ -274,9 +284,9 @@ def test_extra_images_are_reshuffled_every_pass_and_depend_on_seed_and_epoch_alo
     split, extra = _split(64, (1, 2, 2)), _split(64, (1, 2, 2), _FIRST_EXTRA)
 
     def ids(seed: int, epoch: int) -> list[int]:
-        options: dict[str, Any] = {"pad": 0, "flip": False, "extra": extra, "extra_fraction": 0.5}
+        options: dict[str, Any] = {"extra": extra, "extra_fraction": 0.5}
         return torch.cat(
-            [batch.ids for batch in train_batches(split, batch_size=16, seed=seed, epoch=epoch, **options)]
+            [batch.ids for batch in _train_batches(split, batch_size=16, seed=seed, epoch=epoch, **options)]
         ).tolist()
 
     orders = [ids(0, 0), ids(0, 1), ids(1, 0)]
@@ -293,19 +303,19 @@ def test_extra_images_are_reshuffled_every_pass_and_depend_on_seed_and_epoch_alo
 
 def test_every_pass_over_the_extra_images_has_an_order_of_its_own() -> None:
     split, extra = _split(8, (1, 2, 2)), _split(16, (1, 2, 2), _FIRST_EXTRA)
-    options: dict[str, Any] = {"batch_size": 16, "pad": 0, "flip": False, "extra": extra}
+    options: dict[str, Any] = {"batch_size": 16, "extra": extra}
     # Two epochs of 8 are a pass, so its first half is what one epoch takes.
     halves = []
     for epoch in range(1, 13, 2):
-        (batch,) = train_batches(split, seed=0, epoch=epoch, **options)
+        (batch,) = _train_batches(split, seed=0, epoch=epoch, **options)
         halves.append(frozenset(batch.ids[batch.ids >= _FIRST_EXTRA].tolist()))
     assert len(set(halves)) == 6
 
 
 def test_extra_images_do_not_move_the_order_of_the_others() -> None:
     split, extra = _split(40), _split(50, first_id=_FIRST_EXTRA)
-    plain = train_batches(split, batch_size=8, **_OPTIONS)
-    both = train_batches(split, batch_size=16, extra=extra, **_OPTIONS)
+    plain = _train_batches(split, batch_size=8, **_OPTIONS)
+    both = _train_batches(split, batch_size=16, extra=extra, **_OPTIONS)
     for alone, batch in zip(plain, both, strict=True):
         assert set(alone.ids.tolist()) == {i for i in batch.ids.tolist() if i < _FIRST_EXTRA}
         assert len(batch.ids) == 16
@@ -315,7 +325,7 @@ def test_the_end_of_one_pass_and_the_start_of_the_next_share_an_epoch() -> None:
     split, extra = _split(10, (1, 2, 2)), _split(7, (1, 2, 2), _FIRST_EXTRA)
     used: list[int] = []
     for epoch in range(1, 8):
-        (batch,) = train_batches(split, batch_size=20, seed=0, epoch=epoch, pad=0, flip=False, extra=extra)
+        (batch,) = _train_batches(split, batch_size=20, seed=0, epoch=epoch, extra=extra)
         here = [i for i in batch.ids.tolist() if i >= _FIRST_EXTRA]
         used += here
         turns = [used.count(i) for i in extra.ids.tolist()]
@@ -349,9 +359,9 @@ def test_ranks_share_batches_without_overlap_or_loss(
     cutmix = cutmix if count > 1 else 0.0
     options: dict[str, Any] = {**_OPTIONS, "cutmix": cutmix, "num_classes": _CLASSES, "batch_size": batch_size}
     options["extra"] = _split(extra_count, first_id=_FIRST_EXTRA) if extra_count else None
-    whole = list(train_batches(_split(count), **options))
+    whole = list(_train_batches(_split(count), **options))
     sizes = batch_sizes(count, batch_size, 0.5 if extra_count else None)
-    parts = [list(train_batches(_split(count), **options, first=first, rank=r, ranks=ranks)) for r in range(ranks)]
+    parts = [list(_train_batches(_split(count), **options, first=first, rank=r, ranks=ranks)) for r in range(ranks)]
     assert all(len(part) == max(len(whole) - first, 0) for part in parts)
     for number, pieces in enumerate(zip(*parts, strict=True), start=first):
         shares = [rank_share(sizes[number], rank, ranks)[1] for rank in range(ranks)]
@@ -396,7 +406,7 @@ def test_ranks_share_batches_without_overlap_or_loss(
 )
 def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        train_batches(
+        _train_batches(
             _split(20),
             **{"batch_size": 4, "extra": _split(9) if "extra_fraction" in options else None, **_OPTIONS, **options},
         )
@@ -404,7 +414,7 @@ def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> Non
 
 def test_one_image_cannot_be_mixed() -> None:
     with pytest.raises(ValueError, match="split: 1 images; expected at least 2 for cutmix"):
-        train_batches(_split(1), batch_size=4, cutmix=1.0, num_classes=4, **_OPTIONS)
+        _train_batches(_split(1), batch_size=4, cutmix=1.0, num_classes=4, **_OPTIONS)
     with pytest.raises(ValueError, match="batch_size: 0"):
         batch_sizes(10, 0)
     with pytest.raises(ValueError, match="extra_fraction: 2"):
@@ -424,7 +434,7 @@ def test_one_image_cannot_be_mixed() -> None:
 )
 def test_images_have_the_memory_format_asked_for(options: dict[str, Any], memory_format: torch.memory_format) -> None:
     split = _split(10, (3, 5, 7))
-    for batch in train_batches(split, batch_size=4, memory_format=memory_format, **_OPTIONS, **options):
+    for batch in _train_batches(split, batch_size=4, memory_format=memory_format, **_OPTIONS, **options):
         assert batch.images.is_contiguous(memory_format=memory_format)
 
 
@@ -433,7 +443,7 @@ def test_mixed_batches_on_the_gpu_equal_those_on_the_cpu() -> None:
     split, extra = _split(200, (3, 32, 32)), _split(500, (3, 32, 32), _FIRST_EXTRA)
     options: dict[str, Any] = {"cutout": 9, "fill": (0.1, 0.2, 0.3), "cutmix": 0.7, "num_classes": _CLASSES}
     batches = [
-        train_batches(split.to(device), extra=extra.to(device), batch_size=64, **_OPTIONS, **options)
+        _train_batches(split.to(device), extra=extra.to(device), batch_size=64, **_OPTIONS, **options)
         for device in ("cpu", "cuda")
     ]
     for on_cpu, on_gpu in zip(*batches, strict=True):
@@ -458,7 +468,7 @@ def test_no_request_is_larger_than_it_says() -> None:
     split = _split(64)
     recorded = _Recorded(images=split.images, labels=split.labels, ids=split.ids)
     _SEEN.clear()
-    for batch in train_batches(recorded, batch_size=16, cutmix=0.5, mixup=0.5, num_classes=_CLASSES, **_OPTIONS):
+    for batch in _train_batches(recorded, batch_size=16, cutmix=0.5, mixup=0.5, num_classes=_CLASSES, **_OPTIONS):
         assert len(batch.ids) == 16
     assert max(_SEEN) > 24
 
@@ -469,7 +479,7 @@ def _batches(count: int = 100, **options) -> Batches:
         labels=torch.zeros(count, dtype=torch.int64),
         ids=torch.arange(count),
     )
-    return Batches(split, **{"global_batch_size": 50, "seed": 2, "pad": 0, "flip": False, **options})
+    return Batches(split, Augmentation(), **{"global_batch_size": 50, "seed": 2, **options})
 
 
 @pytest.mark.parametrize(
@@ -543,7 +553,7 @@ def test_shuffled_looks_random_and_takes_any_size() -> None:
 @pytest.mark.parametrize("extra", [None, 30])
 def test_sizes_are_those_of_the_batches(drop_last: bool, extra: int | None) -> None:
     options = {"extra": _split(extra, first_id=_FIRST_EXTRA), "extra_fraction": 0.3} if extra else {}
-    batches = Batches(_split(35), global_batch_size=10, drop_last=drop_last, seed=0, pad=0, flip=False, **options)
+    batches = Batches(_split(35), Augmentation(), global_batch_size=10, drop_last=drop_last, seed=0, **options)
     assert batches.sizes == [len(batch.ids) for batch in batches] == [batch.whole_size for batch in batches.epoch(1)]
     assert len(batches) == len(batches.sizes)
 
@@ -551,6 +561,6 @@ def test_sizes_are_those_of_the_batches(drop_last: bool, extra: int | None) -> N
 def test_the_order_is_by_words_of_seed_epoch_and_id() -> None:
     """Philox words of stream 3, so that a run goes on in the order that it began with, whatever the version."""
     split = _split(40)
-    found = torch.cat([batch.ids for batch in train_batches(split, batch_size=7, **_OPTIONS)]).tolist()
+    found = torch.cat([batch.ids for batch in _train_batches(split, batch_size=7, **_OPTIONS)]).tolist()
     words = {i: _words(i, 2, seed=_OPTIONS["seed"], epoch=_OPTIONS["epoch"], stream=3) for i in split.ids.tolist()}
     assert found == sorted(words, key=lambda i: (words[i][0], words[i][1] >> 1))

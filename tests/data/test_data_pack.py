@@ -19,8 +19,9 @@ from disks import small_tmpfs
 from awp_engine.cli.data import main
 from awp_engine.data import DataError
 from awp_engine.data.sets.inspect import decode
+from awp_engine.data.sets.scan_list import LIST_NAME, write_scan
 from awp_engine.data.tools.pack import Manifest, _fields_digest, pack_folder, read_manifest, verify_pack
-from awp_engine.data.tools.scan import LIST_NAME, scan_folder, write_scan
+from awp_engine.data.tools.scan import scan_folder
 
 SHARD = 20 * 1024
 

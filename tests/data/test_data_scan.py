@@ -19,17 +19,17 @@ from hypothesis import strategies as st
 from awp_engine.cli.data import main
 from awp_engine.data import DataError
 from awp_engine.data.loaders.workers import Died, process_all
-from awp_engine.data.tools.scan import (
+from awp_engine.data.sets.files import listed_name
+from awp_engine.data.sets.scan_list import (
     LIST_NAME,
     Bad,
     Scan,
     bad_files,
-    listed_name,
     listed_path,
     read_scan,
-    scan_folder,
     write_scan,
 )
+from awp_engine.data.tools.scan import scan_folder
 
 COMMAND = [sys.executable, "-m", "awp_engine", "data"]
 

@@ -19,7 +19,7 @@ from scipy.io import savemat
 
 from awp_engine.data import DataError, Dataset, Loading, Split, eval_batches, load_dataset, load_extra
 from awp_engine.data.dataset import RawDataset, channel_statistics, fingerprint, limit_evenly, prepare
-from awp_engine.data.framing import Framing
+from awp_engine.data.loaders.framing import Framing
 from awp_engine.data.sets.mat import read_mat
 
 _COUNTS = {"train": 40, "test": 12}

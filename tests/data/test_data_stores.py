@@ -25,17 +25,18 @@ from hypothesis import strategies as st
 from image_folders import write_images
 from PIL import Image
 
-from awp_engine.data import Batches, DataError, Loading, load_dataset
+from awp_engine.data import Augmentation, Batches, DataError, Loading, load_dataset
 from awp_engine.data.sets.files import PackedNames, evenly
 from awp_engine.data.sets.huggingface import HuggingFaceImages
 from awp_engine.data.sets.mat import read_mat
+from awp_engine.data.sets.scan_list import LIST_NAME, bad_files, write_scan
 from awp_engine.data.sets.shards import ArrayShards
 from awp_engine.data.sets.sources import Source, open_source, source_names
 from awp_engine.data.sets.store import EncodedImages, ImageArrays
 from awp_engine.data.sets.tar import TarImages
 from awp_engine.data.sets.unpickle import read_pickle
 from awp_engine.data.tools.pack import pack_folder
-from awp_engine.data.tools.scan import LIST_NAME, bad_files, scan_folder, write_scan
+from awp_engine.data.tools.scan import scan_folder
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 PIXELS = np.random.default_rng(0).integers(0, 256, (9, 4, 5, 3), dtype=np.uint8)
@@ -642,7 +643,7 @@ def test_a_shard_that_is_cut_between_two_batches_ends_training_by_its_name(tmp_p
     for part in ("train", "test"):
         write_pair(tmp_path / part, 0, np.zeros((4000, 4, 4, 3), np.uint8), np.arange(4000) % 3)
     data = load_dataset("shards", root=tmp_path, held_out_fraction=0, seed=0, loading=Loading(loader="torch"))
-    batches = iter(Batches(data.train, global_batch_size=40, seed=0, pad=0, flip=False))
+    batches = iter(Batches(data.train, Augmentation(), global_batch_size=40, seed=0))
     next(batches)
     path = tmp_path / "train" / "images-00000.npy"
     os.truncate(path, path.stat().st_size - cut)

@@ -1,5 +1,6 @@
 """Every loader gives the same samples, each once, at any place to go on from; bad files end it by their names."""
 
+import dataclasses
 import multiprocessing
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from image_folders import picture, write_images
 from PIL import Image
 
 from awp_engine.data import (
+    Augmentation,
     Batch,
     Batches,
     DataError,
@@ -30,24 +32,19 @@ from awp_engine.data import (
     load_extra,
     place_extra,
 )
-from awp_engine.data.framing import Framing as _Framing
 from awp_engine.data.loaders.ahead import ahead
 from awp_engine.data.loaders.choose import LoaderName, default_workers, free_memory
 from awp_engine.data.loaders.dali_loader import let_go
+from awp_engine.data.loaders.framing import Framing as _Framing
 from awp_engine.data.loaders.workers import process_all
 from awp_engine.data.split import StreamedSplit
 from awp_engine.data.tools.pack import pack_folder
 
 pytest.importorskip("nvidia.dali", reason="the extra `dali` is for Linux")
 
-_LOOKS = {"pad": 2, "flip": True, "cutout": 3, "fill": (0.5, 0.25, 0.75), "cutmix": 0.5, "num_classes": 3}
-_HEAVY = {
-    **_LOOKS,
-    "mixup": 0.4,
-    "rand_augment": 9.0,
-    "erase": 0.5,
-    "erase_std": (0.2, 0.2, 0.2),
-}
+_CROPPED = Augmentation(pad=1, flip=True)
+_LIGHT = Augmentation(pad=2, flip=True, cutout=3, fill=(0.5, 0.25, 0.75), cutmix=0.5, num_classes=3)
+_HEAVY = dataclasses.replace(_LIGHT, mixup=0.4, rand_augment=9.0, erase=0.5, erase_std=(0.2, 0.2, 0.2))
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +87,10 @@ def test_loaders_give_equal_batches(tmp_path: Path, suffix: str) -> None:
     assert isinstance(sets["resident"].train, Split)
     assert isinstance(sets["dali"].train, StreamedSplit)
     assert len({(data.fingerprint, data.mean, data.std) for data in sets.values()}) == 1
-    for looks in ({"pad": 0, "flip": False}, _LOOKS, _HEAVY):
+    for augmentation in (Augmentation(), _LIGHT, _HEAVY):
         found = {
-            loader: list(Batches(data.train, global_batch_size=8, seed=5, **looks)) for loader, data in sets.items()
+            loader: list(Batches(data.train, augmentation, global_batch_size=8, seed=5))
+            for loader, data in sets.items()
         }
         for loader in ("dali", "torch"):
             for ours, expected in zip(found[loader], found["resident"], strict=True):
@@ -109,14 +107,12 @@ def test_arrays_are_streamed(tmp_path: Path, folder: Path, loader: LoaderName) -
     root = _shards(tmp_path / "shards", folder)
     resident, streamed = _open(root, "resident", "shards"), _open(root, loader, "shards")
     assert resident.fingerprint == streamed.fingerprint
-    batches = [Batches(data.train, global_batch_size=8, seed=1, **_LOOKS) for data in (resident, streamed)]
+    batches = [Batches(data.train, _LIGHT, global_batch_size=8, seed=1) for data in (resident, streamed)]
     for ours, expected in zip(*batches, strict=True):
         assert _equal(ours, expected)
     digits = load_dataset("digits", root=None, held_out_fraction=0.1, seed=0, loading=Loading(loader=loader, workers=1))
     own = load_dataset("digits", root=None, held_out_fraction=0.1, seed=0)
-    ours, expected = (
-        next(iter(Batches(d.train, global_batch_size=99, seed=0, pad=1, flip=True))) for d in (digits, own)
-    )
+    ours, expected = (next(iter(Batches(d.train, _CROPPED, global_batch_size=99, seed=0))) for d in (digits, own))
     assert _equal(ours, expected)
 
 
@@ -174,9 +170,9 @@ def _contents(split: Split | StreamedSplit) -> list[tuple[bytes, int]]:
 def test_every_image_once_whoever_and_wherever(folder: Path, loader: LoaderName, ranks: int) -> None:
     """Ranks' shares are what one rank has; going on at any batch gives exactly what was not seen."""
     split = _open(folder, loader).train
-    whole = list(Batches(split, global_batch_size=9, seed=2, pad=1, flip=True))
+    whole = list(Batches(split, _CROPPED, global_batch_size=9, seed=2))
     assert sorted(torch.cat([batch.ids for batch in whole]).tolist()) == sorted(split.ids.tolist())
-    parts = [Batches(split, global_batch_size=9, seed=2, rank=r, ranks=ranks, pad=1, flip=True) for r in range(ranks)]
+    parts = [Batches(split, _CROPPED, global_batch_size=9, seed=2, rank=r, ranks=ranks) for r in range(ranks)]
     for whole_batch, *shares in zip(whole, *parts, strict=True):
         assert torch.equal(torch.cat([share.ids for share in shares]), whole_batch.ids)
         assert torch.equal(torch.cat([share.images for share in shares]), whole_batch.images)
@@ -184,9 +180,9 @@ def test_every_image_once_whoever_and_wherever(folder: Path, loader: LoaderName,
             [share.whole_size for share in shares] == [whole_batch.whole_size] * ranks == [len(whole_batch.ids)] * ranks
         )
     for stop in range(len(whole) + 1):
-        batches = Batches(split, global_batch_size=9, seed=2, pad=1, flip=True)
+        batches = Batches(split, _CROPPED, global_batch_size=9, seed=2)
         seen = [batch.ids for _, batch in zip(range(stop), batches, strict=False)]
-        later = Batches(split, global_batch_size=9, seed=2, pad=1, flip=True)
+        later = Batches(split, _CROPPED, global_batch_size=9, seed=2)
         later.load_state_dict(batches.state_dict())
         rest = list(later)
         assert len(seen) + len(rest) == len(whole)
@@ -200,21 +196,19 @@ def test_heavy_augmentation_does_not_depend_on_the_batch(folder: Path) -> None:
     split = _open(folder, "resident").train
     whole = {
         int(i): (x, y)
-        for b in Batches(split, global_batch_size=64, seed=3, **_HEAVY)
+        for b in Batches(split, _HEAVY, global_batch_size=64, seed=3)
         for x, y, i in zip(*b[:3], strict=True)
     }
     for size, ranks in ((7, 1), (10, 3)):
         for rank in range(ranks):
-            for batch in Batches(split, global_batch_size=size, seed=3, rank=rank, ranks=ranks, **_HEAVY):
+            for batch in Batches(split, _HEAVY, global_batch_size=size, seed=3, rank=rank, ranks=ranks):
                 for image, label, number in zip(*batch[:3], strict=True):
                     expected_image, expected_label = whole[int(number)]
                     assert torch.equal(image, expected_image)
                     assert torch.equal(label, expected_label)
                     assert float(label.sum()) == pytest.approx(1, abs=1e-6)
     light = {
-        int(i): x
-        for b in Batches(split, global_batch_size=64, seed=3, **_LOOKS)
-        for x, _, i in zip(*b[:3], strict=True)
+        int(i): x for b in Batches(split, _LIGHT, global_batch_size=64, seed=3) for x, _, i in zip(*b[:3], strict=True)
     }
     assert sum(not torch.equal(light[number], image) for number, (image, _) in whole.items()) > len(split) // 2
 
@@ -227,10 +221,10 @@ def test_extra_images_are_streamed(tmp_path: Path, folder: Path) -> None:
     ways = {name: place_extra(images, Loading(loader=name)) for name in ("resident", "torch", "dali")}
     assert {name: extra.loader for name, extra in ways.items()} == {name: name for name in ways}
     assert len({extra.fingerprint for extra in ways.values()}) == 1
-    options = {"global_batch_size": 10, "seed": 4, "extra_fraction": 0.7, **_HEAVY}
+    options = {"global_batch_size": 10, "seed": 4, "extra_fraction": 0.7}
     for rank, ranks in ((0, 1), (1, 3)):
         batches = {
-            name: Batches(data.train, extra=extra.split, rank=rank, ranks=ranks, **options)
+            name: Batches(data.train, _HEAVY, extra=extra.split, rank=rank, ranks=ranks, **options)
             for name, extra in ways.items()
         }
         for expected, *others in zip(*(batches[name] for name in ways), strict=True):
@@ -239,7 +233,7 @@ def test_extra_images_are_streamed(tmp_path: Path, folder: Path) -> None:
     taken = [
         number
         for epoch in (1, 2)
-        for batch in Batches(data.train, extra=ways["torch"].split, **options).epoch(epoch)
+        for batch in Batches(data.train, _HEAVY, extra=ways["torch"].split, **options).epoch(epoch)
         for number in batch.ids.tolist()
         if number >= data.first_extra_id
     ]
@@ -255,7 +249,7 @@ def test_images_of_any_size(tmp_path: Path, resized: bool) -> None:
     framing = Framing(size=16, least_area=0.2 if resized else None, central=0.875)
     sets = {loader: _open(tmp_path, loader, framing=framing) for loader in ("dali", "torch")}
     assert sets["dali"].fingerprint == sets["torch"].fingerprint
-    ways = [Batches(d.train, global_batch_size=6, seed=0, pad=0, flip=True) for d in sets.values()]
+    ways = [Batches(d.train, Augmentation(flip=True), global_batch_size=6, seed=0) for d in sets.values()]
     ways = [*zip(*ways, strict=True), *zip(*(eval_batches(d.test, 6) for d in sets.values()), strict=True)]
     assert len(ways) > 4
     for by_dali, by_pillow in ways:
@@ -337,7 +331,7 @@ def test_a_bad_file_ends_the_epoch_by_its_name(tmp_path: Path, loader: LoaderNam
         Path(victim).write_bytes(spoil(Path(victim).read_bytes()))
     for _ in range(2):  # and again: the first one left nothing behind
         with pytest.raises(DataError, match=Path(victim).name) as raised:
-            list(Batches(data.train, global_batch_size=4, seed=0, pad=1, flip=True))
+            list(Batches(data.train, _CROPPED, global_batch_size=4, seed=0))
         assert "\n" not in str(raised.value)
         assert str(victim) in str(raised.value)
     _all_ended()
@@ -347,7 +341,7 @@ def test_a_bad_file_ends_the_epoch_by_its_name(tmp_path: Path, loader: LoaderNam
 def test_an_epoch_that_is_left_leaves_nothing_behind(folder: Path, loader: LoaderName) -> None:
     split = _open(folder, loader).train
     for _ in range(3):
-        epoch = Batches(split, global_batch_size=4, seed=0, pad=1, flip=True).epoch(1)
+        epoch = Batches(split, _CROPPED, global_batch_size=4, seed=0).epoch(1)
         next(epoch)
         epoch.close()
     _all_ended()
@@ -358,19 +352,19 @@ def test_loaders_leave_the_processs_own_random_numbers_alone(folder: Path) -> No
     for loader in ("resident", "dali", "torch"):
         loading = Loading(loader=loader, workers=0)
         split = load_dataset("folder", root=folder, held_out_fraction=0, seed=0, loading=loading).train
-        assert len(list(Batches(split, global_batch_size=30, seed=0, pad=1, flip=True))) == 2
+        assert len(list(Batches(split, _CROPPED, global_batch_size=30, seed=0))) == 2
         assert torch.equal(torch.get_rng_state(), before)
 
 
 _OPEN_EPOCH = """
 import os, signal, sys
 from pathlib import Path
-from awp_engine.data import Batches, Loading, load_dataset
+from awp_engine.data import Augmentation, Batches, Loading, load_dataset
 if __name__ == "__main__":
     killed = os.fork()
     loading = Loading(loader="torch", workers=1)
     split = load_dataset("folder", root=Path(sys.argv[1]), held_out_fraction=0, seed=0, loading=loading).train
-    epoch = iter(Batches(split, global_batch_size=2, seed=0, pad=0, flip=False))
+    epoch = iter(Batches(split, Augmentation(), global_batch_size=2, seed=0))
     next(epoch)
     if not killed:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -20,7 +20,7 @@ from awp_engine.config import (
     OptimizerConfig,
     PrecisionConfig,
 )
-from awp_engine.data import Split, batch_sizes, train_batches
+from awp_engine.data import Augmentation, Split, batch_sizes, train_batches
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.sharding import gather
 from awp_engine.models import build_model
@@ -89,17 +89,15 @@ def trained(config: Config, ranks: Ranks, *, dtype: torch.dtype = torch.float64,
         average.follow(step.optimizer)
     split, extra = samples(26), samples(40, 1000) if config.data.extra_fraction != 0.5 else None
     sizes = batch_sizes(26, config.global_batch_size, None if extra is None else config.data.extra_fraction)
+    augmentation = Augmentation(pad=config.data.pad, flip=config.data.flip, cutmix=config.data.cutmix, num_classes=10)
     losses = []
     for epoch in range(1, epochs + 1):
         batches = train_batches(
             split,
+            augmentation,
             batch_size=config.global_batch_size,
             seed=3,
             epoch=epoch,
-            pad=config.data.pad,
-            flip=config.data.flip,
-            cutmix=config.data.cutmix,
-            num_classes=10,
             extra=extra,
             extra_fraction=config.data.extra_fraction,
             rank=ranks.rank,

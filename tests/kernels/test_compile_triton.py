@@ -133,15 +133,16 @@ def optimizer_step(
         grads,
         *(lists.get(name, []) for name in ("momentum_buffers", "averages", "out")),
         [0.1] * len(weights),
-        fp64 if numbers else 0.1,
+        0.0 if numbers else 0.1,
+        fp64 if numbers else None,
         0.9,
         clip,
         fp32 if numbers else None,
         torch.zeros((), dtype=torch.bool) if clip else fp32 if numbers else None,
         fp64 if clip else fp32 if numbers else None,
         1.0 if clip else None,
-        fp32 if numbers else 0.1,
-        clip and "out" in lists,
+        0.0 if numbers else 0.1,
+        fp32 if numbers else None,
     )
 
 

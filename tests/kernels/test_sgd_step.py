@@ -61,15 +61,14 @@ class Lists:
             result["momentum_buffers"] = on(device, self.buffers)
         if "average_weight" in options:
             result["averages"] = on(device, self.averages)
-        out = self.out if options.get("decay_at_out") else [torch.full_like(o, float("nan")) for o in self.out]
-        result["out"] = on(device, out)
+        result["out"] = on(device, [torch.full_like(o, float("nan")) for o in self.out])
         for name, dtype in (("grad_scale", torch.float32), ("grad_norm", torch.float64)):
             if name in options:
                 result[name] = torch.tensor(options[name], dtype=dtype, device=device)
         return options | result
 
     def exact(self, options: dict[str, Any]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        return sgd_fp64(self.weights, self.grads, self.buffers, self.averages, self.out, lr=LR, **options)
+        return sgd_fp64(self.weights, self.grads, self.buffers, self.averages, lr=LR, **options)
 
 
 def assert_close(result: list[Tensor], exact: list[Tensor]) -> None:
@@ -116,7 +115,7 @@ def test_error_over_100_steps_at_most_twice_torchs(target, options):
             parameter.grad = grad
         optimizer.step()
         sgd_step_(stepped, on(device, grads), buffers, lr=LR, **options)
-        exact, exact_buffers, _ = sgd_fp64(exact, grads, exact_buffers, exact, exact, lr=LR, **options)
+        exact, exact_buffers, _ = sgd_fp64(exact, grads, exact_buffers, exact, lr=LR, **options)
     torchs = [optimizer.state[p]["momentum_buffer"] for p in parameters]
     assert error(stepped, exact) <= 2 * error([p.detach() for p in parameters], exact)
     assert error(buffers, exact_buffers) <= 2 * error(torchs, exact_buffers)
@@ -224,11 +223,12 @@ def test_decay_a_tensor(target):
 
 
 def test_decay_of_zero_reads_no_infinity(target):
-    """A 16-bit copy that has left the range does not reach weights without decay."""
+    """A weight that has left the range does not reach the momentum without decay."""
     device, _ = target
-    w, out = torch.tensor([1e6, 1.0], device=device), torch.tensor([float("inf"), 1.0], device=device).half()
-    sgd_step_([w], [torch.zeros(2, device=device)], lr=LR, out=[out], decay_at_out=True)
-    assert w.tolist() == [1e6, 1.0]
+    w, buffer = torch.tensor([float("inf"), 1.0], device=device), torch.zeros(2, device=device)
+    sgd_step_([w], [torch.ones(2, device=device)], [buffer], lr=0.5, momentum=0.9)
+    assert w.tolist() == [float("inf"), 0.5]
+    assert buffer.tolist() == [1.0, 1.0]
 
 
 def test_more_tensors_than_a_launch_names(target):
@@ -282,7 +282,6 @@ def test_nothing_is_written_outside(target, size, offset):
     momentum=st.sampled_from([0.0, 0.5, 0.9]),
     nesterov=st.booleans(),
     decay=st.sampled_from([0.0, 0.01]),
-    decay_at_out=st.booleans(),
     average_weight=st.sampled_from([None, 0.0, 0.01, 1.0]),
     scale=st.sampled_from([1.0, 0.3, 65536.0]),
     max_norm=st.sampled_from([None, 0.0, 0.1, 1e6]),
@@ -297,7 +296,6 @@ def test_any_step(
     momentum,
     nesterov,
     decay,
-    decay_at_out,
     average_weight,
     scale,
     max_norm,
@@ -313,13 +311,12 @@ def test_any_step(
     copies = [randn(s, out, seed + 4) for s in shapes]
     norm = total_norm(grads)
     options: dict[str, Any] = {"lr": LR, "momentum": momentum, "nesterov": nesterov and momentum > 0}
-    options |= {"weight_decay": decay, "decay_at_out": decay_at_out, "max_norm": max_norm}
+    options |= {"weight_decay": decay, "max_norm": max_norm}
     exact = sgd_fp64(
         weights,
         grads,
         buffers,
         averages,
-        copies,
         **options,
         grad_scale=scale,
         grad_norm=float(norm),
@@ -593,10 +590,6 @@ BAD_CALLS = {
     "average dtype": (
         lambda: sgd_step_([w(3)], [w(3)], lr=0.1, averages=[w(3, dtype=FP64)], average_weight=0.5),
         "averages[0]: expected torch.float32 like weights, got torch.float64",
-    ),
-    "decay at out": (
-        lambda: sgd_step_([w(3)], [w(3)], lr=0.1, decay_at_out=True),
-        "decay_at_out: expected out with it",
     ),
     "out length": (
         lambda: sgd_step_([w(3)], [w(3)], lr=0.1, out=[w(3), w(3)]),

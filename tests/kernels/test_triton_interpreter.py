@@ -281,8 +281,7 @@ class TestInterpreted:
         """Lists after a step and their norms; what is only written starts as NaN."""
         lay = lay or (lambda t: t.clone())
         arguments = {"weights": [lay(w) for w in weights], "grads": [lay(g) for g in grads], "lr": 0.1} | options
-        copies = [lay(w.to(out)) for w in weights]
-        arguments["out"] = copies if options.get("decay_at_out") else [lay(c) for c in nans(copies)]
+        arguments["out"] = [lay(c) for c in nans([w.to(out) for w in weights])]
         if options.get("momentum"):
             arguments["momentum_buffers"] = [lay(w + 1) for w in weights]
         if "average_weight" in options:

@@ -1,8 +1,7 @@
-"""The cost model of bench/scaling.py: its numbers are the models', its laws hold, and the document holds them."""
+"""The cost model of bench/scaling: its numbers are the models', its laws hold, and the document holds them."""
 
 import json
 import math
-import sys
 
 import pytest
 import torch
@@ -14,11 +13,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from awp_engine.models import build_model
 from awp_engine.observe.throughput import forward_flops
 from awp_kernels import use_backend
-
-sys.path.insert(0, str(BENCH))
-
-import scaling
-from cost import (
+from bench.scaling import scaling
+from bench.scaling.cost import (
     Cluster,
     Gpu,
     Line,
@@ -36,9 +32,7 @@ from cost import (
     strong_efficiency,
     weak_efficiency,
 )
-from gloo_times import all_reduce_times
-
-sys.path.remove(str(BENCH))
+from bench.scaling.gloo_times import all_reduce_times
 
 CLUSTER = Cluster("two levels", 8, Line(3e-6, 300e9), Line(10e-6, 40e9))
 GPU = Gpu(rate=400e12, kernel=2e-6)
@@ -231,8 +225,8 @@ def test_kept_results_are_shown_and_drawn(tmp_path, networks):
         (["--ranks", "3"], "--ranks: expected 2 or 4, got 3"),
         (["--measure"], "--json: expected a file to keep what is measured, got nothing"),
         (["--plot", "nowhere/plot.png"], "--plot: expected a file in a directory that exists"),
-        (["--gpu-steps", "nowhere.json"], "nowhere.json: not a result of bench/step.py"),
-        (["--json", "pyproject.toml"], "--json: pyproject.toml: not a result of bench/scaling.py"),
+        (["--gpu-steps", "nowhere.json"], "nowhere.json: not a result of bench/step/step.py"),
+        (["--json", "pyproject.toml"], "--json: pyproject.toml: not a result of bench/scaling/scaling.py"),
         (["--json", "unmeasured.json", "--measure-training"], "--measure-training: expected --measure as well"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

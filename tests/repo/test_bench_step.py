@@ -1,4 +1,4 @@
-"""The arms of bench/step.py: the baselines compute what they are said to compute, and the program runs."""
+"""The arms of bench/step/step.py: the baselines compute what they are said to compute, and the program runs."""
 
 import copy
 import dataclasses
@@ -9,23 +9,18 @@ import sys
 import plain_methods
 import pytest
 import torch
-from places import BENCH
+from places import ROOT
 from public_awp import PublicAwp, public_step
 from samples import images
 
 from awp_engine.data import Batch
 from awp_engine.train.cost import forward_units
 from awp_kernels import pgd_init_, pgd_init_normal_
-
-sys.path.insert(0, str(BENCH))
-
-from arms import Settings, engine_config, necessary_units
-from arms.eager import eager_arm
-from arms.engine import engine_arm
-from arms.public import public_arm
-from step import forward_flops, ratio, spread
-
-sys.path.remove(str(BENCH))
+from bench.step.arms import Settings, engine_config, necessary_units
+from bench.step.arms.eager import eager_arm
+from bench.step.arms.engine import engine_arm
+from bench.step.arms.public import public_arm
+from bench.step.step import forward_flops, ratio, spread
 
 PARTS = ("attack", "ascent", "descent")
 SETTINGS = Settings(
@@ -160,8 +155,8 @@ class FakeTiming:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(BENCH / "step.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    command = [sys.executable, "-m", "bench.step.step", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
 
 
 def test_program(tmp_path):

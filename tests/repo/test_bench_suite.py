@@ -8,14 +8,10 @@ import sys
 import pytest
 from places import BENCH, ROOT
 
-sys.path.insert(0, str(BENCH))
-
-from report import main as report_main
-from update_operations import update_workload
-from weight_lists import Latest, TooLargeError, require_memory, sizes
-from weight_operations import weight_workload
-
-sys.path.remove(str(BENCH))
+from bench.ops.update_operations import update_workload
+from bench.ops.weight_lists import Latest, TooLargeError, require_memory, sizes
+from bench.ops.weight_operations import weight_workload
+from bench.report import main as report_main
 
 
 def pytest_bench(*options: str) -> subprocess.CompletedProcess:

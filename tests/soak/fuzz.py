@@ -401,8 +401,6 @@ class Case:
         options = operation.variants[variant] | options_for(rng, name, shapes)
         if name == "bn_relu" and math.prod(shapes[0]) == shapes[0][1]:
             options["training"] = False
-        if options.get("decay_at_out"):
-            options["out"] = options["out"] or torch.float32
         case.arguments = operation.build(shapes, dtype, rng.randrange(2**31), **options)
         case._give_numbers(rng)
         case._spoil(rng)

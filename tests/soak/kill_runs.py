@@ -58,7 +58,6 @@ _PRELOADED = [
     "matplotlib.pyplot",
     "tensorboard.summary.writer.record_writer",
     "tensorboard.plugins.text.summary_v2",
-    "tyro",
 ]
 _REGIONS = ("data", "attack", "ascent", "descent", "update", "average", "evaluation")
 _PARTS = ("start", *(part for name in _REGIONS for part in (name, f"after {name}")))

@@ -11,7 +11,7 @@ from torch import nn
 from awp_engine import checkpoint
 from awp_engine.attack import pgd
 from awp_engine.config import AttackConfig, Config, EvaluationConfig, ModelConfig, to_json
-from awp_engine.data import Dataset, load_dataset, train_batches
+from awp_engine.data import Augmentation, Dataset, load_dataset, train_batches
 from awp_engine.models.trained import CHECKPOINTS, MODEL_FILE, ModelDescription
 
 WIDTH = 6
@@ -44,7 +44,7 @@ def trained(epsilon: float, epochs: int) -> nn.Module:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, weight_decay=5e-4)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=12 * epochs)
     for epoch in range(epochs):
-        for x, y, ids, _ in train_batches(digits().train, batch_size=128, seed=0, epoch=epoch, pad=0, flip=False):
+        for x, y, ids, _ in train_batches(digits().train, Augmentation(), batch_size=128, seed=0, epoch=epoch):
             x_adv = x
             if epsilon:
                 x_adv = pgd(

@@ -253,8 +253,7 @@ def _sgd_step(
     if "average_weight" in options:
         arguments["averages"] = [w + randn(tuple(w.shape), w.dtype, seed + 300) for w in weights]
     if out is not None:
-        copies = [(w * 1.01).to(out) for w in weights]
-        arguments["out"] = copies if options.get("decay_at_out") else _nans(copies)
+        arguments["out"] = _nans([w.to(out) for w in weights])
     for name, kind in (("grad_scale", torch.float32), ("grad_norm", torch.float64)):
         if name in options:
             arguments[name] = torch.tensor(options[name], dtype=kind)
@@ -264,7 +263,7 @@ def _sgd_step(
 def _sgd_stepped(arguments: Arguments, dtype: torch.dtype) -> Results:
     weights, out = arguments["weights"], arguments.get("out", [])
     buffers, averages = arguments.get("momentum_buffers", []), arguments.get("averages", [])
-    lists = ("weights", "grads", "momentum_buffers", "averages", "out", "found_inf", "decay_at_out")
+    lists = ("weights", "grads", "momentum_buffers", "averages", "out", "found_inf")
     numbers = {
         name: value.item() if isinstance(value, Tensor) else value
         for name, value in arguments.items()
@@ -277,9 +276,7 @@ def _sgd_stepped(arguments: Arguments, dtype: torch.dtype) -> Results:
         arguments["grads"],
         buffers or weights,
         averages or weights,
-        out if arguments.get("decay_at_out") else weights,
         dtype=working,
-        decay_at_out=arguments.get("decay_at_out", False),
         **numbers,
     )
     return {

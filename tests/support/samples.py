@@ -186,12 +186,10 @@ SGD_VARIANTS: dict[str, dict[str, Any]] = {
     "clipped": {"momentum": 0.9, "grad_scale": 1024.0, "grad_norm": 800.0, "max_norm": 0.5},
     "not clipped": {"grad_scale": 1000.0, "grad_norm": 800.0, "max_norm": 0.9, "weight_decay": 0.01},
     "averaged": {"average_weight": 0.01, "weight_decay": 0.01},
-    "perturbed decay": {"momentum": 0.9, "weight_decay": 0.05, "decay_at_out": True},
     "everything": {
         "momentum": 0.9,
         "nesterov": True,
         "weight_decay": 0.05,
-        "decay_at_out": True,
         "average_weight": 0.1,
         "grad_scale": 3.0,
         "grad_norm": 10.0,
@@ -205,7 +203,6 @@ def sgd(
     grads: list[Tensor],
     buffers: list[Tensor],
     averages: list[Tensor],
-    out: list[Tensor],
     *,
     dtype: torch.dtype,
     lr: float,
@@ -216,16 +213,15 @@ def sgd(
     grad_norm: float = 0.0,
     max_norm: float | None = None,
     average_weight: float = 0.0,
-    decay_at_out: bool = False,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """torch.optim.SGD's formulas in the precision `dtype`: new weights, momentum buffers and averages."""
     norm = grad_norm / grad_scale
     clip = 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))
     decays = [weight_decay] * len(weights) if isinstance(weight_decay, float) else weight_decay
     moved, new_buffers, new_averages = [], [], []
-    for w, g, b, a, o, decay in zip(weights, grads, buffers, averages, out, decays, strict=True):
+    for w, g, b, a, decay in zip(weights, grads, buffers, averages, decays, strict=True):
         w, average = w.to(dtype), a.to(dtype)
-        d = g.to(dtype) / grad_scale * clip + decay * (o.to(dtype) if decay_at_out else w)
+        d = g.to(dtype) / grad_scale * clip + decay * w
         new_buffers.append(momentum * b.to(dtype) + d)
         if momentum:
             d = d + momentum * new_buffers[-1] if nesterov else new_buffers[-1]

@@ -4,7 +4,7 @@ One module a command: its `main` parses, builds, runs, and ends with one line fo
 torch before a command line is known to be right.
 """
 
-import importlib
+import importlib.util
 import sys
 
 from awp_engine.distributed.signals import begin_command
@@ -16,6 +16,16 @@ COMMANDS = {
     "data": "scan image folders, pack them into shards, verify shards",
     "checkpoint": "verify, list or export the checkpoints of a run",
 }
+# what all commands need beside torch, of setup.py's extra "train"; the digits ask for scikit-learn, and a run does
+# without tensorboard, each in a line of its own
+NEEDED = {
+    "numpy": "numpy",
+    "safetensors": "safetensors",
+    "rich": "rich",
+    "matplotlib": "matplotlib",
+    "PIL": "pillow",
+    "scipy": "scipy",
+}
 
 
 def run(command: str, prog: str) -> None:
@@ -26,9 +36,14 @@ def run(command: str, prog: str) -> None:
         prog: what messages call it.
 
     Raises:
-        SystemExit: always, with the command's exit code.
+        SystemExit: always, with the command's exit code; 2 where a package is missing.
     """
     begin_command(prog)
+    missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        from awp_engine.cli.command_line import fail
+
+        fail(f"not installed: {', '.join(missing)}; pip install 'awp-engine[train]'", prog=prog, once=True)
     raise SystemExit(importlib.import_module(f"awp_engine.cli.{command}").main(prog=prog))
 
 
@@ -42,13 +57,19 @@ def main(prog: str = "awp") -> None:
     if given and given[0] in COMMANDS:
         del sys.argv[1]
         run(given[0], f"{prog} {given[0]}")
+    import difflib
+
+    import awp_engine
     from awp_engine.cli.command_line import OneLineParser
 
     lines = "".join(f"  {name:<12}{text}\n" for name, text in COMMANDS.items())
     usage = f"{prog} COMMAND ...\n\ncommands:\n{lines}\n{prog} COMMAND --help lists its flags"
     parser = OneLineParser(prog=prog, usage=usage)
+    parser.add_argument("--version", action="version", version=f"awp-engine {awp_engine.__version__}")
     if not given:
         parser.print_usage(sys.stderr)
         raise SystemExit(2)
     parser.parse_known_args(given)
-    parser.error(f"{given[0]}: expected one of {', '.join(COMMANDS)}")
+    near = difflib.get_close_matches(given[0], COMMANDS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}"
+    parser.error(f"{given[0]}: unknown command; {hint}")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
-from awp_engine.data.framing import Images, Requests, every_row
+from awp_engine.data.loaders.framing import Images, Requests, every_row
 from awp_engine.data.sets.store import EncodedImages, ImageArrays
 from awp_kernels import augment
 
@@ -31,6 +31,43 @@ class Loader(Protocol):
 
     def stream(self, store: Any, requests: Requests) -> Images:
         """uint8 [n, C, H, W] for each request, on the device; `store` is of a kind that the loader reads."""
+        ...
+
+
+class Samples(Protocol):
+    """What batches are made of: a `Split`, a `StreamedSplit` or `ExtraImages`."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of every image, [C, H, W]."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where images come to."""
+        ...
+
+    @property
+    def largest_label(self) -> int:
+        """Of all samples."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def ids_of(self, rows: Tensor) -> Tensor:
+        """The samples' ids, int64 [n], on the CPU."""
+        ...
+
+    def labels_of(self, rows: Tensor) -> Tensor:
+        """The samples' labels, int64 [n]."""
+        ...
+
+    def others(self, rows: Tensor, numbers: Tensor) -> Tensor:
+        """The rows of the images that are number `numbers`, in [0, len - 1), among all but `rows`, by their ids."""
+        ...
+
+    def augmented(self, requests: Requests, args: AugmentArgs, memory_format: torch.memory_format) -> Images:
+        """The images of every request, fp32 [n, C, H, W] in [0, 1]."""
         ...
 
 

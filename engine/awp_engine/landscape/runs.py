@@ -96,7 +96,7 @@ def open_runs(paths: Sequence[Path], *, which: str | None, device: torch.device)
         config = find_config(path)
         known = next((run.data for run in runs if run.config.data == config.data), None)
         model = load_model(source, device)
-        data, _ = match_classes(model.class_names, load_data(config) if known is None else known, str(path))
+        data, _ = match_classes(model.class_names, load_data(config.data) if known is None else known, str(path))
         sha256 = sha256_of(file)
         runs.append(Run(label=label, path=path, file=file, sha256=sha256, config=config, model=model, data=data))
     for run in runs[1:]:

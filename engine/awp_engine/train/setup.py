@@ -13,7 +13,7 @@ from awp_engine import checkpoint
 from awp_engine.attack import Attack, fast_attack
 from awp_engine.attack.checks import ball
 from awp_engine.config import AttackConfig, AwpConfig, Config, ConfigError, config_hash
-from awp_engine.data import Batches, data_loading, load_data, load_extra, place_extra
+from awp_engine.data import Augmentation, Batches, data_loading, load_data, load_extra, place_extra
 from awp_engine.device import choose_convolutions, choose_device, fast_memory_format
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.sharding import gather, shard
@@ -210,8 +210,8 @@ class Setup:
 
     def _load_data(self) -> None:
         config, ranks = self.config, self.ranks
-        loading = data_loading(config, self.device)
-        data = self.data = load_data(config, loading)
+        loading = data_loading(config.data, self.device)
+        data = self.data = load_data(config.data, loading)
         self._check_ball()
         extra = None if config.data.extra is None else place_extra(load_extra(config.data.extra, like=data), loading)
         self._extra = extra
@@ -261,18 +261,11 @@ class Setup:
 
     def _build_batches(self) -> None:
         config, data, extra = self.config, self.data, self._extra
-        self.batches = Batches(
-            data.train,
-            global_batch_size=config.global_batch_size,
-            seed=config.seed,
-            rank=self.ranks.rank,
-            ranks=self.ranks.world,
-            extra=None if extra is None else extra.split,
-            extra_fraction=config.data.extra_fraction,
-            memory_format=self._memory_format,
+        augmentation = Augmentation(
             pad=config.data.pad,
             flip=config.data.flip,
             cutout=config.data.cutout,
+            fill=data.mean,
             cutmix=config.data.cutmix,
             mixup=config.data.mixup,
             mixup_alpha=config.data.mixup_alpha,
@@ -280,7 +273,17 @@ class Setup:
             erase=config.data.erase,
             erase_std=data.std,
             num_classes=len(data.class_names),
-            fill=data.mean,
+        )
+        self.batches = Batches(
+            data.train,
+            augmentation,
+            global_batch_size=config.global_batch_size,
+            seed=config.seed,
+            rank=self.ranks.rank,
+            ranks=self.ranks.world,
+            extra=None if extra is None else extra.split,
+            extra_fraction=config.data.extra_fraction,
+            memory_format=self._memory_format,
         )
 
     def _build_step(self) -> None:

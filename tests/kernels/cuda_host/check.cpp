@@ -1,4 +1,4 @@
-// The CUDA kernels, run by the emulator, against plain loops that follow docs/design.md.
+// The CUDA kernels, run by the emulator, against plain loops that follow docs/areas/operations.md.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -310,8 +310,7 @@ struct SgdCase {
   DType grad;
   bool momentum, average;
   int out = -1;  // a dtype, or none
-  bool nesterov = false, decay_at_out = false;
-  bool found_inf = false;
+  bool nesterov = false, found_inf = false;
   double grad_norm = 0, max_norm = -1;
   NumberType number = NumberType::kFloat32;
 };
@@ -364,8 +363,7 @@ void check_sgd(const SgdCase& c, const std::vector<Shape>& shapes) {
                      number(grad_norm, &c.grad_norm, &norm32),
                      c.max_norm,
                      0.9f,
-                     c.nesterov,
-                     c.decay_at_out};
+                     c.nesterov};
   std::vector<double> norms(static_cast<size_t>(count), std::numeric_limits<double>::quiet_NaN());
   const SgdStep s{tensors.data(), count, c.grad, kind, rule, norms.data()};
   Array workspace(DType::kFloat32, cuda::sgd_step_workspace_bytes(s) / 4);
@@ -383,8 +381,8 @@ void check_sgd(const SgdCase& c, const std::vector<Shape>& shapes) {
       float w = old_weight[t]->get(i), b = old_buffer[t]->get(i), a = old_average[t]->get(i);
       if (!left_out) {
         float d = factor * grad[t]->get(i);
-        const float decay = tensors[t].decay, anchor = c.decay_at_out ? old_out[t]->get(i) : w;
-        if (decay != 0) d = std::fmaf(decay, anchor, d);
+        const float decay = tensors[t].decay;
+        if (decay != 0) d = std::fmaf(decay, w, d);
         if (c.momentum) {
           b = std::fmaf(0.9f, b, d);
           d = c.nesterov ? std::fmaf(0.9f, b, d) : b;
@@ -664,10 +662,9 @@ int main() {
           test = std::string("sgd grad ") + name(grad) + (momentum ? " momentum" : "") + (average ? " average" : "") +
                  " out " + std::to_string(out);
           const auto number = static_cast<NumberType>((out + 1) % 3);
-          check_sgd({grad, momentum, average, out, average, false, false, 3.0, -1, number}, stepped);
-          check_sgd({grad, momentum, average, out, !average, out >= 0, false, 100.0, 0.7, number}, stepped);
-          check_sgd({grad, momentum, average, out, false, out >= 0, out % 2 == 0, out % 2 ? infinity : 1, 0.7, number},
-                    stepped);
+          check_sgd({grad, momentum, average, out, average, false, 3.0, -1, number}, stepped);
+          check_sgd({grad, momentum, average, out, !average, false, 100.0, 0.7, number}, stepped);
+          check_sgd({grad, momentum, average, out, false, out % 2 == 0, out % 2 ? infinity : 1, 0.7, number}, stepped);
         }
       }
     }

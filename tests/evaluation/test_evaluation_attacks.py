@@ -316,7 +316,7 @@ def test_regional_attack_is_its_formula(name):
     split = Split(images=images, labels=labels, ids=digits().test.ids[:20])
     attack, step = parse_attack(name), Fraction(1, 50)
     outcome = regional_attack(linear, split, attack, seed=9, batch_size=8, step_size=step, steps=40)
-    x, y, ids = next(eval_batches(split, 20))
+    x, y, ids, _ = next(eval_batches(split, 20))
     masks = region_mask(attack.shape, attack.percent, 8, 8, sample_ids=ids, seed=9)
     norms = []
     for n in range(20):

@@ -28,13 +28,13 @@ from awp_engine.config import (
     config_hash,
     flags,
     from_json,
-    learning_rate,
     load_config,
     parse_amount,
     require_same_run,
     to_json,
 )
 from awp_engine.config.presets import PRESETS, build_preset
+from awp_engine.optim.schedule import learning_rate
 
 
 def run_python(code: str, *args: str) -> subprocess.CompletedProcess[str]:

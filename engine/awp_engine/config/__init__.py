@@ -13,7 +13,6 @@ from awp_engine.config.identity import (
     to_json,
 )
 from awp_engine.config.rules import own_images
-from awp_engine.config.schedule import learning_rate
 from awp_engine.config.schema import ConfigError, expectation, flag, parse_amount, show
 from awp_engine.config.settings import (
     AttackConfig,
@@ -47,7 +46,6 @@ __all__ = [
     "from_flat",
     "from_json",
     "key_types",
-    "learning_rate",
     "load_config",
     "load_settings",
     "own_images",

@@ -5,7 +5,6 @@ nor the loader, nor the device, nor a resumed run changes what a sample looks li
 """
 
 from awp_engine.data.augment.augmentation import Augmentation
-from awp_engine.data.batch import Batch
 from awp_engine.data.batches import Batches, batch_sizes, eval_batches, train_batches
 from awp_engine.data.dataset import DataError, Dataset
 from awp_engine.data.extra import load_extra, place_extra
@@ -16,6 +15,7 @@ from awp_engine.data.sets.classes import match_classes
 from awp_engine.data.sets.files import shown
 from awp_engine.data.sets.sources import source_names
 from awp_engine.data.split import Split, StreamedSplit
+from awp_engine.distributed.batch import Batch
 
 __all__ = [
     "Augmentation",

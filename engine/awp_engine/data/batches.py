@@ -11,10 +11,10 @@ from torch import Tensor
 
 from awp_engine.config import own_images
 from awp_engine.data.augment.augmentation import Augmentation, DrawnSamples
-from awp_engine.data.batch import Batch
 from awp_engine.data.loaders.framing import Images, Request, Requests, every_row
 from awp_engine.data.order import epoch_order, extra_rows, random_order_key
 from awp_engine.data.split import AugmentArgs, Samples, Split, StreamedSplit
+from awp_engine.distributed.batch import Batch
 from awp_engine.distributed.share import rank_share
 from awp_kernels.philox import mix_seed
 

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from awp_engine.data import Batch
+from awp_engine.distributed.batch import Batch
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.models.batch_norm import Statistics
 from awp_engine.observe.regions import region
@@ -102,17 +102,14 @@ class AwpStep:
         # with c_min the number of samples below it decides how many passes are made
         return self.ascent.c_min is None
 
-    def __call__(self, batch: Batch, phase: Phase) -> StepResult:
-        """Train on one batch, or on this rank's part of it."""
-        return self.from_start(batch, phase, self.prepare(batch, phase))
-
     def prepare(self, batch: Batch, phase: Phase) -> Tensor:
         """All of a step that the host decides; returns where the attack begins, [N, C, H, W]."""
         self.update.prepare(phase)
         return phase.attack.first(batch.images, sample_ids=batch.ids, seed=phase.seed)
 
-    def from_start(self, batch: Batch, phase: Phase, start: Tensor) -> StepResult:
-        """Train on one batch, the attack beginning at `start`."""
+    def __call__(self, batch: Batch, phase: Phase, start: Tensor | None = None) -> StepResult:
+        """Train on one batch, or on this rank's part of it; `start` is of `prepare`, where that was called before."""
+        start = self.prepare(batch, phase) if start is None else start
         passes, perturb = self.passes, phase.perturb and self.awp is not None
         passes.begin(batch.images)
         share = passes.share(len(batch.images), batch.whole_size)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from awp_engine.attack import Attack
-from awp_engine.data import Batch
+from awp_engine.distributed.batch import Batch
 from awp_engine.step.awp_step import AwpStep
 from awp_engine.step.step import Phase, StepResult
 
@@ -80,7 +80,7 @@ class GraphedStep:
 
     def _take(self, inputs: tuple[Tensor, ...], phase: Phase) -> StepResult:
         images, labels, ids, start = inputs
-        return self.step.from_start(Batch(images, labels, ids, len(images)), phase, start)
+        return self.step(Batch(images, labels, ids, len(images)), phase, start)
 
     def _plainly(self, inputs: tuple[Tensor, ...], phase: Phase) -> StepResult:
         """A step on the stream that captures: libraries keep a workspace for each stream."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from awp_engine.data import Batch
+from awp_engine.distributed.batch import Batch
 from awp_engine.models.batch_norm import Statistics
 from awp_engine.step.awp_step import AwpStep
 from awp_engine.step.passes import gradient_marks

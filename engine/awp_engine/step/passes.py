@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from awp_engine.attack import Attack, Loss
-from awp_engine.data import Batch
+from awp_engine.distributed.batch import Batch
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.share import rank_share
 from awp_engine.models.answers import predicted

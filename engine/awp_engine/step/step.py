@@ -6,7 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from awp_engine.attack import Attack
-from awp_engine.data import Batch
+from awp_engine.distributed.batch import Batch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from awp_engine.attack import Attack
-from awp_engine.config import AwpConfig, OptimizerConfig, learning_rate
+from awp_engine.config import AwpConfig, OptimizerConfig
+from awp_engine.optim.schedule import learning_rate
 from awp_engine.step.step import Phase
 from awp_kernels.philox import mix_seed
 

@@ -1,6 +1,5 @@
 """From settings to objects: the one place that knows both. Nothing below the trainer sees a `Config`."""
 
-import dataclasses
 import math
 import os
 from pathlib import Path
@@ -9,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from awp_engine import checkpoint
 from awp_engine.attack import Attack, fast_attack
 from awp_engine.attack.checks import ball
 from awp_engine.config import AttackConfig, AwpConfig, Config, ConfigError, config_hash
@@ -335,15 +333,6 @@ class Setup:
         if self.sharded:
             return gather(tensors, every_rank=True)
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-
-    def retention(self, best: str | None) -> checkpoint.Retention:
-        """Which checkpoints stay, by the name of the best epoch's."""
-        config = self.config
-        return checkpoint.Retention(last=config.keep_checkpoints, every_epochs=config.keep_every, best=best)
-
-    def average_attack(self) -> Attack:
-        """What the average's statistics are computed from."""
-        return dataclasses.replace(training_attack(self.config.attack), bn_mode="train")
 
 
 def _set_up_torch(config: Config, device: torch.device) -> None:

@@ -2,24 +2,22 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from awp_engine import checkpoint
 from awp_engine.checkpoint import CheckpointError
-from awp_engine.config import ConfigError
-from awp_engine.distributed.ranks import Ranks
+from awp_engine.config import ConfigError, config_hash
 from awp_engine.distributed.replicas import check_replicas
 from awp_engine.distributed.sharding import gather, is_sharded, scatter_
 from awp_engine.models.class_names import difference
-from awp_engine.models.trained import CHECKPOINTS, ModelDescription, described
+from awp_engine.models.trained import CHECKPOINTS, described
 from awp_engine.optim.average import WeightAverage
 from awp_engine.optim.optimizer import Optimizer, allocate_optimizer_tensors, optimizer_tensors
 from awp_engine.train.progress import Progress
+from awp_engine.train.setup import Setup
 
 
 class Stateful(Protocol):
@@ -82,44 +80,37 @@ class AverageState:
 class RunState:
     """Where a run stands, and its checkpoints.
 
+    The first rank writes and reads them, and tells the others.
+
     Args:
-        run_dir: where they are.
-        ranks: that train together; the first one writes and reads, and tells the others.
-        device: where ranks talk.
-        groups: what each group of tensors in a checkpoint is made of.
-        replicated: those that must be equal to the bit on all ranks, by a word for messages.
-        average: of the weights, or None.
-        description: of the model, kept beside its weights.
-        identity: config_hash and fingerprints, which a checkpoint must have to be gone on from.
-        class_names: of the data, where they are named.
-        retention: which checkpoints stay, by the best epoch's name.
-        sharded: whether tensors are shards.
+        setup: of the run.
+        sums: of the epoch's metrics.
+        best: the weights that were selected.
 
     Attributes:
         progress: how far the run is.
     """
 
-    def __init__(
-        self,
-        *,
-        run_dir: Path,
-        ranks: Ranks,
-        device: torch.device,
-        groups: Mapping[str, Sequence[Stateful]],
-        replicated: Mapping[str, Stateful],
-        average: WeightAverage | None,
-        description: ModelDescription,
-        identity: Mapping[str, str | None],
-        class_names: tuple[str, ...] | None,
-        retention: Callable[[str | None], checkpoint.Retention],
-        sharded: bool,
-    ) -> None:
-        self._run_dir, self._ranks, self._device = run_dir, ranks, device
-        self._groups, self._replicated = groups, replicated
-        self._average, self._description, self._identity = average, description, identity
-        self._class_names, self._retention, self._sharded = class_names, retention, sharded
+    def __init__(self, setup: Setup, sums: Stateful, best: Stateful) -> None:
+        self._setup, self._ranks, self._average = setup, setup.ranks, setup.average
+        model, optimizer = ModelState(setup.model), OptimizerState(setup.model, setup.optimizer)
+        averaged = [] if setup.average is None else [AverageState(setup.average)]
+        loss_scale = setup.awp_step.passes.loss_scale
+        # what each group of tensors in a checkpoint is made of
+        self._groups: dict[str, list[Stateful]] = {
+            "model": [model],
+            "optimizer": [optimizer],
+            "best_model": [best],
+            "epoch": [sums, *([] if setup.free is None else [setup.free])],
+            "average": [*averaged],
+            "loss_scale": [] if loss_scale is None else [loss_scale],
+        }
+        # what must be equal to the bit on all ranks
+        self._replicated = [("", model), ("momentum of ", optimizer), *(("average of ", part) for part in averaged)]
         self.progress = Progress()
-        self.writer = checkpoint.Writer(run_dir / CHECKPOINTS)
+        self._directory = setup.run_dir / CHECKPOINTS
+        self.writer = checkpoint.Writer(self._directory)
+        self._identity = {"config_hash": config_hash(setup.config), **setup.fingerprints}
         self._saved: tuple[int, int] | None = None
         self._clock = time.monotonic()
 
@@ -139,7 +130,7 @@ class RunState:
         Raises:
             DivergenceError: naming what differs.
         """
-        tensors = {f"{what}{name}": t for what, part in self._replicated.items() for name, t in part.state().items()}
+        tensors = {f"{what}{name}": t for what, part in self._replicated for name, t in part.state().items()}
         check_replicas(self._ranks, {name: t for name, t in tensors.items() if not is_sharded(t)}, when)
 
     def save(self, *, wait: bool = False) -> str | None:
@@ -148,7 +139,7 @@ class RunState:
         Returns:
             Where it is, on the first rank; None on others and in the background.
         """
-        progress = self.progress
+        config, progress = self._setup.config, self.progress
         if self._saved != (progress.epoch, progress.step):
             self.tick()
             self.check_replicas(f"epoch {progress.epoch}, step {progress.step}")
@@ -159,19 +150,20 @@ class RunState:
                     **dataclasses.asdict(progress),
                     "ranks": self._ranks.world,
                     **self._identity,
-                    **self._description.to_metadata(),
+                    **self._setup.description.to_metadata(),
                 }
                 best = checkpoint.checkpoint_name(progress.best_epoch) if progress.best_epoch else None
                 name = checkpoint.checkpoint_name(progress.epoch, progress.step)
                 held = {group: members for group, members in tensors.items() if members}
-                self.writer.save(name, held, state, self._retention(best))
+                kept = checkpoint.Retention(last=config.keep_checkpoints, every_epochs=config.keep_every, best=best)
+                self.writer.save(name, held, state, kept)
             self._saved = (progress.epoch, progress.step)
         path = self.writer.wait() if wait else None
         return None if path is None else str(path)
 
     def _whole(self, parts: Sequence[Stateful]) -> dict[str, Tensor]:
         tensors = {name: tensor for part in parts for name, tensor in part.state().items()}
-        return gather(tensors) if self._sharded else tensors
+        return gather(tensors) if self._setup.sharded else tensors
 
     def resume(self) -> list[str]:
         """Go on from the newest sound checkpoint, if there is one; returns what to tell the user.
@@ -180,16 +172,16 @@ class RunState:
             ConfigError: the run was trained on other images.
             CheckpointError: it is another run's, or lacks what this one needs.
         """
-        where, messages = self._run_dir / CHECKPOINTS, []
+        where, device, messages = self._directory, self._setup.device, []
         found = checkpoint.load_latest(where) if self._ranks.is_first else None
         if found is not None:
             where = found.path
             messages += [f"skipped a checkpoint: {line}" for line in found.skipped]
             self._require_own(found)
-        state = self._ranks.broadcast_json(None if found is None else found.state, self._device)
+        state = self._ranks.broadcast_json(None if found is None else found.state, device)
         if state is None:
             return messages
-        tensors = self._ranks.broadcast_groups({} if found is None else found.tensors, self._device)
+        tensors = self._ranks.broadcast_groups({} if found is None else found.tensors, device)
         try:
             self._load(state, tensors)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -206,12 +198,12 @@ class RunState:
 
     def _require_own(self, found: checkpoint.Checkpoint) -> None:
         if any(found.state.get(key) != value for key, value in self._identity.items() if key != "config_hash"):
-            names = described(found.state, found.path).class_names
-            known = names is not None and self._class_names is not None
-            other = difference(self._class_names or (), names or ()) if known else ""
+            data, names = self._setup.data, described(found.state, found.path).class_names
+            other = difference(data.class_names, names) if names is not None and data.named else ""
             classes = f", of other classes: the data now have {other}" if other else ""
             raise ConfigError(
-                f"--run-dir: {self._run_dir} was trained on other images{classes}; restore the data or choose another"
+                f"--run-dir: {self._setup.run_dir} was trained on other images{classes}; restore the data or choose "
+                "another"
             )
         if found.state.get("config_hash") != self._identity["config_hash"]:
             raise CheckpointError(f"{found.path}: was not written by this run; remove it, or choose another --run-dir")

@@ -1,35 +1,29 @@
 """Trains one model from a configuration, and goes on where a run directory left off."""
 
 import contextlib
-import functools
 import time
 from collections.abc import Generator
 from typing import Any, NoReturn
 
 import torch
 
-from awp_engine import checkpoint
-from awp_engine.config import Config, config_hash, to_json
+from awp_engine.config import Config, to_json
 from awp_engine.data import Batch
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.signals import StoppedError, StopRequest, exit_code, reason_name
 from awp_engine.distributed.watchdog import watching
-from awp_engine.evaluation import evaluation_attack
-from awp_engine.models.trained import MODEL_FILE
 from awp_engine.observe import warnings
-from awp_engine.observe.drawing import attempt
 from awp_engine.observe.metrics import read_metrics
 from awp_engine.observe.profiler import StepProfiler
 from awp_engine.observe.regions import region
-from awp_engine.observe.report import CURVES, plot_learning_curves, write_report
 from awp_engine.observe.run_log import RunLog
-from awp_engine.observe.throughput import matmul_ceiling, peak_memory
 from awp_engine.step.step import StepResult
 from awp_engine.train.hooks import CheckReplicas, SaveSteps, StopOrDiverge, TrainingError
 from awp_engine.train.progress import EpochSums, Progress, stacked
-from awp_engine.train.selection import AverageStatistics, Selection
+from awp_engine.train.results import throughput, write_results
+from awp_engine.train.selection import Selection
 from awp_engine.train.setup import Setup
-from awp_engine.train.state import AverageState, ModelState, OptimizerState, RunState
+from awp_engine.train.state import RunState
 
 
 class _AskedToStopError(Exception):
@@ -53,51 +47,9 @@ class Trainer(Setup):
 
     def __init__(self, config: Config, ranks: Ranks | None = None, stop: StopRequest | None = None) -> None:
         super().__init__(config, ranks or Ranks())
-        self._stop, self._begun, self._log, self._ceiling = stop or StopRequest(), False, None, 0.0
-        passes, average = self.awp_step.passes, self.average
-        self.selection = Selection(
-            data=self.data,
-            attack=evaluation_attack(config),
-            ranks=self.ranks,
-            model=self.model,
-            average=average,
-            statistics=AverageStatistics(
-                passes, self.batches, self.average_attack(), images=config.average.bn_images, seed=config.seed
-            ),
-            whole=self.whole,
-            sharded=self.sharded,
-            heed=self._heed,
-            batch_size=config.evaluation.batch_size,
-            held_out_limit=config.evaluation.held_out_limit,
-            test_limit=config.evaluation.test_limit,
-        )
-        self._sums = EpochSums(self.device)
-        model, optimizer = ModelState(self.model), OptimizerState(self.model, self.optimizer)
-        averaged = None if average is None else AverageState(average)
-        self.state = RunState(
-            run_dir=self.run_dir,
-            ranks=self.ranks,
-            device=self.device,
-            groups={
-                "model": [model],
-                "optimizer": [optimizer],
-                "best_model": [self.selection],
-                "epoch": [self._sums, *([] if self.free is None else [self.free])],
-                "average": [] if averaged is None else [averaged],
-                "loss_scale": [] if passes.loss_scale is None else [passes.loss_scale],
-            },
-            replicated={
-                "": model,
-                "momentum of ": optimizer,
-                **({} if averaged is None else {"average of ": averaged}),
-            },
-            average=average,
-            description=self.description,
-            identity={"config_hash": config_hash(config), **self.fingerprints},
-            class_names=self.data.class_names if self.data.named else None,
-            retention=self.retention,
-            sharded=self.sharded,
-        )
+        self._stop, self._begun, self._log = stop or StopRequest(), False, None
+        self.selection, self._sums = Selection(self, self._heed), EpochSums(self.device)
+        self.state = RunState(self, self._sums, self.selection)
         self._watch = StopOrDiverge(self.device, self._stopped)
         self.after_step = [
             self._watch,
@@ -141,7 +93,8 @@ class Trainer(Setup):
             try:
                 self.train()
                 self._say("measuring the selected and the last weights on the test split")
-                return self._finish()
+                best, last = self.selection.finish(self.progress)
+                return write_results(self, self.selection, self.progress, best, last, self._say)
             except _AskedToStopError:
                 self._stopped()
 
@@ -212,7 +165,7 @@ class Trainer(Setup):
         config, last = self.config, epoch == self.config.epochs
         metrics: dict[str, Any] = {**self._sums.metrics(), "lr": self.schedule.lr(epoch, self.schedule.steps - 1)}
         if images:
-            metrics |= self._throughput(images / seconds)
+            metrics |= throughput(self, images / seconds)
         if epoch % config.evaluation.evaluate_every == 0 or last:
             metrics |= self.selection.select(epoch, self.progress)
         self.progress.epoch, self.progress.step = epoch, 0
@@ -224,17 +177,6 @@ class Trainer(Setup):
             self._say(f"warning: {warning}")
         if epoch % config.checkpoint_every == 0 or last or self._out_of_patience():
             self.state.save()
-
-    def _throughput(self, images_per_second: float) -> dict[str, float]:
-        """Of the operations that the method needs; what a run does beyond them does not count."""
-        self._ceiling = self._ceiling or matmul_ceiling(self.device, self.precision.attack or torch.float32)
-        flops = images_per_second * self.flops_per_image
-        return {
-            "images_per_second": images_per_second,
-            "tflops": flops / 1e12,
-            "share_of_matmul": flops / (self._ceiling * self.ranks.world),
-            "memory_gb": peak_memory(self.device) / 1e9,
-        }
 
     def _out_of_patience(self) -> bool:
         patience = self.config.evaluation.patience
@@ -262,46 +204,3 @@ class Trainer(Setup):
             "on",
             exit_code(reason),
         )
-
-    def _finish(self) -> dict[str, Any]:
-        (best, best_train), (last, last_train) = self.selection.finish(self.progress)
-        config, progress = self.config, self.progress
-        name = f"pgd{config.evaluation.steps}_accuracy"
-        fields = {
-            "clean_accuracy": best.clean,
-            "pgd20_accuracy": best.robust if config.evaluation.steps == 20 else None,
-            name: best.robust,
-            "train_pgd_accuracy": best_train,
-            "held_out_pgd_accuracy": progress.best_robust,
-            "last": {"clean_accuracy": last.clean, name: last.robust, "train_pgd_accuracy": last_train},
-            "test_images": len(self.selection.test),
-            "train_images": len(self.data.train),
-            "selected_epoch": progress.best_epoch,
-            "epochs": progress.epoch,
-            "seconds": progress.seconds,
-            "preset": config.preset,
-            "seed": config.seed,
-            "method": config.method,
-            "gamma": config.awp.gamma,
-            "attack": {
-                "norm": config.attack.norm,
-                "epsilon": config.attack.epsilon,
-                "steps": config.evaluation.steps,
-                "step_size": config.evaluation_step_size,
-            },
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
-            "ranks": self.ranks.world,
-            "data": {"name": self.data.name, **self.fingerprints},
-            "config_hash": config_hash(config),
-        }
-        if self.ranks.is_first:
-            described = {"epoch": str(progress.best_epoch), "config_hash": config_hash(config)}
-            metadata = self.description.to_metadata() | described
-            checkpoint.export_model(self.run_dir / MODEL_FILE, self.selection.best_weights, metadata)
-            write_report(self.run_dir, fields)
-            attempt(
-                str(self.run_dir / CURVES),
-                lambda: plot_learning_curves(self.run_dir, read_metrics(self.run_dir), progress.best_epoch),
-                functools.partial(self._say),
-            )
-        return fields

@@ -10,9 +10,9 @@ from awp_engine.data.augment.erase import draw_erase, erase
 from awp_engine.data.augment.mixing import mixed_labels, replace_boxes
 from awp_engine.data.augment.mixup import Mixture, blend_images, draw_mixture
 from awp_engine.data.augment.rand_augment import rand_augment
-from awp_engine.data.batch import Batch
 from awp_engine.data.loaders.framing import Request
 from awp_engine.data.split import AugmentArgs, Samples
+from awp_engine.distributed.batch import Batch
 from awp_kernels.philox import mix_seed
 
 

@@ -1,12 +1,8 @@
 """The learning rate over a run."""
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from awp_engine.config.settings import OptimizerConfig
+from awp_engine.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, epochs: int, progress_in_epochs: float) -> float:

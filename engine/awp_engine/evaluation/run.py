@@ -66,7 +66,9 @@ def _amount(name: str, text: str) -> Fraction:
         ) from None
 
 
-def _threat(subject: Subject, epsilon: str | None, norm: Literal["linf", "l2"] | None, step_size: str | None) -> Threat:
+def _threat(
+    subject: Subject, epsilon: str | None, norm: Literal["linf", "l2"] | None, step_size: str | None
+) -> tuple[Threat, Fraction]:
     """The ball that was asked for, or else the run's own; a step goes with its ball, else it is epsilon / 4."""
     config = subject.config
     if config is not None:
@@ -88,7 +90,7 @@ def _threat(subject: Subject, epsilon: str | None, norm: Literal["linf", "l2"] |
         raise EvaluationError(
             f"--step-size: expected at most twice epsilon ({radius}), across the whole ball, got {str(step_size)[:80]}"
         )
-    return Threat(epsilon=radius, norm=norm, step_size=step)
+    return Threat(epsilon=radius, norm=norm), step
 
 
 def _data(subject: Subject, name: str | None, root: Path | None) -> Dataset:
@@ -200,7 +202,7 @@ def evaluate_checkpoint(
         raise EvaluationError("--robustbench: its description needs autoattack; add it to --attacks")
     place = choose_device(device)
     subject = load_subject(path, which=checkpoint, device=place)
-    threat = _threat(subject, epsilon, norm, step_size)
+    threat, step = _threat(subject, epsilon, norm, step_size)
     found = _data(subject, data_name, data_root)
     dataset, labels = match_classes(subject.model.class_names, found, str(path))
     _require_fit(subject, dataset, place, str(path))
@@ -248,6 +250,7 @@ def evaluate_checkpoint(
             "chosen": "all" if limit is None else "evenly spread",
             "class_names": labels,
         },
+        step_size=step,
         seed=seed,
         batch_size=batch_size,
     )
@@ -259,7 +262,7 @@ def evaluate_checkpoint(
         "weights": subject.sha256,
         "layers": layers,
         "images": receipt["data"]["sha256_of_these_images"],
-        "ball": [str(threat.epsilon), threat.norm, str(threat.step_size)],
+        "ball": [str(threat.epsilon), threat.norm, str(step)],
         "attacks": [attack.name for attack in wanted],
         "numbers": [seed, batch_size, restarts, gates_limit, asdict(budget)],
         "transfer_to": None if second is None else second.sha256,
@@ -281,6 +284,7 @@ def evaluate_checkpoint(
             split,
             wanted,
             threat,
+            step_size=step,
             seed=seed,
             batch_size=batch_size,
             restarts=restarts,

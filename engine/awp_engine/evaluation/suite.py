@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ def measure(
     attacks: Sequence[NamedAttack],
     threat: Threat,
     *,
+    step_size: Fraction,
     seed: int,
     batch_size: int,
     restarts: int = 1,
@@ -96,6 +98,7 @@ def measure(
         split: the samples.
         attacks: as `parse_attack` gives them.
         threat: the ball.
+        step_size: length of a step of pgd and cw, in epsilon's units.
         seed: of all noise.
         batch_size: images a batch.
         restarts: of pgd and cw.
@@ -142,7 +145,8 @@ def measure(
         if attack.family == "regional":
             return regional_attack(model, split, attack, **common)
         if not (names := _package_attacks(attack)):
-            return gradient_attack(model, split, attack, threat, restarts=restarts, **common)
+            steps = {"step_size": step_size, "restarts": restarts}
+            return gradient_attack(model, split, attack, threat, **steps, **common)
         saved = state_file(attack)
         return autoattack(model, split, threat, attacks=names, budget=budget, state_file=saved, say=say, **common)
 

@@ -20,7 +20,6 @@ from awp_engine.evaluation.attacks import Threat, gradient_attack, parse_attack,
 from awp_engine.evaluation.autoattack import Budget, autoattack
 from awp_engine.models.answers import NO_CLASS, predicted
 
-IMAGES = 200
 QUERIES = 500
 STEPS = (1, 5, 20, 100)
 _WHITE_BOX = 100

@@ -327,7 +327,7 @@ def test_surface_meets_the_curves_on_its_axes():
 
 
 def test_robust_loss_attacks_this_model_with_running_statistics():
-    model, (x, y, ids) = network(), batches(6, 6)[0]
+    model, (x, y, ids, _) = network(), batches(6, 6)[0]
     losses = robust_loss(model, x, y, ATTACK, sample_ids=ids)
     assert losses.shape == (6,)
     assert losses.dtype == torch.float64
@@ -341,7 +341,7 @@ def test_robust_loss_attacks_this_model_with_running_statistics():
 
 
 def test_restarts_keep_the_worst():
-    model, (x, y, ids) = network(), batches(12, 12)[0]
+    model, (x, y, ids, _) = network(), batches(12, 12)[0]
     once, thrice = (robust_loss(model, x, y, ATTACK, restarts=n, sample_ids=ids) for n in (1, 3))
     assert (thrice >= once).all()
     assert (thrice > once).any()

@@ -95,6 +95,8 @@ def _flatten(values: Any, source: str, cls: type = Config, prefix: str = "", *, 
     for key in values:
         if key not in known:
             hint = did_you_mean(f"{prefix}{key}", key_types(), f"expected one of {', '.join(known)}")
+            if not prefix and key in key_types():
+                hint = "expected the group {0}, and {2} inside it".format(*key.partition("."))
             raise ConfigError(f"{source}: {prefix}{show(str(key))[1:-1]}: unknown key; {hint}")
     for key, hint in known.items():
         if key in values and dataclasses.is_dataclass(hint):

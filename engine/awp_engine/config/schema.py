@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import functools
 import inspect
 import itertools
@@ -92,6 +91,8 @@ def refusal(key: str, expected: str, value: object) -> ConfigError:
 
 def did_you_mean(given: str, known: Iterable[str], otherwise: str) -> str:
     """The names in `known` that `given` was meant as: of the same last part, or else the most similar one."""
+    import difflib
+
     known, last = list(known), given.lstrip("-").rpartition(".")[2]
     near = [name for name in known if name.lstrip("-").rpartition(".")[2] == last]
     near = near or difflib.get_close_matches(given, known, n=1)
@@ -174,17 +175,24 @@ def coerce(hint: Any, value: Any, key: str, expected: str | None = None) -> Any:
 
 
 @functools.cache
+def _annotated(cls: type) -> dict[str, Any]:
+    found = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: found[field.name] for field in dataclasses.fields(cls)}
+
+
+@functools.cache
 def hints(cls: type) -> dict[str, Any]:
     """The type of every field, without its range."""
-    found = typing.get_type_hints(cls)
-    return {field.name: found[field.name] for field in dataclasses.fields(cls)}
+    is_annotated = {name: typing.get_origin(hint) is Annotated for name, hint in _annotated(cls).items()}
+    return {name: hint.__origin__ if is_annotated[name] else hint for name, hint in _annotated(cls).items()}
 
 
 @functools.cache
 def ranges(cls: type) -> dict[str, Range]:
     """The range of every field that has one."""
-    found = typing.get_type_hints(cls, include_extras=True)
-    return {name: hint.__metadata__[0] for name, hint in found.items() if typing.get_origin(hint) is Annotated}
+    return {
+        name: hint.__metadata__[0] for name, hint in _annotated(cls).items() if typing.get_origin(hint) is Annotated
+    }
 
 
 def help_texts(cls: type) -> dict[str, str]:

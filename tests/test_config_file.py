@@ -15,7 +15,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from awp_engine.cli.command_line import parse_train
-from awp_engine.config import Config, ConfigError, flag, from_flat, from_json, key_types, load_config, to_flat, to_json
+from awp_engine.config import Config, ConfigError, flag, from_json, load_config, to_json
+from awp_engine.config.identity import from_flat, key_types, to_flat
 from awp_engine.config.presets import PRESETS, build_preset
 
 TYPES = key_types()

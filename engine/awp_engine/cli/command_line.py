@@ -149,7 +149,7 @@ def _help(default: Config, prog: str) -> str:
                 add(key, _off(key), action="store_true", help=shown)
             else:
                 choices = "{" + ",".join(map(str, parts)) + "}"
-                add(key, metavar=names.get(parts[0], choices), help=shown)
+                add(key, metavar=names.get(parts[0], choices) + " ..." * (... in parts), help=shown)
     return parser.format_help()
 
 

@@ -72,7 +72,7 @@ class DataConfig(Checked, section="data."):
     crop_scale: Share = 0.08
     """Smallest part of an image's area that a resized crop takes."""
     held_out_fraction: Part = 0.1
-    """Part of the training images kept aside to choose the epoch by, more than 0 and less than 1."""
+    """Part of the training images kept aside to choose the epoch by."""
     pad: _Pixels = 0
     """Random crops are taken after padding by this many pixels a side; 0 means no crops."""
     flip: bool = False
@@ -86,7 +86,7 @@ class DataConfig(Checked, section="data."):
     mixup_alpha: Annotated[float, Range("a number > 0", gt=0)] = 0.8
     """Both parameters of the Beta distribution that MixUp's shares come from."""
     rand_augment: Annotated[float | None, Range("a magnitude, 0 to 10, or none", ge=0, le=10)] = None
-    """Magnitude, 0 to 10, of RandAugment's two operations on every training image; none means no RandAugment."""
+    """Magnitude of RandAugment's two operations on every training image; none means no RandAugment."""
     erase: Probability = 0.0
     """Probability that a rectangle of a training image is filled with noise."""
     train_limit: OptionalCount = None
@@ -156,7 +156,7 @@ class AttackConfig(Checked, section="attack."):
     step_size: Amount = "0.05"
     """Length of one step of PGD, in epsilon's units and at most 2 epsilon, exact as well: 2/255, 0.05."""
     steps: Annotated[int, Range("a whole number >= 1 (--attack.epsilon 0 trains without an attack)", ge=1)] = 10
-    """Number of steps, at least 1."""
+    """Number of steps."""
     bn_mode: Literal["train", "eval"] = "train"
     """Mode of batch normalisation during the attack: by the batch's statistics, or by the running ones."""
     start: Literal["uniform", "normal", "none"] = "uniform"
@@ -230,9 +230,9 @@ class OptimizerConfig(Checked, section="optimizer."):
     lr: Annotated[float, Range("a finite number > 0", gt=0)] = 0.1
     """Learning rate at the start."""
     momentum: Fading = 0.9
-    """Momentum, at least 0 and less than 1; AdamW's beta1."""
+    """Momentum; AdamW's beta1."""
     beta2: Fading = 0.999
-    """How much of the mean of squared gradients AdamW keeps in a step, at least 0 and less than 1."""
+    """How much of the mean of squared gradients AdamW keeps in a step."""
     weight_decay: Annotated[float, Range("a finite number >= 0", ge=0)] = 5e-4
     """L2 penalty added to the gradient; AdamW takes this times the learning rate off the weights themselves."""
     nesterov: bool = False
@@ -291,7 +291,7 @@ class EvaluationConfig(Checked, section="evaluation."):
     """PGD on held-out images while training, and on the test split at the end, with the attack's norm and epsilon."""
 
     steps: Count = 20
-    """Number of steps, at least 1."""
+    """Number of steps."""
     step_size: OptionalAmount = None
     """Length of one step, at most 2 epsilon, as an exact fraction or a decimal; none means epsilon / 4."""
     batch_size: Count = 512

@@ -15,7 +15,7 @@ from awp_engine.data import Batch
 from awp_engine.files.text import json_text
 from awp_engine.models import build_model
 from awp_engine.observe.report import print_table, source_commit, versions
-from awp_engine.step.step import Phase
+from awp_engine.step.values import Phase
 from awp_engine.train.setup import build_step, training_attack
 
 ROWS = {"at": "AT", "at-awp": "AT-AWP", "trades": "TRADES", "trades-awp": "TRADES-AWP"}

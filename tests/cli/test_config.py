@@ -34,7 +34,7 @@ from awp_engine.config import (
     to_json,
 )
 from awp_engine.config.presets import PRESETS, build_preset
-from awp_engine.optim.schedule import learning_rate
+from awp_engine.optim.learning_rate import learning_rate
 
 
 def run_python(code: str, *args: str) -> subprocess.CompletedProcess[str]:

@@ -140,6 +140,10 @@ def test_one_differing_bit_is_noticed_on_all_ranks() -> None:
         )
 
 
+def test_where_everything_is_sharded_there_is_nothing_to_compare() -> None:
+    check_replicas(Ranks(rank=0, world=2), {}, "now")
+
+
 def test_every_single_bit_changes_the_checksum() -> None:
     rng = np.random.default_rng(0)
     for dtype, integers in ((torch.float32, torch.int32), (torch.float16, torch.int16), (torch.float64, torch.int64)):

@@ -13,7 +13,7 @@ from awp_engine.distributed.ranks import Ranks
 from awp_engine.step.awp_step import Ascent, AwpStep
 from awp_engine.step.free import FreeStep
 from awp_engine.step.precision import WorkingModels
-from awp_engine.step.step import Phase, Step, StepResult
+from awp_engine.step.values import Phase, Step, StepResult
 from awp_engine.train import setup
 
 
@@ -49,7 +49,7 @@ class TensorStep:
 
     def free(self, x: Tensor, y: Tensor, delta: Tensor, of: int | None = None) -> StepResult:
         """One update of free training."""
-        free = FreeStep(self.step, self.step, replays=1, largest_batch=len(x), memory_format=torch.contiguous_format)
+        free = FreeStep(self.step, self.step, replays=1, memory_format=torch.contiguous_format)
         batch = Batch(x, y, torch.arange(len(x)), len(x) if of is None else of)
         return free.replay(batch, self.phase(0, False, False), delta)
 

@@ -41,7 +41,14 @@ def test_units_of_the_methods():
     assert forward_units(Config(attack=attack, awp=on, method="mart")) == 32
     assert forward_units(Config(attack=attack, awp=AwpConfig(gamma=0.005, ascent="shared"))) == 24
     assert forward_units(Config(attack=attack, awp=AwpConfig(gamma=0.005, every=2))) == 24.5
+    shared = AwpConfig(gamma=0.005, ascent="shared", every=2)
+    assert forward_units(Config(attack=attack, awp=shared)) == 23.5
     assert forward_units(Config(attack=AttackConfig(epsilon="0"), awp=off)) == 3
+    # the cheap attack's epochs: one step, or the descent's own pass
+    for fast, units in (("fgsm-rs", 5), ("n-fgsm", 5), ("free", 3)):
+        cheap = Config(attack=AttackConfig(steps=10, fast=fast, fast_epochs=1), awp=off)
+        assert forward_units(cheap, cheap=True) == units
+        assert forward_units(cheap) == 23
 
 
 def test_ceilings_are_of_this_machine():

@@ -26,6 +26,7 @@ from awp_engine.config import (
     Config,
     ConfigError,
     DataConfig,
+    DistributedConfig,
     EvaluationConfig,
     ModelConfig,
     OptimizerConfig,
@@ -234,6 +235,27 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path):
     assert equal(weights(tmp_path / "run"), whole)
 
 
+def test_a_run_without_momentum_goes_on(tmp_path):
+    """Its optimizer has no tensors to keep."""
+    config = small_config(tmp_path / "run", epochs=2)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, momentum=0.0))
+    Trainer(config).run()
+    whole = weights(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "epoch-2")
+    (tmp_path / "run" / "checkpoints" / "latest").write_text("epoch-1\n")
+    trainer = Trainer(config)
+    assert trainer.progress.epoch == 1
+    trainer.run()
+    assert equal(weights(tmp_path / "run"), whole)
+
+
+def test_shards_of_one_rank_are_refused_before_anything_is_written(tmp_path):
+    config = small_config(tmp_path / "run", distributed=DistributedConfig(strategy="fsdp"))
+    with pytest.raises(ConfigError, match=r"^--distributed\.strategy: expected ddp for one rank"):
+        Trainer(config)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     config = small_config(tmp_path / "run")
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=1e20))
@@ -367,6 +389,16 @@ def test_a_resumed_run_ends_bit_equal_with(name, tmp_path):
     for key in ("clean_accuracy", "pgd3_accuracy", "last", "selected_epoch"):
         assert again[key] == whole[key]
     torch.use_deterministic_algorithms(False)
+
+
+def test_an_averages_statistics_are_computed_in_micro_batches(tmp_path):
+    averaged = AverageConfig(kind="ema", decay=0.9, bn_images=300)
+    trainer = Trainer(small_config(tmp_path / "run", epochs=1, average=averaged, micro_batch_size=20))
+    sizes = []
+    trainer.average.model.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
+    trainer.average.before_step()
+    trainer.selection.measured_model(1)
+    assert 0 < max(sizes) <= 20
 
 
 def test_the_average_is_what_is_measured_and_exported(tmp_path):

@@ -17,7 +17,7 @@ from awp_engine.config import (
 )
 from awp_engine.data import Batch
 from awp_engine.device import choose_convolutions, fast_memory_format
-from awp_engine.step.step import Phase, StepResult
+from awp_engine.step.values import Phase, StepResult
 from awp_engine.train.setup import build_step, capture_step, training_attack
 
 from .common import Settings

@@ -40,7 +40,6 @@ __all__ = [
     "flag",
     "flags",
     "from_json",
-    "key_types",
     "load_config",
     "own_images",
     "parse_amount",

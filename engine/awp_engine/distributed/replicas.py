@@ -36,7 +36,7 @@ def check_replicas(ranks: Ranks, tensors: Mapping[str, Tensor], when: str) -> No
     Raises:
         DivergenceError: on every rank, if any differs.
     """
-    if ranks.world == 1:
+    if ranks.world == 1 or not tensors:
         return
     gathered = ranks.gather(checksums(tensors))  # [world, len(tensors)]
     differs = gathered != gathered[0]

@@ -20,8 +20,8 @@ from awp_engine.optim.optimizer import Optimizer
 from awp_engine.step.objectives import Objective
 from awp_engine.step.passes import Passes, RankShare
 from awp_engine.step.precision import WorkingModels
-from awp_engine.step.step import Phase, StepResult
 from awp_engine.step.update import Update
+from awp_engine.step.values import Phase, StepResult
 from awp_kernels import AdversarialWeightPerturbation
 
 
@@ -56,8 +56,9 @@ class AwpStep:
         average: of the weights, that every step is taken into; or None.
         ranks: that train together, on equal models; gradients are averaged over them, the attack is each one's own.
         sync_batch_norm: whether the model's batch normalisation is synchronised over the ranks.
-        compile: by torch.compile; batches of another size than the first one's run uncompiled.
+        compile: by torch.compile; batches of another size run uncompiled.
         micro_batch_size: most images that are computed at once, or None.
+        largest_batch: images of a full batch, over all ranks; None: that is the first.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class AwpStep:
         sync_batch_norm: bool = False,
         compile: bool = False,
         micro_batch_size: int | None = None,
+        largest_batch: int | None = None,
     ) -> None:
         ranks = ranks or Ranks()
         self.models, self.awp, self.ascent = models, awp, ascent or Ascent()
@@ -91,6 +93,7 @@ class AwpStep:
             sync_batch_norm=sync_batch_norm,
             compile=compile,
             micro_batch_size=micro_batch_size,
+            largest_batch=largest_batch,
         )
         self.update = Update(
             optimizer, models, awp=awp, loss_scale=self.passes.loss_scale, clip_norm=clip_norm, average=average
@@ -158,7 +161,8 @@ class AwpStep:
                     model, x_adv, batch, share, averaged=averaged, update_statistics=False, c_min=ascent.c_min
                 )
                 if ascent.c_min is not None and step:
-                    if averaged:
+                    # synchronised statistics need as many passes on every rank
+                    if averaged or self.passes.sync_batch_norm:
                         ranks.sum_([below])
                     if below == 0:
                         break

@@ -8,7 +8,7 @@ from torch import Tensor
 from awp_engine.attack import Attack
 from awp_engine.distributed.batch import Batch
 from awp_engine.step.awp_step import AwpStep
-from awp_engine.step.step import Phase, StepResult
+from awp_engine.step.values import Phase, StepResult
 
 # steps of each kind that are taken one by one first: libraries choose their algorithms and allocate in them
 _WARM_UP = 3
@@ -62,6 +62,8 @@ class GraphedStep:
         start = self.step.prepare(batch, phase)
         kind = (phase.perturb and self.step.awp is not None, phase.attack)
         given = (batch.images, batch.labels, batch.ids, start)
+        if self.step.passes.largest_batch not in (None, len(batch.images)):
+            return self._plainly(given, phase)
         if self._inputs is None:
             self._inputs = tuple(torch.empty_like(tensor) for tensor in given)
         if any(a.shape != b.shape or a.dtype != b.dtype for a, b in zip(given, self._inputs, strict=True)):

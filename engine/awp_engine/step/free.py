@@ -13,7 +13,7 @@ from awp_engine.distributed.batch import Batch
 from awp_engine.models.batch_norm import Statistics
 from awp_engine.step.awp_step import AwpStep
 from awp_engine.step.passes import gradient_marks
-from awp_engine.step.step import Phase, Step, StepResult
+from awp_engine.step.values import Phase, Step, StepResult
 
 
 class FreeStep:
@@ -24,16 +24,14 @@ class FreeStep:
         step: whose passes and update are used.
         otherwise: takes the steps of other phases: `step`, or what captures it.
         replays: updates that a batch serves for.
-        largest_batch: images of the largest batch, over all ranks; no batch comes before one of that size.
         memory_format: of the images.
     """
 
-    def __init__(
-        self, step: AwpStep, otherwise: Step, *, replays: int, largest_batch: int, memory_format: torch.memory_format
-    ) -> None:
-        self._step, self._otherwise, self._replays, self._largest = step, otherwise, replays, largest_batch
+    def __init__(self, step: AwpStep, otherwise: Step, *, replays: int, memory_format: torch.memory_format) -> None:
+        self._step, self._otherwise, self._replays = step, otherwise, replays
         self._memory_format = memory_format
         self._delta: Tensor | None = None
+        self._whole_size = 0
 
     def begin_epoch(self) -> None:
         """Start from no perturbation, so that a run resumes exactly."""
@@ -45,7 +43,7 @@ class FreeStep:
             return self._otherwise(batch, phase)
         x = batch.images
         if self._delta is None or self._delta.shape[0] < len(x):
-            self._delta = torch.zeros_like(x)
+            self._delta, self._whole_size = torch.zeros_like(x), batch.whole_size
         delta, results = self._delta[: len(x)], []
         for _ in range(self._replays):
             self._step.update.prepare(phase)
@@ -74,16 +72,16 @@ class FreeStep:
         if self._delta is None:
             return {}
         ranks = self._step.passes.ranks
-        rows, share = ranks.share(self._largest)
-        whole = self._delta.new_zeros(self._largest, *self._delta.shape[1:])
-        whole[rows] = self._delta if self._largest >= ranks.world else self._delta * share
+        rows, share = ranks.share(self._whole_size)
+        whole = self._delta.new_zeros(self._whole_size, *self._delta.shape[1:])
+        whole[rows] = self._delta if self._whole_size >= ranks.world else self._delta * share
         ranks.sum_([whole])
         return {"delta": whole}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """What `state` gave, on any number of ranks."""
         if "delta" in state:
-            rows, _ = self._step.passes.ranks.share(self._largest)
-            model = self._step.models.model
-            device = next(model.parameters()).device
+            self._whole_size = len(state["delta"])
+            rows, _ = self._step.passes.ranks.share(self._whole_size)
+            device = next(self._step.models.model.parameters()).device
             self._delta = state["delta"][rows].to(device).contiguous(memory_format=self._memory_format)

@@ -60,8 +60,9 @@ class Passes:
         ranks: that train together, on equal models; gradients are averaged over them, the attack is each one's own.
         reduced: the models whose gradients are averaged over the ranks.
         sync_batch_norm: running statistics are those of the whole batch already.
-        compile: by torch.compile; batches of another size than the first one's run uncompiled.
+        compile: by torch.compile; batches of another size run uncompiled.
         micro_batch_size: most images that are computed at once, or None.
+        largest_batch: images of a full batch, over all ranks, which alone is compiled; None: that is the first.
 
     Attributes:
         loss_scale: of ascent and descent where one of them is in fp16, else None.
@@ -77,12 +78,17 @@ class Passes:
         sync_batch_norm: bool = False,
         compile: bool = False,
         micro_batch_size: int | None = None,
+        largest_batch: int | None = None,
     ) -> None:
         self.models, self.objective, self.ranks = models, objective, ranks
-        self._sync_batch_norm, self._micro_batch_size = sync_batch_norm, micro_batch_size
+        self.sync_batch_norm, self._micro_batch_size = sync_batch_norm, micro_batch_size
         half = torch.float16 in (models.precision.ascent, models.precision.descent)
         self.loss_scale = LossScale(next(models.model.parameters()).device) if half else None
-        self._compile, self._compiled_size = compile, 0
+        self._compile, self._compiled_size, self.largest_batch = compile, 0, largest_batch
+        if largest_batch is not None:
+            rows, _ = ranks.share(largest_batch)
+            piece, _ = self.share(rows.stop - rows.start, largest_batch).pieces[0]
+            self._compiled_size = piece.stop - piece.start
         self._compiled: dict[int, nn.Module] = {}
         several = ranks.world > 1 and not models.sharded
         self._reducers = {id(module): _reducer(module) for module in reduced} if several else {}
@@ -195,7 +201,7 @@ class Passes:
         return attacked[0] if len(attacked) == 1 else torch.cat(attacked), marks
 
     def _runner(self, model: nn.Module, x: Tensor) -> nn.Module:
-        """`model` as it is called: compiled, for batches of the first one's size."""
+        """`model` as it is called: compiled, for full batches."""
         if not self._compile:
             return model
         self._compiled_size = self._compiled_size or len(x)
@@ -263,7 +269,7 @@ class Passes:
     @torch.no_grad()
     def average_statistics(self, share: float) -> None:
         """Running statistics of all ranks' images; without it the ranks would come to differ."""
-        if self.ranks.world == 1 or self._sync_batch_norm:
+        if self.ranks.world == 1 or self.sync_batch_norm:
             return
         statistics = [flat for flat in self.models.statistics if flat.is_floating_point()]
         for flat in statistics:

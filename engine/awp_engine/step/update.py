@@ -6,7 +6,7 @@ from torch import Tensor
 from awp_engine.optim.average import WeightAverage
 from awp_engine.optim.optimizer import Optimizer, set_learning_rate
 from awp_engine.step.precision import LossScale, WorkingModels
-from awp_engine.step.step import Phase
+from awp_engine.step.values import Phase
 from awp_kernels import AdversarialWeightPerturbation, total_norm
 
 

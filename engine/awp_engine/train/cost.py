@@ -3,21 +3,27 @@
 from awp_engine.config import Config
 
 
-def forward_units(config: Config) -> float:
-    """What one step of a method must compute for an image, in forward passes.
+def forward_units(config: Config, *, cheap: bool = False) -> float:
+    """What one update of a method must compute for an image, in forward passes.
 
     A backward pass costs one unit for the gradient of activations, and one for that of weights.
+
+    Args:
+        config: the run's.
+        cheap: with the cheap attack of the first epochs: one step, or none of its own in free training.
     """
     steps = config.attack.steps if config.attack.epsilon_value > 0 else 0
+    if cheap:
+        steps = min(steps, 0 if config.attack.fast == "free" else 1)
     # AT passes attacked images alone, the others clean ones as well
     training = 3.0 if config.method == "at" else 6.0
     # TRADES passes clean images once before the attack, and Auto-PGD attacked ones after its last step
-    once_more = config.method in ("trades", "rst") or config.attack.kind == "apgd"
+    once_more = config.method in ("trades", "rst") or (config.attack.kind == "apgd" and not cheap)
     attack = 2.0 * steps + (1.0 if once_more and steps else 0.0)
     if config.awp.gamma == 0:
         ascent = 0.0
     elif config.awp.ascent == "shared":
-        ascent = 1.0
+        ascent = 1.0 / config.awp.every
     else:
         ascent = training * config.awp.ascent_steps / config.awp.every
     return attack + ascent + training

@@ -28,9 +28,10 @@ class StopOrDiverge:
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
 
     def count(self, asked: Tensor, skipped: Tensor) -> None:
-        """Take an update in: how many ranks were asked to stop, and whether it was skipped."""
-        self._skipped = torch.where(skipped, self._skipped + 1, 0)
-        self._readback.push(torch.stack([asked, self._skipped.double()]))
+        """Take a step in: how many ranks were asked to stop, and which of its updates were skipped, each [updates]."""
+        for one in skipped:
+            self._skipped = torch.where(one, self._skipped + 1, 0)
+        self._readback.push(torch.stack([asked[-1], self._skipped.double()]))
 
     def __call__(self, state: RunState) -> None:
         """Raise what ends the run."""

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from awp_engine.step.step import StepResult
+from awp_engine.step.values import StepResult
 
 
 @dataclasses.dataclass(kw_only=True)

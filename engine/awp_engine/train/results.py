@@ -14,6 +14,7 @@ from awp_engine.observe.drawing import attempt
 from awp_engine.observe.metrics import read_metrics
 from awp_engine.observe.report import CURVES, plot_learning_curves, write_report
 from awp_engine.observe.throughput import matmul_ceiling, peak_memory
+from awp_engine.train.cost import forward_units
 from awp_engine.train.progress import Progress
 from awp_engine.train.selection import Selection
 from awp_engine.train.setup import Setup
@@ -21,10 +22,10 @@ from awp_engine.train.setup import Setup
 _ceiling = functools.cache(matmul_ceiling)
 
 
-def throughput(setup: Setup, images_per_second: float) -> dict[str, float]:
+def throughput(setup: Setup, images_per_second: float, *, cheap: bool) -> dict[str, float]:
     """Of the operations that the method needs; what a run does beyond them does not count."""
     ceiling = _ceiling(setup.device, setup.precision.attack or torch.float32)
-    flops = images_per_second * setup.flops_per_image
+    flops = images_per_second * setup.forward_flops * forward_units(setup.config, cheap=cheap)
     return {
         "images_per_second": images_per_second,
         "tflops": flops / 1e12,

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from awp_engine.attack import Attack
 from awp_engine.config import AwpConfig, OptimizerConfig
-from awp_engine.optim.schedule import learning_rate
-from awp_engine.step.step import Phase
+from awp_engine.optim.learning_rate import learning_rate
+from awp_engine.step.values import Phase
 from awp_kernels.philox import mix_seed
 
 _ATTACK_NOISE = 1
@@ -45,9 +45,13 @@ class Schedule:
         """The learning rate of that step."""
         return learning_rate(self.optimizer, self.epochs, epoch - 1 + step / self.steps)
 
+    def is_cheap(self, epoch: int) -> bool:
+        """Whether `epoch` has the cheap attack."""
+        return epoch <= self.cheap_epochs
+
     def __call__(self, epoch: int, step: int) -> Phase:
         """The phase of that step."""
-        cheap = epoch <= self.cheap_epochs
+        cheap = self.is_cheap(epoch)
         return Phase(
             attack=self.cheap if cheap else self.attack,
             seed=mix_seed(self.seed, epoch, _ATTACK_NOISE),

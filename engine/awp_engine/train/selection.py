@@ -65,8 +65,10 @@ class Selection:
         with contextlib.closing(self._setup.batches.epoch(epoch)) as batches:
             for batch in batches:
                 with region("average"):
-                    x_adv = passes.attack_whole(attack, model, batch, seed=seed)
-                    passes.objective.losses(model, x_adv, batch.images, batch.labels)
+                    for rows, _ in passes.share(len(batch.images), batch.whole_size).pieces:
+                        piece = batch.part(rows)
+                        x_adv = passes.attack_whole(attack, model, piece, seed=seed)
+                        passes.objective.losses(model, x_adv, piece.images, piece.labels)
                 yield
                 seen += batch.whole_size
                 if seen >= config.average.bn_images:

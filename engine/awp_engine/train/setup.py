@@ -26,8 +26,7 @@ from awp_engine.step.cuda_graph import GraphedStep
 from awp_engine.step.free import FreeStep
 from awp_engine.step.objectives import build_objective
 from awp_engine.step.precision import PARTS, Precision, WorkingModels, has_fast_bfloat16
-from awp_engine.step.step import Step
-from awp_engine.train.cost import forward_units
+from awp_engine.step.values import Step
 from awp_engine.train.run_dir import prepare_run_dir
 from awp_engine.train.schedule import Schedule
 from awp_kernels import AdversarialWeightPerturbation, asam, sam
@@ -95,7 +94,11 @@ def cheap_attack(settings: AttackConfig) -> Attack:
 
 
 def build_step(
-    config: Config, model: nn.Module, ranks: Ranks | None = None, precision: Precision | None = None
+    config: Config,
+    model: nn.Module,
+    ranks: Ranks | None = None,
+    precision: Precision | None = None,
+    largest_batch: int | None = None,
 ) -> AwpStep:
     """The step for `model`, with an optimizer and working copies of its own.
 
@@ -104,6 +107,7 @@ def build_step(
         model: in train mode, on its device and in its memory format; equal on all ranks.
         ranks: that train together; by default this process alone.
         precision: as `choose_precision` says if not given.
+        largest_batch: images of a full batch, over all ranks; None: that is the first.
 
     Raises:
         ConfigError: a precision that the device does not have, or shards of one rank.
@@ -114,6 +118,7 @@ def build_step(
     if config.distributed.sync_batch_norm:
         synchronize(model)
     sharded = config.distributed.strategy == "fsdp"
+    _require_ranks(config, ranks)
     if sharded:
         shard_model(model, ranks, precision)
     models = WorkingModels(
@@ -135,7 +140,13 @@ def build_step(
         sync_batch_norm=config.distributed.sync_batch_norm,
         compile=config.compile,
         micro_batch_size=config.micro_batch_size,
+        largest_batch=largest_batch,
     )
+
+
+def _require_ranks(config: Config, ranks: Ranks) -> None:
+    if config.distributed.strategy == "fsdp" and ranks.world == 1:
+        raise ConfigError("--distributed.strategy: expected ddp for one rank, got 'fsdp'; torchrun starts several")
 
 
 def _weight_perturbation(
@@ -150,13 +161,7 @@ def _weight_perturbation(
 
 
 def shard_model(model: nn.Module, ranks: Ranks, precision: Precision) -> None:
-    """Leave every rank its share of the parameters of `model`, in place.
-
-    Raises:
-        ConfigError: there is one rank.
-    """
-    if ranks.world == 1:
-        raise ConfigError("--distributed.strategy: expected ddp for one rank, got 'fsdp'; torchrun starts several")
+    """Leave every rank its share of the parameters of `model`, in place."""
     device = next(model.parameters()).device
     shard(model, init_device_mesh(device.type, (ranks.world,)), param_dtype=precision.descent)
 
@@ -192,6 +197,7 @@ class Setup:
         # before data are read and the run directory is made
         self.precision = choose_precision(config, self.device)
         self.sharded = config.distributed.strategy == "fsdp"
+        _require_ranks(config, ranks)
         if config.cuda_graphs and self.device.type != "cuda":
             raise ConfigError("--cuda-graphs: expected a CUDA device to capture the step on, found none; leave it out")
         self.messages: list[str] = []
@@ -201,7 +207,7 @@ class Setup:
         if ranks.is_first:
             prepare_run_dir(config)
         self._build_batches()
-        self.flops_per_image = forward_units(config) * forward_flops(self.model, self.data.train.shape)
+        self.forward_flops = forward_flops(self.model, self.data.train.shape)
         # equal seeds give equal weights, but on processors of two kinds
         ranks.broadcast_(self.model.state_dict().values())
         self._build_step()
@@ -280,7 +286,7 @@ class Setup:
 
     def _build_step(self) -> None:
         config, attack = self.config, self.config.attack
-        self.awp_step = build_step(config, self.model, self.ranks, self.precision)
+        self.awp_step = build_step(config, self.model, self.ranks, self.precision, self.batches.sizes[0])
         self.optimizer = self.awp_step.update.optimizer
         self.step = capture_step(config, self.awp_step)
         self.free = None
@@ -289,7 +295,6 @@ class Setup:
                 self.awp_step,
                 self.step,
                 replays=attack.replays,
-                largest_batch=self.batches.sizes[0],
                 memory_format=self._memory_format,
             )
             self.step = self.free

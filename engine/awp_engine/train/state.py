@@ -18,6 +18,8 @@ from awp_engine.optim.optimizer import allocate_optimizer_tensors, optimizer_ten
 from awp_engine.train.progress import Progress
 from awp_engine.train.setup import Setup
 
+# groups that a checkpoint may lack; SGD without momentum has an empty one, which is there
+_OPTIONAL = ("average", "loss_scale")
 Tensors = Mapping[str, Tensor]
 
 
@@ -133,7 +135,7 @@ class RunState:
                 }
                 best = checkpoint.checkpoint_name(progress.best_epoch) if progress.best_epoch else None
                 name = checkpoint.checkpoint_name(progress.epoch, progress.step)
-                held = {group: members for group, members in tensors.items() if members}
+                held = {group: members for group, members in tensors.items() if members or group not in _OPTIONAL}
                 kept = checkpoint.Retention(last=config.keep_checkpoints, every_epochs=config.keep_every, best=best)
                 self.writer.save(name, held, state, kept)
             self._saved = (progress.epoch, progress.step)

@@ -17,7 +17,7 @@ from awp_engine.observe.metrics import read_metrics
 from awp_engine.observe.profiler import StepProfiler
 from awp_engine.observe.regions import region
 from awp_engine.observe.run_log import RunLog
-from awp_engine.step.step import StepResult
+from awp_engine.step.values import StepResult
 from awp_engine.train.hooks import Every, StopOrDiverge, TrainingError, check_replicas
 from awp_engine.train.progress import EpochSums, Progress, stacked
 from awp_engine.train.results import throughput, write_results
@@ -146,9 +146,10 @@ class Trainer(Setup):
         told = stacked(result, self._stop.reason != 0)
         self.ranks.sum_([told])
         lr = self.schedule.lr(epoch, self.progress.step)
-        for numbers, skipped in zip(told.unbind(1), result.skipped.reshape(-1).unbind(), strict=True):
+        skips = result.skipped.reshape(-1)
+        self._watch.count(told[4], skips)
+        for numbers, skipped in zip(told.unbind(1), skips, strict=True):
             self._sums.add_(numbers[:4], skipped, size)
-            self._watch.count(numbers[4], skipped)
             if self._log is not None:
                 self._log.step(numbers[0], lr, size)
         if message := self._profiler.step():
@@ -165,7 +166,7 @@ class Trainer(Setup):
         config, last = self.config, epoch == self.config.epochs
         metrics: dict[str, Any] = {**self._sums.metrics(), "lr": self.schedule.lr(epoch, self.schedule.steps - 1)}
         if images:
-            metrics |= throughput(self, images / seconds)
+            metrics |= throughput(self, images / seconds, cheap=self.schedule.is_cheap(epoch))
         if epoch % config.evaluation.evaluate_every == 0 or last:
             metrics |= self.selection.select(epoch, self.progress)
         self.progress.epoch, self.progress.step = epoch, 0

@@ -50,7 +50,6 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not section or section in anchors(there), target
 
 
-@pytest.mark.xfail(reason="to be enabled once train/, step/ and config/ are merged")
 @pytest.mark.parametrize("page", FIRST, ids=name_of)
 def test_sources_that_are_named_exist(page: Path) -> None:
     for named in re.findall(r"`([\w./*]+\.(?:py|cpp|h|cu|sh|svg|json))`", prose(page)):

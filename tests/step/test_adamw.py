@@ -187,8 +187,6 @@ def test_what_is_refused():
         OptimizerConfig(kind="adamw", nesterov=True)
     with pytest.raises(ConfigError, match=r"--optimizer\.beta2"):
         OptimizerConfig(kind="adamw", beta2=1.0)
-    with pytest.raises(ConfigError, match=r"--awp\.public-code: expected false with --optimizer.kind adamw"):
-        Config(optimizer=ADAMW, awp=AwpConfig(public_code=True))
     with pytest.raises(ConfigError, match=r"--cuda-graphs: expected false with --optimizer.kind adamw"):
         Config(optimizer=ADAMW, cuda_graphs=True)
 

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from machine import describe_machine
+
+from bench.machine import describe_machine
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,6 +1,6 @@
 """The first thing to run on a GPU: what works there, and what does not.
 
-    python bench/first_contact.py --seconds 70 --json first-contact.json
+    python -m bench.first_contact --seconds 70 --json first-contact.json
 
 Each check has a process of its own and a limit: one that crashes or hangs costs itself alone. Every operation of every
 implementation is called on fresh random arguments, outputs filled with NaN, and compared with plain PyTorch and fp64;
@@ -69,7 +69,7 @@ def machine(device: str) -> str:
             "--query-gpu=driver_version,memory.total,clocks.sm,ecc.errors.uncorrected.volatile.total",
         ]
         told.append(subprocess.run([*query, "--format=csv,noheader"], capture_output=True, text=True).stdout.strip())
-    for name in ("triton", "setuptools", "hypothesis", "xdist", "tyro"):
+    for name in ("triton", "setuptools", "hypothesis", "xdist"):
         try:
             told.append(f"{name} {getattr(__import__(name), '__version__', '')}".strip())
         except ImportError:
@@ -85,7 +85,7 @@ def operations_of(backend: str) -> list[str]:
 
 def operation(name: str, device: str, seed: int) -> str:
     """All variants, samples and dtypes of one operation, as far as the time goes."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     import torch
     from operations import OPERATIONS, Arguments, cases, excess, mapped, run
 
@@ -116,11 +116,11 @@ def operation(name: str, device: str, seed: int) -> str:
 def step(name: str, device: str, seed: int) -> str:
     """Whole training steps of AT-AWP, PGD-10, in the precision that the device has by default."""
     import torch
-    from arms import Settings
-    from arms.engine import engine_arm
-    from turns import random_batches
 
     from awp_engine.step.cuda_graph import GraphedStep
+    from bench.step.arms import Settings
+    from bench.step.arms.engine import engine_arm
+    from bench.step.turns import random_batches
 
     graphs, large = name == "step in a graph", device == "cuda"
     settings = Settings(
@@ -142,7 +142,7 @@ def step(name: str, device: str, seed: int) -> str:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
     losses = [float(result.loss) for result in results if not result.skipped]
-    scale = arm.plain_step.loss_scale
+    scale = arm.plain_step.passes.loss_scale
     told = (
         f"{settings.model}, losses {min(losses, default=0):.3f} to {max(losses, default=0):.3f}, "
         f"{len(results) - len(losses)} of {len(results)} steps skipped, "
@@ -187,7 +187,7 @@ def conduct(check: Check, arguments: argparse.Namespace, end: float, backend: st
         return check
     limit = min(arguments.hangs, end - begin)
     environment = os.environ | ({"AWP_BACKEND": backend} if backend else {})
-    words = [sys.executable, __file__, "--device", arguments.device, "--seed", str(arguments.seed)]
+    words = [sys.executable, "-m", "bench.first_contact", "--device", arguments.device, "--seed", str(arguments.seed)]
     process = subprocess.Popen(
         [*words, "--check", check.name],
         stdout=subprocess.PIPE,

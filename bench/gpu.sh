@@ -8,12 +8,12 @@
 # Before: build the library for the GPU where there is time, and bring it along with the tree, with its build.json:
 #     AWP_CUDA_ARCHS=90a python setup.py build_ext --inplace
 # If `survival` says so, go on with AWP_BACKEND=triton in front. After: put the folders into one result,
-#     python bench/gpu_result.py OUT [OUT ...] --result bench/results/GPU-DATE.json
+#     python -m bench.gpu_result OUT [OUT ...] --result bench/results/GPU-DATE.json
 #
 # OUT: folder for results (./gpu-out), at most 8 files a command, written as they come. ARCHIVE: of train/<class>/ and
 # test/<class>/, or a folder. STEP_MS: "17 19", of a step of AT and of AT-AWP, which `train` else measures in 20 s.
 # STAGES: some of a command's stages. WHEELS: a folder of wheels that are missing there. STEP_OPTIONS: for
-# bench/step.py. PYTHON: the interpreter (python3). COMMIT: what is measured, where there is no git checkout.
+# bench/step/step.py. PYTHON: the interpreter (python3). COMMIT: what is measured, where there is no git checkout.
 # DEVICE=cpu rehearses all of it on small models, in five times the limits; REHEARSE=1 adds a stage that crashes and one
 # that hangs. A failing stage does not stop the rest; it shows in the table at the end and in the exit code.
 set -euo pipefail
@@ -67,7 +67,7 @@ build() {
 }
 
 first_contact() {
-  "$PYTHON" bench/first_contact.py --device "$DEVICE" --seconds "$((LIMIT - 8))" --json "$OUT/first-contact.json" \
+  "$PYTHON" -m bench.first_contact --device "$DEVICE" --seconds "$((LIMIT - 8))" --json "$OUT/first-contact.json" \
     ${REHEARSE:+--rehearse}
 }
 
@@ -76,7 +76,7 @@ first_contact() {
 profiles() {
   local model
   for model in $profiled; do
-    "$PYTHON" bench/where.py --model "$model" --batch-size $batch --device "$DEVICE" --json "$OUT/where-$model.json" \
+    "$PYTHON" -m bench.step.where --model "$model" --batch-size $batch --device "$DEVICE" --json "$OUT/where-$model.json" \
       --table "$OUT/where.txt"
   done
 }
@@ -84,13 +84,13 @@ profiles() {
 # step NAME OPTIONS: the engine, the public loop and plain mixed precision, taking turns
 step() {
   # shellcheck disable=SC2086  # one option a word
-  "$PYTHON" bench/step.py --device "$DEVICE" --method at-awp --against both $2 ${STEP_OPTIONS:-} --json "$OUT/$1.json"
+  "$PYTHON" -m bench.step.step --device "$DEVICE" --method at-awp --against both $2 ${STEP_OPTIONS:-} --json "$OUT/$1.json"
 }
 
 step_large() { step step-1-large "$large"; }
 step_small() { step step-2-small "$small"; }
 
-rates() { "$PYTHON" bench/rates.py --device "$DEVICE" --json "$OUT/rates.json"; }
+rates() { "$PYTHON" -m bench.ops.rates --device "$DEVICE" --json "$OUT/rates.json"; }
 
 # the table of samples by CUDA C++, and steps in graphs; Triton's half compiles for minutes
 tests() {
@@ -99,17 +99,17 @@ tests() {
   # pyproject's options ask for coverage and leave the GPU out
   env -u AWP_BACKEND "$PYTHON" -m pytest -o addopts= --strict-markers -p no:cacheprovider -q -m "$marker" \
     --timeout=50 --durations=5 -n $processes --maxschedchunk 1 -k "$chosen" \
-    tests/test_graphs.py tests/test_operations.py tests/test_sgd_step.py
+    tests/step/test_graphs.py tests/kernels/test_operations.py tests/kernels/test_sgd_step.py
 }
 
-# some of the fuzzer's cases; bench/compute_sanitizer.sh by itself takes more, and three more tools
+# some of the fuzzer's cases; bench/ops/compute_sanitizer.sh by itself takes more, and three more tools
 memcheck() {
   if ! command -v compute-sanitizer >/dev/null || [ "$DEVICE" = cpu ]; then
     echo "compute-sanitizer is not there, or there is nothing for it to check: the cases run without"
-    "$PYTHON" tests/fuzz.py --device "$DEVICE" --cases 20
+    "$PYTHON" tests/soak/fuzz.py --device "$DEVICE" --cases 20
     return
   fi
-  TOOLS=memcheck BACKENDS=${AWP_BACKEND:-cuda} CASES=20 SECONDS_EACH=$((LIMIT - 6)) bash bench/compute_sanitizer.sh
+  TOOLS=memcheck BACKENDS=${AWP_BACKEND:-cuda} CASES=20 SECONDS_EACH=$((LIMIT - 6)) bash bench/ops/compute_sanitizer.sh
 }
 
 # ---- train
@@ -120,7 +120,7 @@ real_run() {
   # shellcheck disable=SC2206  # two numbers
   if [ -n "${STEP_MS:-}" ]; then options+=(--step-ms $STEP_MS); fi
   if [ "$DEVICE" = cpu ]; then options+=(--small --epochs 2); fi
-  "$PYTHON" bench/real_run.py "$ARCHIVE" --device "$DEVICE" --seconds "$((LIMIT - 8))" \
+  "$PYTHON" -m bench.study.real_run "$ARCHIVE" --device "$DEVICE" --seconds "$((LIMIT - 8))" \
     --json "$OUT/real-run.json" "${options[@]}"
 }
 
@@ -146,7 +146,7 @@ stage() {
   if [ "$LIMIT" -lt 8 ]; then
     outcome="not begun"
   else
-    # an interrupt first: bench/step.py then writes the rounds that are whole
+    # an interrupt first: bench/step/step.py then writes the rounds that are whole
     timeout --signal=INT --kill-after=5 $((LIMIT - 5)) bash bench/gpu.sh --stage "$1" >"$WORK/log" 2>&1 || status=$?
     tail -n "$3" "$WORK/log"
     cat "$WORK/log" >>"$OUT/stages.log"
@@ -195,7 +195,7 @@ case "${1:-}" in
     ;;
 esac
 
-"$PYTHON" bench/gpu_result.py "$OUT"
+"$PYTHON" -m bench.gpu_result "$OUT"
 if [ ${#failed[@]} -gt 0 ]; then
   echo "did not hold: ${failed[*]}"
   exit 1

@@ -1,6 +1,6 @@
 """Puts what the commands of `bench/gpu.sh` left into one file and one table, beside what was predicted.
 
-    python bench/gpu_result.py OUT [OUT ...] [--result bench/results/GPU-DATE.json]
+    python -m bench.gpu_result OUT [OUT ...] [--result bench/results/GPU-DATE.json]
 
 The file holds the steps as `bench/report.py` reads and draws them, and everything else by name.
 """

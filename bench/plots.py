@@ -6,9 +6,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
-from suite import PREFERRED
-from tables import fastest_format, machine_line, parts_of, ratio_text, step_title
-from weight_lists import is_size
+
+from bench.ops.suite import PREFERRED
+from bench.ops.weight_lists import is_size
+from bench.tables import fastest_format, machine_line, parts_of, ratio_text, step_title
 
 Result = dict[str, Any]
 

@@ -1,6 +1,6 @@
-"""Draws what `bench/step.py` and `pytest bench --benchmark-json` measured, and prints it as Markdown tables.
+"""Draws what `bench/step/step.py` and `pytest bench --benchmark-json` measured, and prints it as Markdown tables.
 
-    python bench/report.py step.json bench.json [--out docs] [--result bench/results/NAME.json]
+    python -m bench.report step.json bench.json [--out docs] [--result bench/results/NAME.json]
 
 `--result` keeps everything in one short file, which can be read again.
 """
@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from plots import plot_models, plot_sizes, plot_step
-from suite import suite_result
-from tables import step_tables, suite_tables
-
 from awp_engine.cli.command_line import OneLineParser, fail
 from awp_engine.files.text import json_text
 from awp_engine.observe.drawing import attempt
+from bench.ops.suite import suite_result
+from bench.plots import plot_models, plot_sizes, plot_step
+from bench.tables import step_tables, suite_tables
 
 _PROG = "report.py"
 
@@ -47,7 +46,7 @@ def read(path: Path, command: str = "") -> list[Result]:
             return [content]
         if "rows" in content:
             return [{"kind": "suite"} | content]
-    raise ValueError(f"{path}: expected a result of bench/step.py, or of pytest bench with --benchmark-json")
+    raise ValueError(f"{path}: expected a result of bench/step/step.py, or of pytest bench with --benchmark-json")
 
 
 def file_name(*parts: str) -> str:

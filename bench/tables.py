@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from weight_lists import is_size
+from bench.ops.weight_lists import is_size
 
 # the parts of a step in their order; whatever else an arm names comes after them
 PARTS = ("data", "attack", "ascent", "descent", "update", "log", "other")

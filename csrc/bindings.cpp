@@ -19,7 +19,9 @@
 #endif
 
 // libstdc++'s shared_ptr asks glibc for it, which has it since 2.32, while torch runs on 2.28: "there may be threads"
-extern "C" __attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
+extern "C" {
+__attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
+}
 
 namespace {
 
@@ -140,16 +142,11 @@ Tensor sgd_step(const SgdArguments& a, Run run) {
 awp::SgdRule sgd_rule(double lr, const std::optional<Tensor>& lr_tensor, double momentum, bool nesterov,
                       const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
                       const std::optional<Tensor>& grad_norm, std::optional<double> max_norm, double average_weight,
-                      const std::optional<Tensor>& average_weight_tensor, bool decay_at_out) {
-  return {number(lr, lr_tensor),
-          number(average_weight, average_weight_tensor),
-          number(1, grad_scale),
-          number(0, found_inf),
-          number(0, grad_norm),
-          max_norm.value_or(-1.0),
-          static_cast<float>(momentum),
-          nesterov,
-          decay_at_out};
+                      const std::optional<Tensor>& average_weight_tensor) {
+  return {number(lr, lr_tensor),        number(average_weight, average_weight_tensor),
+          number(1, grad_scale),        number(0, found_inf),
+          number(0, grad_norm),         max_norm.value_or(-1.0),
+          static_cast<float>(momentum), nesterov};
 }
 
 // The same of the list for a norm over all tensors.
@@ -231,10 +228,10 @@ Tensor sgd_step_cpu(Tensors weights, Tensors grads, Tensors momentum_buffers, Te
                     std::vector<double> weight_decay, double lr, std::optional<Tensor> lr_tensor, double momentum,
                     bool nesterov, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
                     std::optional<Tensor> grad_norm, std::optional<double> max_norm, double average_weight,
-                    std::optional<Tensor> average_weight_tensor, bool decay_at_out) {
+                    std::optional<Tensor> average_weight_tensor) {
   return sgd_step({weights, grads, momentum_buffers, averages, out, weight_decay,
                    sgd_rule(lr, lr_tensor, momentum, nesterov, grad_scale, found_inf, grad_norm, max_norm,
-                            average_weight, average_weight_tensor, decay_at_out)},
+                            average_weight, average_weight_tensor)},
                   [](const awp::SgdStep& arguments) { awp::cpu::sgd_step(arguments, parallel_for); });
 }
 
@@ -330,11 +327,11 @@ Tensor sgd_step_cuda(Tensors weights, Tensors grads, Tensors momentum_buffers, T
                      std::vector<double> weight_decay, double lr, std::optional<Tensor> lr_tensor, double momentum,
                      bool nesterov, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
                      std::optional<Tensor> grad_norm, std::optional<double> max_norm, double average_weight,
-                     std::optional<Tensor> average_weight_tensor, bool decay_at_out) {
+                     std::optional<Tensor> average_weight_tensor) {
   const OnDevice device(weights[0]);
   return sgd_step({weights, grads, momentum_buffers, averages, out, weight_decay,
                    sgd_rule(lr, lr_tensor, momentum, nesterov, grad_scale, found_inf, grad_norm, max_norm,
-                            average_weight, average_weight_tensor, decay_at_out)},
+                            average_weight, average_weight_tensor)},
                   [&](const awp::SgdStep& arguments) {
                     const Tensor workspace = scratch(weights[0], awp::cuda::sgd_step_workspace_bytes(arguments));
                     check(awp::cuda::sgd_step(arguments, workspace.mutable_data_ptr(), device.stream()));
@@ -375,7 +372,7 @@ void pgd_step_cuda(Tensor x_adv, Tensor grad, Tensor x, std::optional<Tensor> ma
       "sgd_step(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] averages, "        \
       "Tensor(d!)[] out, float[] weight_decay, float lr, Tensor? lr_tensor, float momentum, bool nesterov, "         \
       "Tensor? grad_scale, Tensor? found_inf, Tensor? grad_norm, float? max_norm, float average_weight, "            \
-      "Tensor? average_weight_tensor, bool decay_at_out) -> Tensor");                                                \
+      "Tensor? average_weight_tensor) -> Tensor");                                                                   \
   m.def("total_norm(Tensor[] tensors) -> Tensor");                                                                   \
   m.def(                                                                                                             \
       "pgd_init(Tensor(a!) x_adv, Tensor x, Tensor sample_ids, float epsilon, float radius, int norm, int seed) -> " \

@@ -56,9 +56,31 @@ LONGEST = (
 )
 
 
+# what else `just test-fast` leaves out: it starts processes, or trains, for seconds each
+SLOW = (
+    "test_bad_files_training",
+    "test_bench_gpu",
+    "test_class_names",
+    "test_config_fuzz",
+    "test_export",
+    "test_fuzz",
+    "test_landscape_command",
+    "test_loaders",
+    "test_locking",
+    "test_sharding",
+    "test_signals",
+    "test_timm_models",
+    "test_trainer_interrupts",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    for item in items:
+        if item.path.stem in (*LONGEST, *SLOW):
+            item.add_marker("slow")
 
 
 def device_backends() -> list:

@@ -181,15 +181,15 @@ void perturb_scaled(void* out, DType out_dtype, const void* weight, DType weight
   eta >= 0 ? run(scaled) : run(plain);
 }
 
-// One tile: w, buffer = step(g, w, buffer), with the decay taken from `anchor`, which may be w.
+// One tile: w, buffer = step(g, w, buffer).
 template <bool Momentum, bool Nesterov>
-void sgd_tile(float* w, const float* grad, float* buffer, const float* anchor, int64_t size, const SgdFactors& factors,
-              float decay, float momentum) {
+void sgd_tile(float* w, const float* grad, float* buffer, int64_t size, const SgdFactors& factors, float decay,
+              float momentum) {
   const float scale = factors.grad, descent = factors.descent;
 #pragma GCC ivdep
   for (int64_t i = 0; i < size; ++i) {
     float d = scale * grad[i];
-    if (decay != 0.0f) d = multiply_add(decay, anchor[i], d);
+    if (decay != 0.0f) d = multiply_add(decay, w[i], d);
     if constexpr (Momentum) {
       buffer[i] = multiply_add(momentum, buffer[i], d);
       d = Nesterov ? multiply_add(momentum, buffer[i], d) : buffer[i];
@@ -203,7 +203,7 @@ double sgd_step(const SgdStep& step, const SgdTensor& tensor, const SgdFactors& 
   const auto tile = tensor.buffer == nullptr ? sgd_tile<false, false>
                     : rule.nesterov          ? sgd_tile<true, true>
                                              : sgd_tile<true, false>;
-  float grad_buffer[kTile], anchor_buffer[kTile];
+  float grad_buffer[kTile];
   double total = 0;
   for (const int64_t end = begin + count; begin < end; begin += kTile) {
     const int64_t size = std::min(kTile, end - begin);
@@ -211,8 +211,7 @@ double sgd_step(const SgdStep& step, const SgdTensor& tensor, const SgdFactors& 
     void* out = tensor.out ? advance(tensor.out, step.out_dtype, begin) : nullptr;
     if (!factors.leave_out) {
       const float* grad = as_floats(advance(tensor.grad, step.grad_dtype, begin), step.grad_dtype, grad_buffer, size);
-      const float* anchor = rule.decay_at_out ? as_floats(out, step.out_dtype, anchor_buffer, size) : w;
-      tile(w, grad, tensor.buffer + (tensor.buffer ? begin : 0), anchor, size, factors, tensor.decay, rule.momentum);
+      tile(w, grad, tensor.buffer + (tensor.buffer ? begin : 0), size, factors, tensor.decay, rule.momentum);
       if (tensor.average) {
         float* average = tensor.average + begin;
         const float share = factors.average_weight;

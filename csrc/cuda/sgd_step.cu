@@ -89,16 +89,10 @@ __device__ __forceinline__ double update(const Run<G>& run, const SgdRule& rule,
                        float w[N], d[N];
                        widen(weights[m], w);
                        widen(grads[m], d);
-                       float anchor[N];
-                       if (rule.decay_at_out) {
-                         load_as<N>(run.out_dtype, run.out, at, anchor);
-                       } else {
-                         widen(weights[m], anchor);
-                       }
 #pragma unroll
                        for (int i = 0; i < N; ++i) {
                          d[i] = factors.grad * d[i];
-                         if (run.decay != 0.0f) d[i] = fmaf(run.decay, anchor[i], d[i]);
+                         if (run.decay != 0.0f) d[i] = fmaf(run.decay, w[i], d[i]);
                        }
                        if constexpr (Momentum) {
                          float b[N];

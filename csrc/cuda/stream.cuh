@@ -37,18 +37,6 @@ __device__ __forceinline__ void* advance(void* pointer, DType dtype, int64_t ele
 }
 
 template <int N>
-__device__ __forceinline__ void load_as(DType dtype, const void* from, int64_t at, float (&value)[N]) {
-  switch (dtype) {
-    case DType::kFloat16:
-      return widen(load<N>(static_cast<const Half*>(from) + at), value);
-    case DType::kBFloat16:
-      return widen(load<N>(static_cast<const BFloat16*>(from) + at), value);
-    default:
-      return widen(load<N>(static_cast<const float*>(from) + at), value);
-  }
-}
-
-template <int N>
 __device__ __forceinline__ void store_as(DType dtype, void* to, int64_t at, const float (&value)[N]) {
   switch (dtype) {
     case DType::kFloat16:

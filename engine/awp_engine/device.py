@@ -33,7 +33,7 @@ def choose_convolutions(device: torch.device, *, deterministic: bool = False) ->
         torch.backends.cudnn.benchmark_limit = 0
 
 
-class Behind:
+class DelayedReadback:
     """Numbers of the device as of a step ago, which the host can read without waiting for the step that runs.
 
     On the CPU there is nothing to wait for, and they are those of the last step.

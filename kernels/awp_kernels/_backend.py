@@ -87,7 +87,7 @@ def _cuda_problem() -> str | None:
 
 
 def implementation(backend: str, operation: str) -> Callable[..., Any]:
-    """The function of one backend for one operation, with the internal signature of docs/design.md."""
+    """The function of one backend for one operation, with the internal signature of docs/areas/kernels.md."""
     module: ModuleType
     if backend in ("cpp", "cuda"):
         module = import_module("awp_kernels._compiled")

@@ -1,4 +1,4 @@
-"""The compiled operations behind the internal signatures of docs/design.md."""
+"""The compiled operations behind the internal signatures of docs/areas/kernels.md."""
 
 from collections.abc import Callable
 from typing import Any
@@ -49,48 +49,7 @@ def restore(namespace: Any) -> Callable[..., None]:
 
 def sgd_step(namespace: Any) -> Callable[..., Tensor]:
     """Bind `sgd_step`."""
-    operation = namespace.sgd_step.default
-
-    def call(
-        weights: list[Tensor],
-        grads: list[Tensor],
-        momentum_buffers: list[Tensor],
-        averages: list[Tensor],
-        out: list[Tensor],
-        weight_decay: list[float],
-        lr: float | Tensor,
-        momentum: float,
-        nesterov: bool,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        grad_norm: Tensor | None,
-        max_norm: float | None,
-        average_weight: float | Tensor,
-        decay_at_out: bool,
-    ) -> Tensor:
-        return operation(
-            weights,
-            grads,
-            momentum_buffers,
-            averages,
-            out,
-            weight_decay,
-            *_number(lr),
-            momentum,
-            nesterov,
-            grad_scale,
-            found_inf,
-            grad_norm,
-            max_norm,
-            *_number(average_weight),
-            decay_at_out,
-        )
-
-    return call
-
-
-def _number(value: float | Tensor) -> tuple[float, Tensor | None]:
-    return (0.0, value) if isinstance(value, Tensor) else (value, None)
+    return namespace.sgd_step.default
 
 
 def total_norm(namespace: Any) -> Callable[..., Tensor]:

@@ -79,12 +79,13 @@ class SGD(Optimizer):
         maximize: False; nothing else is served.
         working: by parameter, its working copy: of the same shape and memory order, of any floating dtype.
 
+    What a step is told of its gradients are arguments of `step`; what parameters are wired to are attributes.
+
     Attributes:
-        grad_scale, found_inf: as `sgd_step_` takes them, where they are set; GradScaler sets and removes them.
-        grad_norm, max_norm: likewise, for clipping by the norm of all gradients.
+        working: by parameter, its working copy, as given.
         averages: by parameter, a tensor that follows it.
         average_weight: what a step counts in the averages, in [0, 1], a number or a one-element tensor.
-        decay_at_out: decay from what working copies hold, such as w + v, instead of from w.
+        grad_scale, found_inf: there during a step of GradScaler alone, which sets and removes them.
         weight_norms: after a step, for every call the parameters and their new norms, fp64 [n]; of sharded ones, the
             norms of this rank's rows.
 
@@ -105,13 +106,10 @@ class SGD(Optimizer):
     """
 
     _sharded = False
-    # without values: GradScaler asks whether they are there
+    # without values: GradScaler looks whether they are there, and `step` whether GradScaler calls it
     grad_scale: Tensor | None
     found_inf: Tensor | None
-    grad_norm: Tensor | None = None
-    max_norm: float | None = None
     average_weight: float | Tensor = 0.0
-    decay_at_out = False
 
     def __init__(
         self,
@@ -153,7 +151,7 @@ class SGD(Optimizer):
         if any(copied.grad is not None for copied in self.working.values()):
             raise RuntimeError(
                 "working: GradScaler looks at the parameters' own gradients, not at those of working copies; leave it "
-                "out, and set grad_scale and found_inf (from total_norm of gradients()) before step()"
+                "out, and give step() its grad_scale and grad_norm (total_norm of gradients())"
             )
         return True
 
@@ -253,22 +251,41 @@ class SGD(Optimizer):
         return calls
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        grad_norm: Tensor | None = None,
+        max_norm: float | None = None,
+    ) -> Any:
         """Step all parameters that have a gradient.
 
         Args:
             closure: computes the loss anew, and its gradients.
+            grad_scale: what the gradients were multiplied by, as `sgd_step_` takes it; on any device, as the next two.
+            found_inf: not 0 where the step is to be left out.
+            grad_norm: the norm of all gradients as they are, `total_norm(optimizer.gradients())`; not finite: the step
+                is left out.
+            max_norm: longest norm of the unscaled gradients, to which longer ones are shortened; needs `grad_norm`.
 
         Returns:
             What the closure returned, else None.
+
+        Raises:
+            ValueError: as `sgd_step_` and the class do; grad_scale or found_inf in a step of GradScaler.
         """
+        if hasattr(self, "grad_scale") or hasattr(self, "found_inf"):
+            for name, given in (("grad_scale", grad_scale), ("found_inf", found_inf)):
+                if given is not None:
+                    raise ValueError(f"{name}: expected none beside GradScaler, which sets its own; leave it out")
+            grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self.weight_norms = []
-        # only there while GradScaler, or whoever else, wants them
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for call, whole in self._calls().items():
             lists = whole.local() if self._sharded else whole
             norms = sgd_step_(
@@ -281,12 +298,11 @@ class SGD(Optimizer):
                 nesterov=call.nesterov,
                 grad_scale=_on(call.device, grad_scale),
                 found_inf=_on(call.device, found_inf),
-                grad_norm=_on(call.device, self.grad_norm),
-                max_norm=self.max_norm,
+                grad_norm=_on(call.device, grad_norm),
+                max_norm=max_norm,
                 averages=lists.averages,
                 average_weight=self.average_weight if lists.averages else None,
                 out=lists.out,
-                decay_at_out=self.decay_at_out and bool(lists.out),
             )
             self.weight_norms.append((whole.weights, norms))
         return loss

@@ -1,4 +1,4 @@
-// What a kernel is told: plain pointers and sizes, checked by the caller (docs/design.md lists the guarantees).
+// What a kernel is told: plain pointers and sizes, checked by the caller (docs/areas/kernels.md lists the guarantees).
 #pragma once
 
 #include <cstdint>
@@ -68,7 +68,6 @@ struct SgdRule {
   double max_norm;  // negative: gradients are not clipped
   float momentum;
   bool nesterov;
-  bool decay_at_out;  // decay is taken from what out holds before
 };
 
 struct SgdStep {

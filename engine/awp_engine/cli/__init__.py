@@ -16,12 +16,11 @@ COMMANDS = {
     "data": "scan image folders, pack them into shards, verify shards",
     "checkpoint": "verify, list or export the checkpoints of a run",
 }
-# what all commands need beside torch, of setup.py's extra "train"; the digits ask for scikit-learn, and a run does
-# without tensorboard, each in a line of its own
+# what all commands need beside torch, of setup.py's extra "train"; the digits ask for scikit-learn, YAML for
+# pyyaml, and a run does without tensorboard, each in a line of its own
 NEEDED = {
     "numpy": "numpy",
     "safetensors": "safetensors",
-    "tyro": "tyro",
     "rich": "rich",
     "matplotlib": "matplotlib",
     "PIL": "pillow",

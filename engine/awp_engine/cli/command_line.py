@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import difflib
-import io
+import dataclasses
 import os
-import re
 import sys
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
-from awp_engine.config import Config, ConfigError, expectation, flags, show
+from awp_engine.config import (
+    Config,
+    ConfigError,
+    expectation,
+    flag,
+    from_flat,
+    key_types,
+    load_settings,
+    show,
+    to_flat,
+)
 from awp_engine.config.presets import DEFAULT, PRESETS, build_preset
+from awp_engine.config.schema import Word, coerce, did_you_mean, help_texts, hints, ranges
 from awp_engine.files.text import one_line
 
 
@@ -70,115 +78,115 @@ class OneLineParser(argparse.ArgumentParser):
         fail(f"{message}; --help lists the flags", prog=self.prog, once=True)
 
 
-def _unknown_flag(given: str, known: Sequence[str]) -> ConfigError:
-    same_end = [name for name in known if name.lstrip("-").rpartition(".")[2] == given.lstrip("-")]
-    near = same_end or difflib.get_close_matches(given, known, n=1)
-    hint = f"did you mean {' or '.join(near)}?" if near else "--help lists the flags"
-    return ConfigError(f"{given}: unknown flag; {hint}")
+def _off(name: str) -> str:
+    """The switch that turns a flag off: `--data.no-flip`."""
+    head, dot, last = name[2:].rpartition(".")
+    return f"--{head}{dot}no-{last}"
 
 
-def _tyro_value(name: str, hint: Any, value: str) -> str:
-    """`value` in tyro's spelling, if it is one that `hint` allows."""
-    parts = typing.get_args(hint)
-    if type(None) in parts and value.lower() == "none":
-        return "None"
-    numbers = [part for part in (parts or (hint,)) if part in (int, float)]
-    try:
-        accepted = value in parts if typing.get_origin(hint) is Literal else bool(value or parts)
-        for number in numbers:
-            number(value)
-    except ValueError:
-        accepted = False
-    if not accepted or (not value and Path in parts):
-        raise ConfigError(f"{name}: expected {expectation(hint)}, got {show(value)}")
-    return value
+def _unexpected(argument: str) -> ConfigError:
+    return ConfigError(f"{show(argument)}: unexpected argument; expected a flag (a preset goes first)")
 
 
-def _tyro_arguments(argv: Sequence[str]) -> list[str]:
-    """`argv` with every flag known and followed by values of its type, in tyro's spelling.
+def _read_flags(argv: Sequence[str]) -> dict[str, Any]:
+    """Key -> value of every flag, `--config` among them; of a flag that is given twice the last value.
 
     Raises:
-        ConfigError: naming the flag, where tyro would print several lines.
+        ConfigError: naming the flag.
     """
-    hints = flags()
-    switches = {name for name, hint in hints.items() if hint is bool}
-    for name in list(switches):
-        head, _, last = name[2:].rpartition(".")
-        switches.add(f"--{head}.no-{last}" if head else f"--no-{last}")
-    arguments: list[str] = []
-    current, values = "", 0
-
-    def is_list() -> bool:
-        return typing.get_origin(hints[current]) is tuple
-
-    def finish_flag() -> None:
-        if current and not values and not is_list():
-            raise ConfigError(f"{current}: expected {expectation(hints[current])}, got nothing")
-
+    types = {**key_types(), "config": Path}
+    on = {flag(key): key for key in types}
+    off = {_off(name): key for name, key in on.items() if types[key] is bool}
+    words: list[tuple[str, list[str]]] = []
     for token in argv:
-        value = token
         if token.startswith("--"):
-            finish_flag()
             name, equals, value = token.partition("=")
-            name = name.replace("_", "-")
-            if name not in hints and name not in switches:
-                raise _unknown_flag(name, [*hints, *switches])
-            if name in switches and equals:
-                raise ConfigError(f"{name}: takes no value, got {show(value)}; the flag with no- turns it off")
-            arguments.append(name)
-            current, values = ("" if name in switches else name), 0
-            if not equals:
+            words.append((name.replace("_", "-"), [value] if equals else []))
+        elif words:
+            words[-1][1].append(token)
+        else:
+            raise _unexpected(token)
+    given: dict[str, Any] = {}
+    for name, values in words:
+        key = on.get(name) or off.get(name)
+        if key is None:
+            raise ConfigError(f"{name}: unknown flag; {did_you_mean(name, [*on, *off], '--help lists the flags')}")
+        is_list = typing.get_origin(types[key]) is tuple
+        if types[key] is bool and values:
+            raise ConfigError(f"{name}: takes no value, got {show(values[0])}; the flag with no- turns it off")
+        if len(values) > 1 and not is_list:
+            raise _unexpected(values[1])
+        if types[key] is bool:
+            given[key] = name in on
+        elif values or is_list:
+            value = [Word(text) for text in values] if is_list else Word(values[0])
+            given[key] = coerce(types[key], value, key)
+        else:
+            raise ConfigError(f"{name}: expected {expectation(types[key])}, got nothing")
+    return given
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _help(default: Config, prog: str) -> str:
+    """Every preset and every flag, with what it means, its range and its default."""
+    presets = "\n".join(f"  {name}: {summary}" for name, summary in PRESETS.items())
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage=f"{prog} [PRESET] [--config FILE] [flags]",
+        description=f"Trains a classifier.\n\nPresets (none means {DEFAULT}):\n\n{presets}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    text = "Settings from a .yaml file, or a .json file such as a run's config.json; the preset has the others."
+    parser.add_argument("--config", metavar="FILE", help=f"{text} Flags go on top.")
+    names = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
+    inner = [getattr(default, name) for name, hint in hints(Config).items() if dataclasses.is_dataclass(hint)]
+    for group in (default, *inner):
+        cls = type(group)
+        texts, add = help_texts(cls), parser.add_argument_group(cls.section[:-1] or "run", cls.__doc__).add_argument
+        for name, hint in hints(cls).items():
+            if dataclasses.is_dataclass(hint):
                 continue
-        elif not current or (values == 1 and not is_list()):
-            raise ConfigError(f"{show(token)}: unexpected argument; expected a flag (a preset goes first)")
-        arguments.append(_tyro_value(current, hints[current], value))
-        values += 1
-    finish_flag()
-    return arguments
-
-
-def _root_error(error: BaseException | None) -> ConfigError | None:
-    while error is not None and not isinstance(error, ConfigError):
-        error = error.__context__
-    return error
+            key, parts = flag(cls.section + name), typing.get_args(hint) or (hint,)
+            accepted = f"{ranges(cls)[name].words}; " if name in ranges(cls) else ""
+            shown = f"{texts[name]} ({accepted}default: {_shown(getattr(group, name))})".replace("%", "%%")
+            if hint is bool:
+                add(key, _off(key), action="store_true", help=shown)
+            else:
+                choices = "{" + ",".join(map(str, parts)) + "}"
+                add(key, metavar=names.get(parts[0], choices), help=shown)
+    return parser.format_help()
 
 
 def _parse(argv: Sequence[str], prog: str) -> Config:
     rest = list(argv)
-    named = rest.pop(0) if rest and not rest[0].startswith("-") else None
-    help_wanted = any(token in ("-h", "--help") for token in rest)
-    if help_wanted and _rank() not in (None, "0"):
+    first = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    if any(token in ("-h", "--help") for token in rest):
+        if _rank() in (None, "0"):
+            print(_help(build_preset(DEFAULT if first is None else first), prog), end="")
         raise SystemExit(0)
-    rest = ["--help"] if help_wanted else _tyro_arguments(rest)
-    if "--preset" in rest:
-        by_flag = rest[rest.index("--preset") + 1]
-        if named not in (None, by_flag):
-            raise ConfigError(
-                f"--preset: expected {named!r} as in the first argument, got {by_flag!r}; give one of them"
-            )
-        named = by_flag
-    default = build_preset(DEFAULT if named is None else named)
+    given = _read_flags(rest)
+    file = given.pop("config", None)
+    in_file = {} if file is None else load_settings(file)
+    preset = given.get("preset", first)
+    for name, where in ((first, "the first argument"), (in_file.get("preset"), file)):
+        if None not in (name, preset) and name != preset:
+            raise ConfigError(f"--preset: expected {name!r} as in {where}, got {preset!r}; give one of them")
+    given |= {} if preset is None else {"preset": preset}
+    asked = in_file | given
     try:
-        import tyro
-    except ImportError:
-        raise ConfigError("the package tyro is missing; install it with: pip install tyro") from None
-    presets = "\n\n".join(f"{name}: {summary}" for name, summary in PRESETS.items())
-    description = f"Trains a classifier: {prog} [PRESET] [flags].\n\nPresets (none means {DEFAULT}):\n\n{presets}"
-    boxes = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(boxes):
-            return tyro.cli(Config, prog=prog, description=description, args=rest, default=default)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        known = _root_error(stop.__context__)
-        # Whatever tyro alone finds wrong: its box's first paragraph, without the frame.
-        text = re.split(r"[─]{8,}\s*│", re.sub(r"[╭╮╰╯]", "", boxes.getvalue()))[0]
-        raise known or ConfigError(one_line(re.sub(r"[│─]+", " ", text)) or "cannot be parsed; see --help") from None
+        return from_flat(to_flat(build_preset(asked.get("preset", DEFAULT))) | asked)
+    except ConfigError as error:
+        key = str(error).partition(":")[0].removeprefix("--").replace("-", "_")
+        raise ConfigError(f"{file}: {error}" if key in in_file.keys() - given.keys() else str(error)) from None
 
 
 def parse_train(argv: Sequence[str] | None = None, prog: str = "train.py") -> Config:
-    """The configuration that `[PRESET] [--flag value ...]` asks for.
+    """The configuration that `[PRESET] [--config FILE] [--flag value ...]` asks for.
 
     Args:
         argv: the arguments without the program's name; None takes them from `sys.argv`.

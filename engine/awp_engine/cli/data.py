@@ -20,8 +20,9 @@ from awp_engine.cli.command_line import OneLineParser, fail
 from awp_engine.config import ConfigError
 from awp_engine.data.dataset import DataError
 from awp_engine.data.loaders.workers import WorkerError
+from awp_engine.data.sets.scan_list import KINDS, LIST_NAME, Scan, write_scan
 from awp_engine.data.tools.pack import Manifest, pack_folder, verify_pack
-from awp_engine.data.tools.scan import KINDS, LIST_NAME, Scan, scan_folder, write_scan
+from awp_engine.data.tools.scan import scan_folder
 from awp_engine.distributed.signals import interrupted_code, interrupts
 from awp_engine.files.locking import LOCK, locked
 from awp_engine.files.text import one_line

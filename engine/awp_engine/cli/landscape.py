@@ -86,13 +86,13 @@ def measure(arguments: argparse.Namespace) -> list[Path]:
     import torch
 
     from awp_engine.device import choose_device, fast_memory_format
+    from awp_engine.evaluation import evaluation_attack
     from awp_engine.files.locking import locked
     from awp_engine.landscape import measure as measuring
     from awp_engine.landscape.files import Receipt, prepare_output, write
-    from awp_engine.landscape.progress import Progress
+    from awp_engine.landscape.progress import ProgressLines
     from awp_engine.landscape.robust_loss import as_batches
     from awp_engine.landscape.runs import common_images, open_runs
-    from awp_engine.train.trainer import evaluation_attack
 
     fields = dataclasses.fields(measuring.Settings)
     try:
@@ -111,8 +111,8 @@ def measure(arguments: argparse.Namespace) -> list[Path]:
         # torch's stub does not know the keyword
         run.model.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
     batches = as_batches(images, arguments.batch_size, layout)
-    attack = evaluation_attack(runs[0].config, steps=arguments.steps, seed=arguments.seed)
-    progress = Progress(
+    attack = dataclasses.replace(evaluation_attack(runs[0].config), steps=arguments.steps, seed=arguments.seed)
+    progress = ProgressLines(
         sum(measuring.work(mode, settings, len(runs), len(images), attack.steps) for mode in arguments.mode)
     )
     chosen: dict[str, Any] = {

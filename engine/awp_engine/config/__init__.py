@@ -1,29 +1,30 @@
 """What a run is: settings, checked when they are made; presets; and what tells two runs apart. Imports no torch."""
 
+from awp_engine.config.identity import (
+    config_hash,
+    flags,
+    from_flat,
+    from_json,
+    key_types,
+    load_config,
+    load_settings,
+    require_same_run,
+    to_flat,
+    to_json,
+)
+from awp_engine.config.rules import own_images
+from awp_engine.config.schema import ConfigError, expectation, flag, parse_amount, show
 from awp_engine.config.settings import (
     AttackConfig,
     AverageConfig,
     AwpConfig,
     Config,
-    ConfigError,
     DataConfig,
     DistributedConfig,
     EvaluationConfig,
     ModelConfig,
     OptimizerConfig,
     PrecisionConfig,
-    config_hash,
-    expectation,
-    flag,
-    flags,
-    from_json,
-    learning_rate,
-    load_config,
-    own_images,
-    parse_amount,
-    require_same_run,
-    show,
-    to_json,
 )
 
 __all__ = [
@@ -42,12 +43,15 @@ __all__ = [
     "expectation",
     "flag",
     "flags",
+    "from_flat",
     "from_json",
-    "learning_rate",
+    "key_types",
     "load_config",
+    "load_settings",
     "own_images",
     "parse_amount",
     "require_same_run",
     "show",
+    "to_flat",
     "to_json",
 ]

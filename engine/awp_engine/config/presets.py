@@ -5,21 +5,19 @@ appendix and its public code, unless a line says otherwise.
 """
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Callable
 
+from awp_engine.config.schema import ConfigError, did_you_mean, show
 from awp_engine.config.settings import (
     AttackConfig,
     AverageConfig,
     AwpConfig,
     Config,
-    ConfigError,
     DataConfig,
     EvaluationConfig,
     ModelConfig,
     OptimizerConfig,
-    show,
 )
 
 _NAMES = {"at": "AT", "trades": "TRADES", "mart": "MART", "rst": "RST"}
@@ -102,12 +100,6 @@ def paper(data: str, model: str, method: str, *, awp: bool, norm: str = "linf") 
         optimizer=OptimizerConfig(lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True, schedule="cosine"),
         global_batch_size=256,
     )
-
-
-def public_code() -> Config:
-    """AT-AWP as the paper's public code computes it: its BN forward passes, and decay on w + gamma v."""
-    base = paper("cifar10", "preact-resnet-18", "at", awp=True)
-    return dataclasses.replace(base, awp=AwpConfig(gamma=0.01, public_code=True))
 
 
 def rwp() -> Config:
@@ -272,7 +264,6 @@ _ALL: dict[str, tuple[str, _Build]] = {
     "digits-mart": ("MART on the digits.", functools.partial(digits, "mart", 0.0)),
     "digits-mart-awp": ("MART-AWP on the digits.", functools.partial(digits, "mart")),
     **_paper_presets(),
-    "cifar10-preact-resnet18-at-awp-paper": ((public_code.__doc__ or ""), public_code),
     "cifar10-preact-resnet18-at-awp-shared": ((shared_ascent.__doc__ or ""), shared_ascent),
     "cifar10-preact-resnet18-at-rwp": ((rwp.__doc__ or ""), rwp),
     "cifar10-preact-resnet18-fgsm-rs": ("FGSM-RS, 30 epochs, one-cycle rate.", functools.partial(fast, "fgsm-rs")),
@@ -297,6 +288,5 @@ def build_preset(name: str) -> Config:
     """
     if name in _ALL:
         return dataclasses.replace(_ALL[name][1](), preset=name)
-    near = difflib.get_close_matches(name, PRESETS, n=1)
-    hint = f"did you mean {near[0]}?" if near else "--help lists them"
+    hint = did_you_mean(name, PRESETS, "--help lists them")
     raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, got {show(name)}; {hint}")

@@ -4,20 +4,21 @@ Order and augmentation are functions of (seed, epoch, sample id) alone: neither 
 nor the loader, nor the device, nor a resumed run changes what a sample looks like in an epoch.
 """
 
-from awp_engine.data.augment.recipe import Batch
+from awp_engine.data.augment.augmentation import Augmentation
 from awp_engine.data.batches import Batches, batch_sizes, eval_batches, train_batches
 from awp_engine.data.dataset import DataError, Dataset
-from awp_engine.data.extra import load_extra
-from awp_engine.data.extra_split import place_extra
-from awp_engine.data.framing import Framing
-from awp_engine.data.load import dataset_names, load_dataset
-from awp_engine.data.loaders.choose import Loading, data_loading
+from awp_engine.data.extra import load_extra, place_extra
+from awp_engine.data.load import data_loading, dataset_names, load_data, load_dataset
+from awp_engine.data.loaders.choose import Loading
+from awp_engine.data.loaders.framing import Framing
 from awp_engine.data.sets.classes import match_classes
 from awp_engine.data.sets.files import shown
 from awp_engine.data.sets.sources import source_names
 from awp_engine.data.split import Split, StreamedSplit
+from awp_engine.distributed.batch import Batch
 
 __all__ = [
+    "Augmentation",
     "Batch",
     "Batches",
     "DataError",
@@ -30,6 +31,7 @@ __all__ = [
     "data_loading",
     "dataset_names",
     "eval_batches",
+    "load_data",
     "load_dataset",
     "load_extra",
     "match_classes",

@@ -1,46 +1,34 @@
 """Batches of one epoch, cut and augmented on the device that holds the images."""
 
 import contextlib
-import math
-from collections.abc import Generator, Iterator, Mapping
+import functools
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from awp_engine.config import own_images
-from awp_engine.data.augment.recipe import Batch, Drawn, Recipe, Samples
-from awp_engine.data.dataset import random_order_key
-from awp_engine.data.framing import Images, Request, Requests, every_row
-from awp_engine.data.split import Look, Split, StreamedSplit
+from awp_engine.data.augment.augmentation import Augmentation, DrawnSamples
+from awp_engine.data.loaders.framing import Images, Request, Requests, every_row
+from awp_engine.data.order import epoch_order, extra_rows, random_order_key
+from awp_engine.data.split import AugmentArgs, Samples, Split, StreamedSplit
+from awp_engine.distributed.batch import Batch
 from awp_engine.distributed.share import rank_share
-from awp_kernels.philox import mix_seed, sample_words
+from awp_kernels.philox import mix_seed
 
-_STREAM_ORDER = 3
-_STREAM_EXTRA_ORDER = 8
 _STREAM_PLACE = 9
-_ROUNDS = 6
 
 
 def train_batches(
     split: Samples,
+    augmentation: Augmentation,
     *,
     batch_size: int,
     seed: int,
     epoch: int,
-    pad: int,
-    flip: bool,
     drop_last: bool = False,
-    cutout: int = 0,
-    fill: tuple[float, ...] | None = None,
-    cutmix: float = 0.0,
-    mixup: float = 0.0,
-    mixup_alpha: float = 0.8,
-    rand_augment: float | None = None,
-    erase: float = 0.0,
-    erase_std: tuple[float, ...] | None = None,
-    num_classes: int | None = None,
     extra: Samples | None = None,
     extra_fraction: float = 0.5,
     first: int = 0,
@@ -51,8 +39,6 @@ def train_batches(
     """One epoch of shuffled, augmented batches; every sample of `split` comes exactly once.
 
     What a sample looks like depends on (seed, epoch, id) alone, and under CutMix and MixUp on the set it belongs to.
-    First comes the crop, then mirroring, Cutout, RandAugment, random erasing, and last CutMix or MixUp, whose partner
-    is treated as in its own place.
 
     Extra images are taken in a random order that goes on from epoch to epoch: each is used before any is used again,
     and the order is drawn anew for every pass, the first of which begins with epoch 1. An epoch that takes more of them
@@ -61,24 +47,11 @@ def train_batches(
 
     Args:
         split: what is trained on, in memory or made batch by batch.
+        augmentation: what is done to images and labels.
         batch_size: samples a batch, extra ones included; the last one may be smaller.
         seed: the run's seed.
         epoch: with the seed, decides order and augmentation.
-        pad: zero padding of the random crop, in pixels; 0 for no crop.
-        flip: mirror half of the images.
         drop_last: leave out a last batch that is not full, for the sake of equal shapes.
-        cutout: side in pixels of the square that is filled in every image; 0 for none.
-        fill: what Cutout fills with, and the mean of the noise that erasing fills with, one value in [0, 1] a channel:
-            the data set's mean does what is done to normalised images by zeros. Needed with cutout and erase.
-        cutmix: probability that an image has a box replaced by that of another; 0 for never. With cutmix or mixup all
-            labels are shares, fp32 [B, num_classes].
-        mixup: probability that an image is blended with another; one that is boxed is not blended too, so both
-            probabilities are 1 together at most.
-        mixup_alpha: both parameters of the Beta distribution of the blended shares.
-        rand_augment: magnitude of RandAugment's two operations, 0 to 10; None for none.
-        erase: probability that a rectangle of an image is filled with noise; 0 for never.
-        erase_std: deviation of that noise, one value a channel; None fills with `fill` itself.
-        num_classes: needed with cutmix and mixup.
         extra: further images, of the same shape on the same device, with ids of their own. They are mixed with each
             other, not with those of `split`.
         extra_fraction: part of every batch that is extra, rounded to whole images, more than 0 and less than 1. The
@@ -94,42 +67,22 @@ def train_batches(
 
     Source of the batches' composition: Carmon et al.: Unlabeled Data Improves Adversarial Robustness, NeurIPS 2019.
     """
-    _check_batch_size(batch_size)
     if not 0 <= rank < ranks:
         raise ValueError(f"rank: {rank}; expected 0 to {ranks - 1}, of {ranks} ranks")
-    recipe = Recipe(
-        seed=seed,
-        epoch=epoch,
-        pad=pad,
-        flip=flip,
-        cutout=cutout,
-        fill=fill,
-        cutmix=cutmix,
-        mixup=mixup,
-        mixup_alpha=mixup_alpha,
-        rand_augment=rand_augment,
-        erase=erase,
-        erase_std=erase_std,
-        num_classes=num_classes,
-    )
-    recipe.check(split, "split")
-    own_size, extra_size = (batch_size, 0) if extra is None else _shares(batch_size, extra_fraction)
-    rows = torch.arange(len(split))
-    key = random_order_key(split.ids_of(rows), seed=mix_seed(seed, epoch), stream=_STREAM_ORDER)
-    order = rows[torch.argsort(key, stable=True)]
-    if drop_last:
-        order = order[: len(order) // own_size * own_size]
-    sizes = _sizes(len(order), own_size)
-    drawn = [recipe.draw(split, order)]
-    pieces = [_pieces(sizes)]
+    augmentation.require_fit(split, "split")
+    sizes = _sizes(len(split), batch_size, None if extra is None else extra_fraction, drop_last)
+    order = epoch_order(split.ids_of(torch.arange(len(split))), seed=seed, epoch=epoch)
+    drawn = [augmentation.draw(split, order, seed=seed, epoch=epoch)]
+    pieces = [_pieces(own for own, _ in sizes)]
     if extra is not None:
-        recipe.check(extra, "extra")
+        augmentation.require_fit(extra, "extra")
         _check_extra(extra, split)
-        pieces.append(_pieces(_extra_sizes(sizes, own_size, extra_size)))
-        count = pieces[1][-1].stop if pieces[1] else 0
-        drawn.append(recipe.draw(extra, _extra_rows(len(extra), first=(epoch - 1) * count, count=count, seed=seed)))
+        pieces.append(_pieces(more for _, more in sizes))
+        count = sum(more for _, more in sizes)
+        rows = extra_rows(len(extra), first=(epoch - 1) * count, count=count, seed=seed)
+        drawn.append(augmentation.draw(extra, rows, seed=seed, epoch=epoch))
     plan = _Plan(drawn, list(zip(*pieces, strict=True)), mix_seed(seed, epoch), rank, ranks)
-    return _made(plan, range(first, len(sizes)), recipe.look, batch_size, memory_format)
+    return _made(plan, range(first, len(sizes)), augmentation.args, batch_size, memory_format)
 
 
 class Batches:
@@ -140,6 +93,7 @@ class Batches:
 
     Args:
         split: what is trained on; where it lies and what makes its images is its own affair.
+        augmentation: what is done to images and labels.
         global_batch_size: images of a batch, over all ranks.
         seed: the run's.
         rank: whose part of every batch is wanted.
@@ -148,17 +102,16 @@ class Batches:
         extra_fraction: part of every batch that is extra.
         drop_last: leave out a last batch that is not full.
         memory_format: of the images.
-        **looks: pad, flip and the other arguments of `train_batches` that images and labels depend on.
 
     Raises:
         ValueError: an argument is out of range.
 
     Example:
-        >>> from awp_engine.data import Split
+        >>> from awp_engine.data import Augmentation, Split
         >>> split = Split(images=torch.zeros(5, 1, 2, 2).byte(), labels=torch.arange(5), ids=torch.arange(5))
-        >>> batches = Batches(split, global_batch_size=2, seed=0, pad=0, flip=False)
+        >>> batches = Batches(split, Augmentation(), global_batch_size=2, seed=0)
         >>> first = next(iter(batches)).ids
-        >>> later = Batches(split, global_batch_size=2, seed=0, pad=0, flip=False)
+        >>> later = Batches(split, Augmentation(), global_batch_size=2, seed=0)
         >>> later.load_state_dict(batches.state_dict())
         >>> sorted(torch.cat([first, *(batch.ids for batch in later)]).tolist())
         [0, 1, 2, 3, 4]
@@ -167,6 +120,7 @@ class Batches:
     def __init__(
         self,
         split: Samples,
+        augmentation: Augmentation,
         *,
         global_batch_size: int,
         seed: int,
@@ -176,23 +130,24 @@ class Batches:
         extra_fraction: float = 0.5,
         drop_last: bool = False,
         memory_format: torch.memory_format = torch.contiguous_format,
-        **looks: Any,
     ) -> None:
-        sizes = batch_sizes(len(split), global_batch_size, None if extra is None else extra_fraction)
-        self.sizes = [size for size in sizes if not drop_last or size == global_batch_size]
+        fraction = None if extra is None else extra_fraction
+        self.sizes = [own + more for own, more in _sizes(len(split), global_batch_size, fraction, drop_last)]
         """Images of every batch, over all ranks."""
-        self._arguments = {
-            "batch_size": global_batch_size,
-            "seed": seed,
-            "rank": rank,
-            "ranks": ranks,
-            "extra": extra,
-            "extra_fraction": extra_fraction,
-            "drop_last": drop_last,
-            "memory_format": memory_format,
-            **looks,
-        }
-        self._split, self._epoch, self._next = split, 1, 0
+        self._train_batches = functools.partial(
+            train_batches,
+            split,
+            augmentation,
+            batch_size=global_batch_size,
+            seed=seed,
+            drop_last=drop_last,
+            extra=extra,
+            extra_fraction=extra_fraction,
+            rank=rank,
+            ranks=ranks,
+            memory_format=memory_format,
+        )
+        self._epoch, self._next = 1, 0
         self._of = {
             "batches": len(self.sizes),
             "images": sum(self.sizes),
@@ -214,7 +169,7 @@ class Batches:
 
     def epoch(self, epoch: int, *, first: int = 0) -> Generator[Batch, None, None]:
         """The batches of an epoch from number `first` on, whatever the state is."""
-        return train_batches(self._split, epoch=epoch, first=first, **self._arguments)
+        return self._train_batches(epoch=epoch, first=first)
 
     def set_epoch(self, epoch: int) -> None:
         """Begin an epoch; the one that a state has just been loaded for is gone on with."""
@@ -252,10 +207,7 @@ def batch_sizes(split_size: int, batch_size: int, extra_fraction: float | None =
     >>> batch_sizes(300, 128), len(batch_sizes(50_000, 128, 0.5))
     ([128, 128, 44], 782)
     """
-    _check_batch_size(batch_size)
-    own_size, extra_size = (batch_size, 0) if extra_fraction is None else _shares(batch_size, extra_fraction)
-    sizes = _sizes(split_size, own_size)
-    return [a + b for a, b in zip(sizes, _extra_sizes(sizes, own_size, extra_size), strict=True)]
+    return [own + more for own, more in _sizes(split_size, batch_size, extra_fraction, drop_last=False)]
 
 
 def eval_batches(
@@ -275,56 +227,21 @@ def eval_batches(
 def _evaluated(
     split: Split | StreamedSplit, requests: Requests, memory_format: torch.memory_format
 ) -> Generator[Batch, None, None]:
-    with contextlib.closing(split.looks(requests, Look(), memory_format)) as looks:
-        for request, images in zip(requests.make(), looks, strict=True):
-            yield Batch(images, split.labels_of(request.rows), split.ids_of(request.rows).to(split.device))
+    with contextlib.closing(split.augmented(requests, AugmentArgs(), memory_format)) as augmented:
+        for request, images in zip(requests.make(), augmented, strict=True):
+            labels, ids = split.labels_of(request.rows), split.ids_of(request.rows).to(split.device)
+            yield Batch(images, labels, ids, len(images))
 
 
-def _extra_rows(size: int, *, first: int, count: int, seed: int) -> Tensor:
-    """Places `first` to `first + count - 1` of an endless sequence of shuffled passes over `size` rows."""
-    pieces = [torch.empty(0, dtype=torch.int64)]
-    for number in range(first // size, -(-(first + count) // size)):
-        start = number * size
-        places = torch.arange(max(first - start, 0), min(first + count - start, size))
-        pieces.append(shuffled(places, size, seed=mix_seed(seed, number)))
-    return torch.cat(pieces)
+def _sizes(count: int, batch_size: int, extra_fraction: float | None, drop_last: bool) -> list[tuple[int, int]]:
+    """Own images and extra ones of every batch; the latter rounded half up in the last one, as in the full ones."""
+    _check_batch_size(batch_size)
+    size, extra = (batch_size, 0) if extra_fraction is None else _shares(batch_size, extra_fraction)
+    own_sizes = [min(size, count - start) for start in range(0, count, size)]
+    return [(own, (2 * own * extra + size) // (2 * size)) for own in own_sizes if not drop_last or own == size]
 
 
-def shuffled(places: Tensor, size: int, *, seed: int) -> Tensor:
-    """Which of `size` rows, shuffled by the seed, stand at these places, int64 [n]: no table of all of them is needed.
-
-    A Feistel network on pairs of digits (l, r) of bases a and b, a * b just above size: a round adds a random function
-    of one digit to the other one. What falls outside goes through it again.
-
-    Source: Black, Rogaway: Ciphers with Arbitrary Finite Domains, CT-RSA 2002.
-
-    >>> sorted(shuffled(torch.arange(10), 10, seed=3).tolist()) == list(range(10))
-    True
-    """
-    a = math.isqrt(max(size - 1, 0)) + 1
-    b = -(-size // a)
-    values, left = places.clone(), torch.arange(len(places))
-    while len(left):
-        digits = [values[left] // b, values[left] % b]
-        for number in range(_ROUNDS):
-            which, base = number % 2, (a, b)[number % 2]
-            word = sample_words(digits[1 - which], 1, seed=mix_seed(seed, number), stream=_STREAM_EXTRA_ORDER)[:, 0]
-            digits[which] = (digits[which] + (word * base >> 32)) % base
-        values[left] = digits[0] * b + digits[1]
-        left = left[values[left] >= size]
-    return values
-
-
-def _sizes(count: int, size: int) -> list[int]:
-    return [min(size, count - start) for start in range(0, count, size)]
-
-
-def _extra_sizes(sizes: list[int], own_size: int, extra_size: int) -> list[int]:
-    """Rounded half up, as in the full batches."""
-    return [(2 * size * extra_size + own_size) // (2 * own_size) for size in sizes]
-
-
-def _pieces(sizes: list[int]) -> list[slice]:
+def _pieces(sizes: Iterable[int]) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise(accumulate(sizes, initial=0))]
 
 
@@ -338,17 +255,21 @@ class _Plan(NamedTuple):
         rank, ranks: whose part is wanted.
     """
 
-    drawn: list[Drawn]
+    drawn: list[DrawnSamples]
     pieces: list[tuple[slice, ...]]
     seed: int
     rank: int
     ranks: int
 
+    def size(self, index: int) -> int:
+        """Samples of a batch, over all ranks."""
+        return sum(piece.stop - piece.start for piece in self.pieces[index])
+
     def places(self, index: int) -> list[Tensor]:
         """Of a batch's own samples and extra ones, int64 [n] each, and how they are put in order, int64 [their sum]."""
         pieces = self.pieces[index]
         places = [torch.arange(piece.start, piece.stop) for piece in pieces]
-        share, _ = rank_share(sum(map(len, places)), self.rank, self.ranks)
+        share, _ = rank_share(self.size(index), self.rank, self.ranks)
         if len(places) == 1:
             own = places[0][share]
             return [own, torch.arange(len(own))]
@@ -362,30 +283,33 @@ class _Plan(NamedTuple):
 
 
 def _made(
-    plan: _Plan, indices: range, look: Look, batch_size: int, memory_format: torch.memory_format
+    plan: _Plan, indices: range, args: AugmentArgs, batch_size: int, memory_format: torch.memory_format
 ) -> Generator[Batch, None, None]:
     """The batches at `indices`."""
 
-    def looks(which: int) -> Images:
+    def augmented(which: int) -> Images:
         drawn = plan.drawn[which]
 
         def make() -> Iterator[Request]:
             return (drawn.request(plan.places(index)[which]) for index in indices)
 
         # every image may have another one mixed in
-        return drawn.split.looks(Requests(make, 2 * batch_size), look, memory_format)
+        return drawn.split.augmented(Requests(make, 2 * batch_size), args, memory_format)
 
     with contextlib.ExitStack() as stack:
-        streams = [looks(which) for which in range(len(plan.drawn))]
+        streams = [augmented(which) for which in range(len(plan.drawn))]
         for stream in streams:
             stack.enter_context(contextlib.closing(stream))
         for index in indices:
             *places, order = plan.places(index)
-            parts = [d.batch(p, next(s)) for d, p, s in zip(plan.drawn, places, streams, strict=True)]
+            size = plan.size(index)
+            parts = [d.batch(p, next(s), size) for d, p, s in zip(plan.drawn, places, streams, strict=True)]
             batch = parts[0]
             if len(parts) > 1:
                 order = order.to(batch.images.device, non_blocking=True)
-                batch = Batch(*(torch.cat(fields)[order] for fields in zip(*parts, strict=True)))
+                fields = zip(*(part[:3] for part in parts), strict=True)
+                images, labels, ids = (torch.cat(tensors)[order] for tensors in fields)
+                batch = Batch(images, labels, ids, size)
             # RandAugment and erasing have an order of their own
             yield batch._replace(images=batch.images.contiguous(memory_format=memory_format))
 

@@ -8,8 +8,9 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from awp_engine.data.order import random_order_key
 from awp_engine.data.split import Split, StreamedSplit
-from awp_kernels.philox import mix_seed, sample_words
+from awp_kernels.philox import mix_seed
 
 _STREAM_HOLD_OUT = 4
 _STREAM_TRAIN_LIMIT = 5
@@ -206,12 +207,6 @@ def limit_evenly(split: Split | StreamedSplit, limit: int, *, seed: int, classes
     chosen = torch.zeros(len(split), dtype=torch.bool)
     chosen[torch.argsort(turn * classes + labels, stable=True)[:limit]] = True
     return chosen
-
-
-def random_order_key(ids: Tensor, *, seed: int, stream: int) -> Tensor:
-    """63 random bits for every sample id, int64 [N]; sorting by them shuffles."""
-    words = sample_words(ids, 2, seed=seed, stream=stream)
-    return (words[:, 0] << 31) | (words[:, 1] >> 1)
 
 
 def channel_statistics(parts: Sequence[Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from awp_engine.config import DataConfig
 from awp_engine.data.dataset import (
     DataError,
     Dataset,
@@ -17,17 +18,64 @@ from awp_engine.data.dataset import (
 )
 from awp_engine.data.loaders.choose import InMemory, Loading, shape_of, streamed
 from awp_engine.data.loaders.files_loader import Reader
+from awp_engine.data.loaders.framing import Framing
 from awp_engine.data.sets.cifar import CIFAR10, CIFAR100, read_cifar
 from awp_engine.data.sets.digits import read_digits
 from awp_engine.data.sets.inspect import decode
+from awp_engine.data.sets.scan_list import bad_files
 from awp_engine.data.sets.sources import Source, open_source, source_names
 from awp_engine.data.sets.store import EncodedImages
 from awp_engine.data.sets.svhn import read_svhn
 from awp_engine.data.split import Split, StreamedSplit
 
 dataset_names = ("digits", "cifar10", "cifar100", "svhn", *source_names)
+# the hold-out is the same for every run, so that runs of different seeds can be compared
+_HOLD_OUT_SEED = 0
 # of the images that cannot be used, in a message
 _SHOWN = 6
+
+
+def load_data(data: DataConfig, loading: Loading | None = None) -> Dataset:
+    """The data set that the settings name.
+
+    Args:
+        data: the settings.
+        loading: how; None: as the settings want it, on the CPU.
+
+    Raises:
+        DataError: naming the file that is missing or damaged.
+    """
+    return load_dataset(
+        data.name,
+        root=data.root,
+        held_out_fraction=data.held_out_fraction,
+        seed=_HOLD_OUT_SEED,
+        train_limit=data.train_limit,
+        loading=loading or data_loading(data, torch.device("cpu")),
+    )
+
+
+def data_loading(data: DataConfig, device: torch.device, root: Path | None = None) -> Loading:
+    """How the settings of data want images to be loaded.
+
+    Args:
+        data: the settings.
+        device: where batches are wanted.
+        root: of the data set, in place of the settings'.
+
+    Raises:
+        DataError: files of the data set are listed as unusable, and are not to be skipped.
+    """
+    root = root or data.root
+    least_area = data.crop_scale if data.crop == "resized" else None
+    return Loading(
+        loader=data.loader,
+        device=device,
+        framing=Framing(size=data.image_size, least_area=least_area, central=data.center_crop),
+        workers=data.workers,
+        resident_share=data.resident_share,
+        skip=frozenset() if root is None else bad_files(root, data.bad_files, path=data.bad_list),
+    )
 
 
 def load_dataset(

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
-from awp_engine.data.framing import Images, Requests, every_row
+from awp_engine.data.loaders.framing import Images, Requests, every_row
 from awp_engine.data.sets.store import EncodedImages, ImageArrays
 from awp_kernels import augment
 
 _CHUNK = 256
 
 
-class Look(NamedTuple):
+class AugmentArgs(NamedTuple):
     """What `awp_kernels.augment` does to an image; by default nothing."""
 
     pad: int = 0
@@ -31,6 +31,43 @@ class Loader(Protocol):
 
     def stream(self, store: Any, requests: Requests) -> Images:
         """uint8 [n, C, H, W] for each request, on the device; `store` is of a kind that the loader reads."""
+        ...
+
+
+class Samples(Protocol):
+    """What batches are made of: a `Split`, a `StreamedSplit` or `ExtraImages`."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of every image, [C, H, W]."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where images come to."""
+        ...
+
+    @property
+    def largest_label(self) -> int:
+        """Of all samples."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def ids_of(self, rows: Tensor) -> Tensor:
+        """The samples' ids, int64 [n], on the CPU."""
+        ...
+
+    def labels_of(self, rows: Tensor) -> Tensor:
+        """The samples' labels, int64 [n]."""
+        ...
+
+    def others(self, rows: Tensor, numbers: Tensor) -> Tensor:
+        """The rows of the images that are number `numbers`, in [0, len - 1), among all but `rows`, by their ids."""
+        ...
+
+    def augmented(self, requests: Requests, args: AugmentArgs, memory_format: torch.memory_format) -> Images:
+        """The images of every request, fp32 [n, C, H, W] in [0, 1]."""
         ...
 
 
@@ -104,7 +141,7 @@ class Split(_Labelled):
         """Itself."""
         return self
 
-    def looks(self, requests: Requests, look: Look, memory_format: torch.memory_format) -> Images:
+    def augmented(self, requests: Requests, args: AugmentArgs, memory_format: torch.memory_format) -> Images:
         """fp32 [n, C, H, W] in [0, 1] for each request, on the split's device."""
         for request in requests.make():
             yield augment(
@@ -113,7 +150,7 @@ class Split(_Labelled):
                 sample_ids=request.ids.to(self.device, non_blocking=True),
                 seed=request.seed or 0,
                 memory_format=memory_format,
-                **look._asdict(),
+                **args._asdict(),
             )
 
 
@@ -161,10 +198,10 @@ class StreamedSplit(_Labelled):
             done += len(images)
         return Split(images=pixels.permute(0, 3, 1, 2), labels=self.labels, ids=self.ids.to(self.device))
 
-    def looks(self, requests: Requests, look: Look, memory_format: torch.memory_format) -> Images:
-        """As `Split.looks`."""
+    def augmented(self, requests: Requests, args: AugmentArgs, memory_format: torch.memory_format) -> Images:
+        """As `Split.augmented`."""
         streamed = self._stream(requests)
-        return looks_of(streamed, requests, look, memory_format, shape=self.shape, device=self.device)
+        return augment_streamed(streamed, requests, args, memory_format, shape=self.shape, device=self.device)
 
     def _stream(self, requests: Requests) -> Images:
         return self.loader.stream(self.store, requests.nonempty(self.rows))
@@ -177,20 +214,20 @@ def others_by_id(ids: Tensor, rows: Tensor, numbers: Tensor) -> Tensor:
     return by_id[numbers + (numbers >= place[rows])]
 
 
-def looks_of(
+def augment_streamed(
     streamed: Images,
     requests: Requests,
-    look: Look,
+    args: AugmentArgs,
     memory_format: torch.memory_format,
     *,
     shape: tuple[int, int, int],
     device: torch.device,
 ) -> Images:
-    """What `look` makes of images uint8 [n, *shape] as they come, on `device`; no image comes for an empty request."""
+    """What `args` makes of images uint8 [n, *shape] as they come, on `device`; no image comes for an empty request."""
     with contextlib.closing(streamed):
         for request in requests.make():
             if not len(request.rows):
                 yield torch.empty(0, *shape, device=device)
                 continue
             ids, seed = request.ids.to(device, non_blocking=True), request.seed or 0
-            yield augment(next(streamed), sample_ids=ids, seed=seed, memory_format=memory_format, **look._asdict())
+            yield augment(next(streamed), sample_ids=ids, seed=seed, memory_format=memory_format, **args._asdict())

@@ -11,8 +11,7 @@ A training step, run by all ranks:
     (losses.sum() * ranks / global_batch_size).backward()   # gradients are averaged over ranks: a mean over samples
     with awp.perturbed():                               # one all-reduce of a vector; the next pass gathers w + v
         (losses.sum() * ranks / global_batch_size).backward()
-    optimizer.grad_norm = total_norm(optimizer.gradients())   # one all-reduce of a number
-    optimizer.step()
+    optimizer.step(grad_norm=total_norm(optimizer.gradients()))   # one all-reduce of a number
 
 Several passes for one gradient: `model.set_requires_gradient_sync(False)` before all but the last, and True before it;
 gradients stay whole on every rank until then.

@@ -4,12 +4,13 @@ import contextlib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from awp_engine.attack.pgd import pgd
+from awp_engine.attack import Attack
+from awp_engine.config import Config
 from awp_engine.data import Split, StreamedSplit, eval_batches
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.models.answers import predicted
@@ -19,50 +20,6 @@ from awp_kernels.philox import mix_seed
 
 # separates the evaluation's noise from the training's, which is derived from the same seed
 _EVALUATION_NOISE = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class PgdAttack:
-    """The attack that measures robustness: cross-entropy PGD from a random start, BN in eval mode.
-
-    Attributes:
-        epsilon: radius of the ball, on pixels in [0, 1].
-        step_size: length of a step, in the same units.
-        steps: number of steps.
-        norm: "linf" or "l2".
-        seed: of the starting points.
-    """
-
-    epsilon: float
-    step_size: float
-    steps: int
-    norm: Literal["linf", "l2"]
-    seed: int = 0
-
-    def __call__(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        *,
-        sample_ids: Tensor | None,
-        seed: int | None = None,
-        observe: Callable[[int, Tensor], None] | None = None,
-    ) -> Tensor:
-        """The attacked images; see `pgd`. `seed` stands in for the attack's own."""
-        return pgd(
-            model,
-            x,
-            y,
-            nonfinite="ignore",  # what is measured may have diverged
-            epsilon=self.epsilon,
-            step_size=self.step_size,
-            steps=self.steps,
-            norm=self.norm,
-            sample_ids=sample_ids,
-            seed=self.seed if seed is None else seed,
-            observe=observe,
-        )
 
 
 class BlindImages:
@@ -93,6 +50,17 @@ def evaluation_seed(run_seed: int) -> int:
     return mix_seed(run_seed, _EVALUATION_NOISE)
 
 
+def evaluation_attack(config: Config) -> Attack:
+    """The attack that a run is measured by: cross-entropy PGD from a random start, BN in eval mode."""
+    return Attack(
+        epsilon=config.attack.epsilon_value,
+        step_size=config.evaluation_step_size,
+        steps=config.evaluation.steps,
+        norm=config.attack.norm,
+        seed=evaluation_seed(config.seed),
+    )
+
+
 _AnySplit = TypeVar("_AnySplit", bound=Split | StreamedSplit)
 
 
@@ -106,7 +74,7 @@ def spread(split: _AnySplit, limit: int | None) -> _AnySplit:
 def evaluate(
     model: nn.Module,
     split: Split | StreamedSplit,
-    attack: PgdAttack,
+    attack: Attack,
     *,
     batch_size: int,
     ranks: Ranks | None = None,
@@ -141,7 +109,7 @@ def evaluate(
             for _ in range(-(-len(split) // ranks.world // batch_size) or 1):
                 if between is not None:
                     between()
-                for x, y, ids in itertools.islice(batches, 1):
+                for x, y, ids, _ in itertools.islice(batches, 1):
                     with region("evaluation"):
                         with torch.no_grad():
                             right = predicted(model(x)) == y

@@ -2,15 +2,15 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
-from awp_engine.attack.pgd import Start, pgd, summed_cross_entropy, summed_margin
+from awp_engine.attack import Start, pgd, summed_cross_entropy, summed_margin
 from awp_engine.data import Split, eval_batches
 from awp_engine.evaluation.accuracy import BlindImages
 from awp_engine.models.answers import predicted
@@ -36,7 +36,7 @@ class EvaluationError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attack:
+class NamedAttack:
     """What a name stands for.
 
     Attributes:
@@ -93,8 +93,14 @@ class Outcome:
     details: dict[str, Any] = field(default_factory=dict)
     resumed: dict[str, Any] | None = None
 
+    @classmethod
+    def of_batches(cls, batches: Iterable[tuple[Tensor, Tensor, Tensor]], **facts: dict[str, Any]) -> Self:
+        """Of attacked images, which hold, and for which a gradient was not finite, batch by batch."""
+        x_adv, holds, unseen = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        return cls(x_adv=x_adv, held=holds & ~unseen, blind=holds & unseen, **facts)
 
-def parse_attack(name: str) -> Attack:
+
+def parse_attack(name: str) -> NamedAttack:
     """The attack that `name` stands for, such as pgd20, cw, or regional-frame-28.
 
     Raises:
@@ -103,12 +109,12 @@ def parse_attack(name: str) -> Attack:
     if name == "cw":
         name = f"cw{_CW_STEPS}"
     if name in ("clean", "fgsm", "square", "autoattack"):
-        return Attack(name=name, family=name)
+        return NamedAttack(name=name, family=name)
     if match := _STEPPED.fullmatch(name):
-        return Attack(name=name, family="pgd" if match[1] == "pgd" else "cw", steps=int(match[2]))
+        return NamedAttack(name=name, family="pgd" if match[1] == "pgd" else "cw", steps=int(match[2]))
     if match := _REGIONAL.fullmatch(name):
         shape: Any = match[1]
-        return Attack(name=name, family="regional", shape=shape, percent=int(match[2]))
+        return NamedAttack(name=name, family="regional", shape=shape, percent=int(match[2]))
     raise EvaluationError(f"--attacks: expected {NAMES}; got {name[:80]!r}")
 
 
@@ -155,7 +161,7 @@ def in_ball(x_adv: Tensor, x: Tensor, threat: Threat) -> Tensor:
 def gradient_attack(
     model: nn.Module,
     split: Split,
-    attack: Attack,
+    attack: NamedAttack,
     threat: Threat,
     *,
     restarts: int,
@@ -184,8 +190,8 @@ def gradient_attack(
     elif attack.family == "clean":
         epsilon, step_size, start, restarts = Fraction(0), Fraction(0), "none", 1
     loss = summed_margin if attack.family == "cw" else summed_cross_entropy
-    attacked, held, unseen = [], [], []
-    for x, y, ids in eval_batches(split, batch_size):
+    done = []
+    for x, y, ids, _ in eval_batches(split, batch_size):
         x_adv = x.clone()
         holds, blind = predict(model, x, batch_size) == y, torch.zeros_like(y, dtype=torch.bool)
         for restart in range(restarts if steps else 0):
@@ -211,9 +217,7 @@ def gradient_attack(
             x_adv[left] = moved
             blind[left] |= gradients.found
             holds[left] &= predict(model, moved, batch_size) == y[left]
-        attacked.append(x_adv)
-        held.append(holds & ~blind)
-        unseen.append(holds & blind)
+        done.append((x_adv, holds, blind))
     parameters: dict[str, Any] = {}
     details: dict[str, Any] = {}
     # a run's own config.json may say any step, and it comes with the run; a few steps are weak by name
@@ -229,10 +233,4 @@ def gradient_attack(
             "start": start,
             "restarts": restarts,
         }
-    return Outcome(
-        x_adv=torch.cat(attacked),
-        held=torch.cat(held),
-        blind=torch.cat(unseen),
-        parameters=parameters,
-        details=details,
-    )
+    return Outcome.of_batches(done, parameters=parameters, details=details)

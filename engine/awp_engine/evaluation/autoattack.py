@@ -228,7 +228,7 @@ def autoattack(
     Raises:
         EvaluationError: the package is missing, or cannot attack such images or so few classes.
     """
-    x, y, _ = next(eval_batches(split, len(split)))
+    x, y, *_ = next(eval_batches(split, len(split)))
     with _quiet_package(x.device) as flags:
         classes = int(model(x[:1]).shape[1])
         require_suitable(split, classes, attacks, threat)

@@ -14,12 +14,9 @@ from torch import Tensor
 from awp_engine.evaluation.gates import GateReport
 from awp_engine.evaluation.results import Pictures
 from awp_engine.models.answers import NO_CLASS
-from awp_engine.observe.drawing import drawable
+from awp_engine.observe.drawing import BLUE, GREY, VERMILION, drawable, tidy
+from awp_engine.observe.metrics import read_metrics
 from awp_engine.observe.report import CURVES, plot_learning_curves
-from awp_engine.observe.run_log import read_metrics
-
-# Okabe and Ito's colours, which colour-blind readers tell apart
-_BLUE, _VERMILION, _GREY = "#0072B2", "#D55E00", "#666666"
 
 
 def _png(figure: Figure) -> bytes:
@@ -39,51 +36,46 @@ def learning_curves(run_dir: Path, selected_epoch: int | None = None) -> bytes |
         return (Path(directory) / CURVES).read_bytes()
 
 
-def _accuracy_axes(figure: Figure) -> Axes:
+def _accuracy(
+    places: Sequence[int], right: Sequence[int], images: int, digits: int, **style: Any
+) -> tuple[Figure, Axes]:
+    """A curve of `right` of `images`, each point with its percentage."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.set_ylim(-0.03, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_ylabel("accuracy")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    return axes
+    tidy(axes)
+    values = [count / images for count in right]
+    axes.plot(places, values, markersize=5, **style)
+    for place, value in zip(places, values, strict=True):
+        axes.annotate(f"{value:.{digits}%}", (place, value), textcoords="offset points", xytext=(6, 5), fontsize=8)
+    return figure, axes
 
 
-def _tick_values(values: Sequence[Any], labels: Sequence[str], axes: Axes) -> None:
-    axes.set_xticks(list(values), labels=list(labels))
+def _name_ticks(axes: Axes, places: Sequence[int], names: Sequence[str]) -> None:
+    axes.set_xticks(list(places), labels=list(names))
     axes.minorticks_off()
 
 
 def epsilon_curve(gates: GateReport, norm: str) -> bytes:
     """Accuracy against the radius of the ball."""
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = _accuracy_axes(figure)
-    radii = [float(radius) for radius, _ in gates.epsilon_curve]
-    right = [count / gates.images for _, count in gates.epsilon_curve]
+    radii, right = zip(*gates.epsilon_curve, strict=True)
     # even distances: from a grey level to the whole range is too much for a linear scale
     places = range(len(radii))
-    axes.plot(places, right, color=_BLUE, marker="o", markersize=5)
-    axes.axvline(
-        [radius for radius, _ in gates.epsilon_curve].index(gates.epsilon), color=_GREY, linewidth=1, linestyle=":"
-    )
-    for place, value in zip(places, right, strict=True):
-        axes.annotate(f"{value:.0%}", (place, value), textcoords="offset points", xytext=(6, 5), fontsize=8)
-    _tick_values(places, [f"{radius:.3g}" for radius in radii], axes)
+    figure, axes = _accuracy(places, right, gates.images, 0, color=BLUE, marker="o")
+    axes.axvline(radii.index(gates.epsilon), color=GREY, linewidth=1, linestyle=":")
+    _name_ticks(axes, places, [f"{float(radius):.3g}" for radius in radii])
     axes.set_xlabel(f"epsilon ({norm}); dotted: the evaluation's")
     return _png(figure)
 
 
 def steps_curve(gates: GateReport) -> bytes:
     """Accuracy against the number of PGD's steps."""
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = _accuracy_axes(figure)
-    steps = [steps for steps, _ in gates.steps_curve]
-    right = [count / gates.images for _, count in gates.steps_curve]
+    steps, right = zip(*gates.steps_curve, strict=True)
+    figure, axes = _accuracy(steps, right, gates.images, 1, color=VERMILION, marker="s")
     axes.set_xscale("log")
-    axes.plot(steps, right, color=_VERMILION, marker="s", markersize=5)
-    for place, value in zip(steps, right, strict=True):
-        axes.annotate(f"{value:.1%}", (place, value), textcoords="offset points", xytext=(6, 5), fontsize=8)
-    _tick_values(steps, [str(number) for number in steps], axes)
+    _name_ticks(axes, steps, [str(number) for number in steps])
     axes.set_xlabel("steps of PGD")
     return _png(figure)
 
@@ -115,10 +107,10 @@ def picture_rows(pictures: Pictures, class_names: Sequence[str]) -> bytes:
             grid[row, column].set_title(
                 "no answer" if predicted == NO_CLASS else drawable(class_names[predicted], 14),
                 fontsize=9,
-                color="black" if predicted == label else _VERMILION,
+                color="black" if predicted == label else VERMILION,
                 parse_math=False,
             )
-        grid[2, column].set_title(f"largest {largest:.3g}", fontsize=8, color=_GREY)
+        grid[2, column].set_title(f"largest {largest:.3g}", fontsize=8, color=GREY)
     for row, name in enumerate(("clean", "attacked", "difference")):
         grid[row, 0].set_ylabel(name)
     return _png(figure)

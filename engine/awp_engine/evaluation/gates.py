@@ -14,7 +14,7 @@ from fractions import Fraction
 import torch
 from torch import nn
 
-from awp_engine.attack.pgd import summed_cross_entropy
+from awp_engine.attack import summed_cross_entropy
 from awp_engine.data import Split, eval_batches
 from awp_engine.evaluation.attacks import Threat, gradient_attack, parse_attack, predict
 from awp_engine.evaluation.autoattack import Budget, autoattack
@@ -86,7 +86,7 @@ class _Gradients:
 
 def _gradients(model: nn.Module, split: Split, batch_size: int) -> _Gradients:
     missing, not_finite, zeros = 0, 0, 0
-    for x, y, _ in eval_batches(split, batch_size):
+    for x, y, *_ in eval_batches(split, batch_size):
         x.requires_grad_()
         with torch.enable_grad():
             logits = model(x)
@@ -105,7 +105,7 @@ def _gradients(model: nn.Module, split: Split, batch_size: int) -> _Gradients:
 def _differing_answers(model: nn.Module, split: Split, batch_size: int) -> int:
     """Images whose logits are not the same twice, but for what a GPU's order of summation may do."""
     differing = 0
-    for x, _, _ in eval_batches(split, batch_size):
+    for x, *_ in eval_batches(split, batch_size):
         once, again = model(x), model(x)
         same = (once == again) | (once.isnan() & again.isnan())
         allowed = (once - again).abs() <= _REPEATED * once.abs().amax(1, keepdim=True)

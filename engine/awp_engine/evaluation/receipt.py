@@ -1,7 +1,6 @@
 """What a measured accuracy depends on, written down beside it."""
 
 import hashlib
-import importlib.metadata
 import platform
 from collections.abc import Mapping
 from fractions import Fraction
@@ -55,16 +54,6 @@ def _precision(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _package_versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = dict(versions())
-    for name in ("pyautoattack", "safetensors"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
 def make_receipt(
     model: nn.Module,
     split: Split,
@@ -102,6 +91,6 @@ def make_receipt(
         "batch_size": batch_size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "threads": torch.get_num_threads(),
-        "versions": _package_versions(),
+        "versions": versions("pyautoattack", "safetensors"),
         "commit": source_commit(),
     }

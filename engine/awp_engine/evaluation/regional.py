@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from awp_engine.data import Split, eval_batches
-from awp_engine.evaluation.attacks import Attack, EvaluationError, Outcome, Shape, perturbation_norms
+from awp_engine.evaluation.attacks import EvaluationError, NamedAttack, Outcome, Shape, perturbation_norms
 from awp_engine.models.answers import predicted
 from awp_kernels import pgd_step_
 from awp_kernels.philox import STREAM_UNIFORM, mix_seed, sample_words
@@ -103,7 +103,7 @@ def region_mask(shape: Shape, percent: int, height: int, width: int, *, sample_i
 def regional_attack(
     model: nn.Module,
     split: Split,
-    attack: Attack,
+    attack: NamedAttack,
     *,
     seed: int,
     batch_size: int,
@@ -129,9 +129,9 @@ def regional_attack(
     """
     if attack.shape is None:
         raise ValueError(f"attack: expected a regional one, got {attack.name}")
-    attacked, held, unseen, norms, taken = [], [], [], [], []
+    done, norms, taken = [], [], []
     height, width = split.images.shape[2:]
-    for x, y, ids in eval_batches(split, batch_size):
+    for x, y, ids, _ in eval_batches(split, batch_size):
         mask = region_mask(attack.shape, attack.percent, height, width, sample_ids=ids, seed=seed)
         with torch.no_grad():
             logits = model(x)
@@ -150,15 +150,8 @@ def regional_attack(
             blind[active] |= ~gradient.isfinite().flatten(1).all(1)
             moved = current.detach()
             # epsilon 1 bounds nothing on [0, 1]
-            pgd_step_(
-                moved,
-                gradient,
-                x[active],
-                step_size=-float(step_size),
-                epsilon=1.0,
-                norm="linf",
-                mask=mask[active],
-            )
+            length, region = -float(step_size), mask[active]
+            pgd_step_(moved, gradient, x[active], step_size=length, epsilon=1.0, norm="linf", mask=region)
             x_adv[active] = moved
             count[active] += 1
             with torch.no_grad():
@@ -167,9 +160,7 @@ def regional_attack(
         flipped = right & ~holds
         norms.append({name: value[flipped] for name, value in perturbation_norms(x_adv, x).items()})
         taken.append(count[flipped])
-        attacked.append(x_adv)
-        held.append(holds & ~blind)
-        unseen.append(holds & blind)
+        done.append((x_adv, holds, blind))
     flipped_steps = torch.cat(taken)
     details: dict[str, Any] = {"flipped": len(flipped_steps)}
     if len(flipped_steps):
@@ -184,10 +175,4 @@ def regional_attack(
         "target": "wrong class with the largest clean logit",
         "bound": "the region and [0, 1] alone, no epsilon",
     }
-    return Outcome(
-        x_adv=torch.cat(attacked),
-        held=torch.cat(held),
-        blind=torch.cat(unseen),
-        parameters=parameters,
-        details=details,
-    )
+    return Outcome.of_batches(done, parameters=parameters, details=details)

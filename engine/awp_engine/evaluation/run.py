@@ -107,7 +107,7 @@ def _data(subject: Subject, name: str | None, root: Path | None) -> Dataset:
         root = config.data.root if root is None else root
         # of files only the test images are wanted
         loader = "auto" if name in source_names else "resident"
-        loading = replace(data_loading(config, torch.device("cpu"), root), loader=loader, resident_share=0.0)
+        loading = replace(data_loading(config.data, torch.device("cpu"), root), loader=loader, resident_share=0.0)
     return load_dataset(name, root=root, held_out_fraction=0.0, seed=0, loading=loading)
 
 

@@ -13,8 +13,8 @@ from awp_engine.data import Split, eval_batches
 from awp_engine.evaluation.accuracy import spread
 from awp_engine.evaluation.attack_state import StateFile
 from awp_engine.evaluation.attacks import (
-    Attack,
     EvaluationError,
+    NamedAttack,
     Outcome,
     Threat,
     gradient_attack,
@@ -41,7 +41,7 @@ from awp_engine.models.answers import NO_CLASS
 _PICTURES = 6
 
 
-def _package_attacks(attack: Attack) -> tuple[str, ...]:
+def _package_attacks(attack: NamedAttack) -> tuple[str, ...]:
     """What of pyautoattack an attack runs."""
     return {"autoattack": STANDARD, "square": ("square",)}.get(attack.family, ())
 
@@ -49,7 +49,7 @@ def _package_attacks(attack: Attack) -> tuple[str, ...]:
 def _run_attack(
     model: nn.Module,
     split: Split,
-    attack: Attack,
+    attack: NamedAttack,
     threat: Threat,
     *,
     restarts: int,
@@ -106,7 +106,7 @@ def _ball_gate(rows: Sequence[Row], threat: Threat) -> Gate:
     )
 
 
-def _pictures(attack: Attack, x: Tensor, y: Tensor, clean: Tensor, outcome: Outcome, after: Tensor) -> Pictures:
+def _pictures(attack: NamedAttack, x: Tensor, y: Tensor, clean: Tensor, outcome: Outcome, after: Tensor) -> Pictures:
     # those that were right before and are not any more come first
     order = torch.argsort(((clean != y) | (after == y)).long(), stable=True)[:_PICTURES]
     return Pictures(
@@ -122,7 +122,7 @@ def _pictures(attack: Attack, x: Tensor, y: Tensor, clean: Tensor, outcome: Outc
 def measure(
     model: nn.Module,
     split: Split,
-    attacks: Sequence[Attack],
+    attacks: Sequence[NamedAttack],
     threat: Threat,
     *,
     seed: int,
@@ -163,7 +163,7 @@ def measure(
         raise EvaluationError("--attacks: expected at least one name, got none")
     if states is not None and not identity:
         raise ValueError("identity: needed with states, to tell one evaluation's progress from another's")
-    x, y, _ = next(eval_batches(split, len(split)))
+    x, y, *_ = next(eval_batches(split, len(split)))
     if gates_limit is not None or any(map(_package_attacks, attacks)):
         require_package()
     rows, pictures = [], []

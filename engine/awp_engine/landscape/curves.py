@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from awp_engine.attack import Attack
 from awp_engine.data import Batch
-from awp_engine.evaluation import PgdAttack
 from awp_engine.landscape.directions import Direction
 from awp_engine.landscape.moving import WorkingCopy
 from awp_engine.landscape.robust_loss import Report, robust_losses
@@ -30,7 +30,7 @@ def curve_1d(
     direction: Direction,
     amounts: Sequence[float],
     batches: Sequence[Batch],
-    attack: PgdAttack,
+    attack: Attack,
     *,
     restarts: int = 1,
     report: Report | None = None,
@@ -69,7 +69,7 @@ def surface_2d(
     first_amounts: Sequence[float],
     second_amounts: Sequence[float],
     batches: Sequence[Batch],
-    attack: PgdAttack,
+    attack: Attack,
     *,
     restarts: int = 1,
     report: Report | None = None,

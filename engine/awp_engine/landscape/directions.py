@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from awp_engine.attack.pgd import batch_norm_mode, summed_cross_entropy
+from awp_engine.attack import Attack, summed_cross_entropy
 from awp_engine.data import Batch
-from awp_engine.evaluation import PgdAttack
+from awp_engine.models.batch_norm import batch_norm_mode
 from awp_kernels.awp import is_perturbed
 from awp_kernels.philox import mix_seed, normals
 
@@ -104,7 +104,7 @@ def random_direction(
 def adversarial_direction(
     model: nn.Module,
     batches: Sequence[Batch],
-    attack: PgdAttack,
+    attack: Attack,
     *,
     scope: Scope = "layer",
     select: Callable[[nn.Module], Sequence[str]] = perturbed_weights,
@@ -126,7 +126,7 @@ def adversarial_direction(
     names = list(select(model))
     chosen = [parameters[name] for name in names]
     sums = [torch.zeros_like(parameter) for parameter in chosen]
-    for x, y, ids in batches:
+    for x, y, ids, _ in batches:
         x_adv = attack(model, x, y, sample_ids=ids)
         with batch_norm_mode(model, "eval", update_statistics=False), torch.enable_grad():
             gradients = torch.autograd.grad(summed_cross_entropy(model(x_adv), y), chosen)

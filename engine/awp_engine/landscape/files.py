@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 
+from awp_engine.attack import Attack
 from awp_engine.checkpoint import CheckpointError, export_model
 from awp_engine.config import ConfigError
 from awp_engine.data import Split
-from awp_engine.evaluation import PgdAttack
 from awp_engine.files.atomic import atomic_write_text
+from awp_engine.files.digest import sha256_of
 from awp_engine.files.text import json_text
 from awp_engine.landscape.measure import Measurement, Mode, Settings, interval_facts
 from awp_engine.landscape.plots import plot_curves, plot_flatness, plot_surfaces
-from awp_engine.landscape.runs import Run, attack_facts, sha256_of
+from awp_engine.landscape.runs import Run, attack_facts
+from awp_engine.models.trained import CONFIG_FILE
 from awp_engine.observe.drawing import attempt
 from awp_engine.observe.report import prepare_directory, print_table, source_commit, versions
 
@@ -40,7 +42,7 @@ class Receipt:
     runs: Sequence[Run]
     split: str
     images: Split
-    attack: PgdAttack
+    attack: Attack
     settings: Settings
     batch_size: int
     device: torch.device
@@ -91,7 +93,7 @@ def prepare_output(given: Path | None, runs: Sequence[Path]) -> Path:
     Raises:
         ConfigError: none was given for several runs or for a file, or it cannot be written.
     """
-    if given is None and (len(runs) > 1 or not (runs[0] / "config.json").is_file()):
+    if given is None and (len(runs) > 1 or not (runs[0] / CONFIG_FILE).is_file()):
         raise ConfigError("--output: expected a directory for the figures, unless there is a single run directory")
     output = runs[0] / "landscape" if given is None else given
     try:

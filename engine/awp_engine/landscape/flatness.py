@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from awp_engine.attack.pgd import summed_cross_entropy
+from awp_engine.attack import Attack, summed_cross_entropy
 from awp_engine.data import Batch
-from awp_engine.evaluation import PgdAttack
 from awp_engine.landscape.bootstrap import Interval, mean_interval
 from awp_engine.landscape.directions import gaussian_like, name_key, random_direction, weights_and_biases
 from awp_engine.landscape.moving import WorkingCopy
@@ -88,7 +87,7 @@ def _require(name: str, value: float, minimum: float) -> None:
 def average_flatness(
     model: nn.Module,
     batches: Sequence[Batch],
-    attack: PgdAttack,
+    attack: Attack,
     *,
     xi: float = 0.5,
     count: int = 10,
@@ -161,7 +160,7 @@ def _joint_ascent(
     copy: WorkingCopy,
     displacement: dict[str, Tensor],
     batches: Sequence[Batch],
-    attack: PgdAttack,
+    attack: Attack,
     *,
     xi: float,
     epochs: int,
@@ -175,14 +174,14 @@ def _joint_ascent(
         fp64 [N], the loss of every image at the end.
     """
     attacked = []
-    for x, _, ids in batches:
+    for x, _, ids, _ in batches:
         x_adv = x.clone()
         pgd_init_(x_adv, x, epsilon=attack.epsilon, norm=attack.norm, sample_ids=ids, seed=seed)
         attacked.append(x_adv)
     copy.move_relative_(displacement)
     moving = copy.parameters(displacement)
     for _ in range(epochs):
-        for x_adv, (x, y, _) in zip(attacked, batches, strict=True):
+        for x_adv, (x, y, *_) in zip(attacked, batches, strict=True):
             x_adv.requires_grad_()
             with torch.enable_grad():
                 loss = summed_cross_entropy(copy.model(x_adv), y)
@@ -202,7 +201,7 @@ def _joint_ascent(
 def worst_flatness(
     model: nn.Module,
     batches: Sequence[Batch],
-    attack: PgdAttack,
+    attack: Attack,
     *,
     xi: float = 0.003,
     epochs: int = 20,

@@ -7,13 +7,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from awp_engine.attack import Attack
 from awp_engine.data import Batch
-from awp_engine.evaluation import PgdAttack
 from awp_engine.landscape.bootstrap import LEVEL, RESAMPLES, Interval, mean_interval
 from awp_engine.landscape.curves import curve_1d, grid, surface_2d
 from awp_engine.landscape.directions import Direction, adversarial_direction, random_direction
 from awp_engine.landscape.flatness import average_flatness, worst_flatness
-from awp_engine.landscape.progress import Progress
+from awp_engine.landscape.progress import ProgressLines
 from awp_engine.landscape.robust_loss import robust_losses
 from awp_engine.landscape.runs import Run
 from awp_kernels.philox import mix_seed
@@ -80,7 +80,7 @@ class Measurement:
 
 
 def work(mode: Mode, settings: Settings, runs: int, images: int, steps: int) -> int:
-    """How many gradients of images a mode takes, roughly: what `Progress` counts."""
+    """How many gradients of images a mode takes, roughly: what `ProgressLines` counts."""
     attacks = {
         "1d": settings.points * (settings.directions + 1),
         "2d": settings.points_2d**2,
@@ -112,7 +112,7 @@ def _columns(intervals: Sequence[Interval]) -> dict[str, list[float]]:
 
 
 def measure_curves(
-    runs: Sequence[Run], batches: Sequence[Batch], attack: PgdAttack, settings: Settings, progress: Progress
+    runs: Sequence[Run], batches: Sequence[Batch], attack: Attack, settings: Settings, progress: ProgressLines
 ) -> Measurement:
     """The robust loss along random directions, the same for all runs, and along each run's own gradient."""
     entries, losses = [], {}
@@ -153,7 +153,7 @@ def measure_curves(
 
 
 def measure_surfaces(
-    runs: Sequence[Run], batches: Sequence[Batch], attack: PgdAttack, settings: Settings, progress: Progress
+    runs: Sequence[Run], batches: Sequence[Batch], attack: Attack, settings: Settings, progress: ProgressLines
 ) -> Measurement:
     """The robust loss over the plane of two random directions, or of the run's own gradient and a random one."""
     entries, losses = [], {}
@@ -189,7 +189,7 @@ def measure_surfaces(
 
 
 def measure_flatness(
-    runs: Sequence[Run], batches: Sequence[Batch], attack: PgdAttack, settings: Settings, progress: Progress
+    runs: Sequence[Run], batches: Sequence[Batch], attack: Attack, settings: Settings, progress: ProgressLines
 ) -> Measurement:
     """Average-case and worst-case flatness of every run at every xi, with their intervals."""
     entries, losses = [], {}

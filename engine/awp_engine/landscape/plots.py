@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from awp_engine.observe.drawing import drawable, legend, plottable, save
+from awp_engine.observe.drawing import BLUE, GREEN, VERMILION, drawable, legend, plottable, save, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; markers and line styles differ as well.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = (BLUE, VERMILION, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # a wider range than this is drawn on a logarithmic axis
@@ -34,11 +33,6 @@ def _plottable(values: Any) -> Any:
     if isinstance(values, list):
         return [_plottable(value) for value in values]
     return values if values is None else plottable(values)
-
-
-def _tidy(axes: Axes) -> None:
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _loss_axis(axes: Axes, values: Sequence[float]) -> None:
@@ -92,7 +86,7 @@ def plot_curves(path: Path, runs: Sequence[Mapping[str, Any]], title: str) -> No
         axes.axvline(0, color="black", linewidth=0.8, linestyle=":")
         axes.set_xlabel(_AXIS[kind])
         _loss_axis(axes, drawn)
-        _tidy(axes)
+        tidy(axes)
         if axes is panels[0]:
             legend(axes, series)
     panels[0].set_ylabel("robust loss (cross-entropy, nats)")
@@ -196,7 +190,7 @@ def plot_flatness(path: Path, runs: Sequence[Mapping[str, Any]], title: str) -> 
         axes.axhline(0, color="black", linewidth=0.8, linestyle=":")
         axes.set_xlabel("xi: radius of the ball, as a fraction of each layer's norm")
         axes.set_title(f"{kind}-case flatness (lower is flatter)", fontsize="medium")
-        _tidy(axes)
+        tidy(axes)
         if axes is panels[0]:
             legend(axes, series)
     panels[0].set_ylabel("rise of the robust loss (nats)")

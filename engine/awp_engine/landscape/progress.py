@@ -11,7 +11,7 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-class Progress:
+class ProgressLines:
     """Prints a line every few seconds.
 
     Args:

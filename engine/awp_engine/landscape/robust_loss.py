@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awp_engine.attack.pgd import batch_norm_mode
+from awp_engine.attack import Attack
 from awp_engine.data import Batch, Split, eval_batches
-from awp_engine.evaluation import PgdAttack
+from awp_engine.models.batch_norm import batch_norm_mode
 from awp_kernels.philox import mix_seed
 
 Report = Callable[[int], None]
@@ -31,7 +31,7 @@ def robust_loss(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    attack: PgdAttack,
+    attack: Attack,
     *,
     restarts: int = 1,
     sample_ids: Tensor | None = None,
@@ -70,7 +70,7 @@ def robust_loss(
 def robust_losses(
     model: nn.Module,
     batches: Sequence[Batch],
-    attack: PgdAttack,
+    attack: Attack,
     *,
     restarts: int = 1,
     report: Report | None = None,
@@ -83,7 +83,7 @@ def robust_losses(
     return torch.cat(
         [
             robust_loss(model, x, y, attack, restarts=restarts, sample_ids=ids, report=report).cpu()
-            for x, y, ids in batches
+            for x, y, ids, _ in batches
         ]
     )
 
@@ -91,6 +91,6 @@ def robust_losses(
 def as_batches(split: Split, batch_size: int, memory_format: torch.memory_format) -> list[Batch]:
     """All of a split as fp32 batches, held in memory, since they are visited many times."""
     return [
-        Batch(images.contiguous(memory_format=memory_format), labels, ids)
-        for images, labels, ids in eval_batches(split, batch_size)
+        batch._replace(images=batch.images.contiguous(memory_format=memory_format))
+        for batch in eval_batches(split, batch_size)
     ]

@@ -1,7 +1,6 @@
 """The runs that a figure compares: their weights, and what they must have in common."""
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,16 +8,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from awp_engine import checkpoint
 from awp_engine.checkpoint import CheckpointError
 from awp_engine.config import Config, ConfigError, config_hash, load_config, parse_amount
-from awp_engine.data import DataError, Dataset, Split, match_classes, shown
+from awp_engine.data import DataError, Dataset, Split, load_data, match_classes, shown
 from awp_engine.evaluation.accuracy import spread
+from awp_engine.files.digest import sha256_of
 from awp_engine.models.class_names import difference
-from awp_engine.models.trained import CHECKPOINTS, MODEL_FILE, load_model
-from awp_engine.train.trainer import load_data
+from awp_engine.models.trained import CONFIG_FILE, find_weights, is_weights, load_model
 
-CONFIG = "config.json"
 SPLITS = {"train": "train", "held-out": "held_out", "test": "test"}
 
 
@@ -64,52 +61,12 @@ def find_config(path: Path) -> Config:
     """
     folders = [path, *path.resolve().parents[:2]] if path.is_dir() else list(path.resolve().parents[:3])
     for folder in folders:
-        if (folder / CONFIG).is_file():
-            return load_config(folder / CONFIG)
+        if (folder / CONFIG_FILE).is_file():
+            return load_config(folder / CONFIG_FILE)
     raise ConfigError(
-        f"{path}: expected a run directory, or weights inside one: no {CONFIG} here or in the folders above, "
+        f"{path}: expected a run directory, or weights inside one: no {CONFIG_FILE} here or in the folders above, "
         "which says what images and which attack to measure with"
     )
-
-
-def find_weights(path: Path, which: str | None) -> tuple[Path, Path]:
-    """Where a run's weights are.
-
-    Args:
-        path: a run directory, one of its checkpoints, or a .safetensors file.
-        which: "best" or "last"; None means best. For run directories only.
-
-    Returns:
-        What `load_model` is to be given, and the safetensors file that it reads.
-
-    Raises:
-        CheckpointError: nothing there, or `which` for a path that is one set of weights already.
-    """
-    is_checkpoint = (path / "manifest.json").is_file()
-    if which is not None and (path.is_file() or is_checkpoint):
-        raise CheckpointError(
-            f"{path}: --checkpoint {which} chooses within a run directory; leave it out for {path.name}"
-        )
-    if path.is_file():
-        return path, path
-    if is_checkpoint:
-        return path, path / MODEL_FILE
-    if which != "last" and (path / MODEL_FILE).is_file():
-        return path, path / MODEL_FILE
-    latest = checkpoint.load_latest(path / CHECKPOINTS) if path.is_dir() else None
-    if latest is None:
-        raise CheckpointError(
-            f"{path}: expected a run directory, a checkpoint or a .safetensors file; found none of them"
-        )
-    return (
-        (latest.path, latest.path / MODEL_FILE) if which == "last" else (path, latest.path / "best_model.safetensors")
-    )
-
-
-def sha256_of(file: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
@@ -130,12 +87,16 @@ def open_runs(paths: Sequence[Path], *, which: str | None, device: torch.device)
     """
     runs: list[Run] = []
     for label, path in zip(_labels(paths), paths, strict=True):
+        if which is not None and is_weights(path):
+            raise CheckpointError(
+                f"{path}: --checkpoint {which} chooses within a run directory; leave it out for {path.name}"
+            )
         # first, as a path that does not exist has neither
-        source, file = find_weights(path, which)
+        source, file = find_weights(path, which or "best")
         config = find_config(path)
         known = next((run.data for run in runs if run.config.data == config.data), None)
         model = load_model(source, device)
-        data, _ = match_classes(model.class_names, load_data(config) if known is None else known, str(path))
+        data, _ = match_classes(model.class_names, load_data(config.data) if known is None else known, str(path))
         sha256 = sha256_of(file)
         runs.append(Run(label=label, path=path, file=file, sha256=sha256, config=config, model=model, data=data))
     for run in runs[1:]:

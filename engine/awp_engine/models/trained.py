@@ -11,11 +11,13 @@ from torch import Tensor
 
 from awp_engine import checkpoint
 from awp_engine.checkpoint import CheckpointError
+from awp_engine.checkpoint.layout import MANIFEST
 from awp_engine.models import NormalizedClassifier, build_model, load_public_state_dict
 from awp_engine.models.class_names import from_json, to_json
 
 MODEL_FILE = "model.safetensors"
 CHECKPOINTS = "checkpoints"
+CONFIG_FILE = "config.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,16 +97,48 @@ def _weights(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any], Path]
         tensors, metadata = checkpoint.read_model(path)
         return tensors, metadata, path
     # a checkpoint first: it holds a file of the same name, without the description
-    if (path / "manifest.json").is_file():
+    if (path / MANIFEST).is_file():
         return _group(checkpoint.load(path), "model")
     if (path / MODEL_FILE).is_file():
         return _weights(path / MODEL_FILE)
-    latest = checkpoint.load_latest(path / CHECKPOINTS)
+    return _group(_latest(path), "best_model")
+
+
+def _latest(run_dir: Path) -> checkpoint.Checkpoint:
+    latest = checkpoint.load_latest(run_dir / CHECKPOINTS) if run_dir.is_dir() else None
     if latest is None:
         raise CheckpointError(
-            f"{path}: expected a run directory, a checkpoint or a .safetensors file; found none of them"
+            f"{run_dir}: expected a run directory, a checkpoint or a .safetensors file; found none of them"
         )
-    return _group(latest, "best_model")
+    return latest
+
+
+def is_weights(path: Path) -> bool:
+    """Whether `path` is one set of weights, a .safetensors file or a checkpoint, rather than a run."""
+    return path.is_file() or (path / MANIFEST).is_file()
+
+
+def find_weights(path: Path, which: str = "best") -> tuple[Path, Path]:
+    """Where a run's weights are.
+
+    Args:
+        path: a run directory, one of its checkpoints, or a .safetensors file.
+        which: of a run directory: "best", the weights that it selected, or "last", the newest checkpoint's.
+
+    Returns:
+        What `load_model` is to be given, and the safetensors file that it reads.
+
+    Raises:
+        CheckpointError: nothing there, or no sound checkpoint.
+    """
+    if path.is_file():
+        return path, path
+    if (path / MANIFEST).is_file() or (which == "best" and (path / MODEL_FILE).is_file()):
+        return path, path / MODEL_FILE
+    latest = _latest(path)
+    return (
+        (latest.path, latest.path / MODEL_FILE) if which == "last" else (path, latest.path / "best_model.safetensors")
+    )
 
 
 def _built(description: ModelDescription, weights: Mapping[str, Tensor], path: Path) -> NormalizedClassifier:

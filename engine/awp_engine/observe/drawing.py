@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Drawn = TypeVar("Drawn")
+# Okabe and Ito's colours, which colour-blind readers tell apart; markers and line styles differ as well
+BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 # matplotlib's arithmetic on an axis overflows beyond
 _LARGEST = 1e150
 
@@ -41,6 +43,12 @@ def legend(axes: Axes, series: Sequence[tuple[Any, str]]) -> None:
     drawn = axes.legend([artist for artist, _ in series], [""] * len(series), frameon=False, loc="best")
     for text, (_, name) in zip(drawn.get_texts(), series, strict=True):
         text.set(text=drawable(name), parse_math=False)
+
+
+def tidy(axes: Axes) -> None:
+    """A faint grid, and no frame above and on the right."""
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def plottable(value: float) -> float:

@@ -18,21 +18,18 @@ from rich.text import Text
 import awp_engine
 from awp_engine.files.atomic import atomic_write_text, naming, temporary_beside
 from awp_engine.files.text import json_text, printable
-from awp_engine.observe.drawing import plottable, save
+from awp_engine.observe.drawing import BLUE, GREEN, GREY, VERMILION, plottable, save, tidy
 
 REPORT = "report.json"
 CURVES = "learning_curves.png"
 _REQUIRED = ("clean_accuracy", "pgd20_accuracy", "train_pgd_accuracy", "seconds", "epochs", "config_hash")
 _PROBE_BYTES = 1 << 16
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; markers and line styles differ as well.
-_BLUE, _VERMILION, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 
-
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that a result depends on; None for one that is not installed."""
+def versions(*more: str) -> dict[str, str | None]:
+    """Versions of Python, of what every result depends on and of `more`; None for a package not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("torch", "numpy"):
+    for name in ("torch", "numpy", *more):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -42,7 +39,7 @@ def versions() -> dict[str, str | None]:
 
 def source_commit() -> str | None:
     """The git commit of this package's source tree, with "-dirty" where it was changed; None outside a checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     root = package.parent.parent
     # Not any repository above: an environment inside somebody's project is not our source tree.
     if package.parent.name != "engine" or not (root / ".git").exists():
@@ -109,7 +106,7 @@ def plot_learning_curves(
 
     Args:
         run_dir: an existing directory.
-        metrics: what `run_log.read_metrics` returns.
+        metrics: what `metrics.read_metrics` returns.
         selected_epoch: the epoch whose weights were kept, to be marked.
 
     Raises:
@@ -122,27 +119,17 @@ def plot_learning_curves(
     loss_axes, accuracy_axes, rate_axes = figure.subplots(3, 1, sharex=True, height_ratios=(3, 4, 1.5))
     few = len(metrics) <= 40
     lines = [
-        (loss_axes, "loss", "training, attacked", _GREY, "-", "o"),
-        (accuracy_axes, "held_out_clean_accuracy", "held-out, clean", _BLUE, "-", "o"),
-        (accuracy_axes, "train_pgd_accuracy", "training, PGD", _GREEN, "--", "^"),
-        (accuracy_axes, "held_out_pgd_accuracy", "held-out, PGD", _VERMILION, "-", "s"),
-        (rate_axes, "lr", "", _GREY, "-", "o" if len(metrics) == 1 else ""),
+        (loss_axes, "loss", "training, attacked", GREY, "-", "o"),
+        (accuracy_axes, "held_out_clean_accuracy", "held-out, clean", BLUE, "-", "o"),
+        (accuracy_axes, "train_pgd_accuracy", "training, PGD", GREEN, "--", "^"),
+        (accuracy_axes, "held_out_pgd_accuracy", "held-out, PGD", VERMILION, "-", "s"),
+        (rate_axes, "lr", "", GREY, "-", "o" if len(metrics) == 1 else ""),
     ]
-    for axes, name, label, colour, style, marker in lines:
+    for axes, name, label, colour, line, marker in lines:
         x, y = _curve(metrics, name)
-        drawn = "steps-post" if name == "lr" else "default"
-        axes.plot(
-            x,
-            y,
-            color=colour,
-            linestyle=style,
-            marker=marker if few else "",
-            markersize=4,
-            label=label,
-            drawstyle=drawn,
-        )
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        style = {"color": colour, "linestyle": line, "marker": marker if few else "", "markersize": 4}
+        axes.plot(x, y, label=label, drawstyle="steps-post" if name == "lr" else "default", **style)
+        tidy(axes)
         if selected_epoch is not None:
             axes.axvline(selected_epoch, color="black", linewidth=1, linestyle=":")
     if selected_epoch is not None:

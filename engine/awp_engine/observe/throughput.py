@@ -1,4 +1,4 @@
-"""What a step costs, and what the machine could do: for the log and for the benchmarks."""
+"""What a model costs, and what the machine could do: for the log and for the benchmarks."""
 
 import resource
 import time
@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from awp_engine.config import Config
 from awp_kernels import use_backend
 
 
@@ -28,26 +27,6 @@ def forward_flops(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
         for module, mode in zip(model.modules(), training, strict=True):
             module.training = mode
     return counter.get_total_flops()
-
-
-def forward_units(config: Config) -> float:
-    """What one step of a method must compute for an image, in forward passes.
-
-    A backward pass costs one unit for the gradient of activations, and one for that of weights.
-    """
-    steps = config.attack.steps if config.attack.epsilon_value > 0 else 0
-    # AT passes attacked images alone, the others clean ones as well
-    training = 3.0 if config.method == "at" else 6.0
-    # TRADES passes clean images once before the attack, and Auto-PGD attacked ones after its last step
-    once_more = config.method in ("trades", "rst") or config.attack.kind == "apgd"
-    attack = 2.0 * steps + (1.0 if once_more and steps else 0.0)
-    if config.awp.gamma == 0:
-        ascent = 0.0
-    elif config.awp.ascent == "shared":
-        ascent = 1.0
-    else:
-        ascent = training * config.awp.ascent_steps / config.awp.every
-    return attack + ascent + training
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:

@@ -37,25 +37,16 @@ class AdamW(Optimizer):
             weights, rounded.
 
     Attributes:
-        grad_scale: what the gradients were multiplied by, or None.
-        found_inf: not 0 where the step is to be left out, or None.
-        grad_norm: of all gradients as they are; not finite: the step is left out; or None.
-        max_norm: largest norm of the unscaled gradients, to which longer ones are scaled down; or None.
+        working: by parameter, its working copy, as given.
         averages: by parameter, a tensor that follows it.
         average_weight: what a step counts in the averages, in [0, 1], a number or a one-element tensor.
         weight_norms: empty; `awp_kernels.SGD` finds its weights' norms in passing, this step does not.
-        decay_at_out: False; nothing else is served.
 
     Raises:
-        ValueError: a number out of range, or, in `step`, decay_at_out.
+        ValueError: a number out of range.
     """
 
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
-    grad_norm: Tensor | None = None
-    max_norm: float | None = None
     average_weight: float | Tensor = 0.0
-    decay_at_out = False
 
     def __init__(
         self,
@@ -97,17 +88,32 @@ class AdamW(Optimizer):
         return state
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Step all parameters that have a gradient.
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        grad_norm: Tensor | None = None,
+        max_norm: float | None = None,
+    ) -> Any:
+        """Step all parameters that have a gradient; the arguments are those of `awp_kernels.SGD.step`.
 
         Args:
             closure: computes the loss anew, and its gradients.
+            grad_scale: what the gradients were multiplied by.
+            found_inf: not 0 where the step is to be left out.
+            grad_norm: of all gradients as they are; not finite: the step is left out.
+            max_norm: longest norm of the unscaled gradients, to which longer ones are shortened; needs `grad_norm`.
 
         Returns:
             What the closure returned, else None.
+
+        Raises:
+            ValueError: max_norm without grad_norm.
         """
-        if self.decay_at_out:
-            raise ValueError("decay_at_out: False alone is served, got True; use awp_kernels.SGD")
+        if max_norm is not None and grad_norm is None:
+            raise ValueError("max_norm: expected grad_norm with it, the norm of all gradients (see total_norm)")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -117,14 +123,21 @@ class AdamW(Optimizer):
             by_device: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
             for parameter in moved:
                 by_device.setdefault((parameter.device, parameter.dtype), []).append(parameter)
-            for parameters in by_device.values():
-                self._step(group, parameters, [moved[p] for p in parameters])
+            for (device, _), parameters in by_device.items():
+                kept, scale = _kept_and_scale(device, grad_scale, found_inf, grad_norm, max_norm)
+                self._step(group, parameters, [moved[p] for p in parameters], kept, scale)
         return loss
 
-    def _step(self, group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor]) -> None:
+    def _step(
+        self,
+        group: dict[str, Any],
+        parameters: list[Tensor],
+        gradients: list[Tensor],
+        kept: Tensor,
+        scale: Tensor | None,
+    ) -> None:
         """Of parameters on one device, in one precision."""
         states = [self.allocate(parameter) for parameter in parameters]
-        kept, scale = self._kept_and_scale(parameters[0].device)
         torch._foreach_add_([state["step"] for state in states], [kept] * len(states))  # pyright: ignore
         rows = _rows(parameters)
         # shards may have no rows
@@ -158,21 +171,28 @@ class AdamW(Optimizer):
             for average, row in zip(_rows([self.averages[p] for p in averaged]), _rows(averaged), strict=True):
                 average.lerp_(row, share)
 
-    def _kept_and_scale(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """1, or 0 where the step is left out; and what gradients are divided by, None for 1; fp32 scalars."""
-        kept, scale = torch.ones((), device=device), None
-        if self.found_inf is not None:
-            kept = kept * (self.found_inf.to(device).reshape(()) == 0)
-        if self.grad_scale is not None:
-            scale = self.grad_scale.to(device).double().reshape(())
-        if self.grad_norm is not None:
-            norm = self.grad_norm.to(device).double().reshape(())
-            kept = kept * norm.isfinite()
-            if self.max_norm is not None:
-                length = norm if scale is None else norm / scale
-                clip = (self.max_norm / (length + 1e-6)).clamp(max=1.0)
-                scale = 1 / clip if scale is None else scale / clip
-        return kept, None if scale is None else scale.float()
+
+def _kept_and_scale(
+    device: torch.device,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    grad_norm: Tensor | None,
+    max_norm: float | None,
+) -> tuple[Tensor, Tensor | None]:
+    """1, or 0 where the step is left out; and what gradients are divided by, None for 1; fp32 scalars."""
+    kept, scale = torch.ones((), device=device), None
+    if found_inf is not None:
+        kept = kept * (found_inf.to(device).reshape(()) == 0)
+    if grad_scale is not None:
+        scale = grad_scale.to(device).double().reshape(())
+    if grad_norm is not None:
+        norm = grad_norm.to(device).double().reshape(())
+        kept = kept * norm.isfinite()
+        if max_norm is not None:
+            length = norm if scale is None else norm / scale
+            clip = (max_norm / (length + 1e-6)).clamp(max=1.0)
+            scale = 1 / clip if scale is None else scale / clip
+    return kept, None if scale is None else scale.float()
 
 
 def _rows(tensors: list[Tensor]) -> list[Tensor]:

@@ -83,5 +83,5 @@ class WeightAverage:
         recompute_statistics(self.model, forward_passes)
 
     def state(self) -> dict[str, Tensor]:
-        """The averaged parameters, for a checkpoint; to be written back in place, and `count` set."""
+        """The averaged parameters; to be written back in place, and `count` set."""
         return {name: parameter.detach() for name, parameter in self.model.named_parameters()}

@@ -6,7 +6,7 @@ weights are stored in 16 bits, its other parameters as they are; the running sta
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from awp_engine.config import Config, ConfigError
 from awp_engine.distributed.sharding import gathered
 from awp_engine.models.batch_norm import share_memory
 from awp_engine.step.folding import FoldedView
 
-_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-_PARTS = ("attack", "ascent", "descent")
+PARTS = ("attack", "ascent", "descent")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,43 +35,6 @@ def has_fast_bfloat16() -> bool:
     path = Path("/proc/cpuinfo")
     flags = path.read_text() if path.exists() else ""
     return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def choose_precision(config: Config, device: torch.device) -> Precision:
-    """The precision that a run computes in.
-
-    Raises:
-        ConfigError: fp16 on the CPU, which has no arithmetic for it.
-    """
-    cuda = device.type == "cuda"
-    # one norm over parameters of two precisions: see `Config`
-    sharpness_aware = config.awp.gamma > 0 and config.awp.scale != "relative"
-    chosen: dict[str, torch.dtype | None] = {}
-    for part in _PARTS:
-        name = getattr(config.precision, part)
-        if name == "fp16" and not cuda:
-            raise ConfigError(f"--precision.{part}: expected fp32 or bf16 on the CPU, got 'fp16'")
-        if name != "auto":
-            chosen[part] = _DTYPES[name]
-        elif cuda:
-            chosen[part] = None if sharpness_aware and part != "attack" else torch.float16
-        else:
-            chosen[part] = torch.bfloat16 if part == "attack" and has_fast_bfloat16() else None
-    if config.awp.gamma > 0 and config.awp.ascent == "shared":
-        # the ascent's gradient comes out of the attack's last pass
-        chosen["attack"] = chosen["ascent"]
-    if config.distributed.strategy == "fsdp":
-        # there is one model, whose parameters are gathered in one precision
-        if config.precision.attack == "auto":
-            chosen["attack"] = chosen["descent"]
-        if len(set(chosen.values())) > 1:
-            raise ConfigError(
-                "--precision.attack: expected that of ascent and descent with --distributed.strategy fsdp"
-            )
-    if config.attack.epsilon_value == 0:
-        # no attack, and no copy for it
-        chosen["attack"] = chosen["descent"]
-    return Precision(**chosen)
 
 
 def working_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -100,7 +61,7 @@ def frozen_view(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-class Copies:
+class WorkingModels:
     """The models that the parts of a step run on.
 
     Args:
@@ -207,7 +168,7 @@ class LossScale:
         return {"value": self.value, "growth": self.growth}
 
     @torch.no_grad()
-    def load(self, state: dict[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Tensor]) -> None:
         """What `state` gave."""
         self.value.copy_(state["value"])
         self.growth.copy_(state["growth"])

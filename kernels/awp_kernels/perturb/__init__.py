@@ -1,6 +1,7 @@
 """`perturb_` and `perturb_into_`: move weights along their gradient by a length that is measured in norms."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,127 +10,103 @@ from awp_kernels import _backend, _checks
 from awp_kernels._ball import working_dtype
 from awp_kernels.perturb.reference import filters
 
-
-def _checked(
-    weights: list[Tensor],
-    gamma: float,
-    scope: str,
-    eps: float,
-    scale: str,
-    eta: float,
-    bound: float | None,
-    adaptive: Sequence[bool],
-    weight_norms: Tensor | None,
-) -> None:
-    if not weights:
-        raise ValueError("weights: expected at least one tensor, got an empty list")
-    _checks.one_of("scope", scope, _checks.SCOPES)
-    _checks.finite("gamma", gamma)
-    _checks.finite("eps", eps, minimum=0)
-    _checks.scaling(scale, eta, bound)
-    _checks.adaptive_flags(adaptive, weights, scale)
-    if weight_norms is not None:
-        _checks.weight_norms(weight_norms, weights, scope, scale)
+_RULE = "float gamma, str scope, float eps, str scale, float eta, float? bound, bool[] adaptive, Tensor? weight_norms"
 
 
-@torch.library.custom_op("awp::perturb_", mutates_args=("weights", "saved"))
-def _perturb_(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    gamma: float,
-    saved: list[Tensor],
-    scope: str,
-    eps: float,
-    scale: str,
-    eta: float,
-    bound: float | None,
-    adaptive: Sequence[bool],
-    weight_norms: Tensor | None = None,
-) -> Tensor:
-    _checked(weights, gamma, scope, eps, scale, eta, bound, adaptive, weight_norms)
-    grads = list(grads)
+class _Rule(NamedTuple):
+    """Where weights move to: what follows the tensors in schemas, and in every backend's signature."""
+
+    gamma: float
+    scope: str
+    eps: float
+    scale: str
+    eta: float
+    bound: float | None
+    adaptive: Sequence[bool] | None
+    weight_norms: Tensor | None
+
+    def check(self, weights: list[Tensor]) -> dict[str, list[Tensor]]:
+        """Refuse what does not fit; returns the numbers that lie on the device."""
+        if not weights:
+            raise ValueError("weights: expected at least one tensor, got an empty list")
+        _checks.one_of("scope", self.scope, _checks.SCOPES)
+        _checks.finite("gamma", self.gamma)
+        _checks.finite("eps", self.eps, minimum=0)
+        _checks.scaling(self.scale, self.eta, self.bound)
+        _checks.adaptive_flags(self.adaptive or (), weights, self.scale)
+        return self.numbers(weights)
+
+    def numbers(self, weights: list[Tensor]) -> dict[str, list[Tensor]]:
+        if self.weight_norms is None:
+            return {}
+        _checks.weight_norms(self.weight_norms, weights, self.scope, self.scale)
+        return {"weight_norms": [self.weight_norms]}
+
+    def scales_like(self, weights: list[Tensor]) -> Tensor:
+        self.numbers(weights)
+        counts = {"layer": len(weights), "global": 1, "filter": sum(filters(weight) for weight in weights)}
+        return weights[0].new_empty(counts[self.scope], dtype=working_dtype(weights[0].dtype))
+
+
+@torch.library.custom_op(
+    "awp::perturb_",
+    mutates_args=("weights", "saved"),
+    schema=f"(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] saved, {_RULE}) -> Tensor",
+)
+def _perturb_(weights: list[Tensor], grads: list[Tensor], saved: list[Tensor], *arguments: Any) -> Tensor:
+    rule = _Rule(*arguments)
+    numbers = rule.check(weights)
     written = {"weights": weights, "saved": saved} if saved else {"weights": weights}
-    numbers = {} if weight_norms is None else {"weight_norms": [weight_norms]}
-    _checks.tensor_lists(written, {"grads": grads}, filters=scope == "filter", numbers=numbers)
+    _checks.tensor_lists(written, {"grads": grads}, filters=rule.scope == "filter", numbers=numbers)
     _checks.same_dtype("grads", grads, "weights", weights)
     _checks.same_dtype("saved", saved, "weights", weights)
     run = _backend.select("perturb", weights[0].device, {weights[0].dtype})
-    return run(weights, weights, grads, saved, gamma, scope, eps, scale, eta, bound, list(adaptive), weight_norms)
+    return run(weights, weights, grads, saved, *rule)
 
 
-@torch.library.custom_op("awp::perturb_into_", mutates_args=("out",))
-def _perturb_into_(
-    out: list[Tensor],
-    weights: list[Tensor],
-    grads: list[Tensor],
-    gamma: float,
-    scope: str,
-    eps: float,
-    scale: str,
-    eta: float,
-    bound: float | None,
-    adaptive: Sequence[bool],
-    weight_norms: Tensor | None = None,
-) -> Tensor:
-    _checked(weights, gamma, scope, eps, scale, eta, bound, adaptive, weight_norms)
-    weights, grads = list(weights), list(grads)
-    numbers = {} if weight_norms is None else {"weight_norms": [weight_norms]}
+@torch.library.custom_op(
+    "awp::perturb_into_",
+    mutates_args=("out",),
+    schema=f"(Tensor(a!)[] out, Tensor[] weights, Tensor[] grads, {_RULE}) -> Tensor",
+)
+def _perturb_into_(out: list[Tensor], weights: list[Tensor], grads: list[Tensor], *arguments: Any) -> Tensor:
+    rule = _Rule(*arguments)
+    numbers = rule.check(weights)
     read = {"weights": weights, "grads": grads}
-    _checks.tensor_lists({"out": out}, read, filters=scope == "filter", numbers=numbers)
+    _checks.tensor_lists({"out": out}, read, filters=rule.scope == "filter", numbers=numbers)
     run = _backend.select("perturb", weights[0].device, {out[0].dtype, weights[0].dtype, grads[0].dtype})
-    return run(out, weights, grads, [], gamma, scope, eps, scale, eta, bound, list(adaptive), weight_norms)
-
-
-def _told(scales: Tensor, found_inf: Tensor | None) -> Tensor:
-    """The scales, 0 where the operation says NaN: nothing was followed there."""
-    if found_inf is not None:
-        found_inf.masked_fill_(scales.isnan().any(), 1.0)
-    return scales.nan_to_num_(nan=0.0)
-
-
-def _scales_like(weights: list[Tensor], scope: str) -> Tensor:
-    counts = {"layer": len(weights), "global": 1, "filter": sum(filters(weight) for weight in weights)}
-    return weights[0].new_empty(counts[scope], dtype=working_dtype(weights[0].dtype))
+    return run(out, weights, grads, [], *rule)
 
 
 @_perturb_.register_fake
-def _(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    gamma: float,
-    saved: list[Tensor],
-    scope: str,
-    eps: float,
-    scale: str,
-    eta: float,
-    bound: float | None,
-    adaptive: Sequence[bool],
-    weight_norms: Tensor | None = None,
-) -> Tensor:
+def _(weights: list[Tensor], grads: list[Tensor], saved: list[Tensor], *arguments: Any) -> Tensor:
     _checks.alike("weights", weights, {"grads": grads} | ({"saved": saved} if saved else {}))
-    if weight_norms is not None:
-        _checks.weight_norms(weight_norms, weights, scope, scale)
-    return _scales_like(weights, scope)
+    return _Rule(*arguments).scales_like(weights)
 
 
 @_perturb_into_.register_fake
-def _(
-    out: list[Tensor],
-    weights: list[Tensor],
-    grads: list[Tensor],
-    gamma: float,
-    scope: str,
-    eps: float,
-    scale: str,
-    eta: float,
-    bound: float | None,
-    adaptive: Sequence[bool],
-    weight_norms: Tensor | None = None,
-) -> Tensor:
+def _(out: list[Tensor], weights: list[Tensor], grads: list[Tensor], *arguments: Any) -> Tensor:
     _checks.alike("out", out, {"weights": weights, "grads": grads})
-    if weight_norms is not None:
-        _checks.weight_norms(weight_norms, weights, scope, scale)
-    return _scales_like(weights, scope)
+    return _Rule(*arguments).scales_like(weights)
+
+
+def _call(
+    operation: Callable[..., Tensor],
+    lists: tuple[list[Tensor], ...],
+    weights: Sequence[Tensor],
+    found_inf: Tensor | None,
+    rule: _Rule,
+) -> Tensor:
+    """Returns the scales, 0 where the operation says NaN: nothing was followed there."""
+    if found_inf is not None and weights:
+        _checks.scalar("found_inf", found_inf, (torch.float32,), "weights[0]", weights[0])
+    gamma, scope, eps, scale, eta, bound, adaptive, weight_norms = rule
+    limit = None if bound is None else float(bound)
+    flags = list(adaptive or ())
+    scales = operation(*lists, float(gamma), scope, float(eps), scale, float(eta), limit, flags, weight_norms)
+    if found_inf is not None:
+        found_inf.masked_fill_(scales.isnan().any(), 1.0)
+    return scales.nan_to_num_(nan=0.0)
 
 
 @torch.no_grad()
@@ -210,22 +187,8 @@ def perturb_(
         >>> w
         tensor([3.0000, 4.1000])
     """
-    if found_inf is not None and weights:
-        _checks.scalar("found_inf", found_inf, (torch.float32,), "weights[0]", weights[0])
-    scales = _perturb_(
-        list(weights),
-        list(grads),
-        float(gamma),
-        list(saved or ()),
-        scope,
-        float(eps),
-        scale,
-        float(eta),
-        None if bound is None else float(bound),
-        list(adaptive or ()),
-        weight_norms,
-    )
-    return _told(scales, found_inf)
+    rule = _Rule(gamma, scope, eps, scale, eta, bound, adaptive, weight_norms)
+    return _call(_perturb_, (list(weights), list(grads), list(saved or ())), weights, found_inf, rule)
 
 
 @torch.no_grad()
@@ -269,19 +232,5 @@ def perturb_into_(
     Raises:
         ValueError: as `perturb_` does.
     """
-    if found_inf is not None and weights:
-        _checks.scalar("found_inf", found_inf, (torch.float32,), "weights[0]", weights[0])
-    scales = _perturb_into_(
-        list(out),
-        list(weights),
-        list(grads),
-        float(gamma),
-        scope,
-        float(eps),
-        scale,
-        float(eta),
-        None if bound is None else float(bound),
-        list(adaptive or ()),
-        weight_norms,
-    )
-    return _told(scales, found_inf)
+    rule = _Rule(gamma, scope, eps, scale, eta, bound, adaptive, weight_norms)
+    return _call(_perturb_into_, (list(out), list(weights), list(grads)), weights, found_inf, rule)

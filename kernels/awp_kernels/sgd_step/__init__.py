@@ -1,6 +1,7 @@
 """`sgd_step_`: a whole optimizer step over a list of tensors, and what belongs to it, in one pass through memory."""
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,44 +12,68 @@ _FP32 = (torch.float32,)
 _FP32_FP64 = (torch.float32, torch.float64)
 _FLAG = (torch.float32, torch.bool)
 
+_LISTS = "Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] averages, Tensor(d!)[] out"
+_RULE = (
+    "float[] weight_decay, float lr, Tensor? lr_tensor, float momentum, bool nesterov, Tensor? grad_scale, "
+    "Tensor? found_inf, Tensor? grad_norm, float? max_norm, float average_weight, Tensor? average_weight_tensor"
+)
 
-def _check_options(
-    weights: list[Tensor],
-    momentum_buffers: list[Tensor],
-    out: list[Tensor],
-    lr: float,
-    weight_decay: Sequence[float],
-    momentum: float,
-    nesterov: bool,
-    grad_norm: Tensor | None,
-    max_norm: float | None,
-    average_weight: float,
-    decay_at_out: bool,
-) -> None:
-    if not weights:
-        raise ValueError("weights: expected at least one tensor, got an empty list")
-    _checks.finite("lr", lr, minimum=0)
-    _checks.finite("momentum", momentum, minimum=0)
-    if len(weight_decay) != len(weights):
-        raise ValueError(
-            f"weight_decay: expected a number, or {len(weights)} numbers like weights, got {len(weight_decay)}"
-        )
-    for index, decay in enumerate(weight_decay):
-        _checks.finite(f"weight_decay[{index}]", decay, minimum=0)
-    if momentum and not momentum_buffers:
-        raise ValueError(f"momentum_buffers: expected {len(weights)} tensors like weights for momentum {momentum:g}")
-    if momentum_buffers and not momentum:
-        raise ValueError(f"momentum: expected a number > 0 with momentum_buffers, got {momentum:g}")
-    if nesterov and not momentum:
-        raise ValueError("nesterov: expected momentum > 0, got momentum 0")
-    if max_norm is not None:
-        _checks.finite("max_norm", max_norm, minimum=0)
-        if grad_norm is None:
-            raise ValueError("max_norm: expected grad_norm with it, the norm of all gradients (see total_norm)")
-    if not 0 <= average_weight <= 1:
-        raise ValueError(f"average_weight: expected a number in [0, 1], got {average_weight}")
-    if decay_at_out and not out:
-        raise ValueError("decay_at_out: expected out with it, the copy that the decay is taken from")
+
+class _Rule(NamedTuple):
+    """How weights are stepped: what follows the lists in the schema, and in every backend's signature."""
+
+    weight_decay: Sequence[float]
+    lr: float
+    lr_tensor: Tensor | None
+    momentum: float
+    nesterov: bool
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    grad_norm: Tensor | None
+    max_norm: float | None
+    average_weight: float
+    average_weight_tensor: Tensor | None
+
+    def check(self, weights: list[Tensor], momentum_buffers: list[Tensor]) -> None:
+        if not weights:
+            raise ValueError("weights: expected at least one tensor, got an empty list")
+        _checks.finite("lr", self.lr, minimum=0)
+        _checks.finite("momentum", self.momentum, minimum=0)
+        if len(self.weight_decay) != len(weights):
+            raise ValueError(
+                f"weight_decay: expected a number, or {len(weights)} numbers like weights, got {len(self.weight_decay)}"
+            )
+        for index, decay in enumerate(self.weight_decay):
+            _checks.finite(f"weight_decay[{index}]", decay, minimum=0)
+        if self.momentum and not momentum_buffers:
+            count, momentum = len(weights), f"{self.momentum:g}"
+            raise ValueError(f"momentum_buffers: expected {count} tensors like weights for momentum {momentum}")
+        if momentum_buffers and not self.momentum:
+            raise ValueError(f"momentum: expected a number > 0 with momentum_buffers, got {self.momentum:g}")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov: expected momentum > 0, got momentum 0")
+        if self.max_norm is not None:
+            _checks.finite("max_norm", self.max_norm, minimum=0)
+            if self.grad_norm is None:
+                raise ValueError("max_norm: expected grad_norm with it, the norm of all gradients (see total_norm)")
+        if not 0 <= self.average_weight <= 1:
+            raise ValueError(f"average_weight: expected a number in [0, 1], got {self.average_weight}")
+
+    def numbers(self, weights: list[Tensor]) -> dict[str, list[Tensor]]:
+        """The numbers that lie on the device, checked."""
+        scalars = {
+            "lr": (self.lr_tensor, _FP32_FP64),
+            "grad_scale": (self.grad_scale, _FP32),
+            "found_inf": (self.found_inf, _FLAG),
+            "grad_norm": (self.grad_norm, _FP32_FP64),
+            "average_weight": (self.average_weight_tensor, _FP32_FP64),
+        }
+        result: dict[str, list[Tensor]] = {}
+        for name, (tensor, dtypes) in scalars.items():
+            if tensor is not None:
+                _checks.scalar(name, tensor, dtypes, "weights[0]", weights[0])
+                result[name] = [tensor]
+        return result
 
 
 def _lists(
@@ -58,90 +83,30 @@ def _lists(
     return {name: tensors for name, tensors in lists.items() if tensors or name == "weights"}
 
 
-def _numbers(
-    weights: list[Tensor],
-    lr: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    grad_norm: Tensor | None,
-    average_weight: Tensor | None,
-) -> dict[str, list[Tensor]]:
-    """The numbers that lie on the device, checked."""
-    scalars = {
-        "lr": (lr, _FP32_FP64),
-        "grad_scale": (grad_scale, _FP32),
-        "found_inf": (found_inf, _FLAG),
-        "grad_norm": (grad_norm, _FP32_FP64),
-        "average_weight": (average_weight, _FP32_FP64),
-    }
-    result: dict[str, list[Tensor]] = {}
-    for name, (tensor, dtypes) in scalars.items():
-        if tensor is not None:
-            _checks.scalar(name, tensor, dtypes, "weights[0]", weights[0])
-            result[name] = [tensor]
-    return result
-
-
-@torch.library.custom_op("awp::sgd_step_", mutates_args=("weights", "momentum_buffers", "averages", "out"))
+@torch.library.custom_op(
+    "awp::sgd_step_",
+    mutates_args=("weights", "momentum_buffers", "averages", "out"),
+    schema=f"({_LISTS}, {_RULE}) -> Tensor",
+)
 def _sgd_step_(
     weights: list[Tensor],
     grads: list[Tensor],
     momentum_buffers: list[Tensor],
     averages: list[Tensor],
     out: list[Tensor],
-    lr: float,
-    lr_tensor: Tensor | None,
-    weight_decay: Sequence[float],
-    momentum: float,
-    nesterov: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    grad_norm: Tensor | None,
-    max_norm: float | None,
-    average_weight: float,
-    average_weight_tensor: Tensor | None,
-    decay_at_out: bool,
+    *arguments: Any,
 ) -> Tensor:
-    _check_options(
-        weights,
-        momentum_buffers,
-        out,
-        lr,
-        weight_decay,
-        momentum,
-        nesterov,
-        grad_norm,
-        max_norm,
-        average_weight,
-        decay_at_out,
-    )
-    numbers = _numbers(weights, lr_tensor, grad_scale, found_inf, grad_norm, average_weight_tensor)
-    grads = list(grads)
+    rule = _Rule(*arguments)
+    rule.check(weights, momentum_buffers)
     written = _lists(weights, momentum_buffers, averages, out)
-    _checks.tensor_lists(written, {"grads": grads}, numbers=numbers)
+    _checks.tensor_lists(written, {"grads": grads}, numbers=rule.numbers(weights))
     _checks.same_dtype("momentum_buffers", momentum_buffers, "weights", weights)
     _checks.same_dtype("averages", averages, "weights", weights)
     dtype = weights[0].dtype
     unserved = f"{dtype} for weights" if dtype in (torch.float16, torch.bfloat16) else None
     dtypes = {dtype, grads[0].dtype, *(tensor.dtype for tensor in out[:1])}
     run = _backend.select("sgd_step", weights[0].device, dtypes, unserved=unserved)
-    return run(
-        weights,
-        grads,
-        momentum_buffers,
-        averages,
-        out,
-        list(weight_decay),
-        lr if lr_tensor is None else lr_tensor,
-        momentum,
-        nesterov,
-        grad_scale,
-        found_inf,
-        grad_norm,
-        max_norm,
-        average_weight if average_weight_tensor is None else average_weight_tensor,
-        decay_at_out,
-    )
+    return run(weights, grads, momentum_buffers, averages, out, *rule)
 
 
 @_sgd_step_.register_fake
@@ -151,21 +116,10 @@ def _(
     momentum_buffers: list[Tensor],
     averages: list[Tensor],
     out: list[Tensor],
-    lr: float,
-    lr_tensor: Tensor | None,
-    weight_decay: Sequence[float],
-    momentum: float,
-    nesterov: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    grad_norm: Tensor | None,
-    max_norm: float | None,
-    average_weight: float,
-    average_weight_tensor: Tensor | None,
-    decay_at_out: bool,
+    *arguments: Any,
 ) -> Tensor:
     # where one tensor is "meta" or fake and another is not, nothing else looks at them
-    _numbers(weights, lr_tensor, grad_scale, found_inf, grad_norm, average_weight_tensor)
+    _Rule(*arguments).numbers(weights)
     _checks.alike("weights", weights, _lists(weights, momentum_buffers, averages, out) | {"grads": grads})
     return weights[0].new_empty(len(weights), dtype=torch.float64)
 
@@ -187,12 +141,11 @@ def sgd_step_(
     averages: Sequence[Tensor] | None = None,
     average_weight: float | Tensor | None = None,
     out: Sequence[Tensor] | None = None,
-    decay_at_out: bool = False,
 ) -> Tensor:
     """Take one step of SGD, in place, as torch.optim.SGD defines it, with all that surrounds it.
 
         g = grad / grad_scale * min(1, max_norm / (grad_norm / grad_scale + 1e-6))
-        d = g + weight_decay * w                      decay_at_out: of what `out` holds before, instead of w
+        d = g + weight_decay * w
         buffer = momentum * buffer + d;  d = buffer   nesterov: d + momentum * buffer
         w = w - lr * d
         average = average + average_weight * (w - average);  out = w, rounded to nearest even
@@ -221,7 +174,6 @@ def sgd_step_(
         average_weight: what a new weight counts in its average, in [0, 1], a number or a one-element tensor on the
             device (float32 or float64).
         out: tensors of the weights' shapes and strides that take the new weights, of any one floating dtype.
-        decay_at_out: decay towards zero from what `out` held, such as w + v from `perturb_into_`, instead of from w.
 
     Returns:
         ||w|| of every stepped tensor, float64 [len(weights)], as `perturb_` takes it for `weight_norms`.
@@ -257,11 +209,11 @@ def sgd_step_(
         list(momentum_buffers or ()),
         list(averages or ()),
         list(out or ()),
-        0.0 if isinstance(lr, Tensor) else float(lr),
-        lr if isinstance(lr, Tensor) else None,
         [float(decay) for decay in weight_decay]
         if isinstance(weight_decay, Sequence)
         else [float(weight_decay)] * len(weights),
+        0.0 if isinstance(lr, Tensor) else float(lr),
+        lr if isinstance(lr, Tensor) else None,
         float(momentum),
         nesterov,
         grad_scale,
@@ -270,5 +222,4 @@ def sgd_step_(
         None if max_norm is None else float(max_norm),
         0.0 if isinstance(share, Tensor) else float(share),
         share if isinstance(share, Tensor) else None,
-        decay_at_out,
     )

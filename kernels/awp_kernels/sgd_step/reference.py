@@ -37,23 +37,24 @@ def sgd_step(
     averages: list[Tensor],
     out: list[Tensor],
     weight_decay: list[float],
-    lr: float | Tensor,
+    lr: float,
+    lr_tensor: Tensor | None,
     momentum: float,
     nesterov: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     grad_norm: Tensor | None,
     max_norm: float | None,
-    average_weight: float | Tensor,
-    decay_at_out: bool,
+    average_weight: float,
+    average_weight_tensor: Tensor | None,
 ) -> Tensor:
     """Step the weights, their momentum and their averages; write them to `out`; return their norms."""
     dtype = working_dtype(weights[0].dtype)
     left_out = _left_out(found_inf, grad_norm, weights[0].device)
     factor = _factor(grad_scale, grad_norm, max_norm, dtype)
     # numbers of the working precision, so that they promote nothing
-    rate = lr.reshape(()).to(dtype) if isinstance(lr, Tensor) else lr
-    share = average_weight.reshape(()).to(dtype) if isinstance(average_weight, Tensor) else average_weight
+    rate = lr if lr_tensor is None else lr_tensor.reshape(()).to(dtype)
+    share = average_weight if average_weight_tensor is None else average_weight_tensor.reshape(()).to(dtype)
 
     def update(tensor: Tensor, value: Tensor) -> None:
         tensor.copy_(torch.where(left_out, tensor, value.to(tensor.dtype)))
@@ -63,7 +64,7 @@ def sgd_step(
         if factor is not None:
             d = factor * d
         if decay != 0:
-            d = d + decay * (out[index].to(dtype) if decay_at_out else w)
+            d = d + decay * w
         if momentum_buffers:
             buffer = momentum * momentum_buffers[index].to(dtype) + d
             update(momentum_buffers[index], buffer)

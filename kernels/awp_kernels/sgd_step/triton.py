@@ -76,7 +76,6 @@ def _update(
     MOMENTUM: tl.constexpr,
     AVERAGE: tl.constexpr,
     COPY: tl.constexpr,
-    DECAY_AT_OUT: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -90,8 +89,7 @@ def _update(
         mask = index < end
         w = tl.load(weight + index, mask=mask, other=0.0)
         d = tl.load(grad + index, mask=mask, other=0.0).to(tl.float32) * factor
-        anchor = tl.load(out + index, mask=mask, other=0.0).to(tl.float32) if DECAY_AT_OUT else w
-        d = tl.where(decay != 0.0, d + decay * anchor, d)
+        d = tl.where(decay != 0.0, d + decay * w, d)
         if MOMENTUM:
             b = momentum * tl.load(buffer + index, mask=mask, other=0.0) + d
             tl.store(buffer + index, b, mask=mask)
@@ -144,7 +142,6 @@ def sgd_kernel(
     MOMENTUM: tl.constexpr,
     AVERAGE: tl.constexpr,
     COPY: tl.constexpr,
-    DECAY_AT_OUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Step each program's elements; the sums of squares of what the weights then are, fp64 [programs]."""
@@ -178,7 +175,6 @@ def sgd_kernel(
             MOMENTUM,
             AVERAGE,
             COPY,
-            DECAY_AT_OUT,
             True,
             BLOCK,
         )
@@ -199,7 +195,6 @@ def sgd_kernel(
             MOMENTUM,
             AVERAGE,
             COPY,
-            DECAY_AT_OUT,
             False,
             BLOCK,
         )
@@ -218,10 +213,6 @@ def _fp32_bits(value: float) -> int:
     return struct.unpack("<i", struct.pack("<f", value))[0]
 
 
-def _number(value: float | Tensor) -> tuple[float, Tensor | None]:
-    return (0.0, value) if isinstance(value, Tensor) else (value, None)
-
-
 def sgd_step(
     weights: list[Tensor],
     grads: list[Tensor],
@@ -229,15 +220,16 @@ def sgd_step(
     averages: list[Tensor],
     out: list[Tensor],
     weight_decay: list[float],
-    lr: float | Tensor,
+    lr: float,
+    lr_tensor: Tensor | None,
     momentum: float,
     nesterov: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     grad_norm: Tensor | None,
     max_norm: float | None,
-    average_weight: float | Tensor,
-    decay_at_out: bool,
+    average_weight: float,
+    average_weight_tensor: Tensor | None,
 ) -> Tensor:
     """Step the weights, their momentum and their averages; write them to `out`; return their norms."""
     device = weights[0].device
@@ -250,9 +242,11 @@ def sgd_step(
             rows,
             programs,
             partials,
-            *_number(lr),
+            lr,
+            lr_tensor,
             momentum,
-            *_number(average_weight),
+            average_weight,
+            average_weight_tensor,
             grad_scale,
             found_inf,
             grad_norm,
@@ -264,7 +258,6 @@ def sgd_step(
             MOMENTUM=bool(momentum_buffers),
             AVERAGE=bool(averages),
             COPY=bool(out),
-            DECAY_AT_OUT=decay_at_out,
             BLOCK=BLOCK,
             **_OPTIONS,
         )

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from awp_engine.data.framing import Images, Requests
 from awp_engine.data.loaders.ahead import ahead
+from awp_engine.data.loaders.framing import Images, Requests
 from awp_engine.data.sets.store import ImageArrays
 
 _AHEAD = 2

@@ -4,24 +4,21 @@ import contextlib
 import os
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from awp_engine.config import Config
 from awp_engine.data.dataset import DataError, fingerprint
-from awp_engine.data.framing import Framing
 from awp_engine.data.loaders.array_loader import ArrayLoader
 from awp_engine.data.loaders.dali_loader import DaliLoader, dali_problem
 from awp_engine.data.loaders.files_loader import Reader
+from awp_engine.data.loaders.framing import Framing
 from awp_engine.data.loaders.torch_loader import TorchLoader
 from awp_engine.data.sets.files import evenly
 from awp_engine.data.sets.inspect import Header, check
 from awp_engine.data.sets.store import EncodedImages, ImageArrays
 from awp_engine.data.split import Loader, Split, StreamedSplit
-from awp_engine.data.tools.scan import bad_files
 
 LoaderName = Literal["auto", "resident", "dali", "torch"]
 _MOST_WORKERS = 16
@@ -201,26 +198,3 @@ def free_memory(device: torch.device) -> int:
     except (OSError, StopIteration):
         available = pages
     return available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def data_loading(config: Config, device: torch.device, root: Path | None = None) -> Loading:
-    """How a configuration wants images to be loaded.
-
-    Args:
-        config: the run's.
-        device: where batches are wanted.
-        root: of the data set, in place of the configuration's.
-
-    Raises:
-        DataError: files of the data set are listed as unusable, and are not to be skipped.
-    """
-    data, root = config.data, root or config.data.root
-    least_area = data.crop_scale if data.crop == "resized" else None
-    return Loading(
-        loader=data.loader,
-        device=device,
-        framing=Framing(size=data.image_size, least_area=least_area, central=data.center_crop),
-        workers=data.workers,
-        resident_share=data.resident_share,
-        skip=frozenset() if root is None else bad_files(root, data.bad_files, path=data.bad_list),
-    )

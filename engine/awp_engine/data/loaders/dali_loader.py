@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from awp_engine.data.dataset import DataError
-from awp_engine.data.framing import Images, Request, Requests, split_evenly
 from awp_engine.data.loaders.ahead import ahead
 from awp_engine.data.loaders.files_loader import Picture, Reader
+from awp_engine.data.loaders.framing import Images, Request, Requests, split_evenly
 from awp_engine.data.sets.inspect import decode
 from awp_engine.data.sets.store import EncodedImages, ImageArrays
 

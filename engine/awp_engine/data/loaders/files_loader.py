@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from awp_engine.data.dataset import DataError
-from awp_engine.data.framing import Framing, Window
+from awp_engine.data.loaders.framing import Framing, Window
 from awp_engine.data.sets.inspect import check
 from awp_engine.data.sets.store import EncodedImages
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from awp_engine.data.dataset import DataError
-from awp_engine.data.framing import Images, Request, Requests
 from awp_engine.data.loaders.files_loader import Reader
+from awp_engine.data.loaders.framing import Images, Request, Requests
 from awp_engine.data.loaders.workers import apart_from_main
 from awp_engine.data.sets.inspect import decode
 from awp_engine.data.sets.store import EncodedImages

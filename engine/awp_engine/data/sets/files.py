@@ -127,16 +127,16 @@ def list_classes(part: Path, *, skip: frozenset[str] = frozenset(), inside: str 
     try:
         return _list_classes(part, skip, inside)
     except OSError as error:
-        path = shown(os.fsencode(error.filename or part))
+        path = shown(error.filename or part)
         raise DataError(f"{path} cannot be listed: {error.strerror}; expected class folders of images") from error
 
 
-def listed_name(path: bytes) -> str:
+def listed_name(path: bytes | str | Path) -> str:
     """A path in lists: UTF-8 where it is, other bytes as backslash, x and two digits, backslashes doubled."""
-    return path.replace(b"\\", b"\\\\").decode("utf-8", errors="backslashreplace")
+    return os.fsencode(path).replace(b"\\", b"\\\\").decode("utf-8", errors="backslashreplace")
 
 
-def shown(path: bytes) -> str:
+def shown(path: bytes | str | Path) -> str:
     """A file's name for messages."""
     return printable(listed_name(path))
 
@@ -218,18 +218,18 @@ def hint(part: Path) -> str:
     elif (root / "manifest.json").is_file():
         meant = "--data.name webdataset or shards, as it was packed"
     elif root.name in ("train", "test", "val") and (root.parent / part.name).is_dir():
-        meant = shown(os.fsencode(root.parent))
+        meant = shown(root.parent)
     elif not part.is_dir():
         with contextlib.suppress(OSError):
             inside = [entry for entry in root.iterdir() if (entry / part.name).is_dir()]
-            meant = shown(os.fsencode(inside[0])) if len(inside) == 1 else ""
+            meant = shown(inside[0]) if len(inside) == 1 else ""
     return f"; did you mean {meant}?" if meant else ""
 
 
 def _list_classes(part: Path, skip: frozenset[str], inside: str) -> Listing:
     wanted = f"{part.name}/<class>/{inside + '/' if inside else ''}*.jpg, *.jpeg or *.png"
     if not part.is_dir():
-        raise DataError(f"{shown(os.fsencode(part))} is not a directory; expected {wanted} there{hint(part)}")
+        raise DataError(f"{shown(part)} is not a directory; expected {wanted} there{hint(part)}")
     root = os.fsencode(part)
     with os.scandir(root) as entries:
         classes = sorted(entry.name for entry in entries if entry.name[0] != _DOT and entry.is_dir())
@@ -237,7 +237,7 @@ def _list_classes(part: Path, skip: frozenset[str], inside: str) -> Listing:
         raise DataError(
             f"{shown(root)} has {len(classes)} class folders; expected at least 2, each with its images{hint(part)}"
         )
-    skipped = {name for name in skip if name.startswith(listed_name(os.fsencode(part.name)) + "/")}
+    skipped = {name for name in skip if name.startswith(listed_name(part.name) + "/")}
     counts: list[int] = []
 
     def groups() -> Iterator[list[bytes]]:

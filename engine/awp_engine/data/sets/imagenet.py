@@ -54,7 +54,7 @@ def list_tiny_imagenet(root: Path, skip: frozenset[str]) -> tuple[Listing, Listi
     if given.is_file():
         odd = set(given.read_text(errors="surrogateescape").split()) ^ set(train.class_names)
         if odd:
-            one = shown(os.fsencode(min(odd)))
+            one = shown(min(odd))
             raise DataError(
                 f"{given} and {root / 'train'} differ in {len(odd)} classes, such as {one}; expected the same ones: "
                 "unpack the archive again"
@@ -86,7 +86,7 @@ def _annotated(val: Path, class_names: tuple[str, ...], skip: frozenset[str]) ->
         name = min(odd)
         where, other = (path, folder) if name in labels else (folder, path)
         raise DataError(
-            f"{shown(name)} is in {shown(os.fsencode(where))} but not in {shown(os.fsencode(other))}; expected every "
+            f"{shown(name)} is in {shown(where)} but not in {shown(other)}; expected every "
             "image in both: unpack the archive again"
         )
     kept = [name for name in images if f"{val.name}/images/{listed_name(name)}" not in skip]

@@ -239,14 +239,14 @@ def _start(file: IO[bytes], info: zipfile.ZipInfo) -> int:
     return info.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
 
 
-class _Header(NamedTuple):
+class _ArrayHeader(NamedTuple):
     shape: tuple[int, ...]
     fortran: bool
     dtype: np.dtype[Any]
     size: int
 
 
-def _read_header(file: IO[bytes], what: str, expect: Expect) -> _Header:
+def _read_header(file: IO[bytes], what: str, expect: Expect) -> _ArrayHeader:
     """Reads an array's header; `expect` says what was expected of a shape and type that are not right."""
     begin = io.BytesIO(file.read(_HEADER_BYTES))
     version = npy_format.read_magic(begin)
@@ -259,16 +259,16 @@ def _read_header(file: IO[bytes], what: str, expect: Expect) -> _Header:
     expected = expect(shape, dtype)
     if expected is not None:
         raise DataError(f"{what} is {dtype} {list(shape)}; expected {expected}")
-    return _Header(shape, fortran and len(shape) > 1, dtype, begin.tell())
+    return _ArrayHeader(shape, fortran and len(shape) > 1, dtype, begin.tell())
 
 
-def _require_length(what: str, length: int, header: _Header) -> None:
+def _require_length(what: str, length: int, header: _ArrayHeader) -> None:
     expected = header.size + header.dtype.itemsize * math.prod(header.shape)
     if length != expected:
         raise DataError(f"{what} has {length} bytes; expected {expected} by its header: write the file again")
 
 
-def _array(path: Path, file: IO[bytes], header: _Header, **fields: Any) -> StoredArray:
+def _array(path: Path, file: IO[bytes], header: _ArrayHeader, **fields: Any) -> StoredArray:
     status = os.fstat(file.fileno())
     return StoredArray(
         path=str(path),

@@ -1,7 +1,6 @@
 """Data sets that are read from their files while they are used, by name."""
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,7 +62,7 @@ def open_source(name: str, root: Path, *, skip: frozenset[str] = frozenset()) ->
     try:
         return _OPEN[name](root, skip)
     except OSError as error:
-        where = shown(os.fsencode(error.filename or root))
+        where = shown(error.filename or root)
         raise DataError(f"{where} cannot be read: {error.strerror}; expected a file or directory of {name}") from error
 
 
@@ -206,7 +205,7 @@ def require_same_classes(train: Path, train_names: tuple[str, ...], test: Path, 
     """
     for name in test_names:
         if name not in train_names:
-            where = shown(os.fsencode(test / name))
+            where = shown(test / name)
             raise DataError(f"{where}: class {name!r} is not in {train}; both need the same classes")
     for name in train_names:
         if name not in test_names:

@@ -101,7 +101,7 @@ class TarImages:
 
     def name(self, row: int) -> str:
         """The tar and the member."""
-        return f"{shown(os.fsencode(self._tars[self._tar[row]]))}: {shown(self._names[row])}"
+        return f"{shown(self._tars[self._tar[row]])}: {shown(self._names[row])}"
 
     def digest(self) -> str:
         """See `EncodedImages`; how the samples are spread over tars does not matter."""
@@ -184,7 +184,7 @@ class _Descriptors:
             return tar
 
 
-class _Header(NamedTuple):
+class _TarHeader(NamedTuple):
     name: bytes
     kind: bytes
     size: int
@@ -195,7 +195,7 @@ _LINKS = (b"1", b"2")
 _NO_CONTENT = (*_LINKS, b"3", b"4", b"5", b"6")
 
 
-def _header(block: bytes) -> _Header | None:
+def _header(block: bytes) -> _TarHeader | None:
     """None where it is damaged."""
     try:
         checksum, size = _number(block[148:156]), _number(block[124:136])
@@ -208,7 +208,7 @@ def _header(block: bytes) -> _Header | None:
     name = block[:100].split(b"\0", 1)[0]
     if block[257:263] == b"ustar\0" and block[345]:
         name = block[345:500].split(b"\0", 1)[0] + b"/" + name
-    return _Header(name, block[156:157], size)
+    return _TarHeader(name, block[156:157], size)
 
 
 def _is_header_of(member: Member, block: bytes) -> bool:

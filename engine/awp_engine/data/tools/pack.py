@@ -21,24 +21,16 @@ from numpy.lib import format as npy_format
 
 from awp_engine.data.dataset import DataError
 from awp_engine.data.loaders.workers import Died, process_all
-from awp_engine.data.sets.files import read_regular, shown
+from awp_engine.data.sets.files import listed_name, read_regular, shown
 from awp_engine.data.sets.imagenet import is_tiny_imagenet
 from awp_engine.data.sets.inspect import BadImageError, Header, check, decode
-from awp_engine.data.tools.scan import (
-    LIST_NAME,
-    bad_files,
-    file_state,
-    list_files,
-    listed_name,
-    names_digest,
-    read_scan,
-    typed,
-)
+from awp_engine.data.sets.scan_list import LIST_NAME, bad_files, file_state, read_scan, typed
+from awp_engine.data.sets.sources import CLASSES
+from awp_engine.data.tools.scan import list_files, names_digest
 from awp_engine.files.atomic import atomic_write_text, sync_directory
 from awp_engine.files.locking import LOCK, locked
 
 MANIFEST = "manifest.json"
-CLASSES = "classes.json"
 _FORMAT = 1
 # what NVIDIA DALI's wds2idx writes
 _INDEX_VERSION = "v1.2"

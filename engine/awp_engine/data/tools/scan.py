@@ -1,58 +1,28 @@
-"""Finds every file of an image folder that cannot be trained on, and keeps the list of them."""
+"""Finds every file of an image folder that cannot be trained on."""
 
 import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 from awp_engine.data.dataset import DataError
 from awp_engine.data.loaders.workers import Died, process_all
-from awp_engine.data.sets.files import SUFFIXES, hint, read_regular, shown
-from awp_engine.data.sets.files import listed_name as listed_bytes
+from awp_engine.data.sets.files import SUFFIXES, hint, listed_name, read_regular, shown
 from awp_engine.data.sets.imagenet import is_tiny_imagenet, list_tiny_imagenet
 from awp_engine.data.sets.inspect import BadImageError, Header, check, decode
-from awp_engine.files.atomic import atomic_write_text
+from awp_engine.data.sets.scan_list import Bad, Scan, file_state
 
-LIST_NAME = "awp-scan.jsonl"
 _SUFFIXES = tuple(map(os.fsdecode, SUFFIXES))
-KINDS = (
-    "corrupt",
-    "truncated",
-    "empty",
-    "colour-mode",
-    "odd-mode",
-    "sixteen-bit",
-    "unsupported",
-    "too-small",
-    "too-large",
-    "odd-size",
-    "animated",
-    "wrong-extension",
-    "no-such-class",
-    "bad-name",
-    "unreadable",
-    "crashes-decoder",
-)
-_FORMAT = 1
 # Enough images a task that handing tasks out costs nothing, few enough that all processes finish together.
 _CHUNK = 16
 
 
-class Bad(NamedTuple):
-    """Why a file cannot be used: one of `KINDS`, and a sentence that follows the file's name."""
-
-    kind: str
-    why: str
-
-
-class Look(NamedTuple):
+class Inspected(NamedTuple):
     """What a look at a file found; no header for a bad one.
 
     Attributes:
@@ -64,52 +34,6 @@ class Look(NamedTuple):
     state: tuple[int, int] | None
     header: Header | None = None
     key: bytes = b""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Scan:
-    """What a scan found, as its list holds it.
-
-    Attributes:
-        files: that were looked at.
-        total_bytes: of all files.
-        digest: SHA-256, hexadecimal, of all names and sizes.
-        pixels: whether every image was decoded.
-        notes: what is odd about good files, one line each.
-        bad: kind and reason of every bad file, by its `listed_name`.
-        states: size and time of modification (ns) of every bad file, None where there was none.
-    """
-
-    files: int
-    total_bytes: int
-    digest: str
-    pixels: bool
-    notes: tuple[str, ...]
-    bad: dict[str, Bad]
-    states: dict[str, tuple[int, int] | None]
-
-
-def listed_name(path: Path | str) -> str:
-    """A path as the list has it: UTF-8 where it is, other bytes as backslash, x and two digits, backslashes doubled."""
-    return listed_bytes(os.fsencode(path))
-
-
-def listed_path(name: str) -> str:
-    """The path whose `listed_name` this is."""
-
-    def byte(match: re.Match[bytes]) -> bytes:
-        return bytes([int(match[1], 16)]) if match[1] else b"\\"
-
-    return os.fsdecode(re.sub(rb"\\(?:\\|x([0-9a-f]{2}))", byte, name.encode()))
-
-
-def file_state(path: Path) -> tuple[int, int] | None:
-    """Size and time of modification (ns) of a file, or of a link that leads nowhere; None if there is none."""
-    for function in (path.stat, path.lstat):
-        with contextlib.suppress(OSError):
-            found = function()
-            return found.st_size, found.st_mtime_ns
-    return None
 
 
 def find_parts(root: Path) -> tuple[str, ...]:
@@ -239,7 +163,7 @@ def _list_class(root: Path, folder: str, files: list[str], bad: dict[str, Bad]) 
         bad[folder] = Bad("empty", "is a class folder without images; add some or remove it")
 
 
-def look(root: Path, pixels: bool, decoder: Callable[[bytes, str], object], file: str) -> Look:
+def inspect_file(root: Path, pixels: bool, decoder: Callable[[bytes, str], object], file: str) -> Inspected:
     """Looks at one file below `root`: at its pixels too, unless the header is enough to refuse it."""
     path = root / file
     place = os.fsencode(path)
@@ -250,10 +174,10 @@ def look(root: Path, pixels: bool, decoder: Callable[[bytes, str], object], file
         if pixels:
             decoder(content, name)
     except BadImageError as error:
-        return Look(Bad(error.kind, str(error).removeprefix(name).lstrip(": ")), file_state(path))
+        return Inspected(Bad(error.kind, str(error).removeprefix(name).lstrip(": ")), file_state(path))
     except MemoryError:
-        return Look(Bad("crashes-decoder", "needs more memory than there is; remove it"), file_state(path))
-    return Look(None, (found.st_size, found.st_mtime_ns), header, hashlib.blake2b(content, digest_size=8).digest())
+        return Inspected(Bad("crashes-decoder", "needs more memory than there is; remove it"), file_state(path))
+    return Inspected(None, (found.st_size, found.st_mtime_ns), header, hashlib.blake2b(content, digest_size=8).digest())
 
 
 def scan_folder(
@@ -279,10 +203,10 @@ def scan_folder(
         DataError: a part is missing or has fewer than 2 classes.
     """
     files, known = list_files(root)
-    looks: list[Look] = [Look(known[f], file_state(root / f)) if f in known else _NOT_YET for f in files]
+    inspected: list[Inspected] = [Inspected(known[f], file_state(root / f)) if f in known else _NOT_YET for f in files]
     places = [place for place, file in enumerate(files) if file not in known]
     done = len(files) - len(places)
-    work = functools.partial(look, root, pixels, decoder)
+    work = functools.partial(inspect_file, root, pixels, decoder)
     todo = [files[place] for place in places]
     headers: dict[Header, Header] = {}
     results = process_all(todo, work, workers=max(1, min(workers, len(todo))), chunk=_CHUNK)
@@ -290,55 +214,55 @@ def scan_folder(
         for index, result in results:
             if isinstance(result, Died):
                 why = Bad("crashes-decoder", f"cannot be decoded: the process {result.why}; remove it")
-                result = Look(why, file_state(root / todo[index]))
+                result = Inspected(why, file_state(root / todo[index]))
             # A million headers take no room where they are one.
             if result.header is not None:
                 result = result._replace(header=headers.setdefault(result.header, result.header))
-            looks[places[index]] = result
+            inspected[places[index]] = result
             done += 1
             progress(done, len(files))
-    scan = _judge(files, looks, pixels=pixels, same_size=same_size)
+    scan = _judge(files, inspected, pixels=pixels, same_size=same_size)
     left_out = {part for part in ("test", "val") if (root / part).is_dir()}.difference(find_parts(root))
     notes = tuple(f"{part} has no labels and was left out" for part in sorted(left_out))
     return dataclasses.replace(scan, notes=scan.notes + notes)
 
 
-_NOT_YET = Look(None, None)
+_NOT_YET = Inspected(None, None)
 
 
-def _judge(files: Sequence[str], looks: list[Look], *, pixels: bool, same_size: bool) -> Scan:
+def _judge(files: Sequence[str], inspected: list[Inspected], *, pixels: bool, same_size: bool) -> Scan:
     """What only the files together tell: odd modes and sizes, and the same bytes twice."""
     notes = []
-    modes = Counter(found.header.mode for found in looks if found.header)
-    sizes = Counter((found.header.width, found.header.height) for found in looks if found.header)
+    modes = Counter(found.header.mode for found in inspected if found.header)
+    sizes = Counter((found.header.width, found.header.height) for found in inspected if found.header)
     (usual, most), (_, fewer) = [*modes.most_common(2), ("RGB", 0), ("L", 0)][:2]
     usual = usual if most > fewer else "RGB"
     # what is resized may be grey among colour, as some of ImageNet's photographs are
     if len(modes) > 1 and usual == "RGB" and len(sizes) > 1 and not same_size:
         notes.append(f"{fewer:,} images are grey, and become colour in training")
     elif len(modes) > 1:
-        for place, found in enumerate(looks):
+        for place, found in enumerate(inspected):
             if found.header and found.header.mode != usual:
                 why = f"has mode {found.header.mode}; expected {usual} as most images have: convert or remove it"
-                looks[place] = found._replace(bad=Bad("odd-mode", why), header=None)
-    sizes = Counter((found.header.width, found.header.height) for found in looks if found.header)
+                inspected[place] = found._replace(bad=Bad("odd-mode", why), header=None)
+    sizes = Counter((found.header.width, found.header.height) for found in inspected if found.header)
     if len(sizes) > 1:
         width, height = max(sizes, key=lambda size: (sizes[size], size))
         if same_size:
-            for place, found in enumerate(looks):
+            for place, found in enumerate(inspected):
                 if found.header and found.header[1:3] != (width, height):
                     why = f"has {found.header.width}x{found.header.height} pixels; expected {width}x{height}: "
-                    looks[place] = found._replace(bad=Bad("odd-size", why + "resize or remove it"), header=None)
+                    inspected[place] = found._replace(bad=Bad("odd-size", why + "resize or remove it"), header=None)
         else:
             notes.append(
                 f"images have {len(sizes):,} sizes, most often {width}x{height} ({sizes[width, height]:,} of "
                 f"{sizes.total():,}); --data.image-size makes them one, and --same-size lists those that differ"
             )
-    notes.extend(_same_bytes(files, looks))
-    listed = sorted((listed_name(file), found) for file, found in zip(files, looks, strict=True))
+    notes.extend(_same_bytes(files, inspected))
+    listed = sorted((listed_name(file), found) for file, found in zip(files, inspected, strict=True))
     return Scan(
         files=len(files),
-        total_bytes=sum(found.state[0] for found in looks if found.state),
+        total_bytes=sum(found.state[0] for found in inspected if found.state),
         digest=names_digest((name, found.state[0] if found.state else 0) for name, found in listed),
         pixels=pixels,
         notes=tuple(notes),
@@ -355,10 +279,10 @@ def names_digest(files: Iterator[tuple[str, int]]) -> str:
     return digest.hexdigest()
 
 
-def _same_bytes(files: Sequence[str], looks: Sequence[Look]) -> Iterator[str]:
+def _same_bytes(files: Sequence[str], inspected: Sequence[Inspected]) -> Iterator[str]:
     first: dict[bytes, str] = {}
     pairs: dict[str, list[tuple[str, str]]] = {"in two classes": [], "in training and evaluation": []}
-    for file, found in zip(files, looks, strict=True):
+    for file, found in zip(files, inspected, strict=True):
         if found.header is None:
             continue
         other = first.setdefault(found.key, file)
@@ -372,138 +296,3 @@ def _same_bytes(files: Sequence[str], looks: Sequence[Look]) -> Iterator[str]:
         if found:
             one, two = map(listed_name, found[0])
             yield f"{len(found):,} images are there twice, {where}, byte for byte, such as {one} and {two}"
-
-
-def write_scan(path: Path, scan: Scan) -> None:
-    """Writes the list: JSON lines, the first one about the whole, then one a bad file.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
-    header = {
-        "format": _FORMAT,
-        "files": scan.files,
-        "bad": len(scan.bad),
-        "bytes": scan.total_bytes,
-        "digest": scan.digest,
-        "pixels": scan.pixels,
-        "notes": scan.notes,
-    }
-    lines = [header]
-    for name, (kind, why) in scan.bad.items():
-        size, time = scan.states[name] or (None, None)
-        lines.append({"file": name, "kind": kind, "why": why, "size": size, "mtime_ns": time})
-    atomic_write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def read_scan(path: Path) -> Scan:
-    """Reads the list that a scan wrote.
-
-    Raises:
-        DataError: it is missing, or is not what a scan wrote.
-    """
-    try:
-        # a pipe would be waited for
-        if path.exists() and not path.is_file():
-            raise ValueError("not a file")
-        lines = path.read_bytes().decode().split("\n")
-        header, *rows = [json.loads(line) for line in lines[:-1]]
-        return _parse_scan(header, rows, complete=lines[-1] == "")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; {_again(path)}") from error
-    # JSON's and Unicode's errors are ValueErrors, and so is an empty file's.
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{path} is damaged ({' '.join(str(error).split())}); {_again(path)}") from error
-
-
-def _again(path: Path) -> str:
-    return f"scan again: awp data scan {path.parent}"
-
-
-def typed(row: Any, expected: dict[str, type]) -> None:
-    """Raises `ValueError` unless `row`, from JSON, is an object of these fields and types."""
-    if not isinstance(row, dict) or set(row) != set(expected):
-        raise ValueError(f"expected an object of {', '.join(expected)}")
-    for key, kind in expected.items():
-        if type(row[key]) is not kind:
-            raise ValueError(f"{key}: expected {kind.__name__}")
-
-
-def _parse_scan(header: Any, rows: list[Any], *, complete: bool) -> Scan:
-    expected = {"format": int, "files": int, "bad": int, "bytes": int, "digest": str, "pixels": bool, "notes": list}
-    typed(header, expected)
-    if header["format"] != _FORMAT:
-        raise ValueError(f"format {header['format']}, expected {_FORMAT}")
-    if not complete or len(rows) != header["bad"] or header["bad"] > header["files"]:
-        raise ValueError(f"{len(rows)} bad files, expected {header['bad']}")
-    bad: dict[str, Bad] = {}
-    states: dict[str, tuple[int, int] | None] = {}
-    for row in rows:
-        gone = isinstance(row, dict) and row.get("size") is None and row.get("mtime_ns") is None
-        number = type(None) if gone else int
-        typed(row, {"file": str, "kind": str, "why": str, "size": number, "mtime_ns": number})
-        if row["kind"] not in KINDS or row["file"] in bad:
-            raise ValueError(f"kind {row['kind']!r} of {row['file']!r}")
-        if "\0" in row["file"] or listed_name(listed_path(row["file"])) != row["file"]:
-            raise ValueError(f"{row['file']!r} is no listed name")
-        bad[row["file"]] = Bad(row["kind"], row["why"])
-        states[row["file"]] = None if gone else (row["size"], row["mtime_ns"])
-    return Scan(
-        files=header["files"],
-        total_bytes=header["bytes"],
-        digest=header["digest"],
-        pixels=header["pixels"],
-        notes=tuple(map(str, header["notes"])),
-        bad=bad,
-        states=states,
-    )
-
-
-def bad_files(
-    root: Path,
-    policy: Literal["refuse", "skip"],
-    *,
-    path: Path | None = None,
-    remedy: str = "train with --data.bad-files skip",
-) -> frozenset[str]:
-    """The files to leave out, by the list of a scan; none if there is no list and the policy is to refuse.
-
-    Listed files that are gone count no more. One that was changed since may be good now, which only a scan can tell.
-
-    Args:
-        root: the image folder.
-        policy: what to do about listed files that are there: "refuse" to go on, or "skip" them.
-        path: the list; None for the one in `root`.
-        remedy: what to do, instead of removing the files, where they are refused.
-
-    Returns:
-        Names as `listed_name` gives them for paths below `root`.
-
-    Raises:
-        DataError: bad files are there and the policy is to refuse, or one of them was changed since the scan, or the
-            list is damaged, or is wanted and missing.
-    """
-    wanted = path is not None or policy == "skip"
-    path = path or root / LIST_NAME
-    if not os.path.lexists(path):
-        if not wanted:
-            return frozenset()
-        raise DataError(f"{path} is missing; expected the list of a scan: awp data scan {root}")
-    scan = read_scan(path)
-    there = []
-    for name, before in scan.states.items():
-        now = file_state(root / listed_path(name))
-        if now is None:
-            continue
-        if now != before:
-            raise DataError(
-                f"{root / name} was changed after {path} listed it as {scan.bad[name].kind}; "
-                f"scan again: awp data scan {root}"
-            )
-        there.append(name)
-    if there and policy == "refuse":
-        raise DataError(
-            f"{len(there):,} unusable files are listed in {path}: first {there[0]} ({scan.bad[there[0]].kind}); "
-            f"remove them, or {remedy}"
-        )
-    return frozenset(there)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awp_engine.attack.pgd import Loss, summed_cross_entropy
+from awp_engine.attack import Loss, summed_cross_entropy
 
 
 class Objective(ABC):

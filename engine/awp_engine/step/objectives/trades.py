@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awp_engine.attack.pgd import Loss
+from awp_engine.attack import Loss
 from awp_engine.step.objectives.objective import Objective, at_least_fp32, divergence
 
 

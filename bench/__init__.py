@@ -1,0 +1,1 @@
+"""Benchmarks, and what was measured; README.md says which program answers what."""

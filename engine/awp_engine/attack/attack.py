@@ -1,0 +1,144 @@
+"""An attack as one value: made once, called on every batch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from awp_engine.attack.apgd import apgd
+from awp_engine.attack.common import Start, starting_point
+from awp_engine.attack.losses import Loss, cross_entropy_losses, summed_cross_entropy
+from awp_engine.attack.pgd import pgd
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack:
+    """How images are attacked: `attack(model, x, y)` calls `pgd`, or `apgd`, with these arguments.
+
+    Attributes:
+        kind: "pgd", or "apgd", which chooses its own step sizes.
+        epsilon: radius of the ball, on pixels in [0, 1]; 0 leaves images as they are.
+        step_size: length of a step of PGD, in the same units.
+        steps: number of steps.
+        norm: "linf" or "l2".
+        start: first iterate; see `pgd`.
+        start_epsilon: radius of the ball that a uniform start is drawn from; None means epsilon.
+        bn_mode: how batch normalisation behaves during the attack: "train", by the batch's statistics, or "eval".
+        seed: of the noise, where a call gives no other.
+    """
+
+    kind: Literal["pgd", "apgd"] = "pgd"
+    epsilon: float
+    step_size: float = 0.0
+    steps: int
+    norm: Literal["linf", "l2"] = "linf"
+    start: Start = "uniform"
+    start_epsilon: float | None = None
+    bn_mode: Literal["train", "eval"] = "eval"
+    seed: int = 0
+
+    def first(self, x: Tensor, *, sample_ids: Tensor, seed: int) -> Tensor:
+        """Where the attack on a batch begins, [N, C, H, W]: all of it that depends on the seed."""
+        return starting_point(
+            x.detach(),
+            self.start,
+            epsilon=self.epsilon if self.start_epsilon is None else self.start_epsilon,
+            norm=self.norm,
+            sample_ids=sample_ids,
+            seed=seed,
+        )
+
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        sample_ids: Tensor | None = None,
+        seed: int | None = None,
+        start: Tensor | None = None,
+        loss: Loss | None = None,
+        loss_scale: float = 1.0,
+        shared: Sequence[nn.Parameter] = (),
+        observe: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """The attacked images of a batch; a gradient that is not finite moves nothing, and `observe` is told of it.
+
+        Args:
+            model: maps images in [0, 1] to logits.
+            x: [N, C, H, W], in [0, 1].
+            y: int64 [N], or fp32 [N, classes] of a mixture.
+            sample_ids: int64 [N], what the noise is keyed by.
+            seed: of the noise; None: the attack's own.
+            start: first iterate, as from `first`; None: drawn here.
+            loss: maps (logits, y) to a scalar to climb; None: summed cross-entropy. Not for apgd.
+            loss_scale: factor on what is climbed, against underflow.
+            shared: parameters that get gradients from the last pass, see `pgd`. Not for apgd.
+            observe: called with every step's number and gradient, see `pgd`.
+
+        Raises:
+            ValueError: as `pgd`; a loss or shared parameters with apgd, which climbs cross-entropy.
+        """
+        if self.epsilon == 0:
+            return x
+        common: dict[str, Any] = {
+            "epsilon": self.epsilon,
+            "steps": self.steps,
+            "norm": self.norm,
+            "start": self.start if start is None else start,
+            "bn_mode": self.bn_mode,
+            "sample_ids": sample_ids,
+            "seed": self.seed if seed is None else seed,
+            "nonfinite": "ignore",
+            "observe": observe,
+        }
+        if self.kind == "apgd":
+            if loss is not None or shared:
+                raise ValueError(
+                    "loss, shared: expected neither with an attack of kind apgd, which climbs cross-entropy"
+                )
+            return apgd(model, x, y, losses=cross_entropy_losses, loss_scale=loss_scale, **common)
+        climbed = loss or summed_cross_entropy
+        if loss_scale != 1:
+            climbed = _scaled(climbed, loss_scale)
+        return pgd(
+            model,
+            x,
+            y,
+            step_size=self.step_size,
+            start_epsilon=self.start_epsilon,
+            loss=climbed,
+            shared=shared,
+            **common,
+        )
+
+
+def _scaled(loss: Loss, scale: float) -> Loss:
+    return lambda logits, labels: scale * loss(logits, labels)
+
+
+def fast_attack(
+    kind: Literal["fgsm-rs", "n-fgsm"], epsilon: float, *, bn_mode: Literal["train", "eval"] = "eval"
+) -> Attack:
+    """A one-step attack in the Linf ball.
+
+    Args:
+        kind: "fgsm-rs": uniform start, one step of 1.25 epsilon, projected; "n-fgsm": uniform noise of twice epsilon,
+            one step of epsilon, clipped to [0, 1] but not projected.
+        epsilon: radius of the ball, on pixels in [0, 1].
+        bn_mode: see `Attack`.
+
+    Raises:
+        ValueError: unknown kind.
+
+    Source: Wong, Rice, Kolter: Fast is better than free, ICLR 2020; de Jorge et al.: Make Some Noise, NeurIPS 2022.
+    """
+    if kind == "fgsm-rs":
+        return Attack(epsilon=epsilon, step_size=1.25 * epsilon, steps=1, bn_mode=bn_mode)
+    if kind == "n-fgsm":
+        # noise and step reach no farther than three epsilons, or across [0, 1], so that this ball projects nothing
+        return Attack(
+            epsilon=min(3 * epsilon, 1.0), step_size=epsilon, steps=1, start_epsilon=2 * epsilon, bn_mode=bn_mode
+        )
+    raise ValueError(f"fast: expected fgsm-rs or n-fgsm, got {kind!r}")

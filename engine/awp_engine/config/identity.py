@@ -1,0 +1,178 @@
+"""A configuration in other forms: flat, as JSON, as read from a file; and what tells two runs apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from awp_engine.config.documents import JSON, parse_json, read_document, read_text
+from awp_engine.config.schema import ConfigError, coerce, did_you_mean, flag, hints, parse_amount, show
+from awp_engine.config.settings import Config
+
+# What a resumed run may change: none of it moves the weights, or the choice of the epoch; images may lie elsewhere, as
+# long as their fingerprints are the same.
+_FREE_ON_RESUME = frozenset(
+    {
+        "preset",
+        "run_dir",
+        "device",
+        "data.root",
+        "data.extra",
+        "data.bad_list",
+        "data.loader",
+        "data.resident_share",
+        "data.workers",
+        "keep_checkpoints",
+        "keep_every",
+        "checkpoint_every",
+        "checkpoint_steps",
+        "distributed.strategy",
+        "distributed.check_every",
+        "distributed.timeout",
+        "log_interval",
+        "compare_without_awp",
+        "compile",
+        "cuda_graphs",
+        "profile",
+        "evaluation.batch_size",
+        "evaluation.test_limit",
+    }
+)
+
+
+def key_types(cls: type = Config, prefix: str = "") -> dict[str, Any]:
+    """Every key, such as "awp.gamma", with its type."""
+    found: dict[str, Any] = {}
+    for name, hint in hints(cls).items():
+        inner = dataclasses.is_dataclass(hint)
+        found |= key_types(typing.cast(type, hint), f"{prefix}{name}.") if inner else {prefix + name: hint}
+    return found
+
+
+def flags() -> dict[str, Any]:
+    """Every flag with its type."""
+    return {flag(key): hint for key, hint in key_types().items()}
+
+
+def to_flat(config: Config) -> dict[str, Any]:
+    """The value of every key, such as "awp.gamma", as JSON holds it."""
+    nested = json.loads(to_json(config))
+    return {key: functools.reduce(dict.__getitem__, key.split("."), nested) for key in key_types()}
+
+
+def from_flat(values: Mapping[str, Any]) -> Config:
+    """The configuration of the value of every key.
+
+    Raises:
+        ConfigError: naming the key, for wrong types and refused values.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        group, _, name = key.rpartition(".")
+        groups.setdefault(group, {})[name] = value
+    inner = {name: hint(**groups[name]) for name, hint in hints(Config).items() if name in groups}
+    return Config(**groups[""], **inner)
+
+
+def to_json(config: Config) -> str:
+    """`config` as indented JSON, every key written out."""
+    return json.dumps(dataclasses.asdict(config), indent=2, allow_nan=False, default=str) + "\n"
+
+
+def _flatten(values: Any, source: str, cls: type = Config, prefix: str = "", *, whole: bool) -> dict[str, Any]:
+    """Nested values under their dotted keys; `whole`: no key may be missing."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{source}: {prefix[:-1] or 'top level'}: expected a group of settings, got {show(values)}")
+    known, flat = hints(cls), {}
+    # what runs of version 0.1 were not told
+    values = {key: value for key, value in values.items() if (prefix, key, value) != ("awp.", "public_code", False)}
+    for key in values:
+        if key not in known:
+            hint = did_you_mean(f"{prefix}{key}", key_types(), f"expected one of {', '.join(known)}")
+            raise ConfigError(f"{source}: {prefix}{show(str(key))[1:-1]}: unknown key; {hint}")
+    for key, hint in known.items():
+        if key in values and dataclasses.is_dataclass(hint):
+            flat |= _flatten(values[key], source, typing.cast(type, hint), f"{prefix}{key}.", whole=whole)
+        elif key in values:
+            flat[prefix + key] = values[key]
+        elif whole:
+            raise ConfigError(f"{source}: {prefix}{key}: missing key; add it, or write the file again")
+    return flat
+
+
+def from_json(text: str, source: str = "config.json") -> Config:
+    """Reads what `to_json` wrote; `source` is the file's name for messages.
+
+    Raises:
+        ConfigError: naming the file and the key, for unknown and missing keys, wrong types and refused values.
+    """
+    values = _flatten(parse_json(text, source), source, whole=True)
+    try:
+        return from_flat(values)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def load_config(path: Path) -> Config:
+    """Reads a `config.json`.
+
+    Raises:
+        ConfigError: naming the file, if it cannot be read or does not hold a configuration.
+    """
+    return from_json(read_text(path, JSON), str(path))
+
+
+def load_settings(path: Path) -> dict[str, Any]:
+    """The settings that a file names, flat: YAML, or JSON such as a `config.json`.
+
+    Raises:
+        ConfigError: naming the file, and the key where it is unknown or its value of a wrong type.
+    """
+    known, values = key_types(), _flatten(read_document(path), str(path), whole=False)
+    try:
+        return {key: coerce(known[key], value, key) for key, value in values.items()}
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _trajectory(config: Config) -> dict[str, Any]:
+    """Dotted key -> value for all that determines the run's weights and its choice of epoch."""
+    values = to_flat(config)
+    for key in ("attack.epsilon", "attack.step_size"):
+        values[key] = str(parse_amount(values[key]))
+    given = values["evaluation.step_size"]
+    values["evaluation.step_size"] = str(
+        parse_amount(config.attack.epsilon) / 4 if given is None else parse_amount(given)
+    )
+    return {key: value for key, value in values.items() if key not in _FREE_ON_RESUME}
+
+
+def config_hash(config: Config) -> str:
+    """SHA-256 (hex) over all that determines the run's weights and its choice of epoch.
+
+    Left out are the run directory, the device, checkpoint and log settings, and the places of images, which have
+    fingerprints; "8/255" and "16/510" count as equal.
+    """
+    canonical = json.dumps(_trajectory(config), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def require_same_run(saved: Config, given: Config, run_dir: Path) -> None:
+    """Refuses to go on with a run under other settings.
+
+    Raises:
+        ConfigError: naming the first key that differs, with both values.
+    """
+    before, now = _trajectory(saved), _trajectory(given)
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise ConfigError(
+                f"--run-dir: {run_dir} belongs to another configuration: {flag(key)} is {show(before.get(key))} there"
+                f" and {show(now.get(key))} here; give the same value or another --run-dir"
+            )

@@ -1,0 +1,99 @@
+"""What one group of settings demands of another."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from awp_engine.config.schema import parse_amount
+
+if TYPE_CHECKING:
+    from awp_engine.config.settings import Config
+
+
+def own_images(batch_size: int, extra_fraction: float) -> int:
+    """How many images of a full batch are the data set's own, the others being extra ones."""
+    return math.floor(batch_size * (1 - extra_fraction) + 0.5)
+
+
+def require_combinations(config: Config) -> None:
+    """Refuse settings that do not go together.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    _require_attack(config)
+    _require_step(config)
+    if config.distributed.strategy == "fsdp":
+        _require_sharded(config)
+    if config.awp.enabled:
+        _require_precision(config)
+    precision = config.precision
+    same = config.awp.ascent_steps == 1 or precision.ascent == precision.descent
+    like = f"{precision.descent} like --precision.descent with --awp.ascent-steps > 1"
+    config.require(same, "precision.ascent", like)
+    _require_fast(config)
+    useful = not config.compare_without_awp or config.awp.enabled
+    config.require(useful, "compare_without_awp", "--awp.gamma > 0, or there is nothing to compare with")
+
+
+def _require_attack(config: Config) -> None:
+    attack, evaluation = config.attack, config.evaluation
+    always_fast = attack.fast != "none" and (attack.fast_epochs is None or attack.fast_epochs >= config.epochs)
+    if attack.kind == "pgd" and not always_fast:
+        _require_reach(config, "attack.step_size", attack.step_size, attack.steps)
+    if evaluation.step_size is not None:
+        _require_reach(config, "evaluation.step_size", evaluation.step_size, evaluation.steps)
+
+
+def _require_reach(config: Config, key: str, step_size: str, steps: int) -> None:
+    """Refuse steps that no attack in the ball can want: most were meant in 255ths, or were left from another."""
+    epsilon = config.attack.epsilon
+    step, radius = parse_amount(step_size), parse_amount(epsilon)
+    expected = f"at most twice --attack.epsilon {epsilon}, as a longer step leaves the ball from wherever it begins"
+    config.require(step <= 2 * radius or radius == 0, key, expected)
+    expected = f"steps that go farther, {steps} of them, than a tenth of --attack.epsilon {epsilon}"
+    config.require(10 * steps * step >= radius, key, expected)
+
+
+def _require_step(config: Config) -> None:
+    for key in ("label_smoothing", "data.cutmix", "data.mixup") if config.method == "mart" else ():
+        config.require_value(key, 0, "with --method mart, whose loss needs one right class")
+    size = config.global_batch_size
+    both = config.data.extra is None or 0 < own_images(size, config.data.extra_fraction) < size
+    config.require(both, "data.extra_fraction", f"a part that gives a batch of {size} images of both kinds")
+    if config.attack.kind == "apgd":
+        if config.method in ("trades", "rst"):
+            config.require_value("attack.kind", "pgd", f"with --method {config.method}: apgd climbs cross-entropy")
+        if config.awp.enabled:
+            config.require_value("awp.ascent", "exact", "with --attack.kind apgd, whose last pass has no gradient")
+    if config.optimizer.kind == "adamw":
+        config.require_value("cuda_graphs", False, "with --optimizer.kind adamw")
+
+
+def _require_sharded(config: Config) -> None:
+    """What needs a whole model on every rank."""
+    for key, value in (("distributed.ascent_sync", "global"), ("awp.ascent", "exact"), ("compile", False)):
+        config.require_value(key, value, "with --distributed.strategy fsdp, where no rank has a whole model")
+
+
+def _require_precision(config: Config) -> None:
+    awp, precision = config.awp, config.precision
+    for part in ("ascent", "descent"):
+        key, kind = f"precision.{part}", getattr(precision, part)
+        # the perturbation is a few thousandths of a weight, and bfloat16 keeps 8 bits
+        blurred = "fp32 or fp16: bf16 would blur the weight perturbation by a quarter or more"
+        config.require(kind != "bf16", key, blurred)
+        whole = f"fp32 with --awp.scale {awp.scale}, whose norm is taken over all parameters"
+        config.require(awp.scale == "relative" or kind != "fp16", key, whole)
+    if awp.ascent == "shared":
+        config.require_value("precision.attack", precision.ascent, "like --precision.ascent with --awp.ascent shared")
+
+
+def _require_fast(config: Config) -> None:
+    attack, awp = config.attack, config.awp
+    if config.method != "at":
+        config.require_value("attack.fast", "none", f"with --method {config.method}")
+    until = config.epochs if attack.fast_epochs is None else attack.fast_epochs
+    expected = f"another, or --awp.warmup {until}: one pass for image and weights leaves none for the ascent"
+    config.require(attack.fast != "free" or not awp.enabled or awp.warmup >= until, "attack.fast", expected)

@@ -1,0 +1,178 @@
+"""One training step with the double perturbation: of the images, then of the weights.
+
+Source: Wu, Xia, Wang: Adversarial Weight Perturbation Helps Robust Generalization, NeurIPS 2020.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from awp_engine.distributed.batch import Batch
+from awp_engine.distributed.ranks import Ranks
+from awp_engine.models.batch_norm import Statistics
+from awp_engine.observe.regions import region
+from awp_engine.optim.average import WeightAverage
+from awp_engine.optim.optimizer import Optimizer
+from awp_engine.step.objectives import Objective
+from awp_engine.step.passes import Passes, RankShare
+from awp_engine.step.precision import WorkingModels
+from awp_engine.step.step import Phase, StepResult
+from awp_engine.step.update import Update
+from awp_kernels import AdversarialWeightPerturbation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ascent:
+    """How the direction of the weight perturbation is found.
+
+    Attributes:
+        kind: "exact", the gradient of the training loss at the attacked images; "shared", that of the attack's last
+            pass.
+        steps: passes whose gradients are added up, each at the weights that the ones before it moved to.
+        c_min: only samples whose loss is below it count, or None.
+        sync: "global", by the gradient of the whole batch; "local", every rank by that of its share.
+    """
+
+    kind: Literal["exact", "shared"] = "exact"
+    steps: int = 1
+    c_min: float | None = None
+    sync: Literal["global", "local"] = "global"
+
+
+class AwpStep:
+    """Attack, ascent, descent, update: Algorithm 1 of the paper.
+
+    Args:
+        models: what the parts run on; `WorkingModels(model)` runs all of them on `model`, which is in train mode.
+        optimizer: over the model's parameters, as `build_optimizer` makes it.
+        objective: what is climbed and minimised.
+        awp: the weight perturbation, or None; with `working=models.working`.
+        ascent: how its direction is found.
+        clip_norm: largest norm of the descent gradient, or None.
+        average: of the weights, that every step is taken into; or None.
+        ranks: that train together, on equal models; gradients are averaged over them, the attack is each one's own.
+        sync_batch_norm: whether the model's batch normalisation is synchronised over the ranks.
+        compile: by torch.compile; batches of another size than the first one's run uncompiled.
+        micro_batch_size: most images that are computed at once, or None.
+    """
+
+    def __init__(
+        self,
+        *,
+        models: WorkingModels,
+        optimizer: Optimizer,
+        objective: Objective,
+        awp: AdversarialWeightPerturbation | None = None,
+        ascent: Ascent | None = None,
+        clip_norm: float | None = None,
+        average: WeightAverage | None = None,
+        ranks: Ranks | None = None,
+        sync_batch_norm: bool = False,
+        compile: bool = False,
+        micro_batch_size: int | None = None,
+    ) -> None:
+        ranks = ranks or Ranks()
+        self.models, self.awp, self.ascent = models, awp, ascent or Ascent()
+        self._shared = awp is not None and self.ascent.kind == "shared"
+        self._reduced_ascent = awp is not None and self.ascent.sync == "global" and ranks.world > 1
+        # a module once, whichever parts run on it
+        reduced = {id(module): module for module in (models.descent, models.ascent)}
+        if not self._reduced_ascent or self._shared:
+            reduced = {id(models.descent): models.descent}
+        self.passes = Passes(
+            models,
+            objective,
+            ranks=ranks,
+            reduced=list(reduced.values()),
+            sync_batch_norm=sync_batch_norm,
+            compile=compile,
+            micro_batch_size=micro_batch_size,
+        )
+        self.update = Update(
+            optimizer, models, awp=awp, loss_scale=self.passes.loss_scale, clip_norm=clip_norm, average=average
+        )
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a step is the same sequence of launches every time, so that a CUDA graph can hold it."""
+        # with c_min the number of samples below it decides how many passes are made
+        return self.ascent.c_min is None
+
+    def prepare(self, batch: Batch, phase: Phase) -> Tensor:
+        """All of a step that the host decides; returns where the attack begins, [N, C, H, W]."""
+        self.update.prepare(phase)
+        return phase.attack.first(batch.images, sample_ids=batch.ids, seed=phase.seed)
+
+    def __call__(self, batch: Batch, phase: Phase, start: Tensor | None = None) -> StepResult:
+        """Train on one batch, or on this rank's part of it; `start` is of `prepare`, where that was called before."""
+        start = self.prepare(batch, phase) if start is None else start
+        passes, perturb = self.passes, phase.perturb and self.awp is not None
+        passes.begin(batch.images)
+        share = passes.share(len(batch.images), batch.whole_size)
+        statistics = Statistics(self.models.statistics)
+        with passes.rollback(statistics, self.awp.restore_ if self.awp is not None else None):
+            with region("attack"):
+                x_adv, marks = passes.attack(phase.attack, batch, share, start, self._given_by_attack(perturb))
+            climbed = self.climbed(x_adv, batch, share, phase) if perturb else contextlib.nullcontext()
+            with climbed as followed, region("descent"):
+                loss, correct = passes.descend(x_adv, batch, share, followed)  # at w + v
+            with region("update"):
+                skipped = self.update()  # at w
+            passes.average_statistics(share.share)
+            statistics.restore_where(skipped)
+        return StepResult(loss, correct, skipped, *(marks * share.share))
+
+    def _given_by_attack(self, perturb: bool) -> list[nn.Parameter]:
+        """The parameters whose ascent gradient is that of the attack's last pass."""
+        if not (perturb and self._shared and self.awp is not None):
+            return []
+        return [self.models.attack.get_parameter(name) for name in self.awp.parameters]
+
+    @contextlib.contextmanager
+    def climbed(self, x_adv: Tensor, batch: Batch, share: RankShare, phase: Phase) -> Iterator[Tensor]:
+        """A block at w + v; gives, on the device, 1, or NaN where a direction was not finite on this rank.
+
+        After it w is back, but in a working copy, which the update writes anew; `awp.perturbed()` would restore that.
+        """
+        assert self.awp is not None
+        with region("ascent"):
+            followed = self._climb(self.awp, x_adv, batch, share, phase)
+        yield followed
+        if self.awp.working is None:
+            self.awp.restore_()
+
+    def _climb(
+        self, awp: AdversarialWeightPerturbation, x_adv: Tensor, batch: Batch, share: RankShare, phase: Phase
+    ) -> Tensor:
+        sums: dict[str, Tensor] = {}
+        ascent, model, ranks = self.ascent, self.models.ascent, self.passes.ranks
+        several = ascent.steps > 1
+        for step in range(ascent.steps):
+            if not self._shared or phase.attack.epsilon == 0:
+                averaged = self._reduced_ascent
+                *_, below = self.passes.backward(
+                    model, x_adv, batch, share, averaged=averaged, update_statistics=False, c_min=ascent.c_min
+                )
+                if ascent.c_min is not None and step:
+                    if averaged:
+                        ranks.sum_([below])
+                    if below == 0:
+                        break
+            for name in awp.parameters:
+                gradient = model.get_parameter(name).grad
+                if gradient is not None:
+                    # a new tensor where more is to come: the next pass writes into the memory of this one's
+                    sums[name] = sums[name] + gradient if name in sums else gradient.clone() if several else gradient
+            if self._shared and self._reduced_ascent:
+                ranks.sum_(sums.values())
+            # every pass is taken where the ones before it moved to, and all are added up at w, as RWP does
+            awp.restore_()
+            awp.perturb_(gradients=sums)
+            self.passes.clear_gradients()
+        # of the last pass: what was not finite in one before it is in the sum still
+        assert awp.found_inf is not None
+        return torch.ones_like(awp.found_inf).masked_fill_(awp.found_inf > 0, torch.nan)

@@ -1,0 +1,89 @@
+"""Free adversarial training: one pass serves image and weights.
+
+Source: Shafahi et al.: Adversarial Training for Free!, NeurIPS 2019.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from awp_engine.distributed.batch import Batch
+from awp_engine.models.batch_norm import Statistics
+from awp_engine.step.awp_step import AwpStep
+from awp_engine.step.passes import gradient_marks
+from awp_engine.step.step import Phase, Step, StepResult
+
+
+class FreeStep:
+    """Updates the weights several times on a batch, and the images' perturbation with them, which the next one goes on
+    from; leaves phases that are not free to the full step.
+
+    Args:
+        step: whose passes and update are used.
+        otherwise: takes the steps of other phases: `step`, or what captures it.
+        replays: updates that a batch serves for.
+        largest_batch: images of the largest batch, over all ranks; no batch comes before one of that size.
+        memory_format: of the images.
+    """
+
+    def __init__(
+        self, step: AwpStep, otherwise: Step, *, replays: int, largest_batch: int, memory_format: torch.memory_format
+    ) -> None:
+        self._step, self._otherwise, self._replays, self._largest = step, otherwise, replays, largest_batch
+        self._memory_format = memory_format
+        self._delta: Tensor | None = None
+
+    def begin_epoch(self) -> None:
+        """Start from no perturbation, so that a run resumes exactly."""
+        self._delta = None
+
+    def __call__(self, batch: Batch, phase: Phase) -> StepResult:
+        """Train on one batch, or on this rank's part of it; the result's fields are [replays] in a free phase."""
+        if not phase.free:
+            return self._otherwise(batch, phase)
+        x = batch.images
+        if self._delta is None or self._delta.shape[0] < len(x):
+            self._delta = torch.zeros_like(x)
+        delta, results = self._delta[: len(x)], []
+        for _ in range(self._replays):
+            self._step.update.prepare(phase)
+            results.append(self.replay(batch, phase, delta))
+        names = [field.name for field in dataclasses.fields(StepResult)]
+        return StepResult(*(torch.stack([getattr(result, name) for result in results]) for name in names))
+
+    def replay(self, batch: Batch, phase: Phase, delta: Tensor) -> StepResult:
+        """One update, which moves `delta`, [N, C, H, W], in place."""
+        passes, x, epsilon = self._step.passes, batch.images, phase.attack.epsilon
+        passes.begin(x)
+        share = passes.share(len(x), batch.whole_size)
+        statistics = Statistics(self._step.models.statistics)
+        with passes.rollback(statistics):
+            x_adv = (x + delta).clamp_(0, 1).requires_grad_()
+            loss, correct = passes.descend(x_adv, batch, share)
+            assert x_adv.grad is not None
+            delta.add_(x_adv.grad.sign(), alpha=epsilon).clamp_(-epsilon, epsilon)
+            skipped = self._step.update()
+            passes.average_statistics(share.share)
+            statistics.restore_where(skipped)
+        return StepResult(loss, correct, skipped, *(gradient_marks(x_adv.grad, x) * share.share))
+
+    def state(self) -> dict[str, Tensor]:
+        """The perturbation of all ranks' images, for a checkpoint in mid-epoch; all ranks have to call it."""
+        if self._delta is None:
+            return {}
+        ranks = self._step.passes.ranks
+        rows, share = ranks.share(self._largest)
+        whole = self._delta.new_zeros(self._largest, *self._delta.shape[1:])
+        whole[rows] = self._delta if self._largest >= ranks.world else self._delta * share
+        ranks.sum_([whole])
+        return {"delta": whole}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """What `state` gave, on any number of ranks."""
+        if "delta" in state:
+            rows, _ = self._step.passes.ranks.share(self._largest)
+            model = self._step.models.model
+            device = next(model.parameters()).device
+            self._delta = state["delta"][rows].to(device).contiguous(memory_format=self._memory_format)

@@ -1,0 +1,271 @@
+"""Gradients of a rank's part of a batch: in pieces, each part of a step in its precision, added up over the ranks."""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from awp_engine.attack import Attack, Loss
+from awp_engine.distributed.batch import Batch
+from awp_engine.distributed.ranks import Ranks
+from awp_engine.distributed.share import rank_share
+from awp_engine.models.answers import predicted
+from awp_engine.models.batch_norm import Statistics, batch_norm_mode
+from awp_engine.step.objectives import Objective
+from awp_engine.step.precision import LossScale, WorkingModels
+from awp_kernels import conv3x3_forget
+from awp_kernels._block import Block
+
+# lifts the attack's 16-bit gradients out of underflow; the step ignores the scale
+_ATTACK_LOSS_SCALE = 1024.0
+
+
+class RankShare(NamedTuple):
+    """What a rank computes of a batch.
+
+    Attributes:
+        share: the part of the batch's mean that it stands for.
+        pieces: what is computed at once, each with its own such part.
+        undivided: every rank computes the whole batch, which has fewer images than there are ranks.
+    """
+
+    share: float
+    pieces: list[tuple[slice, float]]
+    undivided: bool
+
+
+def gradient_marks(gradient: Tensor, images: Tensor) -> Tensor:
+    """How many entries of a gradient are zero, and how many not finite, over the number of values in `images`: [2]."""
+    return torch.stack([(gradient == 0).sum(), (~gradient.isfinite()).sum()]).to(images.dtype) / images.numel()
+
+
+def _reducer(model: nn.Module) -> DistributedDataParallel:
+    """Averages gradients over the ranks; the running statistics are the step's own business."""
+    with warnings.catch_warnings():
+        # torch 2.13 has another name for what 2.11 knows as broadcast_buffers
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+class Passes:
+    """Forward and backward passes of one model in training.
+
+    Args:
+        models: what the parts of a step run on.
+        objective: what is climbed and minimised.
+        ranks: that train together, on equal models; gradients are averaged over them, the attack is each one's own.
+        reduced: the models whose gradients are averaged over the ranks.
+        sync_batch_norm: running statistics are those of the whole batch already.
+        compile: by torch.compile; batches of another size than the first one's run uncompiled.
+        micro_batch_size: most images that are computed at once, or None.
+
+    Attributes:
+        loss_scale: of ascent and descent where one of them is in fp16, else None.
+    """
+
+    def __init__(
+        self,
+        models: WorkingModels,
+        objective: Objective,
+        *,
+        ranks: Ranks,
+        reduced: Sequence[nn.Module] = (),
+        sync_batch_norm: bool = False,
+        compile: bool = False,
+        micro_batch_size: int | None = None,
+    ) -> None:
+        self.models, self.objective, self.ranks = models, objective, ranks
+        self._sync_batch_norm, self._micro_batch_size = sync_batch_norm, micro_batch_size
+        half = torch.float16 in (models.precision.ascent, models.precision.descent)
+        self.loss_scale = LossScale(next(models.model.parameters()).device) if half else None
+        self._compile, self._compiled_size = compile, 0
+        self._compiled: dict[int, nn.Module] = {}
+        several = ranks.world > 1 and not models.sharded
+        self._reducers = {id(module): _reducer(module) for module in reduced} if several else {}
+        self._warm = not self._reducers
+
+    def begin(self, x: Tensor) -> None:
+        """Begin a step on images like `x`: without gradients of the one before."""
+        if not self._warm:
+            self._warm_up_ddp(x)
+        self.clear_gradients()
+
+    def _warm_up_ddp(self, x: Tensor) -> None:
+        """Make the pass after which torch orders its buckets anew, and with them the order of sums.
+
+        Were it a step's own, a run that goes on would sum its first step in another order than one that never stopped.
+        """
+        for reducer in self._reducers.values():
+            with batch_norm_mode(reducer.module, "eval", update_statistics=False):
+                reducer(x[:1]).sum().backward()
+        self._warm = True
+
+    def clear_gradients(self) -> None:
+        """Drop the gradients of all models."""
+        for module in (self.models.model, self.models.ascent, self.models.descent):
+            module.zero_grad(set_to_none=True)
+
+    def share(self, count: int, whole_size: int) -> RankShare:
+        """This rank's `count` images of a batch of `whole_size`, in as many pieces on every rank."""
+        world = self.ranks.world
+        _, share = self.ranks.share(whole_size)
+        undivided = whole_size < world
+        largest, smallest = (count, count) if undivided else (-(-whole_size // world), whole_size // world)
+        number = min(-(-largest // (self._micro_batch_size or largest)), smallest)
+        pieces = [(rows, part * share) for rows, part in (rank_share(count, i, number) for i in range(number))]
+        return RankShare(share, pieces, undivided)
+
+    def rollback(self, statistics: Statistics, undo: Callable[[], object] | None = None) -> Block:
+        """A block that leaves statistics, and what `undo` puts back, as they were if it fails or is interrupted."""
+
+        def put_back() -> None:
+            # neither does anything after a step that was made to its end
+            try:
+                if undo is not None:
+                    undo()
+            finally:
+                statistics.restore_()
+
+        def steps() -> Generator[None]:
+            try:
+                yield
+            except GeneratorExit:
+                put_back()
+            finally:
+                # again, as an interrupt may have come between the lines above
+                put_back()
+
+        return Block(steps)
+
+    def attack_whole(
+        self, attack: Attack, model: nn.Module, batch: Batch, start: Tensor | None = None, **given: Any
+    ) -> Tensor:
+        """The attacked images of a batch: climbs the objective's loss on `model`; `given` are arguments of `attack`."""
+        half = self.models.precision.attack == torch.float16
+        scale = _ATTACK_LOSS_SCALE if half else 1.0
+        loss: Loss | None = None
+        if attack.kind == "apgd" and type(self.objective).attack_loss is not Objective.attack_loss:
+            name = type(self.objective).__name__
+            raise ValueError(f"attack: apgd climbs cross-entropy, {name} another loss; expected kind pgd")
+        if attack.kind == "pgd" and attack.epsilon > 0:
+            modes = batch_norm_mode(model, attack.bn_mode, update_statistics=False, synchronized=False)
+            with torch.no_grad(), modes:
+                loss = self.objective.attack_loss(model, batch.images, batch.labels)
+        return attack(
+            model, batch.images, batch.labels, sample_ids=batch.ids, start=start, loss=loss, loss_scale=scale, **given
+        )
+
+    def attack(
+        self, attack: Attack, batch: Batch, share: RankShare, start: Tensor, shared: Sequence[nn.Parameter] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """The attacked images, and the parts of the last gradient that `gradient_marks` tells.
+
+        Args:
+            attack: how.
+            batch: this rank's part.
+            share: its pieces.
+            start: where the attack begins.
+            shared: parameters whose gradients in the last pass are added up in their `.grad`.
+        """
+        x = batch.images
+        marks = x.new_zeros(2)
+
+        def look(step: int, gradient: Tensor) -> None:
+            nonlocal marks
+            if step == attack.steps - 1:
+                marks = marks + gradient_marks(gradient, x)
+
+        attacked = []
+        self.models.prepare_attack_()
+        with self.models.held():
+            for rows, _ in share.pieces:
+                before = [parameter.grad for parameter in shared]
+                piece = batch.part(rows)
+                model = self._runner(self.models.attack, piece.images)
+                attacked.append(self.attack_whole(attack, model, piece, start[rows], shared=shared, observe=look))
+                for parameter, gradient in zip(shared, before, strict=True):
+                    if gradient is not None and parameter.grad is not None:
+                        parameter.grad += gradient
+        # what was kept for the attack's passes is twice as large as all that the rest of the step adds
+        conv3x3_forget()
+        return attacked[0] if len(attacked) == 1 else torch.cat(attacked), marks
+
+    def _runner(self, model: nn.Module, x: Tensor) -> nn.Module:
+        """`model` as it is called: compiled, for batches of the first one's size."""
+        if not self._compile:
+            return model
+        self._compiled_size = self._compiled_size or len(x)
+        if len(x) != self._compiled_size:
+            return model
+        if id(model) not in self._compiled:
+            # sizes stay fixed: a general kernel is slower, and compiling once more takes minutes
+            self._compiled[id(model)] = torch.compile(model, dynamic=False)  # pyright: ignore[reportArgumentType]
+        return self._compiled[id(model)]
+
+    def backward(
+        self,
+        model: nn.Module,
+        x_adv: Tensor,
+        batch: Batch,
+        share: RankShare,
+        *,
+        averaged: bool,
+        update_statistics: bool,
+        c_min: float | None = None,
+        followed: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the mean loss in the parameters of `model`, over all ranks if `averaged`, times `followed`.
+
+        Returns:
+            The mean loss, the part of right answers, and how many losses lie below c_min; of this rank's images.
+        """
+        x, y = batch.images, batch.labels
+        reducer = self._reducers.get(id(model)) if averaged else None
+        loss, correct, below = (x.new_zeros(()) for _ in range(3))
+        for index, (rows, part) in enumerate(share.pieces):
+            called = self._runner(reducer or model, x[rows])
+            last = index == len(share.pieces) - 1
+            if self.models.sharded:
+                model.set_requires_gradient_sync(last)  # pyright: ignore[reportCallIssue]
+            with (
+                batch_norm_mode(model, update_statistics=update_statistics, synchronized=not share.undivided),
+                contextlib.nullcontext() if last or reducer is None else reducer.no_sync(),
+            ):
+                losses, logits = self.objective.losses(called, x_adv[rows], x[rows], y[rows])
+                if c_min is not None:
+                    counted = losses.detach() < c_min
+                    below += counted.sum()
+                    losses = losses * counted
+                mean = losses.mean()
+                # the reducer takes the mean over the ranks of what is to be added up
+                scale = part * self.ranks.world
+                lifted = mean if scale == 1 else mean * scale
+                lifted = lifted if followed is None else lifted * followed
+                (lifted if self.loss_scale is None else lifted * self.loss_scale.value).backward()
+            labels = y[rows] if y.ndim == 1 else y[rows].argmax(1)
+            loss = loss + mean.detach() * part
+            correct = correct + (predicted(logits.detach()) == labels).to(x.dtype).mean() * part
+        return loss, correct, below
+
+    def descend(
+        self, x_adv: Tensor, batch: Batch, share: RankShare, followed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the training loss; returns it and the part of right answers. Moves the BN statistics."""
+        loss, correct, _ = self.backward(
+            self.models.descent, x_adv, batch, share, averaged=True, update_statistics=True, followed=followed
+        )
+        return loss, correct
+
+    @torch.no_grad()
+    def average_statistics(self, share: float) -> None:
+        """Running statistics of all ranks' images; without it the ranks would come to differ."""
+        if self.ranks.world == 1 or self._sync_batch_norm:
+            return
+        statistics = [flat for flat in self.models.statistics if flat.is_floating_point()]
+        for flat in statistics:
+            flat.mul_(share)
+        self.ranks.sum_(statistics)

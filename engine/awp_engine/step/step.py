@@ -1,0 +1,60 @@
+"""What goes into a training step and what comes out: a batch and a phase, and a result."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from awp_engine.attack import Attack
+from awp_engine.distributed.batch import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """What the schedule says of one step.
+
+    Attributes:
+        attack: how the images are attacked.
+        seed: of the attack's noise.
+        perturb: whether the weights are perturbed.
+        free: whether one pass serves image and weights; see `FreeStep`.
+        lr: learning rate; None leaves it as it is.
+    """
+
+    attack: Attack
+    seed: int = 0
+    perturb: bool = True
+    free: bool = False
+    lr: float | None = None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step is logged by; all stay on the device.
+
+    A scalar each, or [updates] where a batch serves for several updates of the weights. Of several ranks each has its
+    part of all but `skipped`: their sums are those of the batch.
+
+    Attributes:
+        loss: averaged over the batch, at the perturbed weights where there are such; not finite at times where the
+            step was skipped.
+        correct: part of the attacked images that were classified right in the same forward pass.
+        skipped: bool, the same on all ranks: a gradient was not finite, and weights, momentum and statistics were left
+            as they were.
+        zero_gradients: the part of exactly zero entries in the attack's last gradient; a mask's mark.
+        nonfinite_gradients: the part of entries there that are not finite; an overflow's mark.
+    """
+
+    loss: Tensor
+    correct: Tensor
+    skipped: Tensor
+    zero_gradients: Tensor
+    nonfinite_gradients: Tensor
+
+
+class Step(Protocol):
+    """Trains on one batch, or on this rank's part of it."""
+
+    def __call__(self, batch: Batch, phase: Phase) -> StepResult:
+        """Attack, climb, descend, update."""
+        ...

@@ -1,0 +1,96 @@
+"""What a run is worth, written at its end; and what its steps cost."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from awp_engine import checkpoint
+from awp_engine.config import config_hash
+from awp_engine.evaluation import Accuracy
+from awp_engine.models.trained import MODEL_FILE
+from awp_engine.observe.drawing import attempt
+from awp_engine.observe.metrics import read_metrics
+from awp_engine.observe.report import CURVES, plot_learning_curves, write_report
+from awp_engine.observe.throughput import matmul_ceiling, peak_memory
+from awp_engine.train.progress import Progress
+from awp_engine.train.selection import Selection
+from awp_engine.train.setup import Setup
+
+_ceiling = functools.cache(matmul_ceiling)
+
+
+def throughput(setup: Setup, images_per_second: float) -> dict[str, float]:
+    """Of the operations that the method needs; what a run does beyond them does not count."""
+    ceiling = _ceiling(setup.device, setup.precision.attack or torch.float32)
+    flops = images_per_second * setup.flops_per_image
+    return {
+        "images_per_second": images_per_second,
+        "tflops": flops / 1e12,
+        "share_of_matmul": flops / (ceiling * setup.ranks.world),
+        "memory_gb": peak_memory(setup.device) / 1e9,
+    }
+
+
+def write_results(
+    setup: Setup,
+    selection: Selection,
+    progress: Progress,
+    best: tuple[Accuracy, float],
+    last: tuple[Accuracy, float],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Write model.safetensors, report.json and the learning curves, on the first rank.
+
+    Args:
+        setup: of the run.
+        selection: what was selected.
+        progress: of the run.
+        best: of the selected weights, accuracy on the test split, and under attack on training images.
+        last: of the last ones.
+        say: what the user is told.
+
+    Returns:
+        The fields of report.json.
+    """
+    config = setup.config
+    name = f"pgd{config.evaluation.steps}_accuracy"
+    fields = {
+        "clean_accuracy": best[0].clean,
+        "pgd20_accuracy": best[0].robust if config.evaluation.steps == 20 else None,
+        name: best[0].robust,
+        "train_pgd_accuracy": best[1],
+        "held_out_pgd_accuracy": progress.best_robust,
+        "last": {"clean_accuracy": last[0].clean, name: last[0].robust, "train_pgd_accuracy": last[1]},
+        "test_images": len(selection.test),
+        "train_images": len(setup.data.train),
+        "selected_epoch": progress.best_epoch,
+        "epochs": progress.epoch,
+        "seconds": progress.seconds,
+        "preset": config.preset,
+        "seed": config.seed,
+        "method": config.method,
+        "gamma": config.awp.gamma,
+        "attack": {
+            "norm": config.attack.norm,
+            "epsilon": config.attack.epsilon,
+            "steps": config.evaluation.steps,
+            "step_size": config.evaluation_step_size,
+        },
+        "device": torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else "cpu",
+        "ranks": setup.ranks.world,
+        "data": {"name": setup.data.name, **setup.fingerprints},
+        "config_hash": config_hash(config),
+    }
+    if setup.ranks.is_first:
+        described = {"epoch": str(progress.best_epoch), "config_hash": config_hash(config)}
+        metadata = setup.description.to_metadata() | described
+        checkpoint.export_model(setup.run_dir / MODEL_FILE, selection.best_weights, metadata)
+        write_report(setup.run_dir, fields)
+        attempt(
+            str(setup.run_dir / CURVES),
+            lambda: plot_learning_curves(setup.run_dir, read_metrics(setup.run_dir), progress.best_epoch),
+            say,
+        )
+    return fields

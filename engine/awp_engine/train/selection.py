@@ -1,0 +1,102 @@
+"""What is measured of a run, and which epoch's weights are kept."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+
+from torch import Tensor, nn
+
+from awp_engine.data import Split, StreamedSplit
+from awp_engine.distributed.sharding import gathered, scatter_
+from awp_engine.evaluation import Accuracy, evaluate, evaluation_attack, spread
+from awp_engine.observe.regions import region
+from awp_engine.train.progress import Progress
+from awp_engine.train.setup import Setup, training_attack
+from awp_kernels.philox import mix_seed
+
+_AVERAGE_NOISE = 3
+
+
+class Selection:
+    """Measures the weights, and keeps the best ones by held-out images.
+
+    Args:
+        setup: of the run.
+        heed: called between batches, on all ranks alike; may end the measurement by an exception.
+
+    Attributes:
+        best_weights: of the epoch that was most robust; part of a checkpoint.
+        test: the part of the test split that is measured.
+    """
+
+    def __init__(self, setup: Setup, heed: Callable[[], None]) -> None:
+        data, settings = setup.data, setup.config.evaluation
+        self._setup, self._heed, self._batch_size = setup, heed, settings.batch_size
+        self._attack = evaluation_attack(setup.config)
+        self._held_out = spread(data.held_out, settings.held_out_limit)
+        self.test = spread(data.test, settings.test_limit)
+        # as many training images as test images: the gap between the two is the overfitting
+        self._train = spread(data.train, len(self.test))
+        self.best_weights = setup.whole(setup.model)
+
+    def state(self) -> dict[str, Tensor]:
+        """For a checkpoint."""
+        return self.best_weights
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """What `state` gave."""
+        self.best_weights = dict(state)
+
+    def measured_model(self, epoch: int) -> nn.Module:
+        """What is measured and kept: the average of the weights where there is one, with its own BN statistics."""
+        average, ranks = self._setup.average, self._setup.ranks
+        if average is None or not average.started:
+            return self._setup.model
+        average.refresh_statistics(self._forward_passes(average.model, epoch))
+        ranks.mean_([buffer for buffer in average.model.buffers() if buffer.is_floating_point()])
+        return average.model
+
+    def _forward_passes(self, model: nn.Module, epoch: int) -> Iterator[None]:
+        """Forward passes over attacked training images, the ones that training itself makes."""
+        config, passes, seen = self._setup.config, self._setup.awp_step.passes, 0
+        # by the batch's statistics: the running ones are what is being computed
+        attack = dataclasses.replace(training_attack(config.attack), bn_mode="train")
+        seed = mix_seed(config.seed, epoch, _AVERAGE_NOISE)
+        with contextlib.closing(self._setup.batches.epoch(epoch)) as batches:
+            for batch in batches:
+                with region("average"):
+                    x_adv = passes.attack_whole(attack, model, batch, seed=seed)
+                    passes.objective.losses(model, x_adv, batch.images, batch.labels)
+                yield
+                seen += batch.whole_size
+                if seen >= config.average.bn_images:
+                    return
+
+    def _measure(self, model: nn.Module, split: Split | StreamedSplit) -> Accuracy:
+        setup = self._setup
+        with gathered(model, now=True) if setup.sharded else contextlib.nullcontext():
+            return evaluate(
+                model, split, self._attack, batch_size=self._batch_size, ranks=setup.ranks, between=self._heed
+            )
+
+    def select(self, epoch: int, progress: Progress) -> dict[str, float]:
+        """Measure the epoch on held-out images, and keep its weights if none were better; returns metrics."""
+        model = self.measured_model(epoch)
+        found = self._measure(model, self._held_out)
+        # the later of equals has trained longer; clean accuracy decides between equally robust ones
+        if (found.robust, found.clean) >= (progress.best_robust, progress.best_clean):
+            progress.since_best = 0 if found.robust > progress.best_robust else progress.since_best + 1
+            progress.best_epoch, progress.best_robust, progress.best_clean = epoch, found.robust, found.clean
+            self.best_weights = self._setup.whole(model)
+        else:
+            progress.since_best += 1
+        return {"held_out_clean_accuracy": found.clean, "held_out_pgd_accuracy": found.robust}
+
+    def finish(self, progress: Progress) -> tuple[tuple[Accuracy, float], tuple[Accuracy, float]]:
+        """Measure the best and the last weights: each on the test split, and attacked on as many training images."""
+        model = self.measured_model(progress.epoch)
+        last = self._measure(model, self.test), self._measure(model, self._train).robust
+        if progress.best_epoch == progress.epoch:
+            return last, last
+        scatter_(model.state_dict(), self.best_weights)
+        return (self._measure(model, self.test), self._measure(model, self._train).robust), last

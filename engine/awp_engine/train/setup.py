@@ -1,0 +1,343 @@
+"""From settings to objects: the one place that knows both. Nothing below the trainer sees a `Config`."""
+
+import math
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from awp_engine.attack import Attack, fast_attack
+from awp_engine.attack.checks import ball
+from awp_engine.config import AttackConfig, AwpConfig, Config, ConfigError, config_hash
+from awp_engine.data import Augmentation, Batches, data_loading, load_data, load_extra, place_extra
+from awp_engine.device import choose_convolutions, choose_device, fast_memory_format
+from awp_engine.distributed.ranks import Ranks
+from awp_engine.distributed.sharding import gather, shard
+from awp_engine.models import load_pretrained
+from awp_engine.models.batch_norm import synchronize
+from awp_engine.models.trained import ModelDescription
+from awp_engine.observe.throughput import forward_flops
+from awp_engine.optim.average import WeightAverage
+from awp_engine.optim.optimizer import build_optimizer
+from awp_engine.step.awp_step import Ascent, AwpStep
+from awp_engine.step.cuda_graph import GraphedStep
+from awp_engine.step.free import FreeStep
+from awp_engine.step.objectives import build_objective
+from awp_engine.step.precision import PARTS, Precision, WorkingModels, has_fast_bfloat16
+from awp_engine.step.step import Step
+from awp_engine.train.cost import forward_units
+from awp_engine.train.run_dir import prepare_run_dir
+from awp_engine.train.schedule import Schedule
+from awp_kernels import AdversarialWeightPerturbation, asam, sam
+from awp_kernels.philox import mix_seed
+
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_precision(config: Config, device: torch.device) -> Precision:
+    """The precision that a run computes in.
+
+    Raises:
+        ConfigError: fp16 on the CPU, which has no arithmetic for it.
+    """
+    cuda = device.type == "cuda"
+    perturbed = config.awp.gamma > 0
+    # one norm over parameters of two precisions: see `Config`
+    sharpness_aware = perturbed and config.awp.scale != "relative"
+    chosen: dict[str, torch.dtype | None] = {}
+    for part in PARTS:
+        name = getattr(config.precision, part)
+        if name == "fp16" and not cuda:
+            raise ConfigError(f"--precision.{part}: expected fp32 or bf16 on the CPU, got 'fp16'")
+        if name != "auto":
+            chosen[part] = _DTYPES[name]
+        elif cuda:
+            chosen[part] = None if sharpness_aware and part != "attack" else torch.float16
+        else:
+            chosen[part] = torch.bfloat16 if part == "attack" and has_fast_bfloat16() else None
+    if perturbed and config.awp.ascent == "shared":
+        # the ascent's gradient comes out of the attack's last pass
+        chosen["attack"] = chosen["ascent"]
+    if config.distributed.strategy == "fsdp":
+        # there is one model, whose parameters are gathered in one precision
+        if config.precision.attack == "auto":
+            chosen["attack"] = chosen["descent"]
+        if len(set(chosen.values())) > 1:
+            raise ConfigError(
+                "--precision.attack: expected that of ascent and descent with --distributed.strategy fsdp"
+            )
+    if config.attack.epsilon_value == 0:
+        # no attack, and no copy for it
+        chosen["attack"] = chosen["descent"]
+    return Precision(**chosen)
+
+
+def training_attack(settings: AttackConfig) -> Attack:
+    """How training attacks, but for the epochs of a cheap attack."""
+    return Attack(
+        kind=settings.kind,
+        epsilon=settings.epsilon_value,
+        step_size=settings.step_size_value,
+        steps=settings.steps,
+        norm=settings.norm,
+        start=settings.start,
+        bn_mode=settings.bn_mode,
+    )
+
+
+def cheap_attack(settings: AttackConfig) -> Attack:
+    """How it attacks in those; that of `training_attack` where there is none, or free training."""
+    if settings.fast in ("none", "free"):
+        return training_attack(settings)
+    return fast_attack(settings.fast, settings.epsilon_value, bn_mode=settings.bn_mode)
+
+
+def build_step(
+    config: Config, model: nn.Module, ranks: Ranks | None = None, precision: Precision | None = None
+) -> AwpStep:
+    """The step for `model`, with an optimizer and working copies of its own.
+
+    Args:
+        config: the run's.
+        model: in train mode, on its device and in its memory format; equal on all ranks.
+        ranks: that train together; by default this process alone.
+        precision: as `choose_precision` says if not given.
+
+    Raises:
+        ConfigError: a precision that the device does not have, or shards of one rank.
+    """
+    ranks, awp = ranks or Ranks(), config.awp
+    device = next(model.parameters()).device
+    precision = precision or choose_precision(config, device)
+    if config.distributed.sync_batch_norm:
+        synchronize(model)
+    sharded = config.distributed.strategy == "fsdp"
+    if sharded:
+        shard_model(model, ranks, precision)
+    models = WorkingModels(
+        model,
+        precision,
+        shared_ascent=awp.gamma > 0 and awp.ascent == "shared",
+        # on the CPU normalisation is fused with its activation, and as cheap
+        fold=device.type == "cuda" and config.attack.bn_mode == "eval",
+        sharded=sharded,
+    )
+    return AwpStep(
+        models=models,
+        optimizer=build_optimizer(model, config.optimizer, working=models.updated),
+        objective=build_objective(config.method, beta=config.beta, label_smoothing=config.label_smoothing),
+        awp=_weight_perturbation(awp, model, models.working),
+        ascent=Ascent(kind=awp.ascent, steps=awp.ascent_steps, c_min=awp.c_min, sync=config.distributed.ascent_sync),
+        clip_norm=config.optimizer.clip_norm,
+        ranks=ranks,
+        sync_batch_norm=config.distributed.sync_batch_norm,
+        compile=config.compile,
+        micro_batch_size=config.micro_batch_size,
+    )
+
+
+def _weight_perturbation(
+    awp: AwpConfig, model: nn.Module, working: nn.Module | None
+) -> AdversarialWeightPerturbation | None:
+    if awp.gamma == 0:
+        return None
+    if awp.scale == "relative":
+        return AdversarialWeightPerturbation(model, awp.gamma, scope=awp.scope, working=working)
+    sharpness_aware = sam if awp.scale == "absolute" else asam
+    return sharpness_aware(model, awp.gamma, scope=awp.scope)
+
+
+def shard_model(model: nn.Module, ranks: Ranks, precision: Precision) -> None:
+    """Leave every rank its share of the parameters of `model`, in place.
+
+    Raises:
+        ConfigError: there is one rank.
+    """
+    if ranks.world == 1:
+        raise ConfigError("--distributed.strategy: expected ddp for one rank, got 'fsdp'; torchrun starts several")
+    device = next(model.parameters()).device
+    shard(model, init_device_mesh(device.type, (ranks.world,)), param_dtype=precision.descent)
+
+
+def capture_step(config: Config, step: AwpStep) -> Step:
+    """`step`, captured in CUDA graphs where device and settings allow.
+
+    Raises:
+        ConfigError: graphs with several ranks, whose collectives are not captured.
+    """
+    if config.cuda_graphs and step.passes.ranks.world > 1:
+        raise ConfigError("--cuda-graphs: serves one rank; leave it out when torchrun starts several")
+    device = next(step.models.model.parameters()).device
+    return GraphedStep(step) if device.type == "cuda" and config.cuda_graphs and step.capturable else step
+
+
+class Setup:
+    """All that a run trains with.
+
+    Args:
+        config: the run's settings.
+        ranks: that train together.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: before anything is written, naming what is wrong.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        config.require_files()
+        self.config, self.ranks = config, ranks
+        self.run_dir: Path = config.resolved_run_dir
+        self.device = choose_device(config.device, ranks.local_rank)
+        # before data are read and the run directory is made
+        self.precision = choose_precision(config, self.device)
+        self.sharded = config.distributed.strategy == "fsdp"
+        if config.cuda_graphs and self.device.type != "cuda":
+            raise ConfigError("--cuda-graphs: expected a CUDA device to capture the step on, found none; leave it out")
+        self.messages: list[str] = []
+        self._load_data()
+        _set_up_torch(config, self.device)
+        self._build_model()
+        if ranks.is_first:
+            prepare_run_dir(config)
+        self._build_batches()
+        self.flops_per_image = forward_units(config) * forward_flops(self.model, self.data.train.shape)
+        # equal seeds give equal weights, but on processors of two kinds
+        ranks.broadcast_(self.model.state_dict().values())
+        self._build_step()
+
+    def _load_data(self) -> None:
+        config, ranks = self.config, self.ranks
+        loading = data_loading(config.data, self.device)
+        data = self.data = load_data(config.data, loading)
+        self._check_ball()
+        extra = None if config.data.extra is None else place_extra(load_extra(config.data.extra, like=data), loading)
+        self._extra = extra
+        self.fingerprints = {
+            "data_fingerprint": data.fingerprint,
+            "extra_fingerprint": None if extra is None else extra.fingerprint,
+        }
+        loaders = [data.loader, "" if extra is None else extra.loader]
+        given = [config_hash(config), *map(str, self.fingerprints.values()), *loaders]
+        ranks.require_equal(given, "configuration and data", self.device)
+        self.messages.append(f"{len(data.train):,} training images, loader {data.loader}")
+        if config.global_batch_size > len(data.train) and extra is None:
+            self.messages.append(
+                f"--global-batch-size {config.global_batch_size}: there are fewer training images; every step takes all"
+            )
+        if extra is not None:
+            self.messages.append(f"{len(extra.split):,} extra images, loader {extra.loader}")
+
+    def _check_ball(self) -> None:
+        """An l2 ball is too large for images of a size that the configuration does not know."""
+        attack = self.config.attack
+        try:
+            ball(math.prod(self.data.train.shape), epsilon=attack.epsilon_value, norm=attack.norm, clip=(0.0, 1.0))
+        except ValueError as error:
+            raise ConfigError(f"--attack.{error}") from None
+
+    def _build_model(self) -> None:
+        config, data = self.config, self.data
+        self.description = ModelDescription(
+            name=config.model.name,
+            num_classes=len(data.class_names),
+            mean=data.mean,
+            std=data.std,
+            width=config.model.width,
+            activation=config.model.activation,
+            class_names=data.class_names if data.named else None,
+        )
+        model = self.description.build()
+        self._memory_format = fast_memory_format(model, self.device)
+        # torch's stub does not know the keyword
+        model.to(device=self.device, memory_format=self._memory_format)  # pyright: ignore[reportCallIssue]
+        self.model: nn.Module = model.train()
+        if config.model.pretrained is not None:
+            kept = load_pretrained(model, config.model.pretrained, self.description.class_names)
+            new = f"; new, for {len(data.class_names)} classes: {', '.join(kept)}" if kept else ""
+            self.messages.append(f"weights of {config.model.pretrained}{new}")
+
+    def _build_batches(self) -> None:
+        config, data, extra = self.config, self.data, self._extra
+        augmentation = Augmentation(
+            pad=config.data.pad,
+            flip=config.data.flip,
+            cutout=config.data.cutout,
+            fill=data.mean,
+            cutmix=config.data.cutmix,
+            mixup=config.data.mixup,
+            mixup_alpha=config.data.mixup_alpha,
+            rand_augment=config.data.rand_augment,
+            erase=config.data.erase,
+            erase_std=data.std,
+            num_classes=len(data.class_names),
+        )
+        self.batches = Batches(
+            data.train,
+            augmentation,
+            global_batch_size=config.global_batch_size,
+            seed=config.seed,
+            rank=self.ranks.rank,
+            ranks=self.ranks.world,
+            extra=None if extra is None else extra.split,
+            extra_fraction=config.data.extra_fraction,
+            memory_format=self._memory_format,
+        )
+
+    def _build_step(self) -> None:
+        config, attack = self.config, self.config.attack
+        self.awp_step = build_step(config, self.model, self.ranks, self.precision)
+        self.optimizer = self.awp_step.update.optimizer
+        self.step = capture_step(config, self.awp_step)
+        self.free = None
+        if attack.fast == "free":
+            self.free = FreeStep(
+                self.awp_step,
+                self.step,
+                replays=attack.replays,
+                largest_batch=self.batches.sizes[0],
+                memory_format=self._memory_format,
+            )
+            self.step = self.free
+        self.average = None
+        if config.average.kind != "none":
+            self.average = WeightAverage(self.model, config.average, config.epochs, twin=self._twin())
+            self.average.follow(self.optimizer)
+            self.awp_step.update.average = self.average
+        cheap_epochs = config.epochs if attack.fast_epochs is None else attack.fast_epochs
+        self.schedule = Schedule(
+            epochs=config.epochs,
+            steps=len(self.batches),
+            seed=config.seed,
+            optimizer=config.optimizer,
+            awp=config.awp,
+            attack=training_attack(attack),
+            cheap=cheap_attack(attack),
+            cheap_epochs=0 if attack.fast == "none" else cheap_epochs,
+            free=attack.fast == "free",
+        )
+
+    def _twin(self) -> nn.Module | None:
+        """A second model of shards; they cannot be copied."""
+        if not self.sharded:
+            return None
+        twin = self.description.build().to(self.device)
+        if self.config.distributed.sync_batch_norm:
+            synchronize(twin)
+        shard_model(twin, self.ranks, self.precision)
+        return twin
+
+    def whole(self, model: nn.Module) -> dict[str, Tensor]:
+        """Copies of a model's tensors on the CPU, without shards, on every rank; all ranks have to call it."""
+        tensors = model.state_dict()
+        if self.sharded:
+            return gather(tensors, every_rank=True)
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def _set_up_torch(config: Config, device: torch.device) -> None:
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    choose_convolutions(device, deterministic=config.deterministic)
+    torch.manual_seed(mix_seed(config.seed))

@@ -1,0 +1,221 @@
+"""What a checkpoint holds, written and read by one loop over all that has a state."""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from awp_engine import checkpoint
+from awp_engine.checkpoint import CheckpointError
+from awp_engine.config import ConfigError, config_hash
+from awp_engine.distributed.replicas import check_replicas
+from awp_engine.distributed.sharding import gather, is_sharded, scatter_
+from awp_engine.models.class_names import difference
+from awp_engine.models.trained import CHECKPOINTS, described
+from awp_engine.optim.average import WeightAverage
+from awp_engine.optim.optimizer import Optimizer, allocate_optimizer_tensors, optimizer_tensors
+from awp_engine.train.progress import Progress
+from awp_engine.train.setup import Setup
+
+
+class Stateful(Protocol):
+    """What goes on from a checkpoint."""
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Tensors by name, as they are now; all ranks call it."""
+        ...
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave, whole and on the CPU."""
+        ...
+
+
+class ModelState:
+    """A model's parameters and buffers, shards of it too."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def state(self) -> dict[str, Tensor]:
+        """By name."""
+        return self._model.state_dict()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """In place."""
+        scatter_(self._model.state_dict(), state)
+
+
+class OptimizerState:
+    """An optimizer's tensors by the names of a model's parameters."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        self._model, self._optimizer = model, optimizer
+
+    def state(self) -> dict[str, Tensor]:
+        """Momentum, or the moments of AdamW."""
+        return optimizer_tensors(self._model, self._optimizer)
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """In place; made where there was none yet."""
+        scatter_(allocate_optimizer_tensors(self._model, self._optimizer, state), state)
+
+
+class AverageState:
+    """The averaged parameters; nothing before the average has begun."""
+
+    def __init__(self, average: WeightAverage) -> None:
+        self._average = average
+
+    def state(self) -> dict[str, Tensor]:
+        """By name."""
+        return self._average.state() if self._average.started else {}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """In place."""
+        scatter_(self._average.state(), state)
+
+
+class RunState:
+    """Where a run stands, and its checkpoints.
+
+    The first rank writes and reads them, and tells the others.
+
+    Args:
+        setup: of the run.
+        sums: of the epoch's metrics.
+        best: the weights that were selected.
+
+    Attributes:
+        progress: how far the run is.
+    """
+
+    def __init__(self, setup: Setup, sums: Stateful, best: Stateful) -> None:
+        self._setup, self._ranks, self._average = setup, setup.ranks, setup.average
+        model, optimizer = ModelState(setup.model), OptimizerState(setup.model, setup.optimizer)
+        averaged = [] if setup.average is None else [AverageState(setup.average)]
+        loss_scale = setup.awp_step.passes.loss_scale
+        # what each group of tensors in a checkpoint is made of
+        self._groups: dict[str, list[Stateful]] = {
+            "model": [model],
+            "optimizer": [optimizer],
+            "best_model": [best],
+            "epoch": [sums, *([] if setup.free is None else [setup.free])],
+            "average": [*averaged],
+            "loss_scale": [] if loss_scale is None else [loss_scale],
+        }
+        # what must be equal to the bit on all ranks
+        self._replicated = [("", model), ("momentum of ", optimizer), *(("average of ", part) for part in averaged)]
+        self.progress = Progress()
+        self._directory = setup.run_dir / CHECKPOINTS
+        self.writer = checkpoint.Writer(self._directory)
+        self._identity = {"config_hash": config_hash(setup.config), **setup.fingerprints}
+        self._saved: tuple[int, int] | None = None
+        self._clock = time.monotonic()
+
+    def start_clock(self) -> None:
+        """Count seconds from now on."""
+        self._clock = time.monotonic()
+
+    def tick(self) -> None:
+        """Bring the run's seconds up to date."""
+        now = time.monotonic()
+        self.progress.seconds += now - self._clock
+        self._clock = now
+
+    def check_replicas(self, when: str) -> None:
+        """Compare what has to be the same on all ranks, to the bit.
+
+        Raises:
+            DivergenceError: naming what differs.
+        """
+        tensors = {f"{what}{name}": t for what, part in self._replicated for name, t in part.state().items()}
+        check_replicas(self._ranks, {name: t for name, t in tensors.items() if not is_sharded(t)}, when)
+
+    def save(self, *, wait: bool = False) -> str | None:
+        """Write a checkpoint of where the run stands, unless there is one, in the background unless `wait`.
+
+        Returns:
+            Where it is, on the first rank; None on others and in the background.
+        """
+        config, progress = self._setup.config, self.progress
+        if self._saved != (progress.epoch, progress.step):
+            self.tick()
+            self.check_replicas(f"epoch {progress.epoch}, step {progress.step}")
+            progress.averaged = 0 if self._average is None else self._average.count
+            tensors = {name: self._whole(parts) for name, parts in self._groups.items()}
+            if self._ranks.is_first:
+                state = {
+                    **dataclasses.asdict(progress),
+                    "ranks": self._ranks.world,
+                    **self._identity,
+                    **self._setup.description.to_metadata(),
+                }
+                best = checkpoint.checkpoint_name(progress.best_epoch) if progress.best_epoch else None
+                name = checkpoint.checkpoint_name(progress.epoch, progress.step)
+                held = {group: members for group, members in tensors.items() if members}
+                kept = checkpoint.Retention(last=config.keep_checkpoints, every_epochs=config.keep_every, best=best)
+                self.writer.save(name, held, state, kept)
+            self._saved = (progress.epoch, progress.step)
+        path = self.writer.wait() if wait else None
+        return None if path is None else str(path)
+
+    def _whole(self, parts: Sequence[Stateful]) -> dict[str, Tensor]:
+        tensors = {name: tensor for part in parts for name, tensor in part.state().items()}
+        return gather(tensors) if self._setup.sharded else tensors
+
+    def resume(self) -> list[str]:
+        """Go on from the newest sound checkpoint, if there is one; returns what to tell the user.
+
+        Raises:
+            ConfigError: the run was trained on other images.
+            CheckpointError: it is another run's, or lacks what this one needs.
+        """
+        where, device, messages = self._directory, self._setup.device, []
+        found = checkpoint.load_latest(where) if self._ranks.is_first else None
+        if found is not None:
+            where = found.path
+            messages += [f"skipped a checkpoint: {line}" for line in found.skipped]
+            self._require_own(found)
+        state = self._ranks.broadcast_json(None if found is None else found.state, device)
+        if state is None:
+            return messages
+        tensors = self._ranks.broadcast_groups({} if found is None else found.tensors, device)
+        try:
+            self._load(state, tensors)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{where}: lacks what this run needs, or has it in another shape: {error}") from error
+        if found is not None:
+            messages.append(f"going on after {self.progress}, from {found.path}")
+        if state["ranks"] != self._ranks.world:
+            messages.append(
+                f"{state['ranks']} ranks before, {self._ranks.world} now: images and noise are the same; sums differ "
+                "by rounding, and without --distributed.sync-batch-norm every rank normalises by another part of the "
+                "batch"
+            )
+        return messages
+
+    def _require_own(self, found: checkpoint.Checkpoint) -> None:
+        if any(found.state.get(key) != value for key, value in self._identity.items() if key != "config_hash"):
+            data, names = self._setup.data, described(found.state, found.path).class_names
+            other = difference(data.class_names, names) if names is not None and data.named else ""
+            classes = f", of other classes: the data now have {other}" if other else ""
+            raise ConfigError(
+                f"--run-dir: {self._setup.run_dir} was trained on other images{classes}; restore the data or choose "
+                "another"
+            )
+        if found.state.get("config_hash") != self._identity["config_hash"]:
+            raise CheckpointError(f"{found.path}: was not written by this run; remove it, or choose another --run-dir")
+
+    def _load(self, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """What `save` wrote."""
+        self.progress = Progress.read(state)
+        for group, parts in self._groups.items():
+            # an average that has not begun has none; a loss scale that is new here begins anew
+            if group in tensors or not (group == "loss_scale" or (group == "average" and not self.progress.averaged)):
+                for part in parts:
+                    part.load(tensors[group])
+        if self._average is not None:
+            self._average.count = self.progress.averaged
+        self._saved = (self.progress.epoch, self.progress.step)

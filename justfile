@@ -1,0 +1,36 @@
+# `just` lists these; https://just.systems, or copy the commands
+
+_list:
+    @just --list --unsorted
+
+# all tests, a process a core
+test *options:
+    pytest {{ options }}
+
+# the inner loop: without what compiles, trains for long or starts processes
+test-fast *options:
+    pytest --no-cov -m "not gpu and not compile and not long and not slow" {{ options }}
+
+# what needs a CUDA device
+gpu *options:
+    pytest --no-cov -m gpu {{ options }}
+
+# CUDA and Triton code, compiled ahead of time; no GPU is needed
+compile *options:
+    pytest --no-cov -m compile {{ options }}
+
+# documents: their examples run, and what they name exists
+docs:
+    pytest --no-cov -n 0 tests/repo/test_readme.py tests/repo/test_named_tests.py
+
+# single operations beside what else can do the same: bench.json and plots/
+bench *options:
+    pytest bench --benchmark-enable -o addopts= --benchmark-json=bench.json {{ options }}
+    python -m bench.report bench.json --out plots
+
+# formats and types
+lint:
+    ruff check .
+    ruff format --check .
+    git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs clang-format --dry-run --Werror
+    pyright

@@ -1,0 +1,159 @@
+"""Training on 2 and 4 ranks gives what one rank gives, up to the order of sums."""
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from steps import build_step
+from torch import Tensor
+
+from awp_engine.config import (
+    AttackConfig,
+    AverageConfig,
+    AwpConfig,
+    Config,
+    DataConfig,
+    DistributedConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+)
+from awp_engine.data import Augmentation, Split, batch_sizes, train_batches
+from awp_engine.distributed.ranks import Ranks
+from awp_engine.distributed.sharding import gather
+from awp_engine.models import build_model
+from awp_engine.optim.average import WeightAverage
+from awp_engine.optim.optimizer import set_learning_rate
+
+EVAL_ATTACK = AttackConfig(steps=2, bn_mode="eval", epsilon="0.2", step_size="0.1")
+BASE = Config(
+    # 26 images in batches of 12: the last one of 2 is smaller than 4 ranks, the others are not divisible by 8
+    global_batch_size=12,
+    attack=EVAL_ATTACK,
+    awp=AwpConfig(gamma=0.01),
+    optimizer=OptimizerConfig(lr=0.05),
+    distributed=DistributedConfig(sync_batch_norm=True),
+    precision=PrecisionConfig(attack="fp32", ascent="fp32", descent="fp32"),
+)
+SHARDED = DistributedConfig(strategy="fsdp", sync_batch_norm=True)
+CASES: dict[str, Config] = {
+    "at": BASE,
+    "uneven shares": dataclasses.replace(BASE, global_batch_size=11),
+    "trades": dataclasses.replace(BASE, method="trades"),
+    "mart": dataclasses.replace(BASE, method="mart"),
+    "clipped, nesterov": dataclasses.replace(BASE, optimizer=OptimizerConfig(lr=0.05, nesterov=True, clip_norm=0.1)),
+    "cutmix": dataclasses.replace(BASE, data=DataConfig(cutmix=0.8, pad=1, flip=True)),
+    "extra": dataclasses.replace(BASE, data=DataConfig(extra_fraction=0.4, pad=1)),
+    "shared ascent": dataclasses.replace(BASE, awp=AwpConfig(gamma=0.01, ascent="shared")),
+    "rwp": dataclasses.replace(BASE, awp=AwpConfig(gamma=0.01, ascent_steps=3, c_min=2.4, scope="global")),
+    "sam": dataclasses.replace(BASE, awp=AwpConfig(gamma=0.05, scope="global", scale="absolute")),
+    "free": dataclasses.replace(BASE, attack=dataclasses.replace(EVAL_ATTACK, fast="free"), awp=AwpConfig(gamma=0.0)),
+    "average": dataclasses.replace(BASE, average=AverageConfig(kind="ema", decay=0.9)),
+    "frozen statistics": dataclasses.replace(BASE, distributed=DistributedConfig()),
+    "micro-batches, frozen statistics": dataclasses.replace(BASE, distributed=DistributedConfig(), micro_batch_size=2),
+    "micro-batches, shared ascent, frozen statistics": dataclasses.replace(
+        BASE, distributed=DistributedConfig(), micro_batch_size=2, awp=AwpConfig(gamma=0.01, ascent="shared")
+    ),
+    "shards": dataclasses.replace(BASE, distributed=SHARDED),
+    "shards, trades, clipped": dataclasses.replace(
+        BASE, distributed=SHARDED, method="trades", optimizer=OptimizerConfig(lr=0.05, clip_norm=0.1)
+    ),
+    "shards, rwp": dataclasses.replace(
+        BASE, distributed=SHARDED, awp=AwpConfig(gamma=0.01, ascent_steps=3, c_min=2.4, scope="global")
+    ),
+    "shards, micro-batches, frozen statistics": dataclasses.replace(
+        BASE, distributed=DistributedConfig(strategy="fsdp"), micro_batch_size=2
+    ),
+}
+
+
+def samples(count: int, first_id: int = 0) -> Split:
+    rng = np.random.default_rng(first_id)
+    images = torch.from_numpy(rng.integers(0, 256, (count, 1, 8, 8), dtype=np.uint8))
+    labels = torch.from_numpy(rng.integers(0, 10, count))
+    return Split(images=images, labels=labels, ids=torch.arange(first_id, first_id + count))
+
+
+def trained(config: Config, ranks: Ranks, *, dtype: torch.dtype = torch.float64, epochs: int = 2) -> dict[str, Tensor]:
+    """All that six steps leave: parameters, statistics, momentum, average, losses."""
+    torch.manual_seed(0)
+    model = build_model("preact-resnet-digits", num_classes=10, mean=(0.3,), std=(0.4,), width=4).to(dtype).train()
+    frozen = not config.distributed.sync_batch_norm
+    if frozen:
+        model.eval()
+    step = build_step(config, model, ranks)
+    average = WeightAverage(model, config.average, 1) if config.average.kind == "ema" else None
+    if average is not None:
+        average.follow(step.optimizer)
+    split, extra = samples(26), samples(40, 1000) if config.data.extra_fraction != 0.5 else None
+    sizes = batch_sizes(26, config.global_batch_size, None if extra is None else config.data.extra_fraction)
+    augmentation = Augmentation(pad=config.data.pad, flip=config.data.flip, cutmix=config.data.cutmix, num_classes=10)
+    losses = []
+    for epoch in range(1, epochs + 1):
+        batches = train_batches(
+            split,
+            augmentation,
+            batch_size=config.global_batch_size,
+            seed=3,
+            epoch=epoch,
+            extra=extra,
+            extra_fraction=config.data.extra_fraction,
+            rank=ranks.rank,
+            ranks=ranks.world,
+        )
+        for batch, size in zip(batches, sizes, strict=True):
+            set_learning_rate(step.optimizer, 0.05)
+            if average is not None:
+                average.before_step()
+            x, labels = batch.images.to(dtype), batch.labels
+            if labels.is_floating_point():
+                labels = labels.to(dtype)
+            if config.attack.fast == "free":
+                result = step.free(x, labels, torch.zeros_like(x), of=size)
+            else:
+                result = step(x, labels, sample_ids=batch.ids, seed=epoch, of=size)
+            numbers = torch.stack([result.loss, result.correct, result.zero_gradients]).double()
+            ranks.sum_([numbers])
+            losses.append(numbers)
+    buffers = enumerate(step.optimizer.state[p]["momentum_buffer"] for p in model.parameters())
+    momentum = {f"momentum.{i}": buffer for i, buffer in buffers}
+    averaged = {} if average is None else {f"average.{n}": t for n, t in average.state().items()}
+    # .clone(): statistics are views of one tensor
+    found = {**model.state_dict(), **momentum, **averaged, "numbers": torch.stack(losses)}
+    if step.models.sharded:
+        return gather(found, every_rank=True)
+    return {name: tensor.detach().clone() for name, tensor in found.items()}
+
+
+def trained_on_rank(rank: int, world: int, cases: dict[str, Config]) -> dict[str, dict[str, Tensor]]:
+    return {name: trained(config, Ranks(rank=rank, world=world)) for name, config in cases.items()}
+
+
+# what depends on the number of ranks: shares that differ, batches of fewer images, several all-reduces, shards
+ON_FOUR = ["at", "uneven shares", "extra", "rwp", "micro-batches, frozen statistics", "shards, trades, clipped"]
+
+
+@functools.cache
+def alone(name: str) -> dict[str, Tensor]:
+    whole = DistributedConfig(sync_batch_norm=CASES[name].distributed.sync_batch_norm)
+    return trained(dataclasses.replace(CASES[name], distributed=whole), Ranks())
+
+
+@pytest.mark.parametrize(
+    ("world", "names"),
+    [(2, list(CASES)), (4, ON_FOUR), pytest.param(4, list(CASES), marks=pytest.mark.long, id="4-all")],
+)
+def test_ranks_train_what_one_rank_trains(world: int, names: list[str]) -> None:
+    """fp64, synchronised or frozen statistics: within 1e-9 after six steps, and equal to the bit among themselves."""
+    results = run_ranks(trained_on_rank, world, {name: CASES[name] for name in names}, timeout=250)
+    worst: dict[str, float] = {}
+    for name in names:
+        for other in results[1:]:
+            assert all(torch.equal(other[name][key], value) for key, value in results[0][name].items()), name
+        expected, found = alone(name), results[0][name]
+        assert found.keys() == expected.keys()
+        worst[name] = max(float((found[key].double() - value.double()).abs().max()) for key, value in expected.items())
+    print({name: f"{value:.1e}" for name, value in worst.items()})
+    assert max(worst.values()) < 1e-9, worst

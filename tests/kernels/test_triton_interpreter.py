@@ -1,0 +1,523 @@
+"""The Triton kernels on CPU tensors, in Triton's interpreter, against the reference.
+
+The interpreter has to be chosen before triton is imported, so one test runs the rest of this file in a process of its
+own. Its cast from float32 to bfloat16 truncates, so bfloat16 results may differ by one unit in the last place there.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import torch
+from samples import DTYPES, LAYOUTS, SCOPES, SGD_VARIANTS, VARIANTS, images, randn, weights_and_grads
+from torch import Tensor
+
+from awp_kernels import (
+    augment,
+    perturb_,
+    perturb_into_,
+    pgd_init_,
+    pgd_init_normal_,
+    pgd_step_,
+    restore_,
+    sgd_step_,
+    total_norm,
+    use_backend,
+)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+NORMS = {"linf": 8 / 255, "l2": 0.5}
+# an interpreted program takes some 10 ms, and a filter is a program
+SMALL = ["scalar", "one", "warp_edges", "primes", "empty_tensors"]
+LEAST_TESTS = 460
+
+
+@pytest.mark.timeout(900)
+def test_kernels_in_the_interpreter(tmp_path):
+    triton = pytest.importorskip("triton", reason="triton is not installed: pip install triton")
+    numpy = pytest.importorskip("numpy")
+    if triton.__version__.startswith("3.6.") and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0":
+        pytest.skip("triton 3.6's interpreter cannot run loops with numpy >= 2.4: pip install 'numpy<2.4'")
+    report = tmp_path / "report.xml"
+    # numpy warns of the branch of tl.where that is not taken, and of how triton 3.6 reads loop bounds
+    ignored = ["-W", "ignore::RuntimeWarning", "-W", "ignore:Conversion of an array:DeprecationWarning"]
+    options = ["-q", "--no-cov", "-p", "no:cacheprovider", *ignored, f"--junit-xml={report}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, f"{Path(__file__)}::TestInterpreted"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    counts = next(ElementTree.parse(report).iter("testsuite")).attrib
+    assert int(counts["tests"]) >= LEAST_TESTS, counts
+    assert int(counts["skipped"]) == 0, counts
+
+
+def nans(tensors: list[Tensor]) -> list[Tensor]:
+    return [torch.full_like(t, float("nan")) for t in tensors]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    word = {2: torch.int16, 4: torch.int32}[a.element_size()]
+    return torch.equal(a.view(word), b.view(word))
+
+
+def assert_close(result: Tensor, expected: Tensor) -> None:
+    """Equal up to one unit in the last place."""
+    torch.testing.assert_close(result, expected, rtol=torch.finfo(result.dtype).eps, atol=1e-9, equal_nan=True)
+
+
+class TestInterpreted:
+    __test__ = INTERPRETED
+
+    @pytest.fixture(autouse=True)
+    def _backend(self):
+        with use_backend("triton"):
+            yield
+
+    @staticmethod
+    def reference(operation, *arguments, **options):
+        with use_backend("reference"):
+            return operation(*arguments, **options)
+
+    @pytest.mark.parametrize(
+        ("shapes", "scope"),
+        [*itertools.product(SMALL, SCOPES), *itertools.product(["network", "chunk_edges"], ["layer", "global"])],
+    )
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    def test_perturb_and_restore(self, shapes, scope, dtype):
+        weights, grads = weights_and_grads(shapes, dtype)
+        expected, moved, saved = [w.clone() for w in weights], [w.clone() for w in weights], nans(weights)
+        expected_scales = self.reference(perturb_, expected, grads, 0.01, scope=scope)
+        scales = perturb_(moved, grads, 0.01, saved=saved, scope=scope)
+        assert_close(scales, expected_scales)
+        for m, e in zip(moved, expected, strict=True):
+            assert_close(m, e)
+        assert all(same_bits(s, w) for s, w in zip(saved, weights, strict=True))
+        restore_(moved, saved)
+        assert all(same_bits(m, w) for m, w in zip(moved, weights, strict=True))
+
+    @pytest.mark.parametrize("scope", SCOPES)
+    @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+    def test_perturb_in_any_layout(self, layout, scope):
+        weights = [randn((4, 3, 5, 2)), randn((33,), seed=1), randn((8, 4, 3, 3), seed=2)]
+        grads = [randn(tuple(w.shape), seed=3) for w in weights]
+        expected = [w.clone() for w in weights]
+        self.reference(perturb_, expected, grads, 0.01, scope=scope)
+        # one aligned tensor among misaligned ones: every tensor chooses its own path
+        moved = [layout.lay(w) for w in weights[:2]] + weights[2:]
+        perturb_(moved, [layout.lay(g) for g in grads[:2]] + grads[2:], 0.01, scope=scope)
+        for m, e in zip(moved, expected, strict=True):
+            assert_close(m, e)
+
+    @pytest.mark.parametrize("out", DTYPES, ids=str)
+    @pytest.mark.parametrize("grad", DTYPES, ids=str)
+    @pytest.mark.parametrize("scope", SCOPES)
+    def test_perturb_into_other_dtypes(self, out, grad, scope):
+        weights, _ = weights_and_grads("primes", torch.float32)
+        _, grads = weights_and_grads("primes", grad)
+        result, expected = nans([w.to(out) for w in weights]), nans([w.to(out) for w in weights])
+        self.reference(perturb_into_, expected, weights, grads, 0.01, scope=scope)
+        perturb_into_(result, weights, grads, 0.01, scope=scope)
+        for r, e in zip(result, expected, strict=True):
+            assert_close(r, e)
+
+    @pytest.mark.parametrize("variant", list(VARIANTS))
+    @pytest.mark.parametrize("shapes", ["scalar", "primes", "empty_tensors"])
+    @pytest.mark.parametrize("scope", SCOPES)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    def test_every_length(self, variant, shapes, scope, dtype):
+        weights, grads = weights_and_grads(shapes, dtype)
+        options = VARIANTS[variant] | {"scope": scope}
+        if options.get("scale") == "elementwise":
+            options["adaptive"] = [i % 3 != 1 for i in range(len(weights))]
+        expected, moved, saved = [w.clone() for w in weights], [w.clone() for w in weights], nans(weights)
+        expected_scales = self.reference(perturb_, expected, grads, **options)
+        assert_close(perturb_(moved, grads, saved=saved, **options), expected_scales)
+        for m, e, w in zip(moved, expected, weights, strict=True):
+            assert_close(m, e)
+            if "bound" in options and dtype == torch.float32:
+                assert ((m.double() - w.double()).abs() <= options["bound"] * w.double().abs()).all()
+        restore_(moved, saved)
+        assert all(same_bits(m, w) for m, w in zip(moved, weights, strict=True))
+
+    @pytest.mark.parametrize("variant", list(VARIANTS))
+    @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+    def test_every_length_in_any_layout_and_of_several_chunks(self, layout, variant):
+        weights = [randn((4, 3, 5, 2)), randn((16385,), seed=1), randn((8, 4, 3, 3), seed=2)]
+        grads = [randn(tuple(w.shape), seed=3) for w in weights]
+        expected = [w.clone() for w in weights]
+        self.reference(perturb_, expected, grads, **VARIANTS[variant])
+        moved = [layout.lay(w) for w in weights[:2]] + weights[2:]
+        perturb_(moved, [layout.lay(g) for g in grads[:2]] + grads[2:], **VARIANTS[variant])
+        for m, e in zip(moved, expected, strict=True):
+            assert_close(m, e)
+
+    @pytest.mark.parametrize("variant", list(VARIANTS))
+    @pytest.mark.parametrize("out", DTYPES, ids=str)
+    @pytest.mark.parametrize("grad", DTYPES, ids=str)
+    def test_every_length_into_other_dtypes(self, out, grad, variant):
+        weights, _ = weights_and_grads("primes", torch.float32)
+        _, grads = weights_and_grads("primes", grad)
+        result, expected = nans([w.to(out) for w in weights]), nans([w.to(out) for w in weights])
+        self.reference(perturb_into_, expected, weights, grads, **VARIANTS[variant])
+        perturb_into_(result, weights, grads, **VARIANTS[variant])
+        for r, e in zip(result, expected, strict=True):
+            assert_close(r, e)
+
+    @pytest.mark.parametrize("variant", ["relative", *VARIANTS])
+    @pytest.mark.parametrize("scope", SCOPES)
+    def test_a_direction_that_is_not_finite_is_not_followed(self, scope, variant):
+        """To the bit; -0.0 and NaN's bits included, in weights' own dtype and, rounded, in another."""
+        options = VARIANTS.get(variant, {"gamma": 0.01}) | {"scope": scope}
+        fp32, fp16 = torch.float32, torch.float16
+        for dtype, out in ((fp32, fp32), (fp16, fp16), (fp32, fp16)):
+            weights = [randn(s, dtype, 5) for s in ((3, 9), (17,), (2, 4), (3000,))]
+            grads = [randn(tuple(w.shape), dtype, 6 + i) for i, w in enumerate(weights)]
+            grads[0][1, 8], grads[3][2900] = float("inf"), float("nan")
+            weights[0][1, 2], weights[3][0] = -0.0, -0.0
+            if options.get("scale") == "absolute":
+                word, odd = (torch.int32, 0x7FC00123) if dtype == fp32 else (torch.int16, 0x7E11)
+                weights[3].view(word)[1] = odd
+            moved, expected = nans([w.to(out) for w in weights]), nans([w.to(out) for w in weights])
+            found_inf = torch.zeros(1)
+            scales = perturb_into_(moved, weights, grads, found_inf=found_inf, **options)
+            assert_close(scales, self.reference(perturb_into_, expected, weights, grads, **options))
+            assert found_inf == 1
+            for m, e in zip(moved, expected, strict=True):
+                assert_close(m, e)
+            held = [(moved[0][1], weights[0][1]), (moved[3], weights[3])]
+            for m, w in held + ([(moved[1], weights[1])] if scope == "global" else []):
+                assert torch.equal(m.nan_to_num(), w.to(out).nan_to_num())
+                assert out != dtype or same_bits(m, w)
+
+    @pytest.mark.parametrize("variant", list(VARIANTS))
+    @pytest.mark.parametrize("scope", SCOPES)
+    def test_every_length_at_zero_norms_and_bad_gradients(self, scope, variant):
+        weights = [randn((4, 5), seed=1), torch.zeros(3, 2), randn((2, 2), seed=2)]
+        for last in (torch.zeros(2, 2), torch.tensor([[1.0, float("nan")], [float("inf"), 0.0]])):
+            grads = [torch.zeros(4, 5), randn((3, 2), seed=3), last]
+            moved, expected = [w.clone() for w in weights], [w.clone() for w in weights]
+            scales = perturb_(moved, grads, scope=scope, **VARIANTS[variant])
+            assert_close(scales, self.reference(perturb_, expected, grads, scope=scope, **VARIANTS[variant]))
+            for m, e in zip(moved, expected, strict=True):
+                assert_close(m, e)
+
+    def test_flags_are_part_of_the_kept_table(self):
+        """The same memory with other flags is another table."""
+        weights, grads = [randn((4, 5)), randn((3,), seed=1)], [randn((4, 5), seed=2), randn((3,), seed=3)]
+        for flags in ([True, False], [False, True], None):
+            out, expected = nans(weights), nans(weights)
+            options = {"scale": "elementwise", "eta": 0.01, "adaptive": flags}
+            self.reference(perturb_into_, expected, weights, grads, 0.5, **options)
+            perturb_into_(out, weights, grads, 0.5, **options)
+            for r, e in zip(out, expected, strict=True):
+                assert_close(r, e)
+
+    @pytest.mark.parametrize("scope", SCOPES)
+    @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 31, 32, 33, 1023, 2049])
+    @pytest.mark.parametrize("offset", [0, 1])
+    def test_nothing_is_written_outside(self, size, offset, scope):
+        weights, grads = [randn((2, size))], [randn((2, size), seed=1)]
+        memory = torch.full((2, 2 * size + 64), float("nan"))
+        out, saved = (row[32 + offset : 32 + offset + 2 * size].view(2, size) for row in memory)
+        saved.copy_(weights[0])
+        perturb_into_([out], weights, grads, 0.01, scope=scope)
+        perturb_([saved], grads, 0.01, saved=[weights[0]], scope=scope)
+        assert_close(saved, out)
+        restore_([saved], weights)
+        assert torch.equal(saved, weights[0])
+        assert memory[:, : 32 + offset].isnan().all()
+        assert memory[:, 32 + offset + 2 * size :].isnan().all()
+
+    @pytest.mark.parametrize("scope", SCOPES)
+    def test_zero_norms_and_bad_gradients(self, scope):
+        weights = [randn((4, 5), seed=1), torch.zeros(3, 2), randn((2, 2), seed=2)]
+        for last in (torch.zeros(2, 2), torch.tensor([[1.0, float("nan")], [float("inf"), 0.0]])):
+            grads = [torch.zeros(4, 5), randn((3, 2), seed=3), last]
+            moved, expected = [w.clone() for w in weights], [w.clone() for w in weights]
+            scales = perturb_(moved, grads, 0.01, scope=scope)
+            assert_close(scales, self.reference(perturb_, expected, grads, 0.01, scope=scope))
+            for m, e in zip(moved, expected, strict=True):
+                assert_close(m, e)
+
+    @pytest.mark.parametrize("scope", SCOPES)
+    def test_many_tensors(self, scope):
+        weights = [randn((1 + i % 3, 3), seed=i) for i in range(40)]
+        grads = [randn((1 + i % 3, 3), seed=1000 + i) for i in range(40)]
+        moved, expected, saved = [w.clone() for w in weights], [w.clone() for w in weights], nans(weights)
+        perturb_(moved, grads, 0.01, saved=saved, scope=scope)
+        self.reference(perturb_, expected, grads, 0.01, scope=scope)
+        for m, e in zip(moved, expected, strict=True):
+            assert_close(m, e)
+        restore_(moved, saved)
+        assert all(same_bits(m, w) for m, w in zip(moved, weights, strict=True))
+
+    def test_table_is_built_once_for_the_same_memory(self):
+        from awp_kernels import _triton_common
+
+        built = _triton_common._build_once.cache_info
+        weights, grads = weights_and_grads("network", torch.float32)
+        perturb_(weights, grads, 0.01)
+        before = built()
+        for w in weights:
+            w.mul_(3)
+        expected = [w.clone() for w in weights]
+        perturb_(weights, grads, 0.02)
+        assert (built().misses, built().hits) == (before.misses, before.hits + 1)
+        self.reference(perturb_, expected, grads, 0.02)
+        for w, e in zip(weights, expected, strict=True):
+            assert_close(w, e)
+        perturb_(weights, [g.clone() for g in grads], 0.01)
+        assert built().misses == before.misses + 1
+
+    def stepped(self, weights, grads, out, options, *, backend="triton", lay=None):
+        """Lists after a step and their norms; what is only written starts as NaN."""
+        lay = lay or (lambda t: t.clone())
+        arguments = {"weights": [lay(w) for w in weights], "grads": [lay(g) for g in grads], "lr": 0.1} | options
+        arguments["out"] = [lay(c) for c in nans([w.to(out) for w in weights])]
+        if options.get("momentum"):
+            arguments["momentum_buffers"] = [lay(w + 1) for w in weights]
+        if "average_weight" in options:
+            arguments["averages"] = [lay(w - 1) for w in weights]
+        for name in ("grad_scale", "grad_norm"):
+            if name in options:
+                arguments[name] = torch.as_tensor(options[name], dtype=torch.float32)
+        with use_backend(backend):
+            norms = sgd_step_(**arguments)
+        lists = ("weights", "momentum_buffers", "averages", "out")
+        return {name: arguments[name] for name in lists if name in arguments} | {"norms": [norms]}
+
+    def assert_stepped_alike(self, *arguments, lay=None):
+        result = self.stepped(*arguments, lay=lay)
+        for name, expected in self.stepped(*arguments, backend="reference").items():
+            for r, e in zip(result[name], expected, strict=True):
+                # the sums' orders differ; a step is a few roundings
+                tolerance = 1e-12 if name == "norms" else 2 * torch.finfo(r.dtype).eps
+                torch.testing.assert_close(r, e, rtol=tolerance, atol=2e-7 if name != "norms" else 0)
+
+    @pytest.mark.parametrize("variant", list(SGD_VARIANTS))
+    @pytest.mark.parametrize("shapes", SMALL)
+    @pytest.mark.parametrize("grad", DTYPES, ids=str)
+    def test_sgd_step(self, variant, shapes, grad):
+        weights, _ = weights_and_grads(shapes, torch.float32)
+        _, grads = weights_and_grads(shapes, grad)
+        self.assert_stepped_alike(weights, grads, torch.float16, SGD_VARIANTS[variant])
+
+    @pytest.mark.parametrize("out", DTYPES, ids=str)
+    @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+    def test_sgd_step_in_any_layout_and_of_several_chunks(self, layout, out):
+        weights = [randn((4, 3, 5, 2)), randn((16385,), seed=1), randn((8, 4, 3, 3), seed=2)]
+        grads = [randn(tuple(w.shape), seed=3) for w in weights]
+        self.assert_stepped_alike(weights, grads, out, SGD_VARIANTS["everything"], lay=layout.lay)
+
+    @pytest.mark.parametrize("number", [0, 1, 2])
+    def test_sgd_step_by_numbers_in_memory(self, number):
+        weights, grads = weights_and_grads("primes", torch.float32)
+        dtype = [torch.float32, torch.float64][number % 2]
+        options = SGD_VARIANTS["everything"] | {
+            "lr": torch.tensor(0.3, dtype=dtype),
+            "average_weight": torch.tensor([0.2], dtype=dtype),
+            "found_inf": [None, torch.tensor(False), torch.tensor(0.0)][number],
+            "weight_decay": [0.0, 0.1, 0.01],
+        }
+        self.assert_stepped_alike(weights, grads, torch.float16, options)
+
+    @pytest.mark.parametrize(
+        "flags",
+        [
+            {"found_inf": torch.tensor(True)},
+            {"found_inf": torch.tensor(2.0)},
+            {"grad_norm": torch.tensor(float("nan"))},
+            {"grad_norm": torch.tensor(float("inf")), "max_norm": 1.0},
+        ],
+        ids=["bool", "fp32", "nan", "inf"],
+    )
+    def test_sgd_step_that_is_left_out(self, flags):
+        weights, grads = weights_and_grads("primes", torch.float32)
+        options = {"momentum": 0.9, "average_weight": 0.1} | flags
+        result = self.stepped(weights, [g * float("nan") for g in grads], torch.float16, options)
+        expected = {
+            "weights": weights,
+            "momentum_buffers": [w + 1 for w in weights],
+            "averages": [w - 1 for w in weights],
+            "out": [w.half() for w in weights],
+        }
+        for name, tensors in expected.items():
+            assert all(same_bits(r, e) for r, e in zip(result[name], tensors, strict=True)), name
+        torch.testing.assert_close(result["norms"][0], torch.stack([w.double().norm() for w in weights]))
+
+    def test_sgd_step_of_many_tensors(self):
+        weights = [randn((1 + i % 3, 3), seed=i) for i in range(40)]
+        grads = [randn((1 + i % 3, 3), seed=1000 + i) for i in range(40)]
+        self.assert_stepped_alike(weights, grads, torch.float16, SGD_VARIANTS["momentum"])
+
+    @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 1023, 2049])
+    @pytest.mark.parametrize("offset", [0, 1])
+    def test_sgd_step_writes_nothing_outside(self, size, offset):
+        memory = torch.full((4, size + 64), float("nan"))
+        weight, buffer, average, out = (row[32 + offset : 32 + offset + size].fill_(1) for row in memory)
+        grads = [torch.ones(size)]
+        options = {"lr": 0.1, "momentum": 0.5, "averages": [average], "average_weight": 0.5, "out": [out]}
+        sgd_step_([weight], grads, [buffer], **options)
+        assert torch.equal(weight, out)
+        assert memory[:, : 32 + offset].isnan().all()
+        assert memory[:, 32 + offset + size :].isnan().all()
+        assert not memory[:, 32 + offset : 32 + offset + size].isnan().any()
+
+    @pytest.mark.parametrize("shapes", [*SMALL, "chunk_edges"])
+    def test_total_norm(self, shapes):
+        weights = [w.to(DTYPES[i % 2]) for i, w in enumerate(weights_and_grads(shapes, torch.float32)[0] * 3)]
+        expected = torch.stack([w.double().norm() for w in weights]).norm()
+        torch.testing.assert_close(total_norm(weights), expected, rtol=1e-12, atol=0)
+        weights[-1].fill_(float("nan"))
+        assert total_norm(weights).isfinite() == (not weights[-1].numel())
+
+    @pytest.mark.parametrize("shapes", ["primes", "empty_tensors", "chunk_edges"])
+    @pytest.mark.parametrize("scope", ["layer", "global"])
+    @pytest.mark.parametrize("bound", [None, 0.01], ids=["free", "bounded"])
+    def test_perturb_by_known_norms(self, shapes, scope, bound):
+        weights, grads = weights_and_grads(shapes, torch.float32)
+        expected, moved = [w.clone() for w in weights], [w.clone() for w in weights]
+        norms = torch.stack([w.double().norm() for w in weights])
+        options = {"scope": scope, "bound": bound, "weight_norms": norms}
+        assert_close(
+            perturb_(moved, grads, 0.01, **options), self.reference(perturb_, expected, grads, 0.01, **options)
+        )
+        for m, e in zip(moved, expected, strict=True):
+            assert_close(m, e)
+        # the given norms count
+        assert not perturb_(moved, grads, 0.01, scope=scope, weight_norms=norms * 0).any()
+
+    @pytest.mark.parametrize("word", [torch.int16, torch.int32], ids=str)
+    def test_restore_keeps_every_pattern(self, word):
+        patterns = randn((777,), torch.float64).view(torch.int64).to(word)
+        special = [0x7FC00001, 0x7F800001, -0x3FFFFF, 1, -0x7FFFFFFF] if word == torch.int32 else [0x7C01, 1, -1]
+        patterns[: len(special)] = torch.tensor(special, dtype=word)
+        source = patterns.view(torch.float32 if word == torch.int32 else torch.float16)
+        target = torch.zeros_like(source)
+        restore_([target], [source])
+        assert same_bits(target, source)
+
+    @pytest.mark.parametrize("norm", list(NORMS))
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+    @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (2, 5, 1, 4), (3,)], ids=str)
+    def test_initial_noise_equal_to_the_last_bit(self, norm, dtype, layout, shape):
+        x = images(shape, dtype)
+        ids = torch.tensor([2**40 + 7, -1, 2**31])[: shape[0]]
+        options = {"epsilon": NORMS[norm], "norm": norm, "sample_ids": ids, "seed": 2**62 + 12345}
+        clean = layout.lay(x)
+        # `layout.lay` keeps the memory order, full_like would not in every layout
+        result, expected = layout.lay(torch.full_like(x, float("nan"))), torch.full_like(x, float("nan"))
+        pgd_init_(result, clean, **options)
+        self.reference(pgd_init_, expected, x, **options)
+        if dtype == torch.bfloat16:
+            assert_close(result, expected)
+        else:
+            assert torch.equal(result, expected)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+    @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (2, 5, 1, 4), (3,), (2, 3, 19, 23)], ids=str)
+    def test_normal_start_equal_to_the_last_bit(self, dtype, layout, shape):
+        x = images(shape, dtype)
+        ids = torch.tensor([2**40 + 7, -1, 2**31])[: shape[0]]
+        options = {"std": 0.1, "sample_ids": ids, "seed": 2**62 + 12345}
+        result, expected = layout.lay(torch.full_like(x, float("nan"))), torch.full_like(x, float("nan"))
+        pgd_init_normal_(result, layout.lay(x), **options)
+        self.reference(pgd_init_normal_, expected, x, **options)
+        if dtype == torch.bfloat16:
+            assert_close(result, expected)
+        else:
+            assert torch.equal(result, expected)
+
+    @pytest.mark.parametrize("norm", list(NORMS))
+    @pytest.mark.parametrize(
+        ("layout", "seed"),
+        list(zip(LAYOUTS, [0, 1, 2**32 - 1, 2**63 - 1], strict=True)),
+        ids=lambda value: getattr(value, "name", str(value)),
+    )
+    def test_initial_noise_of_samples_larger_than_a_block(self, norm, layout, seed):
+        x = images((2, 3, 19, 23))
+        options = {"epsilon": NORMS[norm], "norm": norm, "sample_ids": torch.tensor([3, 2**33]), "seed": seed}
+        result, expected = layout.lay(torch.full_like(x, float("nan"))), torch.empty_like(x)
+        pgd_init_(result, layout.lay(x), **options)
+        self.reference(pgd_init_, expected, x, **options)
+        assert torch.equal(result, expected)
+
+    @pytest.mark.parametrize("norm", list(NORMS))
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+    @pytest.mark.parametrize("masked", [False, True], ids=["everywhere", "masked"])
+    def test_pgd_step(self, norm, dtype, layout, masked):
+        x, grad = images((3, 3, 9, 7), dtype), randn((3, 3, 9, 7), torch.float16 if masked else dtype, 4, 1e-3)
+        grad[1] = 0
+        grad[2, 0] = float("nan") if norm == "linf" else 0
+        # many values at the edge of the ball
+        start = (x + randn(x.shape, dtype, 6, NORMS[norm] / (1 if norm == "linf" else 8))).clamp(0, 1)
+        mask = torch.rand((9, 7), generator=torch.Generator().manual_seed(5)) < 0.5 if masked else None
+        options = {"step_size": NORMS[norm] / 3, "epsilon": NORMS[norm], "norm": norm, "mask": mask}
+        result, expected = layout.lay(start), start.clone()
+        pgd_step_(result, layout.lay(grad), layout.lay(x), **options)
+        self.reference(pgd_step_, expected, grad, x, **options)
+        if norm == "linf" and dtype != torch.bfloat16:
+            assert torch.equal(result, expected)
+        else:
+            assert_close(result, expected)
+
+    @pytest.mark.parametrize("norm", list(NORMS))
+    @pytest.mark.parametrize("shape", [(2, 3, 27, 31), (3, 1), (1, 2049), (0, 3)], ids=str)
+    @pytest.mark.parametrize("clip", [(0.0, 1.0), (-1.5, 0.75)], ids=str)
+    def test_pgd_step_of_any_size(self, norm, shape, clip):
+        x, grad = images(shape), randn(shape, seed=1)
+        result, expected = x.clone(), x.clone()
+        for _ in range(2):
+            options = {"step_size": 0.3, "epsilon": 0.5, "norm": norm, "clip": clip}
+            pgd_step_(result, grad, x, **options)
+            self.reference(pgd_step_, expected, grad, x, **options)
+        if norm == "linf":
+            assert torch.equal(result, expected)
+        else:
+            assert_close(result, expected)
+
+    @pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf"), 1e-44])
+    def test_l2_step_of_extreme_gradients(self, bad):
+        x, grad = images((2, 12)), randn((2, 12), seed=1)
+        grad[0] = bad
+        result, expected = x.clone(), x.clone()
+        options = {"step_size": 0.1, "epsilon": 0.3, "norm": "l2"}
+        pgd_step_(result, grad, x, **options)
+        self.reference(pgd_step_, expected, grad, x, **options)
+        assert_close(result, expected)
+        assert torch.equal(result[0], x[0]) == (bad != 1e-44)
+
+    @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+    @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
+    def test_augment_equal_to_the_last_bit(self, layout, memory_format):
+        for shape, pad, flip, cutout in (
+            ((2, 3, 18, 20), 4, True, 8),
+            ((2, 1, 1, 1), 0, True, 0),
+            ((2, 4, 7, 11), 2**30 - 1, False, 2**30 - 1),
+        ):
+            pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(pad % 99))
+            rows, ids = torch.tensor([1, 0, 1]), torch.tensor([2**40 + 7, -1, -(2**63)])
+            fill = [0.1, 0.2, 1.0, 0.0, 0.3][: shape[1]]
+            options = {"pad": pad, "flip": flip, "cutout": cutout, "fill": fill, "memory_format": memory_format}
+            for seed, chosen in ((2**63 - 1, {"rows": rows}), (3, {})):
+                arguments = {"sample_ids": ids if chosen else ids[:2], "seed": seed, **chosen, **options}
+                result = augment(layout.lay(pixels), **arguments)
+                assert same_bits(result, self.reference(augment, pixels, **arguments))
+                assert result.is_contiguous(memory_format=memory_format)
+
+    def test_augment_divides_every_byte(self):
+        pixels = torch.arange(256, dtype=torch.uint8).view(4, 1, 8, 8)
+        arguments = {"sample_ids": torch.arange(4), "seed": 0}
+        assert same_bits(augment(pixels, **arguments), self.reference(augment, pixels, **arguments))
+        assert not augment(pixels, sample_ids=torch.arange(0), rows=torch.arange(0), seed=0).numel()

@@ -1,0 +1,127 @@
+"""Whole steps in CUDA graphs; they run on a GPU (`pytest -m gpu`)."""
+
+import copy
+
+import pytest
+import torch
+from samples import images
+from steps import make_step
+
+from awp_engine.config import AttackConfig, AverageConfig, AwpConfig, OptimizerConfig
+from awp_engine.models import build_model
+from awp_engine.optim.average import WeightAverage
+from awp_engine.optim.optimizer import build_optimizer, set_learning_rate
+from awp_engine.step.cuda_graph import GraphedStep
+from awp_engine.step.objectives import build_objective
+from awp_engine.step.precision import Precision, WorkingModels
+from awp_kernels import AdversarialWeightPerturbation
+
+HALF = Precision(attack=torch.float16, ascent=torch.float16, descent=torch.float16)
+
+
+def build_step(device: str, precision: Precision, method: str = "at", options: AwpConfig | None = None):
+    torch.manual_seed(0)
+    model = build_model("preact-resnet-18", 10, (0.5,) * 3, (0.25,) * 3, width=16).to(device).train()
+    model.to(memory_format=torch.channels_last)
+    options = options or AwpConfig(gamma=0.005)
+    models = WorkingModels(model, precision, shared_ascent=options.ascent == "shared")
+    optimizer = build_optimizer(model, OptimizerConfig(), working=models.updated)
+    average = WeightAverage(model, AverageConfig(kind="ema"), epochs=1)
+    average.follow(optimizer)
+    step = make_step(
+        model,
+        optimizer=optimizer,
+        objective=build_objective(method),
+        attack=AttackConfig(epsilon="8/255", step_size="2/255", steps=3, bn_mode="eval", fast="fgsm-rs", fast_epochs=1),
+        average=average,
+        awp=AdversarialWeightPerturbation(model, options.gamma, working=models.working),
+        options=options,
+        clip_norm=5.0,
+        models=models,
+    )
+    return model, step, average
+
+
+def batch(index: int, n: int, device: str):
+    y = torch.randint(0, 10, (n,), generator=torch.Generator().manual_seed(index))
+    x = images((n, 3, 32, 32), seed=index).to(device).contiguous(memory_format=torch.channels_last)
+    return x, y.to(device), torch.arange(n, device=device) + 100 * index
+
+
+def test_a_step_that_cannot_be_captured_is_refused():
+    _, step, _ = build_step("cpu", Precision())
+    assert step.step.capturable
+    with pytest.raises(ValueError, match=r"step: expected one on a CUDA device.*got one on cpu"):
+        GraphedStep(step.step)
+    options = AwpConfig(gamma=0.005, c_min=1.7)
+    assert not build_step("cpu", Precision(), options=options)[1].step.capturable
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", [Precision(), HALF], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("method", ["at", "trades"])
+@pytest.mark.parametrize("ascent", ["exact", "shared"])
+def test_graphs_and_plain_steps_give_the_same_numbers(precision, method, ascent, monkeypatch):
+    """Weights, momentum, averages and statistics after steps of both kinds, a short batch and changing rates."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    options = AwpConfig(gamma=0.005, ascent=ascent)
+    runs = []
+    for graphed in (False, True):
+        model, step, average = build_step("cuda", precision, method, options)
+        if graphed:
+            step.taken = GraphedStep(step.step)
+        losses = []
+        for index in range(16):
+            set_learning_rate(step.optimizer, 0.1 / (1 + index))
+            x, y, ids = batch(index, 7 if index == 9 else 32, "cuda")
+            fast, perturb = index in (1, 2, 3, 10, 11), index % 5 != 4
+            result = step(x, y, sample_ids=ids, seed=index // 4, perturb=perturb, fast=fast)
+            losses.append(result.loss)
+        if graphed:
+            kinds = {(perturbed, attack.steps) for perturbed, attack in step.taken._graphs}
+            assert kinds == {(True, 3), (True, 1)}
+        momentum = [step.optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
+        runs.append((model, average.model, momentum, losses))
+    (plain, plain_average, plain_momentum, plain_losses), (model, average, momentum, losses) = runs
+    assert torch.equal(torch.stack(plain_losses), torch.stack(losses))
+    for one, other in ((plain, model), (plain_average, average)):
+        pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    assert all(torch.equal(a, b) for a, b in zip(plain_momentum, momentum, strict=True))
+
+
+@pytest.mark.gpu
+def test_a_replayed_step_leaves_itself_out():
+    """Images that are not finite reach a captured graph: weights and statistics keep their bits, the scale halves."""
+    model, step, _ = build_step("cuda", HALF)
+    step.taken = GraphedStep(step.step)
+    for index in range(6):
+        x, y, ids = batch(index, 32, "cuda")
+        step(x, y, sample_ids=ids, seed=0)
+    before, scale = copy.deepcopy(model.state_dict()), float(step.passes.loss_scale.value)
+    result = step(torch.full_like(x, torch.nan), y, sample_ids=ids, seed=0)
+    assert result.skipped
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert float(step.passes.loss_scale.value) == scale / 2
+    assert not step(x, y, sample_ids=ids, seed=0).skipped
+    assert not torch.equal(model.conv1.weight, before["conv1.weight"])
+
+
+@pytest.mark.gpu
+def test_a_captured_step_launches_nothing_of_its_own():
+    """One graph launch a step besides copies of inputs and results; the weight operations inside are counted."""
+    from torch.profiler import ProfilerActivity, profile
+
+    _, step, _ = build_step("cuda", HALF)
+    step.taken = GraphedStep(step.step)
+    x, y, ids = batch(0, 32, "cuda")
+    for _ in range(5):
+        step(x, y, sample_ids=ids, seed=0)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+        step(x, y, sample_ids=ids, seed=0)
+        torch.cuda.synchronize()
+    launches = sum(event.count for event in recorded.key_averages() if event.key == "cudaGraphLaunch")
+    assert launches == 1
+    kernels = [event.name for event in recorded.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    own = [name for name in kernels if any(word in name for word in ("perturb", "sgd", "norm_kernel", "total_norm"))]
+    assert 0 < len(own) <= 8

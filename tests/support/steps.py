@@ -1,0 +1,80 @@
+"""Steps, made of settings and called with tensors, as most tests have them."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from awp_engine.attack import Attack
+from awp_engine.config import AttackConfig, AwpConfig, Config
+from awp_engine.data import Batch
+from awp_engine.distributed.ranks import Ranks
+from awp_engine.step.awp_step import Ascent, AwpStep
+from awp_engine.step.free import FreeStep
+from awp_engine.step.precision import WorkingModels
+from awp_engine.step.step import Phase, Step, StepResult
+from awp_engine.train import setup
+
+
+class TensorStep:
+    """A step that is called with tensors.
+
+    Attributes:
+        step: what is called.
+        taken: takes it: the step itself, or graphs of it.
+    """
+
+    def __init__(self, step: AwpStep, settings: AttackConfig, taken: Step | None = None) -> None:
+        self.step, self.taken, self.settings = step, taken or step, settings
+        self.models, self.passes, self.awp = step.models, step.passes, step.awp
+        self.optimizer = step.update.optimizer
+
+    def phase(self, seed: int, perturb: bool, fast: bool) -> Phase:
+        make = setup.cheap_attack if fast else setup.training_attack
+        return Phase(attack=make(self.settings), seed=seed, perturb=perturb)
+
+    def __call__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        *,
+        sample_ids: Tensor,
+        seed: int = 0,
+        perturb: bool = True,
+        fast: bool = False,
+        of: int | None = None,
+    ) -> StepResult:
+        return self.taken(Batch(x, y, sample_ids, len(x) if of is None else of), self.phase(seed, perturb, fast))
+
+    def free(self, x: Tensor, y: Tensor, delta: Tensor, of: int | None = None) -> StepResult:
+        """One update of free training."""
+        free = FreeStep(self.step, self.step, replays=1, largest_batch=len(x), memory_format=torch.contiguous_format)
+        batch = Batch(x, y, torch.arange(len(x)), len(x) if of is None else of)
+        return free.replay(batch, self.phase(0, False, False), delta)
+
+    def attacked(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int, **changes: Any) -> Tensor:
+        """The images that training attacks `model` with; `changes` are fields of the attack."""
+        attack: Attack = dataclasses.replace(setup.training_attack(self.settings), **changes)
+        return self.passes.attack_whole(attack, model, Batch(x, y, ids, len(x)), seed=seed)
+
+
+def make_step(
+    model: nn.Module,
+    *,
+    attack: AttackConfig,
+    options: AwpConfig | None = None,
+    models: WorkingModels | None = None,
+    **given: Any,
+) -> TensorStep:
+    """A step of parts, `given` as to `AwpStep`."""
+    options = options or AwpConfig()
+    shared = given.get("awp") is not None and options.ascent == "shared"
+    ascent = Ascent(kind=options.ascent, steps=options.ascent_steps, c_min=options.c_min)
+    models = models or WorkingModels(model, shared_ascent=shared)
+    return TensorStep(AwpStep(models=models, ascent=ascent, **given), attack)
+
+
+def build_step(config: Config, model: nn.Module, ranks: Ranks | None = None) -> TensorStep:
+    """The step that a configuration describes."""
+    return TensorStep(setup.build_step(config, model, ranks), config.attack)

@@ -1,0 +1,148 @@
+"""Every preset, but for its images, their number and the attack's length: it builds and trains two steps."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from image_folders import write_images
+from PIL import Image
+from places import TRAIN
+
+from awp_engine.config import Config, ConfigError, EvaluationConfig
+from awp_engine.config.presets import PRESETS, build_preset
+from awp_engine.data import batch_sizes
+from awp_engine.observe.run_log import RunLog
+from awp_engine.train.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def colour_images(tmp_path_factory) -> Path:
+    """Ten classes of 32x32 PNGs, and further ones as .npz."""
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 3), ("test", 1)):
+        for label in range(10):
+            folder = root / part / f"class{label}"
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    pixels = generator.integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
+    np.savez(root / "extra.npz", image=pixels, label=np.arange(30) % 10)
+    return root
+
+
+def tiny(config: Config, root: Path, run_dir: Path) -> Config:
+    """Two steps an epoch; the weight perturbation and every stage of the attack begin at once."""
+    data = dataclasses.replace(config.data, held_out_fraction=0.3, train_limit=10)
+    if config.data.name != "digits":
+        data = dataclasses.replace(data, name="folder", root=root, image_size=data.image_size and 32, workers=1)
+    if config.method == "rst":
+        data = dataclasses.replace(data, extra=root / "extra.npz")
+    return dataclasses.replace(
+        config,
+        data=data,
+        attack=dataclasses.replace(config.attack, steps=1, replays=2),
+        awp=dataclasses.replace(config.awp, warmup=0, ascent_steps=min(config.awp.ascent_steps, 2)),
+        evaluation=EvaluationConfig(steps=1),
+        epochs=1,
+        global_batch_size=5 if config.method != "rst" else 10,
+        run_dir=run_dir,
+    )
+
+
+# one preset for each network for CIFAR; in the others it is a small one of its kind
+WHOLE = ("cifar10-preact-resnet18-trades-awp", "cifar10-wrn-34-10-trades-awp", "cifar10-wrn-28-10-rst-awp")
+
+
+def test_every_network_is_trained_in_one_preset():
+    networks = {name: build_preset(name).model.name for name in PRESETS}
+    large = {network for network in networks.values() if network.startswith(("wrn", "preact-resnet-18"))}
+    assert sorted(large) == sorted(networks[name] for name in WHOLE)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_two_steps(name, colour_images, tmp_path):
+    whole = build_preset(name)
+    config = tiny(whole, colour_images, tmp_path / "run")
+    if config.model.name.startswith("wrn") and name not in WHOLE:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, name="wrn-10-1"))
+    elif name.startswith("imagenet") or (config.model.name == "preact-resnet-18" and name not in WHOLE):
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, width=16))
+    elif config.model.name.startswith("wrn"):
+        # one image at a time: a forward pass of WRN-34-10 alone takes 13 GFLOP
+        extra = 2 if config.method == "rst" else 1
+        config = dataclasses.replace(config, global_batch_size=extra, data=dataclasses.replace(config.data, pad=0))
+    trainer = Trainer(config)
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    results = []
+    with RunLog(trainer.run_dir, "{}", 1, 60.0):
+        for index, batch in zip(range(2), trainer.batches.epoch(1), strict=False):
+            phase = dataclasses.replace(trainer.schedule(1, index), lr=config.optimizer.lr)
+            results.append(trainer.step(batch, phase))
+    for result in results:
+        assert result.loss.numel() == (config.attack.replays if config.attack.fast == "free" else 1)
+        assert torch.isfinite(result.loss).all()
+        assert not result.skipped.any()
+    moved = [key for key, value in trainer.model.state_dict().items() if not torch.equal(value, before[key])]
+    assert set(moved) >= {key for key, p in trainer.model.named_parameters() if p.ndim > 1}
+    assert (trainer.awp_step.awp is not None) == (whole.awp.gamma > 0)
+    assert trainer.awp_step.update.clip_norm == whole.optimizer.clip_norm
+
+
+def test_the_recipes_for_larger_images_and_generated_ones():
+    for name in ("imagenet-convnext-t-at", "imagenet-resnet50-at"):
+        plain, awp = build_preset(name), build_preset(f"{name}-awp")
+        assert dataclasses.replace(awp, awp=plain.awp, preset=name) == plain
+        attack, optimizer = plain.attack, plain.optimizer
+        assert (attack.kind, attack.steps, attack.epsilon, attack.bn_mode) == ("apgd", 2, "4/255", "eval")
+        assert (optimizer.kind, optimizer.lr, optimizer.momentum, optimizer.beta2) == ("adamw", 1e-3, 0.9, 0.95)
+        assert (optimizer.weight_decay, optimizer.decay_all, plain.label_smoothing) == (0.05, False, 0.1)
+    plain = build_preset("cifar10-wrn-28-10-silu-trades-edm")
+    awp = build_preset("cifar10-wrn-28-10-silu-trades-awp-edm")
+    assert dataclasses.replace(awp, awp=plain.awp, preset=plain.preset) == plain
+    assert (plain.beta, plain.data.extra_fraction, plain.average.decay, awp.awp.gamma) == (5.0, 0.7, 0.995, 0.005)
+    # the public code's number of steps: 400 times 50,000 / 512
+    steps = len(batch_sizes(49_000, plain.global_batch_size, plain.data.extra_fraction)) * plain.epochs
+    assert steps == pytest.approx(400 * 98, rel=0.005)
+    with pytest.raises(ConfigError, match=r"--data\.extra: expected an \.npz"):
+        dataclasses.replace(plain, data=dataclasses.replace(plain.data, root=Path())).require_files()
+
+
+def test_presets_cover_what_the_paper_reports():
+    for method in ("at", "trades", "mart"):
+        for suffix in ("", "-awp", "-l2", "-awp-l2"):
+            assert f"cifar10-preact-resnet18-{method}{suffix}" in PRESETS
+        assert f"cifar10-wrn-34-10-{method}-awp" in PRESETS
+    for data in ("cifar100", "svhn"):
+        assert {f"{data}-preact-resnet18-at{suffix}" for suffix in ("", "-awp", "-l2", "-awp-l2")} <= set(PRESETS)
+    assert {"cifar10-wrn-28-10-rst", "cifar10-wrn-28-10-rst-awp"} <= set(PRESETS)
+    for suffix in ("", "-awp"):
+        assert {f"imagenet-{model}-at{suffix}" for model in ("convnext-t", "resnet50")} <= set(PRESETS)
+        assert f"cifar10-wrn-28-10-silu-trades{suffix}-edm" in PRESETS
+    assert all(summary.endswith(".") for summary in PRESETS.values())
+
+
+@pytest.mark.parametrize("model", ["convnext-t", "resnet50"])
+def test_a_small_run_of_a_recipe_for_larger_images(model, tmp_path):
+    """The command itself, by DALI: images of any size, random-resized crops, all that the recipe does to them."""
+    pytest.importorskip("nvidia.dali", reason="the extra `dali` is for Linux")
+    write_images(tmp_path / "data", 24, None)
+    flags = (
+        f"imagenet-{model}-at-awp --data.name folder --data.root {tmp_path / 'data'} --data.image-size 32 "
+        "--data.loader dali --data.workers 1 --data.held-out-fraction 0.2 --model.width 16 --epochs 1 "
+        "--global-batch-size 8 --micro-batch-size 4 --optimizer.warmup 0 --average.bn-images 8 --evaluation.steps 1 "
+        f"--run-dir {tmp_path / 'run'}"
+    ).split()
+    done = subprocess.run(
+        [sys.executable, str(TRAIN), *flags], capture_output=True, text=True, check=False, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["attack"]["epsilon"] == "4/255"
+    assert 0 <= report["pgd1_accuracy"] <= report["clean_accuracy"] <= 1

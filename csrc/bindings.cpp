@@ -19,7 +19,9 @@
 #endif
 
 // libstdc++'s shared_ptr asks glibc for it, which has it since 2.32, while torch runs on 2.28: "there may be threads"
-extern "C" __attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
+extern "C" {
+__attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
+}
 
 namespace {
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 
-ROOT = next(folder for folder in Path(__file__).parents if (folder / "setup.py").exists())
 VERSION = (ROOT / "kernels" / "awp_kernels" / "VERSION").read_text().strip()
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
 

@@ -1,7 +1,7 @@
 """The command line: `awp train|evaluate|landscape|data|checkpoint`; the scripts in engine/ call the same.
 
-One module a command: its `main` parses, builds, runs, and ends with one line for what is wrong. Nothing here imports
-torch before a command line is known to be right.
+One module a command: its `main` parses, builds, runs, and ends with one line for what is wrong. Train,
+evaluate and landscape import no torch before a command line is known to be right.
 """
 
 import importlib.util
@@ -16,8 +16,8 @@ COMMANDS = {
     "data": "scan image folders, pack them into shards, verify shards",
     "checkpoint": "verify, list or export the checkpoints of a run",
 }
-# what all commands need beside torch, of setup.py's extra "train"; the digits ask for scikit-learn, and a run does
-# without tensorboard, each in a line of its own
+# what all commands need beside torch, of setup.py's extra "train"; the digits ask for scikit-learn, YAML for
+# pyyaml, and a run does without tensorboard, each in a line of its own
 NEEDED = {
     "numpy": "numpy",
     "safetensors": "safetensors",

@@ -152,6 +152,8 @@ def _trajectory(config: Config) -> dict[str, Any]:
     values["evaluation.step_size"] = str(
         parse_amount(config.attack.epsilon) / 4 if given is None else parse_amount(given)
     )
+    # what runs from before it was removed had, all that can go on
+    values["awp.public_code"] = False
     return {key: value for key, value in values.items() if key not in _FREE_ON_RESUME}
 
 

@@ -22,16 +22,16 @@ class Selection:
 
     Args:
         setup: of the run.
-        heed: called between batches, on all ranks alike; may end the measurement by an exception.
+        check_stop: called between batches, on all ranks alike; may end the measurement by an exception.
 
     Attributes:
         best_weights: of the epoch that was most robust; part of a checkpoint.
         test: the part of the test split that is measured.
     """
 
-    def __init__(self, setup: Setup, heed: Callable[[], None]) -> None:
+    def __init__(self, setup: Setup, check_stop: Callable[[], None]) -> None:
         data, settings = setup.data, setup.config.evaluation
-        self._setup, self._heed, self._batch_size = setup, heed, settings.batch_size
+        self._setup, self._check_stop, self._batch_size = setup, check_stop, settings.batch_size
         self._attack = evaluation_attack(setup.config)
         self._held_out = spread(data.held_out, settings.held_out_limit)
         self.test = spread(data.test, settings.test_limit)
@@ -78,7 +78,7 @@ class Selection:
         setup = self._setup
         with gathered(model, now=True) if setup.sharded else contextlib.nullcontext():
             return evaluate(
-                model, split, self._attack, batch_size=self._batch_size, ranks=setup.ranks, between=self._heed
+                model, split, self._attack, batch_size=self._batch_size, ranks=setup.ranks, between=self._check_stop
             )
 
     def select(self, epoch: int, progress: Progress) -> dict[str, float]:

@@ -48,7 +48,7 @@ class Trainer(Setup):
     def __init__(self, config: Config, ranks: Ranks | None = None, stop: StopRequest | None = None) -> None:
         super().__init__(config, ranks or Ranks())
         self._stop, self._begun, self._log = stop or StopRequest(), False, None
-        self.selection, self._sums = Selection(self, self._heed), EpochSums(self.device)
+        self.selection, self._sums = Selection(self, self._check_stop), EpochSums(self.device)
         self.state = RunState(self, self._sums, self.selection)
         self._watch = StopOrDiverge(self.device, self._stopped)
         self.after_step = [
@@ -193,7 +193,7 @@ class Trainer(Setup):
         if self._log is not None:
             self._log.message(message)
 
-    def _heed(self) -> None:
+    def _check_stop(self) -> None:
         """Leave an evaluation if asked to stop: called on all ranks alike, between its batches."""
         if self.ranks.any(self._stop.reason != 0, self.device):
             raise _AskedToStopError

@@ -21,7 +21,7 @@ compile *options:
 
 # documents: their examples run, and what they name exists
 docs:
-    pytest --no-cov -n 0 tests/repo/test_readme.py tests/repo/test_named_tests.py
+    pytest --no-cov -n 0 tests/repo/test_docs.py tests/repo/test_named_tests.py tests/repo/test_readme.py tests/repo/test_structure.py
 
 # single operations beside what else can do the same: bench.json and plots/
 bench *options:

@@ -46,209 +46,16 @@ void parallel_for(int64_t count, int64_t grain, const awp::cpu::Body& body) {
   torch::stable::parallel_for(0, count, grain, body);
 }
 
-// How long the perturbation is; `adaptive` is empty, or holds a flag a tensor.
-struct Scaling {
-  int64_t scale;
-  double eta;
-  std::optional<double> bound;
-  std::vector<int64_t> adaptive;
-  std::optional<Tensor> weight_norms;
+// Runs operations on CPU tensors.
+struct Cpu {
+  explicit Cpu(const Tensor&) {}
+  void run(const awp::Perturb& p) const { awp::cpu::perturb(p, parallel_for); }
+  void run(const awp::SgdStep& s) const { awp::cpu::sgd_step(s, parallel_for); }
+  void run(const awp::TotalNorm& n) const { awp::cpu::total_norm(n, parallel_for); }
+  void run(const awp::PgdInit& p) const { awp::cpu::pgd_init(p, parallel_for); }
+  void run(const awp::PgdStep& p) const { awp::cpu::pgd_step(p, parallel_for); }
+  void restore(const awp::CopyTensor* tensors, int64_t count) const { awp::cpu::restore(tensors, count, parallel_for); }
 };
-
-// Describes the tensors, lets `run` do the work, and returns the scales.
-template <class Run>
-Tensor perturb(const Tensors& out, const Tensors& weights, const Tensors& grads, const Tensors& saved, double gamma,
-               int64_t scope, double eps, const Scaling& scaling, Run run) {
-  std::vector<awp::PerturbTensor> tensors(weights.size());
-  int64_t filters = 0;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const Tensor& weight = weights[i];
-    tensors[i] = {out[i].mutable_data_ptr(),
-                  weight.const_data_ptr(),
-                  grads[i].const_data_ptr(),
-                  saved.empty() ? nullptr : saved[i].mutable_data_ptr(),
-                  weight.numel(),
-                  weight.dim() > 1 ? weight.size(0) : 1,
-                  scaling.adaptive.empty() || scaling.adaptive[i] != 0};
-    filters += tensors[i].filters;
-  }
-  const auto kind = static_cast<awp::Scope>(scope);
-  const int64_t count = static_cast<int64_t>(weights.size());
-  const int64_t norms = kind == awp::Scope::kLayer ? count : kind == awp::Scope::kGlobal ? 1 : filters;
-  Tensor scales = torch::stable::new_empty(weights[0], {norms}, ScalarType::Float);
-  const awp::Perturb arguments{
-      tensors.data(),
-      count,
-      dtype_of(out[0]),
-      dtype_of(weights[0]),
-      dtype_of(grads[0]),
-      kind,
-      static_cast<awp::Scale>(scaling.scale),
-      gamma,
-      eps,
-      static_cast<float>(scaling.eta),
-      static_cast<float>(scaling.bound.value_or(-1.0)),
-      static_cast<float*>(scales.mutable_data_ptr()),
-      scaling.weight_norms ? static_cast<const double*>(scaling.weight_norms->const_data_ptr()) : nullptr};
-  run(arguments);
-  return scales;
-}
-
-awp::Number number(double value, const std::optional<Tensor>& tensor) {
-  if (!tensor) return {value, nullptr, awp::NumberType::kFloat32};
-  switch (tensor->scalar_type()) {
-    case ScalarType::Float:
-      return {value, tensor->const_data_ptr(), awp::NumberType::kFloat32};
-    case ScalarType::Double:
-      return {value, tensor->const_data_ptr(), awp::NumberType::kFloat64};
-    case ScalarType::Bool:
-      return {value, tensor->const_data_ptr(), awp::NumberType::kBool};
-    default:
-      throw std::runtime_error("expected float32, float64 or bool");
-  }
-}
-
-// The lists and numbers of an optimizer step, as the operations take them.
-struct SgdArguments {
-  const Tensors &weights, &grads, &buffers, &averages, &out;
-  const std::vector<double>& decay;
-  awp::SgdRule rule;
-};
-
-// Describes the tensors, lets `run` do the work, and returns the norms.
-template <class Run>
-Tensor sgd_step(const SgdArguments& a, Run run) {
-  std::vector<awp::SgdTensor> tensors(a.weights.size());
-  const auto floats = [](const Tensors& list, size_t i) {
-    return list.empty() ? nullptr : static_cast<float*>(list[i].mutable_data_ptr());
-  };
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    tensors[i] = {floats(a.weights, i),
-                  a.grads[i].const_data_ptr(),
-                  floats(a.buffers, i),
-                  floats(a.averages, i),
-                  a.out.empty() ? nullptr : a.out[i].mutable_data_ptr(),
-                  a.weights[i].numel(),
-                  static_cast<float>(a.decay[i])};
-  }
-  const int64_t count = static_cast<int64_t>(tensors.size());
-  Tensor norms = torch::stable::new_empty(a.weights[0], {count}, ScalarType::Double);
-  run(awp::SgdStep{tensors.data(), count, dtype_of(a.grads[0]),
-                   a.out.empty() ? awp::DType::kFloat32 : dtype_of(a.out[0]), a.rule,
-                   static_cast<double*>(norms.mutable_data_ptr())});
-  return norms;
-}
-
-awp::SgdRule sgd_rule(double lr, const std::optional<Tensor>& lr_tensor, double momentum, bool nesterov,
-                      const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
-                      const std::optional<Tensor>& grad_norm, std::optional<double> max_norm, double average_weight,
-                      const std::optional<Tensor>& average_weight_tensor) {
-  return {number(lr, lr_tensor),        number(average_weight, average_weight_tensor),
-          number(1, grad_scale),        number(0, found_inf),
-          number(0, grad_norm),         max_norm.value_or(-1.0),
-          static_cast<float>(momentum), nesterov};
-}
-
-// The same of the list for a norm over all tensors.
-template <class Run>
-Tensor total_norm(const Tensors& list, Run run) {
-  std::vector<awp::NormTensor> tensors(list.size());
-  for (size_t i = 0; i < list.size(); ++i) tensors[i] = {list[i].const_data_ptr(), dtype_of(list[i]), list[i].numel()};
-  Tensor norm = torch::stable::new_empty(list[0], {}, ScalarType::Double);
-  run(awp::TotalNorm{tensors.data(), static_cast<int64_t>(tensors.size()),
-                     static_cast<double*>(norm.mutable_data_ptr())});
-  return norm;
-}
-
-std::vector<awp::CopyTensor> copies(const Tensors& destinations, const Tensors& sources) {
-  std::vector<awp::CopyTensor> result(destinations.size());
-  for (size_t i = 0; i < destinations.size(); ++i) {
-    result[i] = {destinations[i].mutable_data_ptr(), sources[i].const_data_ptr(),
-                 destinations[i].numel() * static_cast<int64_t>(destinations[i].element_size())};
-  }
-  return result;
-}
-
-awp::PgdInit pgd_init_arguments(const Tensor& x_adv, const Tensor& x, const Tensor& sample_ids, double epsilon,
-                                double radius, int64_t norm, int64_t seed) {
-  awp::PgdInit arguments{};
-  arguments.x_adv = x_adv.mutable_data_ptr();
-  arguments.x = x.const_data_ptr();
-  arguments.sample_ids = static_cast<const int64_t*>(sample_ids.const_data_ptr());
-  arguments.dtype = dtype_of(x_adv);
-  arguments.samples = x_adv.size(0);
-  arguments.elements = x_adv.numel() / x_adv.size(0);
-  arguments.dims = x_adv.is_contiguous() ? 0 : static_cast<int32_t>(x_adv.dim() - 1);
-  for (int32_t d = 0; d < arguments.dims; ++d) {
-    arguments.sizes[d] = x_adv.size(d + 1);
-    arguments.strides[d] = x_adv.stride(d + 1);
-  }
-  arguments.norm = static_cast<awp::Norm>(norm);
-  arguments.epsilon = static_cast<float>(epsilon);
-  arguments.radius = radius;
-  arguments.seed = static_cast<uint64_t>(seed);
-  return arguments;
-}
-
-awp::PgdStep pgd_step_arguments(const Tensor& x_adv, const Tensor& grad, const Tensor& x,
-                                const std::optional<Tensor>& mask, double step_size, double epsilon, double radius,
-                                int64_t norm, double low, double high) {
-  awp::PgdStep arguments{};
-  arguments.x_adv = x_adv.mutable_data_ptr();
-  arguments.grad = grad.const_data_ptr();
-  arguments.x = x.const_data_ptr();
-  arguments.mask = mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr;
-  arguments.dtype = dtype_of(x_adv);
-  arguments.grad_dtype = dtype_of(grad);
-  arguments.samples = x_adv.size(0);
-  arguments.elements = x_adv.numel() / x_adv.size(0);
-  arguments.norm = static_cast<awp::Norm>(norm);
-  arguments.step_size = step_size;
-  arguments.step = static_cast<float>(step_size);
-  arguments.epsilon = static_cast<float>(epsilon);
-  arguments.radius = radius;
-  arguments.low = static_cast<float>(low);
-  arguments.high = static_cast<float>(high);
-  return arguments;
-}
-
-Tensor perturb_cpu(Tensors out, Tensors weights, Tensors grads, Tensors saved, double gamma, int64_t scope, double eps,
-                   int64_t scale, double eta, std::optional<double> bound, std::vector<int64_t> adaptive,
-                   std::optional<Tensor> weight_norms) {
-  return perturb(out, weights, grads, saved, gamma, scope, eps, {scale, eta, bound, adaptive, weight_norms},
-                 [](const awp::Perturb& arguments) { awp::cpu::perturb(arguments, parallel_for); });
-}
-
-void restore_cpu(Tensors weights, Tensors saved) {
-  const auto tensors = copies(weights, saved);
-  awp::cpu::restore(tensors.data(), static_cast<int64_t>(tensors.size()), parallel_for);
-}
-
-Tensor sgd_step_cpu(Tensors weights, Tensors grads, Tensors momentum_buffers, Tensors averages, Tensors out,
-                    std::vector<double> weight_decay, double lr, std::optional<Tensor> lr_tensor, double momentum,
-                    bool nesterov, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
-                    std::optional<Tensor> grad_norm, std::optional<double> max_norm, double average_weight,
-                    std::optional<Tensor> average_weight_tensor) {
-  return sgd_step({weights, grads, momentum_buffers, averages, out, weight_decay,
-                   sgd_rule(lr, lr_tensor, momentum, nesterov, grad_scale, found_inf, grad_norm, max_norm,
-                            average_weight, average_weight_tensor)},
-                  [](const awp::SgdStep& arguments) { awp::cpu::sgd_step(arguments, parallel_for); });
-}
-
-Tensor total_norm_cpu(Tensors tensors) {
-  return total_norm(tensors, [](const awp::TotalNorm& arguments) { awp::cpu::total_norm(arguments, parallel_for); });
-}
-
-void pgd_init_cpu(Tensor x_adv, Tensor x, Tensor sample_ids, double epsilon, double radius, int64_t norm,
-                  int64_t seed) {
-  awp::cpu::pgd_init(pgd_init_arguments(x_adv, x, sample_ids, epsilon, radius, norm, seed), parallel_for);
-}
-
-void pgd_step_cpu(Tensor x_adv, Tensor grad, Tensor x, std::optional<Tensor> mask, double step_size, double epsilon,
-                  double radius, int64_t norm, double low, double high) {
-  awp::cpu::pgd_step(pgd_step_arguments(x_adv, grad, x, mask, step_size, epsilon, radius, norm, low, high),
-                     parallel_for);
-}
 
 std::string instruction_set() { return awp::cpu::instruction_set(); }
 
@@ -279,15 +86,28 @@ CurrentStream current_stream() {
 
 bool stream_bound() { return current_stream() != nullptr; }
 
-// Makes the tensor's device current and names torch's stream on it.
-class OnDevice {
+// Makes the tensor's device current, and runs operations on torch's stream there.
+class Cuda {
  public:
-  explicit OnDevice(const Tensor& tensor) : current_stream_(bound()), guard_(tensor.get_device_index()) {
+  explicit Cuda(const Tensor& tensor) : tensor_(tensor), current_stream_(bound()), guard_(tensor.get_device_index()) {
     // torch 2.11 and 2.13 have other macros for it
     if (current_stream_(tensor.get_device_index(), &stream_) != TORCH_SUCCESS)
       throw std::runtime_error("torch does not tell its current CUDA stream");
   }
-  cudaStream_t stream() const { return static_cast<cudaStream_t>(stream_); }
+  void run(const awp::Perturb& p) const {
+    check(awp::cuda::perturb(p, scratch(awp::cuda::perturb_workspace_bytes(p)).mutable_data_ptr(), stream()));
+  }
+  void run(const awp::SgdStep& s) const {
+    check(awp::cuda::sgd_step(s, scratch(awp::cuda::sgd_step_workspace_bytes(s)).mutable_data_ptr(), stream()));
+  }
+  void run(const awp::TotalNorm& n) const {
+    check(awp::cuda::total_norm(n, scratch(awp::cuda::total_norm_workspace_bytes(n)).mutable_data_ptr(), stream()));
+  }
+  void run(const awp::PgdInit& p) const { check(awp::cuda::pgd_init(p, stream())); }
+  void run(const awp::PgdStep& p) const { check(awp::cuda::pgd_step(p, stream())); }
+  void restore(const awp::CopyTensor* tensors, int64_t count) const {
+    check(awp::cuda::restore(tensors, count, stream()));
+  }
 
  private:
   static CurrentStream bound() {
@@ -295,71 +115,163 @@ class OnDevice {
       throw std::runtime_error("this torch tells no CUDA stream: expected a CUDA build of torch >= 2.11");
     return current_stream();
   }
+  cudaStream_t stream() const { return static_cast<cudaStream_t>(stream_); }
+  // Doubles, for their alignment; torch's allocator knows the stream, so it may go before the kernels have run.
+  Tensor scratch(int64_t bytes) const {
+    return torch::stable::new_empty(tensor_, {(bytes + 7) / 8}, ScalarType::Double);
+  }
 
+  const Tensor& tensor_;
   CurrentStream current_stream_;
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_ = nullptr;
 };
 
-// Doubles, for their alignment; torch's allocator knows the stream, so it may go before the kernels have run.
-Tensor scratch(const Tensor& like, int64_t bytes) {
-  return torch::stable::new_empty(like, {(bytes + 7) / 8}, ScalarType::Double);
-}
-
-Tensor perturb_cuda(Tensors out, Tensors weights, Tensors grads, Tensors saved, double gamma, int64_t scope, double eps,
-                    int64_t scale, double eta, std::optional<double> bound, std::vector<int64_t> adaptive,
-                    std::optional<Tensor> weight_norms) {
-  const OnDevice device(weights[0]);
-  const Scaling scaling{scale, eta, bound, adaptive, weight_norms};
-  return perturb(out, weights, grads, saved, gamma, scope, eps, scaling, [&](const awp::Perturb& arguments) {
-    const Tensor workspace = scratch(weights[0], awp::cuda::perturb_workspace_bytes(arguments));
-    check(awp::cuda::perturb(arguments, workspace.mutable_data_ptr(), device.stream()));
-  });
-}
-
-void restore_cuda(Tensors weights, Tensors saved) {
-  const OnDevice device(weights[0]);
-  const auto tensors = copies(weights, saved);
-  check(awp::cuda::restore(tensors.data(), static_cast<int64_t>(tensors.size()), device.stream()));
-}
-
-Tensor sgd_step_cuda(Tensors weights, Tensors grads, Tensors momentum_buffers, Tensors averages, Tensors out,
-                     std::vector<double> weight_decay, double lr, std::optional<Tensor> lr_tensor, double momentum,
-                     bool nesterov, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
-                     std::optional<Tensor> grad_norm, std::optional<double> max_norm, double average_weight,
-                     std::optional<Tensor> average_weight_tensor) {
-  const OnDevice device(weights[0]);
-  return sgd_step({weights, grads, momentum_buffers, averages, out, weight_decay,
-                   sgd_rule(lr, lr_tensor, momentum, nesterov, grad_scale, found_inf, grad_norm, max_norm,
-                            average_weight, average_weight_tensor)},
-                  [&](const awp::SgdStep& arguments) {
-                    const Tensor workspace = scratch(weights[0], awp::cuda::sgd_step_workspace_bytes(arguments));
-                    check(awp::cuda::sgd_step(arguments, workspace.mutable_data_ptr(), device.stream()));
-                  });
-}
-
-Tensor total_norm_cuda(Tensors tensors) {
-  const OnDevice device(tensors[0]);
-  return total_norm(tensors, [&](const awp::TotalNorm& arguments) {
-    const Tensor workspace = scratch(tensors[0], awp::cuda::total_norm_workspace_bytes(arguments));
-    check(awp::cuda::total_norm(arguments, workspace.mutable_data_ptr(), device.stream()));
-  });
-}
-
-void pgd_init_cuda(Tensor x_adv, Tensor x, Tensor sample_ids, double epsilon, double radius, int64_t norm,
-                   int64_t seed) {
-  const OnDevice device(x_adv);
-  check(awp::cuda::pgd_init(pgd_init_arguments(x_adv, x, sample_ids, epsilon, radius, norm, seed), device.stream()));
-}
-
-void pgd_step_cuda(Tensor x_adv, Tensor grad, Tensor x, std::optional<Tensor> mask, double step_size, double epsilon,
-                   double radius, int64_t norm, double low, double high) {
-  const OnDevice device(x_adv);
-  check(awp::cuda::pgd_step(pgd_step_arguments(x_adv, grad, x, mask, step_size, epsilon, radius, norm, low, high),
-                            device.stream()));
-}
-
 #endif
+
+// The operations, each as its schema below has it; `Device` is Cpu or Cuda.
+
+// Returns the scales. `adaptive` is empty, or holds a flag a tensor.
+template <class Device>
+Tensor perturb(Tensors out, Tensors weights, Tensors grads, Tensors saved, double gamma, int64_t scope, double eps,
+               int64_t scale, double eta, std::optional<double> bound, std::vector<int64_t> adaptive,
+               std::optional<Tensor> weight_norms) {
+  const Device device(weights[0]);
+  std::vector<awp::PerturbTensor> tensors(weights.size());
+  int64_t filters = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Tensor& weight = weights[i];
+    tensors[i] = {out[i].mutable_data_ptr(),
+                  weight.const_data_ptr(),
+                  grads[i].const_data_ptr(),
+                  saved.empty() ? nullptr : saved[i].mutable_data_ptr(),
+                  weight.numel(),
+                  weight.dim() > 1 ? weight.size(0) : 1,
+                  adaptive.empty() || adaptive[i] != 0};
+    filters += tensors[i].filters;
+  }
+  const auto kind = static_cast<awp::Scope>(scope);
+  const int64_t count = static_cast<int64_t>(weights.size());
+  const int64_t norms = kind == awp::Scope::kLayer ? count : kind == awp::Scope::kGlobal ? 1 : filters;
+  Tensor scales = torch::stable::new_empty(weights[0], {norms}, ScalarType::Float);
+  device.run(awp::Perturb{tensors.data(), count, dtype_of(out[0]), dtype_of(weights[0]), dtype_of(grads[0]), kind,
+                          static_cast<awp::Scale>(scale), gamma, eps, static_cast<float>(eta),
+                          static_cast<float>(bound.value_or(-1.0)), static_cast<float*>(scales.mutable_data_ptr()),
+                          weight_norms ? static_cast<const double*>(weight_norms->const_data_ptr()) : nullptr});
+  return scales;
+}
+
+template <class Device>
+void restore(Tensors weights, Tensors saved) {
+  const Device device(weights[0]);
+  std::vector<awp::CopyTensor> tensors(weights.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    tensors[i] = {weights[i].mutable_data_ptr(), saved[i].const_data_ptr(),
+                  weights[i].numel() * static_cast<int64_t>(weights[i].element_size())};
+  }
+  device.restore(tensors.data(), static_cast<int64_t>(tensors.size()));
+}
+
+awp::Number number(double value, const std::optional<Tensor>& tensor) {
+  if (!tensor) return {value, nullptr, awp::NumberType::kFloat32};
+  switch (tensor->scalar_type()) {
+    case ScalarType::Float:
+      return {value, tensor->const_data_ptr(), awp::NumberType::kFloat32};
+    case ScalarType::Double:
+      return {value, tensor->const_data_ptr(), awp::NumberType::kFloat64};
+    case ScalarType::Bool:
+      return {value, tensor->const_data_ptr(), awp::NumberType::kBool};
+    default:
+      throw std::runtime_error("expected float32, float64 or bool");
+  }
+}
+
+// Returns the norms.
+template <class Device>
+Tensor sgd_step(Tensors weights, Tensors grads, Tensors momentum_buffers, Tensors averages, Tensors out,
+                std::vector<double> weight_decay, double lr, std::optional<Tensor> lr_tensor, double momentum,
+                bool nesterov, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+                std::optional<Tensor> grad_norm, std::optional<double> max_norm, double average_weight,
+                std::optional<Tensor> average_weight_tensor) {
+  const Device device(weights[0]);
+  std::vector<awp::SgdTensor> tensors(weights.size());
+  const auto floats = [](const Tensors& list, size_t i) {
+    return list.empty() ? nullptr : static_cast<float*>(list[i].mutable_data_ptr());
+  };
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    tensors[i] = {floats(weights, i),
+                  grads[i].const_data_ptr(),
+                  floats(momentum_buffers, i),
+                  floats(averages, i),
+                  out.empty() ? nullptr : out[i].mutable_data_ptr(),
+                  weights[i].numel(),
+                  static_cast<float>(weight_decay[i])};
+  }
+  const awp::SgdRule rule{number(lr, lr_tensor),        number(average_weight, average_weight_tensor),
+                          number(1, grad_scale),        number(0, found_inf),
+                          number(0, grad_norm),         max_norm.value_or(-1.0),
+                          static_cast<float>(momentum), nesterov};
+  const int64_t count = static_cast<int64_t>(tensors.size());
+  Tensor norms = torch::stable::new_empty(weights[0], {count}, ScalarType::Double);
+  device.run(awp::SgdStep{tensors.data(), count, dtype_of(grads[0]),
+                          out.empty() ? awp::DType::kFloat32 : dtype_of(out[0]), rule,
+                          static_cast<double*>(norms.mutable_data_ptr())});
+  return norms;
+}
+
+template <class Device>
+Tensor total_norm(Tensors list) {
+  const Device device(list[0]);
+  std::vector<awp::NormTensor> tensors(list.size());
+  for (size_t i = 0; i < list.size(); ++i) tensors[i] = {list[i].const_data_ptr(), dtype_of(list[i]), list[i].numel()};
+  Tensor norm = torch::stable::new_empty(list[0], {}, ScalarType::Double);
+  device.run(awp::TotalNorm{tensors.data(), static_cast<int64_t>(tensors.size()),
+                            static_cast<double*>(norm.mutable_data_ptr())});
+  return norm;
+}
+
+template <class Device>
+void pgd_init(Tensor x_adv, Tensor x, Tensor sample_ids, double epsilon, double radius, int64_t norm, int64_t seed) {
+  awp::PgdInit arguments{};
+  arguments.x_adv = x_adv.mutable_data_ptr();
+  arguments.x = x.const_data_ptr();
+  arguments.sample_ids = static_cast<const int64_t*>(sample_ids.const_data_ptr());
+  arguments.dtype = dtype_of(x_adv);
+  arguments.samples = x_adv.size(0);
+  arguments.elements = x_adv.numel() / x_adv.size(0);
+  arguments.dims = x_adv.is_contiguous() ? 0 : static_cast<int32_t>(x_adv.dim() - 1);
+  for (int32_t d = 0; d < arguments.dims; ++d) {
+    arguments.sizes[d] = x_adv.size(d + 1);
+    arguments.strides[d] = x_adv.stride(d + 1);
+  }
+  arguments.norm = static_cast<awp::Norm>(norm);
+  arguments.epsilon = static_cast<float>(epsilon);
+  arguments.radius = radius;
+  arguments.seed = static_cast<uint64_t>(seed);
+  Device(x_adv).run(arguments);
+}
+
+template <class Device>
+void pgd_step(Tensor x_adv, Tensor grad, Tensor x, std::optional<Tensor> mask, double step_size, double epsilon,
+              double radius, int64_t norm, double low, double high) {
+  awp::PgdStep arguments{};
+  arguments.x_adv = x_adv.mutable_data_ptr();
+  arguments.grad = grad.const_data_ptr();
+  arguments.x = x.const_data_ptr();
+  arguments.mask = mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr;
+  arguments.dtype = dtype_of(x_adv);
+  arguments.grad_dtype = dtype_of(grad);
+  arguments.samples = x_adv.size(0);
+  arguments.elements = x_adv.numel() / x_adv.size(0);
+  arguments.norm = static_cast<awp::Norm>(norm);
+  arguments.step_size = step_size;
+  arguments.step = static_cast<float>(step_size);
+  arguments.epsilon = static_cast<float>(epsilon);
+  arguments.radius = radius;
+  arguments.low = static_cast<float>(low);
+  arguments.high = static_cast<float>(high);
+  Device(x_adv).run(arguments);
+}
 
 }  // namespace
 
@@ -387,12 +299,12 @@ STABLE_TORCH_LIBRARY(awp_cpp, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(awp_cpp, CPU, m) {
-  m.impl("perturb", TORCH_BOX(&perturb_cpu));
-  m.impl("restore", TORCH_BOX(&restore_cpu));
-  m.impl("sgd_step", TORCH_BOX(&sgd_step_cpu));
-  m.impl("total_norm", TORCH_BOX(&total_norm_cpu));
-  m.impl("pgd_init", TORCH_BOX(&pgd_init_cpu));
-  m.impl("pgd_step", TORCH_BOX(&pgd_step_cpu));
+  m.impl("perturb", TORCH_BOX(&perturb<Cpu>));
+  m.impl("restore", TORCH_BOX(&restore<Cpu>));
+  m.impl("sgd_step", TORCH_BOX(&sgd_step<Cpu>));
+  m.impl("total_norm", TORCH_BOX(&total_norm<Cpu>));
+  m.impl("pgd_init", TORCH_BOX(&pgd_init<Cpu>));
+  m.impl("pgd_step", TORCH_BOX(&pgd_step<Cpu>));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(awp_cpp, CompositeExplicitAutograd, m) {
@@ -408,11 +320,11 @@ STABLE_TORCH_LIBRARY(awp_cuda, m) {
 STABLE_TORCH_LIBRARY_IMPL(awp_cuda, CompositeExplicitAutograd, m) { m.impl("stream_bound", TORCH_BOX(&stream_bound)); }
 
 STABLE_TORCH_LIBRARY_IMPL(awp_cuda, CUDA, m) {
-  m.impl("perturb", TORCH_BOX(&perturb_cuda));
-  m.impl("restore", TORCH_BOX(&restore_cuda));
-  m.impl("sgd_step", TORCH_BOX(&sgd_step_cuda));
-  m.impl("total_norm", TORCH_BOX(&total_norm_cuda));
-  m.impl("pgd_init", TORCH_BOX(&pgd_init_cuda));
-  m.impl("pgd_step", TORCH_BOX(&pgd_step_cuda));
+  m.impl("perturb", TORCH_BOX(&perturb<Cuda>));
+  m.impl("restore", TORCH_BOX(&restore<Cuda>));
+  m.impl("sgd_step", TORCH_BOX(&sgd_step<Cuda>));
+  m.impl("total_norm", TORCH_BOX(&total_norm<Cuda>));
+  m.impl("pgd_init", TORCH_BOX(&pgd_init<Cuda>));
+  m.impl("pgd_step", TORCH_BOX(&pgd_step<Cuda>));
 }
 #endif

@@ -55,18 +55,20 @@ LONGEST = (
     "test_examples",
 )
 
-
 # what else `just test-fast` leaves out: it starts processes, or trains, for seconds each
 SLOW = (
     "test_bad_files_training",
     "test_bench_gpu",
+    "test_checkpoint_writer",
     "test_class_names",
     "test_config_fuzz",
     "test_export",
     "test_fuzz",
+    "test_interrupts",
     "test_landscape_command",
     "test_loaders",
     "test_locking",
+    "test_replicas",
     "test_sharding",
     "test_signals",
     "test_timm_models",

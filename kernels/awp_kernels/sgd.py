@@ -39,15 +39,8 @@ class _Lists(NamedTuple):
 
     def local(self) -> "_Lists":
         """This rank's rows of sharded tensors."""
-        return _Lists(
-            self.lr,
-            local(self.weights),
-            local(self.grads),
-            local(self.momentum_buffers),
-            self.weight_decay,
-            local(self.averages),
-            local(self.out),
-        )
+        names = ("weights", "grads", "momentum_buffers", "averages", "out")
+        return self._replace(**{name: local(getattr(self, name)) for name in names})
 
 
 class SGD(Optimizer):

@@ -174,7 +174,7 @@ def test_bad_files_are_refused_or_skipped_by_the_list(copy: Path, tmp_path: Path
     (copy / "train" / "class_4" / "words.txt").write_text("words")
     with pytest.raises(DataError, match=r"words.txt ends in '.txt'.*; scan first"):
         pack_folder(copy, out, workers=1)
-    with pytest.raises(DataError, match=r"awp-scan.jsonl is missing; expected the list of a scan: python -m"):
+    with pytest.raises(DataError, match=r"awp-scan.jsonl is missing; expected the list of a scan: awp data scan"):
         pack_folder(copy, out, workers=1, policy="skip")
     write_scan(copy / LIST_NAME, scan_folder(copy, workers=1))
     with pytest.raises(DataError, match=r"2 unusable files are listed in .* or pack with --bad-files skip"):

@@ -239,19 +239,19 @@ def test_listed_files_that_were_repaired_or_removed(folder: Path) -> None:
     write_scan(folder / LIST_NAME, scan_folder(folder, workers=1))
     assert bad_files(folder, "skip") == {"train/class_0/bad.jpg"}
     elsewhere = folder.parent / "list.jsonl"
-    with pytest.raises(DataError, match=r"list.jsonl is missing; expected the list of a scan: python -m"):
+    with pytest.raises(DataError, match=r"list.jsonl is missing; expected the list of a scan: awp data scan"):
         bad_files(folder, "refuse", path=elsewhere)
     (folder / LIST_NAME).rename(elsewhere)
     assert bad_files(folder, "skip", path=elsewhere) == {"train/class_0/bad.jpg"}
     assert bad_files(folder, "refuse") == frozenset()
-    with pytest.raises(DataError, match=r"awp-scan.jsonl is missing; expected the list of a scan: python -m"):
+    with pytest.raises(DataError, match=r"awp-scan.jsonl is missing; expected the list of a scan: awp data scan"):
         bad_files(folder, "skip")
     elsewhere.rename(folder / LIST_NAME)
     with pytest.raises(DataError, match=r"^1 unusable files .* first train/class_0/bad.jpg \(corrupt\); remove them"):
         bad_files(folder, "refuse")
     bad.write_bytes(encode(random_image(3), "JPEG"))
     for policy in ("refuse", "skip"):
-        with pytest.raises(DataError, match=r"bad.jpg was changed after .* listed it as corrupt; scan again: python"):
+        with pytest.raises(DataError, match=r"bad.jpg was changed after .* listed it as corrupt; scan again: awp data"):
             bad_files(folder, policy)
     bad.unlink()
     assert bad_files(folder, "refuse") == frozenset()

@@ -33,7 +33,7 @@ from awp_engine.evaluation.suite import measure
 from awp_engine.observe.report import print_table
 
 SCRIPT = ENGINE / "evaluate.py"
-THREAT = Threat(epsilon=Fraction(1, 5), norm="linf", step_size=Fraction(1, 20))
+THREAT = Threat(epsilon=Fraction(1, 5), norm="linf")
 PUBLICATION = Publication(
     link="https://arxiv.org/abs/2004.05884",
     name="Adversarial Weight Perturbation Helps Robust Generalization",
@@ -284,12 +284,12 @@ def gates_of(model: nn.Module, threat: Threat = THREAT, images: int = 60) -> dic
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_an_honest_model_passes_the_gates(norm):
-    threat = THREAT if norm == "linf" else Threat(epsilon=Fraction(1, 2), norm="l2", step_size=Fraction(1, 8))
+    threat = THREAT if norm == "linf" else Threat(epsilon=Fraction(1, 2), norm="l2")
     assert all(gates_of(robust_model(), threat).values())
 
 
 def test_a_cleanly_trained_model_passes_the_gates():
-    assert all(gates_of(clean_model(), Threat(epsilon=Fraction(1, 20), norm="linf", step_size=Fraction(1))).values())
+    assert all(gates_of(clean_model(), Threat(epsilon=Fraction(1, 20), norm="linf")).values())
 
 
 def test_masked_gradients_are_flagged():
@@ -320,7 +320,8 @@ def test_a_random_model_is_flagged():
 def test_measure_takes_any_module_and_leaves_it_as_it_was():
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).train()
     split = spread(digits().test, 40)
-    result = measure(net, split, [parse_attack("pgd3")], THREAT, seed=1, batch_size=16, gates_limit=20)
+    settings = {"step_size": Fraction(1, 20), "seed": 1, "batch_size": 16}
+    result = measure(net, split, [parse_attack("pgd3")], THREAT, gates_limit=20, **settings)
     assert net.training
     assert all(p.requires_grad for p in net.parameters())
     assert result.gates is not None

@@ -31,7 +31,7 @@ from awp_engine.evaluation.autoattack import Budget, autoattack
 from awp_engine.evaluation.regional import perturbation_norms, region_mask, regional_attack
 from awp_engine.models import load_public_state_dict
 
-THREAT = Threat(epsilon=Fraction(1, 5), norm="linf", step_size=Fraction(1, 20))
+THREAT = Threat(epsilon=Fraction(1, 5), norm="linf")
 SHORT = Budget(iterations=6, queries=30)
 SEED, BATCH = 5, 25
 
@@ -79,7 +79,7 @@ def test_autoattack_equals_the_package_to_the_bit(model, norm, epsilon):
     with torch.random.fork_rng():
         x_adv, predicted = package.run_standard_evaluation(x, y, batch_size=BATCH)
     sys.settrace(tracer)  # the package removes it, and coverage with it
-    threat = Threat(epsilon=Fraction(epsilon), norm=norm, step_size=Fraction(1, 20))
+    threat = Threat(epsilon=Fraction(epsilon), norm=norm)
     before, lines = torch.get_rng_state(), []
     outcome = autoattack(model, split, threat, seed=SEED, batch_size=BATCH, budget=SHORT, say=lines.append)
     assert torch.equal(torch.get_rng_state(), before)
@@ -188,7 +188,7 @@ def test_a_suspicious_model_is_noted(model):
 
 
 def run(model, name, split=None, threat=THREAT, **changes):
-    arguments = {"restarts": 1, "seed": evaluation_seed(0), "batch_size": 100} | changes
+    arguments = {"step_size": Fraction(1, 20), "restarts": 1, "seed": evaluation_seed(0), "batch_size": 100} | changes
     return gradient_attack(model, split or digits().test, parse_attack(name), threat, **arguments)
 
 
@@ -209,8 +209,7 @@ def test_fgsm_is_one_signed_step_of_epsilon(model):
 
 
 def test_restarts_only_ever_break_more(model):
-    threat = Threat(epsilon=Fraction(1, 5), norm="linf", step_size=Fraction(1, 5))
-    once, thrice = (run(model, "pgd2", threat=threat, restarts=number).held for number in (1, 3))
+    once, thrice = (run(model, "pgd2", step_size=Fraction(1, 5), restarts=number).held for number in (1, 3))
     assert not bool((thrice & ~once).any())
     assert thrice.sum() < once.sum()
 
@@ -218,11 +217,11 @@ def test_restarts_only_ever_break_more(model):
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_attacks_stay_in_the_ball_and_hurt(model, norm):
     epsilon = Fraction(1, 5) if norm == "linf" else Fraction(3, 4)
-    threat = Threat(epsilon=epsilon, norm=norm, step_size=epsilon / 4)
+    threat = Threat(epsilon=epsilon, norm=norm)
     x = next(eval_batches(digits().test, 360)).images
     clean = run(model, "clean").held.sum()
     for name in ("fgsm", "pgd10", "cw10"):
-        outcome = run(model, name, threat=threat)
+        outcome = run(model, name, threat=threat, step_size=epsilon / 4)
         largest = perturbation_norms(outcome.x_adv, x)["Linf" if norm == "linf" else "L2"].max()
         assert 0.5 * float(epsilon) < largest <= float(epsilon)
         assert outcome.held.sum() < clean - 20
@@ -316,7 +315,7 @@ def test_regional_attack_is_its_formula(name):
     split = Split(images=images, labels=labels, ids=digits().test.ids[:20])
     attack, step = parse_attack(name), Fraction(1, 50)
     outcome = regional_attack(linear, split, attack, seed=9, batch_size=8, step_size=step, steps=40)
-    x, y, ids = next(eval_batches(split, 20))
+    x, y, ids, _ = next(eval_batches(split, 20))
     masks = region_mask(attack.shape, attack.percent, 8, 8, sample_ids=ids, seed=9)
     norms = []
     for n in range(20):

@@ -34,10 +34,11 @@ from awp_engine.evaluation.suite import measure
 from awp_engine.evaluation.user_key import KeyFileError, key_path, user_key
 from awp_engine.models.answers import NO_CLASS, predicted
 
-THREAT = Threat(epsilon=Fraction(1, 20), norm="linf", step_size=Fraction(1, 50))
+THREAT = Threat(epsilon=Fraction(1, 20), norm="linf")
 ATTACKS = ("clean", "fgsm", "pgd3", "cw3", "square", "autoattack", "regional-pixels-45")
 SHORT = Budget(iterations=3, queries=10)
 ARGUMENTS = {"seed": 1, "batch_size": 10}
+MEASURE = ARGUMENTS | {"step_size": Fraction(1, 50)}
 NAN, INF = math.nan, math.inf
 
 
@@ -104,7 +105,7 @@ def test_a_model_without_an_answer_gets_no_credit_clean(fill, other):
         gates_limit=None,
         budget=SHORT,
         second=model,
-        **ARGUMENTS,
+        **MEASURE,
     )
     rows = {row.attack: row for row in done.rows}
     assert done.clean == rows["clean"].right == rows["autoattack"].details["right_after"]["clean"] == right
@@ -129,10 +130,11 @@ def test_a_model_without_an_answer_gets_no_credit_attacked(fill, norm):
     """The package would keep every such image: its argmax is the label."""
     model = Silent(fill, 0.0, moved)
     split = labelled(model.inner)
-    threat = THREAT if norm == "linf" else Threat(epsilon=Fraction(1, 5), norm="l2", step_size=Fraction(1, 20))
-    done = measure(
-        model, split, [parse_attack(a) for a in ATTACKS], threat, gates_limit=None, budget=SHORT, **ARGUMENTS
-    )
+    threat, step_size = THREAT, Fraction(1, 50)
+    if norm == "l2":
+        threat, step_size = Threat(epsilon=Fraction(1, 5), norm="l2"), Fraction(1, 20)
+    settings = ARGUMENTS | {"step_size": step_size}
+    done = measure(model, split, [parse_attack(a) for a in ATTACKS], threat, gates_limit=None, budget=SHORT, **settings)
     assert done.clean == 21
     assert done.not_finite == 0
     for row in done.rows[1:]:
@@ -150,7 +152,7 @@ def test_pictures_of_no_answer_are_drawn():
     from awp_engine.evaluation.figures import picture_rows
 
     model = Silent(NAN, NAN, moved)
-    done = measure(model, labelled(model.inner), [parse_attack("pgd1")], THREAT, gates_limit=None, **ARGUMENTS)
+    done = measure(model, labelled(model.inner), [parse_attack("pgd1")], THREAT, gates_limit=None, **MEASURE)
     assert set(done.pictures[0].predictions) == {NO_CLASS}
     assert picture_rows(done.pictures[0], [str(n) for n in range(10)]).startswith(b"\x89PNG")
 
@@ -191,7 +193,7 @@ class NoGradient(nn.Module):
 def test_gradients_that_are_not_finite_fail_gates_and_report(value):
     model = NoGradient(value)
     split = labelled(model.inner)
-    done = measure(model, split, [parse_attack(a) for a in ATTACKS], THREAT, gates_limit=10, budget=SHORT, **ARGUMENTS)
+    done = measure(model, split, [parse_attack(a) for a in ATTACKS], THREAT, gates_limit=10, budget=SHORT, **MEASURE)
     rows = {row.attack: row for row in done.rows}
     for name in ("fgsm", "pgd3", "cw3", "regional-pixels-45"):
         assert rows[name].right == 0, name
@@ -253,7 +255,7 @@ def test_autoattack_above_another_attack_is_doubted():
     model = linear()
     split = labelled(model)
     attacks = [parse_attack(a) for a in ("pgd3", "autoattack", "regional-pixels-45")]
-    done = measure(model, split, attacks, THREAT, gates_limit=None, budget=SHORT, **ARGUMENTS)
+    done = measure(model, split, attacks, THREAT, gates_limit=None, budget=SHORT, **MEASURE)
     pgd, strong, regional = done.rows
     assert not done.doubts()
     assert not done.to_dict()["unreliable"]
@@ -270,7 +272,7 @@ def test_autoattack_above_another_attack_is_doubted():
 @given(data=st.data())
 def test_what_lies_in_the_ball(data):
     norm = data.draw(st.sampled_from(["linf", "l2"]))
-    threat = Threat(epsilon=Fraction(1, 4), norm=norm, step_size=Fraction(1, 4))
+    threat = Threat(epsilon=Fraction(1, 4), norm=norm)
     value = st.sampled_from([0.0, 0.1, 0.25, 0.2500001, 0.26, 0.5, 1.0, 1.0001, -0.001, NAN, INF])
     x = torch.full((1, 1, 2, 2), 0.25)
     x_adv = torch.tensor(data.draw(st.lists(value, min_size=4, max_size=4))).view(1, 1, 2, 2)
@@ -590,7 +592,7 @@ def test_without_a_place_for_the_key_nothing_is_saved_and_it_is_said(tmp_path, m
         states=tmp_path / "states",
         identity=IDENTITY,
         say=lines.append,
-        **ARGUMENTS,
+        **MEASURE,
     )
     assert done.rows[0].resumed is None
     assert lines[0].startswith("square: goes on without saving its progress: ")
@@ -604,7 +606,7 @@ def test_what_autoattack_cannot_do_is_said_before_other_attacks():
     lines: list[str] = []
     attacks = [parse_attack(name) for name in ("pgd1", "autoattack")]
     with pytest.raises(EvaluationError, match="at least 4 classes"):
-        measure(three, split, attacks, THREAT, gates_limit=None, say=lines.append, **ARGUMENTS)
+        measure(three, split, attacks, THREAT, gates_limit=None, say=lines.append, **MEASURE)
     assert not lines
 
 
@@ -614,7 +616,7 @@ def test_a_missing_package_is_found_before_other_attacks(monkeypatch):
     for attacks, gates_limit in ((("pgd1", "autoattack"), None), (("pgd1", "square"), None), (("pgd1",), 10)):
         chosen = [parse_attack(name) for name in attacks]
         with pytest.raises(EvaluationError, match="pip install pyautoattack"):
-            measure(model, labelled(model), chosen, THREAT, gates_limit=gates_limit, say=lines.append, **ARGUMENTS)
+            measure(model, labelled(model), chosen, THREAT, gates_limit=gates_limit, say=lines.append, **MEASURE)
     assert not lines
 
 
@@ -622,8 +624,8 @@ def test_an_attack_that_cannot_cross_the_ball_is_doubted():
     """A run's config.json says the step, and comes with the run."""
     model = linear()
     for step, name, doubted in (("1/201", "pgd10", True), ("1/200", "pgd10", False), ("1/201", "pgd9", False)):
-        threat = dataclasses.replace(THREAT, step_size=Fraction(step))
-        done = measure(model, labelled(model), [parse_attack(name)], threat, gates_limit=None, **ARGUMENTS)
+        settings = ARGUMENTS | {"step_size": Fraction(step)}
+        done = measure(model, labelled(model), [parse_attack(name)], THREAT, gates_limit=None, **settings)
         assert done.to_dict()["unreliable"] == doubted
         assert ("cannot cross a ball of radius 1/20" in "".join(done.doubts())) == doubted
 

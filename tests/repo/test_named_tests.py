@@ -1,9 +1,11 @@
-"""Documents name tests that exist."""
+"""Documents and programs name tests and modules that exist."""
 
 import ast
 import re
 
 import pytest
+from conftest import LONGEST, SLOW
+from mutate import MODULES
 from places import ROOT
 
 FILES = {path.name: path for path in (ROOT / "tests").glob("*/test_*.py")}
@@ -24,3 +26,13 @@ def test_every_test_that_a_document_names_exists(document: str, least: int) -> N
             assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{file}::{name}"
         count += bool(given or name)
     assert count >= least
+
+
+def test_every_test_file_has_a_folder_and_a_name_of_its_own() -> None:
+    assert sorted(FILES) == sorted(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+
+
+def test_what_lists_of_tests_and_modules_name_exists() -> None:
+    named = {*LONGEST, *SLOW, *(f"test_{name}" for tests in MODULES.values() for name in tests)}
+    assert [name for name in named if f"{name}.py" not in FILES] == []
+    assert [module for module in MODULES if not (ROOT / module).exists()] == []

@@ -24,27 +24,23 @@ def test_few_modules_lie_outside_the_wings() -> None:
     assert len(structure.measure(structure.ROOT)["top_level_modules"]) <= structure.MODULES
 
 
-@pytest.mark.xfail(strict=True, reason="to be enabled once train/ is split")
 def test_the_trainer_is_short() -> None:
     trainer = structure.trainer_class(MODULES)
     assert trainer is not None
     assert structure.lines_of(trainer) <= structure.TRAINER_LINES
 
 
-@pytest.mark.xfail(strict=True, reason="to be enabled once the step takes three values")
 def test_the_step_is_short() -> None:
     step = structure.step_class(MODULES)
     assert step is not None
     assert structure.lines_of(step) <= structure.STEP_LINES
 
 
-@pytest.mark.xfail(strict=True, reason="to be enabled once the step takes three values")
 def test_the_loop_calls_the_algorithm() -> None:
     way = structure.chain(MODULES)
     assert 0 < len(way) <= structure.HOPS, way
 
 
-@pytest.mark.xfail(strict=True, reason="to be enabled once Attack is a value")
 def test_one_value_carries_an_attack() -> None:
     assert len(structure.representations(MODULES)) <= structure.REPRESENTATIONS
 

@@ -1,11 +1,10 @@
 """The commands of engine/, run in the tests' own process."""
 
-import runpy
 import sys
+from importlib import import_module
 
 import pytest
 import torch
-from places import ENGINE
 
 
 def run_command(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -16,7 +15,7 @@ def run_command(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) 
     flags = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
     before = [flag.fp32_precision for flag in flags]
     try:
-        runpy.run_path(str(ENGINE / f"{name}.py"))["main"]()
+        import_module(f"awp_engine.cli.{name}").main(prog=f"{name}.py")
     except SystemExit as stopped:
         return int(stopped.code or 0)
     finally:

@@ -11,19 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from awp_engine.config import (
-    Config,
-    ConfigError,
-    expectation,
-    flag,
-    from_flat,
-    key_types,
-    load_settings,
-    show,
-    to_flat,
-)
+from awp_engine.config import Config, ConfigError, expectation, flag, show
+from awp_engine.config.identity import from_flat, key_types, load_settings, to_flat
 from awp_engine.config.presets import DEFAULT, PRESETS, build_preset
-from awp_engine.config.schema import Word, coerce, did_you_mean, help_texts, hints, ranges
+from awp_engine.config.schema import Word, coerce, did_you_mean, fields, help_texts
 from awp_engine.files.text import one_line
 
 
@@ -144,21 +135,21 @@ def _help(default: Config, prog: str) -> str:
     text = "Settings from a .yaml file, or a .json file such as a run's config.json; the preset has the others."
     parser.add_argument("--config", metavar="FILE", help=f"{text} Flags go on top.")
     names = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
-    inner = [getattr(default, name) for name, hint in hints(Config).items() if dataclasses.is_dataclass(hint)]
+    inner = [getattr(default, name) for name, (hint, _) in fields(Config).items() if dataclasses.is_dataclass(hint)]
     for group in (default, *inner):
         cls = type(group)
         texts, add = help_texts(cls), parser.add_argument_group(cls.section[:-1] or "run", cls.__doc__).add_argument
-        for name, hint in hints(cls).items():
+        for name, (hint, accepted) in fields(cls).items():
             if dataclasses.is_dataclass(hint):
                 continue
             key, parts = flag(cls.section + name), typing.get_args(hint) or (hint,)
-            accepted = f"{ranges(cls)[name].words}; " if name in ranges(cls) else ""
-            shown = f"{texts[name]} ({accepted}default: {_shown(getattr(group, name))})".replace("%", "%%")
+            words = "" if accepted is None else f"{accepted.words}; "
+            shown = f"{texts[name]} ({words}default: {_shown(getattr(group, name))})".replace("%", "%%")
             if hint is bool:
                 add(key, _off(key), action="store_true", help=shown)
             else:
                 choices = "{" + ",".join(map(str, parts)) + "}"
-                add(key, metavar=names.get(parts[0], choices), help=shown)
+                add(key, metavar=names.get(parts[0], choices) + " ..." * (... in parts), help=shown)
     return parser.format_help()
 
 

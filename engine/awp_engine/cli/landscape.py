@@ -89,7 +89,7 @@ def measure(arguments: argparse.Namespace) -> list[Path]:
     from awp_engine.evaluation import evaluation_attack
     from awp_engine.files.locking import locked
     from awp_engine.landscape import measure as measuring
-    from awp_engine.landscape.files import Receipt, prepare_output, write
+    from awp_engine.landscape.files import Receipt, output_directory, write
     from awp_engine.landscape.progress import ProgressLines
     from awp_engine.landscape.robust_loss import as_batches
     from awp_engine.landscape.runs import common_images, open_runs
@@ -104,7 +104,7 @@ def measure(arguments: argparse.Namespace) -> list[Path]:
     device = choose_device(arguments.device)
     runs = open_runs(arguments.runs, which=arguments.checkpoint, device=device)
     images = common_images(runs, arguments.split, arguments.images).to(device)
-    output = prepare_output(arguments.output, arguments.runs)
+    output = output_directory(arguments.output, arguments.runs)
     layout = torch.contiguous_format
     for run in runs:
         layout = fast_memory_format(run.model, device)

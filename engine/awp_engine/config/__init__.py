@@ -3,13 +3,9 @@
 from awp_engine.config.identity import (
     config_hash,
     flags,
-    from_flat,
     from_json,
-    key_types,
     load_config,
-    load_settings,
     require_same_run,
-    to_flat,
     to_json,
 )
 from awp_engine.config.rules import own_images
@@ -43,15 +39,12 @@ __all__ = [
     "expectation",
     "flag",
     "flags",
-    "from_flat",
     "from_json",
     "key_types",
     "load_config",
-    "load_settings",
     "own_images",
     "parse_amount",
     "require_same_run",
     "show",
-    "to_flat",
     "to_json",
 ]

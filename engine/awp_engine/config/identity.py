@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from awp_engine.config.documents import JSON, parse_json, read_document, read_text
-from awp_engine.config.schema import ConfigError, coerce, did_you_mean, flag, hints, parse_amount, show
+from awp_engine.config.schema import ConfigError, coerce, did_you_mean, fields, flag, parse_amount, show
 from awp_engine.config.settings import Config
 
 # What a resumed run may change: none of it moves the weights, or the choice of the epoch; images may lie elsewhere, as
@@ -49,7 +49,7 @@ _FREE_ON_RESUME = frozenset(
 def key_types(cls: type = Config, prefix: str = "") -> dict[str, Any]:
     """Every key, such as "awp.gamma", with its type."""
     found: dict[str, Any] = {}
-    for name, hint in hints(cls).items():
+    for name, (hint, _) in fields(cls).items():
         inner = dataclasses.is_dataclass(hint)
         found |= key_types(typing.cast(type, hint), f"{prefix}{name}.") if inner else {prefix + name: hint}
     return found
@@ -76,7 +76,7 @@ def from_flat(values: Mapping[str, Any]) -> Config:
     for key, value in values.items():
         group, _, name = key.rpartition(".")
         groups.setdefault(group, {})[name] = value
-    inner = {name: hint(**groups[name]) for name, hint in hints(Config).items() if name in groups}
+    inner = {name: hint(**groups[name]) for name, (hint, _) in fields(Config).items() if name in groups}
     return Config(**groups[""], **inner)
 
 
@@ -89,14 +89,16 @@ def _flatten(values: Any, source: str, cls: type = Config, prefix: str = "", *, 
     """Nested values under their dotted keys; `whole`: no key may be missing."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{source}: {prefix[:-1] or 'top level'}: expected a group of settings, got {show(values)}")
-    known, flat = hints(cls), {}
+    known, flat = fields(cls), {}
     # what runs of version 0.1 were not told
     values = {key: value for key, value in values.items() if (prefix, key, value) != ("awp.", "public_code", False)}
     for key in values:
         if key not in known:
             hint = did_you_mean(f"{prefix}{key}", key_types(), f"expected one of {', '.join(known)}")
+            if not prefix and key in key_types():
+                hint = "expected the group {0}, and {2} inside it".format(*key.partition("."))
             raise ConfigError(f"{source}: {prefix}{show(str(key))[1:-1]}: unknown key; {hint}")
-    for key, hint in known.items():
+    for key, (hint, _) in known.items():
         if key in values and dataclasses.is_dataclass(hint):
             flat |= _flatten(values[key], source, typing.cast(type, hint), f"{prefix}{key}.", whole=whole)
         elif key in values:

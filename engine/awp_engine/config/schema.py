@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import functools
 import inspect
 import itertools
@@ -36,6 +35,32 @@ class Word(str):
     __slots__ = ()
 
 
+def parse_amount(text: str) -> Fraction:
+    """The exact value of a fraction of whole numbers ("8/255") or a decimal ("0.2", "1e-3").
+
+    Raises:
+        ValueError: for anything else, a zero denominator and negative numbers included.
+    """
+    if not _AMOUNT.fullmatch(text):
+        raise ValueError(f"not a fraction or number >= 0: {text!r}")
+    _, _, denominator = text.partition("/")
+    if denominator and int(denominator) == 0:
+        raise ValueError(f"zero denominator: {text!r}")
+    return Fraction(text)
+
+
+class Amounts:
+    """The text that `parse_amount` takes."""
+
+    words = "a fraction or number >= 0 such as 8/255"
+
+    def __contains__(self, text: str) -> bool:
+        try:
+            return parse_amount(text) >= 0
+        except ValueError:
+            return False
+
+
 @dataclasses.dataclass(frozen=True)
 class Range:
     """The numbers that a setting takes, in the words of an error message and as bounds."""
@@ -51,6 +76,8 @@ class Range:
         return self.gt < number < self.lt and self.ge <= number <= self.le
 
 
+Amount = Annotated[str, Amounts()]
+OptionalAmount = Annotated[str | None, Amounts()]
 Count = Annotated[int, Range("a whole number >= 1", ge=1)]
 OptionalCount = Annotated[int | None, Range("a whole number >= 1, or none", ge=1)]
 Probability = Annotated[float, Range("a probability, 0 to 1", ge=0, le=1)]
@@ -63,20 +90,6 @@ Fading = Annotated[float, Range("a number >= 0 and < 1", ge=0, lt=1)]
 def flag(key: str) -> str:
     """The flag of a key: `attack.bn_mode` is set by `--attack.bn-mode`."""
     return "--" + key.replace("_", "-")
-
-
-def parse_amount(text: str) -> Fraction:
-    """The exact value of a fraction of whole numbers ("8/255") or a decimal ("0.2", "1e-3").
-
-    Raises:
-        ValueError: for anything else, a zero denominator and negative numbers included.
-    """
-    if not _AMOUNT.fullmatch(text):
-        raise ValueError(f"not a fraction or number >= 0: {text!r}")
-    _, _, denominator = text.partition("/")
-    if denominator and int(denominator) == 0:
-        raise ValueError(f"zero denominator: {text!r}")
-    return Fraction(text)
 
 
 def show(value: object) -> str:
@@ -92,6 +105,8 @@ def refusal(key: str, expected: str, value: object) -> ConfigError:
 
 def did_you_mean(given: str, known: Iterable[str], otherwise: str) -> str:
     """The names in `known` that `given` was meant as: of the same last part, or else the most similar one."""
+    import difflib
+
     known, last = list(known), given.lstrip("-").rpartition(".")[2]
     near = [name for name in known if name.lstrip("-").rpartition(".")[2] == last]
     near = near or difflib.get_close_matches(given, known, n=1)
@@ -174,17 +189,12 @@ def coerce(hint: Any, value: Any, key: str, expected: str | None = None) -> Any:
 
 
 @functools.cache
-def hints(cls: type) -> dict[str, Any]:
-    """The type of every field, without its range."""
-    found = typing.get_type_hints(cls)
-    return {field.name: found[field.name] for field in dataclasses.fields(cls)}
-
-
-@functools.cache
-def ranges(cls: type) -> dict[str, Range]:
-    """The range of every field that has one."""
+def fields(cls: type) -> dict[str, tuple[Any, Range | Amounts | None]]:
+    """The type of every field, and what it accepts of that type where that is not all."""
     found = typing.get_type_hints(cls, include_extras=True)
-    return {name: hint.__metadata__[0] for name, hint in found.items() if typing.get_origin(hint) is Annotated}
+    given = {field.name: found[field.name] for field in dataclasses.fields(cls)}
+    parts = {name: typing.get_args(hint) for name, hint in given.items() if typing.get_origin(hint) is Annotated}
+    return {name: parts.get(name, (hint, None)) for name, hint in given.items()}
 
 
 def help_texts(cls: type) -> dict[str, str]:
@@ -202,14 +212,17 @@ def help_texts(cls: type) -> dict[str, str]:
 class Checked:
     """Checks every field's type and range, then what the class itself demands."""
 
-    section: ClassVar[str] = ""
+    section: ClassVar[str]
+
+    def __init_subclass__(cls, section: str = "") -> None:
+        cls.section = section
 
     def __post_init__(self) -> None:
-        for name, hint in hints(type(self)).items():
-            object.__setattr__(self, name, coerce(hint, getattr(self, name), self.section + name))
-        for name, accepted in ranges(type(self)).items():
-            value = getattr(self, name)
-            self.require(value is None or value in accepted, name, accepted.words)
+        for name, (hint, accepted) in fields(type(self)).items():
+            value = coerce(hint, getattr(self, name), self.section + name)
+            object.__setattr__(self, name, value)
+            if accepted is not None:
+                self.require(value is None or value in accepted, name, accepted.words)
         self._check()
 
     def _check(self) -> None:
@@ -232,15 +245,3 @@ class Checked:
         """
         words = str(value).lower() if isinstance(value, bool) else str(value)
         self.require(operator.attrgetter(name)(self) == value, name, f"{words} {reason}")
-
-    def require_amount(self, name: str) -> Fraction:
-        """The exact value of a setting that is a fraction or a decimal.
-
-        Raises:
-            ConfigError: if it is neither.
-        """
-        try:
-            return parse_amount(getattr(self, name))
-        except ValueError:
-            expected = "a fraction or number >= 0 such as 8/255"
-            raise refusal(self.section + name, expected, getattr(self, name)) from None

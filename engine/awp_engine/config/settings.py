@@ -10,14 +10,16 @@ import itertools
 import re
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from awp_engine.config.rules import require_combinations
 from awp_engine.config.schema import (
+    Amount,
     Checked,
     ConfigError,
     Count,
     Fading,
+    OptionalAmount,
     OptionalCount,
     Part,
     Probability,
@@ -33,10 +35,8 @@ _Pixels = Annotated[int, Range("a whole number of pixels, 0 to 1024", ge=0, le=1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig(Checked):
+class DataConfig(Checked, section="data."):
     """Images to train on."""
-
-    section: ClassVar[str] = "data."
 
     name: Literal[
         "digits",
@@ -72,7 +72,7 @@ class DataConfig(Checked):
     crop_scale: Share = 0.08
     """Smallest part of an image's area that a resized crop takes."""
     held_out_fraction: Part = 0.1
-    """Part of the training images kept aside to choose the epoch by, more than 0 and less than 1."""
+    """Part of the training images kept aside to choose the epoch by."""
     pad: _Pixels = 0
     """Random crops are taken after padding by this many pixels a side; 0 means no crops."""
     flip: bool = False
@@ -86,7 +86,7 @@ class DataConfig(Checked):
     mixup_alpha: Annotated[float, Range("a number > 0", gt=0)] = 0.8
     """Both parameters of the Beta distribution that MixUp's shares come from."""
     rand_augment: Annotated[float | None, Range("a magnitude, 0 to 10, or none", ge=0, le=10)] = None
-    """Magnitude, 0 to 10, of RandAugment's two operations on every training image; none means no RandAugment."""
+    """Magnitude of RandAugment's two operations on every training image; none means no RandAugment."""
     erase: Probability = 0.0
     """Probability that a rectangle of a training image is filled with noise."""
     train_limit: OptionalCount = None
@@ -114,10 +114,8 @@ class DataConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig(Checked):
+class ModelConfig(Checked, section="model."):
     """The classifier."""
-
-    section: ClassVar[str] = "model."
 
     name: str = "preact-resnet-digits"
     """Architecture: preact-resnet-18, preact-resnet-digits, wrn-DEPTH-WIDTH such as wrn-34-10; by timm, for larger
@@ -146,21 +144,19 @@ class ModelConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AttackConfig(Checked):
+class AttackConfig(Checked, section="attack."):
     """Projected gradient descent that makes the training images."""
-
-    section: ClassVar[str] = "attack."
 
     kind: Literal["pgd", "apgd"] = "pgd"
     """Steps of one length, or Auto-PGD (Croce, Hein 2020), which chooses its own, for AT and MART."""
     norm: Literal["linf", "l2"] = "linf"
     """Norm of the ball around an image."""
-    epsilon: str = "0.2"
+    epsilon: Amount = "0.2"
     """Radius of the ball, on pixels in [0, 1], as an exact fraction or a decimal: 8/255, 0.2."""
-    step_size: str = "0.05"
+    step_size: Amount = "0.05"
     """Length of one step of PGD, in epsilon's units and at most 2 epsilon, exact as well: 2/255, 0.05."""
     steps: Annotated[int, Range("a whole number >= 1 (--attack.epsilon 0 trains without an attack)", ge=1)] = 10
-    """Number of steps, at least 1."""
+    """Number of steps."""
     bn_mode: Literal["train", "eval"] = "train"
     """Mode of batch normalisation during the attack: by the batch's statistics, or by the running ones."""
     start: Literal["uniform", "normal", "none"] = "uniform"
@@ -173,9 +169,8 @@ class AttackConfig(Checked):
     """Updates that --attack.fast free makes from one batch."""
 
     def _check(self) -> None:
-        epsilon = self.require_amount("epsilon")
+        epsilon = parse_amount(self.epsilon)
         self.require(self.norm != "linf" or epsilon <= 1, "epsilon", "at most 1 for linf, as pixels lie in [0, 1]")
-        self.require_amount("step_size")
         self.require(self.fast == "none" or self.norm == "linf", "fast", "none with --attack.norm l2")
         noise = "at most 1/2 with --attack.fast n-fgsm, whose noise reaches twice as far"
         self.require(self.fast != "n-fgsm" or epsilon <= Fraction(1, 2), "epsilon", noise)
@@ -190,16 +185,10 @@ class AttackConfig(Checked):
         """step_size, in the same units."""
         return float(parse_amount(self.step_size))
 
-    def is_fast(self, epoch: int) -> bool:
-        """Whether the cheap attack serves in `epoch`, counted from 1."""
-        return self.fast != "none" and (self.fast_epochs is None or epoch <= self.fast_epochs)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AwpConfig(Checked):
+class AwpConfig(Checked, section="awp."):
     """Adversarial Weight Perturbation (Wu, Xia, Wang, NeurIPS 2020)."""
-
-    section: ClassVar[str] = "awp."
 
     gamma: Annotated[float, Range("a number from 0 to 1000", ge=0, le=1000)] = 0.002
     """Size of the weight perturbation relative to the weights' norm; 0 turns it off."""
@@ -229,19 +218,17 @@ class AwpConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig(Checked):
+class OptimizerConfig(Checked, section="optimizer."):
     """The optimizer and its learning rate."""
-
-    section: ClassVar[str] = "optimizer."
 
     kind: Literal["sgd", "adamw"] = "sgd"
     """Stochastic gradient descent with momentum, or AdamW (Loshchilov, Hutter 2019) with epsilon 1e-8."""
     lr: Annotated[float, Range("a finite number > 0", gt=0)] = 0.1
     """Learning rate at the start."""
     momentum: Fading = 0.9
-    """Momentum, at least 0 and less than 1; AdamW's beta1."""
+    """Momentum; AdamW's beta1."""
     beta2: Fading = 0.999
-    """How much of the mean of squared gradients AdamW keeps in a step, at least 0 and less than 1."""
+    """How much of the mean of squared gradients AdamW keeps in a step."""
     weight_decay: Annotated[float, Range("a finite number >= 0", ge=0)] = 5e-4
     """L2 penalty added to the gradient; AdamW takes this times the learning rate off the weights themselves."""
     nesterov: bool = False
@@ -270,10 +257,8 @@ class OptimizerConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AverageConfig(Checked):
+class AverageConfig(Checked, section="average."):
     """Average of the weights over training, which is then what is measured, selected and exported."""
-
-    section: ClassVar[str] = "average."
 
     kind: Literal["none", "ema", "swa"] = "none"
     """Exponential moving average of every step's weights, or equal average of every epoch's."""
@@ -286,10 +271,8 @@ class AverageConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PrecisionConfig(Checked):
+class PrecisionConfig(Checked, section="precision."):
     """What the parts of a step compute in; masters, batch normalisation and images are fp32 throughout."""
-
-    section: ClassVar[str] = "precision."
 
     attack: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of the attack; auto is fp16 on a GPU, and on a CPU bf16 where the processor multiplies it, else fp32."""
@@ -300,14 +283,12 @@ class PrecisionConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationConfig(Checked):
+class EvaluationConfig(Checked, section="evaluation."):
     """PGD on held-out images while training, and on the test split at the end, with the attack's norm and epsilon."""
 
-    section: ClassVar[str] = "evaluation."
-
     steps: Count = 20
-    """Number of steps, at least 1."""
-    step_size: str | None = None
+    """Number of steps."""
+    step_size: OptionalAmount = None
     """Length of one step, at most 2 epsilon, as an exact fraction or a decimal; none means epsilon / 4."""
     batch_size: Count = 512
     """Images in a batch."""
@@ -320,16 +301,10 @@ class EvaluationConfig(Checked):
     patience: OptionalCount = None
     """Stop after this many evaluations without a better held-out PGD accuracy; none means never."""
 
-    def _check(self) -> None:
-        if self.step_size is not None:
-            self.require_amount("step_size")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DistributedConfig(Checked):
+class DistributedConfig(Checked, section="distributed."):
     """Several ranks; torchrun says how many."""
-
-    section: ClassVar[str] = "distributed."
 
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """Every rank holds the whole model (DDP), or a share of every layer (FSDP2), for models that do not fit."""

@@ -3,7 +3,6 @@
 They lie in the device's memory, or are gathered from files batch by batch.
 """
 
-import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from awp_engine.data.split import AugmentArgs, Loader, Split, augment_streamed
 from awp_engine.models.class_names import difference
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExtraImages:
     """Images beside a data set's own, where they lie.
 
@@ -36,18 +35,18 @@ class ExtraImages:
     def __len__(self) -> int:
         return len(self.store)
 
-    def ids(self, rows: Tensor) -> Tensor:
+    def ids_of(self, rows: Tensor) -> Tensor:
         """int64 [n], of rows int64 [n]."""
         return rows + self.first_id
 
-    def labels(self, rows: Tensor) -> Tensor:
+    def labels_of(self, rows: Tensor) -> Tensor:
         """int64 [n], of rows int64 [n]."""
         return self.store.labels(rows)
 
     def resident(self) -> Split:
         """All of them in memory, on the CPU."""
         rows = torch.arange(len(self))
-        return Split(images=self.store.gather(rows).contiguous(), labels=self.labels(rows), ids=self.ids(rows))
+        return Split(images=self.store.gather(rows).contiguous(), labels=self.labels_of(rows), ids=self.ids_of(rows))
 
 
 def load_extra(path: Path, *, like: Dataset) -> ExtraImages:
@@ -77,28 +76,23 @@ def load_extra(path: Path, *, like: Dataset) -> ExtraImages:
             )
     store = ArrayShards(path, shape=like.train.shape, like=like.name)
     store.require_labels(len(like.class_names), like.name)
-    return ExtraImages(store, like.first_extra_id, len(like.class_names))
+    return ExtraImages(store=store, first_id=like.first_extra_id, classes=len(like.class_names))
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtraSplit:
+class ExtraSplit(ExtraImages):
     """Extra images of any number: nothing is kept of each of them, labels and ids are found when they are wanted.
 
     Attributes:
-        images: where they lie.
         loader: what makes them.
     """
 
-    images: ExtraImages
     loader: Loader
-
-    def __len__(self) -> int:
-        return len(self.images)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Channels, height and width."""
-        return self.images.store.shape
+        return self.store.shape
 
     @property
     def device(self) -> torch.device:
@@ -108,25 +102,20 @@ class ExtraSplit:
     @property
     def largest_label(self) -> int:
         """The largest that there may be."""
-        return self.images.classes - 1
+        return self.classes - 1
 
     def others(self, rows: Tensor, numbers: Tensor) -> Tensor:
         """As `Split.others`; ids rise with the rows."""
         return numbers + (numbers >= rows)
 
-    def ids_of(self, rows: Tensor) -> Tensor:
-        """As `Split.ids_of`."""
-        return self.images.ids(rows)
-
     def labels_of(self, rows: Tensor) -> Tensor:
         """As `Split.labels_of`."""
-        return self.images.labels(rows).to(self.device, non_blocking=True)
+        return super().labels_of(rows).to(self.device, non_blocking=True)
 
     def augmented(self, requests: Requests, args: AugmentArgs, memory_format: torch.memory_format) -> Images:
         """As `Split.augmented`."""
-        streamed = self.loader.stream(self.images.store, requests.nonempty())
-        with contextlib.closing(streamed):
-            yield from augment_streamed(streamed, requests, args, memory_format, shape=self.shape, device=self.device)
+        streamed = self.loader.stream(self.store, requests.nonempty())
+        return augment_streamed(streamed, requests, args, memory_format, shape=self.shape, device=self.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,5 +135,5 @@ def place_extra(images: ExtraImages, loading: Loading) -> Extra:
     if loader == "resident":
         split = images.resident().to(loading.device)
     else:
-        split = ExtraSplit(images=images, loader=loading.open(loader, images.store, images.store.shape))
+        split = ExtraSplit(**vars(images), loader=loading.open(loader, images.store, images.store.shape))
     return Extra(split=split, loader=loader, fingerprint=images.store.digest())

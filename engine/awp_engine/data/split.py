@@ -35,7 +35,7 @@ class Loader(Protocol):
 
 
 class Samples(Protocol):
-    """What batches are made of: a `Split`, a `StreamedSplit` or `ExtraImages`."""
+    """What batches are made of: a `Split`, a `StreamedSplit` or an `ExtraSplit`."""
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -65,12 +65,10 @@ class Threat:
     Attributes:
         epsilon: radius, on pixels in [0, 1].
         norm: "linf" or "l2".
-        step_size: length of a step of pgd and cw, in epsilon's units.
     """
 
     epsilon: Fraction
     norm: Literal["linf", "l2"]
-    step_size: Fraction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +162,7 @@ def gradient_attack(
     attack: NamedAttack,
     threat: Threat,
     *,
+    step_size: Fraction,
     restarts: int,
     seed: int,
     batch_size: int,
@@ -178,12 +177,13 @@ def gradient_attack(
         model: in eval mode, on the split's device.
         split: the samples.
         attack: of one of these four families.
-        threat: the ball, and the step of pgd and cw; fgsm takes one step of epsilon from the image itself.
+        threat: the ball.
+        step_size: length of a step of pgd and cw, in epsilon's units; fgsm takes one of epsilon from the image itself.
         restarts: of pgd and cw, at least 1.
         seed: of the starting points.
         batch_size: images a batch; does not change the result beyond rounding.
     """
-    epsilon, steps, step_size = threat.epsilon, attack.steps, threat.step_size
+    epsilon, steps = threat.epsilon, attack.steps
     start: Start = "uniform"
     if attack.family == "fgsm":
         steps, step_size, start, restarts = 1, epsilon, "none", 1

@@ -25,7 +25,9 @@ from awp_engine.evaluation.attack_state import AttackState, StateFile
 from awp_engine.evaluation.attacks import EvaluationError, Outcome, Threat, predict
 from awp_engine.models.answers import NO_CLASS, predicted
 
-STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
+# of the standard version, and what of the package runs each
+_PERTURBERS = {"apgd-ce": "apgd", "apgd-t": "apgd_targeted", "fab-t": "fab", "square": "square"}
+STANDARD = tuple(_PERTURBERS)
 _TARGETS = 9
 _SAVE_SECONDS = 60.0
 _LOGGER = "auto-attack"
@@ -155,21 +157,9 @@ def _package(model: nn.Module, threat: Threat, seed: int, device: torch.device, 
                 logger=apgd.logger,
             )
         package.apgd_targeted.n_target_classes = package.fab.n_target_classes
+    # as its own loop sets them up
+    package.apgd.loss, package.fab.targeted, package.fab.n_restarts = "ce", True, 1
     return package
-
-
-def _perturb(package: Any, attack: str, x: Tensor, y: Tensor) -> Tensor:
-    """One attack on one batch, set up as the package's own loop does; it seeds itself for every batch."""
-    if attack == "apgd-ce":
-        package.apgd.loss = "ce"
-        return package.apgd.perturb(x, y)
-    if attack == "apgd-t":
-        return package.apgd_targeted.perturb(x, y)
-    if attack == "fab-t":
-        package.fab.targeted = True
-        package.fab.n_restarts = 1
-        return package.fab.perturb(x, y)
-    return package.square.perturb(x, y)
 
 
 def require_suitable(split: Split, classes: int, attacks: Sequence[str], threat: Threat) -> None:
@@ -317,7 +307,8 @@ def _run(
             if batch < state.batch:
                 continue
             guarded.x, guarded.y = x[chosen], y[chosen]
-            attacked = _perturb(package, name, guarded.x, guarded.y)
+            # it seeds itself for every batch
+            attacked = getattr(package, _PERTURBERS[name]).perturb(guarded.x, guarded.y)
             fooled = predicted(guarded.model(attacked)) != guarded.y
             state.robust[chosen[fooled]] = False
             state.x_adv[chosen[fooled]] = attacked[fooled]

@@ -20,7 +20,6 @@ from awp_engine.evaluation.attacks import Threat, gradient_attack, parse_attack,
 from awp_engine.evaluation.autoattack import Budget, autoattack
 from awp_engine.models.answers import NO_CLASS, predicted
 
-IMAGES = 200
 QUERIES = 500
 STEPS = (1, 5, 20, 100)
 _WHITE_BOX = 100
@@ -142,11 +141,9 @@ def run_gates(
     slack = math.floor(_SLACK * images)
 
     def right(attack: str, radius: Fraction, step_size: Fraction, restarts: int = 1) -> torch.Tensor:
-        ball = dataclasses.replace(threat, epsilon=radius, step_size=step_size)
-        outcome = gradient_attack(
-            model, split, parse_attack(attack), ball, restarts=restarts, seed=seed, batch_size=batch_size
-        )
-        return outcome.held
+        ball, chosen = dataclasses.replace(threat, epsilon=radius), parse_attack(attack)
+        settings = {"restarts": restarts, "seed": seed, "batch_size": batch_size}
+        return gradient_attack(model, split, chosen, ball, step_size=step_size, **settings).held
 
     say(f"gates: accuracy against epsilon, on {images} images")
     radii = _radii(epsilon, threat, split.images[0].numel())

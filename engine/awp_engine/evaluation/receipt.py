@@ -61,6 +61,7 @@ def make_receipt(
     *,
     checkpoint: Mapping[str, Any],
     data: Mapping[str, Any],
+    step_size: Fraction,
     seed: int,
     batch_size: int,
 ) -> dict[str, Any]:
@@ -72,6 +73,7 @@ def make_receipt(
         threat: the ball.
         checkpoint: where the weights came from, with their SHA-256.
         data: name of the data, and hash and size of the whole test split.
+        step_size: of pgd and cw.
         seed: that all seeds are derived from.
         batch_size: images a batch.
     """
@@ -83,7 +85,7 @@ def make_receipt(
         "epsilon": str(threat.epsilon),
         "epsilon_as_float": float(threat.epsilon),
         "norm": threat.norm,
-        "step_size": str(threat.step_size),
+        "step_size": str(step_size),
         "normalisation": _normalisation(model),
         "batch_norm": "eval: running statistics",
         "precision": _precision(model),

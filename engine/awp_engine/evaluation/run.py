@@ -30,7 +30,7 @@ from awp_engine.files.atomic import atomic_write_text
 from awp_engine.files.locking import locked
 from awp_engine.files.text import json_text
 from awp_engine.models.class_names import difference
-from awp_engine.observe.report import prepare_directory
+from awp_engine.observe.report import prepare_output
 
 JSON, PAGE, LEADERBOARD = "evaluation.json", "evaluation.html", "robustbench.json"
 DEFAULT_ATTACKS = ("clean", "fgsm", "pgd20", "cw")
@@ -66,31 +66,31 @@ def _amount(name: str, text: str) -> Fraction:
         ) from None
 
 
-def _threat(subject: Subject, epsilon: str | None, norm: Literal["linf", "l2"] | None, step_size: str | None) -> Threat:
+def _threat(
+    subject: Subject, epsilon: str | None, norm: Literal["linf", "l2"] | None, step_size: str | None
+) -> tuple[Threat, Fraction]:
     """The ball that was asked for, or else the run's own; a step goes with its ball, else it is epsilon / 4."""
     config = subject.config
-    if config is None and (epsilon is None or norm is None):
+    if config is not None:
+        if epsilon is None and norm in (None, config.attack.norm) and step_size is None:
+            step_size = config.evaluation.step_size
+        epsilon = config.attack.epsilon if epsilon is None else epsilon
+        norm = norm or config.attack.norm
+    elif epsilon is None or norm is None:
         raise EvaluationError(
             f"{subject.weights}: belongs to no run whose config.json could say it: give --epsilon and --norm"
         )
-    own = config is not None and epsilon is None and norm in (None, config.attack.norm)
-    if epsilon is None and config is not None:
-        epsilon = config.attack.epsilon
-    if norm is None and config is not None:
-        norm = config.attack.norm
-    radius = _amount("epsilon", epsilon or "")
+    radius = _amount("epsilon", epsilon)
     if norm == "linf" and radius > 1:
         raise EvaluationError(f"--epsilon: expected at most 1 for linf, as pixels lie in [0, 1], got {epsilon}")
     if radius > _LARGEST_L2:
-        raise EvaluationError(f"--epsilon: expected at most {_LARGEST_L2}, got {str(epsilon)[:80]}")
-    if step_size is None and own and config is not None:
-        step_size = config.evaluation.step_size
+        raise EvaluationError(f"--epsilon: expected at most {_LARGEST_L2}, got {epsilon[:80]}")
     step = radius / 4 if step_size is None else _amount("step-size", step_size)
     if step > 2 * radius:
         raise EvaluationError(
             f"--step-size: expected at most twice epsilon ({radius}), across the whole ball, got {str(step_size)[:80]}"
         )
-    return Threat(epsilon=radius, norm=norm or "linf", step_size=step)
+    return Threat(epsilon=radius, norm=norm), step
 
 
 def _data(subject: Subject, name: str | None, root: Path | None) -> Dataset:
@@ -202,7 +202,7 @@ def evaluate_checkpoint(
         raise EvaluationError("--robustbench: its description needs autoattack; add it to --attacks")
     place = choose_device(device)
     subject = load_subject(path, which=checkpoint, device=place)
-    threat = _threat(subject, epsilon, norm, step_size)
+    threat, step = _threat(subject, epsilon, norm, step_size)
     found = _data(subject, data_name, data_root)
     dataset, labels = match_classes(subject.model.class_names, found, str(path))
     _require_fit(subject, dataset, place, str(path))
@@ -228,10 +228,7 @@ def evaluate_checkpoint(
     if batch_size is None:
         batch_size = _BATCH_SIZE if config is None else config.evaluation.batch_size
     output = output or _output(path, subject)
-    try:
-        prepare_directory(output)
-    except OSError as error:
-        raise EvaluationError(f"--output: {output} cannot be written: {error.strerror}; choose another") from None
+    prepare_output(output)
     if labels != "the same":
         say(f"class names: {labels}")
     receipt = make_receipt(
@@ -253,6 +250,7 @@ def evaluate_checkpoint(
             "chosen": "all" if limit is None else "evenly spread",
             "class_names": labels,
         },
+        step_size=step,
         seed=seed,
         batch_size=batch_size,
     )
@@ -264,7 +262,7 @@ def evaluate_checkpoint(
         "weights": subject.sha256,
         "layers": layers,
         "images": receipt["data"]["sha256_of_these_images"],
-        "ball": [str(threat.epsilon), threat.norm, str(threat.step_size)],
+        "ball": [str(threat.epsilon), threat.norm, str(step)],
         "attacks": [attack.name for attack in wanted],
         "numbers": [seed, batch_size, restarts, gates_limit, asdict(budget)],
         "transfer_to": None if second is None else second.sha256,
@@ -286,6 +284,7 @@ def evaluate_checkpoint(
             split,
             wanted,
             threat,
+            step_size=step,
             seed=seed,
             batch_size=batch_size,
             restarts=restarts,

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -46,53 +47,6 @@ def _package_attacks(attack: NamedAttack) -> tuple[str, ...]:
     return {"autoattack": STANDARD, "square": ("square",)}.get(attack.family, ())
 
 
-def _run_attack(
-    model: nn.Module,
-    split: Split,
-    attack: NamedAttack,
-    threat: Threat,
-    *,
-    restarts: int,
-    seed: int,
-    batch_size: int,
-    budget: Budget,
-    states: Path | None,
-    identity: Mapping[str, Any],
-    say: Callable[[str], None],
-) -> Outcome:
-    if attack.family == "regional":
-        return regional_attack(model, split, attack, seed=seed, batch_size=batch_size)
-    if attack.family not in ("autoattack", "square"):
-        return gradient_attack(model, split, attack, threat, restarts=restarts, seed=seed, batch_size=batch_size)
-    names = _package_attacks(attack)
-    state_file = None
-    if states is not None:
-        depends = {
-            **identity,
-            "epsilon": str(threat.epsilon),
-            "norm": threat.norm,
-            "seed": seed,
-            "batch_size": batch_size,
-            "attacks": list(names),
-            "budget": asdict(budget),
-        }
-        try:
-            state_file = StateFile(states, depends)
-        except KeyFileError as error:
-            say(f"{attack.name}: goes on without saving its progress: {error}")
-    return autoattack(
-        model,
-        split,
-        threat,
-        seed=seed,
-        batch_size=batch_size,
-        attacks=names,
-        budget=budget,
-        state_file=state_file,
-        say=say,
-    )
-
-
 def _ball_gate(rows: Sequence[Row], threat: Threat) -> Gate:
     bounded = [row for row in rows if row.in_ball is not None]
     largest = max((row.largest for row in bounded), default=0.0)
@@ -125,6 +79,7 @@ def measure(
     attacks: Sequence[NamedAttack],
     threat: Threat,
     *,
+    step_size: Fraction,
     seed: int,
     batch_size: int,
     restarts: int = 1,
@@ -143,6 +98,7 @@ def measure(
         split: the samples.
         attacks: as `parse_attack` gives them.
         threat: the ball.
+        step_size: length of a step of pgd and cw, in epsilon's units.
         seed: of all noise.
         batch_size: images a batch.
         restarts: of pgd and cw.
@@ -166,6 +122,34 @@ def measure(
     x, y, *_ = next(eval_batches(split, len(split)))
     if gates_limit is not None or any(map(_package_attacks, attacks)):
         require_package()
+    common: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
+
+    def state_file(attack: NamedAttack) -> StateFile | None:
+        if states is None:
+            return None
+        depends = {
+            **(identity or {}),
+            "epsilon": str(threat.epsilon),
+            "norm": threat.norm,
+            **common,
+            "attacks": list(_package_attacks(attack)),
+            "budget": asdict(budget),
+        }
+        try:
+            return StateFile(states, depends)
+        except KeyFileError as error:
+            say(f"{attack.name}: goes on without saving its progress: {error}")
+            return None
+
+    def run(attack: NamedAttack) -> Outcome:
+        if attack.family == "regional":
+            return regional_attack(model, split, attack, **common)
+        if not (names := _package_attacks(attack)):
+            steps = {"step_size": step_size, "restarts": restarts}
+            return gradient_attack(model, split, attack, threat, **steps, **common)
+        saved = state_file(attack)
+        return autoattack(model, split, threat, attacks=names, budget=budget, state_file=saved, say=say, **common)
+
     rows, pictures = [], []
     with measuring(model), measuring(second if second is not None else nn.Identity()):
         clean = predict(model, x, batch_size)
@@ -193,19 +177,7 @@ def measure(
 
         for attack in attacks:
             began = time.monotonic()
-            outcome = _run_attack(
-                model,
-                split,
-                attack,
-                threat,
-                restarts=restarts,
-                seed=seed,
-                batch_size=batch_size,
-                budget=budget,
-                states=states,
-                identity=identity or {},
-                say=say,
-            )
+            outcome = run(attack)
             seconds = time.monotonic() - began
             if attack.bounded:
                 worst &= outcome.held
@@ -240,6 +212,6 @@ def measure(
             so_far(measured(None))
         gates = None
         if gates_limit is not None:
-            gates = run_gates(model, spread(split, gates_limit), threat, seed=seed, batch_size=batch_size, say=say)
+            gates = run_gates(model, spread(split, gates_limit), threat, say=say, **common)
             gates = replace(gates, gates=(*gates.gates, _ball_gate(rows, threat)))
         return measured(gates)

@@ -22,7 +22,7 @@ from awp_engine.landscape.plots import plot_curves, plot_flatness, plot_surfaces
 from awp_engine.landscape.runs import Run, attack_facts
 from awp_engine.models.trained import CONFIG_FILE
 from awp_engine.observe.drawing import attempt
-from awp_engine.observe.report import prepare_directory, print_table, source_commit, versions
+from awp_engine.observe.report import prepare_output, print_table, source_commit, versions
 
 _NAMES: dict[Mode, str] = {"1d": "curves", "2d": "surface", "flatness": "flatness"}
 _DEFINITIONS: dict[Mode, str] = {
@@ -87,7 +87,7 @@ class Receipt:
         )
 
 
-def prepare_output(given: Path | None, runs: Sequence[Path]) -> Path:
+def output_directory(given: Path | None, runs: Sequence[Path]) -> Path:
     """Make the output directory: the one given, or `landscape` in the only run; files can be written there.
 
     Raises:
@@ -96,10 +96,7 @@ def prepare_output(given: Path | None, runs: Sequence[Path]) -> Path:
     if given is None and (len(runs) > 1 or not (runs[0] / CONFIG_FILE).is_file()):
         raise ConfigError("--output: expected a directory for the figures, unless there is a single run directory")
     output = runs[0] / "landscape" if given is None else given
-    try:
-        prepare_directory(output)
-    except OSError as error:
-        raise ConfigError(f"--output: {output} cannot be written: {error.strerror}; choose another") from None
+    prepare_output(output)
     return output
 
 

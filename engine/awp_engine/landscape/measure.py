@@ -103,6 +103,10 @@ def _random(run: Run, settings: Settings, index: int) -> Direction:
     return random_direction(run.model, seed=mix_seed(settings.seed, _DIRECTIONS), index=index)
 
 
+def _common(settings: Settings, progress: ProgressLines) -> dict[str, Any]:
+    return {"restarts": settings.restarts, "report": progress.advance}
+
+
 def _columns(intervals: Sequence[Interval]) -> dict[str, list[float]]:
     return {
         "mean": [interval.value for interval in intervals],
@@ -115,7 +119,7 @@ def measure_curves(
     runs: Sequence[Run], batches: Sequence[Batch], attack: Attack, settings: Settings, progress: ProgressLines
 ) -> Measurement:
     """The robust loss along random directions, the same for all runs, and along each run's own gradient."""
-    entries, losses = [], {}
+    entries, losses, common = [], {}, _common(settings, progress)
     for run in runs:
         curves = {}
         for kind, radius in (("random", settings.radius), ("adversarial", settings.adversarial_radius)):
@@ -127,17 +131,7 @@ def measure_curves(
                     direction = _random(run, settings, index)
                 else:
                     direction = adversarial_direction(run.model, batches, attack)
-                table.append(
-                    curve_1d(
-                        run.model,
-                        direction,
-                        amounts,
-                        batches,
-                        attack,
-                        restarts=settings.restarts,
-                        report=progress.advance,
-                    )
-                )
+                table.append(curve_1d(run.model, direction, amounts, batches, attack, **common))
             stacked = torch.stack(table)  # [directions, points, N]
             losses[f"{run.label}/{kind}"] = stacked
             by_direction = stacked.mean(2)
@@ -156,7 +150,7 @@ def measure_surfaces(
     runs: Sequence[Run], batches: Sequence[Batch], attack: Attack, settings: Settings, progress: ProgressLines
 ) -> Measurement:
     """The robust loss over the plane of two random directions, or of the run's own gradient and a random one."""
-    entries, losses = [], {}
+    entries, losses, common = [], {}, _common(settings, progress)
     for run in runs:
         progress.begin(f"{run.label}, 2d")
         along = settings.plane == "adversarial"
@@ -164,17 +158,8 @@ def measure_surfaces(
         second = _random(run, settings, 0 if along else 1)
         amounts = grid(settings.adversarial_radius if along else settings.radius, settings.points_2d)
         others = grid(settings.radius, settings.points_2d)
-        found = surface_2d(
-            run.model,
-            first,
-            second,
-            amounts,
-            others,
-            batches,
-            attack,
-            restarts=settings.restarts,
-            report=progress.advance,
-        )  # [first, second, N]
+        # [first, second, N]
+        found = surface_2d(run.model, first, second, amounts, others, batches, attack, **common)
         losses[f"{run.label}/surface"] = found
         seed = mix_seed(settings.seed, _BOOTSTRAP)
         rows = [_columns([mean_interval(point, seed=seed) for point in row]) for row in found]
@@ -192,11 +177,11 @@ def measure_flatness(
     runs: Sequence[Run], batches: Sequence[Batch], attack: Attack, settings: Settings, progress: ProgressLines
 ) -> Measurement:
     """Average-case and worst-case flatness of every run at every xi, with their intervals."""
-    entries, losses = [], {}
+    entries, losses, common = [], {}, _common(settings, progress)
     seed = mix_seed(settings.seed, _BOOTSTRAP)
     for run in runs:
         progress.begin(f"{run.label}, flatness, reference")
-        reference = robust_losses(run.model, batches, attack, restarts=settings.restarts, report=progress.advance)
+        reference = robust_losses(run.model, batches, attack, **common)
         losses[f"{run.label}/reference"] = reference
         average = []
         for xi in settings.average_xi:
@@ -208,9 +193,8 @@ def measure_flatness(
                 xi=xi,
                 count=settings.draws,
                 seed=mix_seed(settings.seed, _AVERAGE),
-                restarts=settings.restarts,
                 reference=reference,
-                report=progress.advance,
+                **common,
             )
             losses[f"{run.label}/average/{xi:g}"] = mean.losses
             by_draw = (mean.losses - reference).mean(1).tolist()
@@ -226,9 +210,8 @@ def measure_flatness(
                 epochs=settings.epochs,
                 attempts=settings.attempts,
                 seed=mix_seed(settings.seed, _WORST),
-                restarts=settings.restarts,
                 reference=reference,
-                report=progress.advance,
+                **common,
             )
             losses[f"{run.label}/worst/{xi:g}"] = found.losses
             losses[f"{run.label}/worst-joint/{xi:g}"] = found.joint

@@ -16,7 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 import awp_engine
-from awp_engine.files.atomic import atomic_write_text, naming, temporary_beside
+from awp_engine.config import ConfigError
+from awp_engine.files.atomic import atomic_write_text, temporary_beside
 from awp_engine.files.text import json_text, printable
 from awp_engine.observe.drawing import BLUE, GREEN, GREY, VERMILION, plottable, save, tidy
 
@@ -52,21 +53,22 @@ def source_commit() -> str | None:
     return result.stdout.strip() or None
 
 
-def prepare_directory(directory: Path) -> None:
-    """Makes a directory, and tries whether files can be written there: before hours of work, not after.
+def prepare_output(directory: Path) -> None:
+    """Makes what `--output` names, and tries whether files can be written there: before hours of work, not after.
 
     Raises:
-        OSError: naming the directory.
+        ConfigError: they cannot.
     """
-    with naming(directory):
+    probe = temporary_beside(directory / "probe")
+    try:
         directory.mkdir(parents=True, exist_ok=True)
-        probe = temporary_beside(directory / "probe")
-        try:
-            probe.write_bytes(bytes(_PROBE_BYTES))
-        finally:
-            # below a file there is nothing to be removed
-            with contextlib.suppress(OSError):
-                probe.unlink()
+        probe.write_bytes(bytes(_PROBE_BYTES))
+    except OSError as error:
+        raise ConfigError(f"--output: {directory} cannot be written: {error.strerror}; choose another") from None
+    finally:
+        # below a file there is nothing to be removed
+        with contextlib.suppress(OSError):
+            probe.unlink()
 
 
 def write_report(run_dir: Path, fields: Mapping[str, Any]) -> Path:

@@ -45,28 +45,19 @@ class StopOrDiverge:
             self._stop()
 
 
-class CheckReplicas:
-    """Compares the ranks' weights every so many steps."""
+class Every:
+    """Does something every so many steps of the run; never where that is None."""
 
-    def __init__(self, schedule: Schedule, every: int) -> None:
-        self._schedule, self._every = schedule, every
-
-    def __call__(self, state: RunState) -> None:
-        """Compare them if it is time."""
-        epoch, step = state.progress.epoch + 1, state.progress.step
-        if self._schedule.number(epoch, step) % self._every == 0:
-            state.check_replicas(f"epoch {epoch}, step {step}")
-
-
-class SaveSteps:
-    """Writes a checkpoint every so many steps within an epoch."""
-
-    def __init__(self, schedule: Schedule, every: int | None) -> None:
-        self._schedule, self._every = schedule, every
+    def __init__(self, steps: int | None, schedule: Schedule, act: Callable[[RunState], object]) -> None:
+        self._steps, self._schedule, self._act = steps, schedule, act
 
     def __call__(self, state: RunState) -> None:
-        """Write one if it is time; at the end of an epoch the trainer does."""
-        step = state.progress.step
-        number = self._schedule.number(state.progress.epoch + 1, step)
-        if self._every is not None and number % self._every == 0 and step < self._schedule.steps:
-            state.save()
+        """Do it if it is time."""
+        number = self._schedule.number(state.progress.epoch + 1, state.progress.step)
+        if self._steps is not None and number % self._steps == 0:
+            self._act(state)
+
+
+def check_replicas(state: RunState) -> None:
+    """Compare the ranks' weights."""
+    state.check_replicas(f"epoch {state.progress.epoch + 1}, step {state.progress.step}")

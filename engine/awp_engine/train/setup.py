@@ -259,16 +259,10 @@ class Setup:
 
     def _build_batches(self) -> None:
         config, data, extra = self.config, self.data, self._extra
+        same = ("pad", "flip", "cutout", "cutmix", "mixup", "mixup_alpha", "rand_augment", "erase")
         augmentation = Augmentation(
-            pad=config.data.pad,
-            flip=config.data.flip,
-            cutout=config.data.cutout,
+            **{name: getattr(config.data, name) for name in same},
             fill=data.mean,
-            cutmix=config.data.cutmix,
-            mixup=config.data.mixup,
-            mixup_alpha=config.data.mixup_alpha,
-            rand_augment=config.data.rand_augment,
-            erase=config.data.erase,
             erase_std=data.std,
             num_classes=len(data.class_names),
         )

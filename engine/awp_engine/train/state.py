@@ -2,10 +2,10 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from awp_engine import checkpoint
 from awp_engine.checkpoint import CheckpointError
@@ -14,10 +14,11 @@ from awp_engine.distributed.replicas import check_replicas
 from awp_engine.distributed.sharding import gather, is_sharded, scatter_
 from awp_engine.models.class_names import difference
 from awp_engine.models.trained import CHECKPOINTS, described
-from awp_engine.optim.average import WeightAverage
-from awp_engine.optim.optimizer import Optimizer, allocate_optimizer_tensors, optimizer_tensors
+from awp_engine.optim.optimizer import allocate_optimizer_tensors, optimizer_tensors
 from awp_engine.train.progress import Progress
 from awp_engine.train.setup import Setup
+
+Tensors = Mapping[str, Tensor]
 
 
 class Stateful(Protocol):
@@ -32,49 +33,20 @@ class Stateful(Protocol):
         ...
 
 
-class ModelState:
-    """A model's parameters and buffers, shards of it too."""
+class TensorState:
+    """Tensors that are written back in place, shards too.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    Args:
+        read: gives them by name, as they are now.
+        allocate: gives those to be written into, by the names that a checkpoint has; `read` does if not given.
+    """
 
-    def state(self) -> dict[str, Tensor]:
-        """By name."""
-        return self._model.state_dict()
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """In place."""
-        scatter_(self._model.state_dict(), state)
-
-
-class OptimizerState:
-    """An optimizer's tensors by the names of a model's parameters."""
-
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        self._model, self._optimizer = model, optimizer
-
-    def state(self) -> dict[str, Tensor]:
-        """Momentum, or the moments of AdamW."""
-        return optimizer_tensors(self._model, self._optimizer)
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """In place; made where there was none yet."""
-        scatter_(allocate_optimizer_tensors(self._model, self._optimizer, state), state)
-
-
-class AverageState:
-    """The averaged parameters; nothing before the average has begun."""
-
-    def __init__(self, average: WeightAverage) -> None:
-        self._average = average
-
-    def state(self) -> dict[str, Tensor]:
-        """By name."""
-        return self._average.state() if self._average.started else {}
+    def __init__(self, read: Callable[[], Tensors], allocate: Callable[[Tensors], Tensors] | None = None) -> None:
+        self.state, self._allocate = read, allocate or (lambda _: read())
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """In place."""
-        scatter_(self._average.state(), state)
+        scatter_(self._allocate(state), state)
 
 
 class RunState:
@@ -92,10 +64,17 @@ class RunState:
     """
 
     def __init__(self, setup: Setup, sums: Stateful, best: Stateful) -> None:
-        self._setup, self._ranks, self._average = setup, setup.ranks, setup.average
-        model, optimizer = ModelState(setup.model), OptimizerState(setup.model, setup.optimizer)
-        averaged = [] if setup.average is None else [AverageState(setup.average)]
+        held, average = (setup.model, setup.optimizer), setup.average
+        self._setup, self._ranks, self._average = setup, setup.ranks, average
         loss_scale = setup.awp_step.passes.loss_scale
+        model = TensorState(setup.model.state_dict)
+        optimizer = TensorState(
+            lambda: optimizer_tensors(*held), lambda state: allocate_optimizer_tensors(*held, state)
+        )
+        averaged: list[Stateful] = []
+        if average is not None:
+            # nothing before it has begun
+            averaged = [TensorState(lambda: average.state() if average.started else {}, lambda _: average.state())]
         # what each group of tensors in a checkpoint is made of
         self._groups: dict[str, list[Stateful]] = {
             "model": [model],

@@ -18,7 +18,7 @@ from awp_engine.observe.profiler import StepProfiler
 from awp_engine.observe.regions import region
 from awp_engine.observe.run_log import RunLog
 from awp_engine.step.step import StepResult
-from awp_engine.train.hooks import CheckReplicas, SaveSteps, StopOrDiverge, TrainingError
+from awp_engine.train.hooks import Every, StopOrDiverge, TrainingError, check_replicas
 from awp_engine.train.progress import EpochSums, Progress, stacked
 from awp_engine.train.results import throughput, write_results
 from awp_engine.train.selection import Selection
@@ -53,8 +53,8 @@ class Trainer(Setup):
         self._watch = StopOrDiverge(self.device, self._stopped)
         self.after_step = [
             self._watch,
-            CheckReplicas(self.schedule, config.distributed.check_every),
-            SaveSteps(self.schedule, config.checkpoint_steps),
+            Every(config.distributed.check_every, self.schedule, check_replicas),
+            Every(config.checkpoint_steps, self.schedule, self._save_within_epoch),
         ]
         self._profiler = StepProfiler(config.profile if self.ranks.is_first else 0, self.run_dir / "trace.json")
         self.messages += self.state.resume()
@@ -177,6 +177,11 @@ class Trainer(Setup):
             self._say(f"warning: {warning}")
         if epoch % config.checkpoint_every == 0 or last or self._out_of_patience():
             self.state.save()
+
+    def _save_within_epoch(self, state: RunState) -> None:
+        # at its end `_end_epoch` does
+        if state.progress.step < self.schedule.steps:
+            state.save()
 
     def _out_of_patience(self) -> bool:
         patience = self.config.evaluation.patience

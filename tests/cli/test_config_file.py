@@ -15,7 +15,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from awp_engine.cli.command_line import parse_train
-from awp_engine.config import Config, ConfigError, flag, from_flat, from_json, key_types, load_config, to_flat, to_json
+from awp_engine.config import Config, ConfigError, flag, from_json, load_config, to_json
+from awp_engine.config.identity import from_flat, key_types, to_flat
 from awp_engine.config.presets import PRESETS, build_preset
 
 TYPES = key_types()
@@ -183,7 +184,7 @@ def test_words_are_what_their_settings_say(folder: Path) -> None:
         ("awp:\n  gama: 1\n", "awp.gama: unknown key; did you mean awp.gamma?"),
         ("lr: 1\n", "lr: unknown key; did you mean optimizer.lr?"),
         ("zzzzzz: 1\n", "zzzzzz: unknown key; expected one of preset, method,"),
-        ("awp.gamma: 1\n", "awp.gamma: unknown key; did you mean awp.gamma?"),
+        ("awp.gamma: 1\n", "awp.gamma: unknown key; expected the group awp, and gamma inside it"),
         ("data: {flip: no}\n", "--data.flip: expected true or false, got 'no'"),
         ('epochs: "3"\n', "--epochs: expected a whole number, got '3'"),
         ("epochs: 3.0\n", "--epochs: expected a whole number, got '3.0'"),

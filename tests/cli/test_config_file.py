@@ -15,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from awp_engine.cli.command_line import parse_train
-from awp_engine.config import Config, ConfigError, flag, from_json, load_config, to_json
+from awp_engine.config import Config, ConfigError, flag, from_json, load_config, show, to_json
 from awp_engine.config.identity import from_flat, key_types, to_flat
 from awp_engine.config.presets import PRESETS, build_preset
 
@@ -258,7 +258,7 @@ def test_what_is_no_file_of_settings_is_one_line(tmp_path: Path, kind: str) -> N
 
 def test_other_kinds_of_file_are_named(tmp_path: Path) -> None:
     path = tmp_path / "c.toml"
-    assert refused(path) == f"--config: expected a .yaml, .yml or .json file, got '{path}'"
+    assert refused(path) == f"--config: expected a .yaml, .yml or .json file, got {show(path)}"
     assert outcome(["--config"]) == "--config: expected a path, got nothing"
     assert outcome(["--config="]) == "--config: expected a path, got ''"
     assert str(outcome(["--confg=x"])) == "--confg: unknown flag; did you mean --config?"

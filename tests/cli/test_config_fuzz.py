@@ -154,7 +154,9 @@ def test_files_with_malformed_values_name_file_and_key(
         content[groups[0] if groups else key] = value
     else:
         target[key] = value
-    path = tmp_path_factory.getbasetemp() / "config.json"
+    # not beside what other tests take for run directories
+    path = tmp_path_factory.getbasetemp() / "fuzz" / "config.json"
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content))
     text = ""
     try:
@@ -181,7 +183,8 @@ def test_damaged_files_are_refused_in_one_line(tmp_path_factory: pytest.TempPath
         content[place : place + 1] = data.draw(st.binary(min_size=1, max_size=4))
     else:
         content = bytearray(data.draw(st.binary(max_size=50)))
-    path = tmp_path_factory.getbasetemp() / "damaged.json"
+    path = tmp_path_factory.getbasetemp() / "fuzz" / "damaged.json"
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
     refusal = None
     try:

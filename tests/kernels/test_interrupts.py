@@ -146,6 +146,16 @@ def test_of_1000_interrupts_spread_over_a_perturbed_block_none_leaves_a_weight_m
     assert counted["twice"] >= 50
 
 
+class FailingUpdate:
+    """As where the descent fails: the update is not reached."""
+
+    def prepare(self, phase):
+        pass
+
+    def __call__(self):
+        raise ZeroDivisionError
+
+
 @pytest.mark.parametrize("fails", [True, False], ids=["in the descent", "done"])
 def test_an_interrupt_at_the_end_of_a_training_step(fails):
     """At every instruction of what puts weights and statistics back; looked at while the frames still live."""
@@ -193,7 +203,7 @@ def test_an_interrupt_at_the_end_of_a_training_step(fails):
             awp=AdversarialWeightPerturbation(net, 0.5),
         )
         if fails:
-            step.step.update = lambda: 1 / 0
+            step.step.update = FailingUpdate()
         before, traced = state(net), sys.gettrace()
         sys.settrace(trace)
         try:

@@ -183,6 +183,10 @@ BAD_CALLS = {
         lambda: pgd_init_(w(3, 2), w(3, 2), epsilon=-0.1, norm="linf", sample_ids=torch.arange(3), seed=1),
         "epsilon: expected a finite number >= 0, got -0.1",
     ),
+    "epsilon of a step": (
+        lambda: pgd_step_(w(3, 2), w(3, 2), w(3, 2), step_size=0.1, epsilon=-0.1, norm="linf"),
+        "epsilon: expected a finite number >= 0, got -0.1",
+    ),
     "norm": (
         lambda: pgd_step_(w(3, 2), w(3, 2), w(3, 2), step_size=0.1, epsilon=0.1, norm="l1"),
         "norm: expected one of linf, l2, got 'l1'",

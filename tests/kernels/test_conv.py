@@ -1,6 +1,7 @@
 """conv3x3 against torch's convolution in fp64."""
 
 import gc
+import itertools
 import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,6 +22,7 @@ from awp_kernels import (
     use_backend,
 )
 from awp_kernels._images import operations
+from awp_kernels.conv import _weights
 
 pytestmark = [
     pytest.mark.skipif(operations() is None, reason="needs AVX2 with FMA"),
@@ -337,6 +339,36 @@ def test_memory_of_freed_weights_is_given_back():
     conv3x3_forget()
     assert conv3x3_held_bytes() == 0
     conv3x3(x, other)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_transforms_have_the_memory_they_need(transposed, frozen):
+    """Of layers with more inputs than outputs, and fewer: the kernel writes as much as it says, and checks nothing."""
+    conv3x3_forget()
+    compiled, made = operations(), []
+    weights = [randn(*sizes, 3, 3).requires_grad_(not frozen) for sizes in ((40, 3), (3, 40), (72, 8))]
+    for weight in weights:
+        found, _ = _weights.transformed(compiled, weight, transposed)
+        outputs, inputs = weight.shape[:2][::-1] if transposed else weight.shape[:2]
+        assert found.numel() == compiled.conv3x3_transformed_size.default(outputs, inputs)
+        made.append(found)
+    # what passes shares a buffer
+    assert not frozen or len({found.data_ptr() for found in made}) == 3
+
+
+@given(sizes=st.lists(st.integers(1, 2_000_000), min_size=2, max_size=12))
+@settings(max_examples=20)
+def test_transforms_lie_side_by_side_in_few_blocks(sizes):
+    arena = _weights._Arena()
+    slices = [arena.empty(size) for size in sizes]
+    assert [len(one) for one in slices] == sizes
+    spans = sorted((one.data_ptr(), one.data_ptr() + one.nbytes) for one in slices)
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
+    assert all(begin % 64 == 0 for begin, _ in spans)
+    padded = sum(-(-size // 16) * 16 for size in sizes)
+    # a block is left where the next one does not fit
+    assert len({one.untyped_storage().data_ptr() for one in slices}) <= 1 + padded // (arena._BLOCK - 2_000_000)
 
 
 MISUSE = {

@@ -281,7 +281,6 @@ def test_exported_models_are_verified(tmp_path: Path) -> None:
     assert leftovers(path.parent) == []
     original = path.read_bytes()
     draw = random.Random(0)
-    accepted = 0
     for _ in range(300):
         damaged = bytearray(original)
         damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
@@ -290,10 +289,9 @@ def test_exported_models_are_verified(tmp_path: Path) -> None:
             found, about = read_model(path)
         except CheckpointError:
             continue
-        # Only the hash's own name in the header is not covered, and then the weights are sound.
+        # Only the hash's own name in the header is not covered: then it is one key more, and the weights are sound.
         assert_equal({"model": found}, {"model": model})
-        accepted += about == metadata
-    assert accepted == 0
+        assert len(about) == len(metadata) + 1
 
 
 def test_other_programs_models_can_be_read(tmp_path: Path) -> None:

@@ -431,6 +431,8 @@ def test_flatness_arguments_are_checked():
     ):
         with pytest.raises(ValueError, match=words):
             worst_flatness(model, data, LINEAR_ATTACK, **arguments)
+    with pytest.raises(ValueError, match="attack: expected kind pgd"):
+        worst_flatness(model, data, Attack(kind="apgd", epsilon=0.05, steps=2), epochs=1, attempts=1)
     with pytest.raises(ValueError, match="count: expected a finite number >= 1"):
         average_flatness(model, data, LINEAR_ATTACK, count=0)
 

@@ -13,6 +13,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from awp_engine.attack import (
+    Attack,
     apgd,
     cross_entropy_losses,
     fast_attack,
@@ -490,6 +491,18 @@ def test_the_module_inside_a_wrapper_is_called():
             F.cross_entropy(model(X), Y).backward()
     finally:
         distributed.destroy_process_group()
+
+
+def test_an_attack_as_a_value_cannot_stand_still():
+    with pytest.raises(ValueError, match=r"^step_size: expected a length for kind pgd, got None"):
+        Attack(epsilon=0.1, steps=3)
+    with pytest.raises(ValueError, match=r"^kind: expected pgd or apgd, got 'fgsm'"):
+        Attack(kind="fgsm", epsilon=0.1, step_size=0.1, steps=3)
+    model = linear()
+    x_adv = Attack(kind="apgd", epsilon=0.1, steps=3)(model, X, Y)
+    assert torch.equal(x_adv, apgd(model, X, Y, epsilon=0.1, steps=3, start="uniform", seed=0))
+    with pytest.raises(ValueError, match=r"^loss, shared: expected neither"):
+        Attack(kind="apgd", epsilon=0.1, steps=3)(model, X, Y, loss=summed_cross_entropy)
 
 
 @pytest.mark.parametrize("kind", ["pgd", "apgd"])

@@ -19,24 +19,33 @@ class Attack:
     Attributes:
         kind: "pgd", or "apgd", which chooses its own step sizes.
         epsilon: radius of the ball, on pixels in [0, 1]; 0 leaves images as they are.
-        step_size: length of a step of PGD, in the same units.
+        step_size: length of a step of PGD, in the same units; None for apgd alone.
         steps: number of steps.
         norm: "linf" or "l2".
         start: first iterate; see `pgd`.
         start_epsilon: radius of the ball that a uniform start is drawn from; None means epsilon.
         bn_mode: how batch normalisation behaves during the attack: "train", by the batch's statistics, or "eval".
         seed: of the noise, where a call gives no other.
+
+    Raises:
+        ValueError: another kind, or pgd without a step size.
     """
 
     kind: Literal["pgd", "apgd"] = "pgd"
     epsilon: float
-    step_size: float = 0.0
+    step_size: float | None = None
     steps: int
     norm: Literal["linf", "l2"] = "linf"
     start: Start = "uniform"
     start_epsilon: float | None = None
     bn_mode: Literal["train", "eval"] = "eval"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("pgd", "apgd"):
+            raise ValueError(f"kind: expected pgd or apgd, got {self.kind!r}")
+        if self.kind == "pgd" and self.step_size is None:
+            raise ValueError("step_size: expected a length for kind pgd, got None; only apgd chooses its own")
 
     def first(self, x: Tensor, *, sample_ids: Tensor, seed: int) -> Tensor:
         """Where the attack on a batch begins, [N, C, H, W]: all of it that depends on the seed."""
@@ -99,6 +108,7 @@ class Attack:
                     "loss, shared: expected neither with an attack of kind apgd, which climbs cross-entropy"
                 )
             return apgd(model, x, y, losses=cross_entropy_losses, loss_scale=loss_scale, **common)
+        assert self.step_size is not None
         climbed = loss or summed_cross_entropy
         if loss_scale != 1:
             climbed = _scaled(climbed, loss_scale)

@@ -173,6 +173,8 @@ def _joint_ascent(
     Returns:
         fp64 [N], the loss of every image at the end.
     """
+    if attack.step_size is None:
+        raise ValueError("attack: expected kind pgd, whose steps have one length, got apgd")
     attacked = []
     for x, _, ids, _ in batches:
         x_adv = x.clone()
@@ -235,7 +237,7 @@ def worst_flatness(
         report: see `robust_loss`.
 
     Raises:
-        ValueError: xi, epochs, attempts or weight_step out of range.
+        ValueError: xi, epochs, attempts or weight_step out of range; an attack of kind apgd.
     """
     _require("xi", xi, 0)
     _require("weight_step", weight_step, 0)

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from awp_kernels import _checks
 from awp_kernels._sharded import Shards, is_sharded, local
+from awp_kernels._working import WorkingGradients
 from awp_kernels.sgd_step import sgd_step_
 
 # the step computes in float32
@@ -43,7 +44,7 @@ class _Lists(NamedTuple):
         return self._replace(**{name: local(getattr(self, name)) for name in names})
 
 
-class SGD(Optimizer):
+class SGD(WorkingGradients, Optimizer):
     """Stochastic gradient descent, as torch.optim.SGD with dampening 0 computes it, by `sgd_step_`.
 
         optimizer = awp_kernels.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
@@ -194,16 +195,6 @@ class SGD(Optimizer):
             return buffer
         state["momentum_buffer"] = buffer
         return buffer
-
-    def gradient(self, parameter: Tensor) -> Tensor | None:
-        """What a parameter follows: its working copy's gradient where there is one, else its own."""
-        copied = self.working.get(parameter)
-        return parameter.grad if copied is None or copied.grad is None else copied.grad
-
-    def gradients(self) -> list[Tensor]:
-        """All gradients that there are, as they are (still scaled): for `total_norm`."""
-        found = (self.gradient(parameter) for group in self.param_groups for parameter in group["params"])
-        return [gradient for gradient in found if gradient is not None]
 
     def _calls(self) -> dict[_Call, _Lists]:
         calls: dict[_Call, _Lists] = {}

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from awp_kernels._sharded import is_sharded, local
+from awp_kernels._working import WorkingGradients
 
 _EPS = 1e-8
 
 
-class AdamW(Optimizer):
+class AdamW(WorkingGradients, Optimizer):
     """torch.optim.AdamW's step by its fused kernel, on CPUs and GPUs.
 
     Every parameter w with a gradient g, in its t-th step:
@@ -67,16 +68,6 @@ class AdamW(Optimizer):
         self.averages: dict[Tensor, Tensor] = {}
         self.weight_norms: list[tuple[list[Tensor], Tensor]] = []
         super().__init__(params, {"lr": lr, "beta1": beta1, "beta2": beta2, "weight_decay": weight_decay})
-
-    def gradient(self, parameter: Tensor) -> Tensor | None:
-        """What a parameter follows: its working copy's gradient where there is one, else its own."""
-        copied = self.working.get(parameter)
-        return parameter.grad if copied is None or copied.grad is None else copied.grad
-
-    def gradients(self) -> list[Tensor]:
-        """All gradients that there are, as they are (still scaled): for `total_norm`."""
-        found = (self.gradient(parameter) for group in self.param_groups for parameter in group["params"])
-        return [gradient for gradient in found if gradient is not None]
 
     def allocate(self, parameter: Tensor) -> dict[str, Tensor]:
         """The state of a parameter, zeros where it has none yet: `exp_avg`, `exp_avg_sq` and `step`, a fp32 scalar."""

@@ -81,15 +81,14 @@ class AwpStep:
         self.models, self.awp, self.ascent = models, awp, ascent or Ascent()
         self._shared = awp is not None and self.ascent.kind == "shared"
         self._reduced_ascent = awp is not None and self.ascent.sync == "global" and ranks.world > 1
-        # a module once, whichever parts run on it
-        reduced = {id(module): module for module in (models.descent, models.ascent)}
-        if not self._reduced_ascent or self._shared:
-            reduced = {id(models.descent): models.descent}
+        reduced = [models.descent]
+        if self._reduced_ascent and not self._shared and models.ascent is not models.descent:
+            reduced.append(models.ascent)
         self.passes = Passes(
             models,
             objective,
             ranks=ranks,
-            reduced=list(reduced.values()),
+            reduced=reduced,
             sync_batch_norm=sync_batch_norm,
             compile=compile,
             micro_batch_size=micro_batch_size,

@@ -20,7 +20,7 @@ def forward_units(config: Config, *, cheap: bool = False) -> float:
     # TRADES passes clean images once before the attack, and Auto-PGD attacked ones after its last step
     once_more = config.method in ("trades", "rst") or (config.attack.kind == "apgd" and not cheap)
     attack = 2.0 * steps + (1.0 if once_more and steps else 0.0)
-    if config.awp.gamma == 0:
+    if not config.awp.enabled:
         ascent = 0.0
     elif config.awp.ascent == "shared":
         ascent = 1.0 / config.awp.every

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from awp_engine import checkpoint
-from awp_engine.config import config_hash
 from awp_engine.evaluation import Accuracy
 from awp_engine.models.trained import MODEL_FILE
 from awp_engine.observe.drawing import attempt
@@ -82,10 +81,10 @@ def write_results(
         "device": torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else "cpu",
         "ranks": setup.ranks.world,
         "data": {"name": setup.data.name, **setup.fingerprints},
-        "config_hash": config_hash(config),
+        "config_hash": setup.config_hash,
     }
     if setup.ranks.is_first:
-        described = {"epoch": str(progress.best_epoch), "config_hash": config_hash(config)}
+        described = {"epoch": str(progress.best_epoch), "config_hash": setup.config_hash}
         metadata = setup.description.to_metadata() | described
         checkpoint.export_model(setup.run_dir / MODEL_FILE, selection.best_weights, metadata)
         write_report(setup.run_dir, fields)

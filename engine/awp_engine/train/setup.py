@@ -42,7 +42,7 @@ def choose_precision(config: Config, device: torch.device) -> Precision:
         ConfigError: fp16 on the CPU, which has no arithmetic for it.
     """
     cuda = device.type == "cuda"
-    perturbed = config.awp.gamma > 0
+    perturbed = config.awp.enabled
     # one norm over parameters of two precisions: see `Config`
     sharpness_aware = perturbed and config.awp.scale != "relative"
     chosen: dict[str, torch.dtype | None] = {}
@@ -110,7 +110,7 @@ def build_step(
         largest_batch: images of a full batch, over all ranks; None: that is the first.
 
     Raises:
-        ConfigError: a precision that the device does not have, or shards of one rank.
+        ConfigError: a precision that the device does not have, or as `require_ranks`.
     """
     ranks, awp = ranks or Ranks(), config.awp
     device = next(model.parameters()).device
@@ -118,13 +118,13 @@ def build_step(
     if config.distributed.sync_batch_norm:
         synchronize(model)
     sharded = config.distributed.strategy == "fsdp"
-    _require_ranks(config, ranks)
+    require_ranks(config, ranks)
     if sharded:
         shard_model(model, ranks, precision)
     models = WorkingModels(
         model,
         precision,
-        shared_ascent=awp.gamma > 0 and awp.ascent == "shared",
+        shared_ascent=awp.enabled and awp.ascent == "shared",
         # on the CPU normalisation is fused with its activation, and as cheap
         fold=device.type == "cuda" and config.attack.bn_mode == "eval",
         sharded=sharded,
@@ -144,15 +144,22 @@ def build_step(
     )
 
 
-def _require_ranks(config: Config, ranks: Ranks) -> None:
+def require_ranks(config: Config, ranks: Ranks) -> None:
+    """Make sure that the settings serve as many ranks as there are.
+
+    Raises:
+        ConfigError: shards of one rank, or graphs with several, whose collectives are not captured.
+    """
     if config.distributed.strategy == "fsdp" and ranks.world == 1:
         raise ConfigError("--distributed.strategy: expected ddp for one rank, got 'fsdp'; torchrun starts several")
+    if config.cuda_graphs and ranks.world > 1:
+        raise ConfigError("--cuda-graphs: serves one rank; leave it out when torchrun starts several")
 
 
 def _weight_perturbation(
     awp: AwpConfig, model: nn.Module, working: nn.Module | None
 ) -> AdversarialWeightPerturbation | None:
-    if awp.gamma == 0:
+    if not awp.enabled:
         return None
     if awp.scale == "relative":
         return AdversarialWeightPerturbation(model, awp.gamma, scope=awp.scope, working=working)
@@ -167,13 +174,7 @@ def shard_model(model: nn.Module, ranks: Ranks, precision: Precision) -> None:
 
 
 def capture_step(config: Config, step: AwpStep) -> Step:
-    """`step`, captured in CUDA graphs where device and settings allow.
-
-    Raises:
-        ConfigError: graphs with several ranks, whose collectives are not captured.
-    """
-    if config.cuda_graphs and step.passes.ranks.world > 1:
-        raise ConfigError("--cuda-graphs: serves one rank; leave it out when torchrun starts several")
+    """`step`, captured in CUDA graphs where device and settings allow."""
     device = next(step.models.model.parameters()).device
     return GraphedStep(step) if device.type == "cuda" and config.cuda_graphs and step.capturable else step
 
@@ -193,13 +194,14 @@ class Setup:
         config.require_files()
         self.config, self.ranks = config, ranks
         self.run_dir: Path = config.resolved_run_dir
+        self.config_hash = config_hash(config)
         self.device = choose_device(config.device, ranks.local_rank)
         # before data are read and the run directory is made
         self.precision = choose_precision(config, self.device)
         self.sharded = config.distributed.strategy == "fsdp"
-        _require_ranks(config, ranks)
         if config.cuda_graphs and self.device.type != "cuda":
             raise ConfigError("--cuda-graphs: expected a CUDA device to capture the step on, found none; leave it out")
+        require_ranks(config, ranks)
         self.messages: list[str] = []
         self._load_data()
         _set_up_torch(config, self.device)
@@ -224,7 +226,7 @@ class Setup:
             "extra_fingerprint": None if extra is None else extra.fingerprint,
         }
         loaders = [data.loader, "" if extra is None else extra.loader]
-        given = [config_hash(config), *map(str, self.fingerprints.values()), *loaders]
+        given = [self.config_hash, *map(str, self.fingerprints.values()), *loaders]
         ranks.require_equal(given, "configuration and data", self.device)
         self.messages.append(f"{len(data.train):,} training images, loader {data.loader}")
         if config.global_batch_size > len(data.train) and extra is None:

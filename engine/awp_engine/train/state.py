@@ -9,7 +9,7 @@ from torch import Tensor
 
 from awp_engine import checkpoint
 from awp_engine.checkpoint import CheckpointError
-from awp_engine.config import ConfigError, config_hash
+from awp_engine.config import ConfigError
 from awp_engine.distributed.replicas import check_replicas
 from awp_engine.distributed.sharding import gather, is_sharded, scatter_
 from awp_engine.models.class_names import difference
@@ -91,7 +91,7 @@ class RunState:
         self.progress = Progress()
         self._directory = setup.run_dir / CHECKPOINTS
         self.writer = checkpoint.Writer(self._directory)
-        self._identity = {"config_hash": config_hash(setup.config), **setup.fingerprints}
+        self._identity = {"config_hash": setup.config_hash, **setup.fingerprints}
         self._saved: tuple[int, int] | None = None
         self._clock = time.monotonic()
 
@@ -194,7 +194,7 @@ class RunState:
         self.progress = Progress.read(state)
         for group, parts in self._groups.items():
             # an average that has not begun has none; a loss scale that is new here begins anew
-            if group in tensors or not (group == "loss_scale" or (group == "average" and not self.progress.averaged)):
+            if group in tensors or group not in _OPTIONAL or (group == "average" and self.progress.averaged):
                 for part in parts:
                     part.load(tensors[group])
         if self._average is not None:

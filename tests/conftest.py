@@ -62,6 +62,7 @@ SLOW = (
     "test_checkpoint_writer",
     "test_class_names",
     "test_config_fuzz",
+    "test_data_scan",
     "test_export",
     "test_fuzz",
     "test_interrupts",
@@ -71,6 +72,8 @@ SLOW = (
     "test_replicas",
     "test_sharding",
     "test_signals",
+    "test_strange_names",
+    "test_sync_batch_norm",
     "test_timm_models",
     "test_trainer_interrupts",
 )

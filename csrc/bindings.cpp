@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "awp/bn_act.h"
 #include "awp/cpu.h"
 #if defined(AWP_WITH_CUDA)
 #include <dlfcn.h>
@@ -55,7 +56,16 @@ struct Cpu {
   void run(const awp::PgdInit& p) const { awp::cpu::pgd_init(p, parallel_for); }
   void run(const awp::PgdStep& p) const { awp::cpu::pgd_step(p, parallel_for); }
   void restore(const awp::CopyTensor* tensors, int64_t count) const { awp::cpu::restore(tensors, count, parallel_for); }
+  void train(const awp::BnAct& a, const awp::BnParameters& p, void* y) const {
+    awp::cpu::bn_act_train(a, p, y, parallel_for);
+  }
+  void eval(const awp::BnAct& a, const awp::BnParameters& p, void* y, uint8_t* mask) const {
+    awp::cpu::bn_act_eval(a, p, y, mask, parallel_for);
+  }
+  void run(const awp::BnAct& a, const awp::BnGradients& g) const { awp::cpu::bn_act_backward(a, g, parallel_for); }
 };
+
+bool bn_act_available() { return awp::cpu::bn_act_available(); }
 
 std::string instruction_set() { return awp::cpu::instruction_set(); }
 
@@ -107,6 +117,15 @@ class Cuda {
   void run(const awp::PgdStep& p) const { check(awp::cuda::pgd_step(p, stream())); }
   void restore(const awp::CopyTensor* tensors, int64_t count) const {
     check(awp::cuda::restore(tensors, count, stream()));
+  }
+  void train(const awp::BnAct& a, const awp::BnParameters& p, void* y) const {
+    check(awp::cuda::bn_act_train(a, p, y, scratch(awp::cuda::bn_act_workspace_bytes(a)).mutable_data_ptr(), stream()));
+  }
+  void eval(const awp::BnAct& a, const awp::BnParameters& p, void* y, uint8_t* mask) const {
+    check(awp::cuda::bn_act_eval(a, p, y, mask, stream()));
+  }
+  void run(const awp::BnAct& a, const awp::BnGradients& g) const {
+    check(awp::cuda::bn_act_backward(a, g, scratch(awp::cuda::bn_act_workspace_bytes(a)).mutable_data_ptr(), stream()));
   }
 
  private:
@@ -273,6 +292,66 @@ void pgd_step(Tensor x_adv, Tensor grad, Tensor x, std::optional<Tensor> mask, d
   Device(x_adv).run(arguments);
 }
 
+using Optional = std::optional<Tensor>;
+
+template <class T = void>
+T* data_of(const Optional& tensor) {
+  return tensor ? static_cast<T*>(tensor->data_ptr()) : nullptr;
+}
+
+// `like` is a channels_last batch [N, C, H, W] of the images' kind.
+awp::BnAct bn_act_arguments(const void* x, const void* residual, void* z, const Tensor& like, int64_t activation,
+                            const Tensor& table) {
+  return {x,
+          residual,
+          z,
+          dtype_of(like),
+          like.size(0) * like.size(2) * like.size(3),
+          like.size(1),
+          static_cast<awp::Activation>(activation),
+          static_cast<float*>(table.data_ptr()),
+          table.size(1)};
+}
+
+template <class Device>
+void bn_act_train(Tensor x, Optional residual, Optional weight, Optional bias, Optional running_mean,
+                  Optional running_var, double momentum, double eps, int64_t activation, Optional z, Tensor y,
+                  Tensor table) {
+  void* sum = z ? z->data_ptr() : x.data_ptr();
+  const awp::BnParameters parameters{data_of<float>(weight),       data_of<float>(bias),
+                                     data_of<float>(running_mean), data_of<float>(running_var),
+                                     momentum,                     eps};
+  Device(x).train(bn_act_arguments(x.data_ptr(), data_of(residual), sum, x, activation, table), parameters,
+                  y.data_ptr());
+}
+
+template <class Device>
+void bn_act_eval(Tensor x, Optional residual, Optional weight, Optional bias, Tensor running_mean, Tensor running_var,
+                 double eps, int64_t activation, Optional z, Tensor y, Tensor table, Optional mask) {
+  void* sum = z ? z->data_ptr() : x.data_ptr();
+  const awp::BnParameters parameters{data_of<float>(weight),
+                                     data_of<float>(bias),
+                                     static_cast<float*>(running_mean.data_ptr()),
+                                     static_cast<float*>(running_var.data_ptr()),
+                                     0,
+                                     eps};
+  Device(x).eval(bn_act_arguments(x.data_ptr(), data_of(residual), sum, x, activation, table), parameters, y.data_ptr(),
+                 data_of<uint8_t>(mask));
+}
+
+template <class Device>
+void bn_act_backward(Tensor grad, Optional grad_z, Optional z, Tensor table, Optional mask, int64_t activation,
+                     bool train, Optional grad_x, Optional grad_weight, Optional grad_bias) {
+  const awp::BnGradients gradients{grad.data_ptr(),
+                                   data_of(grad_z),
+                                   data_of<uint8_t>(mask),
+                                   train,
+                                   data_of(grad_x),
+                                   data_of<float>(grad_weight),
+                                   data_of<float>(grad_bias)};
+  Device(grad).run(bn_act_arguments(nullptr, nullptr, data_of(z), grad, activation, table), gradients);
+}
+
 }  // namespace
 
 #define AWP_DEFINE_OPERATIONS(m)                                                                                     \
@@ -291,11 +370,23 @@ void pgd_step(Tensor x_adv, Tensor grad, Tensor x, std::optional<Tensor> mask, d
       "()");                                                                                                         \
   m.def(                                                                                                             \
       "pgd_step(Tensor(a!) x_adv, Tensor grad, Tensor x, Tensor? mask, float step_size, float epsilon, "             \
-      "float radius, int norm, float low, float high) -> ()")
+      "float radius, int norm, float low, float high) -> ()");                                                       \
+  m.def(                                                                                                             \
+      "bn_act_train(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "            \
+      "Tensor(b!)? running_var, float momentum, float eps, int activation, Tensor(c!)? z, Tensor(d!) y, "            \
+      "Tensor(e!) table) -> ()");                                                                                    \
+  m.def(                                                                                                             \
+      "bn_act_eval(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor running_mean, "                  \
+      "Tensor running_var, float eps, int activation, Tensor(a!)? z, Tensor(b!) y, Tensor(c!) table, "               \
+      "Tensor(d!)? mask) -> ()");                                                                                    \
+  m.def(                                                                                                             \
+      "bn_act_backward(Tensor grad, Tensor? grad_z, Tensor? z, Tensor table, Tensor? mask, int activation, "         \
+      "bool train, Tensor(a!)? grad_x, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> ()")
 
 STABLE_TORCH_LIBRARY(awp_cpp, m) {
   AWP_DEFINE_OPERATIONS(m);
   m.def("instruction_set() -> str");
+  m.def("bn_act_available() -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(awp_cpp, CPU, m) {
@@ -305,10 +396,14 @@ STABLE_TORCH_LIBRARY_IMPL(awp_cpp, CPU, m) {
   m.impl("total_norm", TORCH_BOX(&total_norm<Cpu>));
   m.impl("pgd_init", TORCH_BOX(&pgd_init<Cpu>));
   m.impl("pgd_step", TORCH_BOX(&pgd_step<Cpu>));
+  m.impl("bn_act_train", TORCH_BOX(&bn_act_train<Cpu>));
+  m.impl("bn_act_eval", TORCH_BOX(&bn_act_eval<Cpu>));
+  m.impl("bn_act_backward", TORCH_BOX(&bn_act_backward<Cpu>));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(awp_cpp, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&instruction_set));
+  m.impl("bn_act_available", TORCH_BOX(&bn_act_available));
 }
 
 #if defined(AWP_WITH_CUDA)
@@ -326,5 +421,8 @@ STABLE_TORCH_LIBRARY_IMPL(awp_cuda, CUDA, m) {
   m.impl("total_norm", TORCH_BOX(&total_norm<Cuda>));
   m.impl("pgd_init", TORCH_BOX(&pgd_init<Cuda>));
   m.impl("pgd_step", TORCH_BOX(&pgd_step<Cuda>));
+  m.impl("bn_act_train", TORCH_BOX(&bn_act_train<Cuda>));
+  m.impl("bn_act_eval", TORCH_BOX(&bn_act_eval<Cuda>));
+  m.impl("bn_act_backward", TORCH_BOX(&bn_act_backward<Cuda>));
 }
 #endif

@@ -1,5 +1,5 @@
 // The part of the bindings (see bindings.cpp) for operations on images; Python checked the arguments (awp_kernels/conv,
-// awp_kernels/bn_relu, awp_kernels/augment).
+// awp_kernels/augment).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "awp/augment.h"
-#include "awp/bn_relu.h"
 #include "awp/conv.h"
 
 namespace {
@@ -57,52 +56,6 @@ void conv3x3_grad_weight(Tensor x, Tensor grad_y, Tensor out) {
   awp::cpu::conv3x3_grad_weight(images(x), images(grad_y), static_cast<float*>(out.mutable_data_ptr()), parallel_for);
 }
 
-const float* floats(const std::optional<Tensor>& tensor) {
-  return tensor ? static_cast<const float*>(tensor->const_data_ptr()) : nullptr;
-}
-
-float* mutable_floats(const std::optional<Tensor>& tensor) {
-  return tensor ? static_cast<float*>(tensor->mutable_data_ptr()) : nullptr;
-}
-
-// `like` is a channels_last batch [N, C, H, W] of x's kind.
-awp::BnRelu bn_relu_arguments(const std::optional<Tensor>& x, const Tensor& like, const Tensor& table) {
-  return {x ? x->const_data_ptr() : nullptr,          dtype_of(like),
-          like.size(0) * like.size(2) * like.size(3), like.size(1),
-          static_cast<float*>(table.data_ptr()),      table.size(1)};
-}
-
-bool bn_relu_available() { return awp::cpu::bn_relu_available(); }
-
-void bn_relu_train(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias,
-                   std::optional<Tensor> running_mean, std::optional<Tensor> running_var, double momentum, double eps,
-                   Tensor out, Tensor table) {
-  const awp::BnParameters parameters{
-      floats(weight), floats(bias), mutable_floats(running_mean), mutable_floats(running_var), momentum, eps};
-  awp::cpu::bn_relu_train(bn_relu_arguments(x, x, table), parameters, out.mutable_data_ptr(), parallel_for);
-}
-
-void bn_relu_eval(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias, Tensor running_mean,
-                  Tensor running_var, double eps, Tensor out, Tensor table, std::optional<Tensor> mask) {
-  const awp::BnParameters parameters{floats(weight),
-                                     floats(bias),
-                                     static_cast<float*>(running_mean.data_ptr()),
-                                     static_cast<float*>(running_var.data_ptr()),
-                                     0,
-                                     eps};
-  awp::cpu::bn_relu_eval(bn_relu_arguments(x, x, table), parameters, out.mutable_data_ptr(),
-                         mask ? static_cast<uint8_t*>(mask->mutable_data_ptr()) : nullptr, parallel_for);
-}
-
-void bn_relu_backward(Tensor grad, std::optional<Tensor> x, Tensor table, std::optional<Tensor> mask, bool train,
-                      std::optional<Tensor> grad_x, std::optional<Tensor> grad_weight,
-                      std::optional<Tensor> grad_bias) {
-  awp::cpu::bn_relu_backward(bn_relu_arguments(x, grad, table), train, grad.const_data_ptr(),
-                             mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr,
-                             grad_x ? grad_x->mutable_data_ptr() : nullptr, mutable_floats(grad_weight),
-                             mutable_floats(grad_bias), parallel_for);
-}
-
 // Images in contiguous or in channels_last order, whatever lies between them; `out` in one of the two without gaps.
 void augment(Tensor images, std::optional<Tensor> rows, Tensor sample_ids, int64_t seed, int64_t pad, bool flip,
              int64_t cutout, std::vector<double> fill, Tensor out, bool packed, bool out_packed) {
@@ -135,19 +88,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(awp_cpp, m) {
   m.def("conv3x3_transform(Tensor weight, bool transposed, Tensor(a!) out) -> ()");
   m.def("conv3x3(Tensor x, Tensor transformed, Tensor(a!) out) -> ()");
   m.def("conv3x3_grad_weight(Tensor x, Tensor grad_y, Tensor(a!) out) -> ()");
-  m.def("bn_relu_available() -> bool");
   m.def(
       "augment(Tensor images, Tensor? rows, Tensor sample_ids, int seed, int pad, bool flip, int cutout, float[] fill, "
       "Tensor(a!) out, bool packed, bool out_packed) -> ()");
-  m.def(
-      "bn_relu_train(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-      "float momentum, float eps, Tensor(c!) out, Tensor(d!) table) -> ()");
-  m.def(
-      "bn_relu_eval(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, float eps, "
-      "Tensor(a!) out, Tensor(b!) table, Tensor(c!)? mask) -> ()");
-  m.def(
-      "bn_relu_backward(Tensor grad, Tensor? x, Tensor table, Tensor? mask, bool train, Tensor(a!)? grad_x, "
-      "Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(awp_cpp, CPU, m) {
@@ -155,13 +98,9 @@ STABLE_TORCH_LIBRARY_IMPL(awp_cpp, CPU, m) {
   m.impl("conv3x3_transform", TORCH_BOX(&conv3x3_transform));
   m.impl("conv3x3", TORCH_BOX(&conv3x3));
   m.impl("conv3x3_grad_weight", TORCH_BOX(&conv3x3_grad_weight));
-  m.impl("bn_relu_train", TORCH_BOX(&bn_relu_train));
-  m.impl("bn_relu_eval", TORCH_BOX(&bn_relu_eval));
-  m.impl("bn_relu_backward", TORCH_BOX(&bn_relu_backward));
   m.impl("augment", TORCH_BOX(&augment));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(awp_cpp, CompositeExplicitAutograd, m) {
   m.impl("conv3x3_transformed_size", TORCH_BOX(&conv3x3_transformed_size));
-  m.impl("bn_relu_available", TORCH_BOX(&bn_relu_available));
 }

@@ -52,6 +52,13 @@ inline void store(BFloat16* to, Vector value) {
   memcpy(to, &halves, sizeof halves);
 }
 
+// What a value is once it is stored as T.
+template <class T>
+inline Vector rounded(Vector value) {
+  if constexpr (sizeof(T) == sizeof(float)) return value;
+  return (Vector)(__builtin_convertvector(round_to_bfloat16(value), Bits) << 16);
+}
+
 // The first `count` lanes; the others are zero.
 template <class T>
 inline Vector load_some(const T* from, int64_t count) {

@@ -18,8 +18,9 @@ from awp_kernels.awp import AdversarialWeightPerturbation as AdversarialWeightPe
 from awp_kernels.awp import asam as asam
 from awp_kernels.awp import every_parameter as every_parameter
 from awp_kernels.awp import sam as sam
-from awp_kernels.bn_relu import bn_relu as bn_relu
-from awp_kernels.bn_relu import bn_relu_available as bn_relu_available
+from awp_kernels.bn_act import add_bn_act as add_bn_act
+from awp_kernels.bn_act import bn_act as bn_act
+from awp_kernels.bn_act import bn_act_available as bn_act_available
 from awp_kernels.conv import conv3x3 as conv3x3
 from awp_kernels.conv import conv3x3_available as conv3x3_available
 from awp_kernels.conv import conv3x3_forget as conv3x3_forget
@@ -40,10 +41,11 @@ __version__ = (Path(__file__).parent / "VERSION").read_text().strip()
 __all__ = [
     "SGD",
     "AdversarialWeightPerturbation",
+    "add_bn_act",
     "asam",
     "augment",
-    "bn_relu",
-    "bn_relu_available",
+    "bn_act",
+    "bn_act_available",
     "conv3x3",
     "conv3x3_available",
     "conv3x3_forget",

@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from awp_kernels import _backend, bn_relu_available, conv3x3_available, perturb_into_, use_backend
+from awp_kernels import _backend, bn_act_available, conv3x3_available, perturb_into_, use_backend
 
 
 def call(backend: str, device: str) -> str | None:
@@ -63,7 +63,7 @@ def main() -> int:
     images = torch.zeros(2, 1, 1, 1)
     for operation, served in (
         ("conv3x3", conv3x3_available(images, torch.zeros(1, 1, 3, 3))),
-        ("bn_relu", bn_relu_available(images)),
+        ("bn_act", bn_act_available(images)),
     ):
         print(f"{operation:<28} {'cpu float32, bfloat16':<34} {'cpp' if served else 'torch'}")
     return int(failed)

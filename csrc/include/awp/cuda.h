@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "awp/bn_act.h"
 #include "awp/types.h"
 
 namespace awp::cuda {
@@ -32,5 +33,19 @@ cudaError_t pgd_init(const PgdInit& arguments, cudaStream_t stream);
 
 // One launch.
 cudaError_t pgd_step(const PgdStep& arguments, cudaStream_t stream);
+
+// Bytes of device memory, 16-byte aligned, that bn_act_train and bn_act_backward need until they have run.
+int64_t bn_act_workspace_bytes(const BnAct& arguments);
+
+// Three launches: sums over blocks of rows, their sum, the result.
+cudaError_t bn_act_train(const BnAct& arguments, const BnParameters& parameters, void* y, void* workspace,
+                         cudaStream_t stream);
+
+// One launch. `mask`, for ReLU and channels in eights, as on the CPU.
+cudaError_t bn_act_eval(const BnAct& arguments, const BnParameters& parameters, void* y, uint8_t* mask,
+                        cudaStream_t stream);
+
+// Three launches; one where nothing is summed.
+cudaError_t bn_act_backward(const BnAct& arguments, const BnGradients& gradients, void* workspace, cudaStream_t stream);
 
 }  // namespace awp::cuda

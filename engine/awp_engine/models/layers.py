@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
-from awp_kernels import bn_relu, bn_relu_available, conv3x3, conv3x3_available
+from awp_kernels import bn_act, bn_act_available, conv3x3, conv3x3_available
 
 Activation = Literal["relu", "silu"]
 
@@ -66,13 +66,13 @@ class ActivatedBatchNorm(BatchNorm):
         # fewer channels than a vector has lanes are slower
         fused = isinstance(self.activation, nn.ReLU) and self.momentum is not None and self.num_features >= 16
         fused &= not (self.synchronized and self.training and spans_ranks())
-        if not fused or torch.compiler.is_compiling() or not bn_relu_available(input, self.weight, self.bias):
+        if not fused or torch.compiler.is_compiling() or not bn_act_available(input, self.weight, self.bias):
             return self.activation(super().forward(input))
         moves = self.training and self.track_running_stats
         if moves and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         keeps = moves or not self.training
-        return bn_relu(
+        return bn_act(
             input,
             self.weight,
             self.bias,

@@ -1,4 +1,4 @@
-"""bn_relu against torch's batch normalisation and ReLU in fp64."""
+"""bn_act against torch's batch normalisation and ReLU in fp64."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from awp_kernels import bn_relu, bn_relu_available, use_backend
+from awp_kernels import bn_act, bn_act_available, use_backend
 from awp_kernels._images import operations
 
 pytestmark = [
@@ -71,9 +71,9 @@ def error(result: Tensor, reference: Tensor) -> float:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_output_gradients_and_statistics_against_fp64(shape, mode):
     tensors = samples(*shape)
-    assert bn_relu_available(*tensors.values())
+    assert bn_act_available(*tensors.values())
     grad = randn(*shape, seed=5) * away_from_the_kink(tensors, MODES[mode], 1e-5)
-    ours = results(bn_relu, tensors, grad, training=MODES[mode])
+    ours = results(bn_act, tensors, grad, training=MODES[mode])
     exact = results(plain, tensors, grad, training=MODES[mode], dtype=torch.float64)
     torchs = results(plain, tensors, grad, training=MODES[mode])
     for name, reference in exact.items():
@@ -93,18 +93,20 @@ def test_any_shape(shape, training, channels_last):
         grad = grad.to(memory_format=torch.channels_last)
     else:
         tensors["x"] = tensors["x"].contiguous()
-    ours = results(bn_relu, tensors, grad, training=training)
+    ours = results(bn_act, tensors, grad, training=training)
     exact = results(plain, tensors, grad, training=training, dtype=torch.float64)
     torchs = results(plain, tensors, grad, training=training)
     for name, reference in exact.items():
-        assert error(ours[name], reference) <= max(5e-6, 3 * error(torchs[name], reference)), name
+        # of few values the gradient may be what is left of terms as large as `grad`
+        cancelled = 2.0**-23 * float(grad.abs().max()) / (float(reference.detach().abs().max()) or 1.0)
+        assert error(ours[name], reference) <= max(5e-6, 3 * error(torchs[name], reference), cancelled), name
 
 
 def test_a_mean_far_from_zero_costs_no_digits():
     tensors = samples(8, 16, 16, 16, mean=1000.0)
     exact = plain(**{k: t.double() for k, t in tensors.items()}, training=True)
     # x itself has 2^-24 * 1000 of rounding at most
-    assert error(bn_relu(**tensors, training=True), exact) <= 1e-4
+    assert error(bn_act(**tensors, training=True), exact) <= 1e-4
 
 
 @pytest.mark.parametrize("mean", [0.0, 1.0, 30.0, 1000.0])
@@ -114,7 +116,7 @@ def test_running_statistics_lose_no_digits(mean, far):
     tensors["x"][0, :, 0, 0] += far
     grad = torch.zeros(8, 48, 16, 16)
     exact = results(plain, tensors, grad, training=True, dtype=torch.float64)
-    ours, torchs = (results(function, tensors, grad, training=True) for function in (bn_relu, plain))
+    ours, torchs = (results(function, tensors, grad, training=True) for function in (bn_act, plain))
     for name in ("running_mean", "running_var"):
         # rounded once to fp32: 2^-24 of itself
         allowed = 2 * (torchs[name] - exact[name]).norm() + 2.0**-24 * exact[name].norm()
@@ -125,8 +127,8 @@ def test_running_statistics_lose_no_digits(mean, far):
 def test_bf16_is_the_fp32_result_rounded_once(mode):
     tensors = samples(4, 20, 6, 6, dtype=torch.bfloat16)
     grad = randn(4, 20, 6, 6, dtype=torch.bfloat16, seed=5)
-    low = results(bn_relu, tensors, grad, training=MODES[mode])
-    high = results(bn_relu, tensors | {"x": tensors["x"].float()}, grad.float(), training=MODES[mode])
+    low = results(bn_act, tensors, grad, training=MODES[mode])
+    high = results(bn_act, tensors | {"x": tensors["x"].float()}, grad.float(), training=MODES[mode])
     for name, value in low.items():
         assert torch.equal(value, high[name].to(value.dtype)), name
     assert low["y"].dtype == low["grad_x"].dtype == torch.bfloat16
@@ -140,7 +142,7 @@ def test_threads_do_not_change_a_bit(mode):
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(results(bn_relu, tensors, grad, training=MODES[mode]))
+            found.append(results(bn_act, tensors, grad, training=MODES[mode]))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -154,7 +156,7 @@ def test_running_statistics_follow_the_module():
         x = randn(4, 6, 5, 5, seed=seed) + seed
         module(x)
         version = mean._version
-        bn_relu(x, None, None, mean, var, training=True, momentum=0.3)
+        bn_act(x, None, None, mean, var, training=True, momentum=0.3)
         assert mean._version > version
     torch.testing.assert_close(mean, module.running_mean)
     torch.testing.assert_close(var, module.running_var)
@@ -163,7 +165,7 @@ def test_running_statistics_follow_the_module():
 def test_without_statistics_and_parameters():
     x = samples(4, 6, 5, 5)["x"]
     expected = plain(x.double(), None, None, None, None, training=True)
-    assert error(bn_relu(x, training=True), expected) <= 2e-6
+    assert error(bn_act(x, training=True), expected) <= 2e-6
 
 
 @pytest.mark.parametrize("mode", list(MODES))
@@ -171,7 +173,7 @@ def test_what_is_kept_for_the_backward_pass(mode):
     tensors = samples(4, 20, 6, 6)
     x = tensors["x"].requires_grad_()
     # held, or torch 2.11 frees what it keeps
-    y = bn_relu(**tensors, training=MODES[mode])
+    y = bn_act(**tensors, training=MODES[mode])
     kept, _, bits = y.grad_fn.saved_tensors[:3]
     if MODES[mode]:
         assert kept.data_ptr() == x.data_ptr()
@@ -179,7 +181,7 @@ def test_what_is_kept_for_the_backward_pass(mode):
         assert kept is None
         assert bits.nbytes == 4 * 6 * 6 * 32 // 8
     tensors["bias"].requires_grad_()
-    y = bn_relu(**tensors, training=MODES[mode])
+    y = bn_act(**tensors, training=MODES[mode])
     assert y.grad_fn.saved_tensors[0].data_ptr() == x.data_ptr()
 
 
@@ -187,10 +189,10 @@ def test_what_is_kept_for_the_backward_pass(mode):
 @pytest.mark.parametrize("wanted", [("x",), ("weight",), ("bias",), ("x", "bias"), ("weight", "bias")], ids=str)
 def test_only_the_gradients_that_were_asked_for(mode, wanted):
     tensors, grad = samples(3, 5, 4, 4), randn(3, 5, 4, 4, seed=5)
-    everything = results(bn_relu, tensors, grad, training=MODES[mode])
+    everything = results(bn_act, tensors, grad, training=MODES[mode])
     for name in wanted:
         tensors[name].requires_grad_()
-    bn_relu(**tensors, training=MODES[mode]).backward(grad)
+    bn_act(**tensors, training=MODES[mode]).backward(grad)
     for name in ("x", "weight", "bias"):
         if name in wanted:
             torch.testing.assert_close(tensors[name].grad, everything[f"grad_{name}"], rtol=1e-5, atol=1e-6)
@@ -199,7 +201,7 @@ def test_only_the_gradients_that_were_asked_for(mode, wanted):
 
     for t in tensors.values():
         t.requires_grad_()
-    y = bn_relu(**(tensors | {n: tensors[n].detach() for n in ("running_mean", "running_var")}), training=MODES[mode])
+    y = bn_act(**(tensors | {n: tensors[n].detach() for n in ("running_mean", "running_var")}), training=MODES[mode])
     found = torch.autograd.grad(y, [tensors[name] for name in wanted], grad)
     for name, gradient in zip(wanted, found, strict=True):
         assert torch.equal(gradient, everything[f"grad_{name}"])
@@ -209,7 +211,7 @@ def test_only_the_gradients_that_were_asked_for(mode, wanted):
 def test_nan_goes_through(mode):
     tensors = samples(2, 4, 3, 3)
     tensors["x"][1, 2, 0, 0] = float("nan")
-    y = bn_relu(**tensors, training=MODES[mode])
+    y = bn_act(**tensors, training=MODES[mode])
     assert y[:, 2].isnan().all() if MODES[mode] else y[1, 2, 0, 0].isnan()
     assert y[:, [0, 1, 3]].isfinite().all()
 
@@ -222,7 +224,7 @@ def test_no_gradient_passes_an_output_of_exactly_zero(mode):
         tensors[name][[2, 7]] = 0.0
     ours, exact = (
         results(function, tensors, grad, training=MODES[mode], dtype=dtype)
-        for function, dtype in ((bn_relu, None), (plain, torch.float64))
+        for function, dtype in ((bn_act, None), (plain, torch.float64))
     )
     for name in ("grad_x", "grad_weight", "grad_bias"):
         dead = ours[name][:, [2, 7]] if name == "grad_x" else ours[name][[2, 7]]
@@ -235,7 +237,7 @@ def test_squares_that_vanish_leave_no_negative_variance():
     x = samples(4, 16, 8, 8)["x"] * 1e-24
     x[0, :, 0, 0] += 1e-22
     mean, var = torch.zeros(16), torch.zeros(16)
-    bn_relu(x, None, None, mean, var, training=True, momentum=1.0)
+    bn_act(x, None, None, mean, var, training=True, momentum=1.0)
     assert not var.signbit().any()
 
 
@@ -243,10 +245,10 @@ def test_every_lane_of_both_instruction_sets():
     """The bits kept for the backward pass, on whichever of them this processor would not choose by itself."""
     code = """
 import torch
-from awp_kernels import bn_relu
+from awp_kernels import bn_act
 x = torch.randn(3, 40, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
 mean, var = torch.linspace(-1, 1, 40), torch.linspace(1, 2, 40)
-y = bn_relu(x, None, None, mean, var, training=False)
+y = bn_act(x, None, None, mean, var, training=False)
 assert y.grad_fn.saved_tensors[2] is not None
 (found,) = torch.autograd.grad(y.sum(), x)
 expected = (y > 0) / (var + 1e-5).sqrt()[:, None, None]
@@ -271,22 +273,22 @@ MISUSE = {
 @pytest.mark.parametrize("message", list(MISUSE))
 def test_misuse_names_the_argument(message):
     with pytest.raises(ValueError, match=message):
-        bn_relu(**({**samples(2, 4, 3, 3), "training": True} | MISUSE[message]))
+        bn_act(**({**samples(2, 4, 3, 3), "training": True} | MISUSE[message]))
 
 
 def test_what_the_kernel_does_not_serve_goes_to_torch():
     tensors = samples(2, 4, 3, 3)
     doubles = {name: t.double() for name, t in tensors.items()}
-    assert not bn_relu_available(*doubles.values())
-    assert torch.equal(bn_relu(**doubles, training=False), plain(**doubles, training=False))
+    assert not bn_act_available(*doubles.values())
+    assert torch.equal(bn_act(**doubles, training=False), plain(**doubles, training=False))
     with use_backend("reference"):
-        assert torch.equal(bn_relu(**tensors, training=False), plain(**tensors, training=False))
+        assert torch.equal(bn_act(**tensors, training=False), plain(**tensors, training=False))
     with use_backend("cpp"), pytest.raises(ValueError, match="'cpp' was forced"):
-        bn_relu(**doubles, training=False)
+        bn_act(**doubles, training=False)
 
 
 def test_under_torch_compile():
     tensors = samples(2, 4, 3, 3)
-    compiled = torch.compile(bn_relu, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(bn_act, backend="aot_eager", fullgraph=True)
     expected = plain(**{k: t.clone() for k, t in tensors.items()}, training=True)
     torch.testing.assert_close(compiled(**tensors, training=True), expected)

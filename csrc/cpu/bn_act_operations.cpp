@@ -1,20 +1,20 @@
-// Cuts batch normalisation with ReLU into pieces for the threads. Sums are added up in one order, whoever does it:
+// Cuts batch normalisation with an activation into pieces for the threads. Sums are added up in one order, whoever does it:
 // fp32 within some rows, fp64 over these.
 #include <algorithm>
 #include <cmath>
 #include <memory>
 #include <vector>
 
-#include "bn_relu.h"
+#include "bn_act.h"
 #include "processor.h"
 #include "tasks.h"
 
 namespace awp::cpu {
 namespace {
 
-const BnReluKernels* kernels() {
+const BnActKernels* kernels() {
 #if defined(AWP_HAVE_AVX2)
-  static const BnReluKernels* chosen = widest(&kAvx2BnRelu, &kAvx512BnRelu);
+  static const BnActKernels* chosen = widest(&kAvx2BnAct, &kAvx512BnAct);
   return chosen;
 #else
   return nullptr;
@@ -23,7 +23,7 @@ const BnReluKernels* kernels() {
 
 // Blocks of rows that stay in the first-level cache or close to it.
 struct Blocks {
-  explicit Blocks(const BnRelu& a, int64_t most = 256)
+  explicit Blocks(const BnAct& a, int64_t most = 256)
       : size(std::clamp<int64_t>(16384 / a.channels, 8, most)), count((a.rows + size - 1) / size), rows(a.rows) {}
   int64_t begin(int64_t block) const { return block * size; }
   int64_t end(int64_t block) const { return std::min(rows, (block + 1) * size); }
@@ -41,9 +41,9 @@ void for_each_block(const Blocks& blocks, const ParallelFor& parallel_for, const
   });
 }
 
-float* row_of(const BnRelu& a, BnRow row) { return a.table + row * a.stride; }
+float* row_of(const BnAct& a, BnRow row) { return a.table + row * a.stride; }
 
-void fill_table(const BnRelu& a, const BnParameters& p, int64_t channel, double mean, double variance) {
+void fill_table(const BnAct& a, const BnParameters& p, int64_t channel, double mean, double variance) {
   const double invstd = 1 / std::sqrt(variance + p.eps);
   row_of(a, kBnMean)[channel] = static_cast<float>(mean);
   row_of(a, kBnInvstd)[channel] = static_cast<float>(invstd);
@@ -53,7 +53,7 @@ void fill_table(const BnRelu& a, const BnParameters& p, int64_t channel, double 
 
 // Something close to every channel's mean, so that deviations from it are small: the mean of rows from all over x. It
 // lies where the mean will.
-void find_pivots(const BnRelu& a) {
+void find_pivots(const BnAct& a) {
   constexpr int64_t kMost = 5;  // no power of two, as sizes of images are: rows of all places in them
   const int64_t count = std::min(a.rows, kMost);
   float* pivots = row_of(a, kBnMean);
@@ -71,16 +71,16 @@ void find_pivots(const BnRelu& a) {
   }
 }
 
-void normalize(const BnRelu& a, void* out, uint8_t* mask, const ParallelFor& parallel_for) {
+void normalize(const BnAct& a, bool add, void* y, uint8_t* mask, const ParallelFor& parallel_for) {
   for_each_block(Blocks(a), parallel_for,
-                 [&](int64_t, int64_t begin, int64_t end) { kernels()->normalize(a, begin, end, out, mask); });
+                 [&](int64_t, int64_t begin, int64_t end) { kernels()->normalize(a, add, begin, end, y, mask); });
 }
 
 }  // namespace
 
-bool bn_relu_available() { return kernels() != nullptr; }
+bool bn_act_available() { return kernels() != nullptr; }
 
-void bn_relu_train(const BnRelu& a, const BnParameters& p, void* out, const ParallelFor& parallel_for) {
+void bn_act_train(const BnAct& a, const BnParameters& p, void* y, const ParallelFor& parallel_for) {
   const Blocks blocks(a);
   const std::unique_ptr<double[]> parts(new double[blocks.count * 2 * a.stride]);  // not cleared
   std::vector<double> totals(2 * a.stride);
@@ -106,28 +106,21 @@ void bn_relu_train(const BnRelu& a, const BnParameters& p, void* out, const Para
       p.running_variance[c] = static_cast<float>((1 - p.momentum) * p.running_variance[c] + p.momentum * unbiased);
     }
   }
-  normalize(a, out, nullptr, parallel_for);
+  normalize(a, false, y, nullptr, parallel_for);
 }
 
-void bn_relu_eval(const BnRelu& a, const BnParameters& p, void* out, uint8_t* mask, const ParallelFor& parallel_for) {
+void bn_act_eval(const BnAct& a, const BnParameters& p, void* y, uint8_t* mask, const ParallelFor& parallel_for) {
   for (int64_t c = 0; c < a.channels; ++c) fill_table(a, p, c, p.running_mean[c], p.running_variance[c]);
-  normalize(a, out, mask, parallel_for);
+  normalize(a, a.residual != nullptr, y, mask, parallel_for);
 }
 
-void bn_relu_backward(const BnRelu& a, bool train, const void* grad, const uint8_t* mask, void* grad_x,
-                      float* grad_weight, float* grad_bias, const ParallelFor& parallel_for) {
+void bn_act_backward(const BnAct& a, const BnGradients& g, const ParallelFor& parallel_for) {
   const Blocks blocks(a, 64);  // longer fp32 sums lose digits
-  if (mask) {
-    for_each_block(blocks, parallel_for, [&](int64_t, int64_t begin, int64_t end) {
-      kernels()->grad_x_by_mask(a, grad, mask, begin, end, grad_x);
-    });
-    return;
-  }
   std::vector<float> coefficients;
-  if (train || grad_weight || grad_bias) {
+  if (!g.mask && (g.train || g.weight || g.bias)) {
     std::vector<float> parts(blocks.count * 2 * a.stride);
     for_each_block(blocks, parallel_for, [&](int64_t block, int64_t begin, int64_t end) {
-      kernels()->sums(a, grad, begin, end, parts.data() + block * 2 * a.stride);
+      kernels()->sums(a, g.y, begin, end, parts.data() + block * 2 * a.stride);
     });
     std::vector<double> totals(2 * a.stride);
     for (int64_t block = 0; block < blocks.count; ++block) {
@@ -139,13 +132,13 @@ void bn_relu_backward(const BnRelu& a, bool train, const void* grad, const uint8
       const double invstd = row_of(a, kBnInvstd)[c], sum = totals[c], product = totals[a.stride + c];
       coefficients[c] = static_cast<float>(sum / rows);
       coefficients[a.stride + c] = static_cast<float>(product * invstd * invstd / rows);
-      if (grad_weight) grad_weight[c] = static_cast<float>(product * invstd);
-      if (grad_bias) grad_bias[c] = static_cast<float>(sum);
+      if (g.weight) g.weight[c] = static_cast<float>(product * invstd);
+      if (g.bias) g.bias[c] = static_cast<float>(sum);
     }
   }
-  if (!grad_x) return;
+  if (!g.x) return;
   for_each_block(blocks, parallel_for, [&](int64_t, int64_t begin, int64_t end) {
-    kernels()->grad_x(a, grad, train ? coefficients.data() : nullptr, begin, end, grad_x);
+    kernels()->grad_x(a, g, g.train ? coefficients.data() : nullptr, begin, end);
   });
 }
 

@@ -9,18 +9,23 @@
 
 namespace awp::cuda {
 
+// How the matrix is cut: a block takes rows of a tile of channels, its threads packs of some rows side by side.
+struct BnCut {
+  int pack, columns, lanes;     // channels a thread; threads a row; rows at a time
+  int64_t tiles, rows, blocks;  // of channels; a block's rows; how often they go into all rows
+};
+
+struct BnLaunch {
+  BnAct a;
+  BnCut cut;
+};
+
 namespace {
 
 constexpr int kPack = 8;              // channels a thread, where they come in eights: 16 bytes of 16-bit values
 constexpr int64_t kSumBlocks = 512;   // of rows, whose sums are added up afterwards; about four a multiprocessor
 constexpr int kRowsAThread = 8;       // where nothing is summed
 constexpr int kChannelsAtOnce = kWarps;  // of a block that adds up; a warp takes a channel
-
-// How the matrix is cut: a block takes rows of a tile of channels, its threads packs of some rows side by side.
-struct BnCut {
-  int pack, columns, lanes;  // channels a thread; threads a row; rows at a time
-  int64_t tiles, rows, blocks;  // of channels; a block's rows; how often they go into all rows
-};
 
 BnCut cut(const BnAct& a, bool wide, bool summed) {
   BnCut c{};
@@ -40,11 +45,6 @@ int64_t sum_blocks(const BnAct& a) {
   const int64_t narrow = cut(a, false, true).blocks, wide = cut(a, a.channels % kPack == 0, true).blocks;
   return narrow > wide ? narrow : wide;
 }
-
-struct BnLaunch {
-  BnAct a;
-  BnCut cut;
-};
 
 // What a thread works on.
 struct BnPlace {
@@ -75,9 +75,11 @@ __device__ __forceinline__ void for_rows(const BnPlace& at, int lanes, const F& 
   for (; row < at.end; row += lanes) f(std::integral_constant<int, 1>{}, row);
 }
 
-// Packs in flight a thread: 64 bytes of each array.
+// Rows in flight a thread, where it reads one or two arrays, and where it reads three.
 template <typename T>
 constexpr int kRows = sizeof(T) == 4 ? 2 : 4;
+template <typename T>
+constexpr int kRowsOfThree = kRows<T> / 2;
 
 template <int N>
 __device__ __forceinline__ void load_row(const BnAct& a, int row, int64_t channel, float (&value)[N]) {
@@ -226,7 +228,7 @@ __device__ __forceinline__ void fill_affine(const BnAct& a, const BnParameters& 
 
 // Pivot, mean less the pivot, and sum of squared deviations of every block of rows: parts[block][3][channels].
 template <int N, typename T, bool Add>
-__global__ void __launch_bounds__(kThreads) bn_statistics(const __grid_constant__ BnLaunch l, float* parts) {
+__global__ void __launch_bounds__(kThreads, 2) bn_statistics(const __grid_constant__ BnLaunch l, float* parts) {
   const BnPlace at(l);
   const Source<N, T, Add> source(l.a);
   float pivot[N] = {}, sum[N] = {}, square[N] = {};
@@ -262,7 +264,7 @@ __global__ void __launch_bounds__(kThreads) bn_statistics(const __grid_constant_
 }
 
 // A warp adds up a channel's parts, fills the table and moves the running statistics.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     bn_finish_statistics(const __grid_constant__ BnLaunch l, const __grid_constant__ BnParameters p, const float* parts) {
   const int64_t channel = int64_t{blockIdx.x} * kChannelsAtOnce + threadIdx.x / kWarp;
   const bool inside = channel < l.a.channels;
@@ -298,7 +300,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // By the table; or, where p has running statistics, by those.
 template <int N, typename T, bool Add, bool Silu>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     bn_normalize(const __grid_constant__ BnLaunch l, const __grid_constant__ BnParameters p, void* y, uint8_t* mask) {
   const BnPlace at(l);
   if (!at.active) return;
@@ -334,7 +336,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Sums of g and of g (z - mean) over every block of rows: parts[block][2][channels].
 template <int N, typename T, bool Silu>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     bn_gradient_sums(const __grid_constant__ BnLaunch l, const void* grad, float* parts) {
   const BnPlace at(l);
   const Source<N, T, false> source(l.a);
@@ -370,7 +372,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // A warp adds up a channel's parts: coefficients[2][channels] of the gradient for x, and those for weight and bias.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     bn_finish_sums(const __grid_constant__ BnLaunch l, const __grid_constant__ BnGradients g, const float* parts,
                    float* coefficients) {
   const int64_t channel = int64_t{blockIdx.x} * kChannelsAtOnce + threadIdx.x / kWarp;
@@ -393,7 +395,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // scale (g - constant - (z - mean) slope) and z's own gradient; without coefficients scale g.
 template <int N, typename T, bool Silu>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     bn_gradient(const __grid_constant__ BnLaunch l, const __grid_constant__ BnGradients g, const float* coefficients) {
   const BnPlace at(l);
   if (!at.active) return;
@@ -408,7 +410,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   const float floor = floor_of(l.a.activation);
-  for_rows<kRows<T>>(at, l.cut.lanes, [&](auto count, int64_t row) {
+  for_rows<kRowsOfThree<T>>(at, l.cut.lanes, [&](auto count, int64_t row) {
     constexpr int M = decltype(count)::value;
     const int64_t from = row * l.a.channels + at.channel, step = l.cut.lanes * l.a.channels;
     Pack<T, N> given[M], value[M], beside[M];

@@ -562,6 +562,161 @@ void check_pgd_step(DType dtype, DType grad_dtype, Norm norm, int64_t elements, 
 
 const char* name(DType dtype) { return dtype == DType::kFloat32 ? "fp32" : dtype == DType::kFloat16 ? "fp16" : "bf16"; }
 
+std::vector<float> values(const Array& array) {
+  std::vector<float> found;
+  for (int64_t i = 0; i < array.count(); ++i) found.push_back(array.get(i));
+  return found;
+}
+
+double activation_of(Activation kind, double u) {
+  if (kind == Activation::kSilu) return u / (1 + std::exp(-u));
+  return kind == Activation::kRelu && u <= 0 ? 0 : u;
+}
+
+double slope_of(Activation kind, double u) {
+  const double s = 1 / (1 + std::exp(-u));
+  if (kind == Activation::kSilu) return s * (1 + u * (1 - s));
+  return kind == Activation::kRelu && u <= 0 ? 0 : 1;
+}
+
+// Relative to the largest of the expected values, which is at least 1; a stored value may be rounded once.
+struct Near {
+  explicit Near(DType dtype) : rounding(dtype == DType::kFloat32 ? 1e-6 : dtype == DType::kFloat16 ? 1e-3 : 8e-3) {}
+  bool operator()(double value, double expected, double largest) const {
+    return std::fabs(value - expected) <= rounding * std::max(std::fabs(expected), std::max(1.0, largest));
+  }
+  double rounding;
+};
+
+struct BnCase {
+  DType dtype;
+  int64_t rows, channels;
+  Activation activation;
+  bool train, residual, plain;  // plain: neither weight, bias, running statistics nor gradients for them
+  double mean = 0.5;
+  int64_t shift = 0;
+};
+
+void check_bn_act(const BnCase& c) {
+  const int64_t count = c.rows * c.channels, stride = (c.channels + 15) / 16 * 16;
+  Array x(c.dtype, count, c.shift), residual(c.dtype, count, c.shift), z(c.dtype, count), y(c.dtype, count);
+  Array grad(c.dtype, count, c.shift), grad_z(c.dtype, count), grad_x(c.dtype, count);
+  Array vectors[6] = {{DType::kFloat32, c.channels}, {DType::kFloat32, c.channels}, {DType::kFloat32, c.channels},
+                      {DType::kFloat32, c.channels}, {DType::kFloat32, c.channels}, {DType::kFloat32, c.channels}};
+  Array &weight = vectors[0], &bias = vectors[1], &mean = vectors[2], &variance = vectors[3];
+  Array table(DType::kFloat32, 4 * stride);
+  x.fill(c.mean - 1, c.mean + 1);
+  residual.fill(-1, 1);
+  grad.fill(-1, 1);
+  grad_z.fill(-1, 1);
+  weight.fill(0.5, 1.5);
+  bias.fill(-1, 1);
+  mean.fill(-0.5, 1);
+  variance.fill(0.5, 2);
+  const std::vector<float> old_mean = values(mean), old_variance = values(variance);
+  const auto floats = [](Array& array) { return reinterpret_cast<float*>(array.data()); };
+  const double eps = 1e-5, momentum = 0.1;
+  const bool tracked = !c.plain || !c.train;
+  const BnAct a{x.data(),   c.residual ? residual.data() : nullptr,
+                c.residual ? z.data() : x.data(), c.dtype, c.rows, c.channels, c.activation, floats(table), stride};
+  const BnParameters p{c.plain ? nullptr : floats(weight), c.plain ? nullptr : floats(bias),
+                       tracked ? floats(mean) : nullptr,   tracked ? floats(variance) : nullptr, momentum, eps};
+  const Array workspace(DType::kFloat32, cuda::bn_act_workspace_bytes(a) / 4);
+  const bool masked = !c.train && c.plain && c.activation == Activation::kRelu && c.channels % 8 == 0 && !c.shift;
+  Array mask(DType::kFloat32, c.rows * stride / 32);
+  int before = emulator::launches;
+  if (c.train) {
+    CHECK(cuda::bn_act_train(a, p, y.data(), workspace.data(), nullptr) == cudaSuccess);
+    CHECK(emulator::launches == before + 3);
+  } else {
+    auto* bits = masked ? reinterpret_cast<uint8_t*>(mask.data()) : nullptr;
+    CHECK(cuda::bn_act_eval(a, p, y.data(), bits, nullptr) == cudaSuccess);
+    CHECK(emulator::launches == before + 1);
+  }
+  const BnGradients g{grad.data(), c.residual ? grad_z.data() : nullptr,
+                      masked ? reinterpret_cast<uint8_t*>(mask.data()) : nullptr, c.train, grad_x.data(),
+                      c.plain ? nullptr : floats(vectors[4]), c.plain ? nullptr : floats(vectors[5])};
+  BnAct back = a;
+  if (masked) back.x = back.residual = back.z = nullptr;
+  before = emulator::launches;
+  CHECK(cuda::bn_act_backward(back, g, workspace.data(), nullptr) == cudaSuccess);
+  CHECK(emulator::launches == before + (c.train || !c.plain ? 3 : 1));
+
+  const Near stored(c.dtype), exact(DType::kFloat32);
+  for (int64_t k = 0; k < c.channels; ++k) {
+    double sum = 0, square = 0;
+    std::vector<double> from(static_cast<size_t>(c.rows));
+    for (int64_t r = 0; r < c.rows; ++r) {
+      const int64_t at = r * c.channels + k;
+      double& value = from[static_cast<size_t>(r)];
+      value = x.get(at);
+      if (c.residual) {
+        CHECK(z.bits(at) == z.stored(x.get(at) + residual.get(at)));
+        value = z.get(at);
+      }
+      sum += value;
+    }
+    const double rows = static_cast<double>(c.rows), batch_mean = sum / rows;
+    for (const double value : from) square += (value - batch_mean) * (value - batch_mean);
+    const double m = c.train ? batch_mean : old_mean[static_cast<size_t>(k)];
+    const double v = c.train ? square / rows : old_variance[static_cast<size_t>(k)];
+    const double invstd = 1 / std::sqrt(v + eps), w = c.plain ? 1 : weight.get(k), b = c.plain ? 0 : bias.get(k);
+    double of_bias = 0, of_weight = 0;
+    for (int64_t r = 0; r < c.rows; ++r) {
+      const double normalised = (from[static_cast<size_t>(r)] - m) * invstd;
+      const double g0 = grad.get(r * c.channels + k) * slope_of(c.activation, normalised * w + b);
+      of_bias += g0;
+      of_weight += g0 * normalised;
+    }
+    for (int64_t r = 0; r < c.rows; ++r) {
+      const int64_t at = r * c.channels + k;
+      const double normalised = (from[static_cast<size_t>(r)] - m) * invstd, u = normalised * w + b;
+      // the mean is rounded once
+      CHECK(stored(y.get(at), activation_of(c.activation, u), std::max(std::fabs(u), 0.1 * m * invstd)));
+      // rounding decides on which side of the kink it lies
+      if (std::fabs(u) < 1e-4) continue;
+      const double g0 = grad.get(at) * slope_of(c.activation, u);
+      const double owed = c.train ? (of_bias + normalised * of_weight) / rows : 0;
+      const double expected = w * invstd * (g0 - owed) + (c.residual ? grad_z.get(at) : 0);
+      CHECK(stored(grad_x.get(at), expected, invstd * std::max(w, 0.1 * m * invstd)));
+    }
+    if (!c.plain) {
+      CHECK(exact(vectors[4].get(k), of_weight, std::max(1.0, 0.1 * m * invstd) * std::sqrt(rows)));
+      CHECK(exact(vectors[5].get(k), of_bias, std::sqrt(rows)));
+    }
+    const bool moved = c.train && tracked;
+    const size_t i = static_cast<size_t>(k);
+    CHECK(exact(mean.get(k), moved ? 0.9 * old_mean[i] + 0.1 * m : old_mean[i], 0));
+    CHECK(exact(variance.get(k), moved ? 0.9 * old_variance[i] + 0.1 * v * rows / (rows - 1) : old_variance[i], 0));
+  }
+}
+
+void check_bn_acts() {
+  for (const DType dtype : kDTypes) {
+    for (const Activation activation : {Activation::kNone, Activation::kRelu, Activation::kSilu}) {
+      for (const bool train : {true, false}) {
+        for (const bool residual : {true, false}) {
+          for (const bool plain : {true, false}) {
+            test = std::string("bn_act ") + name(dtype) + " activation " + std::to_string(int(activation)) +
+                   (train ? " train" : " eval") + (residual ? " residual" : "") + (plain ? " plain" : "");
+            check_bn_act({dtype, 70, 24, activation, train, residual, plain});
+            check_bn_act({dtype, 33, 5, activation, train, residual, plain});
+            check_bn_act({dtype, 9, 16, activation, train, residual, plain, 0.5, 1});
+          }
+        }
+      }
+    }
+  }
+  test = "bn_act, more channels than threads";
+  check_bn_act({DType::kFloat16, 5, 2056, Activation::kRelu, true, true, false});
+  check_bn_act({DType::kFloat32, 5, 261, Activation::kRelu, true, true, false});
+  test = "bn_act, many blocks of rows";
+  check_bn_act({DType::kFloat16, 2 * 512 * 8 + 3, 256, Activation::kRelu, true, false, true, 0.5, 1});
+  check_bn_act({DType::kFloat32, 70'001, 2, Activation::kNone, true, true, false});
+  test = "bn_act, a mean far from 0";
+  check_bn_act({DType::kFloat32, 3000, 8, Activation::kNone, true, false, true, 100});
+}
+
 }  // namespace
 
 int main() {
@@ -701,5 +856,6 @@ int main() {
       }
     }
   }
+  check_bn_acts();
   std::puts("ok");
 }

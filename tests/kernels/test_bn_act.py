@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from awp_kernels import bn_act, bn_act_available, use_backend
+from awp_kernels import add_bn_act, bn_act, bn_act_available, use_backend
 from awp_kernels._images import operations
 
 pytestmark = [
@@ -257,6 +257,29 @@ torch.testing.assert_close(found, expected)
     subprocess.run([sys.executable, "-c", code], env=os.environ | {"AWP_CPU": "avx2"}, check=True, timeout=120)
 
 
+def test_only_the_bias_of_a_layer_without_weight():
+    """Autograd counts the inputs that are tensors."""
+    x, bias = samples(3, 5, 4, 4)["x"].requires_grad_(), randn(5).requires_grad_()
+    y = bn_act(x, None, bias, training=True)
+    (found,) = torch.autograd.grad(y.sum(), [bias])
+    torch.testing.assert_close(found, (y > 0).sum((0, 2, 3)).float())
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_a_sum_that_only_the_shortcut_reads(mode):
+    tensors = samples(3, 16, 4, 4)
+    x, residual = tensors.pop("x").requires_grad_(), randn(3, 16, 4, 4, seed=6).requires_grad_()
+    z, y = add_bn_act(x, residual, **tensors, training=MODES[mode])
+    assert torch.equal(z, x + residual)
+    grad = randn(3, 16, 4, 4, seed=7)
+    alone = torch.autograd.grad(z, [x, residual], grad, retain_graph=True)
+    assert all(torch.equal(found, grad) for found in alone)
+    # what both read is the sum of the two
+    (both,) = torch.autograd.grad([z, y], x, [grad, grad], retain_graph=True)
+    (through,) = torch.autograd.grad(y, x, grad)
+    torch.testing.assert_close(both, grad + through)
+
+
 MISUSE = {
     "x: expected a batch": {"x": randn(3, 4)},
     "x: expected a floating-point tensor": {"x": torch.ones(2, 4, 3, 3, dtype=torch.int32)},
@@ -274,6 +297,17 @@ MISUSE = {
 def test_misuse_names_the_argument(message):
     with pytest.raises(ValueError, match=message):
         bn_act(**({**samples(2, 4, 3, 3), "training": True} | MISUSE[message]))
+
+
+@pytest.mark.parametrize("residual", [randn(2, 4, 3, 2), randn(2, 4, 3, 3).double(), randn(2, 4, 3, 3).to("meta")])
+def test_a_residual_that_does_not_fit(residual):
+    with pytest.raises(ValueError, match="residual: expected"):
+        add_bn_act(samples(2, 4, 3, 3)["x"], residual, training=True)
+
+
+def test_an_unknown_activation():
+    with pytest.raises(ValueError, match="activation: expected one of none, relu, silu, got 'gelu'"):
+        bn_act(samples(2, 4, 3, 3)["x"], training=True, activation="gelu")
 
 
 def test_what_the_kernel_does_not_serve_goes_to_torch():

@@ -1,4 +1,4 @@
-"""Derivatives of conv3x3, bn_relu and the models beyond one backward pass, against plain PyTorch in fp64.
+"""Derivatives of conv3x3, bn_act and the models beyond one backward pass, against plain PyTorch in fp64.
 
 gradgradcheck in fp64 would check torch's own operations, which serve there.
 """
@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from awp_engine.models import build_model
 from awp_engine.models.layers import ActivatedBatchNorm, Conv3x3
-from awp_kernels import bn_relu, conv3x3, use_backend
+from awp_kernels import add_bn_act, bn_act, conv3x3, use_backend
 from awp_kernels._images import operations
 
 pytestmark = [
@@ -42,13 +42,13 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def written_out(x, weight, bias, mean, var, *, training):
+def written_out(x, weight, bias, mean, var, *, training, activation=functional.relu):
     """By its definition: torch's batch normalisation holds the batch's statistics still from the third order on."""
     if training:
         mean = x.mean((0, 2, 3))
         var = (x - mean[:, None, None]).square().mean((0, 2, 3))
     scale = weight * (var + 1e-5).rsqrt()
-    return ((x - mean[:, None, None]) * scale[:, None, None] + bias[:, None, None]).relu()
+    return activation((x - mean[:, None, None]) * scale[:, None, None] + bias[:, None, None])
 
 
 _STATISTICS = randn(5, seed=3), randn(5, seed=4).abs() + 0.5
@@ -60,7 +60,20 @@ def _normalise(training):
         if x.dtype == torch.float64:
             return written_out(x, weight, bias, *kept, training=training)
         # vmap lets no batch into statistics that are not one themselves, as for torch's own layer
-        return bn_relu(x, weight, bias, *([] if training else kept), training=training)
+        return bn_act(x, weight, bias, *([] if training else kept), training=training)
+
+    return both
+
+
+def _add_and_normalise(training):
+    def both(x, weight, bias, residual):
+        kept = [t.to(x.dtype) for t in _STATISTICS]
+        if x.dtype == torch.float64:
+            z = x + residual
+            return 0.1 * z + written_out(z, weight, bias, *kept, training=training, activation=functional.silu)
+        kept = [] if training else kept
+        z, y = add_bn_act(x, residual, weight, bias, *kept, training=training, activation="silu")
+        return 0.1 * z + y
 
     return both
 
@@ -73,8 +86,10 @@ _NORMALISED = randn(3, 5, 4, 4) * 2 + 1, randn(5, seed=1) + 1, randn(5, seed=2)
 # the operation in fp32, plain PyTorch in fp64, and its inputs
 CASES = {
     "conv3x3": (_convolve, (randn(2, 3, 6, 5), randn(4, 3, 3, 3, seed=1))),
-    "bn_relu train": (_normalise(True), _NORMALISED),
-    "bn_relu eval": (_normalise(False), _NORMALISED),
+    "bn_act train": (_normalise(True), _NORMALISED),
+    "bn_act eval": (_normalise(False), _NORMALISED),
+    "add_bn_act train": (_add_and_normalise(True), (*_NORMALISED, randn(3, 5, 4, 4, seed=6))),
+    "add_bn_act eval": (_add_and_normalise(False), (*_NORMALISED, randn(3, 5, 4, 4, seed=6))),
 }
 
 
@@ -111,8 +126,10 @@ WANTED = [
     (name, wanted)
     for name, sets in (
         ("conv3x3", [(0,), (1,), (0, 1)]),
-        ("bn_relu train", [(0,), (1,), (0, 1, 2)]),
-        ("bn_relu eval", [(0,), (1,), (0, 2), (0, 1, 2)]),
+        ("bn_act train", [(0,), (1,), (0, 1, 2)]),
+        ("bn_act eval", [(0,), (1,), (0, 2), (0, 1, 2)]),
+        ("add_bn_act train", [(0,), (3,), (0, 1, 2, 3)]),
+        ("add_bn_act eval", [(0,), (2, 3), (0, 1, 2, 3)]),
     )
     for wanted in sets
 ]
@@ -148,12 +165,14 @@ def plainly(name, *tensors):
     """torch's own layer."""
     if name == "conv3x3":
         return functional.conv2d(*tensors, padding=1)
-    x, *rest = tensors
+    x, weight, bias, *residual = tensors
     training, kept = name.endswith("train"), [t.to(x.dtype) for t in _STATISTICS]
-    return functional.relu(functional.batch_norm(x, *([None, None] if training else kept), *rest, training))
+    z = sum(residual, x)
+    u = functional.batch_norm(z, *([None, None] if training else kept), weight, bias, training)
+    return 0.1 * z + u * u.sigmoid() if residual else functional.relu(u)
 
 
-@pytest.mark.parametrize("name", ["conv3x3", "bn_relu train", "bn_relu eval"])
+@pytest.mark.parametrize("name", ["conv3x3", "bn_act train", "bn_act eval"])
 def test_a_weight_that_asks_for_its_gradient_after_the_pass(name):
     """torch's saved tensor is the parameter itself, whatever it asks for by then."""
     found = []
@@ -179,7 +198,7 @@ def test_a_weight_written_between_the_passes_is_refused_as_torch_does(name, crea
 def test_statistics_move_once_however_often_is_differentiated():
     x = _NORMALISED[0].clone().requires_grad_()
     mean, var = torch.zeros(5), torch.ones(5)
-    (first,) = torch.autograd.grad(smooth(bn_relu(x, None, None, mean, var, training=True)), x, create_graph=True)
+    (first,) = torch.autograd.grad(smooth(bn_act(x, None, None, mean, var, training=True)), x, create_graph=True)
     moved = mean.clone(), var.clone()
     first.square().sum().backward()
     assert torch.equal(mean, moved[0])
@@ -274,7 +293,7 @@ def test_modes_see_torchs_own_operations():
     assert counter.get_total_flops() == 2 * 2 * 4 * 30 * 27
     with Watching() as watching:
         conv3x3(x, weight)
-        bn_relu(*_NORMALISED, training=True)
+        bn_act(*_NORMALISED, training=True)
     assert {"conv2d", "batch_norm"} <= set(watching.called)
 
 
@@ -478,6 +497,6 @@ def test_layers_are_the_fused_ones():
         node = nodes.pop()
         names.add(type(node).__name__)
         nodes += [n for n, _ in node.next_functions if n is not None]
-    assert {"_Conv3x3Backward", "_BnReluBackward"} <= names
+    assert {"_Conv3x3Backward", "_BnActBackward"} <= names
     assert any(isinstance(m, Conv3x3) for m in model.modules())
     assert any(isinstance(m, ActivatedBatchNorm) for m in model.modules())

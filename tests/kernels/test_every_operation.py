@@ -17,7 +17,7 @@ from large_tensors import ELEMENTS, LARGE
 from operations import CHANNELS, OPERATIONS, WEIGHTS, arguments_of, cases, excess, mapped, run, same_bits
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from awp_kernels import _backend, bn_relu, conv3x3, total_norm, use_backend
+from awp_kernels import _backend, add_bn_act, bn_act, conv3x3, total_norm, use_backend
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -32,7 +32,7 @@ def serving(name, target):
     if name in _backend._WITHOUT_CUDA and backend == "cuda":
         pytest.skip("has no CUDA C++ kernel")
     if name in fuzz.IMAGE_OPERATIONS:
-        if device != "cpu":
+        if device != "cpu" and name in fuzz.CPU_OPERATIONS:
             pytest.skip("serves CPU tensors")
         return use_backend(None if backend == "cpp" else backend)
     return nullcontext()
@@ -76,7 +76,7 @@ def test_any_memory_layout_is_right_or_refused(target, name, layout, offset):
     """In all arguments, in those that are only read, and in each alone; nothing is written between the elements."""
     device, backend = target
     operation = OPERATIONS[name]
-    if layout == "expanded" and name == "bn_relu":
+    if layout == "expanded" and name == "bn_act":
         return  # repeated values lie on either side of the kink
     serving(name, target)
     variant, sample = next(iter(operation.variants)), list(operation.samples)[-2]
@@ -183,12 +183,12 @@ def test_gradcheck(training):
     inputs = [torch.randn(2, 3, 5, 4, dtype=torch.float64), torch.randn(2, 3, 3, 3, dtype=torch.float64)]
     for x, weight in (inputs, [arguments["x"], arguments["weight"]]):
         assert torch.autograd.gradcheck(conv3x3, (x.requires_grad_(), weight.requires_grad_()))
-    arguments = OPERATIONS["bn_relu"].build([(3, 4, 3, 2), (1,)], torch.float64, training=training)
+    arguments = OPERATIONS["bn_act"].build([(3, 4, 3, 2), (1,)], torch.float64, training=training, activation="relu")
     inputs = [arguments[key].requires_grad_() for key in ("x", "weight", "bias")]
     statistics = arguments["running_mean"], arguments["running_var"]
 
     def normalised(x, weight, bias):
-        return bn_relu(x, weight, bias, *(t.clone() for t in statistics), training=training)
+        return bn_act(x, weight, bias, *(t.clone() for t in statistics), training=training)
 
     assert normalised(*inputs).abs()[normalised(*inputs) > 0].min() > 1e-4
     assert torch.autograd.gradcheck(normalised, inputs)
@@ -200,7 +200,7 @@ def test_compiled_whole_and_with_dynamic_shapes(device, name):
     """The same bits as eagerly, with the most options, at three sizes, the first of which is what was traced."""
     operation = OPERATIONS[name]
     variant = list(operation.variants)[-1]
-    if name in fuzz.IMAGE_OPERATIONS and device != "cpu":
+    if name in fuzz.CPU_OPERATIONS and device != "cpu":
         pytest.skip("serves CPU tensors")
     torch.compiler.reset()
     # "aot_eager" traces and functionalises as every backend does, and needs no C++ compilation of its own
@@ -223,16 +223,16 @@ def test_compiled_whole_and_with_dynamic_shapes(device, name):
 
 
 def _compiled_images_agree(name, arguments):
-    function = {"conv3x3": conv3x3, "bn_relu": bn_relu}[name]
-    grad = arguments.pop("grad")
-    inputs = [key for key in ("x", "weight", "bias") if key in arguments]
+    function = {"conv3x3": conv3x3, "bn_act": add_bn_act}[name]
+    grads = [arguments.pop(key) for key in ("grad_z", "grad") if key in arguments]
+    inputs = [key for key in ("x", "residual", "weight", "bias") if key in arguments]
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
     found = []
     for call in (function, compiled):
         own = mapped(arguments, lambda t: t.clone())
         leaves = [own[key].requires_grad_() for key in inputs]
-        y = call(**own)
-        found.append([y.detach(), *torch.autograd.grad(y, leaves, grad)])
+        outputs = call(**own)
+        found.append([*map(torch.clone, outputs), *torch.autograd.grad(outputs, leaves, grads)])
     for eager, traced in zip(*found, strict=True):
         torch.testing.assert_close(traced, eager, rtol=1e-5, atol=1e-5)
 
@@ -282,7 +282,7 @@ ON_GPU = pytest.mark.parametrize(
         (backend, name, variant)
         for backend in ("cuda", "triton")
         for name, variant in VARIANTS
-        if name not in fuzz.IMAGE_OPERATIONS and not (backend == "cuda" and name in _backend._WITHOUT_CUDA)
+        if name not in fuzz.CPU_OPERATIONS and not (backend == "cuda" and name in _backend._WITHOUT_CUDA)
     ],
 )
 

@@ -76,7 +76,7 @@ from operations import OPERATIONS, arguments_of, cases, run
 
 assert ctypes.CDLL(None).__asan_region_is_poisoned and str(_backend._LIBRARY).startswith({package!r})
 torch.set_num_threads(2)
-image_operations = torch.ops.awp_cpp.bn_relu_available()
+image_operations = torch.ops.awp_cpp.bn_act_available()
 for name, variant, sample, dtype in cases():
     if image_operations or name not in fuzz.IMAGE_OPERATIONS:
         with use_backend("cpp" if name not in fuzz.IMAGE_OPERATIONS else None):

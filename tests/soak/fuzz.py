@@ -44,12 +44,13 @@ from operations import (
 )
 from torch import Tensor
 
-from awp_kernels import bn_relu_available, conv3x3_available, use_backend
+from awp_kernels import bn_act_available, conv3x3_available, use_backend
 
 CASES = 2000
 GUARD = 64  # elements; a multiple of every alignment
 FP64 = torch.float64
-IMAGE_OPERATIONS = ("conv3x3", "bn_relu")
+IMAGE_OPERATIONS = ("conv3x3", "bn_act")
+CPU_OPERATIONS = ("conv3x3",)
 SIZES = (0, 1, 1, 2, 3, 4, 5, 7, 8, 13, 16, 31, 32, 33)
 
 
@@ -106,7 +107,7 @@ def options_for(rng: random.Random, name: str, shapes: Sequence[Shape]) -> Argum
         "pgd_init_normal_": {"std": rng.choice((0.0, 0.001, 0.3))},
         "pgd_step_": {"epsilon": rng.choice((0.0, 0.1, 1.0)), "step_size": rng.choice((0.0, 0.02, -0.3, 2.0))},
         "augment": {"pad": rng.choice((0, 1, 4, 100)), "flip": rng.random() < 0.5, "cutout": rng.choice((0, 1, 8, 99))},
-        "bn_relu": {"eps": rng.choice((1e-5, 1e-2)), "momentum": rng.choice((0.0, 0.1, 1.0))},
+        "bn_act": {"eps": rng.choice((1e-5, 1e-2)), "momentum": rng.choice((0.0, 0.1, 1.0))},
     }.get(name, {})
 
 
@@ -256,7 +257,7 @@ class Faults:
     def _tensors(self, arguments: Arguments) -> list[str]:
         scalars = ("mask", "grad_scale", "grad_norm", "weight_norms")
         # the gradient that autograd brings is torch's to check
-        autograd = ("grad",) if self.name in IMAGE_OPERATIONS else ()
+        autograd = ("grad", "grad_z") if self.name in IMAGE_OPERATIONS else ()
         return [key for key, value in arguments.items() if listed(value) and key not in (*scalars, *autograd)]
 
     def length(self, arguments: Arguments) -> Arguments | None:
@@ -270,7 +271,7 @@ class Faults:
         keys = [key for key in self._tensors(arguments) if self.name != "total_norm"]
         if self.name == "conv3x3":
             keys = ["weight"]
-        if self.name == "bn_relu":
+        if self.name == "bn_act":
             keys.remove("x")
         if not keys:
             return None
@@ -340,7 +341,7 @@ class Faults:
     def number(self, arguments: Arguments) -> Arguments | None:
         wrong = {
             "gamma": (math.nan, math.inf),
-            "eps": (math.nan, -1.0) if self.name != "bn_relu" else (),
+            "eps": (math.nan, -1.0) if self.name != "bn_act" else (),
             "eta": (-1.0, math.nan),
             "bound": (-0.5, math.inf, math.nan),
             "scope": ("tensor", ""),
@@ -389,7 +390,7 @@ class Case:
     def drawn(cls, seed: int, index: int, *, device: str = "cpu", backend: str | None = None) -> "Case":
         """Case `index` of a seed: of these two alone."""
         rng = random.Random(f"{seed}/{index}")
-        name = rng.choice([n for n in OPERATIONS if n != "augment" and (device == "cpu" or n not in IMAGE_OPERATIONS)])
+        name = rng.choice([n for n in OPERATIONS if n != "augment" and (device == "cpu" or n not in CPU_OPERATIONS)])
         # drawn apart, so that a seed's cases of the other operations stay what they were
         if random.Random(f"{seed}/{index}/augment").random() < 0.1:
             name = "augment"
@@ -399,7 +400,7 @@ class Case:
         case = cls(name, variant, dtype, device=device, backend=chosen)
         shapes = shapes_for(rng, operation)
         options = operation.variants[variant] | options_for(rng, name, shapes)
-        if name == "bn_relu" and math.prod(shapes[0]) == shapes[0][1]:
+        if name == "bn_act" and math.prod(shapes[0]) == shapes[0][1]:
             options["training"] = False
         case.arguments = operation.build(shapes, dtype, rng.randrange(2**31), **options)
         case._give_numbers(rng)
@@ -453,7 +454,7 @@ class Case:
         key = rng.choice(keys)
         for tensor in listed(self.arguments[key]):
             VALUES[self.values](rng, tensor)
-        if self.name == "bn_relu":
+        if self.name == "bn_act":
             self.arguments = clear_of_the_kink(self.arguments)
 
     def _lay_out(self, rng: random.Random) -> None:
@@ -461,7 +462,7 @@ class Case:
         model = self.operation.written[:1]
         plain, same, offset = rng.random() < 0.5, rng.random() < 0.8, rng.choice((0, 0, 1, 3))
         pool = DENSE if rng.random() < 0.7 else LAYOUTS
-        if self.name == "bn_relu":  # repeated values would be on either side of the kink
+        if self.name == "bn_act":  # repeated values would be on either side of the kink
             pool = [layout for layout in pool if layout != "expanded"]
         chosen: dict[int, str] = {}
         names = sorted(self.arguments, key=lambda name: name not in model)
@@ -525,7 +526,7 @@ class Case:
             if self.name == "conv3x3":
                 return conv3x3_available(arguments["x"], arguments["weight"])
             vectors = [arguments[name] for name in ("weight", "bias", "running_mean", "running_var")]
-            return bn_relu_available(arguments["x"], *vectors)
+            return bn_act_available(arguments["x"], *vectors)
 
     def _compare(self, results: Results, before: Arguments) -> None:
         if self.name == "restore_":
@@ -535,7 +536,7 @@ class Case:
             assert same_bits(results["returned"], defined["returned"]), "differing bits"
         # where torch serves, its own error depends on the memory layout
         image = self.name in IMAGE_OPERATIONS and self._compiled()
-        if (self.values == "as drawn" and self.name != "bn_relu") or (image and self.values not in ("nan", "inf")):
+        if (self.values == "as drawn" and self.name != "bn_act") or (image and self.values not in ("nan", "inf")):
             ratio, where = excess(self.operation, results, before)
             assert ratio <= 1, f"{where}: {ratio:.3g} times the error that is allowed"
             return
@@ -568,7 +569,7 @@ class Case:
         if self.name == "conv3x3":
             assert not (found.isfinite() & ~wanted.isfinite()).any(), f"{name}: NaN or infinity was lost"
             return
-        if self.name == "bn_relu":  # torch folds mean and bias into one number, which is NaN for more infinities
+        if self.name == "bn_act":  # torch folds mean and bias into one number, which is NaN for more infinities
             assert not (found.isnan() & ~wanted.isnan()).any(), f"{name}: NaN where the reference has none"
             found = torch.where(wanted.isnan(), wanted, found)
         assert torch.equal(found.isnan(), wanted.isnan()), f"{name}: NaN elsewhere than in the reference"
@@ -577,7 +578,7 @@ class Case:
             largest = max(largest, float(wanted[finite].abs().max()))
         # sums and products are in fp32, whatever the dtype of the result
         step = 4 * max(torch.finfo(found.dtype).eps, torch.finfo(self.dtype).eps, 2.0**-23 * (self.dtype != FP64))
-        if self.name == "bn_relu":  # gradients of parameters are sums over a channel
+        if self.name == "bn_act":  # gradients of parameters are sums over a channel
             step *= 16
         close = torch.isclose(found, wanted, rtol=step, atol=step * largest, equal_nan=True)
         assert close.all(), f"{name}: differs from the reference"

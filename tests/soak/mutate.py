@@ -44,7 +44,7 @@ MODULES = {
     "kernels/awp_kernels/sgd_step/reference.py": ["sgd_step"],
     "kernels/awp_kernels/conv/__init__.py": ["conv", "derivatives"],
     "kernels/awp_kernels/conv/_weights.py": ["conv"],
-    "kernels/awp_kernels/bn_relu/__init__.py": ["bn_relu", "derivatives"],
+    "kernels/awp_kernels/bn_act/__init__.py": ["bn_act", "derivatives"],
     "engine/awp_engine/attack/pgd.py": ["attack", "attack_arguments", "apgd", "layer_modes"],
     "engine/awp_engine/attack/apgd.py": ["apgd", "attack_arguments"],
     "engine/awp_engine/attack/attack.py": ["methods", "attack_arguments", "evaluation"],

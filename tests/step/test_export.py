@@ -15,7 +15,7 @@ from awp_engine.models import build_model
 from awp_engine.models.import_timm import import_timm
 from awp_engine.models.layers import ActivatedBatchNorm, Conv3x3
 from awp_engine.models.timm_models import TimmConvNeXt, TimmResNet
-from awp_kernels import bn_relu_available, conv3x3_available
+from awp_kernels import bn_act_available, conv3x3_available
 
 _NORMALISATION = (10, [0.5, 0.4, 0.3], [0.25, 0.2, 0.3])
 _FULL = "preact-resnet-18", "wrn-28-10", "resnet-50", "convnext-tiny", "convnext-tiny-convstem"
@@ -95,7 +95,7 @@ def test_the_models_have_layers_that_would_be_fused():
     if not conv3x3_available(torch.rand(1, 32, 8, 8), torch.rand(32, 32, 3, 3)):
         pytest.skip("needs AVX2 with FMA")
     assert any(isinstance(m, Conv3x3) and m.in_channels >= 32 for m in model.modules())
-    assert any(isinstance(m, ActivatedBatchNorm) and bn_relu_available(images, m.weight) for m in model.modules())
+    assert any(isinstance(m, ActivatedBatchNorm) and bn_act_available(images, m.weight) for m in model.modules())
 
 
 def test_files_serve_without_this_package(tmp_path):

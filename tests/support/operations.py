@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from awp_kernels import (
+    add_bn_act,
     augment,
-    bn_relu,
+    bn_act,
     conv3x3,
     perturb_,
     perturb_into_,
@@ -398,12 +399,13 @@ AUGMENTATIONS: dict[str, dict[str, Any]] = {
     "cut": {"chosen": True, "pad": 2, "flip": True, "cutout": 8},
 }
 
-# ---- conv3x3, bn_relu: with their gradients
+# ---- conv3x3, bn_act: with their gradients
 
 
-def _with_gradients(y: Tensor, inputs: dict[str, Tensor], grad: Tensor) -> Results:
-    gradients = torch.autograd.grad(y, list(inputs.values()), grad)
-    return {"y": [y.detach()]} | {f"grad_{name}": [g] for name, g in zip(inputs, gradients, strict=True)}
+def _with_gradients(outputs: dict[str, Tensor], inputs: dict[str, Tensor], grads: Sequence[Tensor]) -> Results:
+    gradients = torch.autograd.grad(list(outputs.values()), list(inputs.values()), grads)
+    found = {name: [output.detach()] for name, output in outputs.items()}
+    return found | {f"grad_{name}": [g] for name, g in zip(inputs, gradients, strict=True)}
 
 
 def _leaves(**tensors: Tensor) -> dict[str, Tensor]:
@@ -412,7 +414,7 @@ def _leaves(**tensors: Tensor) -> dict[str, Tensor]:
 
 def _convolved(x: Tensor, weight: Tensor, grad: Tensor, convolve: Callable[..., Tensor] = conv3x3) -> Results:
     inputs = _leaves(x=x, weight=weight)
-    return _with_gradients(convolve(**inputs), inputs, grad)
+    return _with_gradients({"y": convolve(**inputs)}, inputs, [grad])
 
 
 def _conv(shapes: Sequence[Shape], dtype: torch.dtype, seed: int = 0) -> Arguments:
@@ -427,39 +429,77 @@ def _conv_defined(arguments: Arguments, dtype: torch.dtype) -> Results:
     return _convolved(**tensors, convolve=lambda x, weight: functional.conv2d(x, weight, padding=1))
 
 
+def _bn_act(*, residual: Tensor | None = None, **rest: Any) -> dict[str, Tensor]:
+    if residual is None:
+        return {"y": bn_act(**rest)}
+    return dict(zip("zy", add_bn_act(residual=residual, **rest), strict=True))
+
+
+def _plain_bn_act(
+    *, x: Tensor, training: bool, activation: str, residual: Tensor | None = None, **rest: Any
+) -> dict[str, Tensor]:
+    z = x if residual is None else x + residual
+    if residual is not None and rest.get("stored"):
+        z = z + (z.to(rest["stored"]).to(z.dtype) - z).detach()
+    rest.pop("stored", None)
+    u = functional.batch_norm(z, training=training, **rest)
+    y = {"relu": functional.relu, "silu": functional.silu, "none": torch.clone}[activation](u)
+    return {"y": y} if residual is None else {"z": z, "y": y}
+
+
 def _normalised(
-    x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, normalise: Callable[..., Tensor] = bn_relu, **rest: Any
+    grad: Tensor,
+    grad_z: Tensor | None = None,
+    normalise: Callable[..., dict[str, Tensor]] = _bn_act,
+    **rest: Any,
 ) -> Results:
-    inputs = _leaves(x=x, weight=weight, bias=bias)
-    return _with_gradients(normalise(**inputs, **rest), inputs, grad)
+    inputs = _leaves(**{name: rest.pop(name) for name in ("x", "residual", "weight", "bias") if name in rest})
+    return _with_gradients(normalise(**inputs, **rest), inputs, [grad] if grad_z is None else [grad_z, grad])
 
 
-def _plain_bn_relu(*, x: Tensor, training: bool, **rest: Any) -> Tensor:
-    return functional.relu(functional.batch_norm(x, training=training, **rest))
-
-
-def _bn(shapes: Sequence[Shape], dtype: torch.dtype, seed: int = 0, **options: Any) -> Arguments:
+def _bn(
+    shapes: Sequence[Shape], dtype: torch.dtype, seed: int = 0, residual: bool = False, **options: Any
+) -> Arguments:
     shape, kind = shapes[0], dtype if dtype == torch.float64 else torch.float32
     x = (randn(shape, torch.float64, seed) * 2 + 1).to(dtype).contiguous(memory_format=torch.channels_last)
     vectors = {name: randn(shape[1:2], kind, seed + i) for i, name in enumerate(("weight", "bias", "running_mean"))}
     vectors["weight"] += 1
     vectors["running_var"] = randn(shape[1:2], kind, seed + 4).abs() + 0.5
-    return clear_of_the_kink({"x": x, **vectors, "grad": randn(shape, dtype, seed + 5)} | options)
+    arguments = {"x": x, **vectors, "grad": randn(shape, dtype, seed + 5)} | options
+    if residual:
+        images = [randn(shape, dtype, seed + i).contiguous(memory_format=torch.channels_last) for i in (6, 7)]
+        arguments |= dict(zip(("residual", "grad_z"), images, strict=True))
+    return clear_of_the_kink(arguments)
 
 
 def clear_of_the_kink(arguments: Arguments) -> Arguments:
-    """bn_relu's arguments without gradients where rounding decides whether the output is 0."""
-    wide = mapped({k: v for k, v in arguments.items() if k != "grad"}, lambda t: t.double())
-    normalised = functional.batch_norm(wide.pop("x"), **wide)
-    clear = normalised.abs() > (0.05 if arguments["x"].dtype == torch.bfloat16 else 1e-4)
+    """bn_act's arguments without gradients where rounding decides whether the output is 0."""
+    if arguments["activation"] != "relu":
+        return arguments
+    wide = mapped({k: v for k, v in arguments.items() if not k.startswith("grad")}, lambda t: t.double())
+    normalised = _plain_bn_act(**wide | {"activation": "none", "stored": arguments["x"].dtype})["y"]
+    clear = normalised.abs() > {torch.bfloat16: 0.05, torch.float16: 0.01}.get(arguments["x"].dtype, 1e-4)
     return arguments | {"grad": torch.where(clear, arguments["grad"], 0)}
 
 
 def _bn_defined(arguments: Arguments, dtype: torch.dtype) -> Results:
     vectors = torch.promote_types(dtype, torch.float32)  # parameters and statistics stay in fp32
     tensors = mapped(arguments, lambda t: t.detach().clone().to(dtype if t.ndim == 4 else vectors))
-    results = _normalised(**tensors, normalise=_plain_bn_relu)
+    # what is normalised is the sum as it is stored
+    results = _normalised(**tensors, normalise=_plain_bn_act, stored=arguments["x"].dtype)
     return results | {"running_mean": [tensors["running_mean"]], "running_var": [tensors["running_var"]]}
+
+
+NORMALISATIONS: dict[str, dict[str, Any]] = {
+    "train": {"training": True, "activation": "relu"},
+    "eval": {"training": False, "activation": "relu"},
+    "train-silu": {"training": True, "activation": "silu"},
+    "eval-none": {"training": False, "activation": "none"},
+    "train-none-residual": {"training": True, "activation": "none", "residual": True},
+    "eval-silu-residual": {"training": False, "activation": "silu", "residual": True},
+    "train-residual": {"training": True, "activation": "relu", "residual": True},
+    "eval-residual": {"training": False, "activation": "relu", "residual": True},
+}
 
 
 def _inward(arguments: Arguments) -> float:
@@ -547,14 +587,13 @@ OPERATIONS: dict[str, Operation] = {
     "conv3x3": Operation(
         call=_convolved, build=_conv, define=_conv_defined, samples=CHANNELS, dtypes=CPU, slack=lambda arguments: 1e-6
     ),
-    "bn_relu": Operation(
+    "bn_act": Operation(
         call=_normalised,
         build=_bn,
         define=_bn_defined,
         samples=CHANNELS,
         written=("running_mean", "running_var"),
-        dtypes=CPU,
-        variants={"train": {"training": True}, "eval": {"training": False}},
+        variants=NORMALISATIONS,
         slack=lambda arguments: 1e-6,
     ),
 }

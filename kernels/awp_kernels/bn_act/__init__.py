@@ -144,22 +144,25 @@ def _differentiable(
         assert mask is not None
         bits = mask.unsqueeze(-1).bitwise_and(2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)).flatten(1)
         zero = bits[:, :channels].eq(0).view(samples, height, width, channels).permute(0, 3, 1, 2)
+        # the weight itself, which may have come to ask for a gradient
+        scale = scale if weight is None else invstd * weight.view_as(scale)
         return grad.float().masked_fill(zero, 0) * scale, None, None
+    again = torch.is_grad_enabled()
     with torch.enable_grad():
+        # tensors of this pass alone, as hooks of the inputs are not to be called here
+        z, weight, bias = (t if t is None or not t.requires_grad else t.view_as(t) for t in (z, weight, bias))
         wide = z.float()
+        fixed = (wide.detach() - mean) * scale + shift
         if rule.training:  # what the batch's statistics owe to z
             mean = wide.mean((0, 2, 3), keepdim=True)
             invstd = ((wide - mean).square().mean((0, 2, 3), keepdim=True) + rule.eps).rsqrt()
         u = (wide - mean) * invstd
         u = u if weight is None else u * weight.view(1, -1, 1, 1)
         u = u if bias is None else u + bias.view(1, -1, 1, 1)
-        if rule.activation == "relu":
-            # zeros are those of the kernel; NaN goes through
-            y = u.masked_fill((wide.detach() - table[0, :channels].view_as(mean)) * scale + shift <= 0, 0)
-        else:
-            y = reference.ACTIVATIONS[rule.activation](u)
+        # zeros are those of the kernel, and NaN goes through; silu's own gradient has no forward-mode derivative
+        y = {"relu": lambda: u.masked_fill(fixed <= 0, 0), "silu": lambda: u * u.sigmoid(), "none": lambda: u}
         given = [t for t in (z, weight, bias) if t is not None and t.requires_grad]
-        found = iter(torch.autograd.grad(y, given, grad.float(), create_graph=True))
+        found = iter(torch.autograd.grad(y[rule.activation](), given, grad.float(), create_graph=again))
     return tuple(next(found) if t is not None and t.requires_grad else None for t in (z, weight, bias))
 
 

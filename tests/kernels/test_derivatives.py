@@ -70,10 +70,10 @@ def _add_and_normalise(training):
         kept = [t.to(x.dtype) for t in _STATISTICS]
         if x.dtype == torch.float64:
             z = x + residual
-            return 0.1 * z + written_out(z, weight, bias, *kept, training=training, activation=functional.silu)
+            return 0.1 * z + 0.5 * written_out(z, weight, bias, *kept, training=training, activation=functional.silu)
         kept = [] if training else kept
         z, y = add_bn_act(x, residual, weight, bias, *kept, training=training, activation="silu")
-        return 0.1 * z + y
+        return 0.1 * z + 0.5 * y
 
     return both
 
@@ -169,7 +169,7 @@ def plainly(name, *tensors):
     training, kept = name.endswith("train"), [t.to(x.dtype) for t in _STATISTICS]
     z = sum(residual, x)
     u = functional.batch_norm(z, *([None, None] if training else kept), weight, bias, training)
-    return 0.1 * z + u * u.sigmoid() if residual else functional.relu(u)
+    return 0.1 * z + 0.5 * u * u.sigmoid() if residual else functional.relu(u)
 
 
 @pytest.mark.parametrize("name", ["conv3x3", "bn_act train", "bn_act eval"])

@@ -229,11 +229,11 @@ def _plan(root: Path, policy: Literal["refuse", "skip"]) -> tuple[dict[str, list
             f"{root} is Tiny-ImageNet as unpacked, which is small enough to train from as it is; expected "
             "<part>/<class>/*: sort val into class folders to pack it"
         )
-    files, known = list_files(root)
+    files = list_files(root)
     skipped = bad_files(root, policy, remedy="pack with --bad-files skip")
     names = {file: listed_name(file) for file in files}
-    for file, bad in known.items():
-        if names[file] not in skipped:
+    for file, bad in files.items():
+        if bad and names[file] not in skipped:
             raise DataError(f"{root / names[file]} {bad.why}; {_scan_hint(root)}")
     sizes = {file: (file_state(root / file) or (0, 0))[0] for file in files}
     decoded = False
@@ -267,11 +267,7 @@ def _plan(root: Path, policy: Literal["refuse", "skip"]) -> tuple[dict[str, list
 
 
 def _require_place(root: Path, out: Path) -> None:
-    if root.resolve() in out.resolve().parents and out.resolve().relative_to(root.resolve()).parts[0] in (
-        "train",
-        "test",
-        "val",
-    ):
+    if any(out.resolve().is_relative_to(root.resolve() / part) for part in ("train", "test", "val")):
         raise DataError(f"{out} lies among the images of {root}; choose another place for the shards")
     if not out.parent.is_dir():
         raise DataError(f"{out.parent} is not a directory; expected the one to put {out.name} into")

@@ -76,7 +76,13 @@ def train_batches(
     pieces = [_pieces(own for own, _ in sizes)]
     if extra is not None:
         augmentation.require_fit(extra, "extra")
-        _check_extra(extra, split)
+        if len(extra) == 0:
+            raise ValueError("extra: no images; expected at least 1")
+        if extra.shape != split.shape or extra.device != split.device:
+            raise ValueError(
+                f"extra: images {list(extra.shape)} on {extra.device}; "
+                f"expected {list(split.shape)} on {split.device} as those of split"
+            )
         pieces.append(_pieces(more for _, more in sizes))
         count = sum(more for _, more in sizes)
         rows = extra_rows(len(extra), first=(epoch - 1) * count, count=count, seed=seed)
@@ -93,15 +99,8 @@ class Batches:
 
     Args:
         split: what is trained on; where it lies and what makes its images is its own affair.
-        augmentation: what is done to images and labels.
         global_batch_size: images of a batch, over all ranks.
-        seed: the run's.
-        rank: whose part of every batch is wanted.
-        ranks: how many there are.
-        extra: see `train_batches`, as for all that follows.
-        extra_fraction: part of every batch that is extra.
-        drop_last: leave out a last batch that is not full.
-        memory_format: of the images.
+        augmentation, seed, rank, ranks, extra, extra_fraction, drop_last, memory_format: see `train_batches`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -330,13 +329,3 @@ def _shares(batch_size: int, extra_fraction: float) -> tuple[int, int]:
 def _check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise ValueError(f"batch_size: {batch_size}; expected at least 1")
-
-
-def _check_extra(extra: Samples, split: Samples) -> None:
-    if len(extra) == 0:
-        raise ValueError("extra: no images; expected at least 1")
-    if extra.shape != split.shape or extra.device != split.device:
-        raise ValueError(
-            f"extra: images {list(extra.shape)} on {extra.device}; "
-            f"expected {list(split.shape)} on {split.device} as those of split"
-        )

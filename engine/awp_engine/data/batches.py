@@ -235,7 +235,17 @@ def _evaluated(
 def _sizes(count: int, batch_size: int, extra_fraction: float | None, drop_last: bool) -> list[tuple[int, int]]:
     """Own images and extra ones of every batch; the latter rounded half up in the last one, as in the full ones."""
     _check_batch_size(batch_size)
-    size, extra = (batch_size, 0) if extra_fraction is None else _shares(batch_size, extra_fraction)
+    size = batch_size
+    if extra_fraction is not None:
+        if not 0 < extra_fraction < 1:
+            raise ValueError(f"extra_fraction: {extra_fraction}; expected a number more than 0 and less than 1")
+        size = own_images(batch_size, extra_fraction)
+        if not 0 < size < batch_size:
+            raise ValueError(
+                f"extra_fraction: {extra_fraction} of a batch of {batch_size} leaves {size} images of the data set and "
+                f"{batch_size - size} extra ones; expected at least 1 of both"
+            )
+    extra = batch_size - size
     own_sizes = [min(size, count - start) for start in range(0, count, size)]
     return [(own, (2 * own * extra + size) // (2 * size)) for own in own_sizes if not drop_last or own == size]
 
@@ -311,19 +321,6 @@ def _made(
                 batch = Batch(images, labels, ids, size)
             # RandAugment and erasing have an order of their own
             yield batch._replace(images=batch.images.contiguous(memory_format=memory_format))
-
-
-def _shares(batch_size: int, extra_fraction: float) -> tuple[int, int]:
-    """How many images of a full batch are the split's and how many extra."""
-    if not 0 < extra_fraction < 1:
-        raise ValueError(f"extra_fraction: {extra_fraction}; expected a number more than 0 and less than 1")
-    own = own_images(batch_size, extra_fraction)
-    if not 0 < own < batch_size:
-        raise ValueError(
-            f"extra_fraction: {extra_fraction} of a batch of {batch_size} leaves {own} images of the data set and "
-            f"{batch_size - own} extra ones; expected at least 1 of both"
-        )
-    return own, batch_size - own
 
 
 def _check_batch_size(batch_size: int) -> None:

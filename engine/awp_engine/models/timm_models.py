@@ -185,9 +185,7 @@ class TimmConvNeXt(TimmClassifier):
     """ConvNeXt-T; its activation is GELU, its layer scale starts at 1e-6, and no block is dropped at random.
 
     Args:
-        num_classes: number of logits.
-        mean, std: one value a channel; images in [0, 1] become (x - mean) / std.
-        depths: blocks a stage.
+        num_classes, mean, std, depths: as those of `TimmResNet`.
         width: channels of the first stage; every further one has twice as many.
         conv_stem: begin by a `ConvStem` instead of by patches of 4x4 pixels.
 

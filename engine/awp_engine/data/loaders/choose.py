@@ -146,11 +146,8 @@ class InMemory:
 
     def __init__(self, split: Split) -> None:
         self._split = split
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
+        self.shape = split.shape
         """Channels, height, width."""
-        return self._split.shape
 
     def __len__(self) -> int:
         return len(self._split)

@@ -65,18 +65,15 @@ def open_source(name: str, root: Path, *, skip: frozenset[str] = frozenset()) ->
 
 
 def _open_folder(root: Path, skip: frozenset[str]) -> Source:
-    train, test = root / "train", _first_of(root, "test", "val")
-    return _of_files(train, list_classes(train, skip=skip), test, list_classes(test, skip=skip))
+    return _of_files(*(list_classes(part, skip=skip) for part in (root / "train", _first_of(root, "test", "val"))))
 
 
 def _open_imagenet(root: Path, skip: frozenset[str]) -> Source:
-    train, val = list_imagenet(root, skip)
-    return _of_files(root / "train", train, root / "val", val, IMAGENET_STATISTICS)
+    return _of_files(*list_imagenet(root, skip), statistics=IMAGENET_STATISTICS)
 
 
 def _open_tiny_imagenet(root: Path, skip: frozenset[str]) -> Source:
-    train, val = list_tiny_imagenet(root, skip)
-    return _of_files(root / "train", train, root / "val", val)
+    return _of_files(*list_tiny_imagenet(root, skip))
 
 
 def _open_webdataset(root: Path, skip: frozenset[str]) -> Source:
@@ -159,19 +156,17 @@ def read_classes(path: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _of_files(
-    train_part: Path, train: Listing, test_part: Path, test: Listing, statistics: Statistics | None = None
-) -> Source:
+def _of_files(train: Listing, test: Listing, *, statistics: Statistics | None = None) -> Source:
     # labels mean the same in both parts only then
     for name in test.class_names:
         if name not in train.class_names:
-            where = shown(test_part / name)
-            raise DataError(f"{where}: class {name!r} is not in {train_part}; both need the same classes")
+            where = shown(test.part / name)
+            raise DataError(f"{where}: class {name!r} is not in {train.part}; both need the same classes")
     for name in train.class_names:
         if name not in test.class_names:
-            raise DataError(f"{test_part} lacks class {name!r} of {train_part}; both need the same classes")
-    train_images, test_images = FileImages(train_part, train.names), FileImages(test_part, test.names)
-    return Source(train_images, train.labels, test_images, test.labels, train.class_names, statistics=statistics)
+            raise DataError(f"{test.part} lacks class {name!r} of {train.part}; both need the same classes")
+    images, test_images = (FileImages(listing.part, listing.names) for listing in (train, test))
+    return Source(images, train.labels, test_images, test.labels, train.class_names, statistics=statistics)
 
 
 CLASSES = "classes.json"

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -108,9 +107,7 @@ class _NewFile:
         self._file.write(data)
         self.size += len(data)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._file:
             if kind is None:
                 self._file.flush()
@@ -340,11 +337,8 @@ def _write_tar(root: Path, out: Path, decoding: bool, shard: _Shard) -> list[Pac
             header = check(content, name, suffix=Path(image.file).suffix)
             if decoding:
                 decode(content, name)
-            line = []
-            for suffix, data in (
-                ("jpg" if header.format == "JPEG" else "png", content),
-                ("cls", b"%d" % image.label),
-            ):
+            line, own_suffix = [], "jpg" if header.format == "JPEG" else "png"
+            for suffix, data in ((own_suffix, content), ("cls", b"%d" % image.label)):
                 member = tarfile.TarInfo(f"{image.place:09d}.{suffix}")
                 member.size = len(data)
                 file.write(member.tobuf(tarfile.USTAR_FORMAT))

@@ -11,16 +11,16 @@ import hmac
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from awp_engine.checkpoint import CheckpointError, content_hash, export_model, read_file, read_model
-from awp_engine.evaluation.attacks import Threat, in_ball
+from awp_engine.evaluation.attacks import Trial, in_ball
 from awp_engine.evaluation.user_key import user_key
 from awp_engine.files.atomic import atomic_write_text, remove_leftovers
 from awp_engine.files.text import one_line
@@ -66,14 +66,13 @@ class AttackState:
         return dataclasses.replace(self, **moved)
 
     @torch.no_grad()
-    def require_sound(
-        self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, attacks: tuple[str, ...], batch_size: int
-    ) -> None:
+    def require_sound(self, trial: Trial, attacks: Sequence[str]) -> None:
         """Checks all that can be known without an attack, by classifying clean and attacked images again.
 
         Raises:
             ValueError: naming what cannot be.
         """
+        x, y, *_ = trial.whole
         flags = (self.robust, self.begun)
         if (self.x_adv.shape, self.x_adv.dtype) != (x.shape, torch.float32):
             raise ValueError(f"x_adv is {self.x_adv.dtype} {list(self.x_adv.shape)}, expected {list(x.shape)}, fp32")
@@ -81,7 +80,7 @@ class AttackState:
             raise ValueError(f"robust and begun: expected {len(y)} flags each")
         if type(self.attack) is not int or not 0 <= self.attack <= len(attacks):
             raise ValueError(f"next attack {self.attack!r}, expected 0 to {len(attacks)}")
-        batches = -(-int(self.begun.sum()) // batch_size)
+        batches = -(-int(self.begun.sum()) // trial.batch_size)
         last = max(batches - 1, 0) if self.attack < len(attacks) else 0
         if type(self.batch) is not int or not 0 <= self.batch <= last:
             raise ValueError(f"next batch {self.batch!r}, expected 0 to {last}")
@@ -99,12 +98,12 @@ class AttackState:
             raise ValueError("flags do not fit each other or the counts")
         if self.batch == 0 and not torch.equal(self.robust, self.begun):
             raise ValueError("images fell before the attack began")
-        if not bool(in_ball(self.x_adv, x, threat).all()):
+        if not bool(in_ball(self.x_adv, x, trial.threat).all()):
             raise ValueError("attacked images leave the ball")
         same = (self.x_adv == x).flatten(1).all(1)
         if not bool(same[self.robust].all()):
             raise ValueError("images that withstood all attacks are changed")
-        clean = _margins(model, x, y, batch_size)
+        clean = _margins(trial, x)
         fallen = ~self.robust & ~same
         # what is wrong clean was never attacked
         attacked, undecided = self.robust | fallen, clean.abs() <= _ROUNDING
@@ -112,15 +111,16 @@ class AttackState:
             abs(self.counts["clean"] - int(attacked.sum())) > int(undecided.sum())
         ):
             raise ValueError("flags are not those of the clean images")
-        if bool((_margins(model, self.x_adv, y, batch_size)[fallen] > _ROUNDING).any()):
+        if bool((_margins(trial, self.x_adv)[fallen] > _ROUNDING).any()):
             raise ValueError("attacked images that are said to be wrong are right")
 
 
-def _margins(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> Tensor:
+def _margins(trial: Trial, images: Tensor) -> Tensor:
     """Label's logit less the largest other one, relative to the largest, [N]; -inf where logits are not finite."""
     margins = []
-    for part, own in zip(images.split(batch_size), labels.unsqueeze(1).split(batch_size), strict=True):
-        logits = model(part)
+    labels = trial.whole.labels.unsqueeze(1)
+    for part, own in zip(images.split(trial.batch_size), labels.split(trial.batch_size), strict=True):
+        logits = trial.model(part)
         margin = logits.gather(1, own).squeeze(1) - logits.scatter(1, own, -torch.inf).amax(1)
         margin = margin / logits.abs().amax(1).clamp_min(torch.finfo(logits.dtype).tiny)
         margins.append(margin.masked_fill(predicted(logits) == NO_CLASS, -torch.inf))

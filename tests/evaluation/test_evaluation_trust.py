@@ -339,7 +339,7 @@ def forged_files() -> dict[str, Callable[[Path, AttackState, Split], None]]:
         before = os.environ["XDG_STATE_HOME"]
         os.environ["XDG_STATE_HOME"] = str(path.parent / "other-user")
         try:
-            StateFile(path.parent, IDENTITY).save(state, next_attack=4, next_batch=0)
+            StateFile(path.parent, IDENTITY).save(state)
         finally:
             os.environ["XDG_STATE_HOME"] = before
 
@@ -369,7 +369,7 @@ def forged_files() -> dict[str, Callable[[Path, AttackState, Split], None]]:
     @forgery
     def honest_state_of_another_evaluation(path, state, split):
         other = StateFile(path.parent, IDENTITY | {"epsilon": "0"})
-        other.save(state, next_attack=4, next_batch=0)
+        other.save(state)
         other.path.replace(path)
 
     @forgery
@@ -507,7 +507,7 @@ def test_a_state_that_cannot_be_is_refused_though_it_is_signed(honest, tmp_path,
     x = split.images / 255
     wrong = dataclasses.replace(state, **WRONG_STATES[name](state, x))
     file, lines = StateFile(tmp_path, IDENTITY), []
-    file.save(wrong, next_attack=wrong.attack, next_batch=wrong.batch)
+    file.save(wrong)
 
     def check(saved: AttackState) -> None:
         saved.require_sound(trial(model, split), STANDARD)

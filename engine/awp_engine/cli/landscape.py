@@ -6,7 +6,6 @@ and with a JSON file of all numbers. The images are attacked anew at every point
 """
 
 import argparse
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -136,8 +135,6 @@ def measure(arguments: argparse.Namespace) -> list[Path]:
 
 def main(argv: Sequence[str] | None = None, prog: str = "landscape.py") -> None:
     """Parse, build, run, close."""
-    # before torch loads OpenMP: threads that spin while they wait run ten times slower beside any other busy process
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = parse(argv, prog)
 
     from awp_engine.checkpoint import CheckpointError

@@ -33,10 +33,6 @@ _NOTE_BYTES = 1 << 20
 _ROUNDING = 1e-3
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
 @dataclasses.dataclass(kw_only=True)
 class AttackState:
     """Where AutoAttack stands.
@@ -58,7 +54,7 @@ class AttackState:
     warnings: list[str] = dataclasses.field(default_factory=list)
     attack: int = 0
     batch: int = 0
-    started: str = dataclasses.field(default_factory=_now)
+    started: str = dataclasses.field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def to(self, device: torch.device) -> Self:
         """The same on another device."""
@@ -148,19 +144,13 @@ class StateFile:
         told = {name: metadata[name] for name in ("identity", "progress")}
         return hmac.digest(self._key, content_hash(tensors, told).encode(), "sha256").hex()
 
-    def save(self, state: AttackState, *, next_attack: int, next_batch: int) -> None:
+    def save(self, state: AttackState) -> None:
         """Replaces the file, so that a kill at any moment leaves the old state or the new one.
 
         Raises:
             CheckpointError: it could not be written.
         """
-        progress = {
-            "attack": next_attack,
-            "batch": next_batch,
-            "counts": state.counts,
-            "warnings": state.warnings,
-            "started": state.started,
-        }
+        progress = {name: getattr(state, name) for name in ("attack", "batch", "counts", "warnings", "started")}
         tensors = {name: getattr(state, name).cpu().contiguous() for name in _TENSORS}
         metadata = {"identity": json.dumps(self.identity), "progress": json.dumps(progress)}
         export_model(self.path, tensors, metadata | {"code": self._code(tensors, metadata)})
@@ -170,11 +160,6 @@ class StateFile:
             atomic_write_text(self.path.with_suffix(".json"), text + "\n")
         except OSError as error:
             raise CheckpointError(f"{error.filename}: cannot be written: {error.strerror}") from error
-
-    def sha256(self) -> str:
-        """Of the file, hexadecimal."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def load(self, say: Callable[[str], None], check: Callable[[AttackState], None]) -> AttackState | None:
         """The saved state, or None where there is none that can be believed.

@@ -240,19 +240,17 @@ def gradient_attack(trial: Trial, attack: NamedAttack, *, step_size: Fraction, r
             blind[left] |= gradients.found
             holds[left] &= trial.predict(moved) == y[left]
         done.append((x_adv, holds, blind))
-    parameters: dict[str, Any] = {}
     details: dict[str, Any] = {}
     # a run's own config.json may say any step, and it comes with the run; a few steps are weak by name
     if steps >= _MANY_STEPS and steps * step_size < epsilon:
         details["warnings"] = [
             f"{steps} steps of {step_size} cannot cross a ball of radius {epsilon}: give --step-size"
         ]
-    if attack.family != "clean":
-        parameters = {
-            "loss": "margin of logits (CW)" if attack.family == "cw" else "cross-entropy",
-            "steps": steps,
-            "step_size": str(step_size),
-            "start": start,
-            "restarts": restarts,
-        }
-    return Outcome.of_batches(done, parameters=parameters, details=details)
+    parameters = {
+        "loss": "margin of logits (CW)" if attack.family == "cw" else "cross-entropy",
+        "steps": steps,
+        "step_size": str(step_size),
+        "start": start,
+        "restarts": restarts,
+    }
+    return Outcome.of_batches(done, parameters={} if attack.family == "clean" else parameters, details=details)

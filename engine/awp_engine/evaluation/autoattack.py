@@ -13,7 +13,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from awp_engine.checkpoint import CheckpointError
 from awp_engine.evaluation.attack_state import AttackState, StateFile
 from awp_engine.evaluation.attacks import EvaluationError, Outcome, Trial
+from awp_engine.files.digest import sha256_of
 from awp_engine.models.answers import NO_CLASS, predicted
 
 # of the standard version, and what of the package runs each
@@ -229,7 +230,7 @@ def autoattack(
             following = attacks[state.attack] if state.attack < len(attacks) else "the result"
             resumed = {
                 "file": state_file.path.name,
-                "sha256": state_file.sha256(),
+                "sha256": sha256_of(state_file.path),
                 "started": state.started,
                 "from": following,
                 "batch": state.batch,
@@ -247,18 +248,16 @@ def autoattack(
         "version": "standard" if tuple(attacks) == STANDARD and budget == STANDARD_BUDGET else "custom",
         "attacks": list(attacks),
         "target_classes": package.apgd_targeted.n_target_classes,
-        "iterations": budget.iterations,
-        "queries": budget.queries,
+        **asdict(budget),
         "seed": trial.seed,
         "batch_size": trial.batch_size,
     }
-    details = {"right_after": state.counts, "warnings": state.warnings}
     return Outcome(
         x_adv=state.x_adv,
         held=state.robust,
         blind=torch.zeros_like(state.robust),
         parameters=parameters,
-        details=details,
+        details={"right_after": state.counts, "warnings": state.warnings},
         resumed=resumed,
     )
 
@@ -281,21 +280,17 @@ def _run(
         if guarded.not_finite:
             flags.messages.append(f"{name}: {guarded.not_finite} gradients of images were not finite")
         guarded.not_finite = 0
-        state.warnings = list(flags.messages)
+        state.warnings, state.attack, state.batch = list(flags.messages), next_attack, next_batch
         if state_file is not None:
             try:
-                state_file.save(state, next_attack=next_attack, next_batch=next_batch)
+                state_file.save(state)
             except CheckpointError as error:
                 trial.say(f"autoattack: goes on, but its progress could not be saved: {error}")
 
     saved = began = time.monotonic()
-    for attack, name in enumerate(attacks):
-        if attack < state.attack:
-            continue
+    for attack, name in enumerate(attacks[state.attack :], state.attack):
         batches = torch.nonzero(state.begun).squeeze(1).split(trial.batch_size) if bool(state.begun.any()) else ()
-        for batch, chosen in enumerate(batches):
-            if batch < state.batch:
-                continue
+        for batch, chosen in enumerate(batches[state.batch :], state.batch):
             guarded.x, guarded.y = x[chosen], y[chosen]
             # it seeds itself for every batch
             attacked = getattr(package, _PERTURBERS[name]).perturb(guarded.x, guarded.y)
@@ -305,7 +300,7 @@ def _run(
             if state_file is not None and batch + 1 < len(batches) and time.monotonic() - saved > _SAVE_SECONDS:
                 save(attack, batch + 1)
                 saved = time.monotonic()
-        state.begun, state.batch = state.robust.clone(), 0
+        state.begun = state.robust.clone()
         count, images = int(state.robust.sum()), len(x)
         state.counts[name] = count
         save(attack + 1, 0)

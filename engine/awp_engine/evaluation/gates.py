@@ -71,16 +71,8 @@ def _percent(count: int, images: int) -> str:
     return f"{count / images:.1%}"
 
 
-@dataclass(frozen=True)
-class _Gradients:
+def _gradients(trial: Trial) -> tuple[int, int, float]:
     """Images without any gradient, images with one that is not finite, and the share of zeros among all values."""
-
-    missing: int
-    not_finite: int
-    zeros: float
-
-
-def _gradients(trial: Trial) -> _Gradients:
     missing, not_finite, zeros = 0, 0, 0
     for x, y, *_ in eval_batches(trial.split, trial.batch_size):
         x.requires_grad_()
@@ -94,7 +86,7 @@ def _gradients(trial: Trial) -> _Gradients:
         # logits that are not finite are wrong already
         not_finite += int((~finite & (predicted(logits) != NO_CLASS)).sum())
         zeros += int(zero.sum())
-    return _Gradients(missing, not_finite, zeros / trial.split.images.numel())
+    return missing, not_finite, zeros / trial.split.images.numel()
 
 
 @torch.no_grad()
@@ -124,8 +116,8 @@ def run_gates(trial: Trial, *, queries: int = QUERIES) -> GateReport:
     slack = math.floor(_SLACK * images)
 
     def right(attack: str, radius: Fraction, step_size: Fraction, restarts: int = 1) -> torch.Tensor:
-        found = gradient_attack(trial.within(radius), parse_attack(attack), step_size=step_size, restarts=restarts)
-        return found.held
+        ball = trial.within(radius)
+        return gradient_attack(ball, parse_attack(attack), step_size=step_size, restarts=restarts).held
 
     trial.say(f"gates: accuracy against epsilon, on {images} images")
     radii = _radii(epsilon, trial.threat.norm, trial.split.images[0].numel())
@@ -145,7 +137,7 @@ def run_gates(trial: Trial, *, queries: int = QUERIES) -> GateReport:
     clean = trial.predict(trial.whole.images) == trial.whole.labels
     differing = int((clean != held_at[Fraction(0)]).sum())
     rises = [later - earlier for (_, earlier), (_, later) in itertools.pairwise(steps_curve)]
-    gradients = _gradients(trial)
+    missing, not_finite, zeros = _gradients(trial)
     varying = _differing_answers(trial)
     gates = (
         Gate(
@@ -179,10 +171,10 @@ def run_gates(trial: Trial, *, queries: int = QUERIES) -> GateReport:
         ),
         Gate(
             name="gradients are not masked",
-            measured=f"{_percent(gradients.missing, images)} of images without gradient, "
-            f"{gradients.zeros:.1%} of values zero, {gradients.not_finite} images with values that are not finite",
+            measured=f"{_percent(missing, images)} of images without gradient, "
+            f"{zeros:.1%} of values zero, {not_finite} images with values that are not finite",
             bound=f"at most {float(_SLACK):.0%} of images, half of the values; all values finite",
-            passed=gradients.missing <= slack and gradients.zeros <= 0.5 and gradients.not_finite == 0,
+            passed=missing <= slack and zeros <= 0.5 and not_finite == 0,
             failure_means="a step of the model has no gradient, or one that is not finite, or its logits saturate the "
             "loss",
         ),

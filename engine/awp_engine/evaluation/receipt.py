@@ -65,7 +65,7 @@ def make_receipt(
         data: name of the data, and hash and size of the whole test split.
         step_size: of pgd and cw.
     """
-    model, split, threat = trial.model, trial.split, trial.threat
+    model, split, threat, device = trial.model, trial.split, trial.threat, trial.split.device
     return {
         "checkpoint": dict(checkpoint),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -79,9 +79,7 @@ def make_receipt(
         "precision": _precision(model),
         "seed": trial.seed,
         "batch_size": trial.batch_size,
-        "device": torch.cuda.get_device_name(split.device)
-        if split.device.type == "cuda"
-        else f"cpu ({platform.machine()})",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "threads": torch.get_num_threads(),
         "versions": versions("pyautoattack", "safetensors"),
         "commit": source_commit(),

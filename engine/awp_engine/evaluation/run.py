@@ -301,7 +301,7 @@ def evaluate_checkpoint(
         _put(output, name, JSON, json_text(report, indent=2))
         partial.unlink(missing_ok=True)
         if publication is not None:
-            info = _leaderboard(publication, dataset.name, threat, measurement, limit, say)
+            info = _leaderboard(publication, dataset.name, trial, measurement, limit)
             _put(output, name, LEADERBOARD, json_text(info, indent=2))
         _put(output, name, PAGE, _page(subject, dataset, threat, done))
         return done
@@ -341,12 +341,7 @@ def _page(subject: Subject, dataset: Dataset, threat: Threat, done: Evaluated) -
 
 
 def _leaderboard(
-    publication: Publication,
-    dataset: str,
-    threat: Threat,
-    measurement: Measurement,
-    limit: int | None,
-    say: Callable[[str], None],
+    publication: Publication, dataset: str, trial: Trial, measurement: Measurement, limit: int | None
 ) -> dict[str, Any]:
     autoattack = next(row for row in measurement.rows if row.attack == "autoattack")
     more = {
@@ -356,11 +351,11 @@ def _leaderboard(
     }
     doubts = [*measurement.doubts(), *(reason for reason, holds in more.items() if holds)]
     if doubts:
-        say(f"{LEADERBOARD}: marked unreliable: {', '.join(doubts)}")
+        trial.say(f"{LEADERBOARD}: marked unreliable: {', '.join(doubts)}")
     return model_info(
         publication,
         dataset=dataset,
-        epsilon=threat.epsilon,
+        epsilon=trial.threat.epsilon,
         clean=measurement.clean,
         autoattack=autoattack.right,
         images=measurement.images,

@@ -1,5 +1,6 @@
 """The robust loss along one weight direction, and over the plane of two."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -70,11 +71,8 @@ def surface_2d(
         fp64 [len(first_amounts), len(second_amounts), N] on the CPU, in nats.
     """
     copy = WorkingCopy(model)
-    rows = []
-    for a in first_amounts:
-        row = []
-        for b in second_amounts:
-            copy.move_in_plane_(first, a, second, b)
-            row.append(loss(copy.model))
-        rows.append(torch.stack(row))
-    return torch.stack(rows)
+    losses = []
+    for a, b in itertools.product(first_amounts, second_amounts):
+        copy.move_in_plane_(first, a, second, b)
+        losses.append(loss(copy.model))
+    return torch.stack(losses).unflatten(0, (len(first_amounts), len(second_amounts)))

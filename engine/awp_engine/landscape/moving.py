@@ -114,11 +114,8 @@ class WorkingCopy:
         for name, tensor in direction.tensors.items():
             weight, given = self.weights[name], tensor.double()
             length = weight.double().norm().clamp_min(1e-300)
-            if direction.scope == "filter" and weight.ndim > 1:
-                dims = tuple(range(1, weight.ndim))
-                share = torch.linalg.vector_norm(weight.double(), dim=dims, keepdim=True) / length
-                norm = torch.linalg.vector_norm(given, dim=dims, keepdim=True)
-            else:
-                share, norm = weight.double().norm() / length, given.norm()
+            dims = tuple(range(1, weight.ndim)) if direction.scope == "filter" and weight.ndim > 1 else None
+            share = torch.linalg.vector_norm(weight.double(), dim=dims, keepdim=True) / length
+            norm = torch.linalg.vector_norm(given, dim=dims, keepdim=True)
             shares[name] = torch.empty_like(weight).copy_(given * (share / (norm + 1e-20)))
         return shares

@@ -45,13 +45,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
     )
     add = parser.add_argument
     add("path", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run directory, a checkpoint or a .safetensors file")
-    add(
-        "--attacks",
-        nargs="+",
-        metavar="NAME",
-        default=argparse.SUPPRESS,
-        help="see below; clean fgsm pgd20 cw if not given",
-    )
+    add("--attacks", nargs="+", metavar="NAME", help="see below; clean fgsm pgd20 cw if not given")
     add("--checkpoint", default="best", metavar="best|last|NAME|PATH", help="which weights of a run directory")
     add("--epsilon", help="radius of the ball on pixels in [0, 1], exact: 8/255")
     add("--norm", choices=("linf", "l2"), help="norm of the ball")
@@ -129,7 +123,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
     from awp_engine.distributed.signals import interrupted_code, interrupts
     from awp_engine.evaluation.attacks import EvaluationError
     from awp_engine.evaluation.robustbench import Publication
-    from awp_engine.evaluation.run import evaluate_checkpoint
+    from awp_engine.evaluation.run import DEFAULT_ATTACKS, evaluate_checkpoint
 
     if (threads := arguments.pop("threads")) is not None:
         torch.set_num_threads(threads)
@@ -139,10 +133,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
     publication = Publication(**{field.name: arguments.pop(field.name) for field in dataclasses.fields(Publication)})
     if arguments.pop("robustbench"):
         arguments["publication"] = publication
+    arguments["attacks"] = arguments["attacks"] or DEFAULT_ATTACKS
     if arguments.pop("no_gates"):
         arguments["gates_limit"] = None
     try:
-        # the other flags are called as what they set
+        # what is left has the names of its arguments
         done = interrupts()(evaluate_checkpoint)(**arguments, say=lambda line: print(line, flush=True), tell=show)
     except (ConfigError, DataError, CheckpointError, EvaluationError) as error:
         fail(str(error), prog=prog)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,15 +103,20 @@ def _prune(directory: Path, saved: str, retention: Retention) -> None:
             _remove(directory / name)
 
 
-def _write_all(temporary: Path, files: Iterable[tuple[str, Callable[[], bytes]]]) -> None:
+def _write_all(temporary: Path, tensors: Groups, state: bytes) -> None:
     listed = {}
-    for name, make in files:
-        payload = make()
+
+    def add(name: str, payload: bytes) -> None:
         listed[name] = {"bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
         try:
             write_file(temporary / name, payload)
         except OSError as error:
             raise CheckpointError(describe(error, temporary / name, len(payload))) from error
+
+    # One group at a time is held in memory as bytes.
+    for group, members in tensors.items():
+        add(f"{group}.safetensors", safetensors.torch.save(packable(members)))
+    add(STATE, state)
     write_file(temporary / MANIFEST, canonical({"format": FORMAT, "files": listed}))
     sync_directory(temporary)
 
@@ -124,12 +129,6 @@ def _size(tensors: Groups, state: bytes) -> int:
 
 def write(directory: Path, name: str, tensors: Groups, state: bytes, retention: Retention) -> Path:
     """`save`, once its arguments were checked."""
-
-    def pack(group: str) -> Callable[[], bytes]:
-        return lambda: safetensors.torch.save(packable(tensors[group]))
-
-    # One group at a time is held in memory as bytes.
-    files = [(f"{group}.safetensors", pack(group)) for group in tensors] + [(STATE, lambda: state)]
     size = _size(tensors, state)
     target = directory / name
     temporary = temporary_beside(target)
@@ -138,7 +137,7 @@ def write(directory: Path, name: str, tensors: Groups, state: bytes, retention: 
         remove_leftovers(directory)
         require_space(directory, size)
         temporary.mkdir()
-        _write_all(temporary, files)
+        _write_all(temporary, tensors, state)
         repeat = 0
         while os.path.lexists(target):
             repeat += 1

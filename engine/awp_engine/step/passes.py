@@ -54,15 +54,7 @@ def _reducer(model: nn.Module) -> DistributedDataParallel:
 class Passes:
     """Forward and backward passes of one model in training.
 
-    Args:
-        models: what the parts of a step run on.
-        objective: what is climbed and minimised.
-        ranks: that train together, on equal models; gradients are averaged over them, the attack is each one's own.
-        reduced: the models whose gradients are averaged over the ranks.
-        sync_batch_norm: running statistics are those of the whole batch already.
-        compile: by torch.compile; batches of another size run uncompiled.
-        micro_batch_size: most images that are computed at once, or None.
-        largest_batch: images of a full batch, over all ranks, which alone is compiled; None: that is the first.
+    The arguments are those of `AwpStep`, and `reduced`: the models whose gradients are averaged over the ranks.
 
     Attributes:
         loss_scale: of ascent and descent where one of them is in fp16, else None.
@@ -95,20 +87,17 @@ class Passes:
         self._warm = not self._reducers
 
     def begin(self, x: Tensor) -> None:
-        """Begin a step on images like `x`: without gradients of the one before."""
-        if not self._warm:
-            self._warm_up_ddp(x)
-        self.clear_gradients()
+        """Begin a step on images like `x`: without gradients of the one before.
 
-    def _warm_up_ddp(self, x: Tensor) -> None:
-        """Make the pass after which torch orders its buckets anew, and with them the order of sums.
-
-        Were it a step's own, a run that goes on would sum its first step in another order than one that never stopped.
+        The first one makes the pass after which torch orders DDP's buckets anew, and with them the order of sums. Were
+        it a step's own, a run that goes on would sum its first step in another order than one that never stopped.
         """
-        for reducer in self._reducers.values():
-            with batch_norm_mode(reducer.module, "eval", update_statistics=False):
-                reducer(x[:1]).sum().backward()
-        self._warm = True
+        if not self._warm:
+            for reducer in self._reducers.values():
+                with batch_norm_mode(reducer.module, "eval", update_statistics=False):
+                    reducer(x[:1]).sum().backward()
+            self._warm = True
+        self.clear_gradients()
 
     def clear_gradients(self) -> None:
         """Drop the gradients of all models."""

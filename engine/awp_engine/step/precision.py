@@ -129,18 +129,10 @@ class WorkingModels:
         return self.all[0] if self.all else None
 
     @torch.no_grad()
-    def refresh_(self) -> None:
-        """Bring all working copies up to date with the masters."""
-        self._refresh(self.all)
-
-    @torch.no_grad()
-    def refresh_rest_(self) -> None:
-        """Bring those up to date that an update does not write: see `updated`."""
-        self._refresh(self.all[1:])
-
-    def _refresh(self, copies: list[nn.Module]) -> None:
+    def refresh_(self, *, updated: bool = False) -> None:
+        """Bring the working copies up to date with the masters: after an update those that it did not write."""
         masters: list[Tensor] = list(self.model.parameters())
-        for copied in copies:
+        for copied in self.all[1:] if updated else self.all:
             targets: list[Tensor] = list(copied.parameters())
             torch._foreach_copy_(targets, masters)  # pyright: ignore[reportPrivateImportUsage]
 

@@ -305,17 +305,8 @@ class Setup:
             self.average = WeightAverage(self.model, config.average, config.epochs, twin=self._twin())
             self.average.follow(self.optimizer)
             self.awp_step.update.average = self.average
-        cheap_epochs = config.epochs if attack.fast_epochs is None else attack.fast_epochs
         self.schedule = Schedule(
-            epochs=config.epochs,
-            steps=len(self.batches),
-            seed=config.seed,
-            optimizer=config.optimizer,
-            awp=config.awp,
-            attack=training_attack(attack),
-            cheap=cheap_attack(attack),
-            cheap_epochs=0 if attack.fast == "none" else cheap_epochs,
-            free=attack.fast == "free",
+            config=config, steps=len(self.batches), attack=training_attack(attack), cheap=cheap_attack(attack)
         )
 
     def _twin(self) -> nn.Module | None:

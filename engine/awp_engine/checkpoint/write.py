@@ -121,15 +121,11 @@ def _write_all(temporary: Path, tensors: Groups, state: bytes) -> None:
     sync_directory(temporary)
 
 
-def _size(tensors: Groups, state: bytes) -> int:
-    """Bytes on disk, rounded up: headers and the manifest take a few hundred bytes a tensor and a file."""
-    data = sum(t.numel() * t.element_size() + 256 for group in tensors.values() for t in group.values())
-    return data + len(state) + 4096 * (len(tensors) + 2)
-
-
 def write(directory: Path, name: str, tensors: Groups, state: bytes, retention: Retention) -> Path:
     """`save`, once its arguments were checked."""
-    size = _size(tensors, state)
+    # rounded up: headers and the manifest take a few hundred bytes a tensor and a file
+    size = sum(t.numel() * t.element_size() + 256 for group in tensors.values() for t in group.values())
+    size += len(state) + 4096 * (len(tensors) + 2)
     target = directory / name
     temporary = temporary_beside(target)
     try:

@@ -1,7 +1,5 @@
 """A whole training step in one CUDA graph."""
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
@@ -78,7 +76,7 @@ class GraphedStep:
         graph, result = self._graphs[kind]
         graph.replay()
         # the next replay writes over the graph's own
-        return StepResult(*(getattr(result, field.name).clone() for field in dataclasses.fields(result)))
+        return StepResult(*(tensor.clone() for tensor in result))
 
     def _take(self, inputs: tuple[Tensor, ...], phase: Phase) -> StepResult:
         images, labels, ids, start = inputs

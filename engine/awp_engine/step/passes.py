@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from awp_engine.attack import Attack, Loss
+from awp_engine.attack.common import HALF_SCALE
 from awp_engine.distributed.batch import Batch
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.share import rank_share
@@ -19,9 +20,6 @@ from awp_engine.step.objectives import Objective
 from awp_engine.step.precision import LossScale, WorkingModels
 from awp_kernels import conv3x3_forget
 from awp_kernels._block import Block
-
-# lifts the attack's 16-bit gradients out of underflow; the step ignores the scale
-_ATTACK_LOSS_SCALE = 1024.0
 
 
 class RankShare(NamedTuple):
@@ -140,8 +138,8 @@ class Passes:
         self, attack: Attack, model: nn.Module, batch: Batch, start: Tensor | None = None, **given: Any
     ) -> Tensor:
         """The attacked images of a batch: climbs the objective's loss on `model`; `given` are arguments of `attack`."""
-        half = self.models.precision.attack == torch.float16
-        scale = _ATTACK_LOSS_SCALE if half else 1.0
+        # the step ignores it
+        scale = HALF_SCALE if self.models.precision.attack == torch.float16 else 1.0
         loss: Loss | None = None
         if attack.kind == "apgd" and type(self.objective).attack_loss is not Objective.attack_loss:
             name = type(self.objective).__name__

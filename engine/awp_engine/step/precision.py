@@ -6,7 +6,7 @@ weights are stored in 16 bits, its other parameters as they are; the running sta
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,11 +107,9 @@ class WorkingModels:
         self.attack = of_attack if shared_ascent else frozen_view(of_attack)
         self._folded = FoldedView(self.attack, model) if fold and not shared_ascent else None
 
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> contextlib.AbstractContextManager[None]:
         """A block of several passes between which no parameter changes: shards stay gathered."""
-        with gathered(self.model) if self.sharded else contextlib.nullcontext():
-            yield
+        return gathered(self.model) if self.sharded else contextlib.nullcontext()
 
     def prepare_attack_(self) -> None:
         """Compute once a step what all passes of the attack use."""

@@ -99,8 +99,8 @@ class Attack:
                 )
             attack = partial(apgd, loss_scale=loss_scale)
         else:
-            climbed = loss or summed_cross_entropy
-            climbed = climbed if loss_scale == 1 else _scaled(climbed, loss_scale)
+            plain = loss or summed_cross_entropy
+            climbed = plain if loss_scale == 1 else lambda logits, labels: loss_scale * plain(logits, labels)
             assert self.step_size is not None
             attack = partial(
                 pgd, step_size=self.step_size, start_epsilon=self.start_epsilon, loss=climbed, shared=shared
@@ -119,10 +119,6 @@ class Attack:
             nonfinite="ignore",
             observe=observe,
         )
-
-
-def _scaled(loss: Loss, scale: float) -> Loss:
-    return lambda logits, labels: scale * loss(logits, labels)
 
 
 def fast_attack(

@@ -1,4 +1,4 @@
-"""Reading checkpoints, by the manifest alone."""
+"""Reading checkpoints, by the manifest alone; what cannot be read or is damaged is refused by a `CheckpointError`."""
 
 from __future__ import annotations
 
@@ -111,11 +111,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def latest_name(directory: Path) -> str:
-    """What `latest` says.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
+    """What `latest` says."""
     return read_file(directory / LATEST, limit=1000).decode(errors="replace").removesuffix("\n")
 
 

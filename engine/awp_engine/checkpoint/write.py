@@ -60,11 +60,7 @@ class Retention:
 
 
 def state_bytes(name: str, tensors: Groups, state: Mapping[str, Any], retention: Retention) -> bytes:
-    """`state` as JSON, after a look at every argument of `save`.
-
-    Raises:
-        ValueError: naming the argument.
-    """
+    """`state` as JSON, after a look at every argument of `save`: a `ValueError` names what cannot be used."""
     if not NAME.fullmatch(name) or name == LATEST:
         raise ValueError(f"name: expected letters, digits, '.', '_' and '-', and not {LATEST!r}, got {name!r}")
     for group, members in tensors.items():
@@ -140,11 +136,10 @@ def write(directory: Path, name: str, tensors: Groups, state: bytes, retention: 
             target = directory / f"{name}.{repeat}"
         temporary.rename(target)
         sync_directory(directory)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(describe(error, target, size)) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(describe(error, target, size)) from error
         raise
     try:
         verify(target)

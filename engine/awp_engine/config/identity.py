@@ -139,12 +139,9 @@ def load_settings(path: Path) -> dict[str, Any]:
 def _trajectory(config: Config) -> dict[str, Any]:
     """Dotted key -> value for all that determines the run's weights and its choice of epoch."""
     values = to_flat(config)
-    for key in ("attack.epsilon", "attack.step_size"):
-        values[key] = str(parse_amount(values[key]))
-    given = values["evaluation.step_size"]
-    values["evaluation.step_size"] = str(
-        parse_amount(config.attack.epsilon) / 4 if given is None else parse_amount(given)
-    )
+    quarter = parse_amount(config.attack.epsilon) / 4  # the evaluation's step where none is given
+    for key in ("attack.epsilon", "attack.step_size", "evaluation.step_size"):
+        values[key] = str(quarter if values[key] is None else parse_amount(values[key]))
     # what runs from before it was removed had, all that can go on
     values["awp.public_code"] = False
     return {key: value for key, value in values.items() if key not in _FREE_ON_RESUME}

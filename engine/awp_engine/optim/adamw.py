@@ -38,7 +38,6 @@ class AdamW(WorkingGradients, Optimizer):
             weights, rounded.
 
     Attributes:
-        working: by parameter, its working copy, as given.
         averages: by parameter, a tensor that follows it.
         average_weight: what a step counts in the averages, in [0, 1], a number or a one-element tensor.
         weight_norms: empty; `awp_kernels.SGD` finds its weights' norms in passing, this step does not.

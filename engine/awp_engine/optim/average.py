@@ -34,7 +34,7 @@ class WeightAverage:
         self.config, self.epochs = config, epochs
         self.model = (copy.deepcopy(model) if twin is None else twin).eval().requires_grad_(False)
         self.count = 0
-        self._live = list(model.parameters())
+        self._live: list[Tensor] = list(model.parameters())
         # on the device, where a captured step reads it
         self._weight = torch.ones((), dtype=torch.float64, device=self._live[0].device)
 
@@ -63,11 +63,10 @@ class WeightAverage:
         if self.config.kind != "swa" or epoch <= self.config.start * self.epochs:
             return
         averages: list[Tensor] = list(self.model.parameters())
-        live: list[Tensor] = list(self._live)
         if self.count == 0:
-            torch._foreach_copy_(averages, live)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_copy_(averages, self._live)  # pyright: ignore[reportPrivateImportUsage]
         else:
-            torch._foreach_lerp_(averages, live, 1 / (self.count + 1))  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_lerp_(averages, self._live, 1 / (self.count + 1))  # pyright: ignore[reportPrivateImportUsage]
         self.count += 1
 
     def state(self) -> dict[str, Tensor]:

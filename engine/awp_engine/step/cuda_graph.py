@@ -95,7 +95,6 @@ class GraphedStep:
         self.step.passes.clear_gradients()
         graph = torch.cuda.CUDAGraph()
         # threads that load and pin batches meanwhile are not in it, and may allocate
-        mode = "thread_local"
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             result = self._take(inputs, phase)
         return graph, result

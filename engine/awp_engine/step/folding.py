@@ -16,9 +16,6 @@ class FoldedView:
     Args:
         view: from `frozen_view`: its blocks' `conv1` get weights of their own and a bias, `bn2` becomes its activation.
         model: the masters, of the same structure; read at every `refresh_`.
-
-    Attributes:
-        blocks: how many were folded.
     """
 
     def __init__(self, view: nn.Module, model: nn.Module) -> None:
@@ -31,7 +28,6 @@ class FoldedView:
                 block.conv1.weight, block.conv1.bias = folded, nn.Parameter(bias, requires_grad=False)
                 self._pairs.append((block.conv1, source.conv1, source.bn2))
                 block.add_module("bn2", block.bn2.activation)
-        self.blocks = len(self._pairs)
         self.refresh_()
 
     @torch.no_grad()

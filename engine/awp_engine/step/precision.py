@@ -72,11 +72,9 @@ class WorkingModels:
         sharded: the model's parameters are: it serves all parts itself, in the precision in which they are gathered.
 
     Attributes:
-        model: as given.
         attack: asks for no gradient of its parameters, but where `shared_ascent`.
         ascent, descent: the model itself, or a working copy.
         statistics: all running statistics, see `share_memory`.
-        sharded: as given.
         all: the working copies.
     """
 

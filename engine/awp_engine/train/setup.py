@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from awp_engine.attack import Attack, fast_attack
 from awp_engine.attack.checks import ball
-from awp_engine.config import AttackConfig, AwpConfig, Config, ConfigError, config_hash
+from awp_engine.config import AttackConfig, Config, ConfigError, config_hash
 from awp_engine.data import Augmentation, Batches, data_loading, load_data, load_extra, place_extra
 from awp_engine.device import choose_convolutions, choose_device, fast_memory_format
 from awp_engine.distributed.ranks import Ranks
@@ -124,11 +124,16 @@ def build_step(
         fold=device.type == "cuda" and config.attack.bn_mode == "eval",
         sharded=config.distributed.strategy == "fsdp",
     )
+    perturbation = None
+    if awp.enabled and awp.scale == "relative":
+        perturbation = AdversarialWeightPerturbation(model, awp.gamma, scope=awp.scope, working=models.working)
+    elif awp.enabled:
+        perturbation = (sam if awp.scale == "absolute" else asam)(model, awp.gamma, scope=awp.scope)
     return AwpStep(
         models=models,
         optimizer=build_optimizer(model, config.optimizer, working=models.updated),
         objective=build_objective(config.method, beta=config.beta, label_smoothing=config.label_smoothing),
-        awp=_weight_perturbation(awp, model, models.working),
+        awp=perturbation,
         ascent=Ascent(kind=awp.ascent, steps=awp.ascent_steps, c_min=awp.c_min, sync=config.distributed.ascent_sync),
         clip_norm=config.optimizer.clip_norm,
         ranks=ranks,
@@ -149,17 +154,6 @@ def require_ranks(config: Config, ranks: Ranks) -> None:
         raise ConfigError("--distributed.strategy: expected ddp for one rank, got 'fsdp'; torchrun starts several")
     if config.cuda_graphs and ranks.world > 1:
         raise ConfigError("--cuda-graphs: serves one rank; leave it out when torchrun starts several")
-
-
-def _weight_perturbation(
-    awp: AwpConfig, model: nn.Module, working: nn.Module | None
-) -> AdversarialWeightPerturbation | None:
-    if not awp.enabled:
-        return None
-    if awp.scale == "relative":
-        return AdversarialWeightPerturbation(model, awp.gamma, scope=awp.scope, working=working)
-    sharpness_aware = sam if awp.scale == "absolute" else asam
-    return sharpness_aware(model, awp.gamma, scope=awp.scope)
 
 
 def distribute_(config: Config, model: nn.Module, ranks: Ranks, precision: Precision) -> None:
@@ -296,20 +290,17 @@ class Setup:
             )
         self.average = None
         if config.average.kind != "none":
-            self.average = WeightAverage(self.model, config.average, config.epochs, twin=self._twin())
+            twin = None
+            if self.sharded:
+                # shards cannot be copied
+                twin = self.description.build().to(self.device)
+                distribute_(config, twin, self.ranks, self.precision)
+            self.average = WeightAverage(self.model, config.average, config.epochs, twin=twin)
             self.average.follow(self.optimizer)
             self.awp_step.update.average = self.average
         self.schedule = Schedule(
             config=config, steps=len(self.batches), attack=training_attack(attack), cheap=cheap_attack(attack)
         )
-
-    def _twin(self) -> nn.Module | None:
-        """A second model of shards; they cannot be copied."""
-        if not self.sharded:
-            return None
-        twin = self.description.build().to(self.device)
-        distribute_(self.config, twin, self.ranks, self.precision)
-        return twin
 
     def whole(self, model: nn.Module) -> dict[str, Tensor]:
         """Copies of a model's tensors on the CPU, without shards, on every rank; all ranks have to call it."""

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -70,9 +71,7 @@ class RunState:
         self._setup, self._ranks, self._average = setup, setup.ranks, average
         loss_scale = setup.awp_step.passes.loss_scale
         model = TensorState(setup.model.state_dict)
-        optimizer = TensorState(
-            lambda: optimizer_tensors(*held), lambda state: allocate_optimizer_tensors(*held, state)
-        )
+        optimizer = TensorState(partial(optimizer_tensors, *held), partial(allocate_optimizer_tensors, *held))
         averaged: list[Stateful] = []
         if average is not None:
             # nothing before it has begun

@@ -45,10 +45,8 @@ class DelayedReadback:
 
     def __init__(self, device: torch.device, count: int) -> None:
         self._on_gpu = device.type == "cuda"
-        self._last = self._before = (
-            torch.zeros(count, dtype=torch.float64),
-            torch.cuda.Event() if self._on_gpu else None,
-        )
+        self._last: tuple[Tensor, torch.cuda.Event | None] = torch.zeros(count, dtype=torch.float64), None
+        self._before = self._last
 
     def push(self, numbers: Tensor) -> None:
         """Numbers of this step, fp64 [count]."""

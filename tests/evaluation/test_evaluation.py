@@ -23,7 +23,7 @@ from torch import nn
 from awp_engine import checkpoint
 from awp_engine.data import eval_batches
 from awp_engine.evaluation import spread
-from awp_engine.evaluation.attacks import EvaluationError, Threat, measuring, parse_attack
+from awp_engine.evaluation.attacks import EvaluationError, Threat, Trial, measuring, parse_attack
 from awp_engine.evaluation.autoattack import Budget
 from awp_engine.evaluation.gates import run_gates
 from awp_engine.evaluation.receipt import percent, split_hash
@@ -278,7 +278,8 @@ class Cold(nn.Module):
 
 def gates_of(model: nn.Module, threat: Threat = THREAT, images: int = 60) -> dict[str, bool]:
     with measuring(model):
-        report = run_gates(model, spread(digits().test, images), threat, seed=1, batch_size=60, queries=150)
+        trial = Trial(model=model, split=spread(digits().test, images), threat=threat, seed=1, batch_size=60)
+        report = run_gates(trial, queries=150)
     return {gate.name: gate.passed for gate in report.gates}
 
 
@@ -319,9 +320,8 @@ def test_a_random_model_is_flagged():
 
 def test_measure_takes_any_module_and_leaves_it_as_it_was():
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).train()
-    split = spread(digits().test, 40)
-    settings = {"step_size": Fraction(1, 20), "seed": 1, "batch_size": 16}
-    result = measure(net, split, [parse_attack("pgd3")], THREAT, gates_limit=20, **settings)
+    trial = Trial(model=net, split=spread(digits().test, 40), threat=THREAT, seed=1, batch_size=16)
+    result = measure(trial, [parse_attack("pgd3")], step_size=Fraction(1, 20), gates_limit=20)
     assert net.training
     assert all(p.requires_grad for p in net.parameters())
     assert result.gates is not None

@@ -26,7 +26,15 @@ from awp_engine.attack import Attack, pgd
 from awp_engine.data import Split, eval_batches
 from awp_engine.evaluation import evaluate, evaluation_seed, spread
 from awp_engine.evaluation.attack_state import StateFile
-from awp_engine.evaluation.attacks import EvaluationError, Threat, gradient_attack, measuring, parse_attack, predict
+from awp_engine.evaluation.attacks import (
+    EvaluationError,
+    Threat,
+    Trial,
+    gradient_attack,
+    measuring,
+    parse_attack,
+    predict,
+)
 from awp_engine.evaluation.autoattack import Budget, autoattack
 from awp_engine.evaluation.regional import perturbation_norms, region_mask, regional_attack
 from awp_engine.models import load_public_state_dict
@@ -34,6 +42,10 @@ from awp_engine.models import load_public_state_dict
 THREAT = Threat(epsilon=Fraction(1, 5), norm="linf")
 SHORT = Budget(iterations=6, queries=30)
 SEED, BATCH = 5, 25
+
+
+def trial(model: nn.Module, split: Split, threat: Threat = THREAT, **changes) -> Trial:
+    return Trial(**({"model": model, "split": split, "threat": threat, "seed": SEED, "batch_size": BATCH} | changes))
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +93,7 @@ def test_autoattack_equals_the_package_to_the_bit(model, norm, epsilon):
     sys.settrace(tracer)  # the package removes it, and coverage with it
     threat = Threat(epsilon=Fraction(epsilon), norm=norm)
     before, lines = torch.get_rng_state(), []
-    outcome = autoattack(model, split, threat, seed=SEED, batch_size=BATCH, budget=SHORT, say=lines.append)
+    outcome = autoattack(trial(model, split, threat, say=lines.append), budget=SHORT)
     assert torch.equal(torch.get_rng_state(), before)
     assert sys.gettrace() is tracer
     assert torch.equal(outcome.x_adv, x_adv)
@@ -98,16 +110,8 @@ def autoattack_until_killed(directory: Path, weights: Path) -> None:
     load_public_state_dict(net, load_file(weights))
     with measuring(net):
         state_file = StateFile(directory, {"checkpoint": "robust"})
-        autoattack(
-            net,
-            spread(digits().test, 60),
-            THREAT,
-            seed=SEED,
-            batch_size=BATCH,
-            budget=SHORT,
-            state_file=state_file,
-            say=lambda _: time.sleep(1),
-        )
+        slow = trial(net, spread(digits().test, 60), say=lambda _: time.sleep(1))
+        autoattack(slow, budget=SHORT, state_file=state_file)
 
 
 def test_a_killed_autoattack_goes_on_to_the_same_result(model, tmp_path):
@@ -127,33 +131,32 @@ def test_a_killed_autoattack_goes_on_to_the_same_result(model, tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait(timeout=60) == -signal.SIGKILL
     split, lines = spread(digits().test, 60), []
-    resumed = autoattack(
-        model, split, THREAT, seed=SEED, batch_size=BATCH, budget=SHORT, state_file=state_file, say=lines.append
-    )
+    resumed = autoattack(trial(model, split, say=lines.append), budget=SHORT, state_file=state_file)
     assert "going on with" in lines[0]
     assert len(lines) == 1 + 4 - attacks_done
-    whole = autoattack(model, split, THREAT, seed=SEED, batch_size=BATCH, budget=SHORT)
+    whole = autoattack(trial(model, split), budget=SHORT)
     assert torch.equal(resumed.x_adv, whole.x_adv)
     assert torch.equal(resumed.held, whole.held)
     assert resumed.details == whole.details
     # and once more from the finished state, without an attack
-    again = autoattack(model, split, THREAT, seed=SEED, batch_size=BATCH, budget=SHORT, state_file=state_file)
+    again = autoattack(trial(model, split), budget=SHORT, state_file=state_file)
     assert torch.equal(again.x_adv, whole.x_adv)
 
 
 def test_the_state_of_another_evaluation_is_left_alone_and_a_damaged_one_replaced(model, tmp_path):
-    split, lines = spread(digits().test, 10), []
-    arguments = {"seed": SEED, "batch_size": BATCH, "attacks": ("square",), "budget": SHORT, "say": lines.append}
+    lines = []
+    attacked = trial(model, spread(digits().test, 10), say=lines.append)
+    arguments = {"attacks": ("square",), "budget": SHORT}
     first = StateFile(tmp_path, {"checkpoint": "a", "epsilon": "1/5"})
-    result = autoattack(model, split, THREAT, state_file=first, **arguments)
+    result = autoattack(attacked, state_file=first, **arguments)
     kept = first.path.read_bytes()
     other = StateFile(tmp_path, {"checkpoint": "a", "epsilon": "1/10"})
-    autoattack(model, split, THREAT, state_file=other, **arguments)
+    autoattack(attacked, state_file=other, **arguments)
     assert any("is left alone: other epsilon" in line for line in lines)
     assert first.path.read_bytes() == kept
     lines.clear()
     first.path.write_bytes(kept[:-9] + b"123456789")
-    repaired = autoattack(model, split, THREAT, state_file=first, **arguments)
+    repaired = autoattack(attacked, state_file=first, **arguments)
     assert "starting anew" in lines[0]
     assert "SHA-256 differs" in lines[0]
     assert first.path.with_suffix(".refused").read_bytes() == kept[:-9] + b"123456789"
@@ -174,22 +177,22 @@ class FewClasses(nn.Module):
 def test_autoattack_with_few_classes(model):
     members = torch.nonzero(digits().test.labels < 3).squeeze(1)[::10]
     split = digits().test.select(members)
-    six = autoattack(FewClasses(model, 6), split, THREAT, seed=SEED, batch_size=BATCH, budget=SHORT)
+    six = autoattack(trial(FewClasses(model, 6), split), budget=SHORT)
     assert six.parameters["target_classes"] == 5
     with pytest.raises(EvaluationError, match="at least 4 classes"):
-        autoattack(FewClasses(model, 3), split, THREAT, seed=SEED, batch_size=BATCH)
+        autoattack(trial(FewClasses(model, 3), split))
 
 
 def test_a_suspicious_model_is_noted(model):
     split = spread(digits().test, 10)
     probabilities = nn.Sequential(model, nn.Softmax(1))
-    outcome = autoattack(probabilities, split, THREAT, seed=SEED, batch_size=BATCH, attacks=("square",), budget=SHORT)
+    outcome = autoattack(trial(probabilities, split), attacks=("square",), budget=SHORT)
     assert any("probability distribution" in warning for warning in outcome.details["warnings"])
 
 
 def run(model, name, split=None, threat=THREAT, **changes):
-    arguments = {"step_size": Fraction(1, 20), "restarts": 1, "seed": evaluation_seed(0), "batch_size": 100} | changes
-    return gradient_attack(model, split or digits().test, parse_attack(name), threat, **arguments)
+    attacked = trial(model, split or digits().test, threat, seed=evaluation_seed(0), batch_size=100)
+    return gradient_attack(attacked, parse_attack(name), **({"step_size": Fraction(1, 20), "restarts": 1} | changes))
 
 
 def test_pgd_is_what_the_run_itself_measured(model):
@@ -314,7 +317,7 @@ def test_regional_attack_is_its_formula(name):
     labels[3] = (labels[3] + 1) % 10  # one that is wrong from the start
     split = Split(images=images, labels=labels, ids=digits().test.ids[:20])
     attack, step = parse_attack(name), Fraction(1, 50)
-    outcome = regional_attack(linear, split, attack, seed=9, batch_size=8, step_size=step, steps=40)
+    outcome = regional_attack(trial(linear, split, seed=9, batch_size=8), attack, step_size=step, steps=40)
     x, y, ids, _ = next(eval_batches(split, 20))
     masks = region_mask(attack.shape, attack.percent, 8, 8, sample_ids=ids, seed=9)
     norms = []

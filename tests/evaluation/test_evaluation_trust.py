@@ -26,7 +26,7 @@ from awp_engine.checkpoint import export_model, read_model
 from awp_engine.data import Split
 from awp_engine.evaluation import evaluate
 from awp_engine.evaluation.attack_state import AttackState, StateFile
-from awp_engine.evaluation.attacks import EvaluationError, Threat, in_ball, measuring, parse_attack
+from awp_engine.evaluation.attacks import EvaluationError, Threat, Trial, in_ball, measuring, parse_attack
 from awp_engine.evaluation.autoattack import STANDARD, Budget, autoattack
 from awp_engine.evaluation.gates import run_gates
 from awp_engine.evaluation.page import render_page
@@ -37,9 +37,12 @@ from awp_engine.models.answers import NO_CLASS, predicted
 THREAT = Threat(epsilon=Fraction(1, 20), norm="linf")
 ATTACKS = ("clean", "fgsm", "pgd3", "cw3", "square", "autoattack", "regional-pixels-45")
 SHORT = Budget(iterations=3, queries=10)
-ARGUMENTS = {"seed": 1, "batch_size": 10}
-MEASURE = ARGUMENTS | {"step_size": Fraction(1, 50)}
+STEP = Fraction(1, 50)
 NAN, INF = math.nan, math.inf
+
+
+def trial(model: nn.Module, split: Split, threat: Threat = THREAT, **changes) -> Trial:
+    return Trial(model=model, split=split, threat=threat, seed=1, batch_size=10, **changes)
 
 
 def linear() -> nn.Module:
@@ -97,16 +100,8 @@ def test_a_model_without_an_answer_gets_no_credit_clean(fill, other):
     silent = bright(x)
     right = int(((model.inner(x).argmax(1) == split.labels) & ~silent).sum())
     assert 5 < right < 18
-    done = measure(
-        model,
-        split,
-        [parse_attack(a) for a in ATTACKS],
-        THREAT,
-        gates_limit=None,
-        budget=SHORT,
-        second=model,
-        **MEASURE,
-    )
+    attacks = [parse_attack(a) for a in ATTACKS]
+    done = measure(trial(model, split), attacks, step_size=STEP, gates_limit=None, budget=SHORT, second=model)
     rows = {row.attack: row for row in done.rows}
     assert done.clean == rows["clean"].right == rows["autoattack"].details["right_after"]["clean"] == right
     assert done.not_finite == rows["clean"].not_finite == int(silent.sum())
@@ -130,11 +125,11 @@ def test_a_model_without_an_answer_gets_no_credit_attacked(fill, norm):
     """The package would keep every such image: its argmax is the label."""
     model = Silent(fill, 0.0, moved)
     split = labelled(model.inner)
-    threat, step_size = THREAT, Fraction(1, 50)
+    threat, step_size = THREAT, STEP
     if norm == "l2":
         threat, step_size = Threat(epsilon=Fraction(1, 5), norm="l2"), Fraction(1, 20)
-    settings = ARGUMENTS | {"step_size": step_size}
-    done = measure(model, split, [parse_attack(a) for a in ATTACKS], threat, gates_limit=None, budget=SHORT, **settings)
+    attacks = [parse_attack(a) for a in ATTACKS]
+    done = measure(trial(model, split, threat), attacks, step_size=step_size, gates_limit=None, budget=SHORT)
     assert done.clean == 21
     assert done.not_finite == 0
     for row in done.rows[1:]:
@@ -152,7 +147,7 @@ def test_pictures_of_no_answer_are_drawn():
     from awp_engine.evaluation.figures import picture_rows
 
     model = Silent(NAN, NAN, moved)
-    done = measure(model, labelled(model.inner), [parse_attack("pgd1")], THREAT, gates_limit=None, **MEASURE)
+    done = measure(trial(model, labelled(model.inner)), [parse_attack("pgd1")], step_size=STEP, gates_limit=None)
     assert set(done.pictures[0].predictions) == {NO_CLASS}
     assert picture_rows(done.pictures[0], [str(n) for n in range(10)]).startswith(b"\x89PNG")
 
@@ -193,7 +188,8 @@ class NoGradient(nn.Module):
 def test_gradients_that_are_not_finite_fail_gates_and_report(value):
     model = NoGradient(value)
     split = labelled(model.inner)
-    done = measure(model, split, [parse_attack(a) for a in ATTACKS], THREAT, gates_limit=10, budget=SHORT, **MEASURE)
+    attacks = [parse_attack(a) for a in ATTACKS]
+    done = measure(trial(model, split), attacks, step_size=STEP, gates_limit=10, budget=SHORT)
     rows = {row.attack: row for row in done.rows}
     for name in ("fgsm", "pgd3", "cw3", "regional-pixels-45"):
         assert rows[name].right == 0, name
@@ -234,8 +230,8 @@ class Random(nn.Module):
 
 def failed_gates(model: nn.Module, count: int) -> set[str]:
     with measuring(model):
-        split = labelled(linear(), count)
-        return {g.name for g in run_gates(model, split, THREAT, queries=5, **ARGUMENTS).gates if not g.passed}
+        report = run_gates(trial(model, labelled(linear(), count)), queries=5)
+        return {gate.name for gate in report.gates if not gate.passed}
 
 
 def test_a_random_model_fails_the_gates():
@@ -255,7 +251,7 @@ def test_autoattack_above_another_attack_is_doubted():
     model = linear()
     split = labelled(model)
     attacks = [parse_attack(a) for a in ("pgd3", "autoattack", "regional-pixels-45")]
-    done = measure(model, split, attacks, THREAT, gates_limit=None, budget=SHORT, **MEASURE)
+    done = measure(trial(model, split), attacks, step_size=STEP, gates_limit=None, budget=SHORT)
     pgd, strong, regional = done.rows
     assert not done.doubts()
     assert not done.to_dict()["unreliable"]
@@ -292,7 +288,7 @@ def honest(tmp_path_factory) -> tuple[nn.Module, Split, Path, AttackState]:
     split = labelled(model)
     file = StateFile(directory, IDENTITY)
     with measuring(model):
-        autoattack(model, split, THREAT, budget=SHORT, state_file=file, **ARGUMENTS)
+        autoattack(trial(model, split), budget=SHORT, state_file=file)
     tensors, metadata = read_model(file.path)
     state = AttackState(**{k: tensors[k] for k in ("x_adv", "robust", "begun")}, **json.loads(metadata["progress"]))
     assert 0 < state.counts["square"] < state.counts["clean"] == 21
@@ -343,7 +339,7 @@ def forged_files() -> dict[str, Callable[[Path, AttackState, Split], None]]:
         before = os.environ["XDG_STATE_HOME"]
         os.environ["XDG_STATE_HOME"] = str(path.parent / "other-user")
         try:
-            StateFile(path.parent, IDENTITY).save(state, next_attack=4, next_batch=0)
+            StateFile(path.parent, IDENTITY).save(state)
         finally:
             os.environ["XDG_STATE_HOME"] = before
 
@@ -373,7 +369,7 @@ def forged_files() -> dict[str, Callable[[Path, AttackState, Split], None]]:
     @forgery
     def honest_state_of_another_evaluation(path, state, split):
         other = StateFile(path.parent, IDENTITY | {"epsilon": "0"})
-        other.save(state, next_attack=4, next_batch=0)
+        other.save(state)
         other.path.replace(path)
 
     @forgery
@@ -511,12 +507,12 @@ def test_a_state_that_cannot_be_is_refused_though_it_is_signed(honest, tmp_path,
     x = split.images / 255
     wrong = dataclasses.replace(state, **WRONG_STATES[name](state, x))
     file, lines = StateFile(tmp_path, IDENTITY), []
-    file.save(wrong, next_attack=wrong.attack, next_batch=wrong.batch)
+    file.save(wrong)
 
     def check(saved: AttackState) -> None:
-        saved.require_sound(model, x, split.labels, THREAT, attacks=STANDARD, batch_size=10)
+        saved.require_sound(trial(model, split), STANDARD)
 
-    state.require_sound(model, x, split.labels, THREAT, attacks=STANDARD, batch_size=10)
+    state.require_sound(trial(model, split), STANDARD)
     assert file.load(lines.append, check) is None
     assert len(lines) == 1
     assert "is not believed" in lines[0]
@@ -529,12 +525,12 @@ def test_a_forged_state_changes_no_result(honest, tmp_path):
     forged_files()["nothing_attacked_all_robust"](here, state, split)
     file, lines = StateFile(tmp_path, IDENTITY), []
     with measuring(model):
-        done = autoattack(model, split, THREAT, budget=SHORT, state_file=file, say=lines.append, **ARGUMENTS)
+        done = autoattack(trial(model, split, say=lines.append), budget=SHORT, state_file=file)
         assert done.resumed is None
         assert int(done.held.sum()) == state.counts["square"]
         assert torch.equal(done.x_adv, state.x_adv)
         # its own state it goes on from, and the receipt says so
-        again = autoattack(model, split, THREAT, budget=SHORT, state_file=file, **ARGUMENTS)
+        again = autoattack(trial(model, split), budget=SHORT, state_file=file)
     assert again.resumed is not None
     assert again.resumed["file"] == here.name
     assert again.resumed["from"] == "the result"
@@ -583,16 +579,13 @@ def test_without_a_place_for_the_key_nothing_is_saved_and_it_is_said(tmp_path, m
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
     model, lines = linear(), []
     done = measure(
-        model,
-        labelled(model),
+        trial(model, labelled(model), say=lines.append),
         [parse_attack("square")],
-        THREAT,
+        step_size=STEP,
         gates_limit=None,
         budget=SHORT,
         states=tmp_path / "states",
         identity=IDENTITY,
-        say=lines.append,
-        **MEASURE,
     )
     assert done.rows[0].resumed is None
     assert lines[0].startswith("square: goes on without saving its progress: ")
@@ -606,7 +599,7 @@ def test_what_autoattack_cannot_do_is_said_before_other_attacks():
     lines: list[str] = []
     attacks = [parse_attack(name) for name in ("pgd1", "autoattack")]
     with pytest.raises(EvaluationError, match="at least 4 classes"):
-        measure(three, split, attacks, THREAT, gates_limit=None, say=lines.append, **MEASURE)
+        measure(trial(three, split, say=lines.append), attacks, step_size=STEP, gates_limit=None)
     assert not lines
 
 
@@ -616,7 +609,8 @@ def test_a_missing_package_is_found_before_other_attacks(monkeypatch):
     for attacks, gates_limit in ((("pgd1", "autoattack"), None), (("pgd1", "square"), None), (("pgd1",), 10)):
         chosen = [parse_attack(name) for name in attacks]
         with pytest.raises(EvaluationError, match="pip install pyautoattack"):
-            measure(model, labelled(model), chosen, THREAT, gates_limit=gates_limit, say=lines.append, **MEASURE)
+            attacked = trial(model, labelled(model), say=lines.append)
+            measure(attacked, chosen, step_size=STEP, gates_limit=gates_limit)
     assert not lines
 
 
@@ -624,8 +618,8 @@ def test_an_attack_that_cannot_cross_the_ball_is_doubted():
     """A run's config.json says the step, and comes with the run."""
     model = linear()
     for step, name, doubted in (("1/201", "pgd10", True), ("1/200", "pgd10", False), ("1/201", "pgd9", False)):
-        settings = ARGUMENTS | {"step_size": Fraction(step)}
-        done = measure(model, labelled(model), [parse_attack(name)], THREAT, gates_limit=None, **settings)
+        attacked = trial(model, labelled(model))
+        done = measure(attacked, [parse_attack(name)], step_size=Fraction(step), gates_limit=None)
         assert done.to_dict()["unreliable"] == doubted
         assert ("cannot cross a ball of radius 1/20" in "".join(done.doubts())) == doubted
 
@@ -651,9 +645,9 @@ def test_a_state_from_the_middle_of_an_attack_is_gone_on_from(honest, tmp_path, 
     for last in (18, 22, 26, 30, 60, 100):
         file = StateFile(tmp_path / str(last), IDENTITY)
         with pytest.raises(KeyboardInterrupt):
-            autoattack(Interrupted(last), split, THREAT, budget=SHORT, state_file=file, **ARGUMENTS)
+            autoattack(trial(Interrupted(last), split), budget=SHORT, state_file=file)
         with measuring(model):
-            done = autoattack(model, split, THREAT, budget=SHORT, state_file=file, **ARGUMENTS)
+            done = autoattack(trial(model, split), budget=SHORT, state_file=file)
         assert torch.equal(done.x_adv, state.x_adv), last
         assert torch.equal(done.held, state.robust)
         assert done.details["right_after"] == state.counts

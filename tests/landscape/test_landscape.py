@@ -13,6 +13,7 @@ from awp_engine.attack import Attack, pgd
 from awp_engine.data import Batch, load_dataset
 from awp_engine.landscape import (
     Direction,
+    RobustLoss,
     WorkingCopy,
     adversarial_direction,
     average_flatness,
@@ -20,8 +21,6 @@ from awp_engine.landscape import (
     grid,
     mean_interval,
     random_direction,
-    robust_loss,
-    robust_losses,
     surface_2d,
     worst_flatness,
 )
@@ -188,10 +187,11 @@ def test_the_model_is_left_alone_bit_for_bit(training):
     data = batches()
     direction = random_direction(model, seed=0)
     along = adversarial_direction(model, data, ATTACK)
-    curve_1d(model, direction, [-0.5, 0.5], data, ATTACK)
-    surface_2d(model, along, direction, [0.01], [-0.5, 0.5], data, ATTACK)
-    average_flatness(model, data, ATTACK, count=2)
-    worst_flatness(model, data, ATTACK, epochs=2, attempts=1)
+    loss = RobustLoss(data, ATTACK)
+    curve_1d(model, direction, [-0.5, 0.5], loss)
+    surface_2d(model, along, direction, [0.01], [-0.5, 0.5], loss)
+    average_flatness(model, loss, count=2)
+    worst_flatness(model, loss, epochs=2, attempts=1)
     after = snapshot(model)
     for name, value in before[0].items():
         assert value.numpy().tobytes() == after[0][name].numpy().tobytes(), name
@@ -258,14 +258,14 @@ def linear_robust_losses(weight: torch.Tensor, bias: torch.Tensor, data: list[Ba
 def test_robust_loss_of_a_linear_model_is_the_closed_form():
     model, data = Linear(), linear_data()
     expected = linear_robust_losses(model.linear.weight, model.linear.bias, data, LINEAR_ATTACK.epsilon)
-    torch.testing.assert_close(robust_losses(model, data, LINEAR_ATTACK), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(RobustLoss(data, LINEAR_ATTACK)(model), expected, rtol=0, atol=1e-12)
 
 
 def test_curve_of_a_linear_model_is_the_closed_form():
     model, data = Linear(), linear_data()
     direction = random_direction(model, seed=4)
     amounts = grid(1.0, 5)
-    found = curve_1d(model, direction, amounts, data, LINEAR_ATTACK)
+    found = curve_1d(model, direction, amounts, RobustLoss(data, LINEAR_ATTACK))
     weight = model.linear.weight
     for amount, losses in zip(amounts, found, strict=True):
         moved = weight + amount * relative_fp64(weight, direction.tensors["linear.weight"], "filter")
@@ -275,7 +275,7 @@ def test_curve_of_a_linear_model_is_the_closed_form():
 
 def test_average_flatness_of_a_linear_model_is_the_closed_form():
     model, data, xi = Linear(), linear_data(), 0.5
-    found = average_flatness(model, data, LINEAR_ATTACK, xi=xi, count=4, seed=9)
+    found = average_flatness(model, RobustLoss(data, LINEAR_ATTACK), xi=xi, count=4, seed=9)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     reference = linear_robust_losses(model.linear.weight, model.linear.bias, data, LINEAR_ATTACK.epsilon)
     rises = []
@@ -293,7 +293,7 @@ def test_average_flatness_of_a_linear_model_is_the_closed_form():
 def test_worst_flatness_of_a_linear_model_is_the_closed_form():
     """For one image the worst v is (-x', x') but for its length: the margin at x' falls by ||v|| sqrt(2) ||x'||."""
     model, data, xi = Linear(bias=False), linear_data(1, 1), 0.01
-    found = worst_flatness(model, data, LINEAR_ATTACK, xi=xi, epochs=20, attempts=2)
+    found = worst_flatness(model, RobustLoss(data, LINEAR_ATTACK), xi=xi, epochs=20, attempts=2)
     weight, y = model.linear.weight.detach(), int(data[0].labels)
     difference = weight[y] - weight[1 - y]
     worst_image = data[0].images.flatten() - LINEAR_ATTACK.epsilon * difference.sign()
@@ -304,48 +304,49 @@ def test_worst_flatness_of_a_linear_model_is_the_closed_form():
 
 
 def test_amount_zero_is_the_unperturbed_robust_loss_exactly():
-    model, data = network(), batches()
-    expected = robust_losses(model, data, ATTACK)
+    model, loss = network(), RobustLoss(batches(), ATTACK)
+    expected = loss(model)
     direction, other = (random_direction(model, seed=0, index=i) for i in range(2))
-    assert torch.equal(curve_1d(model, direction, [0.0, 0.3, 0.0], data, ATTACK)[::2], torch.stack([expected] * 2))
-    assert torch.equal(surface_2d(model, direction, other, [0.0], [0.0], data, ATTACK)[0, 0], expected)
-    assert torch.equal(average_flatness(model, data, ATTACK, xi=0.0, count=1).losses[0], expected)
-    still = worst_flatness(model, data, ATTACK, xi=0.0, epochs=2, attempts=2)
+    assert torch.equal(curve_1d(model, direction, [0.0, 0.3, 0.0], loss)[::2], torch.stack([expected] * 2))
+    assert torch.equal(surface_2d(model, direction, other, [0.0], [0.0], loss)[0, 0], expected)
+    assert torch.equal(average_flatness(model, loss, xi=0.0, count=1).losses[0], expected)
+    still = worst_flatness(model, loss, xi=0.0, epochs=2, attempts=2)
     assert torch.equal(still.losses, torch.stack([expected] * 2))
     assert still.interval(0).value == 0
 
 
 def test_surface_meets_the_curves_on_its_axes():
-    model, data = network().double(), batches(dtype=torch.float64)
+    model, loss = network().double(), RobustLoss(batches(dtype=torch.float64), ATTACK)
     first, second = (random_direction(model, seed=0, index=i) for i in range(2))
     amounts = grid(0.5, 3)
-    surface = surface_2d(model, first, second, amounts, amounts, data, ATTACK)
+    surface = surface_2d(model, first, second, amounts, amounts, loss)
     assert surface.shape == (3, 3, 12)
-    torch.testing.assert_close(surface[:, 1], curve_1d(model, first, amounts, data, ATTACK), rtol=1e-7, atol=0)
-    torch.testing.assert_close(surface[1], curve_1d(model, second, amounts, data, ATTACK), rtol=1e-7, atol=0)
+    torch.testing.assert_close(surface[:, 1], curve_1d(model, first, amounts, loss), rtol=1e-7, atol=0)
+    torch.testing.assert_close(surface[1], curve_1d(model, second, amounts, loss), rtol=1e-7, atol=0)
 
 
 def test_robust_loss_attacks_this_model_with_running_statistics():
-    model, (x, y, ids, _) = network(), batches(6, 6)[0]
-    losses = robust_loss(model, x, y, ATTACK, sample_ids=ids)
+    model, (whole,) = network(), batches(6, 6)
+    x, y, *_ = whole
+    losses = RobustLoss([whole], ATTACK)(model)
     assert losses.shape == (6,)
     assert losses.dtype == torch.float64
     with torch.no_grad():
         clean = F.cross_entropy(model(x), y, reduction="none")
     assert (losses > clean).all()
-    assert torch.equal(robust_loss(copy.deepcopy(model).train(), x, y, ATTACK, sample_ids=ids), losses)
+    assert torch.equal(RobustLoss([whole], ATTACK)(copy.deepcopy(model).train()), losses)
     # an image's loss does not depend on its company
-    alone = robust_loss(model, x[2:3], y[2:3], ATTACK, sample_ids=ids[2:3])
+    alone = RobustLoss([whole.part(slice(2, 3))], ATTACK)(model)
     torch.testing.assert_close(alone, losses[2:3], rtol=1e-4, atol=1e-5)
 
 
 def test_restarts_keep_the_worst():
-    model, (x, y, ids, _) = network(), batches(12, 12)[0]
-    once, thrice = (robust_loss(model, x, y, ATTACK, restarts=n, sample_ids=ids) for n in (1, 3))
+    model, data = network(), batches(12, 12)
+    once, thrice = (RobustLoss(data, ATTACK, restarts=n)(model) for n in (1, 3))
     assert (thrice >= once).all()
     assert (thrice > once).any()
     with pytest.raises(ValueError, match="restarts: expected a whole number >= 1, got 0"):
-        robust_loss(model, x, y, ATTACK, restarts=0)
+        RobustLoss(data, ATTACK, restarts=0)
 
 
 def test_projection_holds_to_rounding():
@@ -383,12 +384,13 @@ def trained() -> tuple[nn.Module, list[Batch]]:
 
 def test_the_gradient_raises_the_loss_more_than_random_directions(trained):
     model, data = trained
-    start = robust_losses(model, data, ATTACK).mean()
-    up, down = curve_1d(model, adversarial_direction(model, data, ATTACK), [0.02, -0.02], data, ATTACK).mean(1)
+    loss = RobustLoss(data, ATTACK)
+    start = loss(model).mean()
+    up, down = curve_1d(model, adversarial_direction(model, data, ATTACK), [0.02, -0.02], loss).mean(1)
     assert down < start < up
     for index in range(3):
         random = random_direction(model, seed=0, index=index, scope="layer")
-        moved = curve_1d(model, random, [0.02, -0.02], data, ATTACK).mean(1)
+        moved = curve_1d(model, random, [0.02, -0.02], loss).mean(1)
         assert up - start > 5 * (moved - start).abs().max()
 
 
@@ -410,11 +412,11 @@ def test_adversarial_direction_is_the_gradient_of_the_robust_loss(trained):
 
 
 def test_worst_case_is_no_less_than_average_case_at_the_same_xi(trained):
-    model, data = trained
-    reference = robust_losses(model, data, ATTACK)
+    model, loss = trained[0], RobustLoss(trained[1], ATTACK)
+    reference = loss(model)
     for xi in (0.003, 0.02):
-        average = average_flatness(model, data, ATTACK, xi=xi, count=5, reference=reference)
-        worst = worst_flatness(model, data, ATTACK, xi=xi, epochs=5, attempts=2, reference=reference)
+        average = average_flatness(model, loss, xi=xi, count=5, reference=reference)
+        worst = worst_flatness(model, loss, xi=xi, epochs=5, attempts=2, reference=reference)
         assert worst.interval(0).low > average.interval(0).high
         assert xi * 0.9 < worst.largest.min() <= worst.largest.max() <= xi + 2 * ULP
         assert worst.losses.shape == worst.joint.shape == (2, 100)
@@ -423,6 +425,7 @@ def test_worst_case_is_no_less_than_average_case_at_the_same_xi(trained):
 
 def test_flatness_arguments_are_checked():
     model, data = Linear(), linear_data()
+    loss = RobustLoss(data, LINEAR_ATTACK)
     for arguments, words in (
         ({"xi": -0.1}, "xi: expected a finite number >= 0"),
         ({"xi": float("nan")}, "xi: expected a finite number >= 0"),
@@ -430,11 +433,11 @@ def test_flatness_arguments_are_checked():
         ({"attempts": 0}, "attempts: expected a finite number >= 1"),
     ):
         with pytest.raises(ValueError, match=words):
-            worst_flatness(model, data, LINEAR_ATTACK, **arguments)
+            worst_flatness(model, loss, **arguments)
     with pytest.raises(ValueError, match="attack: expected kind pgd"):
-        worst_flatness(model, data, Attack(kind="apgd", epsilon=0.05, steps=2), epochs=1, attempts=1)
+        worst_flatness(model, RobustLoss(data, Attack(kind="apgd", epsilon=0.05, steps=2)), epochs=1, attempts=1)
     with pytest.raises(ValueError, match="count: expected a finite number >= 1"):
-        average_flatness(model, data, LINEAR_ATTACK, count=0)
+        average_flatness(model, loss, count=0)
 
 
 def test_grid_has_an_exact_middle():

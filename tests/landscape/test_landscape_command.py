@@ -195,7 +195,6 @@ def test_weights_that_change_meanwhile_are_refused(two_runs, tmp_path):
         attack=dataclasses.replace(evaluation_attack(runs[0].config), steps=1, seed=0),
         settings=settings,
         batch_size=16,
-        device=torch.device("cpu"),
         seconds=0.0,
     )
     with pytest.raises(CheckpointError, match="changed while it was measured"):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from awp_engine.attack import checks
-from awp_engine.attack.common import HALF_SCALE, Start, prepared, projected_
+from awp_engine.attack.common import HALF_SCALE, Ball, Beginning, Start, prepared
 from awp_engine.attack.losses import OF_LOGITS, Loss, cross_entropy_losses
 from awp_engine.models.batch_norm import layer_modes
 
@@ -79,25 +79,12 @@ def apgd(
     Source: Croce, Hein, ICML 2020; for training, in two steps: Singh, Croce, Hein: Revisiting Adversarial Training for
     ImageNet, NeurIPS 2023.
     """
-    model, clean, begun = prepared(
-        model,
-        x,
-        start,
-        epsilon=epsilon,
-        start_epsilon=None,
-        step_size=None,
-        steps=steps,
-        least_steps=1,
-        norm=norm,
-        clip=clip,
-        sample_ids=sample_ids,
-        seed=seed,
-        nonfinite=nonfinite,
-    )
+    ball, begin = Ball(epsilon, norm, clip), Beginning(start, None, sample_ids, seed)
+    model, clean, begun = prepared(model, x, ball, begin, steps=steps, least_steps=1, nonfinite=nonfinite)
     taken = checks.images_dtype(model, clean.dtype)
     scale = loss_scale * (HALF_SCALE if taken == torch.float16 else 1.0)
     # a start may lie outside, and may be the best point
-    x_adv = projected_(begun, clean, epsilon, norm, clip)
+    x_adv = ball.project_(begun, clean)
     passes = 0
 
     def passed(x_adv: Tensor, *, backward: bool) -> tuple[Tensor, Tensor | None]:
@@ -138,10 +125,9 @@ def apgd(
                 length = torch.linalg.vector_norm(direction.double().flatten(1), dim=1)
                 usable = (length > 0) & length.isfinite()
                 direction = torch.where(each(usable), direction.double() * each(1 / length), 0.0).to(clean.dtype)
-            moved = projected_(torch.addcmul(x_adv, each(step_size), direction), clean, epsilon, norm, clip)
+            moved = ball.project_(torch.addcmul(x_adv, each(step_size), direction), clean)
             if step:
-                moved = x_adv + 0.75 * (moved - x_adv) + 0.25 * (x_adv - before)
-                moved = projected_(moved, clean, epsilon, norm, clip)
+                moved = ball.project_(x_adv + 0.75 * (moved - x_adv) + 0.25 * (x_adv - before), clean)
             before, x_adv, loss_before = x_adv, moved, loss
             loss, new_gradient = passed(x_adv, backward=step < steps - 1)
             if step:

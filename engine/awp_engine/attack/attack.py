@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 from torch import Tensor, nn
 
 from awp_engine.attack.apgd import apgd
 from awp_engine.attack.common import Start, starting_point
-from awp_engine.attack.losses import Loss, cross_entropy_losses, summed_cross_entropy
+from awp_engine.attack.losses import Loss, summed_cross_entropy
 from awp_engine.attack.pgd import pgd
 
 
@@ -91,41 +92,33 @@ class Attack:
         """
         if self.epsilon == 0:
             return x
-        common: dict[str, Any] = {
-            "epsilon": self.epsilon,
-            "steps": self.steps,
-            "norm": self.norm,
-            "start": self.start if start is None else start,
-            "bn_mode": self.bn_mode,
-            "sample_ids": sample_ids,
-            "seed": self.seed if seed is None else seed,
-            "nonfinite": "ignore",
-            "observe": observe,
-        }
         if self.kind == "apgd":
             if loss is not None or shared:
                 raise ValueError(
                     "loss, shared: expected neither with an attack of kind apgd, which climbs cross-entropy"
                 )
-            return apgd(model, x, y, losses=cross_entropy_losses, loss_scale=loss_scale, **common)
-        assert self.step_size is not None
-        climbed = loss or summed_cross_entropy
-        if loss_scale != 1:
-            climbed = _scaled(climbed, loss_scale)
-        return pgd(
+            attack = partial(apgd, loss_scale=loss_scale)
+        else:
+            plain = loss or summed_cross_entropy
+            climbed = plain if loss_scale == 1 else lambda logits, labels: loss_scale * plain(logits, labels)
+            assert self.step_size is not None
+            attack = partial(
+                pgd, step_size=self.step_size, start_epsilon=self.start_epsilon, loss=climbed, shared=shared
+            )
+        return attack(
             model,
             x,
             y,
-            step_size=self.step_size,
-            start_epsilon=self.start_epsilon,
-            loss=climbed,
-            shared=shared,
-            **common,
+            epsilon=self.epsilon,
+            steps=self.steps,
+            norm=self.norm,
+            start=self.start if start is None else start,
+            bn_mode=self.bn_mode,
+            sample_ids=sample_ids,
+            seed=self.seed if seed is None else seed,
+            nonfinite="ignore",
+            observe=observe,
         )
-
-
-def _scaled(loss: Loss, scale: float) -> Loss:
-    return lambda logits, labels: scale * loss(logits, labels)
 
 
 def fast_attack(

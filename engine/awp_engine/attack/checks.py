@@ -2,6 +2,8 @@
 
 What depends on values is looked at on the host where images lie on the CPU. On a GPU it is an assertion on the device,
 which nobody waits for and which a CUDA graph can hold; it prints the same line, and ends the process's use of the GPU.
+
+A refusal is a `ValueError` that names the argument; of `finite`, a `FloatingPointError` that names the step.
 """
 
 import math
@@ -36,11 +38,7 @@ def number(name: str, value: float, *, minimum: float = -math.inf) -> None:
 
 
 def ball(values: int, *, epsilon: float, norm: str, clip: Clip, step_size: float | None = None) -> None:
-    """Refuse a ball, a range or a step that an image of so many values cannot be meant to have.
-
-    Raises:
-        ValueError: naming the argument.
-    """
+    """Refuse a ball, a range or a step that an image of so many values cannot be meant to have."""
     low, high = clip
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(f"clip: expected (low, high), finite, with low < high, got ({low}, {high})")
@@ -73,9 +71,6 @@ def images(name: str, x: Tensor, clip: Clip, *, slack: float = 0.0, allow_nan: b
         clip: the range of values.
         slack: how far outside they may lie, as a part of the range.
         allow_nan: whether a batch with NaN is taken: training leaves its step out, on all ranks alike.
-
-    Raises:
-        ValueError: dtype, shape or values.
     """
     low, high = clip
     if not x.is_floating_point():
@@ -100,11 +95,7 @@ def images(name: str, x: Tensor, clip: Clip, *, slack: float = 0.0, allow_nan: b
 
 
 def starting_images(start: Tensor, x: Tensor, clip: Clip, *, allow_nan: bool) -> None:
-    """Refuse a first iterate that does not belong to x; noise beyond the range is for the first step to clip.
-
-    Raises:
-        ValueError: shape, device, dtype or values.
-    """
+    """Refuse a first iterate that does not belong to x; noise beyond the range is for the first step to clip."""
     if start.shape != x.shape:
         raise ValueError(f"start: expected shape {tuple(x.shape)} like x, got {tuple(start.shape)}")
     if start.device != x.device:
@@ -113,11 +104,7 @@ def starting_images(start: Tensor, x: Tensor, clip: Clip, *, allow_nan: bool) ->
 
 
 def region(mask: Tensor, x: Tensor) -> None:
-    """Refuse a mask that is not bool, or does not broadcast to x.
-
-    Raises:
-        ValueError: dtype, shape or device.
-    """
+    """Refuse a mask that is not bool, does not broadcast to x, or is on another device."""
     if mask.dtype != torch.bool:
         raise ValueError(f"mask: expected torch.bool, got {mask.dtype}")
     sizes = zip(reversed(mask.shape), reversed(x.shape), strict=False)
@@ -134,9 +121,6 @@ def outputs(logits: Any, y: Any, count: int) -> None:
         logits: what the model gave for `count` images.
         y: int64 [N], or floating-point [N, classes].
         count: N.
-
-    Raises:
-        ValueError: naming the model or y.
     """
     if not isinstance(logits, Tensor):
         raise ValueError(
@@ -190,9 +174,6 @@ def finite(loss: Tensor, gradient: Tensor | None, step: int) -> None:
         loss: scalar or [N].
         gradient: [N, ...], or None.
         step: that they are of.
-
-    Raises:
-        FloatingPointError: naming the step.
     """
     fine = loss.isfinite().all() if gradient is None else loss.isfinite().all() & gradient.isfinite().all()
     _refuse_where(

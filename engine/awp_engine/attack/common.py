@@ -1,7 +1,7 @@
 """What PGD and Auto-PGD check and do alike: arguments, the first iterate, projection."""
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,28 @@ Start = Literal["uniform", "normal", "none"]
 NORMAL_START = 0.001
 # lifts gradients of a model in fp16 out of underflow
 HALF_SCALE = 1024.0
+
+
+class Ball(NamedTuple):
+    """Where attacked images may lie."""
+
+    epsilon: float
+    norm: Literal["linf", "l2"]
+    clip: checks.Clip
+
+    def project_(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """`x_adv`, in place, in the ball around x and in `clip`: the attack's step of length 0, along anything."""
+        pgd_step_(x_adv, x, x, step_size=0.0, epsilon=self.epsilon, norm=self.norm, clip=self.clip)
+        return x_adv
+
+
+class Beginning(NamedTuple):
+    """Where an attack begins, as a call of `pgd` says it."""
+
+    start: Start | Tensor
+    start_epsilon: float | None
+    sample_ids: Tensor | None
+    seed: int | None
 
 
 def starting_point(
@@ -48,7 +70,7 @@ def starting_point(
         pgd_init_(x_adv, x, epsilon=epsilon, norm=norm, sample_ids=sample_ids, seed=seed)
     elif start == "uniform":
         pgd_init_(x_adv, (x - low) / width, epsilon=epsilon / width, norm=norm, sample_ids=sample_ids, seed=seed)
-        projected_(x_adv.mul_(width).add_(low), x, epsilon, norm, clip)
+        Ball(epsilon, norm, clip).project_(x_adv.mul_(width).add_(low), x)
     elif start != "none":
         raise ValueError(f"start: expected uniform, normal, none or a tensor, got {start!r}")
     return x_adv
@@ -76,17 +98,12 @@ def _fresh_seed(start: Start | Tensor, sample_ids: Tensor | None, seed: int | No
 def prepared(
     model: nn.Module,
     x: Tensor,
-    start: Start | Tensor,
+    ball: Ball,
+    begin: Beginning,
     *,
-    epsilon: float,
-    start_epsilon: float | None,
-    step_size: float | None,
+    step_size: float | None = None,
     steps: int,
     least_steps: int,
-    norm: Literal["linf", "l2"],
-    clip: checks.Clip,
-    sample_ids: Tensor | None,
-    seed: int | None,
     nonfinite: str,
 ) -> tuple[nn.Module, Tensor, Tensor]:
     """What PGD and Auto-PGD check and do alike; returns the module to call, clean images, and the first iterate."""
@@ -96,23 +113,18 @@ def prepared(
         raise ValueError(f"nonfinite: expected raise or ignore, got {nonfinite!r}")
     if torch.is_inference_mode_enabled():
         raise ValueError("torch.inference_mode: expected torch.no_grad at most, as an attack needs gradients")
-    checks.ball(math.prod(x.shape[1:]), epsilon=epsilon, norm=norm, clip=clip, step_size=step_size)
+    checks.ball(math.prod(x.shape[1:]), step_size=step_size, **ball._asdict())
     ignored = nonfinite == "ignore"
-    checks.images("x", x, clip, allow_nan=ignored)
+    checks.images("x", x, ball.clip, allow_nan=ignored)
     # 16-bit images would lose steps: bfloat16 spaces the numbers below 1 by 1/256
     clean = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    start, start_epsilon, sample_ids, seed = begin
     ids = torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids
-    radius = epsilon if start_epsilon is None else start_epsilon
+    radius = ball.epsilon if start_epsilon is None else start_epsilon
     checks.number("start_epsilon", radius, minimum=0)
     seed = _fresh_seed(start, sample_ids, seed)
     begun = starting_point(
-        clean, start, epsilon=radius, norm=norm, sample_ids=ids, seed=seed, clip=clip, allow_nan=ignored
+        clean, start, epsilon=radius, norm=ball.norm, sample_ids=ids, seed=seed, clip=ball.clip, allow_nan=ignored
     )
     # the wrapper would wait for gradients of its parameters
     return model.module if isinstance(model, DistributedDataParallel) else model, clean, begun
-
-
-def projected_(x_adv: Tensor, x: Tensor, epsilon: float, norm: Literal["linf", "l2"], clip: checks.Clip) -> Tensor:
-    """`x_adv`, in place, in the ball and in `clip`: the attack's step of length 0, along anything."""
-    pgd_step_(x_adv, x, x, step_size=0.0, epsilon=epsilon, norm=norm, clip=clip)
-    return x_adv

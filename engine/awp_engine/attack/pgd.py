@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from awp_engine.attack import checks
-from awp_engine.attack.common import HALF_SCALE, Start, prepared, projected_
+from awp_engine.attack.common import HALF_SCALE, Ball, Beginning, Start, prepared
 from awp_engine.attack.losses import OF_LOGITS, Loss, summed_cross_entropy
 from awp_engine.models.batch_norm import layer_modes
 from awp_kernels import pgd_step_
@@ -81,20 +81,9 @@ def pgd(
             each named; on a GPU, where values cannot be looked at without waiting, an assertion on the device.
         FloatingPointError: a gradient is not finite; on a GPU likewise.
     """
+    ball, begin = Ball(epsilon, norm, clip), Beginning(start, start_epsilon, sample_ids, seed)
     model, clean, x_adv = prepared(
-        model,
-        x,
-        start,
-        epsilon=epsilon,
-        start_epsilon=start_epsilon,
-        step_size=step_size,
-        steps=steps,
-        least_steps=0,
-        norm=norm,
-        clip=clip,
-        sample_ids=sample_ids,
-        seed=seed,
-        nonfinite=nonfinite,
+        model, x, ball, begin, step_size=step_size, steps=steps, least_steps=0, nonfinite=nonfinite
     )
     if shared and steps == 0:
         raise ValueError("shared: needs at least one step, whose pass the gradients come from; got steps 0")
@@ -102,7 +91,7 @@ def pgd(
         checks.region(mask, clean)
         x_adv = torch.where(mask, x_adv, clean)
     if steps == 0:
-        return projected_(x_adv, clean, epsilon, norm, clip)
+        return ball.project_(x_adv, clean)
     taken = checks.images_dtype(model, clean.dtype)
     scale = HALF_SCALE if taken == torch.float16 else 1.0
     # several ranks attack each their own images, without a word to each other

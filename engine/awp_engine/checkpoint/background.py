@@ -39,12 +39,11 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            self.close()
-            return
         try:
             self.close()
         except CheckpointError as lost:
+            if error is None:
+                raise
             # What ended the block is what the user must see first.
             error.add_note(str(lost))
 

@@ -1,11 +1,10 @@
-"""Reading checkpoints, by the manifest alone."""
+"""Reading checkpoints, by the manifest alone; what cannot be read or is damaged is refused by a `CheckpointError`."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +50,8 @@ def _manifest(path: Path) -> dict[str, dict[str, Any]]:
         group, dot, ending = name.rpartition(".")
         if name != STATE and not (dot and ending == "safetensors" and GROUP.fullmatch(group)):
             raise CheckpointError(f"{manifest_path}: lists a file that no checkpoint has: {name[:100]!r}")
-        known = isinstance(entry, dict) and entry.keys() == {"bytes", "sha256"}
+        known = isinstance(entry, dict) and entry.keys() == {"bytes", "sha256"} and isinstance(entry["sha256"], str)
         if not known or type(entry["bytes"]) is not int or not 0 <= entry["bytes"] < 2**63:
-            raise CheckpointError(f"{manifest_path}: damaged entry for {name}")
-        if not isinstance(entry["sha256"], str):
             raise CheckpointError(f"{manifest_path}: damaged entry for {name}")
     return files
 
@@ -90,44 +87,31 @@ def verify(path: Path) -> None:
         _check_file(path / name, entry)
 
 
-def _read_all(path: Path, use: Callable[[str, bytes], None]) -> None:
-    """Compares every file with the manifest, and hands the very bytes that were compared to `use`."""
-    for name, entry in _manifest(path).items():
-        payload = read_file(path / name, size=entry["bytes"])
-        _require_digest(path / name, hashlib.sha256(payload).hexdigest(), entry)
-        use(name, payload)
-
-
 def load(path: Path) -> Checkpoint:
     """Reads one checkpoint, whole.
 
     Raises:
         CheckpointError: naming the file that is missing, or is not what the manifest says.
     """
-    tensors: dict[str, dict[str, torch.Tensor]] = {}
-    states: list[Any] = []
-
-    def use(name: str, payload: bytes) -> None:
+    tensors, state = {}, None
+    for name, entry in _manifest(path).items():
+        # the very bytes that are compared are used
+        payload = read_file(path / name, size=entry["bytes"])
+        _require_digest(path / name, hashlib.sha256(payload).hexdigest(), entry)
         if name != STATE:
             tensors[name.removesuffix(".safetensors")] = unpack(payload, path / name)
-            return
+            continue
         try:
-            states.append(json.loads(payload))
+            state = json.loads(payload)
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path / name}: not JSON: {' '.join(str(error).split())}") from error
-
-    _read_all(path, use)
-    if len(states) != 1 or not isinstance(states[0], dict):
+    if not isinstance(state, dict):
         raise CheckpointError(f"{path / STATE}: expected an object of settings")
-    return Checkpoint(tensors=tensors, state=states[0], path=path)
+    return Checkpoint(tensors=tensors, state=state, path=path)
 
 
 def latest_name(directory: Path) -> str:
-    """What `latest` says.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
+    """What `latest` says."""
     return read_file(directory / LATEST, limit=1000).decode(errors="replace").removesuffix("\n")
 
 

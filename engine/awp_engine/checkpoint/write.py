@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +60,7 @@ class Retention:
 
 
 def state_bytes(name: str, tensors: Groups, state: Mapping[str, Any], retention: Retention) -> bytes:
-    """`state` as JSON, after a look at every argument of `save`.
-
-    Raises:
-        ValueError: naming the argument.
-    """
+    """`state` as JSON, after a look at every argument of `save`: a `ValueError` names what cannot be used."""
     if not NAME.fullmatch(name) or name == LATEST:
         raise ValueError(f"name: expected letters, digits, '.', '_' and '-', and not {LATEST!r}, got {name!r}")
     for group, members in tensors.items():
@@ -103,34 +99,29 @@ def _prune(directory: Path, saved: str, retention: Retention) -> None:
             _remove(directory / name)
 
 
-def _write_all(temporary: Path, files: Iterable[tuple[str, Callable[[], bytes]]]) -> None:
+def _write_all(temporary: Path, tensors: Groups, state: bytes) -> None:
     listed = {}
-    for name, make in files:
-        payload = make()
+
+    def add(name: str, payload: bytes) -> None:
         listed[name] = {"bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
         try:
             write_file(temporary / name, payload)
         except OSError as error:
             raise CheckpointError(describe(error, temporary / name, len(payload))) from error
+
+    # One group at a time is held in memory as bytes.
+    for group, members in tensors.items():
+        add(f"{group}.safetensors", safetensors.torch.save(packable(members)))
+    add(STATE, state)
     write_file(temporary / MANIFEST, canonical({"format": FORMAT, "files": listed}))
     sync_directory(temporary)
 
 
-def _size(tensors: Groups, state: bytes) -> int:
-    """Bytes on disk, rounded up: headers and the manifest take a few hundred bytes a tensor and a file."""
-    data = sum(t.numel() * t.element_size() + 256 for group in tensors.values() for t in group.values())
-    return data + len(state) + 4096 * (len(tensors) + 2)
-
-
 def write(directory: Path, name: str, tensors: Groups, state: bytes, retention: Retention) -> Path:
     """`save`, once its arguments were checked."""
-
-    def pack(group: str) -> Callable[[], bytes]:
-        return lambda: safetensors.torch.save(packable(tensors[group]))
-
-    # One group at a time is held in memory as bytes.
-    files = [(f"{group}.safetensors", pack(group)) for group in tensors] + [(STATE, lambda: state)]
-    size = _size(tensors, state)
+    # rounded up: headers and the manifest take a few hundred bytes a tensor and a file
+    size = sum(t.numel() * t.element_size() + 256 for group in tensors.values() for t in group.values())
+    size += len(state) + 4096 * (len(tensors) + 2)
     target = directory / name
     temporary = temporary_beside(target)
     try:
@@ -138,18 +129,17 @@ def write(directory: Path, name: str, tensors: Groups, state: bytes, retention: 
         remove_leftovers(directory)
         require_space(directory, size)
         temporary.mkdir()
-        _write_all(temporary, files)
+        _write_all(temporary, tensors, state)
         repeat = 0
         while os.path.lexists(target):
             repeat += 1
             target = directory / f"{name}.{repeat}"
         temporary.rename(target)
         sync_directory(directory)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(describe(error, target, size)) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(describe(error, target, size)) from error
         raise
     try:
         verify(target)

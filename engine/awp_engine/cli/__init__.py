@@ -5,6 +5,7 @@ evaluate and landscape import no torch before a command line is known to be righ
 """
 
 import importlib.util
+import os
 import sys
 
 from awp_engine.distributed.signals import begin_command
@@ -39,6 +40,8 @@ def run(command: str, prog: str) -> None:
         SystemExit: always, with the command's exit code; 2 where a package is missing.
     """
     begin_command(prog)
+    # before torch loads OpenMP: threads that spin while they wait run ten times slower beside any other busy process
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
         from awp_engine.cli.command_line import fail

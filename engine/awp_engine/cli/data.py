@@ -21,7 +21,7 @@ from awp_engine.config import ConfigError
 from awp_engine.data.dataset import DataError
 from awp_engine.data.loaders.workers import WorkerError
 from awp_engine.data.sets.scan_list import KINDS, LIST_NAME, Scan, write_scan
-from awp_engine.data.tools.pack import Manifest, pack_folder, verify_pack
+from awp_engine.data.tools.pack import pack_folder, verify_pack
 from awp_engine.data.tools.scan import scan_folder
 from awp_engine.distributed.signals import interrupted_code, interrupts
 from awp_engine.files.locking import LOCK, locked
@@ -119,13 +119,6 @@ def _scan(arguments: argparse.Namespace) -> int:
     return 1 if scan.bad else 0
 
 
-def _describe(out: Path, manifest: Manifest) -> str:
-    images = " and ".join(f"{count:,} {part}" for part, count in manifest.images.items())
-    shards = sum(entry.images is not None for entry in manifest.files)
-    size = sum(entry.bytes for entry in manifest.files)
-    return f"{out}: {images} images of {manifest.classes} classes in {shards:,} shards, {size:,} bytes"
-
-
 def _pack(arguments: argparse.Namespace) -> int:
     with _progress("images") as progress:
         manifest = pack_folder(
@@ -137,7 +130,10 @@ def _pack(arguments: argparse.Namespace) -> int:
             policy=arguments.bad_files,
             progress=progress,
         )
-    print(_describe(arguments.out, manifest))
+    images = " and ".join(f"{count:,} {part}" for part, count in manifest.images.items())
+    shards = sum(entry.images is not None for entry in manifest.files)
+    size = sum(entry.bytes for entry in manifest.files)
+    print(f"{arguments.out}: {images} images of {manifest.classes} classes in {shards:,} shards, {size:,} bytes")
     return 0
 
 

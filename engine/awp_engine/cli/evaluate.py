@@ -1,7 +1,7 @@
 """`awp evaluate RUN_OR_CHECKPOINT --attacks clean pgd20 cw`: measures how robust a trained model is."""
 
 import argparse
-import os
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,19 +91,20 @@ def show(done: "Evaluated") -> None:
 
     print_table(done.measurement.table(), title=done.title)
     print(f"right: {RIGHT_MEANS}")
-    regional = done.measurement.regional_table()
-    if regional:
+    if regional := done.measurement.regional_table():
         print_table(regional, title="regional attacks, means over the flipped images")
-    if done.measurement.gates is not None:
-        print_table(
-            [
-                {"gate": gate.name, "": "passed" if gate.passed else "FAILED"}
-                | {"measured": gate.measured, "bound": gate.bound}
-                for gate in done.measurement.gates.gates
-            ],
-            title=f"gates, on {done.measurement.gates.images} images",
-        )
-        for gate in done.measurement.gates.gates:
+    if (report := done.measurement.gates) is not None:
+        rows = [
+            {
+                "gate": gate.name,
+                "": "passed" if gate.passed else "FAILED",
+                "measured": gate.measured,
+                "bound": gate.bound,
+            }
+            for gate in report.gates
+        ]
+        print_table(rows, title=f"gates, on {report.images} images")
+        for gate in report.gates:
             if not gate.passed:
                 print(f"FAILED {gate.name}: {gate.failure_means}")
     for doubt in done.report["doubts"]:
@@ -113,9 +114,7 @@ def show(done: "Evaluated") -> None:
 
 def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
     """Parse, build, run, close."""
-    # before torch loads OpenMP: threads that spin while they wait run ten times slower beside any other busy process
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    arguments = parse(argv, prog)
+    arguments = vars(parse(argv, prog))
 
     import torch
 
@@ -126,48 +125,26 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
     from awp_engine.evaluation.robustbench import Publication
     from awp_engine.evaluation.run import DEFAULT_ATTACKS, evaluate_checkpoint
 
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
+    if (threads := arguments.pop("threads")) is not None:
+        torch.set_num_threads(threads)
     # a measurement in full fp32: TF32 keeps 10 bits of the mantissa
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # pyright: ignore[reportAttributeAccessIssue]
     torch.backends.cuda.matmul.fp32_precision = "ieee"
-    publication = Publication(
-        link=arguments.link,
-        name=arguments.name,
-        authors=arguments.authors,
-        venue=arguments.venue,
-        architecture=arguments.architecture,
-        additional_data=arguments.additional_data,
-        reported=arguments.reported,
-    )
+    publication = Publication(**{field.name: arguments.pop(field.name) for field in dataclasses.fields(Publication)})
+    if arguments.pop("robustbench"):
+        arguments["publication"] = publication
+    arguments["attacks"] = arguments["attacks"] or DEFAULT_ATTACKS
+    if arguments.pop("no_gates"):
+        arguments["gates_limit"] = None
     try:
-        done = interrupts()(evaluate_checkpoint)(
-            arguments.path,
-            attacks=arguments.attacks or DEFAULT_ATTACKS,
-            checkpoint=arguments.checkpoint,
-            epsilon=arguments.epsilon,
-            norm=arguments.norm,
-            step_size=arguments.step_size,
-            restarts=arguments.restarts,
-            seed=arguments.seed,
-            batch_size=arguments.batch_size,
-            limit=arguments.limit,
-            gates_limit=None if arguments.no_gates else arguments.gates_limit,
-            device=arguments.device,
-            data_name=arguments.data_name,
-            data_root=arguments.data_root,
-            transfer_to=arguments.transfer_to,
-            output=arguments.output,
-            publication=publication if arguments.robustbench else None,
-            say=lambda line: print(line, flush=True),
-            tell=show,
-        )
+        # what is left has the names of its arguments
+        done = interrupts()(evaluate_checkpoint)(**arguments, say=lambda line: print(line, flush=True), tell=show)
     except (ConfigError, DataError, CheckpointError, EvaluationError) as error:
         fail(str(error), prog=prog)
     except torch.OutOfMemoryError:
         fail("the device has too little memory for such batches: give a smaller --batch-size", code=1, prog=prog)
     except OSError as error:
-        fail(f"{error.filename or arguments.path}: {error.strerror or error}", code=1, prog=prog)
+        fail(f"{error.filename or arguments['path']}: {error.strerror or error}", code=1, prog=prog)
     except KeyboardInterrupt as interrupt:
         resume = "interrupted; the same command again goes on with autoattack where it was"
         fail(resume, code=interrupted_code(interrupt), prog=prog)

@@ -6,11 +6,9 @@ and with a JSON file of all numbers. The images are attacked anew at every point
 """
 
 import argparse
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from awp_engine.cli.command_line import OneLineParser, fail, thread_count, whole_number
 from awp_engine.config import ConfigError
@@ -91,7 +89,7 @@ def measure(arguments: argparse.Namespace) -> list[Path]:
     from awp_engine.landscape import measure as measuring
     from awp_engine.landscape.files import Receipt, output_directory, write
     from awp_engine.landscape.progress import ProgressLines
-    from awp_engine.landscape.robust_loss import as_batches
+    from awp_engine.landscape.robust_loss import RobustLoss, as_batches
     from awp_engine.landscape.runs import common_images, open_runs
 
     fields = dataclasses.fields(measuring.Settings)
@@ -115,16 +113,12 @@ def measure(arguments: argparse.Namespace) -> list[Path]:
     progress = ProgressLines(
         sum(measuring.work(mode, settings, len(runs), len(images), attack.steps) for mode in arguments.mode)
     )
-    chosen: dict[str, Any] = {
-        "1d": measuring.measure_curves,
-        "2d": measuring.measure_surfaces,
-        "flatness": measuring.measure_flatness,
-    }
+    loss = RobustLoss(batches, attack, settings.restarts, progress.advance)
     written = []
     with locked(output):
         for mode in arguments.mode:
             began = time.monotonic()
-            found = chosen[mode](runs, batches, attack, settings, progress)
+            found = measuring.measure(mode, runs, loss, settings, progress)
             receipt = Receipt(
                 mode=mode,
                 runs=runs,
@@ -133,7 +127,6 @@ def measure(arguments: argparse.Namespace) -> list[Path]:
                 attack=attack,
                 settings=settings,
                 batch_size=arguments.batch_size,
-                device=device,
                 seconds=time.monotonic() - began,
             )
             written += write(output, receipt, found)
@@ -142,8 +135,6 @@ def measure(arguments: argparse.Namespace) -> list[Path]:
 
 def main(argv: Sequence[str] | None = None, prog: str = "landscape.py") -> None:
     """Parse, build, run, close."""
-    # before torch loads OpenMP: threads that spin while they wait run ten times slower beside any other busy process
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = parse(argv, prog)
 
     from awp_engine.checkpoint import CheckpointError

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from typing import TYPE_CHECKING
 
 from awp_engine.cli.command_line import fail, parse_train
@@ -63,8 +62,6 @@ def show(config: Config, trained: list[tuple[str, dict]]) -> None:
 
 def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
     """Parse, build, run, close."""
-    # before torch loads OpenMP: threads that spin while they wait run ten times slower beside any other busy process
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     config = parse_train(argv, prog)
 
     from awp_engine.checkpoint import CheckpointError

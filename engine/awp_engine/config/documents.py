@@ -1,4 +1,7 @@
-"""A file of settings -> nested values: JSON, such as a run's own, or YAML. Whatever is wrong takes one line."""
+"""A file of settings -> nested values: JSON, such as a run's own, or YAML.
+
+Whatever is wrong is a `ConfigError` of one line, which names the file.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,6 @@ def read_text(path: Path, kind: str) -> str:
     Args:
         path: a regular file: a pipe might never end.
         kind: what the text is meant to be, for messages.
-
-    Raises:
-        ConfigError: naming the file.
     """
     try:
         if path.exists() and not path.is_file():
@@ -38,11 +38,7 @@ def read_text(path: Path, kind: str) -> str:
 
 
 def read_document(path: Path) -> Any:
-    """The values in a .json, .yaml or .yml file; unquoted words of YAML are `Word`s.
-
-    Raises:
-        ConfigError: naming the file.
-    """
+    """The values in a .json, .yaml or .yml file; unquoted words of YAML are `Word`s."""
     kind = path.suffix.lower()
     if kind == ".json":
         return parse_json(read_text(path, JSON), str(path))
@@ -58,11 +54,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_json(text: str, source: str) -> Any:
-    """The values in JSON.
-
-    Raises:
-        ConfigError: naming `source`.
-    """
+    """The values in JSON; `source` is the file's name for messages."""
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:

@@ -1,9 +1,11 @@
-"""A configuration in other forms: flat, as JSON, as read from a file; and what tells two runs apart."""
+"""A configuration in other forms: flat, as JSON, as read from a file; and what tells two runs apart.
+
+What is no configuration is refused by a `ConfigError` that names the file, if there is one, and the key.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import typing
@@ -62,16 +64,11 @@ def flags() -> dict[str, Any]:
 
 def to_flat(config: Config) -> dict[str, Any]:
     """The value of every key, such as "awp.gamma", as JSON holds it."""
-    nested = json.loads(to_json(config))
-    return {key: functools.reduce(dict.__getitem__, key.split("."), nested) for key in key_types()}
+    return _flatten(json.loads(to_json(config)), "configuration", whole=True)
 
 
 def from_flat(values: Mapping[str, Any]) -> Config:
-    """The configuration of the value of every key.
-
-    Raises:
-        ConfigError: naming the key, for wrong types and refused values.
-    """
+    """The configuration of the value of every key."""
     groups: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         group, _, name = key.rpartition(".")
@@ -131,11 +128,7 @@ def load_config(path: Path) -> Config:
 
 
 def load_settings(path: Path) -> dict[str, Any]:
-    """The settings that a file names, flat: YAML, or JSON such as a `config.json`.
-
-    Raises:
-        ConfigError: naming the file, and the key where it is unknown or its value of a wrong type.
-    """
+    """The settings that a file names, flat: YAML, or JSON such as a `config.json`."""
     known, values = key_types(), _flatten(read_document(path), str(path), whole=False)
     try:
         return {key: coerce(known[key], value, key) for key, value in values.items()}
@@ -146,12 +139,9 @@ def load_settings(path: Path) -> dict[str, Any]:
 def _trajectory(config: Config) -> dict[str, Any]:
     """Dotted key -> value for all that determines the run's weights and its choice of epoch."""
     values = to_flat(config)
-    for key in ("attack.epsilon", "attack.step_size"):
-        values[key] = str(parse_amount(values[key]))
-    given = values["evaluation.step_size"]
-    values["evaluation.step_size"] = str(
-        parse_amount(config.attack.epsilon) / 4 if given is None else parse_amount(given)
-    )
+    quarter = parse_amount(config.attack.epsilon) / 4  # the evaluation's step where none is given
+    for key in ("attack.epsilon", "attack.step_size", "evaluation.step_size"):
+        values[key] = str(quarter if values[key] is None else parse_amount(values[key]))
     # what runs from before it was removed had, all that can go on
     values["awp.public_code"] = False
     return {key: value for key, value in values.items() if key not in _FREE_ON_RESUME}

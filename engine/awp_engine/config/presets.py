@@ -20,7 +20,6 @@ from awp_engine.config.settings import (
     OptimizerConfig,
 )
 
-_NAMES = {"at": "AT", "trades": "TRADES", "mart": "MART", "rst": "RST"}
 _SETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN"}
 
 
@@ -58,13 +57,19 @@ def paper(data: str, model: str, method: str, *, awp: bool, norm: str = "linf") 
         awp: with weight perturbation.
         norm: "linf" (8/255) or "l2" (128/255).
     """
-    at, svhn = method == "at", data == "svhn"
+    at, rst, svhn = method == "at", method == "rst", data == "svhn"
     if norm == "l2":
         epsilon, step_size = "128/255", "15/255"
     else:
         epsilon, step_size = "8/255", "1/255" if svhn else "2/255"
     gamma, warmup = (0.01, 5 if svhn and norm == "linf" else 0) if at else (0.005, 10)
-    config = Config(
+    if rst:
+        optimizer = OptimizerConfig(lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True, schedule="cosine")
+    else:
+        optimizer = OptimizerConfig(
+            lr=0.01 if svhn else 0.1, momentum=0.9, weight_decay=5e-4, schedule="piecewise", milestones=(0.5, 0.75)
+        )
+    return Config(
         method=method,  # pyright: ignore[reportArgumentType]
         data=DataConfig(
             name=data,  # pyright: ignore[reportArgumentType]
@@ -72,6 +77,8 @@ def paper(data: str, model: str, method: str, *, awp: bool, norm: str = "linf") 
             held_out_fraction=0.02,
             pad=0 if svhn else 4,
             flip=not svhn,
+            # for RST pseudo-labelled images (--data.extra): 500,000 of 80 Million Tiny Images in the paper
+            extra_fraction=0.5,
         ),
         model=ModelConfig(name=model),
         attack=AttackConfig(
@@ -83,22 +90,11 @@ def paper(data: str, model: str, method: str, *, awp: bool, norm: str = "linf") 
             start="uniform" if at else "normal",
         ),
         awp=AwpConfig(gamma=gamma if awp else 0.0, warmup=warmup if awp else 0),
-        optimizer=OptimizerConfig(
-            lr=0.01 if svhn else 0.1, momentum=0.9, weight_decay=5e-4, schedule="piecewise", milestones=(0.5, 0.75)
-        ),
+        optimizer=optimizer,
         evaluation=EvaluationConfig(steps=20, step_size=step_size),
         epochs=200,
-        global_batch_size=128,
+        global_batch_size=256 if rst else 128,
         log_interval=30.0,
-    )
-    if method != "rst":
-        return config
-    return dataclasses.replace(
-        config,
-        # half of a batch are pseudo-labelled images (--data.extra): 500,000 of 80 Million Tiny Images in the paper
-        data=dataclasses.replace(config.data, extra_fraction=0.5),
-        optimizer=OptimizerConfig(lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True, schedule="cosine"),
-        global_batch_size=256,
     )
 
 
@@ -233,7 +229,7 @@ def _paper_presets() -> dict[str, tuple[str, _Build]]:
         for awp in (False, True):
             parts = [data, model.replace("resnet-", "resnet"), method, *["awp"] * awp, *["l2"] * (norm == "l2")]
             ball = "L2 128/255" if norm == "l2" else "Linf 8/255"
-            summary = f"{_NAMES[method]}{'-AWP' if awp else ''} of {model} on {_SETS[data]}, {ball}."
+            summary = f"{method.upper()}{'-AWP' if awp else ''} of {model} on {_SETS[data]}, {ball}."
             presets["-".join(parts)] = (summary, functools.partial(paper, data, model, method, awp=awp, norm=norm))
     return presets
 
@@ -242,16 +238,14 @@ def _larger_presets() -> dict[str, tuple[str, _Build]]:
     """ImageNet, and CIFAR-10 with generated images, with and without AWP."""
     presets = {}
     for awp in (False, True):
-        suffix, method = ("-awp", "AT-AWP") if awp else ("", "AT")
+        suffix, with_awp = ("-awp", "-AWP") if awp else ("", "")
         for short, model, words in (
             ("convnext-t", "convnext-tiny-convstem", "ConvNeXt-T with a convolution stem"),
             ("resnet50", "resnet-50", "ResNet-50"),
         ):
-            summary = f"{method} of {words} on ImageNet's folders, 224x224, Linf 4/255, APGD-2, 50 epochs."
+            summary = f"AT{with_awp} of {words} on ImageNet's folders, 224x224, Linf 4/255, APGD-2, 50 epochs."
             presets[f"imagenet-{short}-at{suffix}"] = (summary, functools.partial(imagenet, model, awp=awp))
-        summary = (
-            f"TRADES{'-AWP' if awp else ''} of wrn-28-10 (SiLU) on CIFAR-10 and EDM's generated images, Linf 8/255."
-        )
+        summary = f"TRADES{with_awp} of wrn-28-10 (SiLU) on CIFAR-10 and EDM's generated images, Linf 8/255."
         presets[f"cifar10-wrn-28-10-silu-trades{suffix}-edm"] = (summary, functools.partial(generated, awp=awp))
     return presets
 

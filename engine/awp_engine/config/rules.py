@@ -17,15 +17,12 @@ def own_images(batch_size: int, extra_fraction: float) -> int:
 
 
 def require_combinations(config: Config) -> None:
-    """Refuse settings that do not go together.
-
-    Raises:
-        ConfigError: naming the flag.
-    """
+    """Refuse settings that do not go together, by a `ConfigError` that names the flag."""
     _require_attack(config)
     _require_step(config)
     if config.distributed.strategy == "fsdp":
-        _require_sharded(config)
+        for key, value in (("distributed.ascent_sync", "global"), ("awp.ascent", "exact"), ("compile", False)):
+            config.require_value(key, value, "with --distributed.strategy fsdp, where no rank has a whole model")
     if config.awp.enabled:
         _require_precision(config)
     precision = config.precision
@@ -69,12 +66,6 @@ def _require_step(config: Config) -> None:
             config.require_value("awp.ascent", "exact", "with --attack.kind apgd, whose last pass has no gradient")
     if config.optimizer.kind == "adamw":
         config.require_value("cuda_graphs", False, "with --optimizer.kind adamw")
-
-
-def _require_sharded(config: Config) -> None:
-    """What needs a whole model on every rank."""
-    for key, value in (("distributed.ascent_sync", "global"), ("awp.ascent", "exact"), ("compile", False)):
-        config.require_value(key, value, "with --distributed.strategy fsdp, where no rank has a whole model")
 
 
 def _require_precision(config: Config) -> None:

@@ -210,7 +210,7 @@ def help_texts(cls: type) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checked:
-    """Checks every field's type and range, then what the class itself demands."""
+    """Checks every field's type and range, then what the class itself demands; refuses by a `ConfigError`."""
 
     section: ClassVar[str]
 
@@ -229,19 +229,11 @@ class Checked:
         pass
 
     def require(self, condition: bool, name: str, expected: str) -> None:
-        """Refuse the setting `name`, which may be one of an inner group: "data.cutmix".
-
-        Raises:
-            ConfigError: if `condition` does not hold.
-        """
+        """Refuse the setting `name`, which may be one of an inner group ("data.cutmix"), unless `condition` holds."""
         if not condition:
             raise refusal(self.section + name, expected, operator.attrgetter(name)(self))
 
     def require_value(self, name: str, value: object, reason: str) -> None:
-        """Refuse the setting `name` if it is anything but `value`, for a reason such as "with --method mart".
-
-        Raises:
-            ConfigError: naming value and reason.
-        """
+        """Refuse the setting `name` if it is anything but `value`, for a reason such as "with --method mart"."""
         words = str(value).lower() if isinstance(value, bool) else str(value)
         self.require(operator.attrgetter(name)(self) == value, name, f"{words} {reason}")

@@ -96,11 +96,6 @@ class DataConfig(Checked, section="data."):
     extra_fraction: Part = 0.5
     """Part of every batch that is taken from the extra images."""
 
-    @property
-    def mixes(self) -> bool:
-        """Whether training images are mixed with others."""
-        return self.cutmix + self.mixup > 0
-
     def _check(self) -> None:
         sized, resized = self.image_size is not None, self.crop == "resized"
         self.require(sized or self.center_crop == 1, "center_crop", "1 without --data.image-size")

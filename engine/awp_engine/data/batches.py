@@ -76,7 +76,13 @@ def train_batches(
     pieces = [_pieces(own for own, _ in sizes)]
     if extra is not None:
         augmentation.require_fit(extra, "extra")
-        _check_extra(extra, split)
+        if len(extra) == 0:
+            raise ValueError("extra: no images; expected at least 1")
+        if extra.shape != split.shape or extra.device != split.device:
+            raise ValueError(
+                f"extra: images {list(extra.shape)} on {extra.device}; "
+                f"expected {list(split.shape)} on {split.device} as those of split"
+            )
         pieces.append(_pieces(more for _, more in sizes))
         count = sum(more for _, more in sizes)
         rows = extra_rows(len(extra), first=(epoch - 1) * count, count=count, seed=seed)
@@ -93,15 +99,8 @@ class Batches:
 
     Args:
         split: what is trained on; where it lies and what makes its images is its own affair.
-        augmentation: what is done to images and labels.
         global_batch_size: images of a batch, over all ranks.
-        seed: the run's.
-        rank: whose part of every batch is wanted.
-        ranks: how many there are.
-        extra: see `train_batches`, as for all that follows.
-        extra_fraction: part of every batch that is extra.
-        drop_last: leave out a last batch that is not full.
-        memory_format: of the images.
+        augmentation, seed, rank, ranks, extra, extra_fraction, drop_last, memory_format: see `train_batches`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -236,7 +235,17 @@ def _evaluated(
 def _sizes(count: int, batch_size: int, extra_fraction: float | None, drop_last: bool) -> list[tuple[int, int]]:
     """Own images and extra ones of every batch; the latter rounded half up in the last one, as in the full ones."""
     _check_batch_size(batch_size)
-    size, extra = (batch_size, 0) if extra_fraction is None else _shares(batch_size, extra_fraction)
+    size = batch_size
+    if extra_fraction is not None:
+        if not 0 < extra_fraction < 1:
+            raise ValueError(f"extra_fraction: {extra_fraction}; expected a number more than 0 and less than 1")
+        size = own_images(batch_size, extra_fraction)
+        if not 0 < size < batch_size:
+            raise ValueError(
+                f"extra_fraction: {extra_fraction} of a batch of {batch_size} leaves {size} images of the data set and "
+                f"{batch_size - size} extra ones; expected at least 1 of both"
+            )
+    extra = batch_size - size
     own_sizes = [min(size, count - start) for start in range(0, count, size)]
     return [(own, (2 * own * extra + size) // (2 * size)) for own in own_sizes if not drop_last or own == size]
 
@@ -314,29 +323,6 @@ def _made(
             yield batch._replace(images=batch.images.contiguous(memory_format=memory_format))
 
 
-def _shares(batch_size: int, extra_fraction: float) -> tuple[int, int]:
-    """How many images of a full batch are the split's and how many extra."""
-    if not 0 < extra_fraction < 1:
-        raise ValueError(f"extra_fraction: {extra_fraction}; expected a number more than 0 and less than 1")
-    own = own_images(batch_size, extra_fraction)
-    if not 0 < own < batch_size:
-        raise ValueError(
-            f"extra_fraction: {extra_fraction} of a batch of {batch_size} leaves {own} images of the data set and "
-            f"{batch_size - own} extra ones; expected at least 1 of both"
-        )
-    return own, batch_size - own
-
-
 def _check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise ValueError(f"batch_size: {batch_size}; expected at least 1")
-
-
-def _check_extra(extra: Samples, split: Samples) -> None:
-    if len(extra) == 0:
-        raise ValueError("extra: no images; expected at least 1")
-    if extra.shape != split.shape or extra.device != split.device:
-        raise ValueError(
-            f"extra: images {list(extra.shape)} on {extra.device}; "
-            f"expected {list(split.shape)} on {split.device} as those of split"
-        )

@@ -1,9 +1,9 @@
 """What every data set is made of: splits, statistics, a fingerprint, and the hold-out rule."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ _STREAM_TRAIN_LIMIT = 5
 _SAMPLED_PIXELS = 2**26
 
 AnySplit = TypeVar("AnySplit", Split, StreamedSplit)
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of images in [0, 1], one value a channel each."""
 
 
 class DataError(ValueError):
@@ -70,22 +72,7 @@ class RawDataset:
     test_images: Tensor
     test_labels: Tensor
     class_names: tuple[str, ...]
-    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parts(Generic[AnySplit]):
-    """The parts of a data set.
-
-    Attributes:
-        train, held_out, test: as those of `Dataset`.
-        used: rows of the training part that are train or held out, int64, in file order.
-    """
-
-    train: AnySplit
-    held_out: AnySplit
-    test: AnySplit
-    used: Tensor
+    statistics: Statistics | None = None
 
 
 def prepare(
@@ -101,14 +88,16 @@ def prepare(
     full = Split(images=raw.train_images, labels=raw.train_labels, ids=torch.arange(train_count))
     test_ids = torch.arange(train_count, train_count + test_count)
     test = Split(images=raw.test_images, labels=raw.test_labels, ids=test_ids)
-    parts = divide(full, test, raw.class_names, held_out_fraction=held_out_fraction, seed=seed, train_limit=train_limit)
-    used = full if len(parts.used) == train_count else full.select(parts.used)
+    train, held_out, rows = divide(
+        full, raw.class_names, held_out_fraction=held_out_fraction, seed=seed, train_limit=train_limit
+    )
+    used = full if len(rows) == train_count else full.select(rows)
     mean, std = raw.statistics or channel_statistics([used.images])
     return Dataset(
         name=name,
-        train=parts.train,
-        held_out=parts.held_out,
-        test=parts.test,
+        train=train,
+        held_out=held_out,
+        test=test,
         class_names=raw.class_names,
         mean=mean,
         std=std,
@@ -118,14 +107,16 @@ def prepare(
 
 def divide(
     full: AnySplit,
-    test: AnySplit,
     class_names: tuple[str, ...],
     *,
     held_out_fraction: float,
     seed: int,
     train_limit: int | None,
-) -> Parts[AnySplit]:
+) -> tuple[AnySplit, AnySplit, Tensor]:
     """Holds out some of the training part `full`, whose ids are 0 to N - 1, and limits the rest.
+
+    Returns:
+        What is trained on; what is held out; and the rows of `full` that are either, int64, in file order.
 
     Raises:
         ValueError, DataError: as `prepare`.
@@ -138,12 +129,7 @@ def divide(
         train = train.select(torch.nonzero(kept).squeeze(1))
         is_used = held_out.clone()
         is_used[train.ids.cpu()] = True
-    return Parts(
-        train=train,
-        held_out=full.select(torch.nonzero(held_out).squeeze(1)),
-        test=test,
-        used=torch.nonzero(is_used).squeeze(1),
-    )
+    return train, full.select(torch.nonzero(held_out).squeeze(1)), torch.nonzero(is_used).squeeze(1)
 
 
 def hold_out(split: Split | StreamedSplit, fraction: float, *, seed: int, class_names: tuple[str, ...]) -> Tensor:
@@ -164,20 +150,17 @@ def hold_out(split: Split | StreamedSplit, fraction: float, *, seed: int, class_
     chosen = torch.zeros(len(split), dtype=torch.bool)
     if fraction == 0:
         return chosen
-    labels, ids = split.labels.cpu(), split.ids.cpu()
-    rank = random_order_key(ids, seed=mix_seed(seed), stream=_STREAM_HOLD_OUT)
-    for label, class_name in enumerate(class_names):
-        members = torch.nonzero(labels == label).squeeze(1)
+    ranked = _ranked(split, len(class_names), seed=seed, stream=_STREAM_HOLD_OUT)
+    for class_name, members in zip(class_names, ranked, strict=True):
         if len(members) == 0:
             continue
         count = max(1, int(fraction * len(members) + 0.5))
         if count >= len(members):
             raise DataError(
-                f"class {class_name!r} has {len(members)} training images and none is left "
-                f"after holding out {fraction:g}; "
-                "add images or hold out less"
+                f"class {class_name!r} has {len(members)} training images and none is left after holding out "
+                f"{fraction:g}; add images or hold out less"
             )
-        chosen[members[torch.argsort(rank[members], stable=True)[:count]]] = True
+        chosen[members[:count]] = True
     return chosen
 
 
@@ -198,18 +181,25 @@ def limit_evenly(split: Split | StreamedSplit, limit: int, *, seed: int, classes
             f"--data.train-limit {limit}: expected at least {classes}, one image a class, and at most {len(split)}, "
             "the training images that are not held out"
         )
-    labels, ids = split.labels.cpu(), split.ids.cpu()
-    key = random_order_key(ids, seed=mix_seed(seed), stream=_STREAM_TRAIN_LIMIT)
+    labels = split.labels.cpu()
     turn = torch.empty_like(labels)
-    for label in range(classes):
-        members = torch.nonzero(labels == label).squeeze(1)
-        turn[members[torch.argsort(key[members], stable=True)]] = torch.arange(len(members))
+    for members in _ranked(split, classes, seed=seed, stream=_STREAM_TRAIN_LIMIT):
+        turn[members] = torch.arange(len(members))
     chosen = torch.zeros(len(split), dtype=torch.bool)
     chosen[torch.argsort(turn * classes + labels, stable=True)[:limit]] = True
     return chosen
 
 
-def channel_statistics(parts: Sequence[Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _ranked(split: Split | StreamedSplit, classes: int, *, seed: int, stream: int) -> Iterator[Tensor]:
+    """The places of each class's samples, int64 [n], by random words of (seed, id)."""
+    labels = split.labels.cpu()
+    key = random_order_key(split.ids.cpu(), seed=mix_seed(seed), stream=stream)
+    for label in range(classes):
+        members = torch.nonzero(labels == label).squeeze(1)
+        yield members[torch.argsort(key[members], stable=True)]
+
+
+def channel_statistics(parts: Sequence[Tensor]) -> Statistics:
     """Mean and deviation of every channel of all images uint8 [N, C, H, W], in units of [0, 1], from exact sums."""
     means, deviations = [], []
     for channel in range(parts[0].shape[1]):

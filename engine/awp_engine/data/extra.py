@@ -115,7 +115,7 @@ class ExtraSplit(ExtraImages):
     def augmented(self, requests: Requests, args: AugmentArgs, memory_format: torch.memory_format) -> Images:
         """As `Split.augmented`."""
         streamed = self.loader.stream(self.store, requests.nonempty())
-        return augment_streamed(streamed, requests, args, memory_format, shape=self.shape, device=self.device)
+        return augment_streamed(self, streamed, requests, args, memory_format)
 
 
 @dataclass(frozen=True, kw_only=True)

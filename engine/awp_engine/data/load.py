@@ -10,13 +10,14 @@ from awp_engine.config import DataConfig
 from awp_engine.data.dataset import (
     DataError,
     Dataset,
+    Statistics,
     channel_statistics,
     divide,
     prepare,
     sampled,
     streamed_fingerprint,
 )
-from awp_engine.data.loaders.choose import InMemory, Loading, shape_of, streamed
+from awp_engine.data.loaders.choose import InMemory, LoaderName, Loading, shape_of
 from awp_engine.data.loaders.files_loader import Reader
 from awp_engine.data.loaders.framing import Framing
 from awp_engine.data.sets.cifar import CIFAR10, CIFAR100, read_cifar
@@ -24,7 +25,7 @@ from awp_engine.data.sets.digits import read_digits
 from awp_engine.data.sets.inspect import decode
 from awp_engine.data.sets.scan_list import bad_files
 from awp_engine.data.sets.sources import Source, open_source, source_names
-from awp_engine.data.sets.store import EncodedImages
+from awp_engine.data.sets.store import EncodedImages, ImageArrays
 from awp_engine.data.sets.svhn import read_svhn
 from awp_engine.data.split import Split, StreamedSplit
 
@@ -116,7 +117,9 @@ def load_dataset(
         )
     if name in source_names:
         source = open_source(name, _existing(name, root), skip=loading.skip)
-        return _from_source(source, loading, held_out_fraction=held_out_fraction, seed=seed, train_limit=train_limit)
+        return _from_source(
+            name, source, loading, held_out_fraction=held_out_fraction, seed=seed, train_limit=train_limit
+        )
     try:
         if name == "digits":
             raw = read_digits()
@@ -152,42 +155,51 @@ def _placed(data: Dataset, loading: Loading) -> Dataset:
     if loader == "resident":
         placed = {part: split.to(loading.device) for part, split in splits.items()}
     else:
-        placed = {part: streamed(split, loading, loader) for part, split in splits.items()}
+        placed = {
+            part: _streamed(InMemory(split), split.labels, split.ids, split.shape, loading, loader)
+            for part, split in splits.items()
+        }
     return dataclasses.replace(data, **placed, loader=loader)
 
 
+def _streamed(
+    store: EncodedImages | ImageArrays,
+    labels: Tensor,
+    ids: Tensor,
+    shape: tuple[int, int, int],
+    loading: Loading,
+    loader: LoaderName,
+) -> StreamedSplit:
+    """All images of a store, made batch by batch."""
+    rows, labels = torch.arange(len(store)), labels.to(loading.device)
+    made_by = loading.open(loader, store, shape)
+    return StreamedSplit(store=store, loader=made_by, shape=shape, rows=rows, labels=labels, ids=ids)
+
+
 def _from_source(
-    source: Source, loading: Loading, *, held_out_fraction: float, seed: int, train_limit: int | None
+    name: str, source: Source, loading: Loading, *, held_out_fraction: float, seed: int, train_limit: int | None
 ) -> Dataset:
     shape = shape_of(source.train, loading.framing)
     train_count, test_count = len(source.train), len(source.test)
     loader = loading.choose(source.train, train_count + test_count, shape)
-    full, test = (
-        StreamedSplit(
-            store=store,
-            loader=loading.open(loader, store, shape),
-            shape=shape,
-            rows=torch.arange(len(store)),
-            labels=labels.to(loading.device),
-            ids=torch.arange(first, first + len(store)),
-        )
-        for store, labels, first in (
-            (source.train, source.train_labels, 0),
-            (source.test, source.test_labels, train_count),
-        )
+    train_ids, test_ids = torch.arange(train_count + test_count).split([train_count, test_count])
+    full = _streamed(source.train, source.train_labels, train_ids, shape, loading, loader)
+    test = _streamed(source.test, source.test_labels, test_ids, shape, loading, loader)
+    train, held_out, rows = divide(
+        full, source.class_names, held_out_fraction=held_out_fraction, seed=seed, train_limit=train_limit
     )
-    parts = divide(
-        full, test, source.class_names, held_out_fraction=held_out_fraction, seed=seed, train_limit=train_limit
-    )
-    used = full.select(parts.used)
+    used = full.select(rows)
     framing = "" if loading.framing.size is None else f"{loading.framing.central:.6g}"
     digest = streamed_fingerprint(used, source.class_names, framing)
-    train, held_out, test = parts.train, parts.held_out, parts.test
     if loader == "resident":
-        train, held_out, test = _resident([train, held_out, test], loading)
+        parts = [train, held_out, test]
+        try:
+            train, held_out, test = (split.resident() for split in parts)
+        except DataError as error:
+            raise _with_others(error, parts, loading) from None
     mean, std = source.statistics or _statistics(train, held_out, sampled(used))
     return Dataset(
-        name=source.name,
+        name=name,
         train=train,
         held_out=held_out,
         test=test,
@@ -200,19 +212,10 @@ def _from_source(
     )
 
 
-def _statistics(
-    train: Split | StreamedSplit, held_out: Split | StreamedSplit, ids: Tensor
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _statistics(train: Split | StreamedSplit, held_out: Split | StreamedSplit, ids: Tensor) -> Statistics:
     """Of the images with these ids: the same ones for every loader."""
     parts = [part.select(torch.nonzero(torch.isin(part.ids.cpu(), ids)).squeeze(1)) for part in (train, held_out)]
     return channel_statistics([part.resident().images for part in parts])
-
-
-def _resident(parts: list[StreamedSplit], loading: Loading) -> list[Split]:
-    try:
-        return [split.resident() for split in parts]
-    except DataError as error:
-        raise _with_others(error, parts, loading) from None
 
 
 def _with_others(error: DataError, parts: list[StreamedSplit], loading: Loading) -> DataError:

@@ -84,7 +84,9 @@ class _Labelled:
 
     def others(self, rows: Tensor, numbers: Tensor) -> Tensor:
         """Which rows have the place `numbers`, in [0, N - 1), among all but `rows` in the order of ids; on the CPU."""
-        return others_by_id(self._ids_on_cpu, rows, numbers)
+        by_id = torch.argsort(self._ids_on_cpu, stable=True)
+        place = torch.argsort(by_id, stable=True)
+        return by_id[numbers + (numbers >= place[rows])]
 
     @functools.cached_property
     def _ids_on_cpu(self) -> Tensor:
@@ -200,30 +202,17 @@ class StreamedSplit(_Labelled):
 
     def augmented(self, requests: Requests, args: AugmentArgs, memory_format: torch.memory_format) -> Images:
         """As `Split.augmented`."""
-        streamed = self._stream(requests)
-        return augment_streamed(streamed, requests, args, memory_format, shape=self.shape, device=self.device)
+        return augment_streamed(self, self._stream(requests), requests, args, memory_format)
 
     def _stream(self, requests: Requests) -> Images:
         return self.loader.stream(self.store, requests.nonempty(self.rows))
 
 
-def others_by_id(ids: Tensor, rows: Tensor, numbers: Tensor) -> Tensor:
-    """See `Split.others`: by id, so that the order of the split does not matter."""
-    by_id = torch.argsort(ids, stable=True)
-    place = torch.argsort(by_id, stable=True)
-    return by_id[numbers + (numbers >= place[rows])]
-
-
 def augment_streamed(
-    streamed: Images,
-    requests: Requests,
-    args: AugmentArgs,
-    memory_format: torch.memory_format,
-    *,
-    shape: tuple[int, int, int],
-    device: torch.device,
+    of: Samples, streamed: Images, requests: Requests, args: AugmentArgs, memory_format: torch.memory_format
 ) -> Images:
-    """What `args` makes of images uint8 [n, *shape] as they come, on `device`; no image comes for an empty request."""
+    """What `args` makes of images uint8 [n, *of.shape] as they come; no image comes for an empty request."""
+    shape, device = of.shape, of.device
     with contextlib.closing(streamed):
         for request in requests.make():
             if not len(request.rows):

@@ -11,16 +11,16 @@ import hmac
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from awp_engine.checkpoint import CheckpointError, content_hash, export_model, read_file, read_model
-from awp_engine.evaluation.attacks import Threat, in_ball
+from awp_engine.evaluation.attacks import Trial, in_ball
 from awp_engine.evaluation.user_key import user_key
 from awp_engine.files.atomic import atomic_write_text, remove_leftovers
 from awp_engine.files.text import one_line
@@ -31,10 +31,6 @@ _NOTE = re.compile(r"autoattack-[0-9a-f]{16}\.json")
 _NOTE_BYTES = 1 << 20
 # of the largest logit: how far another order of summation may move an image across the boundary that FAB stops at
 _ROUNDING = 1e-3
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -58,7 +54,7 @@ class AttackState:
     warnings: list[str] = dataclasses.field(default_factory=list)
     attack: int = 0
     batch: int = 0
-    started: str = dataclasses.field(default_factory=_now)
+    started: str = dataclasses.field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def to(self, device: torch.device) -> Self:
         """The same on another device."""
@@ -66,14 +62,13 @@ class AttackState:
         return dataclasses.replace(self, **moved)
 
     @torch.no_grad()
-    def require_sound(
-        self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, attacks: tuple[str, ...], batch_size: int
-    ) -> None:
+    def require_sound(self, trial: Trial, attacks: Sequence[str]) -> None:
         """Checks all that can be known without an attack, by classifying clean and attacked images again.
 
         Raises:
             ValueError: naming what cannot be.
         """
+        x, y, *_ = trial.whole
         flags = (self.robust, self.begun)
         if (self.x_adv.shape, self.x_adv.dtype) != (x.shape, torch.float32):
             raise ValueError(f"x_adv is {self.x_adv.dtype} {list(self.x_adv.shape)}, expected {list(x.shape)}, fp32")
@@ -81,7 +76,7 @@ class AttackState:
             raise ValueError(f"robust and begun: expected {len(y)} flags each")
         if type(self.attack) is not int or not 0 <= self.attack <= len(attacks):
             raise ValueError(f"next attack {self.attack!r}, expected 0 to {len(attacks)}")
-        batches = -(-int(self.begun.sum()) // batch_size)
+        batches = -(-int(self.begun.sum()) // trial.batch_size)
         last = max(batches - 1, 0) if self.attack < len(attacks) else 0
         if type(self.batch) is not int or not 0 <= self.batch <= last:
             raise ValueError(f"next batch {self.batch!r}, expected 0 to {last}")
@@ -99,12 +94,12 @@ class AttackState:
             raise ValueError("flags do not fit each other or the counts")
         if self.batch == 0 and not torch.equal(self.robust, self.begun):
             raise ValueError("images fell before the attack began")
-        if not bool(in_ball(self.x_adv, x, threat).all()):
+        if not bool(in_ball(self.x_adv, x, trial.threat).all()):
             raise ValueError("attacked images leave the ball")
         same = (self.x_adv == x).flatten(1).all(1)
         if not bool(same[self.robust].all()):
             raise ValueError("images that withstood all attacks are changed")
-        clean = _margins(model, x, y, batch_size)
+        clean = _margins(trial, x)
         fallen = ~self.robust & ~same
         # what is wrong clean was never attacked
         attacked, undecided = self.robust | fallen, clean.abs() <= _ROUNDING
@@ -112,15 +107,16 @@ class AttackState:
             abs(self.counts["clean"] - int(attacked.sum())) > int(undecided.sum())
         ):
             raise ValueError("flags are not those of the clean images")
-        if bool((_margins(model, self.x_adv, y, batch_size)[fallen] > _ROUNDING).any()):
+        if bool((_margins(trial, self.x_adv)[fallen] > _ROUNDING).any()):
             raise ValueError("attacked images that are said to be wrong are right")
 
 
-def _margins(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> Tensor:
+def _margins(trial: Trial, images: Tensor) -> Tensor:
     """Label's logit less the largest other one, relative to the largest, [N]; -inf where logits are not finite."""
     margins = []
-    for part, own in zip(images.split(batch_size), labels.unsqueeze(1).split(batch_size), strict=True):
-        logits = model(part)
+    labels = trial.whole.labels.unsqueeze(1)
+    for part, own in zip(images.split(trial.batch_size), labels.split(trial.batch_size), strict=True):
+        logits = trial.model(part)
         margin = logits.gather(1, own).squeeze(1) - logits.scatter(1, own, -torch.inf).amax(1)
         margin = margin / logits.abs().amax(1).clamp_min(torch.finfo(logits.dtype).tiny)
         margins.append(margin.masked_fill(predicted(logits) == NO_CLASS, -torch.inf))
@@ -148,19 +144,13 @@ class StateFile:
         told = {name: metadata[name] for name in ("identity", "progress")}
         return hmac.digest(self._key, content_hash(tensors, told).encode(), "sha256").hex()
 
-    def save(self, state: AttackState, *, next_attack: int, next_batch: int) -> None:
+    def save(self, state: AttackState) -> None:
         """Replaces the file, so that a kill at any moment leaves the old state or the new one.
 
         Raises:
             CheckpointError: it could not be written.
         """
-        progress = {
-            "attack": next_attack,
-            "batch": next_batch,
-            "counts": state.counts,
-            "warnings": state.warnings,
-            "started": state.started,
-        }
+        progress = {name: getattr(state, name) for name in ("attack", "batch", "counts", "warnings", "started")}
         tensors = {name: getattr(state, name).cpu().contiguous() for name in _TENSORS}
         metadata = {"identity": json.dumps(self.identity), "progress": json.dumps(progress)}
         export_model(self.path, tensors, metadata | {"code": self._code(tensors, metadata)})
@@ -170,11 +160,6 @@ class StateFile:
             atomic_write_text(self.path.with_suffix(".json"), text + "\n")
         except OSError as error:
             raise CheckpointError(f"{error.filename}: cannot be written: {error.strerror}") from error
-
-    def sha256(self) -> str:
-        """Of the file, hexadecimal."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def load(self, say: Callable[[str], None], check: Callable[[AttackState], None]) -> AttackState | None:
         """The saved state, or None where there is none that can be believed.

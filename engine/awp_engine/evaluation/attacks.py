@@ -1,9 +1,10 @@
 """Attacks by name, and those among them that follow the gradient inside the epsilon ball."""
 
 import contextlib
+import functools
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Literal, Self, get_args
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from awp_engine.attack import Start, pgd, summed_cross_entropy, summed_margin
-from awp_engine.data import Split, eval_batches
+from awp_engine.data import Batch, Split, eval_batches
 from awp_engine.evaluation.accuracy import BlindImages
 from awp_engine.models.answers import predicted
 from awp_engine.models.batch_norm import layer_modes
@@ -69,6 +70,41 @@ class Threat:
 
     epsilon: Fraction
     norm: Literal["linf", "l2"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What all attacks of an evaluation share.
+
+    Attributes:
+        model: maps images in [0, 1] to logits, on the split's device; attacks want it in eval mode, see `measuring`.
+        split: the samples.
+        threat: the ball.
+        seed: of all noise.
+        batch_size: images a batch; changes no result beyond rounding, but those of pyautoattack, which draws random
+            numbers for a batch.
+        say: is told how far it is, one line at a time.
+    """
+
+    model: nn.Module
+    split: Split
+    threat: Threat
+    seed: int
+    batch_size: int
+    say: Callable[[str], None] = lambda _: None
+
+    @functools.cached_property
+    def whole(self) -> Batch:
+        """All samples as one batch."""
+        return next(eval_batches(self.split, len(self.split)))
+
+    def within(self, epsilon: Fraction) -> Self:
+        """The same in another ball."""
+        return replace(self, threat=replace(self.threat, epsilon=epsilon))
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Predicted classes, as `predict` gives them."""
+        return predict(self.model, images, self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,17 +192,7 @@ def in_ball(x_adv: Tensor, x: Tensor, threat: Threat) -> Tensor:
     return near & ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
 
 
-def gradient_attack(
-    model: nn.Module,
-    split: Split,
-    attack: NamedAttack,
-    threat: Threat,
-    *,
-    step_size: Fraction,
-    restarts: int,
-    seed: int,
-    batch_size: int,
-) -> Outcome:
+def gradient_attack(trial: Trial, attack: NamedAttack, *, step_size: Fraction, restarts: int) -> Outcome:
     """Runs clean, fgsm, pgd or cw on a split; a sample's noise depends on the seed and its id alone.
 
     Restart 0 starts where the training's own evaluation does; the others are spent on images that still hold. An image
@@ -174,16 +200,12 @@ def gradient_attack(
     the steps go nowhere.
 
     Args:
-        model: in eval mode, on the split's device.
-        split: the samples.
+        trial: what is attacked.
         attack: of one of these four families.
-        threat: the ball.
         step_size: length of a step of pgd and cw, in epsilon's units; fgsm takes one of epsilon from the image itself.
         restarts: of pgd and cw, at least 1.
-        seed: of the starting points.
-        batch_size: images a batch; does not change the result beyond rounding.
     """
-    epsilon, steps = threat.epsilon, attack.steps
+    epsilon, steps = trial.threat.epsilon, attack.steps
     start: Start = "uniform"
     if attack.family == "fgsm":
         steps, step_size, start, restarts = 1, epsilon, "none", 1
@@ -191,46 +213,44 @@ def gradient_attack(
         epsilon, step_size, start, restarts = Fraction(0), Fraction(0), "none", 1
     loss = summed_margin if attack.family == "cw" else summed_cross_entropy
     done = []
-    for x, y, ids, _ in eval_batches(split, batch_size):
+    for x, y, ids, _ in eval_batches(trial.split, trial.batch_size):
         x_adv = x.clone()
-        holds, blind = predict(model, x, batch_size) == y, torch.zeros_like(y, dtype=torch.bool)
+        holds, blind = trial.predict(x) == y, torch.zeros_like(y, dtype=torch.bool)
         for restart in range(restarts if steps else 0):
             left = torch.arange(len(x), device=x.device) if restart == 0 else torch.nonzero(holds).squeeze(1)
             if not len(left):
                 break
             gradients = BlindImages(left)
             moved = pgd(
-                model,
+                trial.model,
                 x[left],
                 y[left],
                 nonfinite="ignore",
                 epsilon=float(epsilon),
                 step_size=float(step_size),
                 steps=steps,
-                norm=threat.norm,
+                norm=trial.threat.norm,
                 start=start,
                 sample_ids=ids[left],
-                seed=seed if restart == 0 else mix_seed(seed, _RESTART, restart),
+                seed=trial.seed if restart == 0 else mix_seed(trial.seed, _RESTART, restart),
                 loss=loss,
                 observe=gradients,
             )
             x_adv[left] = moved
             blind[left] |= gradients.found
-            holds[left] &= predict(model, moved, batch_size) == y[left]
+            holds[left] &= trial.predict(moved) == y[left]
         done.append((x_adv, holds, blind))
-    parameters: dict[str, Any] = {}
     details: dict[str, Any] = {}
     # a run's own config.json may say any step, and it comes with the run; a few steps are weak by name
     if steps >= _MANY_STEPS and steps * step_size < epsilon:
         details["warnings"] = [
             f"{steps} steps of {step_size} cannot cross a ball of radius {epsilon}: give --step-size"
         ]
-    if attack.family != "clean":
-        parameters = {
-            "loss": "margin of logits (CW)" if attack.family == "cw" else "cross-entropy",
-            "steps": steps,
-            "step_size": str(step_size),
-            "start": start,
-            "restarts": restarts,
-        }
-    return Outcome.of_batches(done, parameters=parameters, details=details)
+    parameters = {
+        "loss": "margin of logits (CW)" if attack.family == "cw" else "cross-entropy",
+        "steps": steps,
+        "step_size": str(step_size),
+        "start": start,
+        "restarts": restarts,
+    }
+    return Outcome.of_batches(done, parameters={} if attack.family == "clean" else parameters, details=details)

@@ -12,17 +12,17 @@ import importlib.util
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from awp_engine.checkpoint import CheckpointError
-from awp_engine.data import Split, eval_batches
 from awp_engine.evaluation.attack_state import AttackState, StateFile
-from awp_engine.evaluation.attacks import EvaluationError, Outcome, Threat, predict
+from awp_engine.evaluation.attacks import EvaluationError, Outcome, Trial
+from awp_engine.files.digest import sha256_of
 from awp_engine.models.answers import NO_CLASS, predicted
 
 # of the standard version, and what of the package runs each
@@ -131,13 +131,14 @@ def require_package() -> None:
         )
 
 
-def _package(model: nn.Module, threat: Threat, seed: int, device: torch.device, classes: int, budget: Budget) -> Any:
+def _package(trial: Trial, guarded: _Guarded, classes: int, budget: Budget) -> Any:
     """The package's object for the standard version, with no more targets than there are wrong classes."""
     require_package()
     from pyautoattack import AutoAttack
 
-    norm = "Linf" if threat.norm == "linf" else "L2"
-    package = AutoAttack(model, norm=norm, eps=float(threat.epsilon), version="standard", seed=seed, device=device)
+    norm, device = "Linf" if trial.threat.norm == "linf" else "L2", guarded.x.device
+    eps, seed = float(trial.threat.epsilon), trial.seed
+    package = AutoAttack(guarded, norm=norm, eps=eps, version="standard", seed=seed, device=device)
     package.apgd_targeted.n_target_classes = package.fab.n_target_classes = min(_TARGETS, classes - 1)
     if budget.queries != package.square.n_queries:
         # the schedule of square sizes is written for the full number
@@ -162,41 +163,36 @@ def _package(model: nn.Module, threat: Threat, seed: int, device: torch.device, 
     return package
 
 
-def require_suitable(split: Split, classes: int, attacks: Sequence[str], threat: Threat) -> None:
+def require_suitable(trial: Trial, classes: int, attacks: Sequence[str]) -> None:
     """Raises `EvaluationError` for images and classes that the package cannot attack."""
-    height = split.images.shape[2]
+    height = trial.split.images.shape[2]
     if classes < 4 and "apgd-t" in attacks:
         raise EvaluationError(
             f"autoattack: expected at least 4 classes, which its targeted DLR loss compares, got {classes}; "
             "use pgdN, cwN and square"
         )
-    if threat.norm == "l2" and height < 5 and "square" in attacks:
+    if trial.threat.norm == "l2" and height < 5 and "square" in attacks:
         raise EvaluationError(f"autoattack: its Square attack in l2 needs images of at least 5 rows, got {height}")
 
 
-def _check_model(model: nn.Module, x: Tensor, y: Tensor, attacks: Sequence[str], package: Any) -> None:
+def _check_model(guarded: _Guarded, attacks: Sequence[str], package: Any) -> None:
     """The package's own checks of the model, on the first batch; what they find goes to the log."""
     from pyautoattack import checks
 
-    logger = logging.getLogger(_LOGGER)
-    checks.check_randomized(model, x, y, bs=len(x), logger=logger)
-    classes = checks.check_range_output(model, x, logger=logger)
-    checks.check_dynamic(model, x, False, logger=logger)
+    logger, x = logging.getLogger(_LOGGER), guarded.x
+    checks.check_randomized(guarded, x, guarded.y, bs=len(x), logger=logger)
+    classes = checks.check_range_output(guarded, x, logger=logger)
+    checks.check_dynamic(guarded, x, False, logger=logger)
     targets = package.apgd_targeted.n_target_classes
     checks.check_n_classes(classes, attacks, targets, package.fab.n_target_classes, logger=logger)
 
 
 def autoattack(
-    model: nn.Module,
-    split: Split,
-    threat: Threat,
+    trial: Trial,
     *,
-    seed: int,
-    batch_size: int,
     attacks: Sequence[str] = STANDARD,
     budget: Budget = STANDARD_BUDGET,
     state_file: StateFile | None = None,
-    say: Callable[[str], None] = lambda _: None,
 ) -> Outcome:
     """Runs AutoAttack's standard version; equal to the last sample to `AutoAttack.run_standard_evaluation`.
 
@@ -205,48 +201,45 @@ def autoattack(
     result, as every batch is seeded by itself. A state that cannot be written is said, and the attacks go on.
 
     Args:
-        model: in eval mode, on the split's device; logits of at least 4 classes.
-        split: the samples.
-        threat: the ball.
-        seed: of every attack on every batch, as the package does it.
-        batch_size: images a batch; part of the result, as random numbers are drawn for a batch.
+        trial: what is attacked, logits of at least 4 classes; every attack on every batch begins with its seed, as the
+            package does it. The running upper bound of the accuracy is said after every attack.
         attacks: in this order, out of the standard ones.
         budget: how long they go on.
         state_file: where to save, and to go on from.
-        say: is told the running upper bound of the accuracy after every attack.
 
     Raises:
         EvaluationError: the package is missing, or cannot attack such images or so few classes.
     """
-    x, y, *_ = next(eval_batches(split, len(split)))
+    x, y, *_ = trial.whole
     with _quiet_package(x.device) as flags:
-        classes = int(model(x[:1]).shape[1])
-        require_suitable(split, classes, attacks, threat)
-        guarded = _Guarded(model, x[:batch_size], y[:batch_size])
-        package = _package(guarded, threat, seed, x.device, classes, budget)
+        classes = int(trial.model(x[:1]).shape[1])
+        require_suitable(trial, classes, attacks)
+        guarded = _Guarded(trial.model, x[: trial.batch_size], y[: trial.batch_size])
+        package = _package(trial, guarded, classes, budget)
 
         def check(saved: AttackState) -> None:
-            saved.to(x.device).require_sound(model, x, y, threat, attacks=tuple(attacks), batch_size=batch_size)
+            saved.to(x.device).require_sound(trial, attacks)
 
-        state, resumed = None if state_file is None else state_file.load(say, check), None
+        state, resumed = None if state_file is None else state_file.load(trial.say, check), None
         if state_file is None or state is None:
-            _check_model(guarded, guarded.x, guarded.y, attacks, package)
-            right = predict(model, x, batch_size) == y
+            _check_model(guarded, attacks, package)
+            right = trial.predict(x) == y
             state = AttackState(x_adv=x.clone(), robust=right, begun=right.clone(), counts={"clean": int(right.sum())})
         else:
             state = state.to(x.device)
             following = attacks[state.attack] if state.attack < len(attacks) else "the result"
             resumed = {
                 "file": state_file.path.name,
-                "sha256": state_file.sha256(),
+                "sha256": sha256_of(state_file.path),
                 "started": state.started,
                 "from": following,
                 "batch": state.batch,
             }
-            say(f"autoattack: going on with {following}, of a state begun at {state.started}: {state_file.path.name}")
-        _run(guarded, x, y, package, attacks, batch_size, state, state_file, flags, say)
+            where = f"{following}, of a state begun at {state.started}: {state_file.path.name}"
+            trial.say(f"autoattack: going on with {where}")
+        _run(trial, guarded, package, attacks, state, state_file, flags)
     square_gain = state.counts.get("fab-t", 0) - state.counts.get("square", 0)
-    if "fab-t" in state.counts and square_gain > 0.002 * len(split):
+    if "fab-t" in state.counts and square_gain > 0.002 * len(x):
         state.warnings.append(
             f"the black-box Square attack broke {square_gain} images that the gradient attacks did not"
         )
@@ -255,35 +248,31 @@ def autoattack(
         "version": "standard" if tuple(attacks) == STANDARD and budget == STANDARD_BUDGET else "custom",
         "attacks": list(attacks),
         "target_classes": package.apgd_targeted.n_target_classes,
-        "iterations": budget.iterations,
-        "queries": budget.queries,
-        "seed": seed,
-        "batch_size": batch_size,
+        **asdict(budget),
+        "seed": trial.seed,
+        "batch_size": trial.batch_size,
     }
-    details = {"right_after": state.counts, "warnings": state.warnings}
     return Outcome(
         x_adv=state.x_adv,
         held=state.robust,
         blind=torch.zeros_like(state.robust),
         parameters=parameters,
-        details=details,
+        details={"right_after": state.counts, "warnings": state.warnings},
         resumed=resumed,
     )
 
 
 def _run(
+    trial: Trial,
     guarded: _Guarded,
-    x: Tensor,
-    y: Tensor,
     package: Any,
     attacks: Sequence[str],
-    batch_size: int,
     state: AttackState,
     state_file: StateFile | None,
     flags: _Flags,
-    say: Callable[[str], None],
 ) -> None:
     """Moves `state` from where it stands to the end."""
+    x, y, *_ = trial.whole
     flags.messages += [message for message in state.warnings if message not in flags.messages]
 
     def save(next_attack: int, next_batch: int) -> None:
@@ -291,21 +280,17 @@ def _run(
         if guarded.not_finite:
             flags.messages.append(f"{name}: {guarded.not_finite} gradients of images were not finite")
         guarded.not_finite = 0
-        state.warnings = list(flags.messages)
+        state.warnings, state.attack, state.batch = list(flags.messages), next_attack, next_batch
         if state_file is not None:
             try:
-                state_file.save(state, next_attack=next_attack, next_batch=next_batch)
+                state_file.save(state)
             except CheckpointError as error:
-                say(f"autoattack: goes on, but its progress could not be saved: {error}")
+                trial.say(f"autoattack: goes on, but its progress could not be saved: {error}")
 
     saved = began = time.monotonic()
-    for attack, name in enumerate(attacks):
-        if attack < state.attack:
-            continue
-        batches = torch.nonzero(state.begun).squeeze(1).split(batch_size) if bool(state.begun.any()) else ()
-        for batch, chosen in enumerate(batches):
-            if batch < state.batch:
-                continue
+    for attack, name in enumerate(attacks[state.attack :], state.attack):
+        batches = torch.nonzero(state.begun).squeeze(1).split(trial.batch_size) if bool(state.begun.any()) else ()
+        for batch, chosen in enumerate(batches[state.batch :], state.batch):
             guarded.x, guarded.y = x[chosen], y[chosen]
             # it seeds itself for every batch
             attacked = getattr(package, _PERTURBERS[name]).perturb(guarded.x, guarded.y)
@@ -315,10 +300,10 @@ def _run(
             if state_file is not None and batch + 1 < len(batches) and time.monotonic() - saved > _SAVE_SECONDS:
                 save(attack, batch + 1)
                 saved = time.monotonic()
-        state.begun, state.batch = state.robust.clone(), 0
+        state.begun = state.robust.clone()
         count, images = int(state.robust.sum()), len(x)
         state.counts[name] = count
         save(attack + 1, 0)
         saved = time.monotonic()
         seconds = time.monotonic() - began
-        say(f"autoattack: after {name} at most {count / images:.2%} right ({count} of {images}), {seconds:.0f} s")
+        trial.say(f"autoattack: after {name} at most {count / images:.2%} right ({count} of {images}), {seconds:.0f} s")

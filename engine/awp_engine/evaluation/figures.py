@@ -16,7 +16,7 @@ from awp_engine.evaluation.results import Pictures
 from awp_engine.models.answers import NO_CLASS
 from awp_engine.observe.drawing import BLUE, GREY, VERMILION, drawable, tidy
 from awp_engine.observe.metrics import read_metrics
-from awp_engine.observe.report import CURVES, plot_learning_curves
+from awp_engine.observe.report import plot_learning_curves
 
 
 def _png(figure: Figure) -> bytes:
@@ -26,14 +26,13 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def learning_curves(run_dir: Path, selected_epoch: int | None = None) -> bytes | None:
+def learning_curves(run_dir: Path) -> bytes | None:
     """The run's learning curves, from its metrics.jsonl; None where there are none."""
     metrics = read_metrics(run_dir)
     if not metrics:
         return None
     with tempfile.TemporaryDirectory() as directory:
-        plot_learning_curves(Path(directory), metrics, selected_epoch)
-        return (Path(directory) / CURVES).read_bytes()
+        return plot_learning_curves(Path(directory), metrics).read_bytes()
 
 
 def _accuracy(

@@ -4,19 +4,16 @@ Source: Carlini et al.: On Evaluating Adversarial Robustness, 2019; Athalye, Car
 Give a False Sense of Security, ICML 2018.
 """
 
-import dataclasses
 import itertools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
-from torch import nn
 
 from awp_engine.attack import summed_cross_entropy
-from awp_engine.data import Split, eval_batches
-from awp_engine.evaluation.attacks import Threat, gradient_attack, parse_attack, predict
+from awp_engine.data import eval_batches
+from awp_engine.evaluation.attacks import Trial, gradient_attack, parse_attack
 from awp_engine.evaluation.autoattack import Budget, autoattack
 from awp_engine.models.answers import NO_CLASS, predicted
 
@@ -63,9 +60,9 @@ class GateReport:
     epsilon: Fraction
 
 
-def _radii(epsilon: Fraction, threat: Threat, values: int) -> list[Fraction]:
+def _radii(epsilon: Fraction, norm: str, values: int) -> list[Fraction]:
     # beyond this radius every image of [0, 1] can be made into every other
-    everything = Fraction(1) if threat.norm == "linf" else Fraction(math.isqrt(values - 1) + 1)
+    everything = Fraction(1) if norm == "linf" else Fraction(math.isqrt(values - 1) + 1)
     inner = [epsilon * factor for factor in (Fraction(0), Fraction(1, 2), Fraction(1), Fraction(2), Fraction(4))]
     return [*(radius for radius in inner if radius < everything), everything]
 
@@ -74,21 +71,13 @@ def _percent(count: int, images: int) -> str:
     return f"{count / images:.1%}"
 
 
-@dataclass(frozen=True)
-class _Gradients:
+def _gradients(trial: Trial) -> tuple[int, int, float]:
     """Images without any gradient, images with one that is not finite, and the share of zeros among all values."""
-
-    missing: int
-    not_finite: int
-    zeros: float
-
-
-def _gradients(model: nn.Module, split: Split, batch_size: int) -> _Gradients:
     missing, not_finite, zeros = 0, 0, 0
-    for x, y, *_ in eval_batches(split, batch_size):
+    for x, y, *_ in eval_batches(trial.split, trial.batch_size):
         x.requires_grad_()
         with torch.enable_grad():
-            logits = model(x)
+            logits = trial.model(x)
             output = summed_cross_entropy(logits, y)
             # a model that cuts the graph has no gradient at all
             gradient = torch.autograd.grad(output, x)[0] if output.requires_grad else torch.zeros_like(x)
@@ -97,59 +86,44 @@ def _gradients(model: nn.Module, split: Split, batch_size: int) -> _Gradients:
         # logits that are not finite are wrong already
         not_finite += int((~finite & (predicted(logits) != NO_CLASS)).sum())
         zeros += int(zero.sum())
-    return _Gradients(missing, not_finite, zeros / split.images.numel())
+    return missing, not_finite, zeros / trial.split.images.numel()
 
 
 @torch.no_grad()
-def _differing_answers(model: nn.Module, split: Split, batch_size: int) -> int:
+def _differing_answers(trial: Trial) -> int:
     """Images whose logits are not the same twice, but for what a GPU's order of summation may do."""
     differing = 0
-    for x, *_ in eval_batches(split, batch_size):
-        once, again = model(x), model(x)
+    for x, *_ in eval_batches(trial.split, trial.batch_size):
+        once, again = trial.model(x), trial.model(x)
         same = (once == again) | (once.isnan() & again.isnan())
         allowed = (once - again).abs() <= _REPEATED * once.abs().amax(1, keepdim=True)
         differing += int((~(same | allowed)).any(1).sum())
     return differing
 
 
-def run_gates(
-    model: nn.Module,
-    split: Split,
-    threat: Threat,
-    *,
-    seed: int,
-    batch_size: int,
-    queries: int = QUERIES,
-    say: Callable[[str], None] = lambda _: None,
-) -> GateReport:
+def run_gates(trial: Trial, *, queries: int = QUERIES) -> GateReport:
     """Runs the six checks on a small split. Each fails, rather than passes, on what is not a number.
 
     Args:
-        model: in eval mode, on the split's device.
-        split: a few hundred samples.
-        threat: the evaluation's ball; where epsilon is 0, 8/255 (l2: 1/2) stands in for it.
-        seed: of all starting points.
-        batch_size: images a batch.
+        trial: a few hundred samples, and the evaluation's ball; where epsilon is 0, 8/255 (l2: 1/2) stands in for it.
         queries: of the black-box attack.
-        say: is told how far it is.
 
     Raises:
         EvaluationError: pyautoattack, which the black-box attack is from, is missing.
     """
-    images = len(split)
-    epsilon = threat.epsilon or _WITHOUT_EPSILON[threat.norm]
+    images = len(trial.split)
+    epsilon = trial.threat.epsilon or _WITHOUT_EPSILON[trial.threat.norm]
     slack = math.floor(_SLACK * images)
 
     def right(attack: str, radius: Fraction, step_size: Fraction, restarts: int = 1) -> torch.Tensor:
-        ball, chosen = dataclasses.replace(threat, epsilon=radius), parse_attack(attack)
-        settings = {"restarts": restarts, "seed": seed, "batch_size": batch_size}
-        return gradient_attack(model, split, chosen, ball, step_size=step_size, **settings).held
+        ball = trial.within(radius)
+        return gradient_attack(ball, parse_attack(attack), step_size=step_size, restarts=restarts).held
 
-    say(f"gates: accuracy against epsilon, on {images} images")
-    radii = _radii(epsilon, threat, split.images[0].numel())
+    trial.say(f"gates: accuracy against epsilon, on {images} images")
+    radii = _radii(epsilon, trial.threat.norm, trial.split.images[0].numel())
     held_at = {radius: right(_EPSILON_STEPS, radius, radius / 10) for radius in radii}
     epsilon_curve = tuple((radius, int(held.sum())) for radius, held in held_at.items())
-    say("gates: accuracy against steps")
+    trial.say("gates: accuracy against steps")
     held_after = {steps: right(f"pgd{steps}", epsilon, epsilon / 4) for steps in STEPS}
     steps_curve = tuple((steps, int(held.sum())) for steps, held in held_after.items())
     # with restarts, as Square tries many starts as well; they run on what still holds
@@ -157,18 +131,14 @@ def run_gates(
     for name in (f"pgd{_WHITE_BOX}", f"cw{_WHITE_BOX}"):
         held_white = held_white & right(name, epsilon, epsilon / 10, restarts=_RESTARTS)
     white = int(held_white.sum())
-    say(f"gates: Square with {queries} queries")
-    ball = dataclasses.replace(threat, epsilon=epsilon)
-    square = autoattack(
-        model, split, ball, seed=seed, batch_size=batch_size, attacks=("square",), budget=Budget(queries=queries)
-    )
-    black = int(square.held.sum())
-    whole = next(eval_batches(split, images))
-    clean = predict(model, whole.images, batch_size) == whole.labels
+    trial.say(f"gates: Square with {queries} queries")
+    quiet = replace(trial.within(epsilon), say=lambda _: None)
+    black = int(autoattack(quiet, attacks=("square",), budget=Budget(queries=queries)).held.sum())
+    clean = trial.predict(trial.whole.images) == trial.whole.labels
     differing = int((clean != held_at[Fraction(0)]).sum())
     rises = [later - earlier for (_, earlier), (_, later) in itertools.pairwise(steps_curve)]
-    gradients = _gradients(model, split, batch_size)
-    varying = _differing_answers(model, split, batch_size)
+    missing, not_finite, zeros = _gradients(trial)
+    varying = _differing_answers(trial)
     gates = (
         Gate(
             name="accuracy falls as epsilon grows",
@@ -201,10 +171,10 @@ def run_gates(
         ),
         Gate(
             name="gradients are not masked",
-            measured=f"{_percent(gradients.missing, images)} of images without gradient, "
-            f"{gradients.zeros:.1%} of values zero, {gradients.not_finite} images with values that are not finite",
+            measured=f"{_percent(missing, images)} of images without gradient, "
+            f"{zeros:.1%} of values zero, {not_finite} images with values that are not finite",
             bound=f"at most {float(_SLACK):.0%} of images, half of the values; all values finite",
-            passed=gradients.missing <= slack and gradients.zeros <= 0.5 and gradients.not_finite == 0,
+            passed=missing <= slack and zeros <= 0.5 and not_finite == 0,
             failure_means="a step of the model has no gradient, or one that is not finite, or its logits saturate the "
             "loss",
         ),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from awp_engine.data import Split, StreamedSplit
-from awp_engine.evaluation.attacks import Threat
+from awp_engine.evaluation.attacks import Trial
 from awp_engine.observe.report import source_commit, versions
 
 
@@ -55,29 +55,17 @@ def _precision(model: nn.Module) -> dict[str, Any]:
 
 
 def make_receipt(
-    model: nn.Module,
-    split: Split,
-    threat: Threat,
-    *,
-    checkpoint: Mapping[str, Any],
-    data: Mapping[str, Any],
-    step_size: Fraction,
-    seed: int,
-    batch_size: int,
+    trial: Trial, *, checkpoint: Mapping[str, Any], data: Mapping[str, Any], step_size: Fraction
 ) -> dict[str, Any]:
     """Everything but the attacks' own parameters, as JSON holds it.
 
     Args:
-        model: what is measured.
-        split: the samples that are measured.
-        threat: the ball.
+        trial: what is measured.
         checkpoint: where the weights came from, with their SHA-256.
         data: name of the data, and hash and size of the whole test split.
         step_size: of pgd and cw.
-        seed: that all seeds are derived from.
-        batch_size: images a batch.
     """
-    device = split.images.device
+    model, split, threat, device = trial.model, trial.split, trial.threat, trial.split.device
     return {
         "checkpoint": dict(checkpoint),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -89,8 +77,8 @@ def make_receipt(
         "normalisation": _normalisation(model),
         "batch_norm": "eval: running statistics",
         "precision": _precision(model),
-        "seed": seed,
-        "batch_size": batch_size,
+        "seed": trial.seed,
+        "batch_size": trial.batch_size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "threads": torch.get_num_threads(),
         "versions": versions("pyautoattack", "safetensors"),

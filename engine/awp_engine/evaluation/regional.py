@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from awp_engine.data import Split, eval_batches
-from awp_engine.evaluation.attacks import EvaluationError, NamedAttack, Outcome, Shape, perturbation_norms
+from awp_engine.data import eval_batches
+from awp_engine.evaluation.attacks import EvaluationError, NamedAttack, Outcome, Shape, Trial, perturbation_norms
 from awp_engine.models.answers import predicted
 from awp_kernels import pgd_step_
 from awp_kernels.philox import STREAM_UNIFORM, mix_seed, sample_words
@@ -100,27 +100,15 @@ def region_mask(shape: Shape, percent: int, height: int, width: int, *, sample_i
     return mask
 
 
-def regional_attack(
-    model: nn.Module,
-    split: Split,
-    attack: NamedAttack,
-    *,
-    seed: int,
-    batch_size: int,
-    step_size: Fraction = STEP,
-    steps: int = STEPS,
-) -> Outcome:
+def regional_attack(trial: Trial, attack: NamedAttack, *, step_size: Fraction = STEP, steps: int = STEPS) -> Outcome:
     """Step by step x <- clip(x - step * sign(d CE(f(x), target) / dx) * mask), until the prediction is not the label.
 
     The target is the wrong class with the largest logit on the clean image. Images that the model gets wrong clean are
     left alone. `details` holds how many were flipped and, over those, the mean L0, L2 and Linf and number of steps.
 
     Args:
-        model: in eval mode, on the split's device.
-        split: the samples.
+        trial: what is attacked; its ball bounds nothing here.
         attack: of the regional family.
-        seed: of random regions.
-        batch_size: images a batch.
         step_size: length of a step.
         steps: after how many to give up.
 
@@ -129,10 +117,11 @@ def regional_attack(
     """
     if attack.shape is None:
         raise ValueError(f"attack: expected a regional one, got {attack.name}")
+    model = trial.model
     done, norms, taken = [], [], []
-    height, width = split.images.shape[2:]
-    for x, y, ids, _ in eval_batches(split, batch_size):
-        mask = region_mask(attack.shape, attack.percent, height, width, sample_ids=ids, seed=seed)
+    height, width = trial.split.images.shape[2:]
+    for x, y, ids, _ in eval_batches(trial.split, trial.batch_size):
+        mask = region_mask(attack.shape, attack.percent, height, width, sample_ids=ids, seed=trial.seed)
         with torch.no_grad():
             logits = model(x)
         right = predicted(logits) == y

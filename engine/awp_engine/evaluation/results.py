@@ -140,9 +140,7 @@ class Measurement:
             norms = {name: f"{row.details[name]:.4g}" if name in row.details else "-" for name in ("L0", "L2", "Linf")}
             share = f"{row.details['L0_share']:.1%}" if "L0_share" in row.details else "-"
             steps = f"{row.details['steps']:.1f}" if "steps" in row.details else "-"
-            transfer = "-"
-            if row.transferable is not None:
-                transfer = f"{row.transferred}/{row.transferable}"
+            transfer = "-" if row.transferable is None else f"{row.transferred}/{row.transferable}"
             flipped = f"{row.details['flipped']}/{self.clean}"
             line = {"attack": row.attack, "flipped": flipped, **norms, "L0 share": share, "steps": steps}
             lines.append(line | {"transfer": transfer})

@@ -19,7 +19,7 @@ from awp_engine.config import parse_amount, show
 from awp_engine.data import Dataset, data_loading, eval_batches, load_dataset, match_classes, source_names
 from awp_engine.device import choose_device
 from awp_engine.evaluation.accuracy import evaluation_seed, spread
-from awp_engine.evaluation.attacks import EvaluationError, Threat, parse_attack
+from awp_engine.evaluation.attacks import EvaluationError, Threat, Trial, parse_attack
 from awp_engine.evaluation.autoattack import STANDARD_BUDGET, Budget
 from awp_engine.evaluation.receipt import make_receipt, split_hash
 from awp_engine.evaluation.results import Measurement
@@ -117,11 +117,6 @@ def _output(path: Path, subject: Subject) -> Path:
     return path.parent / f"{path.stem}-evaluation"
 
 
-def _positive(name: str, value: int | None) -> None:
-    if value is not None and not 1 <= value <= _MOST:
-        raise EvaluationError(f"--{name}: expected a whole number from 1 to {_MOST}, got {show(value)}")
-
-
 def _require_fit(subject: Subject, dataset: Dataset, device: torch.device, what: str) -> None:
     image = next(eval_batches(dataset.test.select(torch.arange(1)), 1)).images.to(device)
     try:
@@ -193,9 +188,10 @@ def evaluate_checkpoint(
     """
     path = Path(path)
     wanted = [parse_attack(name) for name in dict.fromkeys(attacks)]
-    for name, value in (("restarts", restarts), ("batch-size", batch_size), ("limit", limit)):
-        _positive(name, value)
-    _positive("gates-limit", gates_limit)
+    counts = {"restarts": restarts, "batch-size": batch_size, "limit": limit, "gates-limit": gates_limit}
+    for name, value in counts.items():
+        if value is not None and not 1 <= value <= _MOST:
+            raise EvaluationError(f"--{name}: expected a whole number from 1 to {_MOST}, got {show(value)}")
     if seed is not None and not 0 <= seed < 2**63:
         raise EvaluationError(f"--seed: expected a whole number in [0, 2^63), got {seed}")
     if publication is not None and "autoattack" not in attacks:
@@ -231,10 +227,9 @@ def evaluate_checkpoint(
     prepare_output(output)
     if labels != "the same":
         say(f"class names: {labels}")
+    trial = Trial(model=subject.model, split=split, threat=threat, seed=seed, batch_size=batch_size, say=say)
     receipt = make_receipt(
-        subject.model,
-        split,
-        threat,
+        trial,
         checkpoint={
             "name": subject.name,
             "file": subject.weights.name,
@@ -251,8 +246,6 @@ def evaluate_checkpoint(
             "class_names": labels,
         },
         step_size=step,
-        seed=seed,
-        batch_size=batch_size,
     )
     if second is not None:
         receipt["transfer_to"] = {"name": second.name, "file": second.weights.name, "sha256": second.sha256}
@@ -280,13 +273,9 @@ def evaluate_checkpoint(
 
     with locked(output):
         measurement = measure(
-            subject.model,
-            split,
+            trial,
             wanted,
-            threat,
             step_size=step,
-            seed=seed,
-            batch_size=batch_size,
             restarts=restarts,
             gates_limit=gates_limit,
             second=None if second is None else second.model,
@@ -300,7 +289,6 @@ def evaluate_checkpoint(
                 "torch": receipt["versions"]["torch"],
                 "pyautoattack": receipt["versions"]["pyautoattack"],
             },
-            say=say,
             so_far=save,
         )
         resumed = {row.attack: row.resumed for row in measurement.rows if row.resumed is not None}
@@ -313,7 +301,7 @@ def evaluate_checkpoint(
         _put(output, name, JSON, json_text(report, indent=2))
         partial.unlink(missing_ok=True)
         if publication is not None:
-            info = _leaderboard(publication, dataset.name, threat, measurement, limit, say)
+            info = _leaderboard(publication, dataset.name, trial, measurement, limit)
             _put(output, name, LEADERBOARD, json_text(info, indent=2))
         _put(output, name, PAGE, _page(subject, dataset, threat, done))
         return done
@@ -353,12 +341,7 @@ def _page(subject: Subject, dataset: Dataset, threat: Threat, done: Evaluated) -
 
 
 def _leaderboard(
-    publication: Publication,
-    dataset: str,
-    threat: Threat,
-    measurement: Measurement,
-    limit: int | None,
-    say: Callable[[str], None],
+    publication: Publication, dataset: str, trial: Trial, measurement: Measurement, limit: int | None
 ) -> dict[str, Any]:
     autoattack = next(row for row in measurement.rows if row.attack == "autoattack")
     more = {
@@ -368,11 +351,11 @@ def _leaderboard(
     }
     doubts = [*measurement.doubts(), *(reason for reason, holds in more.items() if holds)]
     if doubts:
-        say(f"{LEADERBOARD}: marked unreliable: {', '.join(doubts)}")
+        trial.say(f"{LEADERBOARD}: marked unreliable: {', '.join(doubts)}")
     return model_info(
         publication,
         dataset=dataset,
-        epsilon=threat.epsilon,
+        epsilon=trial.threat.epsilon,
         clean=measurement.clean,
         autoattack=autoattack.right,
         images=measurement.images,

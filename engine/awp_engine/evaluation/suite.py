@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from awp_engine.data import Split, eval_batches
 from awp_engine.evaluation.accuracy import spread
 from awp_engine.evaluation.attack_state import StateFile
 from awp_engine.evaluation.attacks import (
@@ -18,6 +17,7 @@ from awp_engine.evaluation.attacks import (
     NamedAttack,
     Outcome,
     Threat,
+    Trial,
     gradient_attack,
     in_ball,
     measuring,
@@ -74,94 +74,83 @@ def _pictures(attack: NamedAttack, x: Tensor, y: Tensor, clean: Tensor, outcome:
 
 
 def measure(
-    model: nn.Module,
-    split: Split,
+    trial: Trial,
     attacks: Sequence[NamedAttack],
-    threat: Threat,
     *,
     step_size: Fraction,
-    seed: int,
-    batch_size: int,
     restarts: int = 1,
     gates_limit: int | None = 200,
     second: nn.Module | None = None,
     budget: Budget = STANDARD_BUDGET,
     states: Path | None = None,
     identity: Mapping[str, Any] | None = None,
-    say: Callable[[str], None] = lambda _: None,
     so_far: Callable[[Measurement], None] = lambda _: None,
 ) -> Measurement:
     """Runs the attacks one after the other, and the gates; the model is left as it was.
 
     Args:
-        model: maps images in [0, 1] to logits, on the split's device.
-        split: the samples.
+        trial: what is measured; its model may be in any mode.
         attacks: as `parse_attack` gives them.
-        threat: the ball.
         step_size: length of a step of pgd and cw, in epsilon's units.
-        seed: of all noise.
-        batch_size: images a batch.
         restarts: of pgd and cw.
         gates_limit: images of the gates, evenly spread; None leaves the gates out.
         second: another classifier of the same images; every attack's images are tried on it.
         budget: of autoattack and square.
         states: directory where autoattack and square save their progress, to go on from.
         identity: what identifies weights and samples there; needed with `states`.
-        say: is told how far it is, one line at a time.
         so_far: is given what was measured after every attack.
 
     Raises:
         EvaluationError: no attacks, no images, or something that an attack cannot do.
     """
-    if not len(split):
+    model, images = trial.model, len(trial.split)
+    if not images:
         raise EvaluationError("split: expected at least one image, got none")
     if not attacks:
         raise EvaluationError("--attacks: expected at least one name, got none")
     if states is not None and not identity:
         raise ValueError("identity: needed with states, to tell one evaluation's progress from another's")
-    x, y, *_ = next(eval_batches(split, len(split)))
+    x, y, *_ = trial.whole
     if gates_limit is not None or any(map(_package_attacks, attacks)):
         require_package()
-    common: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
 
     def state_file(attack: NamedAttack) -> StateFile | None:
         if states is None:
             return None
         depends = {
             **(identity or {}),
-            "epsilon": str(threat.epsilon),
-            "norm": threat.norm,
-            **common,
+            "epsilon": str(trial.threat.epsilon),
+            "norm": trial.threat.norm,
+            "seed": trial.seed,
+            "batch_size": trial.batch_size,
             "attacks": list(_package_attacks(attack)),
             "budget": asdict(budget),
         }
         try:
             return StateFile(states, depends)
         except KeyFileError as error:
-            say(f"{attack.name}: goes on without saving its progress: {error}")
+            trial.say(f"{attack.name}: goes on without saving its progress: {error}")
             return None
 
     def run(attack: NamedAttack) -> Outcome:
         if attack.family == "regional":
-            return regional_attack(model, split, attack, **common)
-        if not (names := _package_attacks(attack)):
-            steps = {"step_size": step_size, "restarts": restarts}
-            return gradient_attack(model, split, attack, threat, **steps, **common)
-        saved = state_file(attack)
-        return autoattack(model, split, threat, attacks=names, budget=budget, state_file=saved, say=say, **common)
+            return regional_attack(trial, attack)
+        if names := _package_attacks(attack):
+            return autoattack(trial, attacks=names, budget=budget, state_file=state_file(attack))
+        return gradient_attack(trial, attack, step_size=step_size, restarts=restarts)
 
     rows, pictures = [], []
     with measuring(model), measuring(second if second is not None else nn.Identity()):
-        clean = predict(model, x, batch_size)
-        second_right = None if second is None else predict(second, x, batch_size) == y
+        clean = trial.predict(x)
+        second_right = None if second is None else predict(second, x, trial.batch_size) == y
         worst = clean == y
         with torch.no_grad():
             classes = int(model(x[:1]).shape[1])
         # before hours of other attacks
         for attack in attacks:
-            require_suitable(split, classes, _package_attacks(attack), threat)
+            require_suitable(trial, classes, _package_attacks(attack))
         if gates_limit is not None:
-            require_suitable(split, classes, ("square",), threat)
+            require_suitable(trial, classes, ("square",))
 
         def measured(gates: GateReport | None) -> Measurement:
             return Measurement(
@@ -170,7 +159,7 @@ def measure(
                 not_finite=int((clean == NO_CLASS).sum()),
                 worst=int(worst.sum()),
                 worst_over=tuple(attack.name for attack in attacks[: len(rows)] if attack.bounded),
-                images=len(split),
+                images=images,
                 gates=gates,
                 pictures=tuple(pictures),
             )
@@ -181,23 +170,23 @@ def measure(
             seconds = time.monotonic() - began
             if attack.bounded:
                 worst &= outcome.held
-            after = predict(model, outcome.x_adv, batch_size)
+            after = trial.predict(outcome.x_adv)
             transferred, transferable = None, None
             if second is not None and second_right is not None:
                 candidates = (clean == y) & ~outcome.held & ~outcome.blind & second_right
                 transferable = int(candidates.sum())
-                transferred = int((candidates & (predict(second, outcome.x_adv, batch_size) != y)).sum())
-            largest = perturbation_norms(outcome.x_adv, x)["Linf" if threat.norm == "linf" else "L2"].max().item()
-            fits = bool(in_ball(outcome.x_adv, x, threat).all())
+                transferred = int((candidates & (predict(second, outcome.x_adv, trial.batch_size) != y)).sum())
+            distance = perturbation_norms(outcome.x_adv, x)["Linf" if trial.threat.norm == "linf" else "L2"]
+            fits = bool(in_ball(outcome.x_adv, x, trial.threat).all())
             rows.append(
                 Row(
                     attack=attack.name,
                     right=int(outcome.held.sum()),
                     not_finite=int(((clean == NO_CLASS) | (after == NO_CLASS)).sum()),
                     blind=int(outcome.blind.sum()),
-                    images=len(split),
+                    images=images,
                     seconds=seconds,
-                    largest=largest,
+                    largest=distance.max().item(),
                     in_ball=fits if attack.bounded else None,
                     transferred=transferred,
                     transferable=transferable,
@@ -206,12 +195,12 @@ def measure(
                     resumed=outcome.resumed,
                 )
             )
-            say(f"{attack.name}: {percent(rows[-1].right, len(split))}% of {len(split)} right, {seconds:.1f} s")
+            trial.say(f"{attack.name}: {percent(rows[-1].right, images)}% of {images} right, {seconds:.1f} s")
             if attack.family != "clean":
                 pictures.append(_pictures(attack, x, y, clean, outcome, after))
             so_far(measured(None))
         gates = None
         if gates_limit is not None:
-            gates = run_gates(model, spread(split, gates_limit), threat, say=say, **common)
-            gates = replace(gates, gates=(*gates.gates, _ball_gate(rows, threat)))
+            gates = run_gates(replace(trial, split=spread(trial.split, gates_limit)))
+            gates = replace(gates, gates=(*gates.gates, _ball_gate(rows, trial.threat)))
         return measured(gates)

@@ -8,12 +8,13 @@ from awp_engine.landscape.curves import curve_1d, grid, surface_2d
 from awp_engine.landscape.directions import Direction, adversarial_direction, random_direction
 from awp_engine.landscape.flatness import AverageFlatness, WorstFlatness, average_flatness, worst_flatness
 from awp_engine.landscape.moving import WorkingCopy
-from awp_engine.landscape.robust_loss import robust_loss, robust_losses
+from awp_engine.landscape.robust_loss import RobustLoss
 
 __all__ = [
     "AverageFlatness",
     "Direction",
     "Interval",
+    "RobustLoss",
     "WorkingCopy",
     "WorstFlatness",
     "adversarial_direction",
@@ -22,8 +23,6 @@ __all__ = [
     "grid",
     "mean_interval",
     "random_direction",
-    "robust_loss",
-    "robust_losses",
     "surface_2d",
     "worst_flatness",
 ]

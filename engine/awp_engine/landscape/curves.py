@@ -1,15 +1,14 @@
 """The robust loss along one weight direction, and over the plane of two."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from awp_engine.attack import Attack
-from awp_engine.data import Batch
 from awp_engine.landscape.directions import Direction
 from awp_engine.landscape.moving import WorkingCopy
-from awp_engine.landscape.robust_loss import Report, robust_losses
+from awp_engine.landscape.robust_loss import RobustLoss
 
 
 def grid(radius: float, points: int) -> list[float]:
@@ -25,16 +24,7 @@ def grid(radius: float, points: int) -> list[float]:
     return [radius * (2 * i - (points - 1)) / (points - 1) for i in range(points)]
 
 
-def curve_1d(
-    model: nn.Module,
-    direction: Direction,
-    amounts: Sequence[float],
-    batches: Sequence[Batch],
-    attack: Attack,
-    *,
-    restarts: int = 1,
-    report: Report | None = None,
-) -> Tensor:
+def curve_1d(model: nn.Module, direction: Direction, amounts: Sequence[float], loss: RobustLoss) -> Tensor:
     """The robust loss at w + amount ||w|| d / ||d||, every image attacked anew at every point.
 
     All points share the attack's starting points, so that the curve shows the weights' influence alone.
@@ -43,10 +33,7 @@ def curve_1d(
         model: left as it is, bit for bit.
         direction: d.
         amounts: fractions of the norm, such as -1 to 1.
-        batches: the images.
-        attack: see `robust_loss`.
-        restarts: see `robust_loss`.
-        report: see `robust_loss`.
+        loss: the images, and how they are attacked.
 
     Returns:
         fp64 [points, N] on the CPU, in nats.
@@ -58,7 +45,7 @@ def curve_1d(
     losses = []
     for amount in amounts:
         copy.move_(direction, amount)
-        losses.append(robust_losses(copy.model, batches, attack, restarts=restarts, report=report))
+        losses.append(loss(copy.model))
     return torch.stack(losses)
 
 
@@ -68,11 +55,7 @@ def surface_2d(
     second: Direction,
     first_amounts: Sequence[float],
     second_amounts: Sequence[float],
-    batches: Sequence[Batch],
-    attack: Attack,
-    *,
-    restarts: int = 1,
-    report: Report | None = None,
+    loss: RobustLoss,
 ) -> Tensor:
     """The robust loss at w + a ||w|| d1 / ||d1|| + b ||w|| d2 / ||d2||, every image attacked anew at every point.
 
@@ -82,20 +65,14 @@ def surface_2d(
         second: d2, likewise, of the same parameters.
         first_amounts: values of a.
         second_amounts: values of b.
-        batches: the images.
-        attack: see `robust_loss`.
-        restarts: see `robust_loss`.
-        report: see `robust_loss`.
+        loss: as in `curve_1d`.
 
     Returns:
         fp64 [len(first_amounts), len(second_amounts), N] on the CPU, in nats.
     """
     copy = WorkingCopy(model)
-    rows = []
-    for a in first_amounts:
-        row = []
-        for b in second_amounts:
-            copy.move_in_plane_(first, a, second, b)
-            row.append(robust_losses(copy.model, batches, attack, restarts=restarts, report=report))
-        rows.append(torch.stack(row))
-    return torch.stack(rows)
+    losses = []
+    for a, b in itertools.product(first_amounts, second_amounts):
+        copy.move_in_plane_(first, a, second, b)
+        losses.append(loss(copy.model))
+    return torch.stack(losses).unflatten(0, (len(first_amounts), len(second_amounts)))

@@ -17,11 +17,12 @@ from awp_engine.data import Split
 from awp_engine.files.atomic import atomic_write_text
 from awp_engine.files.digest import sha256_of
 from awp_engine.files.text import json_text
-from awp_engine.landscape.measure import Measurement, Mode, Settings, interval_facts
+from awp_engine.landscape.bootstrap import LEVEL, RESAMPLES
+from awp_engine.landscape.measure import Measurement, Mode, Settings
 from awp_engine.landscape.plots import plot_curves, plot_flatness, plot_surfaces
 from awp_engine.landscape.runs import Run, attack_facts
 from awp_engine.models.trained import CONFIG_FILE
-from awp_engine.observe.drawing import attempt
+from awp_engine.observe.drawing import attempt, save
 from awp_engine.observe.report import prepare_output, print_table, source_commit, versions
 
 _NAMES: dict[Mode, str] = {"1d": "curves", "2d": "surface", "flatness": "flatness"}
@@ -45,12 +46,11 @@ class Receipt:
     attack: Attack
     settings: Settings
     batch_size: int
-    device: torch.device
     seconds: float
 
     def facts(self) -> dict[str, Any]:
         """The receipt as JSON holds it."""
-        data = self.runs[0].data
+        data, device = self.runs[0].data, self.images.device
         return {
             "definition": _DEFINITIONS[self.mode],
             "attack": {
@@ -68,8 +68,12 @@ class Receipt:
                 "ids_sha256": hashlib.sha256(self.images.ids.cpu().numpy().astype("<i8").data).hexdigest(),
             },
             "settings": {**dataclasses.asdict(self.settings), "batch_size": self.batch_size},
-            "confidence": interval_facts(),
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "confidence": {
+                "level": LEVEL,
+                "resamples": RESAMPLES,
+                "method": "bootstrap percentiles over images, and over rows if several",
+            },
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
             "seconds": self.seconds,
             "versions": versions(),
@@ -152,5 +156,5 @@ def write(output: Path, receipt: Receipt, found: Measurement) -> list[Path]:
     atomic_write_text(table, json_text(content, indent=1))
     # last, as a picture may fail
     draw = {"1d": plot_curves, "2d": plot_surfaces, "flatness": plot_flatness}[receipt.mode]
-    drawn = attempt(str(figure), lambda: draw(figure, found.entries, receipt.title) or figure, print)
+    drawn = attempt(str(figure), lambda: save(draw(found.entries, receipt.title), figure) or figure, print)
     return [table, losses] if drawn is None else [figure, table, losses]

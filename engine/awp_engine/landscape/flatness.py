@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from awp_engine.attack import Attack, summed_cross_entropy
-from awp_engine.data import Batch
+from awp_engine.attack import summed_cross_entropy
 from awp_engine.landscape.bootstrap import Interval, mean_interval
 from awp_engine.landscape.directions import gaussian_like, name_key, random_direction, weights_and_biases
 from awp_engine.landscape.moving import WorkingCopy
-from awp_engine.landscape.robust_loss import Report, cross_entropies, restart_seed, robust_losses
+from awp_engine.landscape.robust_loss import RobustLoss, cross_entropies, restart_seed
 from awp_kernels import pgd_init_, pgd_step_
 from awp_kernels.philox import mix_seed, uniform_integers
 
@@ -86,16 +85,13 @@ def _require(name: str, value: float, minimum: float) -> None:
 
 def average_flatness(
     model: nn.Module,
-    batches: Sequence[Batch],
-    attack: Attack,
+    loss: RobustLoss,
     *,
     xi: float = 0.5,
     count: int = 10,
     seed: int = 0,
-    restarts: int = 1,
     select: Select = weights_and_biases,
     reference: Tensor | None = None,
-    report: Report | None = None,
 ) -> AverageFlatness:
     """How much the robust loss rises on average when weights move by xi of their norm in a random direction.
 
@@ -104,15 +100,12 @@ def average_flatness(
 
     Args:
         model: left as it is, bit for bit.
-        batches: the images.
-        attack: see `robust_loss`.
+        loss: the images, and how they are attacked.
         xi: relative radius, >= 0.
         count: number of v.
         seed: of the v.
-        restarts: see `robust_loss`.
         select: gives the names of the parameters that move.
         reference: fp64 [N], the robust loss at w if it is known already.
-        report: see `robust_loss`.
 
     Raises:
         ValueError: xi or count out of range.
@@ -121,11 +114,11 @@ def average_flatness(
     _require("count", count, 1)
     copy = WorkingCopy(model)
     if reference is None:
-        reference = robust_losses(copy.model, batches, attack, restarts=restarts, report=report)
+        reference = loss(copy.model)
     losses = []
     for index in range(count):
         copy.move_(random_direction(model, seed=seed, index=index, scope="layer", select=select), xi)
-        losses.append(robust_losses(copy.model, batches, attack, restarts=restarts, report=report))
+        losses.append(loss(copy.model))
     return AverageFlatness(xi=xi, reference=reference, losses=torch.stack(losses))
 
 
@@ -159,20 +152,19 @@ def _starting_displacement(model: nn.Module, names: Sequence[str], xi: float, se
 def _joint_ascent(
     copy: WorkingCopy,
     displacement: dict[str, Tensor],
-    batches: Sequence[Batch],
-    attack: Attack,
+    loss: RobustLoss,
     *,
     xi: float,
     epochs: int,
     weight_step: float,
     seed: int,
-    report: Report | None,
 ) -> Tensor:
     """Move images and weights uphill together, a step of both a batch; leaves the copy at its end.
 
     Returns:
         fp64 [N], the loss of every image at the end.
     """
+    batches, attack = loss.batches, loss.attack
     if attack.step_size is None:
         raise ValueError("attack: expected kind pgd, whose steps have one length, got apgd")
     attacked = []
@@ -186,55 +178,49 @@ def _joint_ascent(
         for x_adv, (x, y, *_) in zip(attacked, batches, strict=True):
             x_adv.requires_grad_()
             with torch.enable_grad():
-                loss = summed_cross_entropy(copy.model(x_adv), y)
-                image_gradient, *gradients = torch.autograd.grad(loss, [x_adv, *moving])
+                total = summed_cross_entropy(copy.model(x_adv), y)
+                image_gradient, *gradients = torch.autograd.grad(total, [x_adv, *moving])
             x_adv.requires_grad_(False)
             pgd_step_(x_adv, image_gradient, x, step_size=attack.step_size, epsilon=attack.epsilon, norm=attack.norm)
             for tensor, gradient in zip(displacement.values(), gradients, strict=True):
                 tensor += gradient * (weight_step / (gradient.double().norm() + 1e-20)).to(tensor.dtype)
             project_relative_(displacement, xi)
             copy.move_relative_(displacement)
-            if report is not None:
-                report(len(x))
+            loss.report(len(x))
     losses = [cross_entropies(copy.model, x_adv, batch.labels) for x_adv, batch in zip(attacked, batches, strict=True)]
     return torch.cat(losses).cpu()
 
 
 def worst_flatness(
     model: nn.Module,
-    batches: Sequence[Batch],
-    attack: Attack,
+    loss: RobustLoss,
     *,
     xi: float = 0.003,
     epochs: int = 20,
     attempts: int = 10,
     weight_step: float = 0.01,
     seed: int = 0,
-    restarts: int = 1,
     select: Select = weights_and_biases,
     reference: Tensor | None = None,
-    report: Report | None = None,
 ) -> WorstFlatness:
     """How much the robust loss rises when weights move by at most xi of their norm in the worst direction found.
 
-    Weights and images climb together. For every batch: x by `attack.step_size` (sign, or normalised for L2), projected
-    as in PGD; v_l by weight_step ||w_l|| g_l / ||g_l||, projected onto ||v_l|| <= xi ||w_l||. Both start at random, v_l
-    uniformly in direction and length. At the end the images are attacked anew at w + v as they were at w, so that the
-    rise is due to the weights alone and vanishes with xi.
+    Weights and images climb together. For every batch: x by the attack's step size (sign, or normalised for L2),
+    projected as in PGD; v_l by weight_step ||w_l|| g_l / ||g_l||, projected onto ||v_l|| <= xi ||w_l||. Both start at
+    random, v_l uniformly in direction and length. At the end the images are attacked anew at w + v as they were at w,
+    so that the rise is due to the weights alone and vanishes with xi.
 
     Args:
         model: left as it is, bit for bit.
-        batches: the images; the weights take one step for each of them, so their size matters.
-        attack: the images' ball, step and norm, and the attack for the reference and for the end.
+        loss: the batches, of which the weights take a step for each, so that their size matters; the images' ball, step
+            and norm; and the attack for the reference and for the end.
         xi: relative radius, >= 0; the paper uses 0.00075 to 0.005.
         epochs: passes over the batches.
         attempts: random starts, of which the one with the largest mean loss counts.
         weight_step: relative length of a weight's step, > 0.
         seed: of the starts.
-        restarts: see `robust_loss`.
         select: gives the names of the parameters that move.
         reference: fp64 [N], the robust loss at w if it is known already.
-        report: see `robust_loss`.
 
     Raises:
         ValueError: xi, epochs, attempts or weight_step out of range; an attack of kind apgd.
@@ -245,7 +231,7 @@ def worst_flatness(
         _require(name, number, 1)
     copy = WorkingCopy(model)
     if reference is None:
-        reference = robust_losses(copy.model, batches, attack, restarts=restarts, report=report)
+        reference = loss(copy.model)
     names = select(model)
     joint, losses, largest = [], [], []
     for attempt in range(attempts):
@@ -254,16 +240,14 @@ def worst_flatness(
             _joint_ascent(
                 copy,
                 displacement,
-                batches,
-                attack,
+                loss,
                 xi=xi,
                 epochs=epochs,
                 weight_step=weight_step,
                 seed=restart_seed(mix_seed(seed, _IMAGE_START), attempt),
-                report=report,
             )
         )
-        losses.append(robust_losses(copy.model, batches, attack, restarts=restarts, report=report))
+        losses.append(loss(copy.model))
         largest.append(copy.largest_move())
     return WorstFlatness(
         xi=xi,

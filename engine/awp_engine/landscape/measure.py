@@ -7,14 +7,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from awp_engine.attack import Attack
-from awp_engine.data import Batch
-from awp_engine.landscape.bootstrap import LEVEL, RESAMPLES, Interval, mean_interval
+from awp_engine.landscape.bootstrap import Interval, mean_interval
 from awp_engine.landscape.curves import curve_1d, grid, surface_2d
 from awp_engine.landscape.directions import Direction, adversarial_direction, random_direction
 from awp_engine.landscape.flatness import average_flatness, worst_flatness
 from awp_engine.landscape.progress import ProgressLines
-from awp_engine.landscape.robust_loss import robust_losses
+from awp_engine.landscape.robust_loss import RobustLoss
 from awp_engine.landscape.runs import Run
 from awp_kernels.philox import mix_seed
 
@@ -90,21 +88,11 @@ def work(mode: Mode, settings: Settings, runs: int, images: int, steps: int) -> 
     return runs * images * (attacks * steps * settings.restarts + joint)
 
 
-def interval_facts() -> dict[str, Any]:
-    """How the confidence intervals were computed."""
-    return {
-        "level": LEVEL,
-        "resamples": RESAMPLES,
-        "method": "bootstrap percentiles over images, and over rows if several",
-    }
-
-
-def _random(run: Run, settings: Settings, index: int) -> Direction:
+def _direction(kind: str, index: int, run: Run, loss: RobustLoss, settings: Settings) -> Direction:
+    """A random direction, which is the same for all runs, or the run's own gradient."""
+    if kind == "adversarial":
+        return adversarial_direction(run.model, loss.batches, loss.attack)
     return random_direction(run.model, seed=mix_seed(settings.seed, _DIRECTIONS), index=index)
-
-
-def _common(settings: Settings, progress: ProgressLines) -> dict[str, Any]:
-    return {"restarts": settings.restarts, "report": progress.advance}
 
 
 def _columns(intervals: Sequence[Interval]) -> dict[str, list[float]]:
@@ -115,116 +103,95 @@ def _columns(intervals: Sequence[Interval]) -> dict[str, list[float]]:
     }
 
 
-def measure_curves(
-    runs: Sequence[Run], batches: Sequence[Batch], attack: Attack, settings: Settings, progress: ProgressLines
-) -> Measurement:
-    """The robust loss along random directions, the same for all runs, and along each run's own gradient."""
-    entries, losses, common = [], {}, _common(settings, progress)
-    for run in runs:
-        curves = {}
-        for kind, radius in (("random", settings.radius), ("adversarial", settings.adversarial_radius)):
-            amounts = grid(radius, settings.points)
-            table = []
-            for index in range(settings.directions if kind == "random" else 1):
-                progress.begin(f"{run.label}, 1d, {kind} direction {index + 1}")
-                if kind == "random":
-                    direction = _random(run, settings, index)
-                else:
-                    direction = adversarial_direction(run.model, batches, attack)
-                table.append(curve_1d(run.model, direction, amounts, batches, attack, **common))
-            stacked = torch.stack(table)  # [directions, points, N]
-            losses[f"{run.label}/{kind}"] = stacked
-            by_direction = stacked.mean(2)
-            seed = mix_seed(settings.seed, _BOOTSTRAP)
-            curves[kind] = {
-                "amounts": amounts,
-                **_columns([mean_interval(stacked[:, point], seed=seed) for point in range(settings.points)]),
-                "by_direction": by_direction.tolist(),
-                "spread": by_direction.std(0).tolist() if len(table) > 1 else None,
-            }
-        entries.append({**run.facts(), "curves": curves})
-    return Measurement(entries=entries, losses=losses)
+# what of an entry, and which losses, a mode finds of one run
+_Found = tuple[dict[str, Any], dict[str, Tensor]]
 
 
-def measure_surfaces(
-    runs: Sequence[Run], batches: Sequence[Batch], attack: Attack, settings: Settings, progress: ProgressLines
-) -> Measurement:
-    """The robust loss over the plane of two random directions, or of the run's own gradient and a random one."""
-    entries, losses, common = [], {}, _common(settings, progress)
-    for run in runs:
-        progress.begin(f"{run.label}, 2d")
-        along = settings.plane == "adversarial"
-        first = adversarial_direction(run.model, batches, attack) if along else _random(run, settings, 0)
-        second = _random(run, settings, 0 if along else 1)
-        amounts = grid(settings.adversarial_radius if along else settings.radius, settings.points_2d)
-        others = grid(settings.radius, settings.points_2d)
-        # [first, second, N]
-        found = surface_2d(run.model, first, second, amounts, others, batches, attack, **common)
-        losses[f"{run.label}/surface"] = found
+def _curves(run: Run, loss: RobustLoss, settings: Settings, progress: ProgressLines) -> _Found:
+    curves, losses = {}, {}
+    for kind, radius, count in (
+        ("random", settings.radius, settings.directions),
+        ("adversarial", settings.adversarial_radius, 1),
+    ):
+        amounts = grid(radius, settings.points)
+        table = []
+        for index in range(count):
+            progress.begin(f"{run.label}, 1d, {kind} direction {index + 1}")
+            table.append(curve_1d(run.model, _direction(kind, index, run, loss, settings), amounts, loss))
+        losses[kind] = torch.stack(table)  # [directions, points, N]
+        by_direction = losses[kind].mean(2)
         seed = mix_seed(settings.seed, _BOOTSTRAP)
-        rows = [_columns([mean_interval(point, seed=seed) for point in row]) for row in found]
-        surface = {
-            "kinds": [settings.plane, "random"],
-            "first": amounts,
-            "second": others,
-            **{key: [row[key] for row in rows] for key in ("mean", "low", "high")},
+        curves[kind] = {
+            "amounts": amounts,
+            **_columns([mean_interval(losses[kind][:, point], seed=seed) for point in range(settings.points)]),
+            "by_direction": by_direction.tolist(),
+            "spread": by_direction.std(0).tolist() if count > 1 else None,
         }
-        entries.append({**run.facts(), "surface": surface})
-    return Measurement(entries=entries, losses=losses)
+    return {"curves": curves}, losses
 
 
-def measure_flatness(
-    runs: Sequence[Run], batches: Sequence[Batch], attack: Attack, settings: Settings, progress: ProgressLines
-) -> Measurement:
-    """Average-case and worst-case flatness of every run at every xi, with their intervals."""
-    entries, losses, common = [], {}, _common(settings, progress)
+def _surface(run: Run, loss: RobustLoss, settings: Settings, progress: ProgressLines) -> _Found:
+    progress.begin(f"{run.label}, 2d")
+    along = settings.plane == "adversarial"
+    first = _direction(settings.plane, 0, run, loss, settings)
+    second = _direction("random", 0 if along else 1, run, loss, settings)
+    amounts = grid(settings.adversarial_radius if along else settings.radius, settings.points_2d)
+    others = grid(settings.radius, settings.points_2d)
+    losses = surface_2d(run.model, first, second, amounts, others, loss)
     seed = mix_seed(settings.seed, _BOOTSTRAP)
+    rows = [_columns([mean_interval(point, seed=seed) for point in row]) for row in losses]
+    surface = {
+        "kinds": [settings.plane, "random"],
+        "first": amounts,
+        "second": others,
+        **{key: [row[key] for row in rows] for key in ("mean", "low", "high")},
+    }
+    return {"surface": surface}, {"surface": losses}
+
+
+def _flatness(run: Run, loss: RobustLoss, settings: Settings, progress: ProgressLines) -> _Found:
+    seed = mix_seed(settings.seed, _BOOTSTRAP)
+    progress.begin(f"{run.label}, flatness, reference")
+    reference = loss(run.model)
+    losses, average, worst = {"reference": reference}, [], []
+    for xi in settings.average_xi:
+        progress.begin(f"{run.label}, average-case flatness, xi {xi:g}")
+        known = {"xi": xi, "seed": mix_seed(settings.seed, _AVERAGE), "reference": reference}
+        mean = average_flatness(run.model, loss, count=settings.draws, **known)
+        losses[f"average/{xi:g}"] = mean.losses
+        by_draw = (mean.losses - reference).mean(1).tolist()
+        average.append({"xi": xi, **dataclasses.asdict(mean.interval(seed)), "by_draw": by_draw})
+    for xi in settings.worst_xi:
+        progress.begin(f"{run.label}, worst-case flatness, xi {xi:g}")
+        known = {"xi": xi, "seed": mix_seed(settings.seed, _WORST), "reference": reference}
+        found = worst_flatness(run.model, loss, epochs=settings.epochs, attempts=settings.attempts, **known)
+        losses |= {f"worst/{xi:g}": found.losses, f"worst-joint/{xi:g}": found.joint}
+        worst.append(
+            {
+                "xi": xi,
+                **dataclasses.asdict(found.interval(seed)),
+                "attempt": found.attempt,
+                "by_attempt": (found.losses - reference).mean(1).tolist(),
+                "on_images_of_joint_ascent": dataclasses.asdict(found.joint_interval(seed)),
+                "largest_relative_move": found.largest.tolist(),
+            }
+        )
+    reference_facts = dataclasses.asdict(mean_interval(reference, seed=seed))
+    return {"robust_loss": reference_facts, "average": average, "worst": worst}, losses
+
+
+def measure(
+    mode: Mode, runs: Sequence[Run], loss: RobustLoss, settings: Settings, progress: ProgressLines
+) -> Measurement:
+    """One mode of all runs, whose random directions are the same; `loss` reports to `progress`.
+
+    "1d": the robust loss along random directions, and along each run's own gradient. "2d": over the plane of two random
+    directions, or of the run's own gradient and a random one. "flatness": average-case and worst-case flatness at every
+    xi. All with their intervals.
+    """
+    entries, losses = [], {}
     for run in runs:
-        progress.begin(f"{run.label}, flatness, reference")
-        reference = robust_losses(run.model, batches, attack, **common)
-        losses[f"{run.label}/reference"] = reference
-        average = []
-        for xi in settings.average_xi:
-            progress.begin(f"{run.label}, average-case flatness, xi {xi:g}")
-            mean = average_flatness(
-                run.model,
-                batches,
-                attack,
-                xi=xi,
-                count=settings.draws,
-                seed=mix_seed(settings.seed, _AVERAGE),
-                reference=reference,
-                **common,
-            )
-            losses[f"{run.label}/average/{xi:g}"] = mean.losses
-            by_draw = (mean.losses - reference).mean(1).tolist()
-            average.append({"xi": xi, **dataclasses.asdict(mean.interval(seed)), "by_draw": by_draw})
-        worst = []
-        for xi in settings.worst_xi:
-            progress.begin(f"{run.label}, worst-case flatness, xi {xi:g}")
-            found = worst_flatness(
-                run.model,
-                batches,
-                attack,
-                xi=xi,
-                epochs=settings.epochs,
-                attempts=settings.attempts,
-                seed=mix_seed(settings.seed, _WORST),
-                reference=reference,
-                **common,
-            )
-            losses[f"{run.label}/worst/{xi:g}"] = found.losses
-            losses[f"{run.label}/worst-joint/{xi:g}"] = found.joint
-            worst.append(
-                {
-                    "xi": xi,
-                    **dataclasses.asdict(found.interval(seed)),
-                    "attempt": found.attempt,
-                    "by_attempt": (found.losses - reference).mean(1).tolist(),
-                    "on_images_of_joint_ascent": dataclasses.asdict(found.joint_interval(seed)),
-                    "largest_relative_move": found.largest.tolist(),
-                }
-            )
-        reference_facts = dataclasses.asdict(mean_interval(reference, seed=seed))
-        entries.append({**run.facts(), "robust_loss": reference_facts, "average": average, "worst": worst})
+        entry, tables = {"1d": _curves, "2d": _surface, "flatness": _flatness}[mode](run, loss, settings, progress)
+        entries.append({**run.facts(), **entry})
+        losses |= {f"{run.label}/{name}": table for name, table in tables.items()}
     return Measurement(entries=entries, losses=losses)

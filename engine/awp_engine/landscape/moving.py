@@ -50,15 +50,15 @@ class WorkingCopy:
         self._moved = []
 
     @torch.no_grad()
-    def _take(self, names: Mapping[str, object], tensors: list[Tensor], gamma: float, scope: str, eps: float) -> None:
-        out = self.parameters(names)
-        if self._moved != list(names):
+    def _take(self, tensors: Mapping[str, Tensor], gamma: float, scope: str, eps: float) -> None:
+        out = self.parameters(tensors)
+        if self._moved != list(tensors):
             self.reset_()
         found_inf = torch.zeros((), device=next(self.model.parameters()).device)
-        weights = [self.weights[name] for name in names]
+        weights = [self.weights[name] for name in tensors]
         # before they are: an interrupt may come in between
-        self._moved = list(names)
-        perturb_into_(out, weights, tensors, gamma, scope=scope, eps=eps, found_inf=found_inf)
+        self._moved = list(tensors)
+        perturb_into_(out, weights, list(tensors.values()), gamma, scope=scope, eps=eps, found_inf=found_inf)
         if found_inf:
             # it leads nowhere: what is measured there is NaN, not as flat as w itself
             for tensor in out:
@@ -72,7 +72,7 @@ class WorkingCopy:
         Raises:
             ValueError: names, shapes or devices that are not the model's.
         """
-        self._take(direction.tensors, list(direction.tensors.values()), amount, direction.scope, 1e-20)
+        self._take(direction.tensors, amount, direction.scope, 1e-20)
 
     def move_in_plane_(self, first: Direction, a: float, second: Direction, b: float) -> None:
         """Set the copy to w + a ||w|| d1 / ||d1|| + b ||w|| d2 / ||d2||, all norms being those of w, d1 and d2.
@@ -93,7 +93,7 @@ class WorkingCopy:
         Args:
             displacement: name to r_l, of the weight's shape.
         """
-        self._take(displacement, list(displacement.values()), _SWAMPING, "layer", _SWAMPING)
+        self._take(displacement, _SWAMPING, "layer", _SWAMPING)
 
     @torch.no_grad()
     def largest_move(self) -> float:
@@ -114,11 +114,8 @@ class WorkingCopy:
         for name, tensor in direction.tensors.items():
             weight, given = self.weights[name], tensor.double()
             length = weight.double().norm().clamp_min(1e-300)
-            if direction.scope == "filter" and weight.ndim > 1:
-                dims = tuple(range(1, weight.ndim))
-                share = torch.linalg.vector_norm(weight.double(), dim=dims, keepdim=True) / length
-                norm = torch.linalg.vector_norm(given, dim=dims, keepdim=True)
-            else:
-                share, norm = weight.double().norm() / length, given.norm()
+            dims = tuple(range(1, weight.ndim)) if direction.scope == "filter" and weight.ndim > 1 else None
+            share = torch.linalg.vector_norm(weight.double(), dim=dims, keepdim=True) / length
+            norm = torch.linalg.vector_norm(given, dim=dims, keepdim=True)
             shares[name] = torch.empty_like(weight).copy_(given * (share / (norm + 1e-20)))
         return shares

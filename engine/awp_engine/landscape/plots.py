@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from awp_engine.observe.drawing import BLUE, GREEN, VERMILION, drawable, legend, plottable, save, tidy
+from awp_engine.observe.drawing import BLUE, GREEN, VERMILION, drawable, legend, plottable, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLOURS = (BLUE, VERMILION, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", "--", "-.", ":")
@@ -52,17 +52,13 @@ _AXIS = {
 }
 
 
-def plot_curves(path: Path, runs: Sequence[Mapping[str, Any]], title: str) -> None:
+def plot_curves(runs: Sequence[Mapping[str, Any]], title: str) -> Figure:
     """Draws the robust loss along the directions: one panel a kind, one line a run, with 95 % bands.
 
     Args:
-        path: the PNG file.
         runs: each with `label` and `curves`: kind to `amounts`, `mean`, `low`, `high` [points] and `by_direction`
             [directions, points].
         title: one line on images and attack.
-
-    Raises:
-        OSError: if the file cannot be written.
     """
     from matplotlib.figure import Figure
 
@@ -91,19 +87,17 @@ def plot_curves(path: Path, runs: Sequence[Mapping[str, Any]], title: str) -> No
             legend(axes, series)
     panels[0].set_ylabel("robust loss (cross-entropy, nats)")
     figure.suptitle(f"{title}; bands: 95 % confidence", fontsize="medium")
-    save(figure, path)
+    return figure
 
 
-def plot_surfaces(path: Path, runs: Sequence[Mapping[str, Any]], title: str) -> None:
+def plot_surfaces(runs: Sequence[Mapping[str, Any]], title: str) -> Figure:
     """Draws the robust loss over a plane, one panel a run, with common colours and level lines.
 
     Args:
-        path: the PNG file.
         runs: each with `label` and `surface`: `kinds` [2], `first` and `second` amounts, `mean` [first, second].
         title: one line on images and attack.
 
     Raises:
-        OSError: if the file cannot be written.
         ValueError: there is nothing to draw.
     """
     from matplotlib.colors import LogNorm, Normalize
@@ -151,19 +145,15 @@ def plot_surfaces(path: Path, runs: Sequence[Mapping[str, Any]], title: str) -> 
     bar = figure.colorbar(filled, ax=list(panels), format="%.3g", ticks=levels[::2])
     bar.set_label("robust loss (cross-entropy, nats)")
     figure.suptitle(title, fontsize="medium")
-    save(figure, path)
+    return figure
 
 
-def plot_flatness(path: Path, runs: Sequence[Mapping[str, Any]], title: str) -> None:
+def plot_flatness(runs: Sequence[Mapping[str, Any]], title: str) -> Figure:
     """Draws average-case and worst-case flatness over xi, one series a run, with 95 % intervals.
 
     Args:
-        path: the PNG file.
         runs: each with `label`, `average` and `worst`: lists of `xi`, `value`, `low`, `high`.
         title: one line on images and attack.
-
-    Raises:
-        OSError: if the file cannot be written.
     """
     from matplotlib.figure import Figure
 
@@ -195,4 +185,4 @@ def plot_flatness(path: Path, runs: Sequence[Mapping[str, Any]], title: str) -> 
             legend(axes, series)
     panels[0].set_ylabel("rise of the robust loss (nats)")
     figure.suptitle(f"{title}; bars: 95 % confidence", fontsize="medium")
-    save(figure, path)
+    return figure

@@ -1,6 +1,7 @@
 """The robust loss: cross-entropy on images that are attacked anew for the weights at hand."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +11,6 @@ from awp_engine.attack import Attack
 from awp_engine.data import Batch, Split, eval_batches
 from awp_engine.models.batch_norm import batch_norm_mode
 from awp_kernels.philox import mix_seed
-
-Report = Callable[[int], None]
-"""Told how many gradients of how many images were computed: images times steps."""
 
 
 def restart_seed(seed: int, restart: int) -> int:
@@ -27,65 +25,48 @@ def cross_entropies(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(model(x).double(), y, reduction="none")
 
 
-def robust_loss(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    attack: Attack,
-    *,
-    restarts: int = 1,
-    sample_ids: Tensor | None = None,
-    report: Report | None = None,
-) -> Tensor:
-    """Cross-entropy of every image under PGD against this very model, BN in eval mode.
+@dataclass(frozen=True)
+class RobustLoss:
+    """Cross-entropy of every image under PGD against the very model that it is called with, BN in eval mode.
 
-    Args:
-        model: maps images in [0, 1] to logits; left as it is.
-        x: [N, C, H, W] in [0, 1].
-        y: int64 [N], labels.
+    Attributes:
+        batches: the images; an image's starting point is keyed by its id.
         attack: how the images are attacked.
         restarts: attacks from different starting points, of which every image's largest loss counts, >= 1.
-        sample_ids: int64 [N], what an image's starting point is keyed by; its place in the batch if not given.
-        report: called after every attack.
-
-    Returns:
-        fp64 [N], in nats.
+        report: told, after every attack, how many gradients of how many images were computed: images times steps.
 
     Raises:
-        ValueError: restarts below 1, or arguments that `pgd` refuses.
+        ValueError: restarts below 1.
     """
-    if restarts < 1:
-        raise ValueError(f"restarts: expected a whole number >= 1, got {restarts}")
-    worst = None
-    for restart in range(restarts):
-        x_adv = attack(model, x, y, sample_ids=sample_ids, seed=restart_seed(attack.seed, restart))
-        losses = cross_entropies(model, x_adv, y)
-        worst = losses if worst is None else torch.maximum(worst, losses)
-        if report is not None:
-            report(len(x) * attack.steps)
-    assert worst is not None
-    return worst
 
+    batches: Sequence[Batch]
+    attack: Attack
+    restarts: int = 1
+    report: Callable[[int], None] = lambda _: None
 
-def robust_losses(
-    model: nn.Module,
-    batches: Sequence[Batch],
-    attack: Attack,
-    *,
-    restarts: int = 1,
-    report: Report | None = None,
-) -> Tensor:
-    """`robust_loss` of all batches' images.
+    def __post_init__(self) -> None:
+        if self.restarts < 1:
+            raise ValueError(f"restarts: expected a whole number >= 1, got {self.restarts}")
 
-    Returns:
-        fp64 [N] on the CPU, in the batches' order.
-    """
-    return torch.cat(
-        [
-            robust_loss(model, x, y, attack, restarts=restarts, sample_ids=ids, report=report).cpu()
-            for x, y, ids, _ in batches
-        ]
-    )
+    def __call__(self, model: nn.Module) -> Tensor:
+        """All batches' losses; the model maps images in [0, 1] to logits, and is left as it is.
+
+        Returns:
+            fp64 [N] on the CPU, in nats, in the batches' order.
+
+        Raises:
+            ValueError: arguments that `pgd` refuses.
+        """
+        return torch.cat([self._worst(model, batch).cpu() for batch in self.batches])
+
+    def _worst(self, model: nn.Module, batch: Batch) -> Tensor:
+        x, y, ids, _ = batch
+        losses = []
+        for restart in range(self.restarts):
+            x_adv = self.attack(model, x, y, sample_ids=ids, seed=restart_seed(self.attack.seed, restart))
+            losses.append(cross_entropies(model, x_adv, y))
+            self.report(len(x) * self.attack.steps)
+        return torch.stack(losses).amax(0)
 
 
 def as_batches(split: Split, batch_size: int, memory_format: torch.memory_format) -> list[Batch]:

@@ -99,8 +99,14 @@ def open_runs(paths: Sequence[Path], *, which: str | None, device: torch.device)
         data, _ = match_classes(model.class_names, load_data(config.data) if known is None else known, str(path))
         sha256 = sha256_of(file)
         runs.append(Run(label=label, path=path, file=file, sha256=sha256, config=config, model=model, data=data))
+    first = attack_facts(runs[0].config)
     for run in runs[1:]:
-        _require_same_attack(runs[0], run)
+        for key, value in attack_facts(run.config).items():
+            if value != first[key]:
+                raise ConfigError(
+                    f"{run.path}: its attack has {key} {value}, that of {runs[0].path} has {first[key]}; "
+                    "losses under different attacks do not compare: give runs of one attack"
+                )
     return runs
 
 
@@ -113,16 +119,6 @@ def attack_facts(config: Config) -> dict[str, str]:
         "epsilon": str(epsilon),
         "step_size": str(epsilon / 4 if given is None else parse_amount(given)),
     }
-
-
-def _require_same_attack(first: Run, other: Run) -> None:
-    here, there = attack_facts(first.config), attack_facts(other.config)
-    for key in here:
-        if here[key] != there[key]:
-            raise ConfigError(
-                f"{other.path}: its attack has {key} {there[key]}, that of {first.path} has {here[key]}; "
-                "losses under different attacks do not compare: give runs of one attack"
-            )
 
 
 def common_images(runs: Sequence[Run], split: str, count: int) -> Split:

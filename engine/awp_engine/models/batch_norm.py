@@ -140,16 +140,9 @@ def batch_norm_mode(
     update_statistics: bool,
     synchronized: bool = True,
 ) -> Block:
-    """`layer_modes` for batch normalisation alone: other layers stay in their mode.
+    """`layer_modes` for batch normalisation alone: `mode` is its `bn_mode`, and other layers stay in theirs.
 
-    Args:
-        model: any module.
-        mode: "train" normalises by the batch, "eval" by the running statistics; None leaves it as it is.
-        update_statistics: whether forward passes in train mode move the running statistics, and other buffers.
-        synchronized: False: no communication, whatever `synchronize` said; each rank normalises by its own batch.
-
-    Raises:
-        ValueError: an unknown mode.
+    The other arguments, and what is raised, are as there.
     """
     return layer_modes(model, bn_mode=mode, update_statistics=update_statistics, synchronized=synchronized)
 

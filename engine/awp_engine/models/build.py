@@ -87,17 +87,13 @@ def load_public_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> N
     for name in expected:
         if name.endswith(".num_batches_tracked"):
             weights.setdefault(name, expected[name])
+    shapes = {n: list(v.shape) if isinstance(v, Tensor) else type(v).__name__ for n, v in weights.items()}
+    wanted = {name: list(value.shape) for name, value in expected.items()}
+    odd = [name for name in wanted if name in shapes and shapes[name] != wanted[name]]
     problems = [
         *_describe("missing", [name for name in expected if name not in weights]),
         *_describe("unexpected", [name for name in weights if name not in expected]),
-        *_describe(
-            "wrong shape",
-            [
-                _shapes(n, weights[n], expected[n])
-                for n in expected
-                if n in weights and _differs(weights[n], expected[n])
-            ],
-        ),
+        *_describe("wrong shape", [f"{name} {shapes[name]}, expected {wanted[name]}" for name in odd]),
     ]
     if problems:
         raise ValueError(f"state_dict does not fit {type(model).__name__}: {'; '.join(problems)}")
@@ -163,15 +159,6 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     if isinstance(model, TimmClassifier):
         return model.blocks()
     return [module for module in model.modules() if isinstance(module, (PreActBlock, WideBlock))]
-
-
-def _differs(value: Any, expected: Tensor) -> bool:
-    return not isinstance(value, Tensor) or value.shape != expected.shape
-
-
-def _shapes(name: str, value: Any, expected: Tensor) -> str:
-    found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-    return f"{name} {found}, expected {list(expected.shape)}"
 
 
 def _describe(kind: str, names: Sequence[str], shown: int = 3) -> list[str]:

@@ -126,9 +126,7 @@ class NormalizedClassifier(nn.Module):
             raise ValueError(f"num_classes: {num_classes}; expected at least 2")
         if not mean or len(mean) != len(std):
             raise ValueError(f"mean and std: {len(mean)} and {len(std)} values; expected one of each for every channel")
-        if not all(math.isfinite(value) for value in mean) or not all(
-            math.isfinite(value) and value > 0 for value in std
-        ):
+        if not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
             raise ValueError(
                 f"mean and std: {tuple(mean)} and {tuple(std)}; expected finite means, positive finite deviations"
             )

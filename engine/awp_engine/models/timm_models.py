@@ -113,19 +113,21 @@ class TimmClassifier(NormalizedClassifier):
         """What FSDP gathers at once."""
         raise NotImplementedError
 
-
-def _recast(module: nn.Module) -> None:
-    """Let a module of timm's, which keeps its weights, compute by this package's forward pass."""
-    if type(module) is nn.Conv2d:
-        fused = module.kernel_size == (3, 3) and module.stride == (1, 1) and module.groups == 1 and module.bias is None
-        module.__class__ = Conv3x3 if fused else Convolution
-    elif type(module) is nn.Linear:
-        module.__class__ = Dense
-    elif isinstance(module, nn.LayerNorm) and not isinstance(module, LastNorm):
-        module.__class__ = ChannelNorm if type(module).__name__ == "LayerNorm2d" else LastNorm
-    elif type(module) is nn.BatchNorm2d:
-        module.__class__ = BatchNorm
-        module.synchronized = False  # as its constructor does  # pyright: ignore[reportArgumentType]
+    def _recast(self) -> None:
+        """Let timm's modules, which keep their weights, compute by this package's forward passes."""
+        for module in self.network.modules():
+            if type(module) is nn.Conv2d:
+                plain = module.groups == 1 and module.bias is None
+                fused = plain and module.kernel_size == (3, 3) and module.stride == (1, 1)
+                module.__class__ = Conv3x3 if fused else Convolution
+            elif type(module) is nn.Linear:
+                module.__class__ = Dense
+            elif isinstance(module, nn.LayerNorm):
+                module.__class__ = ChannelNorm if type(module).__name__ == "LayerNorm2d" else LastNorm
+            elif type(module) is nn.BatchNorm2d:
+                module.__class__ = BatchNorm
+                module.synchronized = False  # as its constructor does  # pyright: ignore[reportArgumentType]
+        self.network.get_classifier().__class__ = Classifier
 
 
 class TimmResNet(TimmClassifier):
@@ -163,10 +165,8 @@ class TimmResNet(TimmClassifier):
             in_chans=len(mean),
             channels=tuple(width * 2**stage for stage in range(4)),
         )
-        for module in self.network.modules():
-            _recast(module)
+        self._recast()
         self.network.conv1.__class__ = Stem
-        self.network.fc.__class__ = Classifier
         # batch normalisation and the activation after it in one operation
         for block, number in [(self.network, 1), *((block, n) for block in self.blocks() for n in (1, 2))]:
             old = block.get_submodule(f"bn{number}")
@@ -185,9 +185,7 @@ class TimmConvNeXt(TimmClassifier):
     """ConvNeXt-T; its activation is GELU, its layer scale starts at 1e-6, and no block is dropped at random.
 
     Args:
-        num_classes: number of logits.
-        mean, std: one value a channel; images in [0, 1] become (x - mean) / std.
-        depths: blocks a stage.
+        num_classes, mean, std, depths: as those of `TimmResNet`.
         width: channels of the first stage; every further one has twice as many.
         conv_stem: begin by a `ConvStem` instead of by patches of 4x4 pixels.
 
@@ -214,9 +212,7 @@ class TimmConvNeXt(TimmClassifier):
             depths=tuple(depths),
             dims=tuple(width * 2**stage for stage in range(4)),
         )
-        for module in self.network.modules():
-            _recast(module)
-        self.network.head.fc.__class__ = Classifier
+        self._recast()
         if conv_stem:
             self.network.stem = ConvStem(len(mean), width)
         else:

@@ -135,10 +135,8 @@ def find_weights(path: Path, which: str = "best") -> tuple[Path, Path]:
         return path, path
     if (path / MANIFEST).is_file() or (which == "best" and (path / MODEL_FILE).is_file()):
         return path, path / MODEL_FILE
-    latest = _latest(path)
-    return (
-        (latest.path, latest.path / MODEL_FILE) if which == "last" else (path, latest.path / "best_model.safetensors")
-    )
+    latest = _latest(path).path
+    return (latest, latest / MODEL_FILE) if which == "last" else (path, latest / "best_model.safetensors")
 
 
 def _built(description: ModelDescription, weights: Mapping[str, Tensor], path: Path) -> NormalizedClassifier:

@@ -1,6 +1,7 @@
 """Wide residual networks (Zagoruyko and Komodakis, "Wide Residual Networks", 2016)."""
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -33,21 +34,11 @@ class WideBlock(nn.Module):
         return residual + (x if self.convShortcut is None else self.convShortcut(activated))
 
 
-class WideStage(nn.Module):
-    """`num_blocks` blocks in a row; exists for the public name, block1.layer.0."""
-
-    def __init__(
-        self, num_blocks: int, in_channels: int, out_channels: int, stride: int, activation: Activation
-    ) -> None:
-        super().__init__()
-        self.layer = nn.Sequential(
-            WideBlock(in_channels, out_channels, stride, activation),
-            *(WideBlock(out_channels, out_channels, 1, activation) for _ in range(num_blocks - 1)),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, in_channels, H, W] -> [N, out_channels, H / stride, W / stride], rounded up."""
-        return self.layer(x)
+def _stage(num_blocks: int, in_channels: int, out_channels: int, stride: int, activation: Activation) -> nn.Sequential:
+    """`num_blocks` blocks in a row, inside a container of one for the public name, block1.layer.0."""
+    first = WideBlock(in_channels, out_channels, stride, activation)
+    others = (WideBlock(out_channels, out_channels, 1, activation) for _ in range(num_blocks - 1))
+    return nn.Sequential(OrderedDict(layer=nn.Sequential(first, *others)))
 
 
 class WideResNet(NormalizedClassifier):
@@ -86,9 +77,9 @@ class WideResNet(NormalizedClassifier):
         num_blocks = (depth - 4) // 6
         widths = [16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
         self.conv1 = Stem(len(mean), 16, kernel_size=3, padding=1, bias=False)
-        self.block1 = WideStage(num_blocks, 16, widths[0], 1, activation)
-        self.block2 = WideStage(num_blocks, widths[0], widths[1], 2, activation)
-        self.block3 = WideStage(num_blocks, widths[1], widths[2], 2, activation)
+        self.block1 = _stage(num_blocks, 16, widths[0], 1, activation)
+        self.block2 = _stage(num_blocks, widths[0], widths[1], 2, activation)
+        self.block3 = _stage(num_blocks, widths[1], widths[2], 2, activation)
         self.bn1 = ActivatedBatchNorm(widths[2], activation)
         self.fc = Head(widths[2], num_classes)
         for module in self.modules():

@@ -27,7 +27,6 @@ class StepProfiler:
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
         # torch 2.11 warns of what a second cycle would lose, in the first and only one too
         self._profile = profile(activities=activities, acc_events=True) if steps else None
-        self._running = False
 
     def step(self) -> str | None:
         """Count a step; returns what to tell the user when the trace was written."""
@@ -36,7 +35,6 @@ class StepProfiler:
             return None
         if self._seen == _SKIPPED:
             self._profile.start()
-            self._running = True
         elif self._seen == _SKIPPED + self._steps:
             return self._stop()
         return None
@@ -44,7 +42,6 @@ class StepProfiler:
     def _stop(self) -> str:
         assert self._profile is not None
         self._profile.stop()
-        self._running = False
         recorded, self._profile = self._profile, None
         try:
             self.path.unlink(missing_ok=True)
@@ -59,4 +56,4 @@ class StepProfiler:
 
     def close(self) -> str | None:
         """Write what a run that ended early has recorded; returns what to tell the user."""
-        return self._stop() if self._running else None
+        return None if self._profile is None or self._seen < _SKIPPED else self._stop()

@@ -10,10 +10,6 @@ _COLLAPSE = 1 / 3
 _JUMP = 0.05
 
 
-def _known(epochs: Sequence[Mapping[str, Any]], *names: str) -> list[Mapping[str, Any]]:
-    return [epoch for epoch in epochs if all(epoch.get(name) is not None for name in names)]
-
-
 def gradient_masking(epoch: Mapping[str, Any]) -> str | None:
     """A warning if much of the attack's gradient is exactly zero, so that the attack sees nothing to climb."""
     zeros = epoch.get("zero_gradients")
@@ -47,7 +43,8 @@ def catastrophic_overfitting(epochs: Sequence[Mapping[str, Any]]) -> str | None:
 
     Source: Wong, Rice, Kolter: Fast is better than free: Revisiting adversarial training, ICLR 2020.
     """
-    measured = _known(epochs, "train_pgd_accuracy", "held_out_pgd_accuracy")
+    names = ("train_pgd_accuracy", "held_out_pgd_accuracy")
+    measured = [epoch for epoch in epochs if all(epoch.get(name) is not None for name in names)]
     if len(measured) < 2 or measured[-1] is not epochs[-1]:
         return None
     now, best = measured[-1], max(measured[:-1], key=lambda epoch: epoch["held_out_pgd_accuracy"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from awp_kernels._sharded import is_sharded, local
+from awp_kernels._sharded import local
 from awp_kernels._working import WorkingGradients
 
 _EPS = 1e-8
@@ -38,7 +38,6 @@ class AdamW(WorkingGradients, Optimizer):
             weights, rounded.
 
     Attributes:
-        working: by parameter, its working copy, as given.
         averages: by parameter, a tensor that follows it.
         average_weight: what a step counts in the averages, in [0, 1], a number or a one-element tensor.
         weight_norms: empty; `awp_kernels.SGD` finds its weights' norms in passing, this step does not.
@@ -88,17 +87,7 @@ class AdamW(WorkingGradients, Optimizer):
         grad_norm: Tensor | None = None,
         max_norm: float | None = None,
     ) -> Any:
-        """Step all parameters that have a gradient; the arguments are those of `awp_kernels.SGD.step`.
-
-        Args:
-            closure: computes the loss anew, and its gradients.
-            grad_scale: what the gradients were multiplied by.
-            found_inf: not 0 where the step is to be left out.
-            grad_norm: of all gradients as they are; not finite: the step is left out.
-            max_norm: longest norm of the unscaled gradients, to which longer ones are shortened; needs `grad_norm`.
-
-        Returns:
-            What the closure returned, else None.
+        """Step all parameters that have a gradient; arguments and result are those of `awp_kernels.SGD.step`.
 
         Raises:
             ValueError: max_norm without grad_norm.
@@ -130,12 +119,12 @@ class AdamW(WorkingGradients, Optimizer):
         """Of parameters on one device, in one precision."""
         states = [self.allocate(parameter) for parameter in parameters]
         torch._foreach_add_([state["step"] for state in states], [kept] * len(states))  # pyright: ignore
-        rows = _rows(parameters)
+        rows = local(parameters)
         # shards may have no rows
         here = [index for index, row in enumerate(rows) if row.numel()]
         if here:
-            given = _rows(gradients)
-            m, v = (_rows([state[name] for state in states]) for name in ("exp_avg", "exp_avg_sq"))
+            given = local(gradients)
+            m, v = (local([state[name] for state in states]) for name in ("exp_avg", "exp_avg_sq"))
             torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
                 [rows[i] for i in here],
                 [_laid_out_like(rows[i], given[i]) for i in here],
@@ -159,7 +148,7 @@ class AdamW(WorkingGradients, Optimizer):
         averaged = [parameter for parameter in parameters if parameter in self.averages]
         if averaged:
             share = (torch.as_tensor(self.average_weight, device=kept.device) * kept).to(averaged[0].dtype)
-            for average, row in zip(_rows([self.averages[p] for p in averaged]), _rows(averaged), strict=True):
+            for average, row in zip(local([self.averages[p] for p in averaged]), local(averaged), strict=True):
                 average.lerp_(row, share)
 
 
@@ -184,11 +173,6 @@ def _kept_and_scale(
             clip = (max_norm / (length + 1e-6)).clamp(max=1.0)
             scale = 1 / clip if scale is None else scale / clip
     return kept, None if scale is None else scale.float()
-
-
-def _rows(tensors: list[Tensor]) -> list[Tensor]:
-    """This rank's rows of sharded tensors."""
-    return local(tensors) if any(map(is_sharded, tensors)) else tensors
 
 
 def _laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:

@@ -5,21 +5,19 @@ al.: Uncovering the Limits of Adversarial Training, 2020 (EMA in adversarial tra
 """
 
 import copy
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from awp_engine.config import AverageConfig
-from awp_engine.models.batch_norm import recompute_statistics
 from awp_engine.optim.optimizer import Optimizer
 
 
 class WeightAverage:
     """A second model that holds the average of the first one's parameters; the two share no memory.
 
-    Its batch-normalisation statistics are those of no model that ever ran: `refresh_statistics` computes them anew and
-    has to be called before the average is used.
+    Its batch-normalisation statistics are those of no model that ever ran: `recompute_statistics` of
+    `models.batch_norm` has to compute them anew before the average is used.
 
     Args:
         model: the model in training.
@@ -36,7 +34,7 @@ class WeightAverage:
         self.config, self.epochs = config, epochs
         self.model = (copy.deepcopy(model) if twin is None else twin).eval().requires_grad_(False)
         self.count = 0
-        self._live = list(model.parameters())
+        self._live: list[Tensor] = list(model.parameters())
         # on the device, where a captured step reads it
         self._weight = torch.ones((), dtype=torch.float64, device=self._live[0].device)
 
@@ -59,28 +57,17 @@ class WeightAverage:
             self._weight.fill_(share)
             self.count += 1
 
+    @torch.no_grad()
     def after_epoch(self, epoch: int) -> None:
         """Take the weights in after an epoch, counted from 1 (SWA)."""
-        if self.config.kind == "swa" and epoch > self.config.start * self.epochs:
-            self._take_in(1 / (self.count + 1))
-
-    @torch.no_grad()
-    def _take_in(self, weight: float) -> None:
+        if self.config.kind != "swa" or epoch <= self.config.start * self.epochs:
+            return
         averages: list[Tensor] = list(self.model.parameters())
-        live: list[Tensor] = list(self._live)
         if self.count == 0:
-            torch._foreach_copy_(averages, live)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_copy_(averages, self._live)  # pyright: ignore[reportPrivateImportUsage]
         else:
-            torch._foreach_lerp_(averages, live, weight)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_lerp_(averages, self._live, 1 / (self.count + 1))  # pyright: ignore[reportPrivateImportUsage]
         self.count += 1
-
-    def refresh_statistics(self, forward_passes: Iterable[object]) -> None:
-        """Compute the average's batch-normalisation statistics anew.
-
-        Args:
-            forward_passes: of `self.model`, made while this is iterated.
-        """
-        recompute_statistics(self.model, forward_passes)
 
     def state(self) -> dict[str, Tensor]:
         """The averaged parameters; to be written back in place, and `count` set."""

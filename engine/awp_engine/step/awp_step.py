@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from awp_engine.distributed.batch import Batch
 from awp_engine.distributed.ranks import Ranks
@@ -58,7 +58,7 @@ class AwpStep:
         sync_batch_norm: whether the model's batch normalisation is synchronised over the ranks.
         compile: by torch.compile; batches of another size run uncompiled.
         micro_batch_size: most images that are computed at once, or None.
-        largest_batch: images of a full batch, over all ranks; None: that is the first.
+        largest_batch: images of a full batch, over all ranks, which alone is compiled; None: that is the first.
     """
 
     def __init__(
@@ -112,14 +112,17 @@ class AwpStep:
     def __call__(self, batch: Batch, phase: Phase, start: Tensor | None = None) -> StepResult:
         """Train on one batch, or on this rank's part of it; `start` is of `prepare`, where that was called before."""
         start = self.prepare(batch, phase) if start is None else start
-        passes, perturb = self.passes, phase.perturb and self.awp is not None
+        passes, awp = self.passes, self.awp if phase.perturb else None
+        # the ascent's gradient may be that of the attack's last pass
+        names = [] if awp is None or not self._shared else awp.parameters
         passes.begin(batch.images)
         share = passes.share(len(batch.images), batch.whole_size)
         statistics = Statistics(self.models.statistics)
         with passes.rollback(statistics, self.awp.restore_ if self.awp is not None else None):
             with region("attack"):
-                x_adv, marks = passes.attack(phase.attack, batch, share, start, self._given_by_attack(perturb))
-            climbed = self.climbed(x_adv, batch, share, phase) if perturb else contextlib.nullcontext()
+                shared = [self.models.attack.get_parameter(name) for name in names]
+                x_adv, marks = passes.attack(phase.attack, batch, share, start, shared)
+            climbed = contextlib.nullcontext() if awp is None else self.climbed(awp, x_adv, batch, share, phase)
             with climbed as followed, region("descent"):
                 loss, correct = passes.descend(x_adv, batch, share, followed)  # at w + v
             with region("update"):
@@ -128,24 +131,19 @@ class AwpStep:
             statistics.restore_where(skipped)
         return StepResult(loss, correct, skipped, *(marks * share.share))
 
-    def _given_by_attack(self, perturb: bool) -> list[nn.Parameter]:
-        """The parameters whose ascent gradient is that of the attack's last pass."""
-        if not (perturb and self._shared and self.awp is not None):
-            return []
-        return [self.models.attack.get_parameter(name) for name in self.awp.parameters]
-
     @contextlib.contextmanager
-    def climbed(self, x_adv: Tensor, batch: Batch, share: RankShare, phase: Phase) -> Iterator[Tensor]:
+    def climbed(
+        self, awp: AdversarialWeightPerturbation, x_adv: Tensor, batch: Batch, share: RankShare, phase: Phase
+    ) -> Iterator[Tensor]:
         """A block at w + v; gives, on the device, 1, or NaN where a direction was not finite on this rank.
 
         After it w is back, but in a working copy, which the update writes anew; `awp.perturbed()` would restore that.
         """
-        assert self.awp is not None
         with region("ascent"):
-            followed = self._climb(self.awp, x_adv, batch, share, phase)
+            followed = self._climb(awp, x_adv, batch, share, phase)
         yield followed
-        if self.awp.working is None:
-            self.awp.restore_()
+        if awp.working is None:
+            awp.restore_()
 
     def _climb(
         self, awp: AdversarialWeightPerturbation, x_adv: Tensor, batch: Batch, share: RankShare, phase: Phase

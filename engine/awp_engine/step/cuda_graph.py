@@ -1,7 +1,5 @@
 """A whole training step in one CUDA graph."""
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
@@ -78,7 +76,7 @@ class GraphedStep:
         graph, result = self._graphs[kind]
         graph.replay()
         # the next replay writes over the graph's own
-        return StepResult(*(getattr(result, field.name).clone() for field in dataclasses.fields(result)))
+        return StepResult(*(tensor.clone() for tensor in result))
 
     def _take(self, inputs: tuple[Tensor, ...], phase: Phase) -> StepResult:
         images, labels, ids, start = inputs
@@ -97,7 +95,6 @@ class GraphedStep:
         self.step.passes.clear_gradients()
         graph = torch.cuda.CUDAGraph()
         # threads that load and pin batches meanwhile are not in it, and may allocate
-        mode = "thread_local"
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             result = self._take(inputs, phase)
         return graph, result

@@ -16,24 +16,18 @@ class FoldedView:
     Args:
         view: from `frozen_view`: its blocks' `conv1` get weights of their own and a bias, `bn2` becomes its activation.
         model: the masters, of the same structure; read at every `refresh_`.
-
-    Attributes:
-        blocks: how many were folded.
     """
 
     def __init__(self, view: nn.Module, model: nn.Module) -> None:
         self._pairs: list[tuple[nn.Conv2d, nn.Conv2d, nn.BatchNorm2d]] = []
-        for block, source in zip(view.modules(), list(model.modules()), strict=True):
+        # the layers as they are before any is replaced
+        for block, source in zip(list(view.modules()), list(model.modules()), strict=True):
             if isinstance(block, (PreActBlock, WideBlock)) and isinstance(source, (PreActBlock, WideBlock)):
                 folded = nn.Parameter(torch.empty_like(block.conv1.weight), requires_grad=False)
                 bias = torch.empty(len(folded), dtype=folded.dtype, device=folded.device)
                 block.conv1.weight, block.conv1.bias = folded, nn.Parameter(bias, requires_grad=False)
                 self._pairs.append((block.conv1, source.conv1, source.bn2))
-        # after the walk, which goes through the layers as they were
-        for block in view.modules():
-            if isinstance(block, (PreActBlock, WideBlock)):
                 block.add_module("bn2", block.bn2.activation)
-        self.blocks = len(self._pairs)
         self.refresh_()
 
     @torch.no_grad()

@@ -3,7 +3,6 @@
 Source: Shafahi et al.: Adversarial Training for Free!, NeurIPS 2019.
 """
 
-import dataclasses
 from collections.abc import Mapping
 
 import torch
@@ -48,8 +47,7 @@ class FreeStep:
         for _ in range(self._replays):
             self._step.update.prepare(phase)
             results.append(self.replay(batch, phase, delta))
-        names = [field.name for field in dataclasses.fields(StepResult)]
-        return StepResult(*(torch.stack([getattr(result, name) for result in results]) for name in names))
+        return StepResult(*map(torch.stack, zip(*results, strict=True)))
 
     def replay(self, batch: Batch, phase: Phase, delta: Tensor) -> StepResult:
         """One update, which moves `delta`, [N, C, H, W], in place."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from awp_engine.attack import Attack, Loss
+from awp_engine.attack.common import HALF_SCALE
 from awp_engine.distributed.batch import Batch
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.share import rank_share
@@ -19,9 +20,6 @@ from awp_engine.step.objectives import Objective
 from awp_engine.step.precision import LossScale, WorkingModels
 from awp_kernels import conv3x3_forget
 from awp_kernels._block import Block
-
-# lifts the attack's 16-bit gradients out of underflow; the step ignores the scale
-_ATTACK_LOSS_SCALE = 1024.0
 
 
 class RankShare(NamedTuple):
@@ -54,15 +52,7 @@ def _reducer(model: nn.Module) -> DistributedDataParallel:
 class Passes:
     """Forward and backward passes of one model in training.
 
-    Args:
-        models: what the parts of a step run on.
-        objective: what is climbed and minimised.
-        ranks: that train together, on equal models; gradients are averaged over them, the attack is each one's own.
-        reduced: the models whose gradients are averaged over the ranks.
-        sync_batch_norm: running statistics are those of the whole batch already.
-        compile: by torch.compile; batches of another size run uncompiled.
-        micro_batch_size: most images that are computed at once, or None.
-        largest_batch: images of a full batch, over all ranks, which alone is compiled; None: that is the first.
+    The arguments are those of `AwpStep`, and `reduced`: the models whose gradients are averaged over the ranks.
 
     Attributes:
         loss_scale: of ascent and descent where one of them is in fp16, else None.
@@ -95,20 +85,17 @@ class Passes:
         self._warm = not self._reducers
 
     def begin(self, x: Tensor) -> None:
-        """Begin a step on images like `x`: without gradients of the one before."""
-        if not self._warm:
-            self._warm_up_ddp(x)
-        self.clear_gradients()
+        """Begin a step on images like `x`: without gradients of the one before.
 
-    def _warm_up_ddp(self, x: Tensor) -> None:
-        """Make the pass after which torch orders its buckets anew, and with them the order of sums.
-
-        Were it a step's own, a run that goes on would sum its first step in another order than one that never stopped.
+        The first one makes the pass after which torch orders DDP's buckets anew, and with them the order of sums. Were
+        it a step's own, a run that goes on would sum its first step in another order than one that never stopped.
         """
-        for reducer in self._reducers.values():
-            with batch_norm_mode(reducer.module, "eval", update_statistics=False):
-                reducer(x[:1]).sum().backward()
-        self._warm = True
+        if not self._warm:
+            for reducer in self._reducers.values():
+                with batch_norm_mode(reducer.module, "eval", update_statistics=False):
+                    reducer(x[:1]).sum().backward()
+            self._warm = True
+        self.clear_gradients()
 
     def clear_gradients(self) -> None:
         """Drop the gradients of all models."""
@@ -151,8 +138,8 @@ class Passes:
         self, attack: Attack, model: nn.Module, batch: Batch, start: Tensor | None = None, **given: Any
     ) -> Tensor:
         """The attacked images of a batch: climbs the objective's loss on `model`; `given` are arguments of `attack`."""
-        half = self.models.precision.attack == torch.float16
-        scale = _ATTACK_LOSS_SCALE if half else 1.0
+        # the step ignores it
+        scale = HALF_SCALE if self.models.precision.attack == torch.float16 else 1.0
         loss: Loss | None = None
         if attack.kind == "apgd" and type(self.objective).attack_loss is not Objective.attack_loss:
             name = type(self.objective).__name__

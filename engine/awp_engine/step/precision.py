@@ -6,7 +6,7 @@ weights are stored in 16 bits, its other parameters as they are; the running sta
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,11 +72,9 @@ class WorkingModels:
         sharded: the model's parameters are: it serves all parts itself, in the precision in which they are gathered.
 
     Attributes:
-        model: as given.
         attack: asks for no gradient of its parameters, but where `shared_ascent`.
         ascent, descent: the model itself, or a working copy.
         statistics: all running statistics, see `share_memory`.
-        sharded: as given.
         all: the working copies.
     """
 
@@ -107,11 +105,9 @@ class WorkingModels:
         self.attack = of_attack if shared_ascent else frozen_view(of_attack)
         self._folded = FoldedView(self.attack, model) if fold and not shared_ascent else None
 
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> contextlib.AbstractContextManager[None]:
         """A block of several passes between which no parameter changes: shards stay gathered."""
-        with gathered(self.model) if self.sharded else contextlib.nullcontext():
-            yield
+        return gathered(self.model) if self.sharded else contextlib.nullcontext()
 
     def prepare_attack_(self) -> None:
         """Compute once a step what all passes of the attack use."""
@@ -129,18 +125,10 @@ class WorkingModels:
         return self.all[0] if self.all else None
 
     @torch.no_grad()
-    def refresh_(self) -> None:
-        """Bring all working copies up to date with the masters."""
-        self._refresh(self.all)
-
-    @torch.no_grad()
-    def refresh_rest_(self) -> None:
-        """Bring those up to date that an update does not write: see `updated`."""
-        self._refresh(self.all[1:])
-
-    def _refresh(self, copies: list[nn.Module]) -> None:
+    def refresh_(self, *, updated: bool = False) -> None:
+        """Bring the working copies up to date with the masters: after an update those that it did not write."""
         masters: list[Tensor] = list(self.model.parameters())
-        for copied in copies:
+        for copied in self.all[1:] if updated else self.all:
             targets: list[Tensor] = list(copied.parameters())
             torch._foreach_copy_(targets, masters)  # pyright: ignore[reportPrivateImportUsage]
 

@@ -55,7 +55,7 @@ class Update:
             max_norm=self.clip_norm,
             grad_scale=None if loss_scale is None else loss_scale.value,
         )
-        self._models.refresh_rest_()
+        self._models.refresh_(updated=True)
         if self._awp is not None:
             # the update wrote the working copy anew
             self._awp.forget_()

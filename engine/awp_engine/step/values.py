@@ -1,7 +1,7 @@
 """What goes into a training step and what comes out: a batch and a phase, and a result."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -28,8 +28,7 @@ class Phase:
     lr: float | None = None
 
 
-@dataclass(frozen=True)
-class StepResult:
+class StepResult(NamedTuple):
     """What a step is logged by; all stay on the device.
 
     A scalar each, or [updates] where a batch serves for several updates of the weights. Of several ranks each has its

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from awp_engine.attack import Attack
-from awp_engine.config import AwpConfig, OptimizerConfig
+from awp_engine.config import Config
 from awp_engine.optim.learning_rate import learning_rate
 from awp_engine.step.values import Phase
 from awp_kernels.philox import mix_seed
@@ -16,26 +16,16 @@ class Schedule:
     """The phase of every step, a function of epoch and step alone, so that a run resumes exactly.
 
     Attributes:
-        epochs: of the run.
+        config: of the run.
         steps: of an epoch.
-        seed: of the run.
-        optimizer: how the learning rate changes.
-        awp: when the weights are perturbed.
         attack: how images are attacked.
-        cheap: how in the first epochs; the same where there is no cheap attack.
-        cheap_epochs: how many those are.
-        free: whether the first epochs are free adversarial training.
+        cheap: how in the first epochs, if those have a cheap attack.
     """
 
-    epochs: int
+    config: Config
     steps: int
-    seed: int
-    optimizer: OptimizerConfig
-    awp: AwpConfig
     attack: Attack
     cheap: Attack
-    cheap_epochs: int
-    free: bool
 
     def number(self, epoch: int, step: int) -> int:
         """How many steps of the run come before step `step`, from 0, of `epoch`, from 1."""
@@ -43,19 +33,20 @@ class Schedule:
 
     def lr(self, epoch: int, step: int) -> float:
         """The learning rate of that step."""
-        return learning_rate(self.optimizer, self.epochs, epoch - 1 + step / self.steps)
+        return learning_rate(self.config.optimizer, self.config.epochs, epoch - 1 + step / self.steps)
 
     def is_cheap(self, epoch: int) -> bool:
         """Whether `epoch` has the cheap attack."""
-        return epoch <= self.cheap_epochs
+        attack = self.config.attack
+        return attack.fast != "none" and (attack.fast_epochs is None or epoch <= attack.fast_epochs)
 
     def __call__(self, epoch: int, step: int) -> Phase:
         """The phase of that step."""
-        cheap = self.is_cheap(epoch)
+        config, cheap = self.config, self.is_cheap(epoch)
         return Phase(
             attack=self.cheap if cheap else self.attack,
-            seed=mix_seed(self.seed, epoch, _ATTACK_NOISE),
-            perturb=epoch > self.awp.warmup and self.number(epoch, step) % self.awp.every == 0,
-            free=cheap and self.free,
+            seed=mix_seed(config.seed, epoch, _ATTACK_NOISE),
+            perturb=epoch > config.awp.warmup and self.number(epoch, step) % config.awp.every == 0,
+            free=cheap and config.attack.fast == "free",
             lr=self.lr(epoch, step),
         )

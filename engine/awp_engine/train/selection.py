@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from awp_engine.data import Split, StreamedSplit
 from awp_engine.distributed.sharding import gathered, scatter_
 from awp_engine.evaluation import Accuracy, evaluate, evaluation_attack, spread
+from awp_engine.models.batch_norm import recompute_statistics
 from awp_engine.observe.regions import region
 from awp_engine.train.progress import Progress
 from awp_engine.train.setup import Setup, training_attack
@@ -52,7 +53,7 @@ class Selection:
         average, ranks = self._setup.average, self._setup.ranks
         if average is None or not average.started:
             return self._setup.model
-        average.refresh_statistics(self._forward_passes(average.model, epoch))
+        recompute_statistics(average.model, self._forward_passes(average.model, epoch))
         ranks.mean_([buffer for buffer in average.model.buffers() if buffer.is_floating_point()])
         return average.model
 

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from awp_engine.attack import Attack, fast_attack
 from awp_engine.attack.checks import ball
-from awp_engine.config import AttackConfig, AwpConfig, Config, ConfigError, config_hash
+from awp_engine.config import AttackConfig, Config, ConfigError, config_hash
 from awp_engine.data import Augmentation, Batches, data_loading, load_data, load_extra, place_extra
 from awp_engine.device import choose_convolutions, choose_device, fast_memory_format
 from awp_engine.distributed.ranks import Ranks
@@ -42,9 +42,8 @@ def choose_precision(config: Config, device: torch.device) -> Precision:
         ConfigError: fp16 on the CPU, which has no arithmetic for it.
     """
     cuda = device.type == "cuda"
-    perturbed = config.awp.enabled
     # one norm over parameters of two precisions: see `Config`
-    sharpness_aware = perturbed and config.awp.scale != "relative"
+    sharpness_aware = config.awp.enabled and config.awp.scale != "relative"
     chosen: dict[str, torch.dtype | None] = {}
     for part in PARTS:
         name = getattr(config.precision, part)
@@ -56,7 +55,7 @@ def choose_precision(config: Config, device: torch.device) -> Precision:
             chosen[part] = None if sharpness_aware and part != "attack" else torch.float16
         else:
             chosen[part] = torch.bfloat16 if part == "attack" and has_fast_bfloat16() else None
-    if perturbed and config.awp.ascent == "shared":
+    if config.awp.enabled and config.awp.ascent == "shared":
         # the ascent's gradient comes out of the attack's last pass
         chosen["attack"] = chosen["ascent"]
     if config.distributed.strategy == "fsdp":
@@ -115,25 +114,26 @@ def build_step(
     ranks, awp = ranks or Ranks(), config.awp
     device = next(model.parameters()).device
     precision = precision or choose_precision(config, device)
-    if config.distributed.sync_batch_norm:
-        synchronize(model)
-    sharded = config.distributed.strategy == "fsdp"
     require_ranks(config, ranks)
-    if sharded:
-        shard_model(model, ranks, precision)
+    distribute_(config, model, ranks, precision)
     models = WorkingModels(
         model,
         precision,
         shared_ascent=awp.enabled and awp.ascent == "shared",
         # on the CPU normalisation is fused with its activation, and as cheap
         fold=device.type == "cuda" and config.attack.bn_mode == "eval",
-        sharded=sharded,
+        sharded=config.distributed.strategy == "fsdp",
     )
+    perturbation = None
+    if awp.enabled and awp.scale == "relative":
+        perturbation = AdversarialWeightPerturbation(model, awp.gamma, scope=awp.scope, working=models.working)
+    elif awp.enabled:
+        perturbation = (sam if awp.scale == "absolute" else asam)(model, awp.gamma, scope=awp.scope)
     return AwpStep(
         models=models,
         optimizer=build_optimizer(model, config.optimizer, working=models.updated),
         objective=build_objective(config.method, beta=config.beta, label_smoothing=config.label_smoothing),
-        awp=_weight_perturbation(awp, model, models.working),
+        awp=perturbation,
         ascent=Ascent(kind=awp.ascent, steps=awp.ascent_steps, c_min=awp.c_min, sync=config.distributed.ascent_sync),
         clip_norm=config.optimizer.clip_norm,
         ranks=ranks,
@@ -156,21 +156,13 @@ def require_ranks(config: Config, ranks: Ranks) -> None:
         raise ConfigError("--cuda-graphs: serves one rank; leave it out when torchrun starts several")
 
 
-def _weight_perturbation(
-    awp: AwpConfig, model: nn.Module, working: nn.Module | None
-) -> AdversarialWeightPerturbation | None:
-    if not awp.enabled:
-        return None
-    if awp.scale == "relative":
-        return AdversarialWeightPerturbation(model, awp.gamma, scope=awp.scope, working=working)
-    sharpness_aware = sam if awp.scale == "absolute" else asam
-    return sharpness_aware(model, awp.gamma, scope=awp.scope)
-
-
-def shard_model(model: nn.Module, ranks: Ranks, precision: Precision) -> None:
-    """Leave every rank its share of the parameters of `model`, in place."""
-    device = next(model.parameters()).device
-    shard(model, init_device_mesh(device.type, (ranks.world,)), param_dtype=precision.descent)
+def distribute_(config: Config, model: nn.Module, ranks: Ranks, precision: Precision) -> None:
+    """Have `model` normalise over all ranks, and leave each its share of the parameters, if the settings say so."""
+    if config.distributed.sync_batch_norm:
+        synchronize(model)
+    if config.distributed.strategy == "fsdp":
+        device = next(model.parameters()).device
+        shard(model, init_device_mesh(device.type, (ranks.world,)), param_dtype=precision.descent)
 
 
 def capture_step(config: Config, step: AwpStep) -> Step:
@@ -204,7 +196,11 @@ class Setup:
         require_ranks(config, ranks)
         self.messages: list[str] = []
         self._load_data()
-        _set_up_torch(config, self.device)
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        choose_convolutions(self.device, deterministic=config.deterministic)
+        torch.manual_seed(mix_seed(config.seed))
         self._build_model()
         if ranks.is_first:
             prepare_run_dir(config)
@@ -215,10 +211,14 @@ class Setup:
         self._build_step()
 
     def _load_data(self) -> None:
-        config, ranks = self.config, self.ranks
+        config, attack = self.config, self.config.attack
         loading = data_loading(config.data, self.device)
         data = self.data = load_data(config.data, loading)
-        self._check_ball()
+        try:
+            # an l2 ball is too large for images of a size that the configuration does not know
+            ball(math.prod(data.train.shape), epsilon=attack.epsilon_value, norm=attack.norm, clip=(0.0, 1.0))
+        except ValueError as error:
+            raise ConfigError(f"--attack.{error}") from None
         extra = None if config.data.extra is None else place_extra(load_extra(config.data.extra, like=data), loading)
         self._extra = extra
         self.fingerprints = {
@@ -227,7 +227,7 @@ class Setup:
         }
         loaders = [data.loader, "" if extra is None else extra.loader]
         given = [self.config_hash, *map(str, self.fingerprints.values()), *loaders]
-        ranks.require_equal(given, "configuration and data", self.device)
+        self.ranks.require_equal(given, "configuration and data", self.device)
         self.messages.append(f"{len(data.train):,} training images, loader {data.loader}")
         if config.global_batch_size > len(data.train) and extra is None:
             self.messages.append(
@@ -235,14 +235,6 @@ class Setup:
             )
         if extra is not None:
             self.messages.append(f"{len(extra.split):,} extra images, loader {extra.loader}")
-
-    def _check_ball(self) -> None:
-        """An l2 ball is too large for images of a size that the configuration does not know."""
-        attack = self.config.attack
-        try:
-            ball(math.prod(self.data.train.shape), epsilon=attack.epsilon_value, norm=attack.norm, clip=(0.0, 1.0))
-        except ValueError as error:
-            raise ConfigError(f"--attack.{error}") from None
 
     def _build_model(self) -> None:
         config, data = self.config, self.data
@@ -293,52 +285,23 @@ class Setup:
         self.step = capture_step(config, self.awp_step)
         self.free = None
         if attack.fast == "free":
-            self.free = FreeStep(
-                self.awp_step,
-                self.step,
-                replays=attack.replays,
-                memory_format=self._memory_format,
+            self.step = self.free = FreeStep(
+                self.awp_step, self.step, replays=attack.replays, memory_format=self._memory_format
             )
-            self.step = self.free
         self.average = None
         if config.average.kind != "none":
-            self.average = WeightAverage(self.model, config.average, config.epochs, twin=self._twin())
+            twin = None
+            if self.sharded:
+                # shards cannot be copied
+                twin = self.description.build().to(self.device)
+                distribute_(config, twin, self.ranks, self.precision)
+            self.average = WeightAverage(self.model, config.average, config.epochs, twin=twin)
             self.average.follow(self.optimizer)
             self.awp_step.update.average = self.average
-        cheap_epochs = config.epochs if attack.fast_epochs is None else attack.fast_epochs
         self.schedule = Schedule(
-            epochs=config.epochs,
-            steps=len(self.batches),
-            seed=config.seed,
-            optimizer=config.optimizer,
-            awp=config.awp,
-            attack=training_attack(attack),
-            cheap=cheap_attack(attack),
-            cheap_epochs=0 if attack.fast == "none" else cheap_epochs,
-            free=attack.fast == "free",
+            config=config, steps=len(self.batches), attack=training_attack(attack), cheap=cheap_attack(attack)
         )
-
-    def _twin(self) -> nn.Module | None:
-        """A second model of shards; they cannot be copied."""
-        if not self.sharded:
-            return None
-        twin = self.description.build().to(self.device)
-        if self.config.distributed.sync_batch_norm:
-            synchronize(twin)
-        shard_model(twin, self.ranks, self.precision)
-        return twin
 
     def whole(self, model: nn.Module) -> dict[str, Tensor]:
         """Copies of a model's tensors on the CPU, without shards, on every rank; all ranks have to call it."""
-        tensors = model.state_dict()
-        if self.sharded:
-            return gather(tensors, every_rank=True)
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-
-
-def _set_up_torch(config: Config, device: torch.device) -> None:
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    choose_convolutions(device, deterministic=config.deterministic)
-    torch.manual_seed(mix_seed(config.seed))
+        return gather(model.state_dict(), every_rank=True)

@@ -2,7 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -70,9 +71,7 @@ class RunState:
         self._setup, self._ranks, self._average = setup, setup.ranks, average
         loss_scale = setup.awp_step.passes.loss_scale
         model = TensorState(setup.model.state_dict)
-        optimizer = TensorState(
-            lambda: optimizer_tensors(*held), lambda state: allocate_optimizer_tensors(*held, state)
-        )
+        optimizer = TensorState(partial(optimizer_tensors, *held), partial(allocate_optimizer_tensors, *held))
         averaged: list[Stateful] = []
         if average is not None:
             # nothing before it has begun
@@ -83,7 +82,7 @@ class RunState:
             "optimizer": [optimizer],
             "best_model": [best],
             "epoch": [sums, *([] if setup.free is None else [setup.free])],
-            "average": [*averaged],
+            "average": averaged,
             "loss_scale": [] if loss_scale is None else [loss_scale],
         }
         # what must be equal to the bit on all ranks
@@ -125,7 +124,11 @@ class RunState:
             self.tick()
             self.check_replicas(f"epoch {progress.epoch}, step {progress.step}")
             progress.averaged = 0 if self._average is None else self._average.count
-            tensors = {name: self._whole(parts) for name, parts in self._groups.items()}
+            tensors: dict[str, Tensors] = {}
+            for group, parts in self._groups.items():
+                tensors[group] = {name: tensor for part in parts for name, tensor in part.state().items()}
+                if self._setup.sharded:
+                    tensors[group] = gather(tensors[group])
             if self._ranks.is_first:
                 state = {
                     **dataclasses.asdict(progress),
@@ -141,10 +144,6 @@ class RunState:
             self._saved = (progress.epoch, progress.step)
         path = self.writer.wait() if wait else None
         return None if path is None else str(path)
-
-    def _whole(self, parts: Sequence[Stateful]) -> dict[str, Tensor]:
-        tensors = {name: tensor for part in parts for name, tensor in part.state().items()}
-        return gather(tensors) if self._setup.sharded else tensors
 
     def resume(self) -> list[str]:
         """Go on from the newest sound checkpoint, if there is one; returns what to tell the user.

@@ -112,7 +112,8 @@ class Trainer(Setup):
                     self._count(result, batch.whole_size, epoch)
                     for hook in self.after_step:
                         hook(self.state)
-            self._end_epoch(epoch, self._trained_images(epoch, first), time.monotonic() - began)
+            updates = self.config.attack.replays if self.schedule(epoch, 0).free else 1
+            self._end_epoch(epoch, updates * sum(self.batches.sizes[first:]), time.monotonic() - began)
         if self._out_of_patience():
             best = self.progress
             self._say(
@@ -136,10 +137,6 @@ class Trainer(Setup):
                 with region("data"):
                     batch = next(batches)
                 yield batch
-
-    def _trained_images(self, epoch: int, first: int) -> int:
-        updates = self.config.attack.replays if self.schedule(epoch, 0).free else 1
-        return updates * sum(self.batches.sizes[first:])
 
     def _count(self, result: StepResult, size: int, epoch: int) -> None:
         """Take a step's numbers in, added up over the ranks."""

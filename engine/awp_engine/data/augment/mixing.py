@@ -67,13 +67,11 @@ def draw_cutmix(
     ratio = (words[:, 2].double() * 2.0**-32).sqrt()
     mixed = words[:, 0] < round(probability * 2**32)
     rows, columns = ((ratio * length).to(torch.int64) * mixed for length in (height, width))
-    return (words[:, 1] * (count - 1)) >> 32, _boxes(words[:, 3], words[:, 4], rows, columns, height, width)
-
-
-def _boxes(row_words: Tensor, column_words: Tensor, rows: Tensor, columns: Tensor, height: int, width: int) -> Boxes:
-    top = ((row_words * height) >> 32) - (rows >> 1)
-    left = ((column_words * width) >> 32) - (columns >> 1)
-    return Boxes(top.clamp(min=0), (top + rows).clamp(max=height), left.clamp(min=0), (left + columns).clamp(max=width))
+    top = ((words[:, 3] * height) >> 32) - (rows >> 1)
+    left = ((words[:, 4] * width) >> 32) - (columns >> 1)
+    top, bottom = top.clamp(min=0), (top + rows).clamp(max=height)
+    left, right = left.clamp(min=0), (left + columns).clamp(max=width)
+    return (words[:, 1] * (count - 1)) >> 32, Boxes(top, bottom, left, right)
 
 
 def replace_boxes(images: Tensor, boxes: Boxes, content: Tensor) -> Tensor:

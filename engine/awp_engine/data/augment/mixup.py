@@ -64,15 +64,7 @@ def draw_mixup(
 
     With words of stream 12, an image is mixed where w0 < probability * 2^32. The partner is number w1 * (count - 1) //
     2^32 of the others in the order of their ids, as `draw_cutmix` has it. The share is number w2 // 2^16 of
-    `beta_quantiles`.
-
-    Args:
-        ids: int64 [B].
-        seed: the run's seed.
-        epoch: with seed and id, all that is drawn depends on.
-        probability: of an image to be mixed.
-        alpha: both parameters of the shares' Beta distribution, more than 0.
-        count: images to choose partners from, at least 2.
+    `beta_quantiles`, of which `alpha`, more than 0, is both parameters. The other arguments are those of `draw_cutmix`.
 
     Returns:
         int64 [B] in [0, count - 1), the partner's number among the others; and fp32 [B], 1 where it is not mixed.
@@ -104,16 +96,8 @@ def draw_mixture(
 
     timm's Mixup chooses for a batch as a whole by default; here every image is drawn by itself, as in its mode "elem".
 
-    Args:
-        ids: int64 [B].
-        seed: the run's seed.
-        epoch: with seed and id, all that is drawn depends on.
-        probability: of an image to be mixed either way.
-        switch: probability of CutMix, where an image is mixed; its shares are uniform, as an alpha of 1 makes them.
-        alpha: of MixUp's shares.
-        count: images to choose partners from, at least 2.
-        height: of the images.
-        width: of the images.
+    `probability` is that of an image to be mixed either way, and `switch` that of CutMix where it is mixed, whose
+    shares are uniform, as an alpha of 1 makes them. The other arguments are those of `draw_cutmix` and `draw_mixup`.
     """
     by_box, boxes = draw_cutmix(
         ids, seed=seed, epoch=epoch, probability=probability, count=count, height=height, width=width

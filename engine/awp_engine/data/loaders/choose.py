@@ -18,7 +18,7 @@ from awp_engine.data.loaders.torch_loader import TorchLoader
 from awp_engine.data.sets.files import evenly
 from awp_engine.data.sets.inspect import Header, check
 from awp_engine.data.sets.store import EncodedImages, ImageArrays
-from awp_engine.data.split import Loader, Split, StreamedSplit
+from awp_engine.data.split import Loader, Split
 
 LoaderName = Literal["auto", "resident", "dali", "torch"]
 _MOST_WORKERS = 16
@@ -146,11 +146,8 @@ class InMemory:
 
     def __init__(self, split: Split) -> None:
         self._split = split
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
+        self.shape = split.shape
         """Channels, height, width."""
-        return self._split.shape
 
     def __len__(self) -> int:
         return len(self._split)
@@ -159,26 +156,9 @@ class InMemory:
         """uint8 [n, C, H, W] of rows int64 [n]."""
         return self._split.images[rows]
 
-    def labels(self, rows: Tensor) -> Tensor:
-        """int64 [n] of the same rows."""
-        return self._split.labels[rows]
-
     def digest(self) -> str:
         """SHA-256, hexadecimal, of shape, images and labels."""
         return fingerprint(self._split, ())
-
-
-def streamed(split: Split, loading: Loading, name: LoaderName) -> StreamedSplit:
-    """Images in memory, made batch by batch."""
-    store = InMemory(split)
-    return StreamedSplit(
-        store=store,
-        loader=loading.open(name, store, split.shape),
-        shape=split.shape,
-        rows=torch.arange(len(split)),
-        labels=split.labels.to(loading.device),
-        ids=split.ids,
-    )
 
 
 def default_workers() -> int:

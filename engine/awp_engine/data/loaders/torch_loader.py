@@ -6,7 +6,6 @@ import multiprocessing.process
 import os
 import signal
 import threading
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -52,7 +51,7 @@ class TorchLoader:
         loader = DataLoader(
             _Decoded(store, self._reader),
             batch_size=None,
-            sampler=_Requests(requests),
+            sampler=requests.make(),
             num_workers=self._workers,
             pin_memory=pinned,
             # else each epoch takes a number of the process's own generator
@@ -92,16 +91,6 @@ class TorchLoader:
             raise DataError(
                 f"a process that decodes images died ({died}), perhaps for want of memory: try fewer --data.workers"
             )
-
-
-class _Requests(torch.utils.data.Sampler):
-    """Requests as a sampler."""
-
-    def __init__(self, requests: Requests) -> None:
-        self._requests = requests
-
-    def __iter__(self) -> Iterator[Request]:
-        return self._requests.make()
 
 
 class _Decoded(Dataset):

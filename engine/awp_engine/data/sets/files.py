@@ -61,6 +61,7 @@ class Listing:
     `class_names` are the folders' own: bytes that are not UTF-8 become lone surrogates, as in Python's file names.
     """
 
+    part: Path
     names: PackedNames
     labels: Tensor
     class_names: tuple[str, ...]
@@ -155,7 +156,9 @@ def read_regular(path: bytes) -> tuple[bytes, os.stat_result]:
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise BadImageError(f"{name} is {_what(status.st_mode)}, not a file; remove it", "unreadable")
+                kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a named pipe"}
+                what = kinds.get(stat.S_IFMT(status.st_mode), "a device")
+                raise BadImageError(f"{name} is {what}, not a file; remove it", "unreadable")
             if status.st_size > MAX_BYTES:
                 raise BadImageError(
                     f"{name} has {status.st_size:,} bytes; expected at most {MAX_BYTES:,}: remove it", "too-large"
@@ -178,11 +181,6 @@ def read_regular(path: bytes) -> tuple[bytes, os.stat_result]:
             "unreadable",
         )
     return content, status
-
-
-def _what(mode: int) -> str:
-    kinds = ((stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a named pipe"))
-    return next((what for test, what in kinds if test(mode)), "a device")
 
 
 def evenly(count: int, most: int = _SAMPLED) -> list[int]:
@@ -260,7 +258,7 @@ def _list_classes(part: Path, skip: frozenset[str], inside: str) -> Listing:
 
     names = PackedNames.pack(groups())
     labels = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor(counts))
-    return Listing(names, labels, tuple(name.decode(errors="surrogateescape") for name in classes))
+    return Listing(part, names, labels, tuple(name.decode(errors="surrogateescape") for name in classes))
 
 
 def list_images(folder: bytes) -> list[bytes]:

@@ -1,6 +1,5 @@
 """Data sets that Hugging Face's `datasets` saved to disk (save_to_disk), read without decoding."""
 
-import bisect
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ class HuggingFaceImages:
         label = _column(part, data, "label", "ClassLabel")
         self.class_names: tuple[str, ...] = tuple(data.features[label].names or ())
         """Of the column of labels."""
-        self._chunks, self._starts = self._open(data)
+        self._images = _validated(part, data, self._column)
         labels = _labels(part, data, label, len(self.class_names))
         kept = None
         if skip:
@@ -46,7 +45,7 @@ class HuggingFaceImages:
         """int64 [N]."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_chunks": None}
+        return self.__dict__ | {"_images": None}
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -73,31 +72,22 @@ class HuggingFaceImages:
 
     def digest(self) -> str:
         """See `EncodedImages`; rows have no names."""
-        rows = range(len(self))
-        sizes = np.concatenate([np.empty(0, np.int64), *(_sizes(chunk) for chunk in self._opened())])
+        sizes = np.concatenate([np.empty(0, np.int64), *(_sizes(chunk) for chunk in self._opened().chunks)])
         sizes = sizes if self._rows is None else sizes[self._rows]
-        return digest_files(PackedNames(b"", np.zeros(len(rows), np.int64)), sizes, self.read)
+        return digest_files(PackedNames(b"", np.zeros(len(self), np.int64)), sizes, self.read)
 
     def _row(self, row: int) -> int:
         return row if self._rows is None else int(self._rows[row])
 
     def _value(self, row: int, field: str) -> Any:
-        place = self._row(row)
-        chunks = self._opened()
-        number = bisect.bisect_right(self._starts, place) - 1
-        value = chunks[number][place - self._starts[number]]
+        value = self._opened()[self._row(row)]
         return value[field].as_py() if value.is_valid else None
 
-    def _opened(self) -> list[Any]:
-        if self._chunks is None:
-            self._chunks, _ = self._open(_load(self._part))
-        return self._chunks
-
-    def _open(self, data: Any) -> tuple[list[Any], list[int]]:
-        """The column's pieces, mapped, and their first rows."""
-        column = _validated(self._part, data, self._column)
-        lengths = [len(chunk) for chunk in column.chunks]
-        return column.chunks, np.cumsum([0, *lengths[:-1]]).tolist()
+    def _opened(self) -> Any:
+        """The column of images, mapped."""
+        if self._images is None:
+            self._images = _validated(self._part, _load(self._part), self._column)
+        return self._images
 
 
 def _load(part: Path) -> Any:

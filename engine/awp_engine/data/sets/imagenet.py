@@ -93,6 +93,7 @@ def _annotated(val: Path, class_names: tuple[str, ...], skip: frozenset[str]) ->
     if not kept:
         raise DataError(f"{shown(folder)} has no image left: all {len(images)} are skipped; expected some")
     return Listing(
+        val,
         PackedNames.pack([[b"images/" + name for name in kept]]),
         torch.tensor([labels[name] for name in kept]),
         class_names,

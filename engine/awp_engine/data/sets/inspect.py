@@ -4,6 +4,7 @@ import io
 import re
 import struct
 import zlib
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -45,22 +46,13 @@ _OTHER_FORMATS = (
 )
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_END = b"IEND\xaeB`\x82"
+# by colour type and bits
 _PNG_MODES = {
-    (1, 0): "1",
-    (2, 0): "L",
-    (4, 0): "L",
-    (8, 0): "L",
-    (16, 0): "I;16",
-    (8, 2): "RGB",
-    (16, 2): "RGB;16",
-    (1, 3): "P",
-    (2, 3): "P",
-    (4, 3): "P",
-    (8, 3): "P",
-    (8, 4): "LA",
-    (16, 4): "LA;16",
-    (8, 6): "RGBA",
-    (16, 6): "RGBA;16",
+    0: {1: "1", 2: "L", 4: "L", 8: "L", 16: "I;16"},
+    2: {8: "RGB", 16: "RGB;16"},
+    3: {1: "P", 2: "P", 4: "P", 8: "P"},
+    4: {8: "LA", 16: "LA;16"},
+    6: {8: "RGBA", 16: "RGBA;16"},
 }
 _JPEG_MODES = {1: "L", 3: "RGB", 4: "CMYK"}
 _ADVICE = {
@@ -193,30 +185,32 @@ def _header(content: bytes, name: str) -> tuple[Header, int]:
         raise BadImageError(f"{name} is empty; expected a JPEG or PNG image: replace or remove it", "empty")
     for magic, at, other in _OTHER_FORMATS:
         if content.startswith(magic, at):
-            raise BadImageError(
-                f"{name} is {other}; expected JPEG or PNG: convert or remove it",
-                "wrong-extension",
-            )
+            raise BadImageError(f"{name} is {other}; expected JPEG or PNG: convert or remove it", "wrong-extension")
     raise BadImageError(f"{name} is neither JPEG nor PNG; replace or remove it")
 
 
-def _jpeg_header(content: bytes, name: str) -> tuple[Header, int]:
+def _segments(content: bytes, name: str, what: str, inside: str) -> Iterator[tuple[int, int, int]]:
+    """Place, marker and length of the segments before a JPEG file's pixels; `what` and `inside` are for messages."""
     at, end = 2, len(content)
     for _ in range(_MAX_SEGMENTS):
         if at + 4 > end:
-            raise _broken(name, f"JPEG of {end} bytes that ends within its header", "truncated")
+            raise _broken(name, f"JPEG of {end} bytes that ends within its {inside}", "truncated")
         if content[at] != 0xFF:
-            raise _broken(name, f"broken JPEG header: no marker at byte {at}")
-        marker = content[at + 1]
-        if marker == 0xFF:
+            raise _broken(name, f"{what}: no marker at byte {at}")
+        if content[at + 1] == 0xFF:
             at += 1
             continue
         length = content[at + 2] << 8 | content[at + 3]
+        yield at, content[at + 1], length
+        at += 2 + length
+
+
+def _jpeg_header(content: bytes, name: str) -> tuple[Header, int]:
+    for at, marker, length in _segments(content, name, "broken JPEG header", "header"):
         if marker in _FRAMES:
             return _jpeg_frame(content, name, at, marker, length), at
         if marker in _STANDALONE or marker == _SOS or length < 2:
             raise _broken(name, f"broken JPEG header: marker {marker:02x} and length {length} at byte {at}")
-        at += 2 + length
     raise _broken(name, f"broken JPEG header: over {_MAX_SEGMENTS:,} segments")
 
 
@@ -247,7 +241,7 @@ def _png_header(content: bytes, name: str) -> tuple[Header, int]:
     length, tag, width, height, bits, colour, compression, row_filter, interlace = _IHDR.unpack_from(content, 8)
     if tag != b"IHDR" or length != 13 or zlib.crc32(content[12:29]).to_bytes(4) != content[29:33]:
         raise _broken(name, "broken PNG header")
-    mode = _PNG_MODES.get((bits, colour))
+    mode = _PNG_MODES.get(colour, {}).get(bits)
     if mode is None or compression or row_filter or interlace > 1 or not (0 < width < 2**31 and 0 < height < 2**31):
         raise _broken(name, f"broken PNG header: {width}x{height}, {bits} bits, colour type {colour}")
     at, animated = 33, False
@@ -304,30 +298,17 @@ def _check(content: bytes, name: str, suffix: str | None, max_pixels: int) -> tu
 
 def _bare_jpeg(content: bytes, name: str, frame: int) -> bytes:
     """The file without metadata, about which Pillow would warn, and with its structure seen to be whole."""
-    kept, at, end = [content[:2]], 2, len(content)
-    for _ in range(_MAX_SEGMENTS):
-        if at + 4 > end:
-            raise _broken(name, f"JPEG of {end} bytes that ends within its tables", "truncated")
-        marker = content[at + 1]
-        if content[at] != 0xFF:
-            raise _broken(name, f"broken JPEG: no marker at byte {at}")
-        if marker == 0xFF:
-            at += 1
-            continue
+    kept = [content[:2]]
+    for at, marker, length in _segments(content, name, "broken JPEG", "tables"):
         if marker == _SOS:
-            break
-        length = content[at + 2] << 8 | content[at + 3]
+            _walk_scans(content, name, at)
+            return b"".join([*kept, content[at:]])
         if length < 2 or (marker not in _BETWEEN_SCANS and at != frame):
             raise _broken(name, f"broken JPEG: unexpected marker {marker:02x} at byte {at}, before its pixels")
         # JFIF and Adobe's segment decide what the colours mean.
         if marker in (0xE0, _ADOBE) or not (marker == _COM or 0xE0 <= marker <= 0xEF):
             kept.append(content[at : at + 2 + length])
-        at += 2 + length
-    else:
-        raise _broken(name, f"broken JPEG: over {_MAX_SEGMENTS:,} segments before its pixels")
-    kept.append(content[at:])
-    _walk_scans(content, name, at)
-    return b"".join(kept)
+    raise _broken(name, f"broken JPEG: over {_MAX_SEGMENTS:,} segments before its pixels")
 
 
 def _walk_scans(content: bytes, name: str, at: int) -> None:

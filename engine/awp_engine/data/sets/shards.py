@@ -56,7 +56,9 @@ class ArrayShards:
         self._images, self._labels = tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)
         _require_small(self._images + self._labels)
         self._ends = np.cumsum([array.shape[0] for array in self._images], dtype=np.int64)
-        self._shape, self._channels_last = wanted.shape, wanted.channels_last
+        self.shape = wanted.shape
+        """Channels, height, width."""
+        self._channels_last = wanted.channels_last
         self._mapped: dict[StoredArray, NDArray[Any]] = {}
         self._is_cold = False
         images = sum(array.size for array in self._images)
@@ -68,11 +70,6 @@ class ArrayShards:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_mapped": {}}
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height, width."""
-        return self._shape
 
     def __len__(self) -> int:
         return int(self._ends[-1])

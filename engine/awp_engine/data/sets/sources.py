@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from awp_engine.data.dataset import DataError
+from awp_engine.data.dataset import DataError, Statistics
 from awp_engine.data.sets.files import FileImages, Listing, list_classes, shown
 from awp_engine.data.sets.huggingface import HuggingFaceImages
 from awp_engine.data.sets.imagenet import IMAGENET_STATISTICS, list_imagenet, list_tiny_imagenet
@@ -17,12 +17,11 @@ from awp_engine.data.sets.store import EncodedImages, ImageArrays
 from awp_engine.data.sets.tar import TarImages
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Source:
     """A data set where it lies.
 
     Attributes:
-        name: as given to `open_source`.
         train, test: the images of both parts.
         train_labels, test_labels: int64 [N], of every row.
         class_names: one a label.
@@ -31,14 +30,13 @@ class Source:
             customary ones.
     """
 
-    name: str
     train: EncodedImages | ImageArrays
     train_labels: Tensor
     test: EncodedImages | ImageArrays
     test_labels: Tensor
     class_names: tuple[str, ...]
     named: bool = True
-    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    statistics: Statistics | None = None
 
 
 def open_source(name: str, root: Path, *, skip: frozenset[str] = frozenset()) -> Source:
@@ -67,19 +65,15 @@ def open_source(name: str, root: Path, *, skip: frozenset[str] = frozenset()) ->
 
 
 def _open_folder(root: Path, skip: frozenset[str]) -> Source:
-    train, test = root / "train", _first_of(root, "test", "val")
-    return _of_files("folder", train, list_classes(train, skip=skip), test, list_classes(test, skip=skip))
+    return _of_files(*(list_classes(part, skip=skip) for part in (root / "train", _first_of(root, "test", "val"))))
 
 
 def _open_imagenet(root: Path, skip: frozenset[str]) -> Source:
-    train, val = list_imagenet(root, skip)
-    source = _of_files("imagenet", root / "train", train, root / "val", val)
-    return replace(source, statistics=IMAGENET_STATISTICS)
+    return _of_files(*list_imagenet(root, skip), statistics=IMAGENET_STATISTICS)
 
 
 def _open_tiny_imagenet(root: Path, skip: frozenset[str]) -> Source:
-    train, val = list_tiny_imagenet(root, skip)
-    return _of_files("tiny-imagenet", root / "train", train, root / "val", val)
+    return _of_files(*list_tiny_imagenet(root, skip))
 
 
 def _open_webdataset(root: Path, skip: frozenset[str]) -> Source:
@@ -94,15 +88,7 @@ def _open_webdataset(root: Path, skip: frozenset[str]) -> Source:
                 f"{images.name(row)} has label {int(images.labels[row])}; expected 0 to {len(names) - 1} in {part}, by "
                 f"{'the labels of train' if not (root / CLASSES).is_file() else root / CLASSES}"
             )
-    return Source(
-        name="webdataset",
-        train=train,
-        train_labels=train.labels,
-        test=test,
-        test_labels=test.labels,
-        class_names=names,
-        named=(root / CLASSES).exists(),
-    )
+    return Source(train, train.labels, test, test.labels, names, named=(root / CLASSES).exists())
 
 
 def _open_shards(root: Path, skip: frozenset[str]) -> Source:
@@ -117,15 +103,7 @@ def _open_shards(root: Path, skip: frozenset[str]) -> Source:
     names = _class_names(root, int(labels.max()))
     for shards in (train, test):
         shards.require_labels(len(names), str(root / "train"))
-    return Source(
-        name="shards",
-        train=train,
-        train_labels=labels,
-        test=test,
-        test_labels=test.all_labels(),
-        class_names=names,
-        named=(root / CLASSES).exists(),
-    )
+    return Source(train, labels, test, test.all_labels(), names, named=(root / CLASSES).exists())
 
 
 def _open_huggingface(root: Path, skip: frozenset[str]) -> Source:
@@ -136,16 +114,9 @@ def _open_huggingface(root: Path, skip: frozenset[str]) -> Source:
         raise DataError(
             f"{test_part} has the classes {given}, ... and train {expected}, ...; both need the same ones in one order"
         )
-    return Source(
-        name="huggingface",
-        train=train,
-        train_labels=train.labels,
-        test=test,
-        test_labels=test.labels,
-        class_names=train.class_names,
-        # what datasets makes up where only their number was given
-        named=train.class_names != tuple(map(str, range(len(train.class_names)))),
-    )
+    # numbers are what datasets makes up where only how many there are was given
+    named = train.class_names != tuple(map(str, range(len(train.class_names))))
+    return Source(train, train.labels, test, test.labels, train.class_names, named)
 
 
 def _first_of(root: Path, *names: str) -> Path:
@@ -185,31 +156,17 @@ def read_classes(path: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _of_files(name: str, train_part: Path, train: Listing, test_part: Path, test: Listing) -> Source:
-    require_same_classes(train_part, train.class_names, test_part, test.class_names)
-    return Source(
-        name=name,
-        train=FileImages(train_part, train.names),
-        train_labels=train.labels,
-        test=FileImages(test_part, test.names),
-        test_labels=test.labels,
-        class_names=train.class_names,
-    )
-
-
-def require_same_classes(train: Path, train_names: tuple[str, ...], test: Path, test_names: tuple[str, ...]) -> None:
-    """Labels mean the same in both parts only if these have the same classes.
-
-    Raises:
-        DataError: one part has a class that the other lacks.
-    """
-    for name in test_names:
-        if name not in train_names:
-            where = shown(test / name)
-            raise DataError(f"{where}: class {name!r} is not in {train}; both need the same classes")
-    for name in train_names:
-        if name not in test_names:
-            raise DataError(f"{test} lacks class {name!r} of {train}; both need the same classes")
+def _of_files(train: Listing, test: Listing, *, statistics: Statistics | None = None) -> Source:
+    # labels mean the same in both parts only then
+    for name in test.class_names:
+        if name not in train.class_names:
+            where = shown(test.part / name)
+            raise DataError(f"{where}: class {name!r} is not in {train.part}; both need the same classes")
+    for name in train.class_names:
+        if name not in test.class_names:
+            raise DataError(f"{test.part} lacks class {name!r} of {train.part}; both need the same classes")
+    images, test_images = (FileImages(listing.part, listing.names) for listing in (train, test))
+    return Source(images, train.labels, test_images, test.labels, train.class_names, statistics=statistics)
 
 
 CLASSES = "classes.json"

@@ -43,10 +43,6 @@ class ImageArrays(Protocol):
         """uint8 [n, C, H, W] in any strides, on the CPU, of rows int64 [n] there, in their order, repeats allowed."""
         ...
 
-    def labels(self, rows: Tensor) -> Tensor:
-        """int64 [n] of the same rows."""
-        ...
-
     def digest(self) -> str:
         """SHA-256, hexadecimal, of shape, labels and images; of 1,000 of the images where they have > 256 MB."""
         ...

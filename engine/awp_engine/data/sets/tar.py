@@ -3,14 +3,13 @@
 Format: https://github.com/webdataset/webdataset; the index is that of NVIDIA DALI's wds2idx, version 1.2.
 """
 
+import functools
 import json
 import os
 import re
 import stat
-import threading
 import weakref
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,13 +72,13 @@ class TarImages:
         self._names = PackedNames.pack(one.names for one in found)
         self.labels: Tensor = torch.tensor([label for one in found for label in one.labels])
         """int64 [N]."""
-        self._descriptors = _Descriptors()
+        self._open = _opener()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_descriptors": None}
+        return self.__dict__ | {"_open": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ = state | {"_descriptors": _Descriptors()}
+        self.__dict__ = state | {"_open": _opener()}
 
     def __len__(self) -> int:
         return len(self._sizes)
@@ -91,7 +90,7 @@ class TarImages:
             DataError: the tar cannot be read, or no longer holds the image where it was found.
         """
         path, size = self._tars[self._tar[row]], self._file_sizes[self._tar[row]]
-        tar = self._descriptors.open(path)
+        tar = self._open(path)
         if tar.size != size:
             raise DataError(
                 f"{path} has changed since it was listed ({tar.size} bytes, before {size}); expected tars that stay as "
@@ -169,19 +168,9 @@ class _Tar:
         return found[_BLOCK:]
 
 
-class _Descriptors:
-    """The tars that were read last."""
-
-    def __init__(self) -> None:
-        self._lock, self._tars = threading.Lock(), OrderedDict[Path, _Tar]()
-
-    def open(self, path: Path) -> _Tar:
-        with self._lock:
-            tar = self._tars.pop(path, None) or _Tar(path)
-            self._tars[path] = tar
-            if len(self._tars) > _OPEN:
-                self._tars.popitem(last=False)
-            return tar
+def _opener() -> Callable[[Path], _Tar]:
+    """Opens tars, and keeps those that were read last open."""
+    return functools.lru_cache(_OPEN)(_Tar)
 
 
 class _TarHeader(NamedTuple):
@@ -240,7 +229,12 @@ def walk(tar: _Tar) -> Iterator[Member]:
     while True:
         block = tar.block_at(position)
         if len(block) == _BLOCK and not block.strip(b"\0"):
-            return _require_end(tar, position)
+            if not _is_end(tar, position):
+                raise DataError(
+                    f"{tar.path}: something follows the archive's end at byte {position}; expected one archive, not "
+                    "several joined ones: write it again"
+                )
+            return
         header = _header(block) if len(block) == _BLOCK else None
         if header is None:
             raise DataError(f"{tar.path}: no header of a member at byte {position} of {tar.size}; {_ADVICE}")
@@ -313,14 +307,6 @@ def _is_end(tar: _Tar, position: int) -> bool:
     return all(
         not tar.bytes_at(start, min(2**20, tar.size - start)).strip(b"\0") for start in range(position, tar.size, 2**20)
     )
-
-
-def _require_end(tar: _Tar, position: int) -> None:
-    if not _is_end(tar, position):
-        raise DataError(
-            f"{tar.path}: something follows the archive's end at byte {position}; expected one archive, not several "
-            "joined ones: write it again"
-        )
 
 
 class _Samples(NamedTuple):

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -108,9 +107,7 @@ class _NewFile:
         self._file.write(data)
         self.size += len(data)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._file:
             if kind is None:
                 self._file.flush()
@@ -229,11 +226,11 @@ def _plan(root: Path, policy: Literal["refuse", "skip"]) -> tuple[dict[str, list
             f"{root} is Tiny-ImageNet as unpacked, which is small enough to train from as it is; expected "
             "<part>/<class>/*: sort val into class folders to pack it"
         )
-    files, known = list_files(root)
+    files = list_files(root)
     skipped = bad_files(root, policy, remedy="pack with --bad-files skip")
     names = {file: listed_name(file) for file in files}
-    for file, bad in known.items():
-        if names[file] not in skipped:
+    for file, bad in files.items():
+        if bad and names[file] not in skipped:
             raise DataError(f"{root / names[file]} {bad.why}; {_scan_hint(root)}")
     sizes = {file: (file_state(root / file) or (0, 0))[0] for file in files}
     decoded = False
@@ -267,11 +264,7 @@ def _plan(root: Path, policy: Literal["refuse", "skip"]) -> tuple[dict[str, list
 
 
 def _require_place(root: Path, out: Path) -> None:
-    if root.resolve() in out.resolve().parents and out.resolve().relative_to(root.resolve()).parts[0] in (
-        "train",
-        "test",
-        "val",
-    ):
+    if any(out.resolve().is_relative_to(root.resolve() / part) for part in ("train", "test", "val")):
         raise DataError(f"{out} lies among the images of {root}; choose another place for the shards")
     if not out.parent.is_dir():
         raise DataError(f"{out.parent} is not a directory; expected the one to put {out.name} into")
@@ -344,11 +337,8 @@ def _write_tar(root: Path, out: Path, decoding: bool, shard: _Shard) -> list[Pac
             header = check(content, name, suffix=Path(image.file).suffix)
             if decoding:
                 decode(content, name)
-            line = []
-            for suffix, data in (
-                ("jpg" if header.format == "JPEG" else "png", content),
-                ("cls", b"%d" % image.label),
-            ):
+            line, own_suffix = [], "jpg" if header.format == "JPEG" else "png"
+            for suffix, data in ((own_suffix, content), ("cls", b"%d" % image.label)):
                 member = tarfile.TarInfo(f"{image.place:09d}.{suffix}")
                 member.size = len(data)
                 file.write(member.tobuf(tarfile.USTAR_FORMAT))

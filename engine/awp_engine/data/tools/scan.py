@@ -6,7 +6,7 @@ import functools
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,7 +65,7 @@ def _has_folders(part: Path) -> bool:
     return True
 
 
-def list_files(root: Path) -> tuple[list[str], dict[str, Bad]]:
+def list_files(root: Path) -> dict[str, Bad | None]:
     """All files of the folder's parts, as paths below it in a fixed order, and what is wrong with some at first sight.
 
     Names that begin with a dot are left out.
@@ -73,31 +73,30 @@ def list_files(root: Path) -> tuple[list[str], dict[str, Bad]]:
     Raises:
         DataError: a part is missing or has fewer than 2 classes, or Tiny-ImageNet's annotations do not fit.
     """
-    files: list[str] = []
-    bad: dict[str, Bad] = {}
     parts = find_parts(root)
     if is_tiny_imagenet(root):
         # where each image has its class by name
         listings = zip(parts, list_tiny_imagenet(root, frozenset()), strict=True)
-        return [f"{part}/{os.fsdecode(name)}" for part, listing in listings for name in listing.names], bad
-    classes = {part: _list_part(root, part, files, bad) for part in parts}
+        return {f"{part}/{os.fsdecode(name)}": None for part, listing in listings for name in listing.names}
+    files: dict[str, Bad | None] = {}
+    classes = {part: _list_part(root, part, files) for part in parts}
     for part, names in classes.items():
         if len(names) < 2:
             raise DataError(f"{root / part} has {len(names)} class folders; expected at least 2, each with its images")
     lacking: dict[str, Bad] = {}
     for part in parts[1:]:
         for name in classes[part] - classes["train"]:
-            lacking[f"{part}/{name}/"] = Bad("no-such-class", "is of a class that train lacks; move or remove it")
+            lacking[f"{part}/{name}"] = Bad("no-such-class", "is of a class that train lacks; move or remove it")
         for name in classes["train"] - classes[part]:
-            lacking[f"train/{name}/"] = Bad("no-such-class", f"is of a class that {part} lacks; move or remove it")
+            lacking[f"train/{name}"] = Bad("no-such-class", f"is of a class that {part} lacks; move or remove it")
     for file in files:
-        if "/".join(file.split("/", 2)[:2]) + "/" in lacking:
-            bad[file] = lacking["/".join(file.split("/", 2)[:2]) + "/"]
+        folder = "/".join(file.split("/", 2)[:2])
+        files[file] = lacking.get(folder, files[file])
         try:
             os.fsencode(file).decode()
         except UnicodeDecodeError:
-            bad[file] = Bad("bad-name", "has a name that is not UTF-8; rename it")
-    return files, bad
+            files[file] = Bad("bad-name", "has a name that is not UTF-8; rename it")
+    return files
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -107,60 +106,50 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     return False
 
 
-def _entries(folder: Path, root: Path, files: list[str], bad: dict[str, Bad]) -> list[os.DirEntry[str]]:
+def _entries(root: Path, folder: str, files: dict[str, Bad | None]) -> list[os.DirEntry[str]]:
     try:
-        with os.scandir(folder) as entries:
+        with os.scandir(root / folder) as entries:
             return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
     except OSError as error:
-        name = str(folder.relative_to(root))
-        files.append(name)
-        bad[name] = Bad("unreadable", f"cannot be listed: {error.strerror}; repair or remove it")
+        files[folder] = Bad("unreadable", f"cannot be listed: {error.strerror}; repair or remove it")
         return []
 
 
-def _list_part(root: Path, part: str, files: list[str], bad: dict[str, Bad]) -> set[str]:
+def _list_part(root: Path, part: str, files: dict[str, Bad | None]) -> set[str]:
     """Adds the files of a part; its classes."""
     classes = set()
-    for entry in _entries(root / part, root, files, bad):
+    for entry in _entries(root, part, files):
         name = f"{part}/{entry.name}"
         if _is_folder(entry):
             classes.add(entry.name)
-            _list_class(root, name, files, bad)
+            _list_class(root, name, files)
         elif entry.name.lower().endswith(_SUFFIXES):
-            files.append(name)
-            bad[name] = Bad("no-such-class", "lies in no class folder; move or remove it")
+            files[name] = Bad("no-such-class", "lies in no class folder; move or remove it")
         elif entry.is_symlink() and not Path(entry.path).exists():
-            files.append(name)
-            bad[name] = Bad("unreadable", "is a link to nothing; repair or remove it")
+            files[name] = Bad("unreadable", "is a link to nothing; repair or remove it")
     return classes
 
 
-def _list_class(root: Path, folder: str, files: list[str], bad: dict[str, Bad]) -> None:
+def _list_class(root: Path, folder: str, files: dict[str, Bad | None]) -> None:
     before, images = len(files), 0
-    for entry in _entries(root / folder, root, files, bad):
+    for entry in _entries(root, folder, files):
         name = f"{folder}/{entry.name}"
-        suffixed = entry.name.lower().endswith(_SUFFIXES)
-        images += suffixed
-        if suffixed or not _is_folder(entry):
-            files.append(name)
-            if not suffixed:
-                ends = Path(entry.name).suffix
-                bad[name] = Bad(
-                    "wrong-extension",
-                    f"ends in {ends!r}; expected .jpg, .jpeg or .png in a class folder: convert or remove it",
-                )
+        if entry.name.lower().endswith(_SUFFIXES):
+            files[name] = None
+            images += 1
+        elif not _is_folder(entry):
+            why = f"ends in {Path(entry.name).suffix!r}; expected .jpg, .jpeg or .png in a class folder: convert or "
+            files[name] = Bad("wrong-extension", why + "remove it")
         elif not entry.is_symlink():
             for place, folders, names in os.walk(root / name):
                 folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
                 shown_names = sorted(file for file in names if not file.startswith("."))
                 below = str(Path(place).relative_to(root))
                 deeper = [f"{below}/{file}" for file in shown_names if file.lower().endswith(_SUFFIXES)]
-                files.extend(deeper)
                 why = Bad("no-such-class", "lies below its class folder, where it is never read; move or remove it")
-                bad.update(dict.fromkeys(deeper, why))
+                files |= dict.fromkeys(deeper, why)
     if not images and len(files) == before:
-        files.append(folder)
-        bad[folder] = Bad("empty", "is a class folder without images; add some or remove it")
+        files[folder] = Bad("empty", "is a class folder without images; add some or remove it")
 
 
 def inspect_file(root: Path, pixels: bool, decoder: Callable[[bytes, str], object], file: str) -> Inspected:
@@ -202,12 +191,12 @@ def scan_folder(
     Raises:
         DataError: a part is missing or has fewer than 2 classes.
     """
-    files, known = list_files(root)
-    inspected: list[Inspected] = [Inspected(known[f], file_state(root / f)) if f in known else _NOT_YET for f in files]
-    places = [place for place, file in enumerate(files) if file not in known]
-    done = len(files) - len(places)
+    inspected = {
+        file: Inspected(bad, file_state(root / file) if bad else None) for file, bad in list_files(root).items()
+    }
+    todo = [file for file, found in inspected.items() if not found.bad]
+    done = len(inspected) - len(todo)
     work = functools.partial(inspect_file, root, pixels, decoder)
-    todo = [files[place] for place in places]
     headers: dict[Header, Header] = {}
     results = process_all(todo, work, workers=max(1, min(workers, len(todo))), chunk=_CHUNK)
     with contextlib.closing(results):
@@ -218,51 +207,48 @@ def scan_folder(
             # A million headers take no room where they are one.
             if result.header is not None:
                 result = result._replace(header=headers.setdefault(result.header, result.header))
-            inspected[places[index]] = result
+            inspected[todo[index]] = result
             done += 1
-            progress(done, len(files))
-    scan = _judge(files, inspected, pixels=pixels, same_size=same_size)
+            progress(done, len(inspected))
+    scan = _judge(inspected, pixels=pixels, same_size=same_size)
     left_out = {part for part in ("test", "val") if (root / part).is_dir()}.difference(find_parts(root))
     notes = tuple(f"{part} has no labels and was left out" for part in sorted(left_out))
     return dataclasses.replace(scan, notes=scan.notes + notes)
 
 
-_NOT_YET = Inspected(None, None)
-
-
-def _judge(files: Sequence[str], inspected: list[Inspected], *, pixels: bool, same_size: bool) -> Scan:
+def _judge(inspected: dict[str, Inspected], *, pixels: bool, same_size: bool) -> Scan:
     """What only the files together tell: odd modes and sizes, and the same bytes twice."""
     notes = []
-    modes = Counter(found.header.mode for found in inspected if found.header)
-    sizes = Counter((found.header.width, found.header.height) for found in inspected if found.header)
+    modes = Counter(found.header.mode for found in inspected.values() if found.header)
+    sizes = Counter(found.header[1:3] for found in inspected.values() if found.header)
     (usual, most), (_, fewer) = [*modes.most_common(2), ("RGB", 0), ("L", 0)][:2]
     usual = usual if most > fewer else "RGB"
     # what is resized may be grey among colour, as some of ImageNet's photographs are
     if len(modes) > 1 and usual == "RGB" and len(sizes) > 1 and not same_size:
         notes.append(f"{fewer:,} images are grey, and become colour in training")
     elif len(modes) > 1:
-        for place, found in enumerate(inspected):
+        for file, found in inspected.items():
             if found.header and found.header.mode != usual:
                 why = f"has mode {found.header.mode}; expected {usual} as most images have: convert or remove it"
-                inspected[place] = found._replace(bad=Bad("odd-mode", why), header=None)
-    sizes = Counter((found.header.width, found.header.height) for found in inspected if found.header)
+                inspected[file] = found._replace(bad=Bad("odd-mode", why), header=None)
+    sizes = Counter(found.header[1:3] for found in inspected.values() if found.header)
     if len(sizes) > 1:
         width, height = max(sizes, key=lambda size: (sizes[size], size))
         if same_size:
-            for place, found in enumerate(inspected):
+            for file, found in inspected.items():
                 if found.header and found.header[1:3] != (width, height):
                     why = f"has {found.header.width}x{found.header.height} pixels; expected {width}x{height}: "
-                    inspected[place] = found._replace(bad=Bad("odd-size", why + "resize or remove it"), header=None)
+                    inspected[file] = found._replace(bad=Bad("odd-size", why + "resize or remove it"), header=None)
         else:
             notes.append(
                 f"images have {len(sizes):,} sizes, most often {width}x{height} ({sizes[width, height]:,} of "
                 f"{sizes.total():,}); --data.image-size makes them one, and --same-size lists those that differ"
             )
-    notes.extend(_same_bytes(files, inspected))
-    listed = sorted((listed_name(file), found) for file, found in zip(files, inspected, strict=True))
+    notes.extend(_same_bytes(inspected))
+    listed = sorted((listed_name(file), found) for file, found in inspected.items())
     return Scan(
-        files=len(files),
-        total_bytes=sum(found.state[0] for found in inspected if found.state),
+        files=len(inspected),
+        total_bytes=sum(found.state[0] for found in inspected.values() if found.state),
         digest=names_digest((name, found.state[0] if found.state else 0) for name, found in listed),
         pixels=pixels,
         notes=tuple(notes),
@@ -279,10 +265,10 @@ def names_digest(files: Iterator[tuple[str, int]]) -> str:
     return digest.hexdigest()
 
 
-def _same_bytes(files: Sequence[str], inspected: Sequence[Inspected]) -> Iterator[str]:
+def _same_bytes(inspected: dict[str, Inspected]) -> Iterator[str]:
     first: dict[bytes, str] = {}
     pairs: dict[str, list[tuple[str, str]]] = {"in two classes": [], "in training and evaluation": []}
-    for file, found in zip(files, inspected, strict=True):
+    for file, found in inspected.items():
         if found.header is None:
             continue
         other = first.setdefault(found.key, file)

@@ -318,9 +318,12 @@ void bn_act_train(Tensor x, Optional residual, Optional weight, Optional bias, O
                   Optional running_var, double momentum, double eps, int64_t activation, Optional z, Tensor y,
                   Tensor table) {
   void* sum = z ? z->data_ptr() : x.data_ptr();
-  const awp::BnParameters parameters{data_of<float>(weight),       data_of<float>(bias),
-                                     data_of<float>(running_mean), data_of<float>(running_var),
-                                     momentum,                     eps};
+  const awp::BnParameters parameters{data_of<float>(weight),
+                                     data_of<float>(bias),
+                                     data_of<float>(running_mean),
+                                     data_of<float>(running_var),
+                                     momentum,
+                                     eps};
   Device(x).train(bn_act_arguments(x.data_ptr(), data_of(residual), sum, x, activation, table), parameters,
                   y.data_ptr());
 }
@@ -342,12 +345,9 @@ void bn_act_eval(Tensor x, Optional residual, Optional weight, Optional bias, Te
 template <class Device>
 void bn_act_backward(Tensor grad, Optional grad_z, Optional z, Tensor table, Optional mask, int64_t activation,
                      bool train, Optional grad_x, Optional grad_weight, Optional grad_bias) {
-  const awp::BnGradients gradients{grad.data_ptr(),
-                                   data_of(grad_z),
-                                   data_of<uint8_t>(mask),
-                                   train,
-                                   data_of(grad_x),
-                                   data_of<float>(grad_weight),
+  const awp::BnGradients gradients{grad.data_ptr(),          data_of(grad_z),
+                                   data_of<uint8_t>(mask),   train,
+                                   data_of(grad_x),          data_of<float>(grad_weight),
                                    data_of<float>(grad_bias)};
   Device(grad).run(bn_act_arguments(nullptr, nullptr, data_of(z), grad, activation, table), gradients);
 }

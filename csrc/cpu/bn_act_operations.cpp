@@ -1,5 +1,5 @@
-// Cuts batch normalisation with an activation into pieces for the threads. Sums are added up in one order, whoever does it:
-// fp32 within some rows, fp64 over these.
+// Cuts batch normalisation with an activation into pieces for the threads. Sums are added up in one order, whoever does
+// it: fp32 within some rows, fp64 over these.
 #include <algorithm>
 #include <cmath>
 #include <memory>

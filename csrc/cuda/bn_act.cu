@@ -1,5 +1,5 @@
-// Residual sum, batch normalisation and activation: see awp/bn_act.h. Every thread stays with its channels and goes down
-// the rows; sums over the rows are fp32 in a thread, then fp64 in a fixed order.
+// Residual sum, batch normalisation and activation: see awp/bn_act.h. Every thread stays with its channels and goes
+// down the rows; sums over the rows are fp32 in a thread, then fp64 in a fixed order.
 #include <cfloat>
 #include <type_traits>
 
@@ -22,9 +22,9 @@ struct BnLaunch {
 
 namespace {
 
-constexpr int kPack = 8;              // channels a thread, where they come in eights: 16 bytes of 16-bit values
-constexpr int64_t kSumBlocks = 512;   // of rows, whose sums are added up afterwards; about four a multiprocessor
-constexpr int kRowsAThread = 8;       // where nothing is summed
+constexpr int kPack = 8;                 // channels a thread, where they come in eights: 16 bytes of 16-bit values
+constexpr int64_t kSumBlocks = 512;      // of rows, whose sums are added up afterwards; about four a multiprocessor
+constexpr int kRowsAThread = 8;          // where nothing is summed
 constexpr int kChannelsAtOnce = kWarps;  // of a block that adds up; a warp takes a channel
 
 BnCut cut(const BnAct& a, bool wide, bool summed) {
@@ -70,7 +70,8 @@ template <int Count, class F>
 __device__ __forceinline__ void for_rows(const BnPlace& at, int lanes, const F& f) {
   int64_t row = at.first;
 #pragma unroll 1
-  for (; row + (Count - 1) * int64_t{lanes} < at.end; row += int64_t{Count} * lanes) f(std::integral_constant<int, Count>{}, row);
+  for (; row + (Count - 1) * int64_t{lanes} < at.end; row += int64_t{Count} * lanes)
+    f(std::integral_constant<int, Count>{}, row);
 #pragma unroll 1
   for (; row < at.end; row += lanes) f(std::integral_constant<int, 1>{}, row);
 }
@@ -93,7 +94,9 @@ struct Source {
   const T *x, *residual;
   T* z;
   __device__ __forceinline__ explicit Source(const BnAct& a)
-      : x(static_cast<const T*>(Add ? a.x : a.z)), residual(static_cast<const T*>(a.residual)), z(static_cast<T*>(a.z)) {}
+      : x(static_cast<const T*>(Add ? a.x : a.z)),
+        residual(static_cast<const T*>(a.residual)),
+        z(static_cast<T*>(a.z)) {}
   template <int M>
   __device__ __forceinline__ void load_all(int64_t at, int64_t step, float (&value)[M][N]) const {
     Pack<T, N> packs[M], others[M];
@@ -265,7 +268,8 @@ __global__ void __launch_bounds__(kThreads, 2) bn_statistics(const __grid_consta
 
 // A warp adds up a channel's parts, fills the table and moves the running statistics.
 __global__ void __launch_bounds__(kThreads, 2)
-    bn_finish_statistics(const __grid_constant__ BnLaunch l, const __grid_constant__ BnParameters p, const float* parts) {
+    bn_finish_statistics(const __grid_constant__ BnLaunch l, const __grid_constant__ BnParameters p,
+                         const float* parts) {
   const int64_t channel = int64_t{blockIdx.x} * kChannelsAtOnce + threadIdx.x / kWarp;
   const bool inside = channel < l.a.channels;
   const double origin = inside ? parts[channel] : 0.0;
@@ -452,7 +456,9 @@ namespace {
 template <class F, class... Pointers>
 cudaError_t by_width(const BnAct& a, const F& f, Pointers... pointers) {
   const bool wide = a.channels % kPack == 0 && ((reinterpret_cast<uintptr_t>(pointers) | ...) & 15) == 0;
-  return visit(a.dtype, [&](auto dtype) { return wide ? f(dtype, std::integral_constant<int, kPack>{}) : f(dtype, std::integral_constant<int, 1>{}); });
+  return visit(a.dtype, [&](auto dtype) {
+    return wide ? f(dtype, std::integral_constant<int, kPack>{}) : f(dtype, std::integral_constant<int, 1>{});
+  });
 }
 
 template <class F>
@@ -519,8 +525,8 @@ cudaError_t bn_act_backward(const BnAct& a, const BnGradients& g, void* workspac
         return by_flag(a.activation == Activation::kSilu, [&](auto silu) {
           if (g.mask == nullptr && (g.train || g.weight != nullptr || g.bias != nullptr)) {
             const BnLaunch l{a, cut(a, N == kPack, true)};
-            cudaError_t error = launch(bn_gradient_sums<N, T, silu.value>, l.cut.tiles * l.cut.blocks, kThreads, stream,
-                                       l, g.y, parts);
+            cudaError_t error =
+                launch(bn_gradient_sums<N, T, silu.value>, l.cut.tiles * l.cut.blocks, kThreads, stream, l, g.y, parts);
             if (error != cudaSuccess) return error;
             error = launch(bn_finish_sums, ceil_div(a.channels, int64_t{kChannelsAtOnce}), kThreads, stream, l, g,
                            static_cast<const float*>(parts), coefficients);

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
-from awp_kernels import bn_act, bn_act_available, conv3x3, conv3x3_available
+from awp_kernels import add_bn_act, bn_act, bn_act_available, conv3x3, conv3x3_available
 
 Activation = Literal["relu", "silu"]
 
@@ -51,7 +51,7 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class ActivatedBatchNorm(BatchNorm):
-    """Batch normalisation and the activation after it; with ReLU on the CPU both in one operation.
+    """Batch normalisation and the activation after it, and a sum before them, in one operation where there is one.
 
     Attributes:
         activation: what follows the normalisation.
@@ -59,29 +59,49 @@ class ActivatedBatchNorm(BatchNorm):
 
     def __init__(self, channels: int, activation: Activation) -> None:
         super().__init__(channels)
+        self.kind: Activation = activation
         self.activation = make_activation(activation)
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> the same."""
-        # fewer channels than a vector has lanes are slower
-        fused = isinstance(self.activation, nn.ReLU) and self.momentum is not None and self.num_features >= 16
-        fused &= not (self.synchronized and self.training and spans_ranks())
-        if not fused or torch.compiler.is_compiling() or not bn_act_available(input, self.weight, self.bias):
+        if not self._is_fused(input):
             return self.activation(super().forward(input))
+        return bn_act(input, **self._settings())
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """X + residual, and what `forward` makes of it, all [N, C, H, W]."""
+        if not self._is_fused(x):
+            z = x + residual
+            return z, self(z)
+        return add_bn_act(x, residual, **self._settings())
+
+    def _is_fused(self, input: Tensor) -> bool:
+        # fewer channels than a vector has lanes are slower
+        if self.momentum is None or self.num_features < 16 or (self.synchronized and self.training and spans_ranks()):
+            return False
+        return bn_act_available(input, self.weight, self.bias)
+
+    def _settings(self) -> dict[str, Any]:
+        """What the operation takes beside the images; counts the batch."""
         moves = self.training and self.track_running_stats
         if moves and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         keeps = moves or not self.training
-        return bn_act(
-            input,
-            self.weight,
-            self.bias,
-            self.running_mean if keeps else None,
-            self.running_var if keeps else None,
-            training=self.training,
-            momentum=self.momentum or 0.0,
-            eps=self.eps,
-        )
+        return {
+            "weight": self.weight,
+            "bias": self.bias,
+            "running_mean": self.running_mean if keeps else None,
+            "running_var": self.running_var if keeps else None,
+            "training": self.training,
+            "momentum": self.momentum,
+            "eps": self.eps,
+            "activation": self.kind,
+        }
+
+
+def pre_activated(norm: ActivatedBatchNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """X and the sum that still waits for it, which the normalisation takes: the sum, and its activation."""
+    return (x, norm(x)) if residual is None else norm.add(x, residual)
 
 
 class Conv3x3(nn.Conv2d):

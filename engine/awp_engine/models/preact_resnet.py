@@ -4,7 +4,15 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from awp_engine.models.layers import ActivatedBatchNorm, Activation, Head, NormalizedClassifier, Stem, convolution
+from awp_engine.models.layers import (
+    ActivatedBatchNorm,
+    Activation,
+    Head,
+    NormalizedClassifier,
+    Stem,
+    convolution,
+    pre_activated,
+)
 
 
 class PreActBlock(nn.Module):
@@ -26,11 +34,20 @@ class PreActBlock(nn.Module):
                 nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False)
             )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, in_channels, H, W] -> [N, out_channels, H / stride, W / stride], rounded up."""
-        activated = self.bn1(x)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One more block after a sum that is not taken yet, and whose normalisation takes it.
+
+        Args:
+            x: [N, in_channels, H, W].
+            residual: to be added to x, of its shape; None: nothing.
+
+        Returns:
+            The shortcut and the residual, whose sum is the block's output, [N, out_channels, H / stride, W / stride],
+            rounded up.
+        """
+        x, activated = pre_activated(self.bn1, x, residual)
         residual = self.conv2(self.bn2(self.conv1(activated)))
-        return residual + (x if self.shortcut is None else self.shortcut(activated))
+        return x if self.shortcut is None else self.shortcut(activated), residual
 
 
 class PreActResNet(NormalizedClassifier):
@@ -78,7 +95,8 @@ class PreActResNet(NormalizedClassifier):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, num_classes] of images [N, C, H, W] in [0, 1]."""
-        x = self.conv1(self.normalize(images))
+        x, residual = self.conv1(self.normalize(images)), None
         for stage in range(self.num_stages):
-            x = self.get_submodule(f"layer{stage + 1}")(x)
-        return self.linear(self.bn(x))
+            for block in self.get_submodule(f"layer{stage + 1}").children():
+                x, residual = block(x, residual)
+        return self.linear(pre_activated(self.bn, x, residual)[1])

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from awp_engine.models.layers import ActivatedBatchNorm, Activation, Head, NormalizedClassifier, Stem, convolution
+from awp_engine.models.layers import (
+    ActivatedBatchNorm,
+    Activation,
+    Head,
+    NormalizedClassifier,
+    Stem,
+    convolution,
+    pre_activated,
+)
 
 
 class WideBlock(nn.Module):
@@ -27,11 +35,11 @@ class WideBlock(nn.Module):
         if in_channels != out_channels:
             self.convShortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, in_channels, H, W] -> [N, out_channels, H / stride, W / stride], rounded up."""
-        activated = self.bn1(x)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `PreActBlock`'s."""
+        x, activated = pre_activated(self.bn1, x, residual)
         residual = self.conv2(self.bn2(self.conv1(activated)))
-        return residual + (x if self.convShortcut is None else self.convShortcut(activated))
+        return x if self.convShortcut is None else self.convShortcut(activated), residual
 
 
 def _stage(num_blocks: int, in_channels: int, out_channels: int, stride: int, activation: Activation) -> nn.Sequential:
@@ -90,5 +98,8 @@ class WideResNet(NormalizedClassifier):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, num_classes] of images [N, C, H, W] in [0, 1]."""
-        x = self.block3(self.block2(self.block1(self.conv1(self.normalize(images)))))
-        return self.fc(self.bn1(x))
+        x, residual = self.conv1(self.normalize(images)), None
+        for stage in (self.block1, self.block2, self.block3):
+            for block in stage.get_submodule("layer").children():
+                x, residual = block(x, residual)
+        return self.fc(pre_activated(self.bn1, x, residual)[1])

@@ -160,9 +160,10 @@ def _differentiable(
         u = u if weight is None else u * weight.view(1, -1, 1, 1)
         u = u if bias is None else u + bias.view(1, -1, 1, 1)
         # zeros are those of the kernel, and NaN goes through; silu's own gradient has no forward-mode derivative
-        y = {"relu": lambda: u.masked_fill(fixed <= 0, 0), "silu": lambda: u * u.sigmoid(), "none": lambda: u}
+        if rule.activation != "none":
+            u = u * u.sigmoid() if rule.activation == "silu" else u.masked_fill(fixed <= 0, 0)
         given = [t for t in (z, weight, bias) if t is not None and t.requires_grad]
-        found = iter(torch.autograd.grad(y[rule.activation](), given, grad.float(), create_graph=again))
+        found = iter(torch.autograd.grad(u, given, grad.float(), create_graph=again))
     return tuple(next(found) if t is not None and t.requires_grad else None for t in (z, weight, bias))
 
 
@@ -233,7 +234,7 @@ def _compute(
     running_var: Tensor | None,
     rule: _Rule,
 ) -> tuple[Tensor, Tensor]:
-    """z and y."""
+    """Z and y."""
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     _check(x, residual, vectors, rule)
     # torch 2.13's backward pass reads strided parameters as if they were contiguous
@@ -310,7 +311,7 @@ def add_bn_act(
     eps: float = 1e-5,
     activation: Activation = "relu",
 ) -> tuple[Tensor, Tensor]:
-    """z = x + residual, and activation(batch_norm(z)): a pre-activation network's sum and what follows it.
+    """Z = x + residual, and activation(batch_norm(z)): a pre-activation network's sum and what follows it.
 
     The sum is taken while its statistics are, and its gradient is added where that of the normalisation is written.
 

@@ -1,6 +1,6 @@
 """Residual sum, batch normalisation and activation in Triton: the launches of csrc/cuda/bn_act.cu."""
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportInvalidTypeForm=false
 
 from typing import Any, NamedTuple
 
@@ -254,7 +254,7 @@ def bn_gradient_kernel(
     HIGH: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """scale (g - constant - (z - mean) slope) and z's own gradient; without coefficients scale g."""
+    """The gradient: scale (g - constant - (z - mean) slope) and z's own; without coefficients scale g."""
     channel = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
     inside = channel < channels
     mean, scale, bias = _affine(table, stride, channel, inside)

@@ -617,10 +617,21 @@ void check_bn_act(const BnCase& c) {
   const auto floats = [](Array& array) { return reinterpret_cast<float*>(array.data()); };
   const double eps = 1e-5, momentum = 0.1;
   const bool tracked = !c.plain || !c.train;
-  const BnAct a{x.data(),   c.residual ? residual.data() : nullptr,
-                c.residual ? z.data() : x.data(), c.dtype, c.rows, c.channels, c.activation, floats(table), stride};
-  const BnParameters p{c.plain ? nullptr : floats(weight), c.plain ? nullptr : floats(bias),
-                       tracked ? floats(mean) : nullptr,   tracked ? floats(variance) : nullptr, momentum, eps};
+  const BnAct a{x.data(),
+                c.residual ? residual.data() : nullptr,
+                c.residual ? z.data() : x.data(),
+                c.dtype,
+                c.rows,
+                c.channels,
+                c.activation,
+                floats(table),
+                stride};
+  const BnParameters p{c.plain ? nullptr : floats(weight),
+                       c.plain ? nullptr : floats(bias),
+                       tracked ? floats(mean) : nullptr,
+                       tracked ? floats(variance) : nullptr,
+                       momentum,
+                       eps};
   const Array workspace(DType::kFloat32, cuda::bn_act_workspace_bytes(a) / 4);
   const bool masked = !c.train && c.plain && c.activation == Activation::kRelu && c.channels % 8 == 0 && !c.shift;
   Array mask(DType::kFloat32, c.rows * stride / 32);
@@ -633,9 +644,13 @@ void check_bn_act(const BnCase& c) {
     CHECK(cuda::bn_act_eval(a, p, y.data(), bits, nullptr) == cudaSuccess);
     CHECK(emulator::launches == before + 1);
   }
-  const BnGradients g{grad.data(), c.residual ? grad_z.data() : nullptr,
-                      masked ? reinterpret_cast<uint8_t*>(mask.data()) : nullptr, c.train, grad_x.data(),
-                      c.plain ? nullptr : floats(vectors[4]), c.plain ? nullptr : floats(vectors[5])};
+  const BnGradients g{grad.data(),
+                      c.residual ? grad_z.data() : nullptr,
+                      masked ? reinterpret_cast<uint8_t*>(mask.data()) : nullptr,
+                      c.train,
+                      grad_x.data(),
+                      c.plain ? nullptr : floats(vectors[4]),
+                      c.plain ? nullptr : floats(vectors[5])};
   BnAct back = a;
   if (masked) back.x = back.residual = back.z = nullptr;
   before = emulator::launches;

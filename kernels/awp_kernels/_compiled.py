@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from awp_kernels import _checks
 from awp_kernels._ball import l2_radius, round_toward_zero
+from awp_kernels.perturb.rule import Rule
 
 _SCOPES = {"layer": 0, "global": 1, "filter": 2}
 _SCALES = {"relative": 0, "absolute": 1, "elementwise": 2}
@@ -18,22 +18,8 @@ def perturb(namespace: Any) -> Callable[..., Tensor]:
     """Bind `perturb` to `torch.ops.awp_cpp` or `torch.ops.awp_cuda`."""
     operation = namespace.perturb.default
 
-    def call(
-        out: list[Tensor],
-        weights: list[Tensor],
-        grads: list[Tensor],
-        saved: list[Tensor],
-        gamma: float,
-        scope: str,
-        eps: float,
-        scale: str,
-        eta: float,
-        bound: float | None,
-        adaptive: list[bool],
-        weight_norms: Tensor | None = None,
-    ) -> Tensor:
-        if not weights:
-            return torch.empty(0)
+    def call(out: list[Tensor], weights: list[Tensor], grads: list[Tensor], saved: list[Tensor], rule: Rule) -> Tensor:
+        gamma, scope, eps, scale, eta, bound, adaptive, weight_norms = rule
         radius = None if bound is None else round_toward_zero(bound, weights[0].dtype)
         flags = [int(flag) for flag in adaptive]
         kind = _SCALES[scale]
@@ -49,7 +35,13 @@ def restore(namespace: Any) -> Callable[..., None]:
 
 def sgd_step(namespace: Any) -> Callable[..., Tensor]:
     """Bind `sgd_step`."""
-    return namespace.sgd_step.default
+    operation = namespace.sgd_step.default
+
+    def call(*lists_and_rule: Any) -> Tensor:
+        *lists, rule = lists_and_rule
+        return operation(*lists, *rule)
+
+    return call
 
 
 def total_norm(namespace: Any) -> Callable[..., Tensor]:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from awp_kernels import _checks
 from awp_kernels._ball import l2_radius, round_toward_zero
-from awp_kernels.perturb.rule import Rule
+from awp_kernels.augment.reference import Rule as AugmentRule
+from awp_kernels.perturb.rule import Rule as PerturbRule
 
 _SCOPES = {"layer": 0, "global": 1, "filter": 2}
 _SCALES = {"relative": 0, "absolute": 1, "elementwise": 2}
@@ -18,7 +19,9 @@ def perturb(namespace: Any) -> Callable[..., Tensor]:
     """Bind `perturb` to `torch.ops.awp_cpp` or `torch.ops.awp_cuda`."""
     operation = namespace.perturb.default
 
-    def call(out: list[Tensor], weights: list[Tensor], grads: list[Tensor], saved: list[Tensor], rule: Rule) -> Tensor:
+    def call(
+        out: list[Tensor], weights: list[Tensor], grads: list[Tensor], saved: list[Tensor], rule: PerturbRule
+    ) -> Tensor:
         gamma, scope, eps, scale, eta, bound, adaptive, weight_norms = rule
         radius = None if bound is None else round_toward_zero(bound, weights[0].dtype)
         flags = [int(flag) for flag in adaptive]
@@ -54,11 +57,10 @@ def pgd_init(namespace: Any) -> Callable[..., None]:
     operation = namespace.pgd_init.default
 
     def call(x_adv: Tensor, x: Tensor, sample_ids: Tensor, epsilon: float, norm: str, seed: int) -> None:
-        if x.numel():
-            # a standard deviation is rounded to nearest, which the operation does
-            bound = epsilon if norm == "normal" else round_toward_zero(epsilon, x.dtype)
-            radius = l2_radius(epsilon, x[0].numel(), x.dtype)
-            operation(x_adv, x, sample_ids, bound, radius, _NORMS[norm], seed)
+        # a standard deviation is rounded to nearest, which the operation does
+        bound = epsilon if norm == "normal" else round_toward_zero(epsilon, x.dtype)
+        radius = l2_radius(epsilon, x[0].numel(), x.dtype)
+        operation(x_adv, x, sample_ids, bound, radius, _NORMS[norm], seed)
 
     return call
 
@@ -89,18 +91,8 @@ def augment(namespace: Any) -> Callable[..., None]:
     """Bind `augment`."""
     operation = namespace.augment.default
 
-    def call(
-        images: Tensor,
-        rows: Tensor | None,
-        sample_ids: Tensor,
-        seed: int,
-        pad: int,
-        flip: bool,
-        cutout: int,
-        fill: list[float],
-        out: Tensor,
-    ) -> None:
+    def call(images: Tensor, rows: Tensor | None, sample_ids: Tensor, rule: AugmentRule, out: Tensor) -> None:
         packed, out_packed = not _checks.planar(images), not _checks.planar(out)
-        operation(images, rows, sample_ids, seed, pad, flip, cutout, fill, out, packed, out_packed)
+        operation(images, rows, sample_ids, *rule, out, packed, out_packed)
 
     return call

@@ -105,7 +105,7 @@ def operation(name: str) -> Callable[..., Any]:
 
 def rule(name: str, *fields: Any) -> Any:
     """What an operation is told beside its tensors."""
-    return import_module(f"awp_kernels.{name}.rule").Rule(*fields)
+    return import_module(f"awp_kernels.{name}").Rule(*fields)
 
 
 def normal_start(x: Tensor) -> None:
@@ -300,7 +300,7 @@ def test_augment(compiled, orders, chosen):
 
     def launch() -> None:
         for seed, pad, cutout, value in ((5, 4, 8, 0.5), (16, 1, 16, 1.0), (2**62, 0, 1, 0.25)):
-            operation("augment")(images, rows, ids, seed, pad, True, cutout, [value] * 3, out)
+            operation("augment")(images, rows, ids, rule("augment", seed, pad, True, cutout, [value] * 3), out)
 
     (kernel,) = compiled(launch)
     assert_wide([kernel])
@@ -313,8 +313,5 @@ def test_augment(compiled, orders, chosen):
 def test_augment_of_odd_sizes(compiled, shape):
     images, out, ids = torch.zeros(shape, dtype=torch.uint8), torch.zeros(shape), torch.arange(shape[0])
     for flip, cutout in ((False, 0), (True, 4)):
-        fill = [0.5] * shape[1] if cutout else []
-        assert (
-            len(compiled(lambda f=flip, c=cutout, v=fill: operation("augment")(images, None, ids, 5, 4, f, c, v, out)))
-            == 1
-        )
+        told = rule("augment", 5, 4, flip, cutout, [0.5] * shape[1] if cutout else [])
+        assert len(compiled(lambda told=told: operation("augment")(images, None, ids, told, out))) == 1

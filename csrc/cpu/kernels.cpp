@@ -29,19 +29,27 @@ inline Double4 load_doubles(const float* values) {
   return __builtin_convertvector(vector, Double4);
 }
 
-double sum_of_squares(const float* values, int64_t count) {
+// Of vectors(i), the four values from i on, and of value(i) where less than 16 are left.
+template <class Vectors, class Value>
+double sum_of_squares_by(int64_t count, Vectors vectors, Value value) {
   Double4 sums[4] = {};
   int64_t i = 0;
   for (; i + 16 <= count; i += 16) {
     for (int lane = 0; lane < 4; ++lane) {
-      const Double4 value = load_doubles(values + i + 4 * lane);
-      sums[lane] += value * value;
+      const Double4 vector = vectors(i + 4 * lane);
+      sums[lane] += vector * vector;
     }
   }
   const Double4 sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   double total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-  for (; i < count; ++i) total += static_cast<double>(values[i]) * values[i];
+  for (; i < count; ++i) total += value(i) * value(i);
   return total;
+}
+
+double sum_of_squares(const float* values, int64_t count) {
+  return sum_of_squares_by(
+      count, [=](int64_t i) { return load_doubles(values + i); },
+      [=](int64_t i) { return static_cast<double>(values[i]); });
 }
 
 double sum_of_squares(const void* values, DType dtype, int64_t count) {
@@ -55,33 +63,21 @@ double sum_of_squares(const void* values, DType dtype, int64_t count) {
   return total;
 }
 
+// Products in fp64 are exact: 24 bits times 24 bits.
 double sum_of_products_squared(const float* a, const float* b, int64_t count) {
-  Double4 sums[4] = {};
-  int64_t i = 0;
-  for (; i + 16 <= count; i += 16) {
-    for (int lane = 0; lane < 4; ++lane) {
-      // exact: 24 bits times 24 bits
-      const Double4 value = load_doubles(a + i + 4 * lane) * load_doubles(b + i + 4 * lane);
-      sums[lane] += value * value;
-    }
-  }
-  const Double4 sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  double total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-  for (; i < count; ++i) {
-    const double value = static_cast<double>(a[i]) * b[i];
-    total += value * value;
-  }
-  return total;
+  return sum_of_squares_by(
+      count, [=](int64_t i) { return load_doubles(a + i) * load_doubles(b + i); },
+      [=](int64_t i) { return static_cast<double>(a[i]) * b[i]; });
 }
 
-double sum_of_scaled_squares(const void* weight, DType weight_dtype, const void* grad, DType grad_dtype, int64_t count,
-                             float eta) {
+double sum_of_scaled_squares(const Perturb& p, const PerturbTensor& t, int64_t begin, int64_t count) {
   float weight_buffer[kTile], grad_buffer[kTile], factor[kTile];
+  const float eta = p.eta;
   double total = 0;
-  for (int64_t begin = 0; begin < count; begin += kTile) {
-    const int64_t size = std::min(kTile, count - begin);
-    const float* w = as_floats(advance(weight, weight_dtype, begin), weight_dtype, weight_buffer, size);
-    const float* g = as_floats(advance(grad, grad_dtype, begin), grad_dtype, grad_buffer, size);
+  for (const int64_t end = begin + count; begin < end; begin += kTile) {
+    const int64_t size = std::min(kTile, end - begin);
+    const float* w = as_floats(advance(t.weight, p.weight_dtype, begin), p.weight_dtype, weight_buffer, size);
+    const float* g = as_floats(advance(t.grad, p.grad_dtype, begin), p.grad_dtype, grad_buffer, size);
     for (int64_t i = 0; i < size; ++i) factor[i] = std::fabs(w[i]) + eta;
     total += sum_of_products_squared(factor, g, size);
   }
@@ -121,64 +117,53 @@ inline float multiply_add(float a, float b, float c) {
 
 // out = move(weight, grad), saved = weight.
 template <class Move>
-void perturb_by(void* out, DType out_dtype, const void* weight, DType weight_dtype, const void* grad, DType grad_dtype,
-                void* saved, int64_t count, Move move) {
+void perturb_by(const Perturb& p, const PerturbTensor& t, int64_t begin, int64_t count, Move move) {
   float weight_buffer[kTile], grad_buffer[kTile], out_buffer[kTile];
-  for (int64_t begin = 0; begin < count; begin += kTile) {
-    const int64_t size = std::min(kTile, count - begin);
-    const void* weight_tile = advance(weight, weight_dtype, begin);
-    if (saved) stream(advance(saved, weight_dtype, begin), weight_tile, size * size_of(weight_dtype));
-    const float* w = as_floats(weight_tile, weight_dtype, weight_buffer, size);
-    const float* g = as_floats(advance(grad, grad_dtype, begin), grad_dtype, grad_buffer, size);
-    void* target = advance(out, out_dtype, begin);
-    float* sum = float_target(target, out_dtype, out_buffer);
+  for (const int64_t end = begin + count; begin < end; begin += kTile) {
+    const int64_t size = std::min(kTile, end - begin);
+    const void* weight = advance(t.weight, p.weight_dtype, begin);
+    if (t.saved) stream(advance(t.saved, p.weight_dtype, begin), weight, size * size_of(p.weight_dtype));
+    const float* w = as_floats(weight, p.weight_dtype, weight_buffer, size);
+    const float* g = as_floats(advance(t.grad, p.grad_dtype, begin), p.grad_dtype, grad_buffer, size);
+    void* target = advance(t.out, p.out_dtype, begin);
+    float* sum = float_target(target, p.out_dtype, out_buffer);
 #pragma GCC ivdep
     for (int64_t i = 0; i < size; ++i) sum[i] = move(w[i], g[i]);
-    store_floats(target, out_dtype, sum, size);
+    store_floats(target, p.out_dtype, sum, size);
   }
-  if (saved) stream_end();
+  if (t.saved) stream_end();
 }
 
 // Where no direction is followed: out = weight, to the bit where it is stored alike.
-void keep(void* out, DType out_dtype, const void* weight, DType weight_dtype, void* saved, int64_t count) {
-  const int64_t bytes = count * size_of(weight_dtype);
-  if (saved) {
-    stream(saved, weight, bytes);
+void keep(const Perturb& p, const PerturbTensor& t, int64_t begin, int64_t count) {
+  if (p.out_dtype != p.weight_dtype) return perturb_by(p, t, begin, count, [](float w, float) { return w; });
+  const void* weight = advance(t.weight, p.weight_dtype, begin);
+  const int64_t bytes = count * size_of(p.weight_dtype);
+  if (t.saved) {
+    stream(advance(t.saved, p.weight_dtype, begin), weight, bytes);
     stream_end();
   }
-  if (out == weight) return;
-  if (out_dtype == weight_dtype) {
-    memcpy(out, weight, bytes);
-  } else {
-    perturb_by(out, out_dtype, weight, weight_dtype, weight, weight_dtype, nullptr, count,
-               [](float w, float) { return w; });
-  }
+  if (t.out != t.weight) memcpy(advance(t.out, p.out_dtype, begin), weight, bytes);
 }
 
-void perturb(void* out, DType out_dtype, const void* weight, DType weight_dtype, const void* grad, DType grad_dtype,
-             void* saved, int64_t count, float scale) {
-  if (!is_followed(scale)) return keep(out, out_dtype, weight, weight_dtype, saved, count);
-  perturb_by(out, out_dtype, weight, weight_dtype, grad, grad_dtype, saved, count,
-             [=](float w, float g) { return multiply_add(scale, g, w); });
-}
-
-void perturb_scaled(void* out, DType out_dtype, const void* weight, DType weight_dtype, const void* grad,
-                    DType grad_dtype, void* saved, int64_t count, float scale, float eta, float bound) {
-  if (!is_followed(scale)) return keep(out, out_dtype, weight, weight_dtype, saved, count);
-  const auto plain = [=](float w, float g) { return multiply_add(scale, g, w); };
-  const auto scaled = [=](float w, float g) {
-    const float factor = std::fabs(w) + eta;
-    return multiply_add(scale * g * factor, factor, w);
-  };
+void perturb(const Perturb& p, const PerturbTensor& t, int64_t begin, int64_t count, float scale) {
+  if (!is_followed(scale)) return keep(p, t, begin, count);
+  const float eta = p.eta, bound = p.bound;
   const auto run = [&](auto move) {
     if (bound >= 0) {
-      perturb_by(out, out_dtype, weight, weight_dtype, grad, grad_dtype, saved, count,
-                 [=](float w, float g) { return project_relative(move(w, g), w, bound); });
+      perturb_by(p, t, begin, count, [=](float w, float g) { return project_relative(move(w, g), w, bound); });
     } else {
-      perturb_by(out, out_dtype, weight, weight_dtype, grad, grad_dtype, saved, count, move);
+      perturb_by(p, t, begin, count, move);
     }
   };
-  eta >= 0 ? run(scaled) : run(plain);
+  if (is_adaptive(p, t)) {
+    run([=](float w, float g) {
+      const float factor = std::fabs(w) + eta;
+      return multiply_add(scale * g * factor, factor, w);
+    });
+  } else {
+    run([=](float w, float g) { return multiply_add(scale, g, w); });
+  }
 }
 
 // One tile: w, buffer = step(g, w, buffer).
@@ -285,10 +270,7 @@ void pgd_init_l2(const PgdInit& arguments, int64_t sample) {
   const int64_t count = arguments.elements + 2;
   std::vector<float> z((count + 3) / 4 * 4);
   for (int64_t i = 0; i < count; i += 4) {
-    const Words words =
-        sample_words(static_cast<uint32_t>(i / 4), arguments.sample_ids[sample], arguments.seed, Stream::kNormal);
-    normal_pair(words.word[0], words.word[1], &z[i], &z[i + 1]);
-    normal_pair(words.word[2], words.word[3], &z[i + 2], &z[i + 3]);
+    normal_block(static_cast<uint32_t>(i / 4), arguments.sample_ids[sample], arguments.seed, &z[i]);
   }
   int64_t total = 0;
   for (int64_t i = 0; i < count; ++i) total += square_fixed_point(z[i]);
@@ -302,12 +284,7 @@ void pgd_init_normal(const PgdInit& arguments, int64_t sample) {
   Sample s(arguments, sample);
   float z[4];
   for_each_element(arguments, [&](int64_t i, int64_t place) {
-    if (i % 4 == 0) {
-      const Words words =
-          sample_words(static_cast<uint32_t>(i / 4), arguments.sample_ids[sample], arguments.seed, Stream::kNormal);
-      normal_pair(words.word[0], words.word[1], &z[0], &z[1]);
-      normal_pair(words.word[2], words.word[3], &z[2], &z[3]);
-    }
+    if (i % 4 == 0) normal_block(static_cast<uint32_t>(i / 4), arguments.sample_ids[sample], arguments.seed, z);
     s.out[place] = s.x[place] + z[i % 4] * arguments.epsilon;
   });
   store_floats(s.target, arguments.dtype, s.out, arguments.elements);
@@ -405,7 +382,7 @@ void pgd_step_l2(const PgdStep& arguments, int64_t sample) {
 }  // namespace
 
 const Kernels AWP_KERNELS = {
-    AWP_INSTRUCTION_SET, sum_of_squares, sum_of_scaled_squares, perturb,       perturb_scaled, sgd_step, copy,
+    AWP_INSTRUCTION_SET, sum_of_squares, sum_of_scaled_squares, perturb,       sgd_step,    copy,
     pgd_init_linf,       pgd_init_l2,    pgd_init_normal,       pgd_step_linf, pgd_step_l2,
 };
 

@@ -9,15 +9,11 @@ namespace awp::cpu {
 struct Kernels {
   const char* instruction_set;
   double (*sum_of_squares)(const void* values, DType dtype, int64_t count);
-  // of (|weight| + eta) * grad
-  double (*sum_of_scaled_squares)(const void* weight, DType weight_dtype, const void* grad, DType grad_dtype,
-                                  int64_t count, float eta);
-  // out = weight + scale * grad; saved, if not null, takes the weight's bits
-  void (*perturb)(void* out, DType out_dtype, const void* weight, DType weight_dtype, const void* grad,
-                  DType grad_dtype, void* saved, int64_t count, float scale);
-  // the same with grad * T^2 for grad where eta >= 0, T = |weight| + eta, and with a bound where bound >= 0
-  void (*perturb_scaled)(void* out, DType out_dtype, const void* weight, DType weight_dtype, const void* grad,
-                         DType grad_dtype, void* saved, int64_t count, float scale, float eta, float bound);
+  // of T * grad, for `count` elements of a tensor from `begin` on
+  double (*sum_of_scaled_squares)(const Perturb& p, const PerturbTensor& tensor, int64_t begin, int64_t count);
+  // out = weight + scale * grad, with grad * T^2 for grad where the tensor is adaptive, within the bound; saved =
+  // weight
+  void (*perturb)(const Perturb& p, const PerturbTensor& tensor, int64_t begin, int64_t count, float scale);
   // steps `count` elements of a tensor from `begin` on; returns the sum of squares of what its weights then are
   double (*sgd_step)(const SgdStep& step, const SgdTensor& tensor, const SgdFactors& factors, int64_t begin,
                      int64_t count);

@@ -27,20 +27,6 @@ const Kernels& kernels() {
 #endif
 }
 
-void apply(const Perturb& p, const PerturbTensor& t, int64_t begin, int64_t count, float scale) {
-  void* out = advance(t.out, p.out_dtype, begin);
-  const void* weight = advance(t.weight, p.weight_dtype, begin);
-  const void* grad = advance(t.grad, p.grad_dtype, begin);
-  void* saved = t.saved ? advance(t.saved, p.weight_dtype, begin) : nullptr;
-  const bool adaptive = is_adaptive(p, t);
-  if (adaptive || p.bound >= 0) {
-    kernels().perturb_scaled(out, p.out_dtype, weight, p.weight_dtype, grad, p.grad_dtype, saved, count, scale,
-                             adaptive ? p.eta : -1.0f, p.bound);
-  } else {
-    kernels().perturb(out, p.out_dtype, weight, p.weight_dtype, grad, p.grad_dtype, saved, count, scale);
-  }
-}
-
 struct Squares {
   double weight, grad;
 };
@@ -64,14 +50,11 @@ std::vector<Chunk> chunks_of(const List& list, int64_t first, int64_t last) {
 
 // Sums of squares of w, where they are wanted, and of g or T g.
 Squares squares(const Perturb& p, const PerturbTensor& t, int64_t begin, int64_t count) {
-  const void* weight = advance(t.weight, p.weight_dtype, begin);
-  const void* grad = advance(t.grad, p.grad_dtype, begin);
   Squares result{0, 0};
   if (p.scale == Scale::kRelative && !p.weight_norms)
-    result.weight = kernels().sum_of_squares(weight, p.weight_dtype, count);
-  result.grad = is_adaptive(p, t)
-                    ? kernels().sum_of_scaled_squares(weight, p.weight_dtype, grad, p.grad_dtype, count, p.eta)
-                    : kernels().sum_of_squares(grad, p.grad_dtype, count);
+    result.weight = kernels().sum_of_squares(advance(t.weight, p.weight_dtype, begin), p.weight_dtype, count);
+  result.grad = is_adaptive(p, t) ? kernels().sum_of_scaled_squares(p, t, begin, count)
+                                  : kernels().sum_of_squares(advance(t.grad, p.grad_dtype, begin), p.grad_dtype, count);
   return result;
 }
 
@@ -89,7 +72,7 @@ void perturb_filters(const Perturb& p, const ParallelFor& parallel_for) {
                    for (int64_t filter = begin; filter < end; ++filter) {
                      const int64_t at = filter * length;
                      scales[filter] = scale_from(p, squares(p, t, at, length));
-                     apply(p, t, at, length, scales[filter]);
+                     kernels().perturb(p, t, at, length, scales[filter]);
                    }
                  });
     scales += t.filters;
@@ -122,7 +105,8 @@ void perturb_group(const Perturb& p, int64_t first, int64_t last, bool common, c
     // backwards: what a thread read last is what its caches still hold
     for (int64_t c = end - 1; c >= begin; --c) {
       const Chunk& chunk = chunks[c];
-      apply(p, p.tensors[chunk.tensor], chunk.begin, chunk.count, scales[common ? 0 : chunk.tensor - first]);
+      const float scale = scales[common ? 0 : chunk.tensor - first];
+      kernels().perturb(p, p.tensors[chunk.tensor], chunk.begin, chunk.count, scale);
     }
   });
 }

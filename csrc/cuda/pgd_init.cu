@@ -46,15 +46,13 @@ __device__ __forceinline__ void update_lanes(const PgdInit& p, int64_t sample, u
   }
 }
 
-// The sample of one of `total` Philox blocks, by a 32-bit division where that will do.
-__device__ __forceinline__ int64_t sample_of(int64_t index, uint32_t groups, int64_t total) {
-  return total <= UINT32_MAX ? static_cast<uint32_t>(index) / groups : index / groups;
-}
-
-__device__ __forceinline__ void normal_block(const PgdInit& p, int64_t id, uint32_t group, float (&z)[kLanes]) {
-  const Words words = sample_words(group, id, p.seed, Stream::kNormal);
-  normal_pair(words.word[0], words.word[1], &z[0], &z[1]);
-  normal_pair(words.word[2], words.word[3], &z[2], &z[3]);
+// Finds a thread's Philox block among `total`, by a 32-bit division where that will do; false beyond the last.
+__device__ __forceinline__ bool find_group(uint32_t groups, int64_t total, int64_t* sample, uint32_t* group) {
+  const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (index >= total) return false;
+  *sample = total <= UINT32_MAX ? static_cast<uint32_t>(index) / groups : index / groups;
+  *group = static_cast<uint32_t>(index - *sample * groups);
+  return true;
 }
 
 }  // namespace
@@ -63,10 +61,9 @@ __device__ __forceinline__ void normal_block(const PgdInit& p, int64_t id, uint3
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     pgd_init_linf(const __grid_constant__ PgdInit p, uint32_t groups, int64_t total) {
-  const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (index >= total) return;
-  const int64_t sample = sample_of(index, groups, total);
-  const auto group = static_cast<uint32_t>(index - sample * groups);
+  int64_t sample;
+  uint32_t group;
+  if (!find_group(groups, total, &sample, &group)) return;
   const Words words = sample_words(group, p.sample_ids[sample], p.seed, Stream::kUniform);
   const float unit = p.epsilon * (1.0f / 16777216.0f);
   update_lanes<T>(p, sample, group, [&](float x, int lane) {
@@ -78,12 +75,11 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     pgd_init_normal(const __grid_constant__ PgdInit p, uint32_t groups, int64_t total) {
-  const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (index >= total) return;
-  const int64_t sample = sample_of(index, groups, total);
-  const auto group = static_cast<uint32_t>(index - sample * groups);
+  int64_t sample;
+  uint32_t group;
+  if (!find_group(groups, total, &sample, &group)) return;
   float z[kLanes];
-  normal_block(p, p.sample_ids[sample], group, z);
+  normal_block(group, p.sample_ids[sample], p.seed, z);
   update_lanes<T>(p, sample, group, [&](float x, int lane) { return x + z[lane] * p.epsilon; });
 }
 
@@ -97,7 +93,7 @@ __global__ void __launch_bounds__(kSampleThreads) pgd_init_l2(const __grid_const
   long long sum = 0;
   for (int64_t group = threadIdx.x; group * kLanes < normals; group += kSampleThreads) {
     float z[kLanes];
-    normal_block(p, id, static_cast<uint32_t>(group), z);
+    normal_block(static_cast<uint32_t>(group), id, p.seed, z);
 #pragma unroll
     for (int lane = 0; lane < kLanes; ++lane) {
       if (group * kLanes + lane < normals) sum += square_fixed_point(z[lane]);
@@ -107,7 +103,7 @@ __global__ void __launch_bounds__(kSampleThreads) pgd_init_l2(const __grid_const
   const auto factor = static_cast<float>(p.radius / sqrt(static_cast<double>(sum) * (1.0 / 4294967296.0)));
   for (int64_t group = threadIdx.x; group * kLanes < p.elements; group += kSampleThreads) {
     float z[kLanes];
-    normal_block(p, id, static_cast<uint32_t>(group), z);
+    normal_block(static_cast<uint32_t>(group), id, p.seed, z);
     update_lanes<T>(p, sample, static_cast<uint32_t>(group),
                     [&](float x, int lane) { return clamp(x + z[lane] * factor, 0.0f, 1.0f); });
   }

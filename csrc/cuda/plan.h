@@ -108,58 +108,66 @@ int64_t total_chunks(const List& p, int64_t chunk) {
   return total;
 }
 
+// Begins an entry of so many blocks; returns its place, or -1 where the table is full.
+template <class Table>
+int begin_entry(Table* table, int64_t blocks) {
+  constexpr int kCapacity = std::extent_v<decltype(Table::first_block)>;
+  if (table->count == kCapacity || table->blocks + blocks > kMaxBlocks) return -1;
+  table->first_block[table->count] = table->blocks;
+  table->blocks += static_cast<int32_t>(blocks);
+  return table->count++;
+}
+
+// Empties a table and calls append(i) for the tensors from `begin` on; returns the first one left over, for which it
+// returned false.
+template <class Table, class Append>
+int64_t fill(Table* table, int64_t begin, int64_t count, Append&& append) {
+  table->count = table->blocks = 0;
+  while (begin < count && append(begin)) ++begin;
+  return begin;
+}
+
 // Appends one tensor; false where the table is full.
 inline bool append(PerturbTable* table, const Perturb& p, const PerturbTensor& t, int64_t run, int64_t filters,
                    int64_t blocks, int64_t scales) {
-  const int at = table->count;
-  if (at == kPerturbCapacity || table->blocks + blocks > kMaxBlocks) return false;
+  const int at = begin_entry(table, blocks);
+  if (at < 0) return false;
   table->out[at] = t.out;
   table->weight[at] = t.weight;
   table->grad[at] = t.grad;
   table->saved[at] = t.saved;
   table->run[at] = run;
   table->filters[at] = static_cast<int32_t>(filters);
-  table->first_block[at] = table->blocks;
   table->first_scale[at] = table->scales;
   table->adaptive[at] = is_adaptive(p, t);
-  table->count += 1;
-  table->blocks += static_cast<int32_t>(blocks);
   table->scales += static_cast<int32_t>(scales);
   return true;
 }
 
 // Fills a table with chunks of the tensors from `begin` on; returns the first tensor left over.
 inline int64_t fill_chunks(PerturbTable* table, const Perturb& p, int64_t begin, int64_t chunk) {
-  table->count = table->blocks = table->scales = 0;
-  int64_t i = begin;
-  for (; i < p.count; ++i) {
+  table->scales = 0;
+  return fill(table, begin, p.count, [&](int64_t i) {
     const PerturbTensor& t = p.tensors[i];
-    const int64_t scales = p.scope == Scope::kGlobal ? 0 : 1;
-    if (!append(table, p, t, t.numel, 1, chunks_of(t.numel, chunk), scales)) break;
-  }
-  return i;
+    return append(table, p, t, t.numel, 1, chunks_of(t.numel, chunk), p.scope == Scope::kGlobal ? 0 : 1);
+  });
 }
 
 // The same for an optimizer step.
 inline int64_t fill_steps(SgdTable* table, const SgdStep& s, int64_t begin, int64_t chunk) {
-  table->count = table->blocks = 0;
-  int64_t i = begin;
-  for (; i < s.count && table->count < kSgdCapacity; ++i) {
+  return fill(table, begin, s.count, [&](int64_t i) {
     const SgdTensor& t = s.tensors[i];
-    const int64_t blocks = chunks_of(t.numel, chunk);
-    if (table->blocks + blocks > kMaxBlocks) break;
-    const int at = table->count++;
+    const int at = begin_entry(table, chunks_of(t.numel, chunk));
+    if (at < 0) return false;
     table->weight[at] = t.weight;
     table->grad[at] = t.grad;
     table->buffer[at] = t.buffer;
     table->average[at] = t.average;
     table->out[at] = t.out;
     table->run[at] = t.numel;
-    table->first_block[at] = table->blocks;
     table->decay[at] = t.decay;
-    table->blocks += static_cast<int32_t>(blocks);
-  }
-  return i;
+    return true;
+  });
 }
 
 // Where the sums of a table's tensors lie.
@@ -173,20 +181,15 @@ inline SumsTable sums_of(const SgdTable& table) {
 
 // The same for a norm.
 inline int64_t fill_norms(NormTable* table, const TotalNorm& n, int64_t begin, int64_t chunk) {
-  table->count = table->blocks = 0;
-  int64_t i = begin;
-  for (; i < n.count && table->count < kNormCapacity; ++i) {
+  return fill(table, begin, n.count, [&](int64_t i) {
     const NormTensor& t = n.tensors[i];
-    const int64_t blocks = chunks_of(t.numel, chunk);
-    if (table->blocks + blocks > kMaxBlocks) break;
-    const int at = table->count++;
+    const int at = begin_entry(table, chunks_of(t.numel, chunk));
+    if (at < 0) return false;
     table->data[at] = t.data;
     table->run[at] = t.numel;
-    table->first_block[at] = table->blocks;
     table->dtype[at] = t.dtype;
-    table->blocks += static_cast<int32_t>(blocks);
-  }
-  return i;
+    return true;
+  });
 }
 
 constexpr int64_t filter_blocks(int64_t run, int64_t filters) {
@@ -195,33 +198,26 @@ constexpr int64_t filter_blocks(int64_t run, int64_t filters) {
 
 // The same with filters. A tensor of more filters than a launch holds is left over for ever: the caller must notice.
 inline int64_t fill_filters(PerturbTable* table, const Perturb& p, int64_t begin) {
-  table->count = table->blocks = table->scales = 0;
-  int64_t i = begin;
-  for (; i < p.count; ++i) {
+  table->scales = 0;
+  return fill(table, begin, p.count, [&](int64_t i) {
     const PerturbTensor& t = p.tensors[i];
-    if (t.filters == 0) continue;
+    if (t.filters == 0) return true;
     const int64_t run = t.numel / t.filters;
-    if (!append(table, p, t, run, t.filters, filter_blocks(run, t.filters), t.filters)) break;
-  }
-  return i;
+    return append(table, p, t, run, t.filters, filter_blocks(run, t.filters), t.filters);
+  });
 }
 
 inline int64_t fill_copies(CopyTable* table, const CopyTensor* tensors, int64_t count, int64_t begin) {
-  table->count = table->blocks = 0;
-  int64_t i = begin;
-  for (; i < count && table->count < kCopyCapacity; ++i) {
+  return fill(table, begin, count, [&](int64_t i) {
     const CopyTensor& t = tensors[i];
-    if (t.bytes == 0) continue;
-    const int64_t blocks = ceil_div(t.bytes, kCopyChunk);
-    if (table->blocks + blocks > kMaxBlocks) break;
-    const int at = table->count++;
+    if (t.bytes == 0) return true;
+    const int at = begin_entry(table, ceil_div(t.bytes, kCopyChunk));
+    if (at < 0) return false;
     table->destination[at] = t.destination;
     table->source[at] = t.source;
     table->bytes[at] = t.bytes;
-    table->first_block[at] = table->blocks;
-    table->blocks += static_cast<int32_t>(blocks);
-  }
-  return i;
+    return true;
+  });
 }
 
 // The entry that holds `block`: the last with first_block[i] <= block.

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -88,12 +87,11 @@ def _cuda_problem() -> str | None:
 
 def implementation(backend: str, operation: str) -> Callable[..., Any]:
     """The function of one backend for one operation, with the internal signature of docs/areas/kernels.md."""
-    module: ModuleType
     if backend in ("cpp", "cuda"):
-        module = import_module("awp_kernels._compiled")
-        return getattr(module, operation)(getattr(torch.ops, f"awp_{backend}"))
-    module = import_module(f"awp_kernels.{operation}.{backend}")
-    return getattr(module, operation)
+        compiled = getattr(getattr(torch.ops, f"awp_{backend}"), operation).default
+        around = getattr(import_module("awp_kernels._compiled"), operation, None)
+        return compiled if around is None else functools.partial(around, compiled)
+    return getattr(import_module(f"awp_kernels.{operation}.{backend}"), operation)
 
 
 _cache: dict[tuple[str, str], Callable[..., Any]] = {}

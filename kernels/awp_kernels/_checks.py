@@ -32,6 +32,12 @@ def finite(name: str, value: float, *, minimum: float | None = None, maximum: fl
         raise ValueError(f"{name}: expected at most {maximum:g}, got {value}")
 
 
+def seed(value: int) -> None:
+    """Refuse what is no seed, before an operation is called: torch has no words for what 64 bits do not hold."""
+    if not 0 <= value < 1 << 63:
+        raise ValueError(f"seed: expected a number in [0, 2^63), got {value}")
+
+
 def scaling(scale: str, eta: float, bound: float | None, *, maximum: float | None = None) -> None:
     """Refuse what does not say how long a perturbation is.
 

@@ -117,12 +117,12 @@ def add_up(partials, first, parts, BLOCK: tl.constexpr):
     return tl.sum(total)
 
 
-def logical_order(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+def logical_order(x: Tensor) -> tuple[tuple[int, int, int], ...]:
     """How to find the logical C, H, W index of a value from its place in a sample's memory.
 
     Returns:
-        Sizes, memory strides and logical strides: the index is the sum of place // stride % size * logical. All
-        empty where the two orders agree.
+        Size, memory stride and logical stride of each dimension: the index is the sum of place // stride % size *
+        logical. Empty where the two orders agree.
     """
     merged: list[tuple[int, int, int]] = []
     logical = 1
@@ -135,10 +135,7 @@ def logical_order(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], tuple[in
         else:
             merged.append((size, stride, logical))
         logical *= size
-    if len(merged) < 2:
-        return (), (), ()
-    sizes, strides, logicals = zip(*merged, strict=True)
-    return sizes, strides, logicals
+    return tuple(merged) if len(merged) > 1 else ()
 
 
 @triton.jit

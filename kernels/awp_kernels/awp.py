@@ -239,7 +239,8 @@ class AdversarialWeightPerturbation:
             self.weight_norms = None
         self._found, self._sources = found, sources
         # aliases: they keep the memory that moves, whatever becomes of the parameters
-        self._rows = {name: p.detach() for name, p in found.items()} if self._shards is None else _rows_of(found)
+        rows = [p.detach() for p in found.values()] if self._shards is None else local(found.values())
+        self._rows = dict(zip(found, rows, strict=True))
         self._targets = self._rows if sources is found else {name: p.detach() for name, p in sources.items()}
         if [row._version for row in self._rows.values()] != self._norms_at:
             self.weight_norms = None
@@ -659,10 +660,6 @@ def _check_weight(name: str, parameter: Tensor) -> None:
             f"model: {name} has gaps or shares elements (strides {parameter.stride()}); make it contiguous(), "
             "or leave it out by `select`"
         )
-
-
-def _rows_of(found: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    return dict(zip(found, local(found.values()), strict=True))
 
 
 def _undone(names: list[str]) -> str:

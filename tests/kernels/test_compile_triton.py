@@ -103,6 +103,11 @@ def operation(name: str) -> Callable[..., Any]:
     return getattr(import_module(f"awp_kernels.{name}.triton"), name)
 
 
+def rule(name: str, *fields: Any) -> Any:
+    """What an operation is told beside its tensors."""
+    return import_module(f"awp_kernels.{name}").Rule(*fields)
+
+
 def normal_start(x: Tensor) -> None:
     operation("pgd_init")(x, x, torch.arange(len(x)), 0.001, "normal", 5)
 
@@ -114,13 +119,15 @@ def image_steps(x: Tensor, mask: Tensor | None, norm: str) -> None:
 
 def weight_steps(out: list[Tensor], weights: list[Tensor], grads: list[Tensor], saved: list[Tensor]) -> None:
     for scope in ("layer", "global", "filter"):
-        operation("perturb")(out, weights, grads, saved, 0.01, scope, 1e-20, "relative", 0.0, None, [])
+        told = rule("perturb", 0.01, scope, 1e-20, "relative", 0.0, None, [], None)
+        operation("perturb")(out, weights, grads, saved, told)
     operation("restore")(weights, weights)
 
 
 def every_length(weights: list[Tensor], scope: str) -> None:
     for scale, bound in (("absolute", None), ("elementwise", None), ("relative", 0.01), ("elementwise", 0.01)):
-        operation("perturb")(weights, weights, weights, weights, 0.01, scope, 1e-20, scale, 0.0, bound, [])
+        told = rule("perturb", 0.01, scope, 1e-20, scale, 0.0, bound, [], None)
+        operation("perturb")(weights, weights, weights, weights, told)
 
 
 def optimizer_step(
@@ -132,17 +139,20 @@ def optimizer_step(
         weights,
         grads,
         *(lists.get(name, []) for name in ("momentum_buffers", "averages", "out")),
-        [0.1] * len(weights),
-        0.0 if numbers else 0.1,
-        fp64 if numbers else None,
-        0.9,
-        clip,
-        fp32 if numbers else None,
-        torch.zeros((), dtype=torch.bool) if clip else fp32 if numbers else None,
-        fp64 if clip else fp32 if numbers else None,
-        1.0 if clip else None,
-        0.0 if numbers else 0.1,
-        fp32 if numbers else None,
+        rule(
+            "sgd_step",
+            [0.1] * len(weights),
+            0.0 if numbers else 0.1,
+            fp64 if numbers else None,
+            0.9,
+            clip,
+            fp32 if numbers else None,
+            torch.zeros((), dtype=torch.bool) if clip else fp32 if numbers else None,
+            fp64 if clip else fp32 if numbers else None,
+            1.0 if clip else None,
+            0.0 if numbers else 0.1,
+            fp32 if numbers else None,
+        ),
     )
 
 
@@ -234,9 +244,8 @@ def test_total_norm(compiled):
 def test_weights_whose_norms_are_known(compiled, scope):
     weights, grads = [torch.zeros(64, 16, 3, 3)], [torch.zeros(64, 16, 3, 3)]
     norms = torch.zeros(1, dtype=torch.float64)
-    kernels = compiled(
-        lambda: operation("perturb")(grads, weights, grads, [], 0.01, scope, 1e-20, "relative", 0.0, None, [], norms)
-    )
+    told = rule("perturb", 0.01, scope, 1e-20, "relative", 0.0, None, [], norms)
+    kernels = compiled(lambda: operation("perturb")(grads, weights, grads, [], told))
     assert [kernel.name for kernel in kernels] == ["partial_sums_kernel", "apply_kernel"]
     assert_wide(kernels, saved=False, relative=False)
 
@@ -291,7 +300,7 @@ def test_augment(compiled, orders, chosen):
 
     def launch() -> None:
         for seed, pad, cutout, value in ((5, 4, 8, 0.5), (16, 1, 16, 1.0), (2**62, 0, 1, 0.25)):
-            operation("augment")(images, rows, ids, seed, pad, True, cutout, [value] * 3, out)
+            operation("augment")(images, rows, ids, rule("augment", seed, pad, True, cutout, [value] * 3), out)
 
     (kernel,) = compiled(launch)
     assert_wide([kernel])
@@ -304,8 +313,5 @@ def test_augment(compiled, orders, chosen):
 def test_augment_of_odd_sizes(compiled, shape):
     images, out, ids = torch.zeros(shape, dtype=torch.uint8), torch.zeros(shape), torch.arange(shape[0])
     for flip, cutout in ((False, 0), (True, 4)):
-        fill = [0.5] * shape[1] if cutout else []
-        assert (
-            len(compiled(lambda f=flip, c=cutout, v=fill: operation("augment")(images, None, ids, 5, 4, f, c, v, out)))
-            == 1
-        )
+        told = rule("augment", 5, 4, flip, cutout, [0.5] * shape[1] if cutout else [])
+        assert len(compiled(lambda told=told: operation("augment")(images, None, ids, told, out))) == 1

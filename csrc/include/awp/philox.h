@@ -106,6 +106,13 @@ AWP_HOST_DEVICE void normal_pair(uint32_t radius_word, uint32_t angle_word, floa
   *second = radius * (quadrant >= 2 ? -y : y);
 }
 
+// The normal numbers of elements 4 * block .. 4 * block + 3 of one sample.
+AWP_HOST_DEVICE void normal_block(uint32_t block, int64_t sample_id, uint64_t seed, float* z) {
+  const Words words = sample_words(block, sample_id, seed, Stream::kNormal);
+  normal_pair(words.word[0], words.word[1], &z[0], &z[1]);
+  normal_pair(words.word[2], words.word[3], &z[2], &z[3]);
+}
+
 // z^2 in units of 2^-32: integer sums do not depend on their order.
 AWP_HOST_DEVICE int64_t square_fixed_point(float z) { return static_cast<int64_t>((z * z) * 4294967296.0f); }
 

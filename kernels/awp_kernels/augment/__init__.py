@@ -6,21 +6,13 @@ import torch
 from torch import Tensor
 
 from awp_kernels import _backend, _checks
+from awp_kernels.augment.reference import Rule
 
 __all__ = ["augment"]
 
 _FORMATS = {torch.channels_last: True, torch.contiguous_format: False}
 _MOST_PIXELS = 1 << 30
 _MOST_VALUES = 1 << 30
-
-
-def _check_numbers(seed: int, pad: int, cutout: int) -> None:
-    """Before the operation is called: torch has no words for what 64 bits do not hold."""
-    if not 0 <= seed < 1 << 63:
-        raise ValueError(f"seed: expected a number in [0, 2^63), got {seed}")
-    for name, pixels in (("pad", pad), ("cutout", cutout)):
-        if not 0 <= pixels < _MOST_PIXELS:
-            raise ValueError(f"{name}: expected a number of pixels in [0, 2^30), got {pixels}")
 
 
 def _check(images: Tensor, sample_ids: Tensor, rows: Tensor | None, cutout: int, fill: list[float] | None) -> None:
@@ -94,7 +86,8 @@ def _augment(
         # in an order that no kernel reads: of what is wanted alone
         images, rows = images.contiguous() if rows is None else images[rows].contiguous(), None
     chosen = None if rows is None else rows.contiguous()
-    run(images, chosen, sample_ids.contiguous(), seed, pad, flip, cutout, fill if cutout and fill else [], out)
+    rule = Rule(seed, pad, flip, cutout, fill if cutout and fill else [])
+    run(images, chosen, sample_ids.contiguous(), rule, out)
     return out
 
 
@@ -164,7 +157,10 @@ def augment(
 
     Source of Cutout: DeVries, Taylor: Improved Regularization of Convolutional Neural Networks with Cutout, 2017.
     """
-    _check_numbers(seed, pad, cutout)
+    _checks.seed(seed)
+    for name, pixels in (("pad", pad), ("cutout", cutout)):
+        if not 0 <= pixels < _MOST_PIXELS:
+            raise ValueError(f"{name}: expected a number of pixels in [0, 2^30), got {pixels}")
     if memory_format not in _FORMATS:
         raise ValueError(f"memory_format: expected torch.channels_last or torch.contiguous_format, got {memory_format}")
     values = None if fill is None else list(map(float, fill))

@@ -1,5 +1,7 @@
 """The definition of `augment`, in plain PyTorch."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -12,19 +14,20 @@ def _inside(begin: Tensor, end: Tensor, size: int) -> Tensor:
     return (places >= begin.unsqueeze(1)) & (places < end.unsqueeze(1))
 
 
-def augment(
-    images: Tensor,
-    rows: Tensor | None,
-    sample_ids: Tensor,
-    seed: int,
-    pad: int,
-    flip: bool,
-    cutout: int,
-    fill: list[float],
-    out: Tensor,
-) -> None:
+class Rule(NamedTuple):
+    """What is done to all images alike."""
+
+    seed: int
+    pad: int
+    flip: bool
+    cutout: int
+    fill: list[float]
+
+
+def augment(images: Tensor, rows: Tensor | None, sample_ids: Tensor, rule: Rule, out: Tensor) -> None:
     """Write the images at `rows`, cropped, mirrored, cut and over 255, to `out`."""
     _, channels, height, width = out.shape
+    seed, pad, flip, cutout, fill = rule
     device = images.device
     chosen = images if rows is None else images[rows]
 

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from awp_kernels import _checks
+from awp_kernels.augment.reference import Rule
 
 _AUGMENT = tl.constexpr(2)
 _CUTOUT = tl.constexpr(6)
@@ -97,17 +98,7 @@ def augment_kernel(
     tl.store(out + sample.to(tl.int64) * ELEMENTS + place, result, mask=inside)
 
 
-def augment(
-    images: Tensor,
-    rows: Tensor | None,
-    sample_ids: Tensor,
-    seed: int,
-    pad: int,
-    flip: bool,
-    cutout: int,
-    fill: list[float],
-    out: Tensor,
-) -> None:
+def augment(images: Tensor, rows: Tensor | None, sample_ids: Tensor, rule: Rule, out: Tensor) -> None:
     """Write the images at `rows`, cropped, mirrored, cut and over 255, to `out`."""
     _, channels, height, width = out.shape
     blocks = triton.cdiv(channels * height * width, _BLOCK)
@@ -117,13 +108,13 @@ def augment(
             images,
             rows,
             sample_ids,
-            seed,
+            rule.seed,
             images.stride(0),
-            pad,
-            cutout,
-            tuple(fill),
-            FLIP=flip,
-            CUTOUT=cutout > 0,
+            rule.pad,
+            rule.cutout,
+            tuple(rule.fill),
+            FLIP=rule.flip,
+            CUTOUT=rule.cutout > 0,
             CHANNELS=channels,
             HEIGHT=height,
             WIDTH=width,

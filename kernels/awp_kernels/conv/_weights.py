@@ -75,12 +75,15 @@ def _entry_for(weight: Tensor) -> _Entry:
     return entry
 
 
+def _size(operations: Any, weight: Tensor, transposed: bool) -> int:
+    outputs, inputs = weight.shape[:2]
+    return operations.conv3x3_transformed_size.default(*((inputs, outputs) if transposed else (outputs, inputs)))
+
+
 def transform(operations: Any, weight: Tensor, transposed: bool, out: Tensor | None = None) -> Tensor:
     """The Winograd transform of [K, C, 3, 3] weights, in the compiled kernels' order."""
-    outputs, inputs = weight.shape[:2]
     if out is None:
-        sizes = (inputs, outputs) if transposed else (outputs, inputs)
-        out = _arena.empty(operations.conv3x3_transformed_size.default(*sizes))
+        out = _arena.empty(_size(operations, weight, transposed))
     operations.conv3x3_transform.default(weight, transposed, out)
     return out
 
@@ -115,9 +118,7 @@ def transformed(
 
 def _passing(operations: Any, weight: Tensor, transposed: bool) -> Tensor:
     """The transform in the thread's shared buffer: good until the thread's next call."""
-    outputs, inputs = weight.shape[:2]
-    sizes = (inputs, outputs) if transposed else (outputs, inputs)
-    size = operations.conv3x3_transformed_size.default(*sizes)
+    size = _size(operations, weight, transposed)
     buffer = getattr(_shared, "buffer", None)
     if buffer is None or buffer.numel() < size:
         buffer = _shared.buffer = torch.empty(size, dtype=torch.float32, device="cpu")

@@ -1,93 +1,55 @@
 """`perturb_` and `perturb_into_`: move weights along their gradient by a length that is measured in norms."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from awp_kernels import _backend, _checks
-from awp_kernels._ball import working_dtype
-from awp_kernels.perturb.reference import filters
-
-_RULE = "float gamma, str scope, float eps, str scale, float eta, float? bound, bool[] adaptive, Tensor? weight_norms"
-
-
-class _Rule(NamedTuple):
-    """Where weights move to: what follows the tensors in schemas, and in every backend's signature."""
-
-    gamma: float
-    scope: str
-    eps: float
-    scale: str
-    eta: float
-    bound: float | None
-    adaptive: Sequence[bool] | None
-    weight_norms: Tensor | None
-
-    def check(self, weights: list[Tensor]) -> dict[str, list[Tensor]]:
-        """Refuse what does not fit; returns the numbers that lie on the device."""
-        if not weights:
-            raise ValueError("weights: expected at least one tensor, got an empty list")
-        _checks.one_of("scope", self.scope, _checks.SCOPES)
-        _checks.finite("gamma", self.gamma)
-        _checks.finite("eps", self.eps, minimum=0)
-        _checks.scaling(self.scale, self.eta, self.bound)
-        _checks.adaptive_flags(self.adaptive or (), weights, self.scale)
-        return self.numbers(weights)
-
-    def numbers(self, weights: list[Tensor]) -> dict[str, list[Tensor]]:
-        if self.weight_norms is None:
-            return {}
-        _checks.weight_norms(self.weight_norms, weights, self.scope, self.scale)
-        return {"weight_norms": [self.weight_norms]}
-
-    def scales_like(self, weights: list[Tensor]) -> Tensor:
-        self.numbers(weights)
-        counts = {"layer": len(weights), "global": 1, "filter": sum(filters(weight) for weight in weights)}
-        return weights[0].new_empty(counts[self.scope], dtype=working_dtype(weights[0].dtype))
+from awp_kernels.perturb.rule import SCHEMA, Rule
 
 
 @torch.library.custom_op(
     "awp::perturb_",
     mutates_args=("weights", "saved"),
-    schema=f"(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] saved, {_RULE}) -> Tensor",
+    schema=f"(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] saved, {SCHEMA}) -> Tensor",
 )
 def _perturb_(weights: list[Tensor], grads: list[Tensor], saved: list[Tensor], *arguments: Any) -> Tensor:
-    rule = _Rule(*arguments)
+    rule = Rule(*arguments)
     numbers = rule.check(weights)
     written = {"weights": weights, "saved": saved} if saved else {"weights": weights}
     _checks.tensor_lists(written, {"grads": grads}, filters=rule.scope == "filter", numbers=numbers)
     _checks.same_dtype("grads", grads, "weights", weights)
     _checks.same_dtype("saved", saved, "weights", weights)
     run = _backend.select("perturb", weights[0].device, {weights[0].dtype})
-    return run(weights, weights, grads, saved, *rule)
+    return run(weights, weights, grads, saved, rule)
 
 
 @torch.library.custom_op(
     "awp::perturb_into_",
     mutates_args=("out",),
-    schema=f"(Tensor(a!)[] out, Tensor[] weights, Tensor[] grads, {_RULE}) -> Tensor",
+    schema=f"(Tensor(a!)[] out, Tensor[] weights, Tensor[] grads, {SCHEMA}) -> Tensor",
 )
 def _perturb_into_(out: list[Tensor], weights: list[Tensor], grads: list[Tensor], *arguments: Any) -> Tensor:
-    rule = _Rule(*arguments)
+    rule = Rule(*arguments)
     numbers = rule.check(weights)
     read = {"weights": weights, "grads": grads}
     _checks.tensor_lists({"out": out}, read, filters=rule.scope == "filter", numbers=numbers)
     run = _backend.select("perturb", weights[0].device, {out[0].dtype, weights[0].dtype, grads[0].dtype})
-    return run(out, weights, grads, [], *rule)
+    return run(out, weights, grads, [], rule)
 
 
 @_perturb_.register_fake
 def _(weights: list[Tensor], grads: list[Tensor], saved: list[Tensor], *arguments: Any) -> Tensor:
     _checks.alike("weights", weights, {"grads": grads} | ({"saved": saved} if saved else {}))
-    return _Rule(*arguments).scales_like(weights)
+    return Rule(*arguments).scales_like(weights)
 
 
 @_perturb_into_.register_fake
 def _(out: list[Tensor], weights: list[Tensor], grads: list[Tensor], *arguments: Any) -> Tensor:
     _checks.alike("out", out, {"weights": weights, "grads": grads})
-    return _Rule(*arguments).scales_like(weights)
+    return Rule(*arguments).scales_like(weights)
 
 
 def _call(
@@ -95,14 +57,14 @@ def _call(
     lists: tuple[list[Tensor], ...],
     weights: Sequence[Tensor],
     found_inf: Tensor | None,
-    rule: _Rule,
+    rule: Rule,
 ) -> Tensor:
     """Returns the scales, 0 where the operation says NaN: nothing was followed there."""
     if found_inf is not None and weights:
         _checks.scalar("found_inf", found_inf, (torch.float32,), "weights[0]", weights[0])
     gamma, scope, eps, scale, eta, bound, adaptive, weight_norms = rule
     limit = None if bound is None else float(bound)
-    flags = list(adaptive or ())
+    flags = list(adaptive)
     scales = operation(*lists, float(gamma), scope, float(eps), scale, float(eta), limit, flags, weight_norms)
     if found_inf is not None:
         found_inf.masked_fill_(scales.isnan().any(), 1.0)
@@ -187,7 +149,7 @@ def perturb_(
         >>> w
         tensor([3.0000, 4.1000])
     """
-    rule = _Rule(gamma, scope, eps, scale, eta, bound, adaptive, weight_norms)
+    rule = Rule(gamma, scope, eps, scale, eta, bound, adaptive or (), weight_norms)
     return _call(_perturb_, (list(weights), list(grads), list(saved or ())), weights, found_inf, rule)
 
 
@@ -232,5 +194,5 @@ def perturb_into_(
     Raises:
         ValueError: as `perturb_` does.
     """
-    rule = _Rule(gamma, scope, eps, scale, eta, bound, adaptive, weight_norms)
+    rule = Rule(gamma, scope, eps, scale, eta, bound, adaptive or (), weight_norms)
     return _call(_perturb_into_, (list(out), list(weights), list(grads)), weights, found_inf, rule)

@@ -10,11 +10,7 @@ import torch
 from torch import Tensor
 
 from awp_kernels._ball import round_toward_zero, within, working_dtype
-
-
-def filters(tensor: Tensor) -> int:
-    """Filters of a tensor: entries of dimension 0, or 1 below two dimensions."""
-    return tensor.shape[0] if tensor.ndim > 1 else 1
+from awp_kernels.perturb.rule import Rule
 
 
 def _norms(tensors: list[Tensor], scope: str) -> list[Tensor]:
@@ -40,49 +36,39 @@ def _scale(gamma: float, length: Tensor, divisor: Tensor, dtype: torch.dtype) ->
     return torch.where(divisor.isfinite() & scale.isfinite(), scale, torch.nan)
 
 
-def perturb(
-    out: list[Tensor],
-    weights: list[Tensor],
-    grads: list[Tensor],
-    saved: list[Tensor],
-    gamma: float,
-    scope: str,
-    eps: float,
-    scale: str,
-    eta: float,
-    bound: float | None,
-    adaptive: list[bool],
-    weight_norms: Tensor | None = None,
-) -> Tensor:
+def perturb(out: list[Tensor], weights: list[Tensor], grads: list[Tensor], saved: list[Tensor], rule: Rule) -> Tensor:
     """Write w + v to `out`, and w to `saved`; return the scales, NaN where a direction is not followed."""
-    dtype = working_dtype(weights[0].dtype) if weights else torch.float32
+    dtype = working_dtype(weights[0].dtype)
     # T of every tensor; None where it is 1
     factors: list[Tensor | None] = [None] * len(weights)
-    if scale == "elementwise":
-        offset = torch.tensor(eta, dtype=dtype).item()
+    if rule.scale == "elementwise":
+        offset = torch.tensor(rule.eta, dtype=dtype).item()
         factors = [
             w.to(dtype).abs() + offset if chosen else None
-            for w, chosen in zip(weights, adaptive or [True] * len(weights), strict=True)
+            for w, chosen in zip(weights, rule.adaptive or [True] * len(weights), strict=True)
         ]
     scaled = [g if t is None else t.double() * g.double() for g, t in zip(grads, factors, strict=True)]
-    grad_norms = _norms(scaled, scope)
-    if weight_norms is not None:
-        lengths = [weight_norms.norm()] * len(weights) if scope == "global" else list(weight_norms)
+    grad_norms = _norms(scaled, rule.scope)
+    if rule.weight_norms is not None:
+        norms = rule.weight_norms
+        lengths = [norms.norm()] * len(weights) if rule.scope == "global" else list(norms)
+    elif rule.scale == "relative":
+        lengths = _norms(weights, rule.scope)
     else:
-        lengths = _norms(weights, scope) if scale == "relative" else [torch.ones_like(norm) for norm in grad_norms]
-    scales = [_scale(gamma, length, norm + eps, dtype) for length, norm in zip(lengths, grad_norms, strict=True)]
+        lengths = [torch.ones_like(norm) for norm in grad_norms]
+    scales = [
+        _scale(rule.gamma, length, norm + rule.eps, dtype) for length, norm in zip(lengths, grad_norms, strict=True)
+    ]
     for copy, weight in zip(saved, weights, strict=bool(saved)):
         copy.copy_(weight)
     for target, weight, grad, factor, multiplier in zip(out, weights, grads, factors, scales, strict=True):
         start, step = weight.to(dtype), multiplier * grad.to(dtype)
         # T twice, not T^2, which leaves fp32's range for small weights
         moved = start + (step if factor is None else step * factor * factor)
-        if bound is not None:
-            moved = within(moved, start, round_toward_zero(bound, dtype))
+        if rule.bound is not None:
+            moved = within(moved, start, round_toward_zero(rule.bound, dtype))
         # where nothing is followed, w to the bit: NaN * 0 is NaN, and -0.0 + 0.0 is 0.0
         target.copy_(torch.where(multiplier.abs() > 0, moved.to(target.dtype), weight.to(target.dtype)))
-    if not scales:
-        return torch.empty(0, dtype=dtype)
-    if scope == "filter":
+    if rule.scope == "filter":
         return torch.cat([value.reshape(-1) for value in scales])
-    return scales[0].reshape(1) if scope == "global" else torch.stack(scales)
+    return scales[0].reshape(1) if rule.scope == "global" else torch.stack(scales)

@@ -22,7 +22,7 @@ from awp_kernels._triton_common import (
     project_linf,
     table,
 )
-from awp_kernels.perturb.reference import filters
+from awp_kernels.perturb.rule import Rule, filters
 
 # squares of 32-bit numbers are exact in fp64, so fusing costs no rounding there and saves one in w + scale * g
 _OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
@@ -235,77 +235,48 @@ def filter_kernel(
     _move(row, start, wide, count, scale, eta, bound, SCALE, BOUNDED, OUT, WEIGHT, GRAD, SAVE, False, BLOCK)
 
 
-def perturb(
-    out: list[Tensor],
-    weights: list[Tensor],
-    grads: list[Tensor],
-    saved: list[Tensor],
-    gamma: float,
-    scope: str,
-    eps: float,
-    scale: str,
-    eta: float,
-    bound: float | None,
-    adaptive: list[bool],
-    weight_norms: Tensor | None = None,
-) -> Tensor:
+def perturb(out: list[Tensor], weights: list[Tensor], grads: list[Tensor], saved: list[Tensor], rule: Rule) -> Tensor:
     """Write w + v to `out`, and w to `saved`; return the scales, NaN where a direction is not followed."""
-    if not weights:
-        return torch.empty(0, dtype=torch.float32)
     device = weights[0].device
-    types = {"OUT": TYPES[out[0].dtype], "WEIGHT": TYPES[weights[0].dtype], "GRAD": TYPES[grads[0].dtype]}
-    variant = {"SCALE": _SCALES[scale], "BOUNDED": bound is not None}
-    radius = 0.0 if bound is None else round_toward_zero(bound, torch.float32)
+    types = {"WEIGHT": TYPES[weights[0].dtype], "GRAD": TYPES[grads[0].dtype]}
+    scale, bound = _SCALES[rule.scale], rule.bound
+    numbers = rule.gamma, rule.eps, rule.eta, 0.0 if bound is None else round_toward_zero(bound, torch.float32)
+    variant = {"SCALE": scale, "BOUNDED": bound is not None, "OUT": TYPES[out[0].dtype], **types, "SAVE": bool(saved)}
     # a fused multiply-add would skip a rounding of the projection
     fusion = {"enable_fp_fusion": bound is None}
-    save = bool(saved)
     lists = [weights, grads, out, *([saved] if saved else [])]
-    flags = tuple(adaptive) if adaptive else None
+    flags = tuple(rule.adaptive) if rule.adaptive else None
     with torch.cuda.device_of(weights[0]):
-        if scope == "filter":
+        if rule.scope == "filter":
             rows, programs, _ = table(lists, tuple(filters(weight) for weight in weights), flags)
             scales = torch.empty(len(programs), dtype=torch.float32, device=device)
             if len(programs):
+                options = _FILTER_OPTIONS | fusion
                 filter_kernel[(len(programs),)](
-                    rows,
-                    programs,
-                    scales,
-                    gamma,
-                    eps,
-                    eta,
-                    radius,
-                    **variant,
-                    **types,
-                    SAVE=save,
-                    BLOCK=_FILTER_BLOCK,
-                    **(_FILTER_OPTIONS | fusion),
+                    rows, programs, scales, *numbers, **variant, BLOCK=_FILTER_BLOCK, **options
                 )
             return scales
         rows, programs, _ = table(lists, flags=flags)
-        scales = torch.empty(1 if scope == "global" else len(weights), dtype=torch.float32, device=device)
+        scales = torch.empty(1 if rule.scope == "global" else len(weights), dtype=torch.float32, device=device)
         partials = torch.empty(len(programs), 2, dtype=torch.float64, device=device)
+        norms = rule.weight_norms
         # with the weights' norms at hand, the sums are those of the gradients alone, as SAM's
-        summed = variant["SCALE"] if weight_norms is None else _ABSOLUTE
+        summed = scale if norms is None else _ABSOLUTE
         partial_sums_kernel[(len(programs),)](
-            rows, programs, partials, eta, summed, types["WEIGHT"], types["GRAD"], BLOCK, **_OPTIONS
+            rows, programs, partials, rule.eta, SCALE=summed, **types, BLOCK=BLOCK, **_OPTIONS
         )
         apply_kernel[(len(programs),)](
             rows,
             programs,
             partials,
             scales,
-            gamma,
-            eps,
-            eta,
-            radius,
+            *numbers,
             **variant,
-            **types,
-            SAVE=save,
-            GLOBAL=scope == "global",
+            GLOBAL=rule.scope == "global",
             CHUNK=CHUNK,
             BLOCK=BLOCK,
-            norms=weight_norms,
-            tensors=0 if weight_norms is None else len(weights),
+            norms=norms,
+            tensors=0 if norms is None else len(weights),
             **(_OPTIONS | fusion),
         )
         return scales

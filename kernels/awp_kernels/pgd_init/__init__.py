@@ -6,12 +6,6 @@ from torch import Tensor
 from awp_kernels import _backend, _checks
 
 
-def _check_seed(seed: int) -> None:
-    """Before the operation is called: torch has no words for what 64 bits do not hold."""
-    if not 0 <= seed < 1 << 63:
-        raise ValueError(f"seed: expected a number in [0, 2^63), got {seed}")
-
-
 def _start(x_adv: Tensor, x: Tensor, size: float, norm: str, sample_ids: Tensor, seed: int) -> None:
     """Check what both operations share, and run; `size` is epsilon, or the standard deviation."""
     _checks.image_batch(x_adv, x)
@@ -24,7 +18,8 @@ def _start(x_adv: Tensor, x: Tensor, size: float, norm: str, sample_ids: Tensor,
     _checks.same_device("sample_ids", sample_ids, "x_adv", x_adv)
     _checks.no_overlap({"x_adv": [x_adv]}, {"x": [clean]})
     run = _backend.select("pgd_init", x_adv.device, {x_adv.dtype})
-    run(x_adv, clean, sample_ids.contiguous(), size, norm, seed)
+    if x_adv.numel():
+        run(x_adv, clean, sample_ids.contiguous(), size, norm, seed)
 
 
 @torch.library.custom_op("awp::pgd_init_", mutates_args=("x_adv",))
@@ -68,7 +63,7 @@ def pgd_init_(x_adv: Tensor, x: Tensor, *, epsilon: float, norm: str, sample_ids
     Raises:
         ValueError: arguments that do not fit, named.
     """
-    _check_seed(seed)
+    _checks.seed(seed)
     _pgd_init_(x_adv, x, float(epsilon), norm, sample_ids, seed)
 
 
@@ -92,5 +87,5 @@ def pgd_init_normal_(x_adv: Tensor, x: Tensor, *, std: float, sample_ids: Tensor
     Source: Zhang, Yu, Jiao, Xing, El Ghaoui, Jordan: Theoretically Principled Trade-off between Robustness and
     Accuracy, ICML 2019.
     """
-    _check_seed(seed)
+    _checks.seed(seed)
     _pgd_init_normal_(x_adv, x, float(std), sample_ids, seed)

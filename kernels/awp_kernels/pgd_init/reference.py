@@ -11,8 +11,6 @@ from awp_kernels.philox import normals, uniform_integers
 
 def pgd_init(x_adv: Tensor, x: Tensor, sample_ids: Tensor, epsilon: float, norm: str, seed: int) -> None:
     """Write x plus noise keyed by `seed` and `sample_ids` to `x_adv`; for norm "normal", epsilon is its deviation."""
-    if not x.numel():
-        return
     dtype = working_dtype(x.dtype)
     clean = x.to(dtype)
     elements = x[0].numel()

@@ -78,14 +78,24 @@ def _normals(element, sample_id, seed):
 
 
 @triton.jit
-def _logical_index(place, SIZES: tl.constexpr, STRIDES: tl.constexpr, LOGICALS: tl.constexpr):
-    if len(SIZES) == 0:
+def _logical_index(place, ORDER: tl.constexpr):
+    if len(ORDER) == 0:
         element = place
     else:
         element = place * 0
-        for k in tl.static_range(len(SIZES)):
-            element += place // STRIDES[k] % SIZES[k] * LOGICALS[k]
+        for k in tl.static_range(len(ORDER)):
+            element += place // ORDER[k][1] % ORDER[k][0] * ORDER[k][2]
     return element
+
+
+@triton.jit
+def _own_block(sample_ids, elements, ORDER: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's elements of a sample: where they lie, which exist, logical indices, and the sample's id."""
+    blocks = tl.cdiv(elements, BLOCK)
+    sample = tl.program_id(0) // blocks
+    place = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    index = sample.to(tl.int64) * elements + place
+    return index, place < elements, _logical_index(place, ORDER), tl.load(sample_ids + sample)
 
 
 @triton.jit
@@ -96,22 +106,16 @@ def init_linf_kernel(
     seed: tl.int64,
     elements,
     epsilon,
-    SIZES: tl.constexpr,
-    STRIDES: tl.constexpr,
-    LOGICALS: tl.constexpr,
+    ORDER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program for BLOCK elements of a sample."""
-    blocks = tl.cdiv(elements, BLOCK)
-    sample = tl.program_id(0) // blocks
-    place = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    index = sample.to(tl.int64) * elements + place
-    element = _logical_index(place, SIZES, STRIDES, LOGICALS)
-    integers = _uniform_integers(element, tl.load(sample_ids + sample), seed)
-    clean = tl.load(x + index, mask=place < elements).to(tl.float32)
+    index, inside, element, sample_id = _own_block(sample_ids, elements, ORDER, BLOCK)
+    integers = _uniform_integers(element, sample_id, seed)
+    clean = tl.load(x + index, mask=inside).to(tl.float32)
     moved = clean + integers.to(tl.float32) * (epsilon * (1.0 / 16777216.0))
     result = project_linf(moved, clean, epsilon, 0.0, 1.0)
-    tl.store(x_adv + index, result.to(x_adv.dtype.element_ty), mask=place < elements)
+    tl.store(x_adv + index, result.to(x_adv.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -122,9 +126,7 @@ def init_l2_kernel(
     seed: tl.int64,
     elements,
     radius: tl.float64,
-    SIZES: tl.constexpr,
-    STRIDES: tl.constexpr,
-    LOGICALS: tl.constexpr,
+    ORDER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program a sample: the norm of its elements + 2 normal numbers, then the same numbers again, scaled."""
@@ -142,7 +144,7 @@ def init_l2_kernel(
         place = offset + tl.arange(0, BLOCK).to(tl.int64)
         index = sample * elements + place
         clean = tl.load(x + index, mask=place < elements).to(tl.float32)
-        noise = _normals(_logical_index(place, SIZES, STRIDES, LOGICALS), sample_id, seed) * factor
+        noise = _normals(_logical_index(place, ORDER), sample_id, seed) * factor
         result = clamp(clean + noise, 0.0, 1.0)
         tl.store(x_adv + index, result.to(x_adv.dtype.element_ty), mask=place < elements)
 
@@ -155,30 +157,21 @@ def init_normal_kernel(
     seed: tl.int64,
     elements,
     std,
-    SIZES: tl.constexpr,
-    STRIDES: tl.constexpr,
-    LOGICALS: tl.constexpr,
+    ORDER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program for BLOCK elements of a sample."""
-    blocks = tl.cdiv(elements, BLOCK)
-    sample = tl.program_id(0) // blocks
-    place = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    index = sample.to(tl.int64) * elements + place
-    element = _logical_index(place, SIZES, STRIDES, LOGICALS)
-    z = _normals(element, tl.load(sample_ids + sample), seed)
-    result = tl.load(x + index, mask=place < elements).to(tl.float32) + z * std
-    tl.store(x_adv + index, result.to(x_adv.dtype.element_ty), mask=place < elements)
+    index, inside, element, sample_id = _own_block(sample_ids, elements, ORDER, BLOCK)
+    z = _normals(element, sample_id, seed)
+    result = tl.load(x + index, mask=inside).to(tl.float32) + z * std
+    tl.store(x_adv + index, result.to(x_adv.dtype.element_ty), mask=inside)
 
 
 def pgd_init(x_adv: Tensor, x: Tensor, sample_ids: Tensor, epsilon: float, norm: str, seed: int) -> None:
     """Write x plus noise keyed by `seed` and `sample_ids` to `x_adv`; for norm "normal", epsilon is its deviation."""
-    if not x.numel():
-        return
     samples, elements = len(x), x.numel() // len(x)
-    order = dict(zip(("SIZES", "STRIDES", "LOGICALS"), logical_order(x), strict=True))
     # a fused multiply-add would skip a rounding
-    options = {**order, "BLOCK": _BLOCK, "num_warps": _WARPS, "enable_fp_fusion": False}
+    options = {"ORDER": logical_order(x), "BLOCK": _BLOCK, "num_warps": _WARPS, "enable_fp_fusion": False}
     with torch.cuda.device_of(x):
         grid = (samples * triton.cdiv(elements, _BLOCK),)
         if norm == "linf":

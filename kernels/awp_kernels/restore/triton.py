@@ -33,8 +33,6 @@ def restore_kernel(rows, programs, WORD: tl.constexpr, BLOCK: tl.constexpr):
 
 def restore(weights: list[Tensor], saved: list[Tensor]) -> None:
     """Copy `saved` into `weights`."""
-    if not weights:
-        return
     with torch.cuda.device_of(weights[0]):
         rows, programs, _ = table([weights, saved])
         word = _WORDS[weights[0].element_size()]

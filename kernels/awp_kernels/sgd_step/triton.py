@@ -24,6 +24,7 @@ from awp_kernels._triton_common import (
     program_span,
     table,
 )
+from awp_kernels.sgd_step.rule import Rule
 
 _OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
 _FINISH_BLOCK = 256
@@ -65,11 +66,7 @@ def _update(
     start,
     begin,
     end,
-    factor,
-    lr,
-    decay,
-    momentum,
-    share,
+    numbers,
     GRAD: tl.constexpr,
     OUT: tl.constexpr,
     NESTEROV: tl.constexpr,
@@ -79,6 +76,7 @@ def _update(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    factor, lr, decay, momentum, share = numbers
     weight = pointer(row, 0, start, tl.float32, ALIGNED)
     grad = pointer(row, 1, start, GRAD, ALIGNED)
     buffer = pointer(row, 2, start, tl.float32, ALIGNED)
@@ -158,45 +156,10 @@ def sgd_kernel(
             share = tl.load(share_at).to(tl.float32)
         factor = _factor(grad_scale, grad_norm, max_norm, CLIP)
         decay = tl.load(row + FLAG).to(tl.int32).to(tl.float32, bitcast=True)
+        numbers = factor, lr, decay, momentum, share
+        total = _update(total, row, start, 0, wide, numbers, GRAD, OUT, NESTEROV, MOMENTUM, AVERAGE, COPY, True, BLOCK)
         total = _update(
-            total,
-            row,
-            start,
-            0,
-            wide,
-            factor,
-            lr,
-            decay,
-            momentum,
-            share,
-            GRAD,
-            OUT,
-            NESTEROV,
-            MOMENTUM,
-            AVERAGE,
-            COPY,
-            True,
-            BLOCK,
-        )
-        total = _update(
-            total,
-            row,
-            start,
-            wide,
-            count,
-            factor,
-            lr,
-            decay,
-            momentum,
-            share,
-            GRAD,
-            OUT,
-            NESTEROV,
-            MOMENTUM,
-            AVERAGE,
-            COPY,
-            False,
-            BLOCK,
+            total, row, start, wide, count, numbers, GRAD, OUT, NESTEROV, MOMENTUM, AVERAGE, COPY, False, BLOCK
         )
     tl.store(partials + tl.program_id(0), tl.sum(total))
 
@@ -219,22 +182,12 @@ def sgd_step(
     momentum_buffers: list[Tensor],
     averages: list[Tensor],
     out: list[Tensor],
-    weight_decay: list[float],
-    lr: float,
-    lr_tensor: Tensor | None,
-    momentum: float,
-    nesterov: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    grad_norm: Tensor | None,
-    max_norm: float | None,
-    average_weight: float,
-    average_weight_tensor: Tensor | None,
+    rule: Rule,
 ) -> Tensor:
     """Step the weights, their momentum and their averages; write them to `out`; return their norms."""
     device = weights[0].device
     with torch.cuda.device_of(weights[0]):
-        decays = tuple(_fp32_bits(decay) for decay in weight_decay)
+        decays = tuple(_fp32_bits(decay) for decay in rule.weight_decay)
         rows, programs, _ = table([weights, grads, momentum_buffers, averages, out], flags=decays)
         partials = torch.empty(len(programs), dtype=torch.float64, device=device)
         norms = torch.empty(len(weights), dtype=torch.float64, device=device)
@@ -242,19 +195,19 @@ def sgd_step(
             rows,
             programs,
             partials,
-            lr,
-            lr_tensor,
-            momentum,
-            average_weight,
-            average_weight_tensor,
-            grad_scale,
-            found_inf,
-            grad_norm,
-            0.0 if max_norm is None else max_norm,
-            CLIP=max_norm is not None,
+            rule.lr,
+            rule.lr_tensor,
+            rule.momentum,
+            rule.average_weight,
+            rule.average_weight_tensor,
+            rule.grad_scale,
+            rule.found_inf,
+            rule.grad_norm,
+            0.0 if rule.max_norm is None else rule.max_norm,
+            CLIP=rule.max_norm is not None,
             GRAD=TYPES[grads[0].dtype],
             OUT=TYPES[out[0].dtype] if out else tl.float32,
-            NESTEROV=nesterov,
+            NESTEROV=rule.nesterov,
             MOMENTUM=bool(momentum_buffers),
             AVERAGE=bool(averages),
             COPY=bool(out),

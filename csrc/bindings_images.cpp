@@ -56,6 +56,16 @@ void conv3x3_grad_weight(Tensor x, Tensor grad_y, Tensor out) {
   awp::cpu::conv3x3_grad_weight(images(x), images(grad_y), static_cast<float*>(out.mutable_data_ptr()), parallel_for);
 }
 
+// `weights` is fp32 [9, inputs, outputs].
+void stem3x3(Tensor x, Tensor weights, Tensor out) {
+  awp::cpu::stem3x3(images(x), static_cast<const float*>(weights.const_data_ptr()), images(out), parallel_for);
+}
+
+void stem3x3_grad_x(Tensor grad_y, Tensor weights, Tensor out) {
+  awp::cpu::stem3x3_grad_x(images(grad_y), static_cast<const float*>(weights.const_data_ptr()), images(out),
+                           parallel_for);
+}
+
 // Images in contiguous or in channels_last order, whatever lies between them; `out` in one of the two without gaps.
 void augment(Tensor images, std::optional<Tensor> rows, Tensor sample_ids, int64_t seed, int64_t pad, bool flip,
              int64_t cutout, std::vector<double> fill, Tensor out, bool packed, bool out_packed) {
@@ -88,6 +98,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(awp_cpp, m) {
   m.def("conv3x3_transform(Tensor weight, bool transposed, Tensor(a!) out) -> ()");
   m.def("conv3x3(Tensor x, Tensor transformed, Tensor(a!) out) -> ()");
   m.def("conv3x3_grad_weight(Tensor x, Tensor grad_y, Tensor(a!) out) -> ()");
+  m.def("stem3x3(Tensor x, Tensor weights, Tensor(a!) out) -> ()");
+  m.def("stem3x3_grad_x(Tensor grad_y, Tensor weights, Tensor(a!) out) -> ()");
   m.def(
       "augment(Tensor images, Tensor? rows, Tensor sample_ids, int seed, int pad, bool flip, int cutout, float[] fill, "
       "Tensor(a!) out, bool packed, bool out_packed) -> ()");
@@ -98,6 +110,8 @@ STABLE_TORCH_LIBRARY_IMPL(awp_cpp, CPU, m) {
   m.impl("conv3x3_transform", TORCH_BOX(&conv3x3_transform));
   m.impl("conv3x3", TORCH_BOX(&conv3x3));
   m.impl("conv3x3_grad_weight", TORCH_BOX(&conv3x3_grad_weight));
+  m.impl("stem3x3", TORCH_BOX(&stem3x3));
+  m.impl("stem3x3_grad_x", TORCH_BOX(&stem3x3_grad_x));
   m.impl("augment", TORCH_BOX(&augment));
 }
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "processor.h"
+#include "stem.h"
 #include "tasks.h"
 #include "winograd.h"
 
@@ -261,6 +262,43 @@ void conv3x3_grad_weight(const Images& x, const Images& grad_y, float* grad_weig
       winograd()->grad_weight(sums, output, outputs, input, inputs, first > 0, grad);
     });
   }
+}
+
+namespace {
+
+const Stem* stem() {
+#if defined(AWP_HAVE_AVX2)
+  static const Stem* chosen = widest(&kAvx2Stem, &kAvx512Stem);
+  return chosen;
+#else
+  return nullptr;
+#endif
+}
+
+// Some rows at a time, so that a piece is worth handing out.
+template <class Task>
+void for_each_row(const Images& images, const ParallelFor& parallel_for, const Task& task) {
+  constexpr int64_t kTogether = 8;
+  const int64_t rows = images.samples * images.height;
+  for_each_task(divide_up(rows, kTogether), parallel_for, [&](int64_t piece) {
+    const int64_t last = std::min(rows, (piece + 1) * kTogether);
+    for (int64_t row = piece * kTogether; row < last; ++row) task(row / images.height, row % images.height);
+  });
+}
+
+}  // namespace
+
+void stem3x3(const Images& x, const float* weights, const Images& y, const ParallelFor& parallel_for) {
+  for_each_row(y, parallel_for, [&](int64_t sample, int64_t row) {
+    stem()->row(x, weights, y, sample, row, own_scratch.at_least(stem()->scratch(x)));
+  });
+}
+
+void stem3x3_grad_x(const Images& grad_y, const float* weights, const Images& grad_x, const ParallelFor& parallel_for) {
+  const std::vector<float> zeros(grad_y.channels);
+  for_each_row(grad_x, parallel_for, [&](int64_t sample, int64_t row) {
+    stem()->grad_row(grad_y, weights, grad_x, sample, row, zeros.data());
+  });
 }
 
 }  // namespace awp::cpu

@@ -25,6 +25,8 @@ from awp_kernels.conv import conv3x3 as conv3x3
 from awp_kernels.conv import conv3x3_available as conv3x3_available
 from awp_kernels.conv import conv3x3_forget as conv3x3_forget
 from awp_kernels.conv import conv3x3_held_bytes as conv3x3_held_bytes
+from awp_kernels.conv import stem3x3 as stem3x3
+from awp_kernels.conv import stem3x3_available as stem3x3_available
 from awp_kernels.perturb import perturb_ as perturb_
 from awp_kernels.perturb import perturb_into_ as perturb_into_
 from awp_kernels.pgd_init import pgd_init_ as pgd_init_
@@ -59,6 +61,8 @@ __all__ = [
     "restore_",
     "sam",
     "sgd_step_",
+    "stem3x3",
+    "stem3x3_available",
     "total_norm",
     "use_backend",
 ]

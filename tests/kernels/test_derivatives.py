@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from awp_engine.models import build_model
 from awp_engine.models.layers import ActivatedBatchNorm, Conv3x3
-from awp_kernels import add_bn_act, bn_act, conv3x3, use_backend
+from awp_kernels import add_bn_act, bn_act, conv3x3, stem3x3, use_backend
 from awp_kernels._images import operations
 
 pytestmark = [
@@ -82,10 +82,15 @@ def _convolve(x, weight):
     return conv3x3(x, weight) if x.dtype == torch.float32 else functional.conv2d(x, weight, padding=1)
 
 
+def _stem(x, weight):
+    return stem3x3(x, weight) if x.dtype == torch.float32 else functional.conv2d(x, weight, padding=1)
+
+
 _NORMALISED = randn(3, 5, 4, 4) * 2 + 1, randn(5, seed=1) + 1, randn(5, seed=2)
 # the operation in fp32, plain PyTorch in fp64, and its inputs
 CASES = {
     "conv3x3": (_convolve, (randn(2, 3, 6, 5), randn(4, 3, 3, 3, seed=1))),
+    "stem3x3": (_stem, (randn(2, 3, 6, 5), randn(16, 3, 3, 3, seed=1))),
     "bn_act train": (_normalise(True), _NORMALISED),
     "bn_act eval": (_normalise(False), _NORMALISED),
     "add_bn_act train": (_add_and_normalise(True), (*_NORMALISED, randn(3, 5, 4, 4, seed=6))),
@@ -126,6 +131,7 @@ WANTED = [
     (name, wanted)
     for name, sets in (
         ("conv3x3", [(0,), (1,), (0, 1)]),
+        ("stem3x3", [(0,), (1,), (0, 1)]),
         ("bn_act train", [(0,), (1,), (0, 1, 2)]),
         ("bn_act eval", [(0,), (1,), (0, 2), (0, 1, 2)]),
         ("add_bn_act train", [(0,), (3,), (0, 1, 2, 3)]),
@@ -163,7 +169,7 @@ def test_backward_with_create_graph_and_twice_over_one_graph(name):
 
 def plainly(name, *tensors):
     """torch's own layer."""
-    if name == "conv3x3":
+    if name in ("conv3x3", "stem3x3"):
         return functional.conv2d(*tensors, padding=1)
     x, weight, bias, *residual = tensors
     training, kept = name.endswith("train"), [t.to(x.dtype) for t in _STATISTICS]
@@ -172,7 +178,7 @@ def plainly(name, *tensors):
     return 0.1 * z + 0.5 * u * u.sigmoid() if residual else functional.relu(u)
 
 
-@pytest.mark.parametrize("name", ["conv3x3", "bn_act train", "bn_act eval"])
+@pytest.mark.parametrize("name", ["conv3x3", "stem3x3", "bn_act train", "bn_act eval"])
 def test_a_weight_that_asks_for_its_gradient_after_the_pass(name):
     """torch's saved tensor is the parameter itself, whatever it asks for by then."""
     found = []

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from operations import (
     BYTES,
     CHANNELS,
+    FEW_CHANNELS,
     IMAGES,
     OPERATIONS,
     WEIGHTS,
@@ -44,13 +45,13 @@ from operations import (
 )
 from torch import Tensor
 
-from awp_kernels import bn_act_available, conv3x3_available, use_backend
+from awp_kernels import bn_act_available, conv3x3_available, stem3x3_available, use_backend
 
 CASES = 2000
 GUARD = 64  # elements; a multiple of every alignment
 FP64 = torch.float64
-IMAGE_OPERATIONS = ("conv3x3", "bn_act")
-CPU_OPERATIONS = ("conv3x3",)
+IMAGE_OPERATIONS = ("conv3x3", "stem3x3", "bn_act")
+CPU_OPERATIONS = ("conv3x3", "stem3x3")
 SIZES = (0, 1, 1, 2, 3, 4, 5, 7, 8, 13, 16, 31, 32, 33)
 
 
@@ -72,6 +73,9 @@ def shapes_for(rng: random.Random, operation: Operation) -> list[Shape]:
     if operation.samples is CHANNELS:
         samples, height, width = rng.choice((0, 1, 2, 3, 5)), rng.randint(0, 13), rng.randint(1, 13)
         return [(samples, rng.choice((1, 2, 3, 15, 16, 17, 33)), height, width), (rng.choice((1, 7, 16, 33)),)]
+    if operation.samples is FEW_CHANNELS:
+        samples, height, width = rng.choice((0, 1, 2, 3)), rng.randint(1, 13), rng.randint(1, 20)
+        return [(samples, rng.randint(1, 5), height, width), (rng.choice((1, 16, 32, 48)),)]
     if operation.samples is BYTES:
         size = rng.choice((3, 8, 33, 70))
         sizes = (
@@ -227,7 +231,7 @@ def to_be_refused(name: str, operation: Operation, arguments: Arguments) -> bool
     if name == "augment":
         return False
     if name in IMAGE_OPERATIONS:
-        if name == "conv3x3":
+        if name in CPU_OPERATIONS:
             return not all(arguments["x"].shape[2:])
         return not (_dense(arguments["running_mean"]) and _dense(arguments["running_var"]))
     written = {key: listed(arguments.get(key)) for key in operation.written if listed(arguments.get(key))}
@@ -269,7 +273,7 @@ class Faults:
 
     def shape(self, arguments: Arguments) -> Arguments | None:
         keys = [key for key in self._tensors(arguments) if self.name != "total_norm"]
-        if self.name == "conv3x3":
+        if self.name in CPU_OPERATIONS:
             keys = ["weight"]
         if self.name == "bn_act":
             keys.remove("x")
@@ -523,8 +527,9 @@ class Case:
     def _compiled(self) -> bool:
         arguments = self.arguments
         with use_backend(self.backend):
-            if self.name == "conv3x3":
-                return conv3x3_available(arguments["x"], arguments["weight"])
+            if self.name in CPU_OPERATIONS:
+                available = {"conv3x3": conv3x3_available, "stem3x3": stem3x3_available}[self.name]
+                return available(arguments["x"], arguments["weight"])
             vectors = [arguments[name] for name in ("weight", "bias", "running_mean", "running_var")]
             return bn_act_available(arguments["x"], *vectors)
 
@@ -552,7 +557,7 @@ class Case:
             moved = results["out" if "out" in results else "weights"]
             for found, weight in zip(moved, weights, strict=True):
                 assert not (found.isnan() & weight.isfinite()).any(), "NaN where a weight was finite"
-        if self.name == "conv3x3":
+        if self.name in CPU_OPERATIONS:
             # torch's own carry NaN to their neighbours too, or multiply it by the zeros of a border, each its own way
             exact = self.operation.define(before, FP64)
             for name, tensors in expected.items():
@@ -566,7 +571,7 @@ class Case:
 
     def _alike(self, name: str, found: Tensor, wanted: Tensor, largest: float) -> None:
         """As the reference, to rounding; a convolution's transforms carry NaN and infinity over a tile."""
-        if self.name == "conv3x3":
+        if self.name in CPU_OPERATIONS:
             assert not (found.isfinite() & ~wanted.isfinite()).any(), f"{name}: NaN or infinity was lost"
             return
         if self.name == "bn_act":  # torch folds mean and bias into one number, which is NaN for more infinities

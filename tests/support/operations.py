@@ -27,6 +27,7 @@ from awp_kernels import (
     pgd_step_,
     restore_,
     sgd_step_,
+    stem3x3,
     total_norm,
 )
 from awp_kernels.philox import STREAM_AUGMENT, STREAM_CUTOUT, normals, sample_words, uniform_integers
@@ -59,6 +60,14 @@ CHANNELS: dict[str, list[Shape]] = {
     "edges": [(2, 31, 5, 6), (33,)],
     "primes": [(3, 17, 7, 11), (13,)],
     "batch": [(4, 16, 16, 16), (32,)],
+}
+# of images of few channels
+FEW_CHANNELS: dict[str, list[Shape]] = {
+    "empty": [(0, 3, 4, 4), (16,)],
+    "one": [(2, 1, 1, 1), (16,)],
+    "other outputs": [(2, 3, 4, 5), (7,)],
+    "primes": [(3, 4, 7, 11), (48,)],
+    "batch": [(4, 3, 16, 16), (32,)],
 }
 # [N, C, H, W] of images of bytes
 BYTES: dict[str, list[Shape]] = {
@@ -429,6 +438,19 @@ def _conv_defined(arguments: Arguments, dtype: torch.dtype) -> Results:
     return _convolved(**tensors, convolve=lambda x, weight: functional.conv2d(x, weight, padding=1))
 
 
+def _stem(shapes: Sequence[Shape], dtype: torch.dtype, seed: int = 0) -> Arguments:
+    """`dtype` is that of the weights."""
+    arguments = _conv(shapes, dtype if dtype == torch.float64 else torch.float32, seed)
+    return arguments | {name: arguments[name].to(dtype) for name in ("weight", "grad")}
+
+
+def _stem_defined(arguments: Arguments, dtype: torch.dtype) -> Results:
+    """Images stay in fp32."""
+    wide = torch.promote_types(dtype, torch.float32)
+    tensors = {name: t.to(wide if name == "x" else dtype) for name, t in arguments.items()}
+    return _convolved(**tensors, convolve=lambda x, weight: functional.conv2d(x, weight.to(x), padding=1).to(weight))
+
+
 def _bn_act(*, residual: Tensor | None = None, **rest: Any) -> dict[str, Tensor]:
     if residual is None:
         return {"y": bn_act(**rest)}
@@ -586,6 +608,14 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "conv3x3": Operation(
         call=_convolved, build=_conv, define=_conv_defined, samples=CHANNELS, dtypes=CPU, slack=lambda arguments: 1e-6
+    ),
+    "stem3x3": Operation(
+        call=lambda **arguments: _convolved(**arguments, convolve=stem3x3),
+        build=_stem,
+        define=_stem_defined,
+        samples=FEW_CHANNELS,
+        dtypes=CPU,
+        slack=lambda arguments: 1e-6,
     ),
     "bn_act": Operation(
         call=_normalised,

@@ -43,5 +43,12 @@ void conv3x3(const Images& x, const float* transformed, const Images& y, const P
 // grad_weight: fp32 [outputs, 3, 3, inputs].
 void conv3x3_grad_weight(const Images& x, const Images& grad_y, float* grad_weight, const ParallelFor& parallel_for);
 
+// Images of so few channels are convolved directly: fp32 [samples, height, width, channels].
+constexpr int64_t kFewChannels = 4;
+
+// 3x3, stride 1, padding 1; weights: fp32 [9][x.channels][y.channels], and y.channels a multiple of 16.
+void stem3x3(const Images& x, const float* weights, const Images& y, const ParallelFor& parallel_for);
+void stem3x3_grad_x(const Images& grad_y, const float* weights, const Images& grad_x, const ParallelFor& parallel_for);
+
 }  // namespace cpu
 }  // namespace awp

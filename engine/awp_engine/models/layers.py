@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
-from awp_kernels import add_bn_act, bn_act, bn_act_available, conv3x3, conv3x3_available
+from awp_kernels import (
+    add_bn_act,
+    bn_act,
+    bn_act_available,
+    conv3x3,
+    conv3x3_available,
+    stem3x3,
+    stem3x3_available,
+)
 
 Activation = Literal["relu", "silu"]
 
@@ -173,6 +181,9 @@ class Stem(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, out_channels, ...], in the weight's dtype."""
+        shape = self.kernel_size, self.stride, self.padding, self.dilation
+        if shape == ((3, 3), (1, 1), (1, 1), (1, 1)) and self.bias is None and stem3x3_available(input, self.weight):
+            return stem3x3(input, self.weight)
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return self._conv_forward(input, self.weight.to(input.dtype), bias).to(self.weight.dtype)
 

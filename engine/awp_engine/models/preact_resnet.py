@@ -46,8 +46,8 @@ class PreActBlock(nn.Module):
             rounded up.
         """
         x, activated = pre_activated(self.bn1, x, residual)
-        residual = self.conv2(self.bn2(self.conv1(activated)))
-        return x if self.shortcut is None else self.shortcut(activated), residual
+        rest = self.conv2(self.bn2(self.conv1(activated)))
+        return x if self.shortcut is None else self.shortcut(activated), rest
 
 
 class PreActResNet(NormalizedClassifier):

@@ -38,8 +38,8 @@ class WideBlock(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As `PreActBlock`'s."""
         x, activated = pre_activated(self.bn1, x, residual)
-        residual = self.conv2(self.bn2(self.conv1(activated)))
-        return x if self.convShortcut is None else self.convShortcut(activated), residual
+        rest = self.conv2(self.bn2(self.conv1(activated)))
+        return x if self.convShortcut is None else self.convShortcut(activated), rest
 
 
 def _stage(num_blocks: int, in_channels: int, out_channels: int, stride: int, activation: Activation) -> nn.Sequential:

@@ -145,12 +145,13 @@ def _differentiable(
         bits = mask.unsqueeze(-1).bitwise_and(2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)).flatten(1)
         zero = bits[:, :channels].eq(0).view(samples, height, width, channels).permute(0, 3, 1, 2)
         # the weight itself, which may have come to ask for a gradient
-        scale = scale if weight is None else invstd * weight.view_as(scale)
+        scale = scale if weight is None else invstd * weight.view(1, -1, 1, 1)
         return grad.float().masked_fill(zero, 0) * scale, None, None
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # tensors of this pass alone, as hooks of the inputs are not to be called here
-        z, weight, bias = (t if t is None or not t.requires_grad else t.view_as(t) for t in (z, weight, bias))
+        z = z.view_as(z)
+        weight, bias = (None if t is None else t.view_as(t) for t in (weight, bias))
         wide = z.float()
         fixed = (wide.detach() - mean) * scale + shift
         if rule.training:  # what the batch's statistics owe to z
@@ -316,9 +317,16 @@ def add_bn_act(
     The sum is taken while its statistics are, and its gradient is added where that of the normalisation is written.
 
     Args:
-        x: see `bn_act`, as for all but the residual.
+        x: [N, C, H, W].
         residual: like x.
-        weight, bias, running_mean, running_var, training, momentum, eps, activation: see `bn_act`.
+        weight: see `bn_act`, as for all that follows.
+        bias: [C].
+        running_mean: [C].
+        running_var: [C].
+        training: normalise by the batch.
+        momentum: of the running statistics.
+        eps: added to the variance.
+        activation: "relu", "silu" or "none".
 
     Returns:
         z, rounded to x's dtype before it is normalised, and the result, both [N, C, H, W] of x's dtype.

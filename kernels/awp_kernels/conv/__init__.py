@@ -1,4 +1,4 @@
-"""`conv3x3`: 3x3 convolution on the CPU by Winograd's F(4x4, 3x3), in fp32 arithmetic."""
+"""`conv3x3`: 3x3 convolution on the CPU by Winograd's F(4x4, 3x3), in fp32 arithmetic; `stem3x3`: of few channels."""
 
 from typing import Any
 
@@ -12,7 +12,17 @@ from awp_kernels.conv import _weights, reference
 from awp_kernels.conv._weights import forget_all as conv3x3_forget
 from awp_kernels.conv._weights import held_bytes as conv3x3_held_bytes
 
-__all__ = ["conv3x3", "conv3x3_available", "conv3x3_forget", "conv3x3_held_bytes"]
+__all__ = [
+    "conv3x3",
+    "conv3x3_available",
+    "conv3x3_forget",
+    "conv3x3_held_bytes",
+    "stem3x3",
+    "stem3x3_available",
+]
+
+# that images may have for `stem3x3`, and that the outputs are a multiple of
+_FEW_CHANNELS, _OUTPUTS = 4, 16
 
 # torch.compile reads a constant, and would look into a function
 _BUILT = _images.operations() is not None
@@ -203,3 +213,65 @@ def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _Conv3x3.apply(x, weight)
     return _forward(x, weight)[0]
+
+
+def stem3x3_available(x: Tensor, weight: Tensor) -> bool:
+    """Whether `stem3x3(x, weight)` is computed by the compiled kernel; if not, `conv2d` computes it.
+
+    It is for fp32 CPU images of up to 4 channels, and weights in fp32 or bf16 of outputs in sixteens; else as for
+    `conv3x3_available`, and not under torch.compile.
+    """
+    if torch.compiler.is_compiling() or not (_images.usable() and _images.plain(x, (torch.float32,))):
+        return False
+    few = x.ndim == 4 and 0 < x.shape[1] <= _FEW_CHANNELS and x.numel() > 0
+    return few and _images.plain(weight) and weight.ndim == 4 and weight.shape[0] % _OUTPUTS == 0 < weight.numel()
+
+
+def _by_tap(weight: Tensor) -> Tensor:
+    """[K, C, 3, 3] as fp32 [9, C, K]."""
+    return weight.permute(2, 3, 1, 0).reshape(9, *weight.shape[1::-1]).float().contiguous()
+
+
+class _Stem3x3(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        out = _channels_last((len(x), len(weight), *x.shape[2:]), weight.dtype)
+        _images.operations().stem3x3.default(x.contiguous(memory_format=torch.channels_last), _by_tap(weight), out)
+        return out
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight = needed(ctx, 0), needed(ctx, 1)
+        by_torch = not _images.once(grad, x, weight)
+        _, grad_weight = grad_x, _ = _differentiable(grad.float(), x, weight, (wants_x and by_torch, wants_weight))
+        if wants_x and not by_torch:
+            grad_x = _channels_last((len(grad), weight.shape[1], *grad.shape[2:]), torch.float32)
+            grad = grad.contiguous(memory_format=torch.channels_last)
+            _images.operations().stem3x3_grad_x.default(grad, _by_tap(weight), grad_x)
+        return grad_x, grad_weight
+
+
+def stem3x3(x: Tensor, weight: Tensor) -> Tensor:
+    """Convolve fp32 images with 3x3 weights, stride 1, padding 1, without bias, rounded to the weights' dtype.
+
+    On the CPU, for images of up to 4 channels, directly, in fp32; the gradient with respect to x reads that of the
+    output as it is stored. Elsewhere by `torch.nn.functional.conv2d` in fp32. Differentiable any number of times.
+
+    Args:
+        x: [N, C, H, W], fp32; in another order than channels_last it is copied.
+        weight: [K, C, 3, 3]. Its gradient is computed in fp32.
+
+    Returns:
+        [N, K, H, W] in weight's dtype, channels_last on the CPU.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, named by argument.
+    """
+    _check(x, weight)
+    if not stem3x3_available(x, weight):
+        return reference.stem3x3(x, weight)
+    return _Stem3x3.apply(x, weight)  # pyright: ignore[reportReturnType]

@@ -235,7 +235,16 @@ __global__ void __launch_bounds__(kThreads, 2) bn_statistics(const __grid_consta
   const BnPlace at(l);
   const Source<N, T, Add> source(l.a);
   float pivot[N] = {}, sum[N] = {}, square[N] = {};
-  if (at.active) find_pivot<N, T, Add>(l, at, pivot);
+  __shared__ float pivots[kThreads * N];
+  float* own = pivots + static_cast<int>(threadIdx.x) % l.cut.columns * N;
+  if (at.lane == 0 && at.active) find_pivot<N, T, Add>(l, at, pivot);
+  if (at.lane == 0) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) own[i] = pivot[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < N; ++i) pivot[i] = own[i];
   for_rows<kRows<T>>(at, l.cut.lanes, [&](auto count, int64_t row) {
     constexpr int M = decltype(count)::value;
     float value[M][N];
@@ -250,11 +259,6 @@ __global__ void __launch_bounds__(kThreads, 2) bn_statistics(const __grid_consta
       }
     }
   });
-  __shared__ float pivots[kThreads * N];
-  if (at.lane == 0) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) pivots[threadIdx.x * N + i] = pivot[i];
-  }
   const int64_t begin = at.block * l.cut.rows, left = l.a.rows - begin;
   const float rows = static_cast<float>(left < l.cut.rows ? left : l.cut.rows);
   over_lanes<N>(l, at, sum, square, [&](int c, int64_t channel, float first, float second) {

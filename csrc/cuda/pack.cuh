@@ -10,6 +10,11 @@
 
 #include "plan.h"
 
+// The host's emulator counts the bytes that go from and to memory here.
+#ifndef AWP_COUNT_BYTES
+#define AWP_COUNT_BYTES(bytes)
+#endif
+
 namespace awp::cuda {
 
 // Storage types: only their bits are kept, so that a copy is exact.
@@ -69,6 +74,7 @@ constexpr int kPackOf = 16 / static_cast<int>(sizeof(A) > sizeof(B) ? sizeof(A) 
 template <int N, typename T>
 __device__ __forceinline__ Pack<T, N> load(const T* from) {
   Pack<T, N> pack;
+  AWP_COUNT_BYTES(sizeof pack);
   const auto* words = reinterpret_cast<const typename Pack<T, N>::WordT*>(from);
 #pragma unroll
   for (int i = 0; i < Pack<T, N>::kWords; ++i) pack.word[i] = words[i];
@@ -79,6 +85,7 @@ __device__ __forceinline__ Pack<T, N> load(const T* from) {
 template <int N, typename T>
 __device__ __forceinline__ Pack<T, N> load_once(const T* from) {
   Pack<T, N> pack;
+  AWP_COUNT_BYTES(sizeof pack);
   const auto* words = reinterpret_cast<const typename Pack<T, N>::WordT*>(from);
 #pragma unroll
   for (int i = 0; i < Pack<T, N>::kWords; ++i) pack.word[i] = __ldcs(words + i);
@@ -87,6 +94,7 @@ __device__ __forceinline__ Pack<T, N> load_once(const T* from) {
 
 template <int N, typename T>
 __device__ __forceinline__ void store(T* to, const Pack<T, N>& pack) {
+  AWP_COUNT_BYTES(sizeof pack);
   auto* words = reinterpret_cast<typename Pack<T, N>::WordT*>(to);
 #pragma unroll
   for (int i = 0; i < Pack<T, N>::kWords; ++i) words[i] = pack.word[i];
@@ -94,6 +102,7 @@ __device__ __forceinline__ void store(T* to, const Pack<T, N>& pack) {
 
 template <int N, typename T>
 __device__ __forceinline__ void store_once(T* to, const Pack<T, N>& pack) {
+  AWP_COUNT_BYTES(sizeof pack);
   auto* words = reinterpret_cast<typename Pack<T, N>::WordT*>(to);
 #pragma unroll
   for (int i = 0; i < Pack<T, N>::kWords; ++i) __stcs(words + i, pack.word[i]);

@@ -4,7 +4,8 @@ import sys
 
 import torch
 
-from awp_kernels import _backend, bn_act_available, conv3x3_available, perturb_into_, use_backend
+from awp_kernels import _backend, bn_act_available, conv3x3_available, perturb_into_, stem3x3_available, use_backend
+from awp_kernels.bn_act import serving
 
 
 def call(backend: str, device: str) -> str | None:
@@ -60,12 +61,16 @@ def main() -> int:
                 except ValueError as error:
                     backend = f"refused: {error}"
                 print(f"{public[operation]:<28} {tensors:<34} {backend}")
-    images = torch.zeros(2, 1, 1, 1)
+    images, weights = torch.zeros(2, 1, 1, 1), torch.zeros(16, 1, 3, 3)
     for operation, served in (
-        ("conv3x3", conv3x3_available(images, torch.zeros(1, 1, 3, 3))),
-        ("bn_act", bn_act_available(images)),
+        ("conv3x3", conv3x3_available(images, weights)),
+        ("stem3x3", stem3x3_available(images, weights)),
+        ("bn_act, add_bn_act", bn_act_available(images)),
     ):
         print(f"{operation:<28} {'cpu float32, bfloat16':<34} {'cpp' if served else 'torch'}")
+    if torch.cuda.is_available():
+        served = serving(torch.zeros(2, 8, 1, 1, device="cuda"))
+        print(f"{'bn_act, add_bn_act':<28} {'cuda float32, float16, bfloat16':<34} {served or 'torch'}")
     return int(failed)
 
 

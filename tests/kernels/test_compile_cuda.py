@@ -36,6 +36,10 @@ FUNCTIONS = (
     "total_norm",
     "pgd_init",
     "pgd_step",
+    "bn_act_workspace_bytes",
+    "bn_act_train",
+    "bn_act_eval",
+    "bn_act_backward",
 )
 HALVES = r"awp::cuda::(?:Half|BFloat16)"
 # kernel name: least LDG.128, least STG.128. Two packs of weights and two of gradients are in flight at once.
@@ -62,6 +66,22 @@ WIDE = {
     r"pgd_step_\w+<": (1, 0),
     r"pgd_step_\w+<float, ": (2, 1),
     rf"pgd_step_\w+<{HALVES}, {HALVES}>": (3, 1),
+    # of eight channels a thread: z or its two parts, in four rows of 16 bytes (fp32: two of 32), and in one row; what
+    # is left of them, a row at a time
+    rf"bn_statistics<8, {HALVES}, false>": (5, 0),
+    rf"bn_statistics<8, {HALVES}, true>": (10, 5),
+    r"bn_statistics<8, float, false>": (6, 0),
+    r"bn_statistics<8, float, true>": (12, 6),
+    rf"bn_normalize<8, {HALVES}, false, ": (5, 5),
+    rf"bn_normalize<8, {HALVES}, true, ": (10, 10),
+    r"bn_normalize<8, float, false, ": (6, 6),
+    r"bn_normalize<8, float, true, ": (12, 12),
+    rf"bn_gradient_sums<8, {HALVES}, ": (10, 0),
+    r"bn_gradient_sums<8, float, ": (12, 0),
+    # two rows of three arrays
+    rf"bn_gradient<8, {HALVES}, ": (9, 3),
+    r"bn_gradient<8, float, ": (6, 2),
+    r"bn_\w+<1, |bn_finish_": (0, 0),
     # four 16-bit elements share a Philox block: 8 bytes
     rf"pgd_init_\w+<{HALVES}>": (0, 0),
 }
@@ -116,8 +136,11 @@ def test_compiles_without_warnings(build: Build) -> None:
 def test_every_architecture_has_every_kernel(kernels: list[sass.Kernel]) -> None:
     names = {arch: {kernel.name for kernel in kernels if kernel.arch == f"sm_{arch}"} for arch in ARCHS}
     # sums, move and filter, plain and not, for 9 pairs of dtypes, 1 copy, 3 starts for 3 dtypes, 2 steps for 9 pairs;
-    # 4 optimizer steps for 3 dtypes, and their norms; 2 of the norm over all
-    assert {arch: len(found) for arch, found in names.items()} == dict.fromkeys(ARCHS, 54 + 1 + 9 + 18 + 13 + 2)
+    # 4 optimizer steps for 3 dtypes, and their norms; 2 of the norm over all; bn_act, for 1 or 8 channels a thread, 3
+    # dtypes: 2 statistics, 4 results, 2 sums, 2 gradients, and what adds up
+    assert {arch: len(found) for arch, found in names.items()} == dict.fromkeys(
+        ARCHS, 54 + 1 + 9 + 18 + 13 + 2 + 6 * 10 + 2
+    )
     assert names["80"] == names["90a"] == names["100"]
 
 

@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 ARCHITECTURES = [80, 90, 100]
-OPERATIONS = ["perturb", "restore", "sgd_step", "total_norm", "pgd_init", "pgd_step", "augment"]
+OPERATIONS = ["perturb", "restore", "sgd_step", "total_norm", "pgd_init", "pgd_step", "augment", "bn_act"]
 # float16 compiles to the same accesses as bfloat16
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -45,6 +45,13 @@ WIDE = {
     "init_normal_kernel": (1, 1),
     "step_linf_kernel": (3, 1),
     "step_l2_kernel": (3, 1),
+    # x; the table is read by other threads
+    "bn_statistics_kernel": (1, 0),
+    "bn_normalize_kernel": (1, 1),
+    "bn_gradient_sums_kernel": (2, 0),
+    "bn_gradient_kernel": (2, 1),
+    "bn_finish_statistics_kernel": (0, 0),
+    "bn_finish_sums_kernel": (0, 0),
     # bytes are gathered one by one
     "augment_kernel": (0, 1),
 }
@@ -315,3 +322,34 @@ def test_augment_of_odd_sizes(compiled, shape):
     for flip, cutout in ((False, 0), (True, 4)):
         told = rule("augment", 5, 4, flip, cutout, [0.5] * shape[1] if cutout else [])
         assert len(compiled(lambda told=told: operation("augment")(images, None, ids, told, out))) == 1
+
+
+@pytest.mark.parametrize("compiled", ARCHITECTURES, ids="sm_{}".format, indirect=True)
+@pytest.mark.parametrize("activation", [1, 2], ids=["relu", "silu"])
+@pytest.mark.parametrize("summed", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_normalisation(compiled, dtype, summed, activation):
+    """Forward and backward, by the batch and by running statistics."""
+    x = torch.zeros(16, 64, 8, 8, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    channels, table = torch.zeros(64), torch.zeros(4, 64)
+    residual, z = (x, x) if summed else (None, None)
+    module = import_module("awp_kernels.bn_act.triton")
+
+    def launch() -> None:
+        module.bn_act_train(x, residual, channels, channels, channels, channels, 0.1, 1e-5, activation, z, x, table)
+        module.bn_act_eval(x, residual, channels, channels, channels, channels, 1e-5, activation, z, x, table, None)
+        for train in (True, False):
+            module.bn_act_backward(x, residual, x, table, None, activation, train, x, channels, channels)
+
+    kernels = compiled(launch)
+    assert {kernel.name for kernel in kernels} == {name for name in WIDE if name.startswith("bn_")}
+    assert_wide(kernels)
+
+
+@pytest.mark.parametrize("compiled", [90], ids="sm_{}".format, indirect=True)
+def test_normalisation_of_odd_channels(compiled):
+    x = torch.zeros(2, 5, 3, 3).contiguous(memory_format=torch.channels_last)
+    module, table = import_module("awp_kernels.bn_act.triton"), torch.zeros(4, 16)
+    none = [None] * 4
+    assert len(compiled(lambda: module.bn_act_train(x, None, *none, 0.1, 1e-5, 0, None, x, table))) == 3
+    assert len(compiled(lambda: module.bn_act_backward(x, None, x, table, None, 0, False, x, None, None))) == 1

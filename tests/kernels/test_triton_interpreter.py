@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from operations import NORMALISATIONS, OPERATIONS, arguments_of, excess, mapped, run
 from samples import DTYPES, LAYOUTS, SCOPES, SGD_VARIANTS, VARIANTS, images, randn, weights_and_grads
 from torch import Tensor
 
 from awp_kernels import (
     augment,
+    bn_act_available,
     perturb_,
     perturb_into_,
     pgd_init_,
@@ -33,7 +35,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NORMS = {"linf": 8 / 255, "l2": 0.5}
 # an interpreted program takes some 10 ms, and a filter is a program
 SMALL = ["scalar", "one", "warp_edges", "primes", "empty_tensors"]
-LEAST_TESTS = 460
+LEAST_TESTS = 508
 
 
 @pytest.mark.timeout(900)
@@ -85,6 +87,17 @@ class TestInterpreted:
     def reference(operation, *arguments, **options):
         with use_backend("reference"):
             return operation(*arguments, **options)
+
+    @pytest.mark.parametrize("variant", list(NORMALISATIONS))
+    @pytest.mark.parametrize("sample", ["one", "edges", "primes"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    def test_normalisation(self, variant, sample, dtype):
+        """With its gradients, against fp64."""
+        operation = OPERATIONS["bn_act"]
+        arguments = arguments_of("bn_act", variant, sample, dtype)
+        assert bn_act_available(arguments["x"], arguments["weight"])
+        ratio, where = excess(operation, run(operation, mapped(arguments, lambda t: t.clone())), arguments)
+        assert ratio <= 1, where
 
     @pytest.mark.parametrize(
         ("shapes", "scope"),

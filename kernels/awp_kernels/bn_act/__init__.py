@@ -26,7 +26,7 @@ class _Rule(NamedTuple):
     activation: str
 
 
-def _serving(x: Tensor) -> str | None:
+def serving(x: Tensor) -> str | None:
     """The backend whose kernels serve images like x here; None: torch does."""
     device, dtype = x.device.type, x.dtype
     backend = _backend._forced or {"cpu": "cpp", "cuda": "cuda"}.get(device, "reference")
@@ -56,7 +56,7 @@ def bn_act_available(x: Tensor, *vectors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or _images.torchs_own() or x.ndim != 4 or not x.numel():
         return False
-    if not _images.plain(x, _backend.DTYPES, x.device) or _serving(x) is None:
+    if not _images.plain(x, _backend.DTYPES, x.device) or serving(x) is None:
         return False
     ordered = x.device.type == "cpu" or x.is_contiguous(memory_format=torch.channels_last)
     return ordered and all(_plain_vector(tensor, x.device) for tensor in vectors)
@@ -108,7 +108,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """z, y, and the table and the mask that the backward pass takes; images are channels_last."""
     samples, channels, height, width = x.shape
-    backend = _serving(x)
+    backend = serving(x)
     run = _implementation(backend)
     y = torch.empty_like(x)
     z = None if residual is None else torch.empty_like(x)
@@ -212,7 +212,7 @@ class _BnAct(torch.autograd.Function):
             grad.new_empty(grad.shape[1], dtype=torch.float32) if want else None for want in (wanted[2], wanted[3])
         ]
         kind = _ACTIVATIONS.index(ctx.rule.activation)
-        run = _implementation(_serving(grad))
+        run = _implementation(serving(grad))
         run.bn_act_backward(grad, grad_z, z, table, mask, kind, ctx.rule.training, of_x, *vectors)
         return *(of_x if want else None for want in wanted[:2]), *vectors, *rest
 

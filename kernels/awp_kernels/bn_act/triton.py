@@ -14,6 +14,8 @@ _SUM_BLOCKS = 512
 _ELEMENTS = 2048
 _FINISH = tl.constexpr(64)
 _RELU, _SILU = 1, 2
+# of products and sums, whose roundings are nobody's definition here
+_FUSED = {"enable_fp_fusion": True}
 
 
 class _Cut(NamedTuple):
@@ -21,7 +23,7 @@ class _Cut(NamedTuple):
 
     grid: tuple[int, int]
     share: int
-    block: dict[str, int]
+    block: dict[str, Any]
 
 
 def _cut(x: Tensor, summed: bool) -> _Cut:
@@ -30,7 +32,7 @@ def _cut(x: Tensor, summed: bool) -> _Cut:
     wide = min(triton.next_power_of_2(channels), 128)
     high = max(1, _ELEMENTS // wide)
     share = high * max(2, triton.cdiv(triton.cdiv(rows, _SUM_BLOCKS), high)) if summed else high
-    return _Cut((triton.cdiv(channels, wide), triton.cdiv(rows, share)), share, {"HIGH": high, "WIDE": wide})
+    return _Cut((triton.cdiv(channels, wide), triton.cdiv(rows, share)), share, {"HIGH": high, "WIDE": wide, **_FUSED})
 
 
 @triton.jit
@@ -321,7 +323,7 @@ def bn_act_train(
     with torch.cuda.device_of(x):
         bn_statistics_kernel[tiles, blocks](x, residual, z, parts, rows, channels, share, ADD=add, **block)
         bn_finish_statistics_kernel[(channels,)](
-            parts, *vectors, table, table.shape[1], rows, channels, share, blocks, momentum, eps
+            parts, *vectors, table, table.shape[1], rows, channels, share, blocks, momentum, eps, **_FUSED
         )
         _normalize(x if z is None else z, None, None, y, table, activation)
 
@@ -380,7 +382,7 @@ def bn_act_backward(
                 grad, z, table, stride, parts, rows, channels, share, floor, SILU=silu, **block
             )
             bn_finish_sums_kernel[(channels,)](
-                parts, table, stride, grad_weight, grad_bias, found, rows, channels, blocks
+                parts, table, stride, grad_weight, grad_bias, found, rows, channels, blocks, **_FUSED
             )
             coefficients = found if train else None
         if grad_x is not None:

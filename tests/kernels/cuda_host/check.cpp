@@ -706,6 +706,53 @@ void check_bn_act(const BnCase& c) {
   }
 }
 
+// How often an array of the images' size goes from or to memory, forward and backward: docs/areas/operations.md.
+void check_bn_act_moves() {
+  for (const DType dtype : kDTypes) {
+    for (const bool train : {true, false}) {
+      for (const bool residual : {true, false}) {
+        test = std::string("moves of bn_act ") + name(dtype) + (train ? " train" : " eval") +
+               (residual ? " residual" : "");
+        const int64_t rows = 8192, channels = 64, count = rows * channels;
+        Array images[] = {{dtype, count}, {dtype, count}, {dtype, count}, {dtype, count}, {dtype, count}};
+        for (Array& image : images) image.fill(-1, 1);
+        Array table(DType::kFloat32, 4 * channels), running(DType::kFloat32, 2 * channels);
+        Array mask(DType::kFloat32, rows * channels / 32);
+        running.fill(0.5, 1);
+        auto* statistics = reinterpret_cast<float*>(running.data());
+        const BnAct a{images[0].data(),
+                      residual ? images[1].data() : nullptr,
+                      images[residual ? 2 : 0].data(),
+                      dtype,
+                      rows,
+                      channels,
+                      Activation::kRelu,
+                      reinterpret_cast<float*>(table.data()),
+                      channels};
+        const BnParameters p{nullptr, nullptr, statistics, statistics + channels, 0.1, 1e-5};
+        auto* bits = train ? nullptr : reinterpret_cast<uint8_t*>(mask.data());
+        const Array workspace(DType::kFloat32, cuda::bn_act_workspace_bytes(a) / 4);
+        const auto moves = [&](const auto& call) {
+          const int64_t before = emulator::bytes;
+          CHECK(call() == cudaSuccess);
+          return static_cast<double>(emulator::bytes - before) / static_cast<double>(count * size_of(dtype));
+        };
+        const double forward = moves([&] {
+          return train ? cuda::bn_act_train(a, p, images[3].data(), workspace.data(), nullptr)
+                       : cuda::bn_act_eval(a, p, images[3].data(), bits, nullptr);
+        });
+        // four rows of every block beforehand
+        const int expected = train ? (residual ? 5 : 3) : residual ? 4 : 2;
+        CHECK(forward >= expected && forward <= expected + 0.25);
+        const BnGradients g{
+            images[3].data(), residual ? images[1].data() : nullptr, bits, train, images[4].data(), nullptr, nullptr};
+        const double backward = moves([&] { return cuda::bn_act_backward(a, g, workspace.data(), nullptr); });
+        CHECK(backward == (train ? (residual ? 6 : 5) : residual ? 3 : 2));
+      }
+    }
+  }
+}
+
 void check_bn_acts() {
   for (const DType dtype : kDTypes) {
     for (const Activation activation : {Activation::kNone, Activation::kRelu, Activation::kSilu}) {
@@ -872,5 +919,6 @@ int main() {
     }
   }
   check_bn_acts();
+  check_bn_act_moves();
   std::puts("ok");
 }

@@ -13,6 +13,7 @@ Index threadIdx, blockIdx;
 namespace emulator {
 
 int launches = 0;
+int64_t bytes = 0;
 
 namespace {
 

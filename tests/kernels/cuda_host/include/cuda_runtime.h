@@ -17,6 +17,7 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __shared__ static
+#define AWP_COUNT_BYTES(count) emulator::bytes += static_cast<int64_t>(count)
 
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
@@ -44,6 +45,7 @@ extern Index threadIdx, blockIdx;
 
 namespace emulator {
 extern int launches;
+extern int64_t bytes;
 void run(unsigned blocks, unsigned threads, const std::function<void()>& kernel);
 void exchange(void* value, size_t bytes, int lanes);
 }  // namespace emulator

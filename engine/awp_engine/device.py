@@ -1,7 +1,5 @@
 """Where to compute, and in which memory format."""
 
-import ctypes
-
 import torch
 from torch import Tensor, nn
 
@@ -33,21 +31,6 @@ def choose_convolutions(device: torch.device, *, deterministic: bool = False) ->
     torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
     if torch.backends.cudnn.benchmark:
         torch.backends.cudnn.benchmark_limit = 0
-
-
-# of glibc's malloc.h; its largest number
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _LARGEST = -1, -3, 2**31 - 1
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep the memory that tensors on the CPU give back, where the C library can.
-
-    Else the system takes large blocks back at once, and clears them anew for every activation: 3% to 10% of a step.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _LARGEST)
-        mallopt(_M_TRIM_THRESHOLD, _LARGEST)
 
 
 class DelayedReadback:

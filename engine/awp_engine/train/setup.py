@@ -12,7 +12,7 @@ from awp_engine.attack import Attack, fast_attack
 from awp_engine.attack.checks import ball
 from awp_engine.config import AttackConfig, Config, ConfigError, config_hash
 from awp_engine.data import Augmentation, Batches, data_loading, load_data, load_extra, place_extra
-from awp_engine.device import choose_convolutions, choose_device, fast_memory_format, keep_freed_memory
+from awp_engine.device import choose_convolutions, choose_device, fast_memory_format
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.sharding import gather, shard
 from awp_engine.models import load_pretrained
@@ -113,8 +113,6 @@ def build_step(
     """
     ranks, awp = ranks or Ranks(), config.awp
     device = next(model.parameters()).device
-    if device.type == "cpu":
-        keep_freed_memory()
     precision = precision or choose_precision(config, device)
     require_ranks(config, ranks)
     distribute_(config, model, ranks, precision)

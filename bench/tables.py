@@ -110,8 +110,21 @@ def step_tables(result: Result) -> str:
             f"(quartiles) over the rounds. The method needs {work['forward_units']} forward passes' worth of work, "
             f"{work['step_tflop']:.3g} TFLOP a step, at the matrix product's rate {work['floor_seconds'] * 1e3:.3g} "
             f"ms; TFLOP/s counts that and no more, whatever an arm does. Ceilings: {matmul} TFLOP/s, copy "
-            f"{ceilings['copy_gb_per_s']:.3g} GB/s. Memory: {memory_text(result)}.",
+            f"{ceilings['copy_gb_per_s']:.3g} GB/s. Memory: {memory_text(result)}.{tf32_text(result)}",
         ]
+    )
+
+
+def tf32_text(result: Result) -> str:
+    """Which arms' fp32 convolutions and products round their operands to TF32; nothing where there is no such thing."""
+    if result["machine"]["device"] != "cuda":
+        return ""
+    told = {arm["name"]: arm["torch_settings"] for arm in result["arms"]}
+    convolutions = [name for name, found in told.items() if found["cudnn.allow_tf32"]]
+    products = [name for name, found in told.items() if found["float32_matmul_precision"] != "highest"]
+    return (
+        f" TF32 in fp32 convolutions: {', '.join(convolutions) or 'no arm'}; in fp32 products: "
+        f"{', '.join(products) or 'no arm'}."
     )
 
 

@@ -3,8 +3,8 @@
     python -m bench.ops.rates --device cuda --json rates.json
 
 3x3 convolutions of the models' widths in channels_last fp16 (on the CPU fp32): forward, gradient for the images,
-gradient for the weight, in TFLOP/s; batch normalisation with ReLU in train mode, in GB/s of what torch's own
-operations move.
+gradient for the weight, in TFLOP/s; a residual sum, batch normalisation by the batch and ReLU, forward and backward, by
+torch's operations and by `add_bn_act`, in GB/s of what each has to move.
 """
 
 import argparse
@@ -19,14 +19,16 @@ from torch.nn import functional
 from awp_engine.cli.command_line import OneLineParser
 from awp_engine.device import choose_convolutions
 from awp_engine.files.text import json_text
+from awp_kernels import add_bn_act
 from bench.clocks import seconds
 from bench.machine import describe_machine
 
 # channels @ height and width; the last one is the CPU's rehearsal
 _LAYERS = {"cuda": ((160, 32), (320, 16), (640, 8), (64, 32), (512, 4)), "cpu": ((8, 8),)}
 _BATCH, _REPEATS = {"cuda": 128, "cpu": 4}, {"cuda": 20, "cpu": 3}
-# tensors that torch moves: statistics r, normalise r + w, ReLU r + w; ReLU r2 + w, sums r2, gradient r2 + w
-_MOVES = {"forward": 5, "backward": 8}
+# tensors moved: sum r2 w, statistics r, normalise r w, ReLU r w; ReLU r2 w, sums r2, gradient r2 w, sum r2 w; and as
+# docs/areas/operations.md counts them
+_MOVES = {"torch": (8, 11), "add_bn_act": (5, 6)}
 
 
 def median_seconds(call: Callable[[], object], device: str) -> float:
@@ -57,27 +59,45 @@ def convolution(channels: int, size: int, device: str) -> dict[str, float]:
     return {name: work / median_seconds(call, device) for name, call in calls.items()}
 
 
-def normalisation(channels: int, size: int, device: str) -> dict[str, float]:
-    """GB/s of batch normalisation and ReLU, forward and backward."""
+def normalisation(channels: int, size: int, device: str) -> dict[str, dict[str, float]]:
+    """Seconds and GB/s of the sum, batch normalisation and ReLU, forward and backward, by each program."""
     dtype = torch.float16 if device == "cuda" else torch.float32
-    x = torch.randn(_BATCH[device], channels, size, size, device=device)
-    x = x.to(dtype=dtype, memory_format=torch.channels_last).requires_grad_()
+    x, residual = (
+        torch.randn(_BATCH[device], channels, size, size, device=device)
+        .to(dtype=dtype, memory_format=torch.channels_last)
+        .requires_grad_()
+        for _ in range(2)
+    )
     weight, bias = (torch.ones(channels, device=device, requires_grad=True) for _ in range(2))
     mean, variance = torch.zeros(channels, device=device), torch.ones(channels, device=device)
 
-    def forward() -> torch.Tensor:
-        return functional.relu(functional.batch_norm(x, mean, variance, weight, bias, training=True))
+    def plain() -> tuple[torch.Tensor, torch.Tensor]:
+        z = x + residual
+        return z, functional.relu(functional.batch_norm(z, mean, variance, weight, bias, training=True), inplace=True)
 
-    y = forward()
-    grad = torch.randn_like(y)
+    def fused() -> tuple[torch.Tensor, torch.Tensor]:
+        return add_bn_act(x, residual, weight, bias, mean, variance, training=True)
 
-    def backward() -> object:
-        return torch.autograd.grad(y, [x, weight, bias], grad, retain_graph=True)
+    found = {}
+    for name, forward in (("torch", plain), ("add_bn_act", fused)):
+        outputs = forward()
+        grads = [torch.randn_like(output) for output in outputs]
+        inputs = [x, residual, weight, bias]
 
-    return {
-        name: _MOVES[name] * x.nbytes / median_seconds(call, device) / 1e9
-        for name, call in (("forward", forward), ("backward", backward))
-    }
+        def backward(
+            outputs: tuple[torch.Tensor, ...] = outputs, grads: list[torch.Tensor] = grads, inputs: Any = inputs
+        ) -> object:
+            return torch.autograd.grad(outputs, inputs, grads, retain_graph=True)
+
+        taken = median_seconds(forward, device), median_seconds(backward, device)
+        moved = [moves * x.nbytes / 1e9 for moves in _MOVES[name]]
+        found[name] = {
+            "forward": moved[0] / taken[0],
+            "backward": moved[1] / taken[1],
+            "forward_seconds": taken[0],
+            "backward_seconds": taken[1],
+        }
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -90,12 +110,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     choose_convolutions(torch.device(arguments.device))
     result: dict[str, Any] = {"kind": "rates", "machine": describe_machine(arguments.device), "layers": []}
-    print("| layer | fprop, TFLOP/s | dgrad | wgrad | BN + ReLU forward, GB/s | backward |\n|---|---|---|---|---|---|")
+    print("| layer | fprop, TFLOP/s | dgrad | wgrad | torch's sum, BN, ReLU: GB/s | backward | add_bn_act | backward |")
+    print("|---|---|---|---|---|---|---|---|")
     for channels, size in _LAYERS[arguments.device]:
         layer = {"channels": channels, "size": size, "batch": _BATCH[arguments.device]}
         layer["tflops"] = convolution(channels, size, arguments.device)
         layer["gb_per_s"] = normalisation(channels, size, arguments.device)
-        numbers = [f"{value:.3g}" for value in (*layer["tflops"].values(), *layer["gb_per_s"].values())]
+        rates = [found[way] for found in layer["gb_per_s"].values() for way in ("forward", "backward")]
+        numbers = [f"{value:.3g}" for value in (*layer["tflops"].values(), *rates)]
         print(f"| {channels}@{size} | {' | '.join(numbers)} |", flush=True)
         result["layers"].append(layer)
         if arguments.json:

@@ -3,10 +3,11 @@
     python -m bench.step.step --model wrn-34-10 --batch-size 128 --method at-awp --against both --json step.json
     python -m bench.report step.json
 
-The arms are the engine, the public loop of 2020 (`public`), and what plain PyTorch with mixed precision gives in an
-afternoon (`eager`); see bench/step/arms/. Each has a process of its own, and they take turns, A B C A B C, so that a
-noisy neighbour disturbs all of them. The result is the median over the rounds of the ratio of their times. Images are
-random and lie on the device; PGD-10, Linf 8/255, step 2/255; gamma 0.005; SGD 0.1, momentum 0.9, weight decay 5e-4.
+The arms are the engine, the public loop of 2020 (`public`), what plain PyTorch with mixed precision gives in an
+afternoon (`eager`), and that with its model under torch.compile (`compile`); see bench/step/arms/. Each has a process
+of its own, and they take turns, A B C A B C, so that a noisy neighbour disturbs all of them. The result is the median
+over the rounds of the ratio of their times. Images are random and lie on the device; PGD-10, Linf 8/255, step 2/255;
+gamma 0.005; SGD 0.1, momentum 0.9, weight decay 5e-4.
 """
 
 import argparse
@@ -26,7 +27,14 @@ from awp_engine.config import ConfigError
 from awp_engine.files.text import json_text
 
 METHODS = ("at", "at-awp", "trades-awp")
-AGAINST = {"none": [], "public": ["public"], "eager": ["eager"], "both": ["public", "eager"]}
+AGAINST = {
+    "none": [],
+    "public": ["public"],
+    "eager": ["eager"],
+    "compile": ["compile"],
+    "both": ["public", "eager"],
+    "all": ["public", "eager", "compile"],
+}
 # what the update cannot do without, in fp32: SGD with momentum reads w, g, m and writes w, m
 UPDATE_BYTES = 20
 _PROG = "step.py"

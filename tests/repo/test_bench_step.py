@@ -17,10 +17,11 @@ from awp_engine.data import Batch
 from awp_engine.train.cost import forward_units
 from awp_kernels import pgd_init_, pgd_init_normal_
 from bench.step.arms import Settings, engine_config, necessary_units
-from bench.step.arms.eager import eager_arm
+from bench.step.arms.eager import compile_arm, eager_arm
 from bench.step.arms.engine import engine_arm
 from bench.step.arms.public import public_arm
 from bench.step.step import forward_flops, ratio, spread
+from bench.tables import tf32_text
 
 PARTS = ("attack", "ascent", "descent")
 SETTINGS = Settings(
@@ -112,6 +113,29 @@ def test_trades_awp_equals_the_formulas(arm_of):
     arm = arm_of(settings, model, autocast=False) if arm_of is eager_arm else arm_of(settings, model)
     started(arm, settings, given, 0).step(given, 0)
     assert_equal_weights(arm.model, expected)
+
+
+@pytest.mark.long
+def test_compiled_is_eager_to_rounding():
+    """Inductor compiles for a minute."""
+    settings, given = with_method("at-awp"), batch(0)
+    models = [settings.build_model().double(), settings.build_model().double()]
+    for model, arm_of in zip(models, (eager_arm, compile_arm), strict=True):
+        started(arm_of(settings, model, autocast=False), settings, given, 0).step(given, 0)
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_the_report_says_which_arms_use_tf32():
+    def arm(name, convolutions, products):
+        told = {"cudnn.allow_tf32": convolutions, "float32_matmul_precision": products}
+        return {"name": name, "torch_settings": told}
+
+    arms = [arm("engine", True, "highest"), arm("public", True, "high")]
+    assert tf32_text({"machine": {"device": "cpu"}, "arms": arms}) == ""
+    said = " TF32 in fp32 convolutions: engine, public; in fp32 products: public."
+    assert tf32_text({"machine": {"device": "cuda"}, "arms": arms}) == said
+    assert "convolutions: no arm" in tf32_text({"machine": {"device": "cuda"}, "arms": [arm("x", False, "highest")]})
 
 
 def test_eager_in_mixed_precision_is_near():

@@ -29,7 +29,7 @@ def _at_least_fp32(logits: Tensor) -> Tensor:
 
 
 class _EagerArm(PlainArm):
-    def __init__(self, settings: Settings, model: nn.Module, *, autocast: bool = True) -> None:
+    def __init__(self, settings: Settings, model: nn.Module, *, autocast: bool = True, compiled: bool = False) -> None:
         super().__init__(settings)
         device = torch.device(settings.device)
         cuda = device.type == "cuda"
@@ -38,6 +38,8 @@ class _EagerArm(PlainArm):
         self.memory_format = fast_memory_format(model, device)
         # torch's stub does not know the keyword
         self.model = model.to(device=device, memory_format=self.memory_format)  # pyright: ignore[reportCallIssue]
+        # parameters and modes stay the model's
+        self.network = torch.compile(self.model, dynamic=False) if compiled else self.model
         dtype = torch.float16 if cuda else torch.bfloat16
         self.autocast = torch.autocast(device.type, dtype, enabled=autocast)
         self.autocast_weights = torch.autocast(device.type, dtype, enabled=autocast and cuda)
@@ -79,12 +81,12 @@ class _EagerArm(PlainArm):
         self.model.requires_grad_(False)
         self.model.train(not self.settings.trades)
         with torch.no_grad(), self.autocast:
-            clean = F.log_softmax(_at_least_fp32(self.model(x)), dim=1) if self.settings.trades else None
+            clean = F.log_softmax(_at_least_fp32(self.network(x)), dim=1) if self.settings.trades else None
         x_adv = self.start(x)
         for _ in range(self.settings.steps):
             x_adv.requires_grad_()
             with self.autocast:
-                logits = _at_least_fp32(self.model(x_adv))
+                logits = _at_least_fp32(self.network(x_adv))
             # a sum: in fp16 the gradients of a mean would vanish
             if clean is None:
                 loss = F.cross_entropy(logits, y, reduction="sum")
@@ -99,8 +101,8 @@ class _EagerArm(PlainArm):
     def _backward(self, x_adv: Tensor, x: Tensor, y: Tensor) -> None:
         self.optimizer.zero_grad()
         with self.autocast_weights:
-            logits = _at_least_fp32(self.model(x_adv))
-            clean = _at_least_fp32(self.model(x)) if self.settings.trades else None
+            logits = _at_least_fp32(self.network(x_adv))
+            clean = _at_least_fp32(self.network(x)) if self.settings.trades else None
         if clean is None:
             loss = F.cross_entropy(logits, y)
         else:
@@ -123,3 +125,8 @@ class _EagerArm(PlainArm):
 def eager_arm(settings: Settings, model: nn.Module, *, autocast: bool = True) -> Arm:
     """The method in plain PyTorch with mixed precision; `autocast` False keeps it in fp32."""
     return _EagerArm(settings, model, autocast=autocast)
+
+
+def compile_arm(settings: Settings, model: nn.Module, *, autocast: bool = True) -> Arm:
+    """The same, with the model under torch.compile."""
+    return _EagerArm(settings, model, autocast=autocast, compiled=True)

@@ -425,7 +425,8 @@ def active(model: nn.Module, x: Tensor) -> list[Tensor]:
     found, model = [], copy.deepcopy(model)
     for layer in model.modules():
         if isinstance(layer, ActivatedBatchNorm):
-            layer.register_forward_hook(lambda _, __, y: found.append(y > 0))
+            # of a sum and what becomes of it, the latter
+            layer.register_forward_hook(lambda _, __, y: found.append((y[1] if isinstance(y, tuple) else y) > 0))
     with torch.no_grad():
         model(x)
     return found

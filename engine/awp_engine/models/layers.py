@@ -70,18 +70,14 @@ class ActivatedBatchNorm(BatchNorm):
         self.kind: Activation = activation
         self.activation = make_activation(activation)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """[N, C, H, W] -> the same."""
-        if not self._is_fused(input):
-            return self.activation(super().forward(input))
-        return bn_act(input, **self._settings())
-
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """X + residual, and what `forward` makes of it, all [N, C, H, W]."""
-        if not self._is_fused(x):
-            z = x + residual
-            return z, self(z)
-        return add_bn_act(x, residual, **self._settings())
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Any:
+        """[N, C, H, W] -> the same; given a residual, also of that shape, (input + residual, what becomes of it)."""
+        if self._is_fused(input):
+            settings = self._settings()
+            return bn_act(input, **settings) if residual is None else add_bn_act(input, residual, **settings)
+        z = input if residual is None else input + residual
+        y = self.activation(super().forward(z))
+        return y if residual is None else (z, y)
 
     def _is_fused(self, input: Tensor) -> bool:
         # fewer channels than a vector has lanes are slower
@@ -108,8 +104,8 @@ class ActivatedBatchNorm(BatchNorm):
 
 
 def pre_activated(norm: ActivatedBatchNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """X and the sum that still waits for it, which the normalisation takes: the sum, and its activation."""
-    return (x, norm(x)) if residual is None else norm.add(x, residual)
+    """The sum of x and what still waits to be added, which the normalisation takes, and its activation."""
+    return (x, norm(x)) if residual is None else norm(x, residual)
 
 
 class Conv3x3(nn.Conv2d):

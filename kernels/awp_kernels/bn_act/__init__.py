@@ -235,7 +235,7 @@ def _compute(
     running_var: Tensor | None,
     rule: _Rule,
 ) -> tuple[Tensor, Tensor]:
-    """Z and y."""
+    """The sum z, and y."""
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     _check(x, residual, vectors, rule)
     # torch 2.13's backward pass reads strided parameters as if they were contiguous
@@ -312,7 +312,7 @@ def add_bn_act(
     eps: float = 1e-5,
     activation: Activation = "relu",
 ) -> tuple[Tensor, Tensor]:
-    """Z = x + residual, and activation(batch_norm(z)): a pre-activation network's sum and what follows it.
+    """The sum z = x + residual, and activation(batch_norm(z)): what a pre-activation network does between convolutions.
 
     The sum is taken while its statistics are, and its gradient is added where that of the normalisation is written.
 

@@ -25,7 +25,7 @@ def bn_act(
     eps: float,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """Z = x + residual and activation(batch_norm(z))."""
+    """The sum z = x + residual, and activation(batch_norm(z))."""
     z = x if residual is None else x + residual
     normalized = functional.batch_norm(z, running_mean, running_var, weight, bias, training, momentum, eps)
     # z itself where nothing was computed: what follows may write to it

@@ -257,6 +257,16 @@ torch.testing.assert_close(found, expected)
     subprocess.run([sys.executable, "-c", code], env=os.environ | {"AWP_CPU": "avx2"}, check=True, timeout=120)
 
 
+def test_a_backend_forced_between_the_passes_does_not_tear_them_apart():
+    tensors = samples(3, 16, 4, 4)
+    x = tensors["x"].requires_grad_()
+    y = bn_act(**tensors, training=False)
+    (expected,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    with use_backend("reference"):
+        (found,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(found, expected)
+
+
 def test_only_the_bias_of_a_layer_without_weight():
     """Autograd counts the inputs that are tensors."""
     x, bias = samples(3, 5, 4, 4)["x"].requires_grad_(), randn(5).requires_grad_()

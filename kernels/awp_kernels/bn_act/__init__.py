@@ -76,17 +76,16 @@ def _check(x: Tensor, residual: Tensor | None, vectors: dict[str, Tensor | None]
                 f"{tuple(residual.shape)}"
             )
         _checks.same_device("residual", residual, "x", x)
-    for name, tensor in vectors.items():
-        if tensor is not None:
-            _checks.image_operand(name, tensor)
-        if tensor is not None and (tensor.ndim != 1 or tensor.shape[0] != channels):
+    given = {name: tensor for name, tensor in vectors.items() if tensor is not None}
+    for name, tensor in given.items():
+        _checks.image_operand(name, tensor)
+        if tensor.ndim != 1 or tensor.shape[0] != channels:
             raise ValueError(f"{name}: expected {channels} values, one a channel of x, got {tuple(tensor.shape)}")
-        if tensor is not None:
-            _checks.same_device(name, tensor, "x", x)
-    for name in ("running_mean", "running_var"):
-        if (tensor := vectors[name]) is not None and not tensor.is_contiguous():
+        _checks.same_device(name, tensor, "x", x)
+    for name in [name for name in ("running_mean", "running_var") if name in given]:
+        if not (tensor := given[name]).is_contiguous():
             raise ValueError(f"{name}: expected contiguous values, got strides {tensor.stride()}")
-        if tensor is not None and tensor.requires_grad:
+        if tensor.requires_grad:
             raise ValueError(f"{name}: expected statistics without a gradient, got requires_grad=True; detach them")
     if (vectors["running_mean"] is None) != (vectors["running_var"] is None):
         raise ValueError("running_var: expected together with running_mean, or neither")
@@ -185,6 +184,8 @@ class _BnAct(torch.autograd.Function):
         want_mask = rule.activation == "relu" and not rule.training and frozen
         z, y, table, mask = _forward(x, residual, weight, bias, running_mean, running_var, rule, want_mask)
         ctx.save_for_backward(None if mask is not None else z, table, mask, weight, bias)
+        # the backend that made the table and the mask, whatever is forced by then
+        ctx.backend = serving(x)
         ctx.rule, ctx.has_residual = rule, residual is not None
         ctx.edges = _images.edges(x, residual, weight, bias)
         ctx.set_materialize_grads(False)
@@ -212,7 +213,7 @@ class _BnAct(torch.autograd.Function):
             grad.new_empty(grad.shape[1], dtype=torch.float32) if want else None for want in (wanted[2], wanted[3])
         ]
         kind = _ACTIVATIONS.index(ctx.rule.activation)
-        run = _implementation(serving(grad))
+        run = _implementation(ctx.backend)
         run.bn_act_backward(grad, grad_z, z, table, mask, kind, ctx.rule.training, of_x, *vectors)
         return *(of_x if want else None for want in wanted[:2]), *vectors, *rest
 

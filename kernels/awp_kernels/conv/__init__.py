@@ -246,8 +246,10 @@ class _Stem3x3(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         wants_x, wants_weight = needed(ctx, 0), needed(ctx, 1)
-        by_torch = not _images.once(grad, x, weight)
-        _, grad_weight = grad_x, _ = _differentiable(grad.float(), x, weight, (wants_x and by_torch, wants_weight))
+        by_torch, grad_x, grad_weight = wants_x and not _images.once(grad, x, weight), None, None
+        # an attack's pass gets by without a copy of the gradient in fp32
+        if by_torch or wants_weight:
+            grad_x, grad_weight = _differentiable(grad.float(), x, weight, (by_torch, wants_weight))
         if wants_x and not by_torch:
             grad_x = _channels_last((len(grad), weight.shape[1], *grad.shape[2:]), torch.float32)
             grad = grad.contiguous(memory_format=torch.channels_last)

@@ -1,5 +1,7 @@
 """bn_act against torch's batch normalisation and ReLU in fp64."""
 
+import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
+from awp_engine.models.layers import BatchNorm
 from awp_kernels import add_bn_act, bn_act, bn_act_available, use_backend
 from awp_kernels._images import operations
 
@@ -288,6 +291,29 @@ def test_a_sum_that_only_the_shortcut_reads(mode):
     (both,) = torch.autograd.grad([z, y], x, [grad, grad], retain_graph=True)
     (through,) = torch.autograd.grad(y, x, grad)
     torch.testing.assert_close(both, grad + through)
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("shape", [(3, 4, 1, 5), (3, 4, 5, 1), (1, 4, 5, 6), (1, 4, 1, 5)], ids=str)
+def test_gradients_whatever_the_strides_of_size_1(shape, mode):
+    """torch's own, of the reference and of the models' layers; torch 2.13's take some images for another order."""
+    tensors = {name: t.double() for name, t in samples(*shape).items()}
+    x, grad = tensors.pop("x"), randn(*shape, seed=5).double()
+    layer = BatchNorm(4).double().train(MODES[mode])
+    layer.load_state_dict(tensors, strict=False)
+    normalise = functools.partial(bn_act, **tensors, training=MODES[mode], activation="none")
+    flat, rest = x.flatten(2).requires_grad_(), (tensors[f"running_{name}"].clone() for name in ("mean", "var"))
+    y = functional.batch_norm(flat, *rest, tensors["weight"], tensors["bias"], MODES[mode])
+    (exact,) = torch.autograd.grad(y, flat, grad.flatten(2))
+
+    def laid(images: Tensor, order: tuple[int, ...]) -> Tensor:
+        return images.permute(order).contiguous().permute([order.index(i) for i in range(4)])
+
+    for order, of_grad in itertools.product(itertools.permutations(range(4)), repeat=2):
+        image = laid(x, order).detach().requires_grad_()
+        for function in (normalise, layer):
+            (found,) = torch.autograd.grad(function(image), image, laid(grad, of_grad))
+            torch.testing.assert_close(found, exact.view_as(x))
 
 
 MISUSE = {

@@ -5,6 +5,7 @@ gathers all of it by name. The definition computes the same in any precision: in
 with, in the arguments' own dtype it is plain PyTorch, whose error is the yardstick.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from awp_kernels import (
     stem3x3,
     total_norm,
 )
+from awp_kernels.bn_act.reference import in_one_order
 from awp_kernels.philox import STREAM_AUGMENT, STREAM_CUTOUT, normals, sample_words, uniform_integers
 
 Shape = tuple[int, ...]
@@ -464,7 +466,7 @@ def _plain_bn_act(
     if residual is not None and rest.get("stored"):
         z = z + (z.to(rest["stored"]).to(z.dtype) - z).detach()
     rest.pop("stored", None)
-    u = functional.batch_norm(z, training=training, **rest)
+    u = in_one_order(functools.partial(functional.batch_norm, training=training, **rest), z)
     y = {"relu": functional.relu, "silu": functional.silu, "none": torch.clone}[activation](u)
     return {"y": y} if residual is None else {"z": z, "y": y}
 

@@ -17,6 +17,7 @@ from awp_kernels import (
     stem3x3,
     stem3x3_available,
 )
+from awp_kernels.bn_act.reference import in_one_order
 
 Activation = Literal["relu", "silu"]
 
@@ -55,7 +56,11 @@ class BatchNorm(nn.BatchNorm2d):
             from awp_engine.models.sync_batch_norm import synchronized_batch_norm
 
             return synchronized_batch_norm(self, input)
-        return super().forward(input)
+        super()._check_input_dim(input)
+        return in_one_order(super().forward, input)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Nothing more to be checked."""
 
 
 class ActivatedBatchNorm(BatchNorm):

@@ -315,17 +315,17 @@ awp::BnAct bn_act_arguments(const void* x, const void* residual, void* z, const 
 
 template <class Device>
 void bn_act_train(Tensor x, Optional residual, Optional weight, Optional bias, Optional running_mean,
-                  Optional running_var, double momentum, double eps, int64_t activation, Optional z, Tensor y,
-                  Tensor table) {
+                  Optional running_var, double momentum, double eps, int64_t activation, Optional z, Optional y,
+                  Tensor table, Optional statistics) {
   void* sum = z ? z->data_ptr() : x.data_ptr();
   const awp::BnParameters parameters{data_of<float>(weight),
                                      data_of<float>(bias),
                                      data_of<float>(running_mean),
                                      data_of<float>(running_var),
                                      momentum,
-                                     eps};
-  Device(x).train(bn_act_arguments(x.data_ptr(), data_of(residual), sum, x, activation, table), parameters,
-                  y.data_ptr());
+                                     eps,
+                                     data_of<double>(statistics)};
+  Device(x).train(bn_act_arguments(x.data_ptr(), data_of(residual), sum, x, activation, table), parameters, data_of(y));
 }
 
 template <class Device>
@@ -337,17 +337,22 @@ void bn_act_eval(Tensor x, Optional residual, Optional weight, Optional bias, Te
                                      static_cast<float*>(running_mean.data_ptr()),
                                      static_cast<float*>(running_var.data_ptr()),
                                      0,
-                                     eps};
+                                     eps,
+                                     nullptr};
   Device(x).eval(bn_act_arguments(x.data_ptr(), data_of(residual), sum, x, activation, table), parameters, y.data_ptr(),
                  data_of<uint8_t>(mask));
 }
 
 template <class Device>
 void bn_act_backward(Tensor grad, Optional grad_z, Optional z, Tensor table, Optional mask, int64_t activation,
-                     bool train, Optional grad_x, Optional grad_weight, Optional grad_bias) {
-  const awp::BnGradients gradients{grad.data_ptr(),          data_of(grad_z),
-                                   data_of<uint8_t>(mask),   train,
-                                   data_of(grad_x),          data_of<float>(grad_weight),
+                     bool train, Optional coefficients, Optional grad_x, Optional grad_weight, Optional grad_bias) {
+  const awp::BnGradients gradients{grad.data_ptr(),
+                                   data_of(grad_z),
+                                   data_of<uint8_t>(mask),
+                                   train,
+                                   data_of<float>(coefficients),
+                                   data_of(grad_x),
+                                   data_of<float>(grad_weight),
                                    data_of<float>(grad_bias)};
   Device(grad).run(bn_act_arguments(nullptr, nullptr, data_of(z), grad, activation, table), gradients);
 }
@@ -373,15 +378,15 @@ void bn_act_backward(Tensor grad, Optional grad_z, Optional z, Tensor table, Opt
       "float radius, int norm, float low, float high) -> ()");                                                       \
   m.def(                                                                                                             \
       "bn_act_train(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "            \
-      "Tensor(b!)? running_var, float momentum, float eps, int activation, Tensor(c!)? z, Tensor(d!) y, "            \
-      "Tensor(e!) table) -> ()");                                                                                    \
+      "Tensor(b!)? running_var, float momentum, float eps, int activation, Tensor(c!)? z, Tensor(d!)? y, "           \
+      "Tensor(e!) table, Tensor(f!)? statistics) -> ()");                                                            \
   m.def(                                                                                                             \
       "bn_act_eval(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor running_mean, "                  \
       "Tensor running_var, float eps, int activation, Tensor(a!)? z, Tensor(b!) y, Tensor(c!) table, "               \
       "Tensor(d!)? mask) -> ()");                                                                                    \
   m.def(                                                                                                             \
       "bn_act_backward(Tensor grad, Tensor? grad_z, Tensor? z, Tensor table, Tensor? mask, int activation, "         \
-      "bool train, Tensor(a!)? grad_x, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> ()")
+      "bool train, Tensor? coefficients, Tensor(a!)? grad_x, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> ()")
 
 STABLE_TORCH_LIBRARY(awp_cpp, m) {
   AWP_DEFINE_OPERATIONS(m);

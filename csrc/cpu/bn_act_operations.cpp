@@ -98,6 +98,10 @@ void bn_act_train(const BnAct& a, const BnParameters& p, void* y, const Parallel
     const double spread = totals[a.stride + c] - totals[c] * distance;
     const double squares = spread < 0 ? 0 : spread;  // rounding could make it negative; NaN stays
     fill_table(a, p, c, mean, squares / rows);
+    if (p.statistics) {
+      p.statistics[c] = mean;
+      p.statistics[a.channels + c] = squares;
+    }
     if (p.running_mean) {
       p.running_mean[c] = static_cast<float>((1 - p.momentum) * p.running_mean[c] + p.momentum * mean);
     }
@@ -106,7 +110,7 @@ void bn_act_train(const BnAct& a, const BnParameters& p, void* y, const Parallel
       p.running_variance[c] = static_cast<float>((1 - p.momentum) * p.running_variance[c] + p.momentum * unbiased);
     }
   }
-  normalize(a, false, y, nullptr, parallel_for);
+  if (y) normalize(a, false, y, nullptr, parallel_for);
 }
 
 void bn_act_eval(const BnAct& a, const BnParameters& p, void* y, uint8_t* mask, const ParallelFor& parallel_for) {
@@ -117,7 +121,8 @@ void bn_act_eval(const BnAct& a, const BnParameters& p, void* y, uint8_t* mask, 
 void bn_act_backward(const BnAct& a, const BnGradients& g, const ParallelFor& parallel_for) {
   const Blocks blocks(a, 64);  // longer fp32 sums lose digits
   std::vector<float> coefficients;
-  if (!g.mask && (g.train || g.weight || g.bias)) {
+  const bool own = g.train && !g.coefficients;
+  if (!g.mask && (own || g.weight || g.bias)) {
     std::vector<float> parts(blocks.count * 2 * a.stride);
     for_each_block(blocks, parallel_for, [&](int64_t block, int64_t begin, int64_t end) {
       kernels()->sums(a, g.y, begin, end, parts.data() + block * 2 * a.stride);
@@ -138,7 +143,7 @@ void bn_act_backward(const BnAct& a, const BnGradients& g, const ParallelFor& pa
   }
   if (!g.x) return;
   for_each_block(blocks, parallel_for, [&](int64_t, int64_t begin, int64_t end) {
-    kernels()->grad_x(a, g, g.train ? coefficients.data() : nullptr, begin, end);
+    kernels()->grad_x(a, g, own ? coefficients.data() : g.coefficients, begin, end);
   });
 }
 

@@ -298,6 +298,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   table[kBnInvstd * l.a.stride] = static_cast<float>(invstd);
   table[kBnScale * l.a.stride] = static_cast<float>((p.weight != nullptr ? p.weight[channel] : 1.0f) * invstd);
   table[kBnBias * l.a.stride] = p.bias != nullptr ? p.bias[channel] : 0.0f;
+  if (p.statistics != nullptr) {
+    p.statistics[channel] = mean;
+    p.statistics[l.a.channels + channel] = squares;
+  }
   const auto move = [&](float* running, double value) {
     if (running == nullptr) return;
     running[channel] = static_cast<float>((1 - p.momentum) * running[channel] + p.momentum * value);
@@ -379,7 +383,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   });
 }
 
-// A warp adds up a channel's parts: coefficients[2][channels] of the gradient for x, and those for weight and bias.
+// A warp adds up a channel's parts: coefficients[2][stride] of the gradient for x, and those for weight and bias.
 __global__ void __launch_bounds__(kThreads, 2)
     bn_finish_sums(const __grid_constant__ BnLaunch l, const __grid_constant__ BnGradients g, const float* parts,
                    float* coefficients) {
@@ -396,7 +400,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (!inside || threadIdx.x % kWarp != 0) return;
   const double rows = static_cast<double>(l.a.rows), invstd = l.a.table[kBnInvstd * l.a.stride + channel];
   coefficients[channel] = static_cast<float>(total.weight / rows);
-  coefficients[l.a.channels + channel] = static_cast<float>(total.grad * invstd * invstd / rows);
+  coefficients[l.a.stride + channel] = static_cast<float>(total.grad * invstd * invstd / rows);
   if (g.weight != nullptr) g.weight[channel] = static_cast<float>(total.grad * invstd);
   if (g.bias != nullptr) g.bias[channel] = static_cast<float>(total.weight);
 }
@@ -414,7 +418,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       constant[i] = coefficients[at.channel + i];
-      slope[i] = coefficients[l.a.channels + at.channel + i];
+      slope[i] = coefficients[l.a.stride + at.channel + i];
     }
   }
   const float floor = floor_of(l.a.activation);
@@ -490,7 +494,7 @@ cudaError_t normalize(const BnAct& a, const BnParameters& p, void* y, uint8_t* m
 }  // namespace
 
 int64_t bn_act_workspace_bytes(const BnAct& a) {
-  return (3 * sum_blocks(a) + 2) * a.channels * static_cast<int64_t>(sizeof(float));
+  return (3 * sum_blocks(a) * a.channels + 2 * a.stride) * static_cast<int64_t>(sizeof(float));
 }
 
 cudaError_t bn_act_train(const BnAct& a, const BnParameters& p, void* y, void* workspace, cudaStream_t stream) {
@@ -509,7 +513,7 @@ cudaError_t bn_act_train(const BnAct& a, const BnParameters& p, void* y, void* w
                       static_cast<const float*>(parts));
       },
       a.x, a.residual, static_cast<const void*>(a.z));
-  if (error != cudaSuccess) return error;
+  if (error != cudaSuccess || y == nullptr) return error;
   BnParameters by_table = p;
   by_table.running_mean = by_table.running_variance = nullptr;
   return normalize(a, by_table, y, nullptr, stream);
@@ -520,14 +524,15 @@ cudaError_t bn_act_eval(const BnAct& a, const BnParameters& p, void* y, uint8_t*
 }
 
 cudaError_t bn_act_backward(const BnAct& a, const BnGradients& g, void* workspace, cudaStream_t stream) {
-  float *coefficients = static_cast<float*>(workspace), *parts = coefficients + 2 * a.channels;
+  float *coefficients = static_cast<float*>(workspace), *parts = coefficients + 2 * a.stride;
+  const bool own = g.train && g.coefficients == nullptr;
   return by_width(
       a,
       [&](auto dtype, auto pack) {
         using T = typename decltype(dtype)::type;
         constexpr int N = decltype(pack)::value;
         return by_flag(a.activation == Activation::kSilu, [&](auto silu) {
-          if (g.mask == nullptr && (g.train || g.weight != nullptr || g.bias != nullptr)) {
+          if (g.mask == nullptr && (own || g.weight != nullptr || g.bias != nullptr)) {
             const BnLaunch l{a, cut(a, N == kPack, true)};
             cudaError_t error =
                 launch(bn_gradient_sums<N, T, silu.value>, l.cut.tiles * l.cut.blocks, kThreads, stream, l, g.y, parts);
@@ -539,7 +544,7 @@ cudaError_t bn_act_backward(const BnAct& a, const BnGradients& g, void* workspac
           if (g.x == nullptr) return cudaSuccess;
           const BnLaunch l{a, cut(a, N == kPack, false)};
           return launch(bn_gradient<N, T, silu.value>, l.cut.tiles * l.cut.blocks, kThreads, stream, l, g,
-                        static_cast<const float*>(g.train ? coefficients : nullptr));
+                        own ? static_cast<const float*>(coefficients) : g.coefficients);
         });
       },
       static_cast<const void*>(a.z), g.y, g.z, static_cast<const void*>(g.x));

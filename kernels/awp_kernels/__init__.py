@@ -18,6 +18,7 @@ from awp_kernels.awp import AdversarialWeightPerturbation as AdversarialWeightPe
 from awp_kernels.awp import asam as asam
 from awp_kernels.awp import every_parameter as every_parameter
 from awp_kernels.awp import sam as sam
+from awp_kernels.bn_act import Ranks as Ranks
 from awp_kernels.bn_act import add_bn_act as add_bn_act
 from awp_kernels.bn_act import bn_act as bn_act
 from awp_kernels.bn_act import bn_act_available as bn_act_available
@@ -43,6 +44,7 @@ __version__ = (Path(__file__).parent / "VERSION").read_text().strip()
 __all__ = [
     "SGD",
     "AdversarialWeightPerturbation",
+    "Ranks",
     "add_bn_act",
     "asam",
     "augment",

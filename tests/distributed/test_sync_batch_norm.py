@@ -11,7 +11,7 @@ from awp_engine.attack import pgd
 from awp_engine.models import PreActResNet, build_model
 from awp_engine.models.batch_norm import batch_norm_mode, recompute_statistics, share_memory, synchronize
 from awp_engine.models.layers import ActivatedBatchNorm
-from awp_kernels import use_backend
+from awp_kernels import bn_act_available, use_backend
 
 # images a rank: unequal, and one rank without any
 SHARDS = {2: [5, 2], 4: [3, 0, 1, 4]}
@@ -49,6 +49,17 @@ def layer_pass(normalise: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> l
     return [out.detach(), *gradients]
 
 
+def sum_pass(normalise: nn.Module, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
+    """Likewise of a sum and what becomes of it, both of which are read."""
+    x.requires_grad_(), residual.requires_grad_()
+    z, out = normalise(x, residual)
+    # what the kernels serve is one operation, without the sum or the activation beside it
+    fused = bn_act_available(x, normalise.weight, normalise.bias)
+    assert fused == (type(out.grad_fn).__name__ == "_BnActBackward")
+    loss = (out * weight).sum() + (z * weight.flip(1)).sum()
+    return [z.detach(), out.detach(), *torch.autograd.grad(loss, [x, residual, normalise.weight, normalise.bias])]
+
+
 def model_pass(network: nn.Module, x: torch.Tensor, moved: torch.Tensor) -> list[torch.Tensor]:
     """Two forward passes in one graph, as TRADES has them: logits, gradients for both images and for the weights."""
     x.requires_grad_(), moved.requires_grad_()
@@ -76,6 +87,8 @@ def _all_of_a_rank(rank, world):
         x = images(len(whole), mean=300 if dtype == torch.float32 else 3).to(dtype)
         outputs = layer_pass(normalise, shard(x, rank, world), shard(images(len(whole), seed=2), rank, world).to(dtype))
         results[str(dtype)] = outputs, buffers(normalise)
+        residual, weight = (shard(images(len(whole), seed=seed).to(dtype), rank, world) for seed in (3, 2))
+        results[f"{dtype} sum"] = sum_pass(normalise, shard(x, rank, world), residual, weight), buffers(normalise)
 
     # refused by every rank before it waits for the others
     normalise, x = layer(), shard(whole, rank, world).requires_grad_()
@@ -169,17 +182,25 @@ def test_statistics_have_the_same_bits_on_all_ranks(ranks):
                 assert all(map(torch.equal, statistics, result[name][1]))
 
 
+@pytest.mark.parametrize("name", ["", " sum"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_lower_precision_is_as_exact_as_torch(ranks, dtype):
+def test_lower_precision_is_as_exact_as_torch(ranks, dtype, name):
     """The error against fp64 is at most twice that of nn.BatchNorm2d in the same precision; fp32 far from 0."""
     total = sum(SHARDS[len(ranks)])
-    outputs, statistics = joined(ranks, str(dtype), 2)
+    outputs, statistics = joined(ranks, str(dtype) + name, 4 if name else 2)
     x, weight = images(total, mean=300 if dtype == torch.float32 else 3).to(dtype), images(total, seed=2).to(dtype)
 
     def run(precision, of_images):
-        made = layer(dtype=precision)
+        made, image = layer(dtype=precision), x.detach().to(of_images)
         with use_backend("reference"):
-            return [*layer_pass(made, x.detach().to(of_images), weight.to(of_images)), *buffers(made)]
+            found = layer_pass(made, image, weight.to(of_images))
+            if name:
+                added = images(total, seed=3).to(dtype)
+                # what is normalised is the sum as it is stored
+                stored = (x.detach() + added).to(dtype)
+                rest = (stored.to(of_images) - image.detach()) if precision == torch.float64 else added
+                found = sum_pass(made, image.detach(), rest.detach(), weight.to(of_images))
+            return [*found, *buffers(made)]
 
     exact, plain = run(torch.float64, torch.float64), run(torch.float32, dtype)
     assert outputs[0].dtype == outputs[1].dtype == dtype

@@ -5,6 +5,8 @@ import itertools
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from awp_engine.models.layers import BatchNorm
-from awp_kernels import add_bn_act, bn_act, bn_act_available, use_backend
+from awp_kernels import Ranks, add_bn_act, bn_act, bn_act_available, use_backend
 from awp_kernels._images import operations
 
 pytestmark = [
@@ -316,7 +318,82 @@ def test_gradients_whatever_the_strides_of_size_1(shape, mode):
             torch.testing.assert_close(found, exact.view_as(x))
 
 
+class Exchange:
+    """Ranks that are threads."""
+
+    def __init__(self, world: int) -> None:
+        self.barrier, self.values = threading.Barrier(world, timeout=10), [torch.empty(0)] * world
+
+    def of(self, rank: int) -> Ranks:
+        def gather(values: Tensor) -> Tensor:
+            self.values[rank] = values
+            self.barrier.wait()
+            gathered = torch.stack(self.values)
+            self.barrier.wait()
+            return gathered
+
+        return Ranks(gather, lambda values: gather(values).sum(0))
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_ranks_that_hold_one_value_many_or_none(backend, activation):
+    """Against one batch in fp64: results, running statistics, gradients of the sum of all losses."""
+    channels, parts = 20, [(1, 1, 1), (5, 4, 3), (0, 4, 3), (2, 2, 6)]
+    tensors = samples(1, channels, 1, 1)
+    exchange, names = Exchange(len(parts)), ("x", "residual", "weight", "bias")
+
+    def part(rank: int) -> dict[str, Tensor]:
+        samples, height, width = parts[rank]
+        shape = samples, channels, height, width
+        images = {name: randn(*shape, seed=10 * rank + i) + 3 * rank for i, name in enumerate(("x", "residual"))}
+        grads = {name: randn(*shape, seed=10 * rank + i) for i, name in ((2, "grad_z"), (3, "grad"))}
+        return {**{k: t.clone() for k, t in tensors.items()}, **images, **grads}
+
+    def run(rank: int) -> dict[str, Tensor]:
+        given = part(rank)
+        grads = given.pop("grad_z"), given.pop("grad")
+        inputs = [given[name].requires_grad_() for name in names]
+        z, y = add_bn_act(**given, training=True, momentum=0.3, activation=activation, ranks=exchange.of(rank))
+        found = dict(zip(names, torch.autograd.grad([z, y], inputs, grads), strict=True))
+        return {"y": y.detach(), **found, **{name: given[name] for name in ("running_mean", "running_var")}}
+
+    with use_backend(backend), ThreadPoolExecutor(len(parts)) as pool:
+        ours = list(pool.map(run, range(len(parts))))
+
+    def rows(name: str, of: list[dict[str, Tensor]]) -> Tensor:
+        return torch.cat([each[name].movedim(1, -1).reshape(-1, channels) for each in of]).double()
+
+    whole = list(map(part, range(len(parts))))
+    x, residual, weight, bias = (
+        t.requires_grad_()
+        for t in (rows("x", whole), rows("residual", whole), *(tensors[n].double() for n in names[2:]))
+    )
+    mean, var = tensors["running_mean"].double(), tensors["running_var"].double()
+    z = x + residual
+    u = functional.batch_norm(z, mean, var, weight, bias, True, 0.3)
+    y = {"none": u, "relu": u.relu(), "silu": functional.silu(u)}[activation]
+    grads = torch.autograd.grad([z, y], [x, residual, weight, bias], [rows("grad_z", whole), rows("grad", whole)])
+    assert error(rows("y", ours), y) <= 1e-6
+    for name, exact in zip(names, grads, strict=True):
+        found = rows(name, ours) if name in names[:2] else sum(each[name] for each in ours)
+        assert error(found, exact) <= 2e-6, name
+    for name, exact in (("running_mean", mean), ("running_var", var)):
+        assert error(ours[0][name], exact) <= 2e-7
+        assert all(torch.equal(each[name], ours[0][name]) for each in ours)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_over_ranks_second_derivatives_are_refused(backend):
+    x = samples(2, 16, 3, 3)["x"].requires_grad_()
+    with use_backend(backend):
+        y = bn_act(x, training=True, ranks=Exchange(1).of(0))
+        with pytest.raises(RuntimeError, match="create_graph=True"):
+            torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
 MISUSE = {
+    "ranks: expected with training=True": {"training": False, "ranks": Exchange(1).of(0)},
     "x: expected a batch": {"x": randn(3, 4)},
     "x: expected a floating-point tensor": {"x": torch.ones(2, 4, 3, 3, dtype=torch.int32)},
     "x: expected more than one value a channel": {"x": randn(1, 4, 1, 1)},

@@ -329,17 +329,18 @@ def test_augment_of_odd_sizes(compiled, shape):
 @pytest.mark.parametrize("summed", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_normalisation(compiled, dtype, summed, activation):
-    """Forward and backward, by the batch and by running statistics."""
+    """Forward and backward, by the batch, whole or in halves, and by running statistics."""
     x = torch.zeros(16, 64, 8, 8, dtype=dtype).contiguous(memory_format=torch.channels_last)
     channels, table = torch.zeros(64), torch.zeros(4, 64)
     residual, z = (x, x) if summed else (None, None)
     module = import_module("awp_kernels.bn_act.triton")
 
     def launch() -> None:
-        module.bn_act_train(x, residual, channels, channels, channels, channels, 0.1, 1e-5, activation, z, x, table)
+        for y, statistics in ((x, None), (None, torch.zeros(2, 64, dtype=torch.float64))):
+            module.bn_act_train(x, residual, *[channels] * 4, 0.1, 1e-5, activation, z, y, table, statistics)
         module.bn_act_eval(x, residual, channels, channels, channels, channels, 1e-5, activation, z, x, table, None)
-        for train in (True, False):
-            module.bn_act_backward(x, residual, x, table, None, activation, train, x, channels, channels)
+        for train, coefficients in ((True, None), (True, table), (False, None)):
+            module.bn_act_backward(x, residual, x, table, None, activation, train, coefficients, x, channels, channels)
 
     kernels = compiled(launch)
     assert {kernel.name for kernel in kernels} == {name for name in WIDE if name.startswith("bn_")}
@@ -351,5 +352,5 @@ def test_normalisation_of_odd_channels(compiled):
     x = torch.zeros(2, 5, 3, 3).contiguous(memory_format=torch.channels_last)
     module, table = import_module("awp_kernels.bn_act.triton"), torch.zeros(4, 16)
     none = [None] * 4
-    assert len(compiled(lambda: module.bn_act_train(x, None, *none, 0.1, 1e-5, 0, None, x, table))) == 3
-    assert len(compiled(lambda: module.bn_act_backward(x, None, x, table, None, 0, False, x, None, None))) == 1
+    assert len(compiled(lambda: module.bn_act_train(x, None, *none, 0.1, 1e-5, 0, None, x, table, None))) == 3
+    assert len(compiled(lambda: module.bn_act_backward(x, None, x, table, None, 0, False, None, x, None, None))) == 1

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from awp_kernels import (
+    Ranks,
     add_bn_act,
     augment,
     bn_act,
@@ -460,7 +461,7 @@ def _bn_act(*, residual: Tensor | None = None, **rest: Any) -> dict[str, Tensor]
 
 
 def _plain_bn_act(
-    *, x: Tensor, training: bool, activation: str, residual: Tensor | None = None, **rest: Any
+    *, x: Tensor, training: bool, activation: str, residual: Tensor | None = None, ranks: Any = None, **rest: Any
 ) -> dict[str, Tensor]:
     z = x if residual is None else x + residual
     if residual is not None and rest.get("stored"):
@@ -514,6 +515,7 @@ def _bn_defined(arguments: Arguments, dtype: torch.dtype) -> Results:
     return results | {"running_mean": [tensors["running_mean"]], "running_var": [tensors["running_var"]]}
 
 
+ALONE = Ranks(gather=lambda values: values.unsqueeze(0), add=lambda values: values)
 NORMALISATIONS: dict[str, dict[str, Any]] = {
     "train": {"training": True, "activation": "relu"},
     "eval": {"training": False, "activation": "relu"},
@@ -521,6 +523,8 @@ NORMALISATIONS: dict[str, dict[str, Any]] = {
     "eval-none": {"training": False, "activation": "none"},
     "train-none-residual": {"training": True, "activation": "none", "residual": True},
     "eval-silu-residual": {"training": False, "activation": "silu", "residual": True},
+    "shared": {"training": True, "activation": "relu", "ranks": ALONE},
+    "shared-silu-residual": {"training": True, "activation": "silu", "residual": True, "ranks": ALONE},
     "train-residual": {"training": True, "activation": "relu", "residual": True},
     "eval-residual": {"training": False, "activation": "relu", "residual": True},
 }

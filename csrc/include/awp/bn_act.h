@@ -30,13 +30,16 @@ struct BnParameters {
   const float *weight, *bias;              // null: 1 and 0
   float *running_mean, *running_variance;  // null: not tracked
   double momentum, eps;
+  double* statistics;  // [2, channels], takes the batch's means and sums of squared deviations; null: not wanted
 };
 
 struct BnGradients {
   const void *y, *z;    // given; z null: 0
   const uint8_t* mask;  // what `bn_act_eval` left; z is not read then
   bool train;           // how the forward pass normalised
-  void* x;              // of x and of the residual alike
+  // [2, stride]: what is taken from g, and by how much z - mean; null: by the sums over these rows
+  const float* coefficients;
+  void* x;  // of x and of the residual alike
   float *weight, *bias;
 };
 
@@ -45,7 +48,7 @@ namespace cpu {
 // Whether this processor has a kernel; fp32 and bf16.
 bool bn_act_available();
 
-// Normalises by the batch, fills the table, moves the running statistics.
+// Fills the table by the batch and moves the running statistics; normalises, unless y is null.
 void bn_act_train(const BnAct& arguments, const BnParameters& parameters, void* y, const ParallelFor& parallel_for);
 
 // Normalises by the running statistics. `mask`, for ReLU, takes a bit an element, [rows, stride / 8] bytes.

@@ -42,55 +42,36 @@ class BatchNorm(nn.BatchNorm2d):
 
     Attributes:
         synchronized: in train mode by the statistics of all ranks: see `awp_engine.models.batch_norm.synchronize`.
+        kind: the activation that is part of it.
     """
+
+    kind: Literal["none", "relu", "silu"] = "none"
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         # the instance's from the start: Dynamo compiles anew where an attribute of the class becomes one of the object
         self.synchronized = False
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Any:
         """[N, C, H, W] -> the same."""
-        if self.synchronized and self.training and spans_ranks():
-            # it imports torch.compile, which takes a second
-            from awp_engine.models.sync_batch_norm import synchronized_batch_norm
-
-            return synchronized_batch_norm(self, input)
         super()._check_input_dim(input)
+        if self._shares_statistics():
+            return self._synchronized(input)
         return in_one_order(super().forward, input)
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Nothing more to be checked."""
 
+    def _shares_statistics(self) -> bool:
+        return self.synchronized and self.training and spans_ranks()
 
-class ActivatedBatchNorm(BatchNorm):
-    """Batch normalisation and the activation after it, and a sum before them, in one operation where there is one.
+    def _synchronized(self, *images: Any) -> Any:
+        # it imports torch.compile, which takes a second
+        from awp_engine.models.sync_batch_norm import synchronized_batch_norm
 
-    Attributes:
-        activation: what follows the normalisation.
-    """
+        return synchronized_batch_norm(self, *images)
 
-    def __init__(self, channels: int, activation: Activation) -> None:
-        super().__init__(channels)
-        self.kind: Activation = activation
-        self.activation = make_activation(activation)
-
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Any:
-        """[N, C, H, W] -> the same; given a residual, also of that shape, (input + residual, what becomes of it)."""
-        if self._is_fused(input):
-            settings = self._settings()
-            return bn_act(input, **settings) if residual is None else add_bn_act(input, residual, **settings)
-        z = input if residual is None else input + residual
-        y = self.activation(super().forward(z))
-        return y if residual is None else (z, y)
-
-    def _is_fused(self, input: Tensor) -> bool:
-        # fewer channels than a vector has lanes are slower
-        if self.momentum is None or self.num_features < 16 or (self.synchronized and self.training and spans_ranks()):
-            return False
-        return bn_act_available(input, self.weight, self.bias)
-
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """What the operation takes beside the images; counts the batch."""
         moves = self.training and self.track_running_stats
         if moves and self.num_batches_tracked is not None:
@@ -106,6 +87,35 @@ class ActivatedBatchNorm(BatchNorm):
             "eps": self.eps,
             "activation": self.kind,
         }
+
+
+class ActivatedBatchNorm(BatchNorm):
+    """Batch normalisation and the activation after it, and a sum before them, in one operation where there is one.
+
+    Attributes:
+        activation: what follows the normalisation.
+    """
+
+    def __init__(self, channels: int, activation: Activation) -> None:
+        super().__init__(channels)
+        self.kind = activation
+        self.activation = make_activation(activation)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Any:
+        """[N, C, H, W] -> the same; given a residual, also of that shape, (input + residual, what becomes of it)."""
+        if self._shares_statistics():
+            return self._synchronized(input, residual)
+        if self._is_fused(input):
+            settings = self.settings()
+            return bn_act(input, **settings) if residual is None else add_bn_act(input, residual, **settings)
+        z = input if residual is None else input + residual
+        y = self.activation(super().forward(z))
+        return y if residual is None else (z, y)
+
+    def _is_fused(self, input: Tensor) -> bool:
+        # fewer channels than a vector has lanes are slower
+        wide = self.momentum is not None and self.num_features >= 16
+        return wide and bn_act_available(input, self.weight, self.bias)
 
 
 def pre_activated(norm: ActivatedBatchNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,9 @@ from torch import Tensor
 from awp_kernels import _backend, _checks, _images
 from awp_kernels._images import needed
 from awp_kernels.bn_act import reference
+from awp_kernels.bn_act.reference import Ranks
 
-__all__ = ["add_bn_act", "bn_act", "bn_act_available"]
+__all__ = ["Ranks", "add_bn_act", "bn_act", "bn_act_available"]
 
 Activation = Literal["none", "relu", "silu"]
 _ACTIVATIONS = ("none", "relu", "silu")
@@ -21,9 +22,10 @@ class _Rule(NamedTuple):
     """What stays the same from call to call of a layer."""
 
     training: bool
-    momentum: float
+    momentum: Any  # with ranks it may be a tensor
     eps: float
     activation: str
+    ranks: Ranks | None
 
 
 def serving(x: Tensor) -> str | None:
@@ -91,7 +93,9 @@ def _check(x: Tensor, residual: Tensor | None, vectors: dict[str, Tensor | None]
         raise ValueError("running_var: expected together with running_mean, or neither")
     if not rule.training and vectors["running_mean"] is None:
         raise ValueError("running_mean: expected running statistics with training=False, got None")
-    if rule.training and x.numel() and x.numel() == channels:
+    if rule.ranks is not None and not rule.training:
+        raise ValueError("ranks: expected with training=True alone, as nothing else is shared")
+    if rule.training and rule.ranks is None and x.numel() and x.numel() == channels:
         raise ValueError(f"x: expected more than one value a channel with training=True, got shape {tuple(x.shape)}")
 
 
@@ -104,8 +108,8 @@ def _forward(
     running_var: Tensor | None,
     rule: _Rule,
     want_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """z, y, and the table and the mask that the backward pass takes; images are channels_last."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """z, y, and the table, the mask and the number of values that the backward pass takes; images are channels_last."""
     samples, channels, height, width = x.shape
     backend = serving(x)
     run = _implementation(backend)
@@ -113,18 +117,25 @@ def _forward(
     z = None if residual is None else torch.empty_like(x)
     stride = (channels + 15) // 16 * 16
     table = torch.empty((4, stride), dtype=torch.float32, device=x.device)
-    mask = None
+    mask = count = None
     kind = _ACTIVATIONS.index(rule.activation)
-    if rule.training:
+    if rule.ranks is not None:
+        own = torch.empty((2, channels), dtype=torch.float64, device=x.device)
+        run.bn_act_train(x, residual, None, None, None, None, 0.0, rule.eps, kind, z, None, table, own)
+        rows, running = x.numel() // channels, (running_mean, running_var)
+        mean, variance, count = reference.over_ranks(rule.ranks, own, rows, *running, rule.momentum)
+        z = x if z is None else z
+        run.bn_act_eval(z, None, weight, bias, mean.float(), variance.float(), rule.eps, kind, None, y, table, None)
+    elif rule.training:
         vectors = weight, bias, running_mean, running_var
-        run.bn_act_train(x, residual, *vectors, rule.momentum, rule.eps, kind, z, y, table)
+        run.bn_act_train(x, residual, *vectors, rule.momentum, rule.eps, kind, z, y, table, None)
         if running_mean is not None and running_var is not None:
             torch.autograd.graph.increment_version((running_mean, running_var))
     else:
         if want_mask and backend in _BITS and channels % _BITS[backend] == 0:
             mask = torch.empty((samples * height * width, stride // 8), dtype=torch.uint8, device=x.device)
         run.bn_act_eval(x, residual, weight, bias, running_mean, running_var, rule.eps, kind, z, y, table, mask)
-    return x if z is None else z, y, table, mask
+    return x if z is None else z, y, table, mask, count
 
 
 def _differentiable(
@@ -182,8 +193,8 @@ class _BnAct(torch.autograd.Function):
         # in eval mode the gradient for x alone needs one bit an element
         frozen = not ctx.needs_input_grad[2] and not ctx.needs_input_grad[3]
         want_mask = rule.activation == "relu" and not rule.training and frozen
-        z, y, table, mask = _forward(x, residual, weight, bias, running_mean, running_var, rule, want_mask)
-        ctx.save_for_backward(None if mask is not None else z, table, mask, weight, bias)
+        z, y, table, mask, count = _forward(x, residual, weight, bias, running_mean, running_var, rule, want_mask)
+        ctx.save_for_backward(None if mask is not None else z, table, mask, weight, bias, count)
         # the backend that made the table and the mask, whatever is forced by then
         ctx.backend = serving(x)
         ctx.rule, ctx.has_residual = rule, residual is not None
@@ -193,7 +204,7 @@ class _BnAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        z, table, mask, weight, bias = ctx.saved_tensors
+        z, table, mask, weight, bias, count = ctx.saved_tensors
         grad_z, grad = grads if ctx.has_residual else (None, *grads)
         wanted = [needed(ctx, index, edge) for index, edge in enumerate(ctx.edges)]
         images, rest = wanted[0] or wanted[1], (None, None, None)
@@ -201,6 +212,8 @@ class _BnAct(torch.autograd.Function):
             return *(grad_z if want else None for want in wanted[:2]), None, None, *rest
         # a gradient in another form than torch's own tensors is torch's to compute with
         if not _images.once(grad, z, grad_z):
+            if ctx.rule.ranks is not None:
+                reference.refuse_second_derivatives()
             of_z, of_weight, of_bias = _differentiable(grad, z, weight, bias, table, mask, ctx.rule)
             if of_z is not None and images:
                 of_z = of_z.to(grad.dtype)
@@ -209,13 +222,23 @@ class _BnAct(torch.autograd.Function):
         grad = grad.contiguous(memory_format=torch.channels_last)
         grad_z = None if grad_z is None else grad_z.contiguous(memory_format=torch.channels_last)
         of_x = torch.empty_like(grad) if images else None
-        vectors = [
-            grad.new_empty(grad.shape[1], dtype=torch.float32) if want else None for want in (wanted[2], wanted[3])
-        ]
-        kind = _ACTIVATIONS.index(ctx.rule.activation)
-        run = _implementation(ctx.backend)
-        run.bn_act_backward(grad, grad_z, z, table, mask, kind, ctx.rule.training, of_x, *vectors)
-        return *(of_x if want else None for want in wanted[:2]), *vectors, *rest
+        channels, ranks, run = grad.shape[1], ctx.rule.ranks, _implementation(ctx.backend)
+        saved = z, table, mask, _ACTIVATIONS.index(ctx.rule.activation), ctx.rule.training
+        # ranks share the sums that make both
+        wants = [want or ranks is not None for want in wanted[2:]]
+        vectors: list[Any] = [grad.new_empty(channels, dtype=torch.float32) if want else None for want in wants]
+        if ranks is None:
+            run.bn_act_backward(grad, grad_z, *saved, None, of_x, *vectors)
+            return *(of_x if want else None for want in wanted[:2]), *vectors, *rest
+        run.bn_act_backward(grad, None, *saved, None, None, *vectors)
+        # by what the forward pass knew: other ranks, whose part may be empty, ask for the same
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            of_weight, of_bias = (ranks.add(torch.cat(vectors).double()) / count).chunk(2)
+            coefficients = table.new_zeros((2, table.shape[1]))
+            coefficients[:, :channels] = torch.stack([of_bias, of_weight * table[1, :channels]])
+            run.bn_act_backward(grad, grad_z, *saved, coefficients, of_x, None, None)
+        found = of_x, of_x, *vectors
+        return *(gradient if want else None for gradient, want in zip(found, wanted, strict=True)), *rest
 
 
 def _implementation(backend: str | None) -> Any:
@@ -266,9 +289,10 @@ def bn_act(
     running_var: Tensor | None = None,
     *,
     training: bool,
-    momentum: float = 0.1,
+    momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
     activation: Activation = "relu",
+    ranks: Ranks | None = None,
 ) -> Tensor:
     """activation(batch_norm(x)), as `torch.nn.functional` has them.
 
@@ -278,6 +302,11 @@ def bn_act(
     computed by torch's own operations. Kept for the backward pass: x itself and four values a channel; in eval mode,
     for ReLU, where neither weight nor bias needs a gradient, one bit an element instead of x.
 
+    With `ranks` the batch is that of all ranks, of which x is this rank's part. Every rank has to call it, and to go
+    back through it, in the same order; parts may differ in size, and one may be empty. Ranks gather 2 C + 1 numbers
+    forward and add up 2 C backward, unless x needs no gradient. The gradient for x is that of the sum of all ranks'
+    losses; those for weight and bias are this rank's share of it. Differentiable once.
+
     Args:
         x: [N, C, H, W]; on the CPU it is copied where it is not channels_last.
         weight: [C]; None: 1.
@@ -285,9 +314,10 @@ def bn_act(
         running_mean: [C], contiguous; with `training` it is moved in place, or may be None.
         running_var: [C], likewise; it takes the unbiased variance.
         training: normalise by the batch, else by the running statistics.
-        momentum: weight of this batch in the running statistics.
+        momentum: weight of this batch in the running statistics; with `ranks` a number or a scalar tensor.
         eps: added to the variance.
         activation: "relu", "silu" or "none".
+        ranks: with `training`, how to reach the ranks that share a batch; None: this one has all of it.
 
     Returns:
         [N, C, H, W], x's dtype.
@@ -295,8 +325,9 @@ def bn_act(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, named by argument; one value a channel with `training`; a
             backend that was forced does not serve them.
+        RuntimeError: a backward pass with `ranks` and `create_graph`.
     """
-    rule = _Rule(training, momentum, eps, activation)
+    rule = _Rule(training, momentum, eps, activation, ranks)
     return _compute(x, None, weight, bias, running_mean, running_var, rule)[1]
 
 
@@ -309,9 +340,10 @@ def add_bn_act(
     running_var: Tensor | None = None,
     *,
     training: bool,
-    momentum: float = 0.1,
+    momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
     activation: Activation = "relu",
+    ranks: Ranks | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The sum z = x + residual, and activation(batch_norm(z)): what a pre-activation network does between convolutions.
 
@@ -328,12 +360,13 @@ def add_bn_act(
         momentum: of the running statistics.
         eps: added to the variance.
         activation: "relu", "silu" or "none".
+        ranks: that share the batch.
 
     Returns:
         z, rounded to x's dtype before it is normalised, and the result, both [N, C, H, W] of x's dtype.
 
     Raises:
-        ValueError: see `bn_act`.
+        ValueError, RuntimeError: see `bn_act`.
     """
-    rule = _Rule(training, momentum, eps, activation)
+    rule = _Rule(training, momentum, eps, activation, ranks)
     return _compute(x, residual, weight, bias, running_mean, running_var, rule)

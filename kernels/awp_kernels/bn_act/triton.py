@@ -104,6 +104,7 @@ def bn_finish_statistics_kernel(
     running_mean,
     running_var,
     table,
+    statistics,
     stride,
     rows,
     channels,
@@ -144,6 +145,9 @@ def bn_finish_statistics_kernel(
     tl.store(table + stride + channel, invstd.to(tl.float32))
     tl.store(table + 2 * stride + channel, scale.to(tl.float32))
     tl.store(table + 3 * stride + channel, shift)
+    if statistics is not None:
+        tl.store(statistics + channel, mean)
+        tl.store(statistics + channels + channel, spread)
     if running_mean is not None:
         moved = (1.0 - momentum) * tl.load(running_mean + channel) + momentum * mean
         tl.store(running_mean + channel, moved.to(tl.float32))
@@ -221,7 +225,7 @@ def bn_gradient_sums_kernel(
 
 @triton.jit
 def bn_finish_sums_kernel(parts, table, stride, grad_weight, grad_bias, coefficients, rows, channels, blocks):
-    """One program a channel: coefficients[2][channels] of the gradient for x, and those for weight and bias."""
+    """One program a channel: coefficients[2][stride] of the gradient for x, and those for weight and bias."""
     channel = tl.program_id(0)
     sums = tl.zeros([_FINISH], tl.float64)
     products = tl.zeros([_FINISH], tl.float64)
@@ -233,7 +237,7 @@ def bn_finish_sums_kernel(parts, table, stride, grad_weight, grad_bias, coeffici
     total, product, size = tl.sum(sums), tl.sum(products), rows.to(tl.float64)
     invstd = tl.load(table + stride + channel).to(tl.float64)
     tl.store(coefficients + channel, (total / size).to(tl.float32))
-    tl.store(coefficients + channels + channel, (product * invstd * invstd / size).to(tl.float32))
+    tl.store(coefficients + stride + channel, (product * invstd * invstd / size).to(tl.float32))
     if grad_weight is not None:
         tl.store(grad_weight + channel, (product * invstd).to(tl.float32))
     if grad_bias is not None:
@@ -268,7 +272,7 @@ def bn_gradient_kernel(
     g = _through_activation(distance * scale[None, :] + bias[None, :], floor, given, SILU)
     if coefficients is not None:
         constant = tl.load(coefficients + channel, mask=inside, other=0.0)
-        slope = tl.load(coefficients + channels + channel, mask=inside, other=0.0)
+        slope = tl.load(coefficients + stride + channel, mask=inside, other=0.0)
         g -= constant[None, :] + distance * slope[None, :]
     g *= scale[None, :]
     if grad_z is not None:
@@ -310,10 +314,11 @@ def bn_act_train(
     eps: float,
     activation: int,
     z: Tensor | None,
-    y: Tensor,
+    y: Tensor | None,
     table: Tensor,
+    statistics: Tensor | None,
 ) -> None:
-    """Normalise by the batch, fill the table, move the running statistics."""
+    """Fill the table by the batch, move the running statistics, leave its own; normalise, where y is given."""
     (tiles, blocks), share, block = _cut(x, summed=True)
     channels = x.shape[1]
     rows = x.numel() // channels
@@ -323,9 +328,10 @@ def bn_act_train(
     with torch.cuda.device_of(x):
         bn_statistics_kernel[tiles, blocks](x, residual, z, parts, rows, channels, share, ADD=add, **block)
         bn_finish_statistics_kernel[(channels,)](
-            parts, *vectors, table, table.shape[1], rows, channels, share, blocks, momentum, eps, **_FUSED
+            parts, *vectors, table, statistics, table.shape[1], rows, channels, share, blocks, momentum, eps, **_FUSED
         )
-        _normalize(x if z is None else z, None, None, y, table, activation)
+        if y is not None:
+            _normalize(x if z is None else z, None, None, y, table, activation)
 
 
 def bn_act_eval(
@@ -365,26 +371,26 @@ def bn_act_backward(
     mask: None,
     activation: int,
     train: bool,
+    coefficients: Tensor | None,
     grad_x: Tensor | None,
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
-    """The gradients that are not None."""
+    """The gradients that are not None; `coefficients` stand in for those of the sums over these rows."""
     channels, stride = grad.shape[1], table.shape[1]
     rows, floor, silu = grad.numel() // channels, _floor(activation), activation == _SILU
-    coefficients: Any = None
     with torch.cuda.device_of(grad):
-        if train or grad_weight is not None or grad_bias is not None:
+        if (train and coefficients is None) or grad_weight is not None or grad_bias is not None:
             (tiles, blocks), share, block = _cut(grad, summed=True)
             parts = torch.empty((blocks, 2, channels), dtype=torch.float32, device=grad.device)
-            found = torch.empty((2, channels), dtype=torch.float32, device=grad.device)
+            found = torch.empty((2, stride), dtype=torch.float32, device=grad.device)
             bn_gradient_sums_kernel[tiles, blocks](
                 grad, z, table, stride, parts, rows, channels, share, floor, SILU=silu, **block
             )
             bn_finish_sums_kernel[(channels,)](
                 parts, table, stride, grad_weight, grad_bias, found, rows, channels, blocks, **_FUSED
             )
-            coefficients = found if train else None
+            coefficients = found if train and coefficients is None else coefficients
         if grad_x is not None:
             grid, _, block = _cut(grad, summed=False)
             bn_gradient_kernel[grid](

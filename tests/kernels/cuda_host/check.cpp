@@ -595,6 +595,7 @@ struct BnCase {
   bool train, residual, plain;  // plain: neither weight, bias, running statistics nor gradients for them
   double mean = 0.5;
   int64_t shift = 0;
+  bool split = false;  // in halves, between which ranks add up what they found
 };
 
 void check_bn_act(const BnCase& c) {
@@ -631,12 +632,28 @@ void check_bn_act(const BnCase& c) {
                        tracked ? floats(mean) : nullptr,
                        tracked ? floats(variance) : nullptr,
                        momentum,
-                       eps};
+                       eps,
+                       nullptr};
   const Array workspace(DType::kFloat32, cuda::bn_act_workspace_bytes(a) / 4);
   const bool masked = !c.train && c.plain && c.activation == Activation::kRelu && c.channels % 8 == 0 && !c.shift;
   Array mask(DType::kFloat32, c.rows * stride / 32);
   int before = emulator::launches;
-  if (c.train) {
+  const double total_rows = static_cast<double>(c.rows);
+  if (c.split) {
+    std::vector<double> own(static_cast<size_t>(2 * c.channels));
+    CHECK(cuda::bn_act_train(a, {nullptr, nullptr, nullptr, nullptr, 0, eps, own.data()}, nullptr, workspace.data(),
+                             nullptr) == cudaSuccess);
+    CHECK(emulator::launches == before + 2);
+    std::vector<float> given(own.begin(), own.end());
+    for (auto k = static_cast<size_t>(c.channels); k < own.size(); ++k)
+      given[k] = static_cast<float>(own[k] / total_rows);
+    BnAct rest = a;
+    rest.x = a.z;
+    rest.residual = nullptr;
+    const BnParameters by{p.weight, p.bias, given.data(), given.data() + c.channels, 0, eps, nullptr};
+    CHECK(cuda::bn_act_eval(rest, by, y.data(), nullptr, nullptr) == cudaSuccess);
+    CHECK(emulator::launches == before + 3);
+  } else if (c.train) {
     CHECK(cuda::bn_act_train(a, p, y.data(), workspace.data(), nullptr) == cudaSuccess);
     CHECK(emulator::launches == before + 3);
   } else {
@@ -648,13 +665,33 @@ void check_bn_act(const BnCase& c) {
                       c.residual ? grad_z.data() : nullptr,
                       masked ? reinterpret_cast<uint8_t*>(mask.data()) : nullptr,
                       c.train,
+                      nullptr,
                       grad_x.data(),
                       c.plain ? nullptr : floats(vectors[4]),
                       c.plain ? nullptr : floats(vectors[5])};
   BnAct back = a;
   if (masked) back.x = back.residual = back.z = nullptr;
   before = emulator::launches;
-  CHECK(cuda::bn_act_backward(back, g, workspace.data(), nullptr) == cudaSuccess);
+  if (c.split) {
+    BnGradients half = g;
+    half.x = nullptr;
+    half.weight = floats(vectors[4]);
+    half.bias = floats(vectors[5]);
+    CHECK(cuda::bn_act_backward(back, half, workspace.data(), nullptr) == cudaSuccess);
+    CHECK(emulator::launches == before + 2);
+    std::vector<float> coefficients(static_cast<size_t>(2 * stride));
+    for (int64_t k = 0; k < c.channels; ++k) {
+      coefficients[static_cast<size_t>(k)] = static_cast<float>(vectors[5].get(k) / total_rows);
+      coefficients[static_cast<size_t>(stride + k)] =
+          static_cast<float>(vectors[4].get(k) * table.get(kBnInvstd * stride + k) / total_rows);
+    }
+    half = g;
+    half.coefficients = coefficients.data();
+    half.weight = half.bias = nullptr;
+    CHECK(cuda::bn_act_backward(back, half, nullptr, nullptr) == cudaSuccess);
+  } else {
+    CHECK(cuda::bn_act_backward(back, g, workspace.data(), nullptr) == cudaSuccess);
+  }
   CHECK(emulator::launches == before + (c.train || !c.plain ? 3 : 1));
 
   const Near stored(c.dtype), exact(DType::kFloat32);
@@ -699,7 +736,7 @@ void check_bn_act(const BnCase& c) {
       CHECK(exact(vectors[4].get(k), of_weight, std::max(1.0, 0.1 * m * invstd) * std::sqrt(rows)));
       CHECK(exact(vectors[5].get(k), of_bias, std::sqrt(rows)));
     }
-    const bool moved = c.train && tracked;
+    const bool moved = c.train && tracked && !c.split;
     const size_t i = static_cast<size_t>(k);
     CHECK(exact(mean.get(k), moved ? 0.9 * old_mean[i] + 0.1 * m : old_mean[i], 0));
     CHECK(exact(variance.get(k), moved ? 0.9 * old_variance[i] + 0.1 * v * rows / (rows - 1) : old_variance[i], 0));
@@ -710,44 +747,61 @@ void check_bn_act(const BnCase& c) {
 void check_bn_act_moves() {
   for (const DType dtype : kDTypes) {
     for (const bool train : {true, false}) {
-      for (const bool residual : {true, false}) {
-        test = std::string("moves of bn_act ") + name(dtype) + (train ? " train" : " eval") +
-               (residual ? " residual" : "");
-        const int64_t rows = 8192, channels = 64, count = rows * channels;
-        Array images[] = {{dtype, count}, {dtype, count}, {dtype, count}, {dtype, count}, {dtype, count}};
-        for (Array& image : images) image.fill(-1, 1);
-        Array table(DType::kFloat32, 4 * channels), running(DType::kFloat32, 2 * channels);
-        Array mask(DType::kFloat32, rows * channels / 32);
-        running.fill(0.5, 1);
-        auto* statistics = reinterpret_cast<float*>(running.data());
-        const BnAct a{images[0].data(),
-                      residual ? images[1].data() : nullptr,
-                      images[residual ? 2 : 0].data(),
-                      dtype,
-                      rows,
-                      channels,
-                      Activation::kRelu,
-                      reinterpret_cast<float*>(table.data()),
-                      channels};
-        const BnParameters p{nullptr, nullptr, statistics, statistics + channels, 0.1, 1e-5};
-        auto* bits = train ? nullptr : reinterpret_cast<uint8_t*>(mask.data());
-        const Array workspace(DType::kFloat32, cuda::bn_act_workspace_bytes(a) / 4);
-        const auto moves = [&](const auto& call) {
-          const int64_t before = emulator::bytes;
-          CHECK(call() == cudaSuccess);
-          return static_cast<double>(emulator::bytes - before) / static_cast<double>(count * size_of(dtype));
-        };
-        const double forward = moves([&] {
-          return train ? cuda::bn_act_train(a, p, images[3].data(), workspace.data(), nullptr)
-                       : cuda::bn_act_eval(a, p, images[3].data(), bits, nullptr);
-        });
-        // four rows of every block beforehand
-        const int expected = train ? (residual ? 5 : 3) : residual ? 4 : 2;
-        CHECK(forward >= expected && forward <= expected + 0.25);
-        const BnGradients g{
-            images[3].data(), residual ? images[1].data() : nullptr, bits, train, images[4].data(), nullptr, nullptr};
-        const double backward = moves([&] { return cuda::bn_act_backward(a, g, workspace.data(), nullptr); });
-        CHECK(backward == (train ? (residual ? 6 : 5) : residual ? 3 : 2));
+      for (const bool split : {false, train}) {
+        for (const bool residual : {true, false}) {
+          test = std::string("moves of bn_act ") + name(dtype) + (train ? " train" : " eval") +
+                 (split ? " split" : "") + (residual ? " residual" : "");
+          const int64_t rows = 8192, channels = 64, count = rows * channels;
+          Array images[] = {{dtype, count}, {dtype, count}, {dtype, count}, {dtype, count}, {dtype, count}};
+          for (Array& image : images) image.fill(-1, 1);
+          Array table(DType::kFloat32, 4 * channels), running(DType::kFloat32, 2 * channels);
+          std::vector<double> own(2 * channels);
+          Array mask(DType::kFloat32, rows * channels / 32);
+          running.fill(0.5, 1);
+          auto* statistics = reinterpret_cast<float*>(running.data());
+          const BnAct a{images[0].data(),
+                        residual ? images[1].data() : nullptr,
+                        images[residual ? 2 : 0].data(),
+                        dtype,
+                        rows,
+                        channels,
+                        Activation::kRelu,
+                        reinterpret_cast<float*>(table.data()),
+                        channels};
+          const BnParameters p{
+              nullptr, nullptr, statistics, statistics + channels, 0.1, 1e-5, split ? own.data() : nullptr};
+          BnAct rest = a;
+          if (split) {
+            rest.x = a.z;
+            rest.residual = nullptr;
+          }
+          auto* bits = train ? nullptr : reinterpret_cast<uint8_t*>(mask.data());
+          const Array workspace(DType::kFloat32, cuda::bn_act_workspace_bytes(a) / 4);
+          const auto moves = [&](const auto& call) {
+            const int64_t before = emulator::bytes;
+            CHECK(call() == cudaSuccess);
+            return static_cast<double>(emulator::bytes - before) / static_cast<double>(count * size_of(dtype));
+          };
+          double forward = 0;
+          if (train) {
+            void* y = split ? nullptr : images[3].data();
+            forward += moves([&] { return cuda::bn_act_train(a, p, y, workspace.data(), nullptr); });
+          }
+          if (!train || split) {
+            forward += moves([&] { return cuda::bn_act_eval(rest, p, images[3].data(), bits, nullptr); });
+          }
+          // four rows of every block beforehand
+          const int expected = train ? (residual ? 5 : 3) : residual ? 4 : 2;
+          CHECK(forward >= expected && forward <= expected + 0.25);
+          BnGradients g{images[3].data(), residual ? images[1].data() : nullptr, bits, train, nullptr, nullptr, nullptr,
+                        nullptr};
+          const auto back = [&] { return cuda::bn_act_backward(a, g, workspace.data(), nullptr); };
+          double backward = split ? moves(back) : 0;
+          g.x = images[4].data();
+          g.coefficients = split ? statistics : nullptr;
+          backward += moves(back);
+          CHECK(backward == (train ? (residual ? 6 : 5) : residual ? 3 : 2));
+        }
       }
     }
   }
@@ -764,6 +818,8 @@ void check_bn_acts() {
             check_bn_act({dtype, 70, 24, activation, train, residual, plain});
             check_bn_act({dtype, 33, 5, activation, train, residual, plain});
             check_bn_act({dtype, 9, 16, activation, train, residual, plain, 0.5, 1});
+            if (train) check_bn_act({dtype, 70, 24, activation, train, residual, plain, 0.5, 0, true});
+            if (train) check_bn_act({dtype, 33, 5, activation, train, residual, plain, 0.5, 0, true});
           }
         }
       }

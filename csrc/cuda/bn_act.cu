@@ -82,12 +82,6 @@ constexpr int kRows = sizeof(T) == 4 ? 2 : 4;
 template <typename T>
 constexpr int kRowsOfThree = kRows<T> / 2;
 
-template <int N>
-__device__ __forceinline__ void load_row(const BnAct& a, int row, int64_t channel, float (&value)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) value[i] = a.table[row * a.stride + channel + i];
-}
-
 // z as it is stored; with Add it is made of x and the residual, and written.
 template <int N, typename T, bool Add>
 struct Source {
@@ -202,12 +196,11 @@ struct Affine {
 
 template <int N>
 __device__ __forceinline__ void load_affine(const BnAct& a, int64_t channel, Affine (&of)[N]) {
-  float mean[N], scale[N], bias[N];
-  load_row(a, kBnMean, channel, mean);
-  load_row(a, kBnScale, channel, scale);
-  load_row(a, kBnBias, channel, bias);
 #pragma unroll
-  for (int i = 0; i < N; ++i) of[i] = {mean[i], scale[i], bias[i]};
+  for (int i = 0; i < N; ++i) {
+    const float* column = a.table + channel + i;
+    of[i] = {column[kBnMean * a.stride], column[kBnScale * a.stride], column[kBnBias * a.stride]};
+  }
 }
 
 // From the running statistics; the first block of rows leaves them to the backward pass.

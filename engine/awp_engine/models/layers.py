@@ -105,6 +105,9 @@ class ActivatedBatchNorm(BatchNorm):
 
 def pre_activated(norm: ActivatedBatchNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     """The sum of x and what still waits to be added, which the normalisation takes, and its activation."""
+    if residual is not None and residual.dtype != x.dtype:
+        # autocast rounds what convolutions give, and not what the stem gives
+        x, residual = x + residual, None
     return (x, norm(x)) if residual is None else norm(x, residual)
 
 

@@ -421,20 +421,22 @@ def _leaves(**tensors: Tensor) -> dict[str, Tensor]:
     return {name: t.detach().requires_grad_(t.is_floating_point()) for name, t in tensors.items()}
 
 
-def _convolved(x: Tensor, weight: Tensor, grad: Tensor, convolve: Callable[..., Tensor] = conv3x3) -> Results:
+def _convolved(
+    x: Tensor, weight: Tensor, grad: Tensor, convolve: Callable[..., Tensor] = conv3x3, **options: Any
+) -> Results:
     inputs = _leaves(x=x, weight=weight)
-    return _with_gradients({"y": convolve(**inputs)}, inputs, [grad])
+    return _with_gradients({"y": convolve(**inputs, **options)}, inputs, [grad])
 
 
-def _conv(shapes: Sequence[Shape], dtype: torch.dtype, seed: int = 0) -> Arguments:
+def _conv(shapes: Sequence[Shape], dtype: torch.dtype, seed: int = 0, **options: Any) -> Arguments:
     (samples, channels, height, width), (outputs,) = shapes
     x = randn((samples, channels, height, width), dtype, seed).contiguous(memory_format=torch.channels_last)
     weight = randn((outputs, channels, 3, 3), dtype, seed + 1, 1 / (3 * math.sqrt(channels)))
-    return {"x": x, "weight": weight, "grad": randn((samples, outputs, height, width), dtype, seed + 2)}
+    return {"x": x, "weight": weight, "grad": randn((samples, outputs, height, width), dtype, seed + 2)} | options
 
 
 def _conv_defined(arguments: Arguments, dtype: torch.dtype) -> Results:
-    tensors = {name: t.to(dtype) for name, t in arguments.items()}
+    tensors = {name: arguments[name].to(dtype) for name in ("x", "weight", "grad")}
     return _convolved(**tensors, convolve=lambda x, weight: functional.conv2d(x, weight, padding=1))
 
 
@@ -607,7 +609,13 @@ OPERATIONS: dict[str, Operation] = {
         variants=AUGMENTATIONS,
     ),
     "conv3x3": Operation(
-        call=_convolved, build=_conv, define=_conv_defined, samples=CHANNELS, dtypes=CPU, slack=lambda arguments: 1e-6
+        call=_convolved,
+        build=_conv,
+        define=_conv_defined,
+        samples=CHANNELS,
+        dtypes=CPU,
+        variants={"": {}, "bf16 products": {"products": "bf16"}},
+        slack=lambda arguments: 1.5e-2 if "products" in arguments else 1e-6,
     ),
     "stem3x3": Operation(
         call=lambda **arguments: _convolved(**arguments, convolve=stem3x3),

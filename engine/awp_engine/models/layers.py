@@ -112,18 +112,23 @@ def pre_activated(norm: ActivatedBatchNorm, x: Tensor, residual: Tensor | None) 
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution of stride 1, on the CPU by the fused operation."""
+    """A 3x3 convolution of stride 1, on the CPU by the fused operation.
+
+    Attributes:
+        products: what that multiplies in, where the processor can: see `conv3x3`.
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
+        self.products: Literal["fp32", "bf16"] = "fp32"
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, H, W]."""
-        # measured: narrower layers and images smaller than a tile gain nothing, 16-bit ones need twice the width
-        least = 32 if input.dtype == torch.float32 else 64
+        # measured: narrower layers and images smaller than a tile gain nothing, 16-bit ones in fp32 need twice the width
+        least = 64 if input.dtype != torch.float32 and self.products == "fp32" else 32
         wide = min(self.in_channels, self.out_channels) >= least and self.bias is None
         if wide and conv3x3_available(input, self.weight) and min(input.shape[2:]) >= 4:
-            return conv3x3(input, self.weight)
+            return conv3x3(input, self.weight, products=self.products)
         return super().forward(input)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from awp_engine.distributed.sharding import gathered
 from awp_engine.models.batch_norm import share_memory
+from awp_engine.models.layers import Conv3x3
 from awp_engine.step.folding import FoldedView
 
 PARTS = ("attack", "ascent", "descent")
@@ -103,6 +104,11 @@ class WorkingModels:
         self.ascent, self.descent = by_dtype[precision.ascent], by_dtype[precision.descent]
         of_attack = by_dtype[precision.attack]
         self.attack = of_attack if shared_ascent else frozen_view(of_attack)
+        if precision.attack == torch.bfloat16 and not shared_ascent:
+            # no weight is trained by its gradients
+            for layer in self.attack.modules():
+                if isinstance(layer, Conv3x3):
+                    layer.products = "bf16"
         self._folded = FoldedView(self.attack, model) if fold and not shared_ascent else None
 
     def held(self) -> contextlib.AbstractContextManager[None]:

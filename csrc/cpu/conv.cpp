@@ -38,9 +38,7 @@ const Winograd* winograd() {
 #endif
 }
 
-const Products& products_of(DType dtype) {
-  return dtype == DType::kFloat32 ? winograd()->fp32 : winograd()->bf16;
-}
+const Products& products_of(DType dtype) { return dtype == DType::kFloat32 ? winograd()->fp32 : winograd()->bf16; }
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
@@ -157,7 +155,8 @@ void conv3x3(const Images& x, const Transformed& transformed, const Images& y, c
   const Products& products = products_of(dtype);
   const int64_t tiles = count_tiles(x), panels = panels_of(y.channels);
   const int64_t zeros_size = round_up(x.channels, kLine);
-  const int64_t local = products.block, bytes = conv3x3_transformed_size(y.channels, x.channels, dtype) * size_of(dtype);
+  const int64_t local = products.block,
+                bytes = conv3x3_transformed_size(y.channels, x.channels, dtype) * size_of(dtype);
   if (bytes <= kReadOnce && tiles >= 2 * local) {
     // each thread transforms a block of tiles into its second-level cache and takes it through all panels
     const int64_t blocks = divide_up(tiles, local);

@@ -235,10 +235,10 @@ template <class P>
 using Multiply = void (*)(const Factor<P>*, int64_t, const Factor<P>*, int64_t, float*);
 template <class P>
 constexpr Multiply<P> kMultiply[] = {
-    nullptr,        multiply<P, 1>,  multiply<P, 2>,  multiply<P, 3>,  multiply<P, 4>,  multiply<P, 5>, multiply<P, 6>,
+    nullptr,         multiply<P, 1>, multiply<P, 2>, multiply<P, 3>,  multiply<P, 4>,  multiply<P, 5>,  multiply<P, 6>,
 #if defined(__AVX512F__)
-    multiply<P, 7>, multiply<P, 8>,  multiply<P, 9>,  multiply<P, 10>, multiply<P, 11>, multiply<P, 12>,
-    multiply<P, 13>, multiply<P, 14>,
+    multiply<P, 7>,  multiply<P, 8>, multiply<P, 9>, multiply<P, 10>, multiply<P, 11>, multiply<P, 12>, multiply<P, 13>,
+    multiply<P, 14>,
 #endif
 };
 
@@ -268,12 +268,13 @@ void output(const Tiles& from, const void* transformed, int64_t panel, int64_t i
   const int64_t stride = count * kPanel + 16;
   const int64_t groups = (count + kRows - 1) / kRows, factors = (inputs + kTogether<P> - 1) / kTogether<P>;
   for (int64_t position = 0; position < kPositions; ++position) {
-    const auto* columns = static_cast<const Factor<P>*>(transformed) + (panel * kPositions + position) * factors * kPanel;
+    const auto* columns =
+        static_cast<const Factor<P>*>(transformed) + (panel * kPositions + position) * factors * kPanel;
     const P* rows = static_cast<const P*>(from.values) + position * from.stride;
     for (int64_t group = 0, row = 0; group < groups; ++group) {
       const int64_t size = (count - row + groups - group - 1) / (groups - group);
-      kMultiply<P>[size](reinterpret_cast<const Factor<P>*>(rows + row * kLanes), from.tiles * kLanes / kTogether<P>,
-                         columns, factors, products + position * stride + row * kPanel);
+      kMultiply<P>[size](reinterpret_cast<const Factor<P>*>(rows + row* kLanes), from.tiles* kLanes / kTogether<P>,
+                         columns, factors, products + position* stride + row* kPanel);
       row += size;
     }
   }
@@ -458,8 +459,8 @@ void any_output(const Tiles& from, const void* transformed, int64_t panel, int64
 }
 
 template <class P>
-constexpr Products kProducts = {sizeof(P),      kTogether<P>, kBlock * kTogether<P>, any_weights<P>,
-                                any_input<P>, any_output<P>};
+constexpr Products kProducts = {sizeof(P),      kTogether<P>, kBlock * kTogether<P>,
+                                any_weights<P>, any_input<P>, any_output<P>};
 
 void any_grad_output(const Images& grad_y, int64_t first, int64_t count, const float* zeros, const Tiles& into,
                      int64_t at) {

@@ -19,9 +19,9 @@ struct Tiles {
 
 // The convolution, by the dtype that is multiplied; sums are fp32.
 struct Products {
-  int64_t bytes;   // an element; 0: not on this processor
+  int64_t bytes;     // an element; 0: not on this processor
   int64_t together;  // inputs whose products are added up at once
-  int64_t block;   // tiles that a thread keeps in its second-level cache, a multiple of the rows it keeps in registers
+  int64_t block;  // tiles that a thread keeps in its second-level cache, a multiple of the rows it keeps in registers
 
   // Panels [begin, end) of the transformed weights: [panel][position][inputs / together][2 * lanes][together].
   void (*weights)(const Filters& weights, bool transposed, void* transformed, bool stream, int64_t begin, int64_t end);

@@ -124,7 +124,7 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, H, W]."""
-        # measured: narrower layers and images smaller than a tile gain nothing, 16-bit ones in fp32 need twice the width
+        # measured: narrower layers and images smaller than a tile gain nothing, 16-bit ones in fp32 need twice that
         least = 64 if input.dtype != torch.float32 and self.products == "fp32" else 32
         wide = min(self.in_channels, self.out_channels) >= least and self.bias is None
         if wide and conv3x3_available(input, self.weight) and min(input.shape[2:]) >= 4:

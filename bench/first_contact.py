@@ -130,7 +130,7 @@ def step(name: str, device: str, seed: int) -> str:
         method="at-awp",
         batch_size=128 if large else 16,
         device=device,
-        engine={"cuda_graphs": graphs},
+        engine={"cuda_graphs": graphs and large},
     )
     torch.manual_seed(seed)
     arm = engine_arm(settings, settings.build_model())

@@ -120,8 +120,6 @@ def build_step(
         model,
         precision,
         shared_ascent=awp.enabled and awp.ascent == "shared",
-        # on the CPU normalisation is fused with its activation, and as cheap
-        fold=device.type == "cuda" and config.attack.bn_mode == "eval",
         sharded=config.distributed.strategy == "fsdp",
     )
     perturbation = None

@@ -4,8 +4,9 @@
 
 A step of AT-AWP with PGD-10 is made on the CPU as CUDA would make it, in fp16 with torch's convolutions, under
 torch.profiler. Every operation of ATen that computes counts as the launches that it makes on CUDA, and every one of
-this package as those that the emulator of tests/kernels/cuda_host counts. Once with normalisation, residual sum and
-activation in one operation, and once with torch's layers. Widths do not matter, so the models are narrow.
+this package as those that the emulator of tests/kernels/cuda_host counts. Once with this package's layers
+(normalisation, residual sum and activation in one operation, the end of the network in another), and once with torch's.
+Widths do not matter, so the models are narrow.
 """
 
 import argparse
@@ -44,7 +45,7 @@ _ACTIVATIONS = ("aten::relu_", "aten::threshold_backward")
 
 # of this package, in train mode, for lists of tensors that one table holds
 _OWN = {"bn_act_train": 3, "bn_act_backward": 3, "perturb": 2, "total_norm": 2, "sgd_step": 2}
-_OWN |= {"pgd_init": 1, "pgd_step": 1}
+_OWN |= {"pgd_init": 1, "pgd_step": 1, "pooled_linear": 1, "pooled_linear_gradient": 1}
 
 # of ATen, where the CPU takes another number of operations for one launch: also where it converts a number first
 _ONE = "native_batch_norm native_batch_norm_backward relu_ convolution addmm mm avg_pool2d avg_pool2d_backward "
@@ -78,6 +79,19 @@ class _HalfKernels:
         return call
 
 
+class _PooledLinear:
+    """Triton's kernels of `pooled_linear`, in plain PyTorch."""
+
+    def pooled_linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        with record_function("awp_cuda::pooled_linear"):
+            return x.to(bias.dtype).mean((2, 3)) @ weight.to(bias.dtype).t() + bias
+
+    def pooled_linear_gradient(self, grad: Tensor, weight: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        with record_function("awp_cuda::pooled_linear_gradient"):
+            found = (grad @ weight.to(grad.dtype) / (shape[2] * shape[3]))[:, :, None, None].expand(shape).to(dtype)
+            return found.contiguous(memory_format=torch.channels_last)
+
+
 @contextlib.contextmanager
 def _replaced(module: Any, **given: object) -> Iterator[None]:
     before = {name: getattr(module, name) for name in given}
@@ -92,16 +106,21 @@ def _replaced(module: Any, **given: object) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _as_on_cuda(*, fused: bool) -> Iterator[None]:
-    """A block in which fp16 images on the CPU take the way of images on CUDA, through `bn_act` or torch's layers."""
-    kernels, found = _HalfKernels(), importlib.import_module("awp_kernels.bn_act")
+    """A block in which fp16 images on the CPU take the way of images on CUDA: this package's layers, or torch's."""
+    kernels, head = _HalfKernels(), _PooledLinear()
+    norm, pool = (importlib.import_module(f"awp_kernels.{name}") for name in ("bn_act", "pooled_linear"))
 
     def never(*_: object) -> bool:
         return False
 
+    def always(*_: object) -> bool:
+        return True
+
     with (
-        _replaced(layers, conv3x3_available=never, stem3x3_available=never),
-        _replaced(found, serving=lambda x: "cuda", _implementation=lambda backend: kernels),
-        contextlib.nullcontext() if fused else _replaced(layers, bn_act_available=never),
+        _replaced(layers, conv3x3_available=never, stem3x3_available=never, pooled_linear_available=always),
+        _replaced(norm, serving=lambda x: "cuda", _implementation=lambda backend: kernels),
+        _replaced(pool, pooled_linear_available=always, _kernels=lambda: head),
+        contextlib.nullcontext() if fused else _replaced(layers, bn_act_available=never, pooled_linear_available=never),
     ):
         yield
 
@@ -187,7 +206,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 fail(str(error), code=1, prog=_PROG)
             kinds = [sum(found[each] for each in kind) for kind in (_CONVOLUTIONS, _NORMALISATIONS, _ACTIVATIONS)]
             cells = [found.total(), *kinds, found.total() - sum(kinds)]
-            rows.append([f"{name}, {'`bn_act`' if fused else 'torch'}", *(f"{cell:,}" for cell in cells)])
+            served = "`bn_act`, `pooled_linear`" if fused else "torch"
+            rows.append([f"{name}, {served}", *(f"{cell:,}" for cell in cells)])
             told = ", ".join(f"{each} {number}" for each, number in found.most_common() if number)
             named.append(f"{rows[-1][0]}: {told}")
     print(markdown(["launches of a step", "all", "convolutions", "normalisation", "activation", "rest"], rows))

@@ -17,7 +17,7 @@ from large_tensors import ELEMENTS, LARGE
 from operations import CHANNELS, FEW_CHANNELS, OPERATIONS, WEIGHTS, arguments_of, cases, excess, mapped, run, same_bits
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from awp_kernels import _backend, add_bn_act, bn_act, conv3x3, stem3x3, total_norm, use_backend
+from awp_kernels import _backend, add_bn_act, bn_act, conv3x3, pooled_linear, stem3x3, total_norm, use_backend
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -229,7 +229,7 @@ def test_compiled_whole_and_with_dynamic_shapes(device, name):
 
 
 def _compiled_images_agree(name, arguments):
-    function = {"conv3x3": conv3x3, "stem3x3": stem3x3, "bn_act": add_bn_act}[name]
+    function = {"conv3x3": conv3x3, "stem3x3": stem3x3, "bn_act": add_bn_act, "pooled_linear": pooled_linear}[name]
     grads = [arguments.pop(key) for key in ("grad_z", "grad") if key in arguments]
     inputs = [key for key in ("x", "residual", "weight", "bias") if key in arguments]
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")

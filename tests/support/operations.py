@@ -25,6 +25,7 @@ from awp_kernels import (
     pgd_init_,
     pgd_init_normal_,
     pgd_step_,
+    pooled_linear,
     restore_,
     sgd_step_,
     stem3x3,
@@ -526,6 +527,37 @@ NORMALISATIONS: dict[str, dict[str, Any]] = {
 }
 
 
+# ---- pooled_linear: with its gradients
+
+
+def _pooled(
+    x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, pool: Callable[..., Tensor] = pooled_linear
+) -> Results:
+    inputs = _leaves(x=x, weight=weight, bias=bias)
+    return _with_gradients({"y": pool(**inputs)}, inputs, [grad])
+
+
+def _pool(shapes: Sequence[Shape], dtype: torch.dtype, seed: int = 0) -> Arguments:
+    shape, (classes,) = shapes
+    kind = dtype if dtype == torch.float64 else torch.float32
+    return {
+        "x": (randn(shape, torch.float64, seed) + 1).to(dtype).contiguous(memory_format=torch.channels_last),
+        "weight": randn((classes, shape[1]), dtype, seed + 1, 1 / math.sqrt(shape[1])),
+        "bias": randn((classes,), kind, seed + 2),
+        "grad": randn((shape[0], classes), kind, seed + 3),
+    }
+
+
+def _pool_defined(arguments: Arguments, dtype: torch.dtype) -> Results:
+    wide = torch.promote_types(dtype, torch.float32)  # bias and logits stay in fp32
+    tensors = {name: t.to(dtype if name in ("x", "weight") else wide) for name, t in arguments.items()}
+
+    def pool(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return functional.linear(functional.avg_pool2d(x.to(bias), x.shape[2:]).flatten(1), weight.to(bias), bias)
+
+    return _pooled(**tensors, pool=pool)
+
+
 def _inward(arguments: Arguments) -> float:
     """One ulp towards the inside of a ball or a bound."""
     bounded = "epsilon" in arguments or arguments.get("bound") is not None
@@ -633,6 +665,14 @@ OPERATIONS: dict[str, Operation] = {
         written=("running_mean", "running_var"),
         variants=NORMALISATIONS,
         slack=lambda arguments: 1e-6,
+    ),
+    "pooled_linear": Operation(
+        call=_pooled,
+        build=_pool,
+        define=_pool_defined,
+        samples=CHANNELS,
+        # all pixels of a channel have one gradient, which torch may have exact by luck
+        slack=lambda arguments: 1e-7,
     ),
 }
 

@@ -82,6 +82,7 @@ def operations_of(backend: str) -> list[str]:
     names = ["perturb_", "perturb_into_", "restore_", "sgd_step_", "total_norm", "pgd_init_", "pgd_init_normal_"]
     names += ["pgd_step_", *(["augment"] if backend != "cuda" else [])]
     # forced, the C++ refuses the table's fp16
+    names += ["pooled_linear"] if backend == "triton" else []
     return [*names, *(["bn_act"] if backend != "cpp" else [])]
 
 
@@ -130,7 +131,7 @@ def step(name: str, device: str, seed: int) -> str:
         method="at-awp",
         batch_size=128 if large else 16,
         device=device,
-        engine={"cuda_graphs": graphs},
+        engine={"cuda_graphs": graphs and large},
     )
     torch.manual_seed(seed)
     arm = engine_arm(settings, settings.build_model())

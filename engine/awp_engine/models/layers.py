@@ -135,9 +135,11 @@ class Conv3x3(nn.Conv2d):
         products: what that multiplies in, where the processor can: see `conv3x3`.
     """
 
+    # of the class, as timm's layers become such without a call of __init__
+    products: Literal["fp32", "bf16"] = "fp32"
+
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
-        self.products: Literal["fp32", "bf16"] = "fp32"
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, H, W]."""

@@ -60,7 +60,9 @@ def bn_act_available(x: Tensor, *vectors: Tensor | None) -> bool:
         return False
     if not _images.plain(x, _backend.DTYPES, x.device) or serving(x) is None:
         return False
-    ordered = x.device.type == "cpu" or x.is_contiguous(memory_format=torch.channels_last)
+    # what was forced serves any order, by a copy
+    copied = x.device.type == "cpu" or _backend._forced is not None
+    ordered = copied or x.is_contiguous(memory_format=torch.channels_last)
     return ordered and all(_plain_vector(tensor, x.device) for tensor in vectors)
 
 

@@ -317,8 +317,6 @@ cudaError_t pgd_step(const PgdStep& p, cudaStream_t stream) {
 
 cudaError_t pgd_step_normalize(const PgdStepNormalize& p, cudaStream_t stream) {
   if (p.samples * p.elements == 0) return cudaSuccess;
-  // places in a sample are 32 bits wide
-  if (p.elements > INT32_MAX) return cudaErrorInvalidValue;
   return visit(p.grad_dtype, [&](auto dtype) {
     using G = typename decltype(dtype)::type;
     return Pixels<G>::fits(p) ? step<Pixels<G>>(p, stream) : step<Elements<G>>(p, stream);

@@ -143,9 +143,10 @@ def test_compiles_without_warnings(build: Build) -> None:
 
 def test_every_architecture_has_every_kernel(kernels: list[sass.Kernel]) -> None:
     names = {arch: {kernel.name for kernel in kernels if kernel.arch == f"sm_{arch}"} for arch in ARCHS}
-    # sums, move and filter, plain and not, for 9 pairs of dtypes, 1 copy, 3 starts for 3 dtypes, 2 steps for 9 pairs, and
-    # with a result for 3 dtypes in two orders; 4 optimizer steps for 3 dtypes, and their norms; 2 of the norm over all;
-    # bn_act, for 1 or 8 channels a thread, 3 dtypes: 2 statistics, 4 results, 2 sums, 2 gradients, and what adds up
+    # sums, move and filter, plain and not, for 9 pairs of dtypes, 1 copy, 3 starts for 3 dtypes, 2 steps for 9 pairs,
+    # and in two orders for 3 dtypes of the next input; 4 optimizer steps for 3 dtypes, and their norms; 2 of the norm
+    # over all; bn_act, for 1 or 8 channels a thread, 3 dtypes: 2 statistics, 4 results, 2 sums, 2 gradients, and what
+    # adds up
     assert {arch: len(found) for arch, found in names.items()} == dict.fromkeys(
         ARCHS, 54 + 1 + 9 + 18 + 12 + 13 + 2 + 6 * 10 + 2
     )

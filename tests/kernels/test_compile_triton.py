@@ -46,9 +46,9 @@ WIDE = {
     "init_normal_kernel": (1, 1),
     "step_linf_kernel": (3, 1),
     "step_l2_kernel": (3, 1),
-    # rows of eight: of fp32 two accesses each; the images' three channels are gathered
-    "normalized_linf_kernel": (1, 1),
-    "normalized_l2_kernel": (1, 1),
+    # rows of eight are written whole, and read as far as they count; the images' three channels are gathered
+    "normalized_linf_kernel": (0, 1),
+    "normalized_l2_kernel": (0, 1),
     # x; the table is read by other threads
     "bn_statistics_kernel": (1, 0),
     "bn_normalize_kernel": (1, 1),
@@ -310,10 +310,8 @@ def test_steps_to_a_normalised_input(compiled, dtype, masked, norm):
         x = torch.zeros(shape).contiguous(memory_format=order)
         rows = torch.zeros((shape[0], filled, *shape[2:]), dtype=dtype).contiguous(memory_format=torch.channels_last)
         mask = torch.empty_like(x, dtype=torch.uint8) if masked else None
-        step = operation("pgd_step_normalize")
-        (kernel,) = compiled(
-            lambda args=(x, rows, x, mask, rows): step(*args, vector, vector, 0.1, 8 / 255, norm, 0.0, 1.0)
-        )
+        given = (x, rows, x, mask, rows, vector, vector, 0.1, 8 / 255, norm, 0.0, 1.0)
+        (kernel,) = compiled(lambda given=given: operation("pgd_step_normalize")(*given))
         assert kernel.name == f"normalized_{norm}_kernel"
         if filled == 8:
             assert_wide([kernel])

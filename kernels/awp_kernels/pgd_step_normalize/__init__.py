@@ -20,6 +20,8 @@ def _network_input(out: Tensor, grad: Tensor, x_adv: Tensor) -> Tensor:
             f"out: expected shape ({samples}, at least {channels}, {height}, {width}) as x_adv has, "
             f"got {tuple(out.shape)}"
         )
+    if out.shape[1] * height * width >= 1 << 31:
+        raise ValueError(f"out: expected less than 2^31 values a sample, got {out.shape[1] * height * width}")
     if not out.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(f"out: expected channels_last order without gaps, got strides {out.stride()}")
     if grad.dtype != out.dtype:

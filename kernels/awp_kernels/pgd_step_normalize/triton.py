@@ -11,26 +11,30 @@ from torch import Tensor
 from awp_kernels._ball import l2_radius, round_toward_zero
 from awp_kernels._triton_common import BLOCK, WARPS, clamp, project_linf
 
-# A tile is [PIXELS, WIDE]: of every pixel a row of `padded` values, of which the images have the first `channels`.
+# A tile is [PIXELS, WIDE]: of every pixel a row of FILLED values, of which the images have the first CHANNELS.
 
 
 @triton.jit
-def _places(pixel, end, shape, strides, WIDE: tl.constexpr):
-    """Where a tile's values lie in the images and in the rows, and which of both there are."""
-    channels, height, width, padded = shape
-    sample_stride, channel_stride, line_stride, column_stride = strides
+def _places(pixel, sizes, strides, CHANNELS: tl.constexpr, FILLED: tl.constexpr, WIDE: tl.constexpr):
+    """Where a tile's values lie in a sample's images and rows, and which of both there are."""
+    height, width = sizes
+    channel_stride, line_stride, column_stride = strides
     channel, pixel = tl.arange(0, WIDE)[None, :], pixel[:, None]
-    line = pixel // width
-    image = line // height * sample_stride + line % height * line_stride + pixel % width * column_stride
-    inside = (pixel < end) & (channel < padded)
-    return image + channel * channel_stride, pixel * padded + channel, inside & (channel < channels), inside
+    image = channel * channel_stride + pixel // width * line_stride + pixel % width * column_stride
+    inside = (pixel < height * width) & (channel < FILLED)
+    return image, pixel * FILLED + channel, inside & (channel < CHANNELS), inside
 
 
 @triton.jit
-def _vectors(mean, std, channels, WIDE: tl.constexpr):
+def _of_sample(pointer, sample, length):
+    return pointer if pointer is None else pointer + sample.to(tl.int64) * length
+
+
+@triton.jit
+def _vectors(mean, std, CHANNELS: tl.constexpr, WIDE: tl.constexpr):
     channel = tl.arange(0, WIDE)[None, :]
-    center = tl.load(mean + channel, mask=channel < channels, other=0.0)
-    return center, tl.load(std + channel, mask=channel < channels, other=1.0)
+    center = tl.load(mean + channel, mask=channel < CHANNELS, other=0.0)
+    return center, tl.load(std + channel, mask=channel < CHANNELS, other=1.0)
 
 
 @triton.jit
@@ -63,21 +67,28 @@ def normalized_linf_kernel(
     out,
     mean,
     std,
-    pixels,
-    shape,
+    sizes,
     strides,
     step_size,
     epsilon,
     low,
     high,
+    CHANNELS: tl.constexpr,
+    FILLED: tl.constexpr,
     PIXELS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """One program for PIXELS pixels of the batch."""
-    pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
-    places = _places(pixel, pixels, shape, strides, WIDE)
+    """One program for PIXELS pixels of a sample."""
+    height, width = sizes
+    programs = tl.cdiv(height * width, PIXELS)
+    sample, elements = tl.program_id(0) // programs, height * width * CHANNELS
+    x_adv, x = _of_sample(x_adv, sample, elements), _of_sample(x, sample, elements)
+    mask = _of_sample(mask, sample, elements)
+    grad, out = _of_sample(grad, sample, height * width * FILLED), _of_sample(out, sample, height * width * FILLED)
+    pixel = tl.program_id(0) % programs * PIXELS + tl.arange(0, PIXELS)
+    places = _places(pixel, sizes, strides, CHANNELS, FILLED, WIDE)
     image, _, valid, _ = places
-    center, scale = _vectors(mean, std, shape[0], WIDE)
+    center, scale = _vectors(mean, std, CHANNELS, WIDE)
     ascent = _load_gradient(grad, mask, scale, places, True)
     sign = (ascent > 0.0).to(tl.float32) - (ascent < 0.0).to(tl.float32)
     current = tl.load(x_adv + image, mask=valid, other=0.0)
@@ -104,24 +115,28 @@ def normalized_l2_kernel(
     out,
     mean,
     std,
-    pixels,
-    shape,
+    sizes,
     strides,
     step_size: tl.float64,
     radius: tl.float64,
     low,
     high,
+    CHANNELS: tl.constexpr,
+    FILLED: tl.constexpr,
     PIXELS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """One program a sample, of `pixels`: the gradient's norm, the distance after the step, then the projected step."""
-    first = tl.program_id(0).to(tl.int64) * pixels
-    end = first + pixels
-    center, scale = _vectors(mean, std, shape[0], WIDE)
+    """One program a sample: the gradient's norm, the distance after the step, then the projected step."""
+    height, width = sizes
+    sample, pixels = tl.program_id(0), height * width
+    x_adv, x = _of_sample(x_adv, sample, pixels * CHANNELS), _of_sample(x, sample, pixels * CHANNELS)
+    mask = _of_sample(mask, sample, pixels * CHANNELS)
+    grad, out = _of_sample(grad, sample, pixels * FILLED), _of_sample(out, sample, pixels * FILLED)
+    center, scale = _vectors(mean, std, CHANNELS, WIDE)
 
     sums = tl.zeros([PIXELS, WIDE], tl.float64)
     for offset in range(0, pixels, PIXELS):
-        places = _places(first + offset + tl.arange(0, PIXELS), end, shape, strides, WIDE)
+        places = _places(offset + tl.arange(0, PIXELS), sizes, strides, CHANNELS, FILLED, WIDE)
         ascent = _load_gradient(grad, mask, scale, places, False).to(tl.float64)
         sums += ascent * ascent
     norm = tl.sqrt(tl.sum(sums))
@@ -129,7 +144,7 @@ def normalized_l2_kernel(
 
     sums = tl.zeros([PIXELS, WIDE], tl.float64)
     for offset in range(0, pixels, PIXELS):
-        places = _places(first + offset + tl.arange(0, PIXELS), end, shape, strides, WIDE)
+        places = _places(offset + tl.arange(0, PIXELS), sizes, strides, CHANNELS, FILLED, WIDE)
         image, _, valid, _ = places
         clean = tl.load(x + image, mask=valid, other=0.0)
         delta = (_moved(x_adv, grad, mask, scale, rate, places) - clean).to(tl.float64)
@@ -138,7 +153,7 @@ def normalized_l2_kernel(
     factor = (radius / distance).to(tl.float32)
 
     for offset in range(0, pixels, PIXELS):
-        places = _places(first + offset + tl.arange(0, PIXELS), end, shape, strides, WIDE)
+        places = _places(offset + tl.arange(0, PIXELS), sizes, strides, CHANNELS, FILLED, WIDE)
         image, _, valid, _ = places
         clean = tl.load(x + image, mask=valid, other=0.0)
         moved = _moved(x_adv, grad, mask, scale, rate, places)
@@ -164,18 +179,17 @@ def pgd_step_normalize(
     if not x.numel():
         return
     samples, channels, height, width = x.shape
-    pixels, padded = height * width, out.shape[1]
-    wide = triton.next_power_of_2(padded)
-    tensors = x_adv, grad, x, mask, out, mean, std
-    strides = (x_adv.numel() // samples, *x_adv.stride()[1:])
-    geometry = (channels, height, width, padded), strides
+    pixels, filled = height * width, out.shape[1]
+    tensors = x_adv, grad, x, mask, out, mean, std, (height, width), x_adv.stride()[1:]
+    wide = triton.next_power_of_2(filled)
+    options = {"CHANNELS": channels, "FILLED": filled, "PIXELS": max(1, BLOCK // wide), "WIDE": wide}
     # a fused multiply-add would skip a rounding
-    options = {"PIXELS": max(1, BLOCK // wide), "WIDE": wide, "num_warps": WARPS, "enable_fp_fusion": False}
+    options |= {"num_warps": WARPS, "enable_fp_fusion": False}
     with torch.cuda.device_of(x):
         if norm == "linf":
             bound = round_toward_zero(epsilon, x.dtype)
-            grid = (triton.cdiv(samples * pixels, options["PIXELS"]),)
-            normalized_linf_kernel[grid](*tensors, samples * pixels, *geometry, step_size, bound, low, high, **options)
+            grid = (samples * triton.cdiv(pixels, options["PIXELS"]),)
+            normalized_linf_kernel[grid](*tensors, step_size, bound, low, high, **options)
         else:
             radius = l2_radius(epsilon, channels * pixels, x.dtype)
-            normalized_l2_kernel[(samples,)](*tensors, pixels, *geometry, step_size, radius, low, high, **options)
+            normalized_l2_kernel[(samples,)](*tensors, step_size, radius, low, high, **options)

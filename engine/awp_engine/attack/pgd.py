@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from awp_engine.attack import checks
 from awp_engine.attack.common import HALF_SCALE, Ball, Beginning, Start, prepared
 from awp_engine.attack.losses import OF_LOGITS, Loss, summed_cross_entropy
+from awp_engine.models import NormalizedClassifier, NormalizedImages
 from awp_engine.models.batch_norm import layer_modes
-from awp_kernels import pgd_step_
+from awp_kernels import pgd_step_, pgd_step_normalize_
 
 
 def pgd(
@@ -94,27 +95,48 @@ def pgd(
         return ball.project_(x_adv, clean)
     taken = checks.images_dtype(model, clean.dtype)
     scale = HALF_SCALE if taken == torch.float16 else 1.0
+    narrow = _with_narrow_input(model, clean)
+    inputs = x_adv.detach() if narrow is None else narrow.normalize(x_adv)
+    where = {"step_size": step_size, "epsilon": epsilon, "norm": norm, "clip": clip, "mask": mask}
     # several ranks attack each their own images, without a word to each other
     modes = layer_modes(model, mode, bn_mode=bn_mode, update_statistics=update_statistics, synchronized=False)
     with modes, torch.enable_grad():
         for step in range(steps):
             parameters = shared if step == steps - 1 else ()
-            x_adv.requires_grad_()
-            logits = model(x_adv.to(taken))
+            inputs.requires_grad_()
+            logits = model(inputs.to(taken) if narrow is None else NormalizedImages(inputs))
             if step == 0 and loss in OF_LOGITS:
                 checks.outputs(logits, y, len(x))
             climbed = loss(logits, y)
-            gradient, *weight_gradients = torch.autograd.grad(
-                climbed if scale == 1 else climbed * scale, [x_adv, *parameters]
+            of_inputs, *weight_gradients = torch.autograd.grad(
+                climbed if scale == 1 else climbed * scale, [inputs, *parameters]
             )
-            if scale != 1:
-                gradient = gradient / scale
             for parameter, weight_gradient in zip(parameters, weight_gradients, strict=True):
                 parameter.grad = weight_gradient if scale == 1 else weight_gradient / scale
+            gradient = of_inputs
+            if narrow is not None and (observe is not None or nonfinite == "raise"):
+                # for the images, in their precision
+                gradient = of_inputs[:, : clean.shape[1]] / narrow.std
+            if scale != 1:
+                gradient = gradient / scale
             if observe is not None:
                 observe(step, gradient)
             if nonfinite == "raise":
                 checks.finite(climbed.detach(), gradient if mask is None else gradient.where(mask, 0), step)
-            x_adv = x_adv.detach()
-            pgd_step_(x_adv, gradient, clean, step_size=step_size, epsilon=epsilon, norm=norm, clip=clip, mask=mask)
+            inputs = inputs.detach()
+            if narrow is None:
+                pgd_step_(x_adv, gradient, clean, **where)
+            else:
+                pgd_step_normalize_(
+                    x_adv, of_inputs, clean, inputs, narrow.mean.flatten(), narrow.std.flatten(), **where
+                )
     return x_adv
+
+
+def _with_narrow_input(model: nn.Module, x: Tensor) -> NormalizedClassifier | None:
+    """The model if its passes read normalised images in a precision of their own, which a step then makes for them."""
+    inner = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
+    if not isinstance(inner, NormalizedClassifier) or inner.input_dtype is None:
+        return None
+    # a model all of whose numbers are in 16 bits normalises in them
+    return inner if inner.mean.dtype == x.dtype and x.ndim == 4 else None

@@ -26,11 +26,6 @@ def _places(pixel, sizes, strides, CHANNELS: tl.constexpr, FILLED: tl.constexpr,
 
 
 @triton.jit
-def _of_sample(pointer, sample, length):
-    return pointer if pointer is None else pointer + sample.to(tl.int64) * length
-
-
-@triton.jit
 def _vectors(mean, std, CHANNELS: tl.constexpr, WIDE: tl.constexpr):
     channel = tl.arange(0, WIDE)[None, :]
     center = tl.load(mean + channel, mask=channel < CHANNELS, other=0.0)
@@ -81,10 +76,13 @@ def normalized_linf_kernel(
     """One program for PIXELS pixels of a sample."""
     height, width = sizes
     programs = tl.cdiv(height * width, PIXELS)
-    sample, elements = tl.program_id(0) // programs, height * width * CHANNELS
-    x_adv, x = _of_sample(x_adv, sample, elements), _of_sample(x, sample, elements)
-    mask = _of_sample(mask, sample, elements)
-    grad, out = _of_sample(grad, sample, height * width * FILLED), _of_sample(out, sample, height * width * FILLED)
+    first = (tl.program_id(0) // programs).to(tl.int64) * height * width
+    x_adv += first * CHANNELS
+    x += first * CHANNELS
+    if mask is not None:
+        mask += first * CHANNELS
+    grad += first * FILLED
+    out += first * FILLED
     pixel = tl.program_id(0) % programs * PIXELS + tl.arange(0, PIXELS)
     places = _places(pixel, sizes, strides, CHANNELS, FILLED, WIDE)
     image, _, valid, _ = places
@@ -128,10 +126,14 @@ def normalized_l2_kernel(
 ):
     """One program a sample: the gradient's norm, the distance after the step, then the projected step."""
     height, width = sizes
-    sample, pixels = tl.program_id(0), height * width
-    x_adv, x = _of_sample(x_adv, sample, pixels * CHANNELS), _of_sample(x, sample, pixels * CHANNELS)
-    mask = _of_sample(mask, sample, pixels * CHANNELS)
-    grad, out = _of_sample(grad, sample, pixels * FILLED), _of_sample(out, sample, pixels * FILLED)
+    pixels = height * width
+    first = tl.program_id(0).to(tl.int64) * pixels
+    x_adv += first * CHANNELS
+    x += first * CHANNELS
+    if mask is not None:
+        mask += first * CHANNELS
+    grad += first * FILLED
+    out += first * FILLED
     center, scale = _vectors(mean, std, CHANNELS, WIDE)
 
     sums = tl.zeros([PIXELS, WIDE], tl.float64)

@@ -97,7 +97,6 @@ def pgd(
     scale = HALF_SCALE if taken == torch.float16 else 1.0
     narrow = _with_narrow_input(model, clean)
     inputs = x_adv.detach() if narrow is None else narrow.normalize(x_adv)
-    where = {"step_size": step_size, "epsilon": epsilon, "norm": norm, "clip": clip, "mask": mask}
     # several ranks attack each their own images, without a word to each other
     modes = layer_modes(model, mode, bn_mode=bn_mode, update_statistics=update_statistics, synchronized=False)
     with modes, torch.enable_grad():
@@ -113,22 +112,32 @@ def pgd(
             )
             for parameter, weight_gradient in zip(parameters, weight_gradients, strict=True):
                 parameter.grad = weight_gradient if scale == 1 else weight_gradient / scale
-            gradient = of_inputs
-            if narrow is not None and (observe is not None or nonfinite == "raise"):
-                # for the images, in their precision
-                gradient = of_inputs[:, : clean.shape[1]] / narrow.std
-            if scale != 1:
-                gradient = gradient / scale
-            if observe is not None:
-                observe(step, gradient)
-            if nonfinite == "raise":
-                checks.finite(climbed.detach(), gradient if mask is None else gradient.where(mask, 0), step)
+            if observe is not None or nonfinite == "raise":
+                # that for the images, in their precision
+                gradient = of_inputs if narrow is None else of_inputs[:, : clean.shape[1]] / narrow.std
+                gradient = gradient if scale == 1 else gradient / scale
+                if observe is not None:
+                    observe(step, gradient)
+                if nonfinite == "raise":
+                    checks.finite(climbed.detach(), gradient if mask is None else gradient.where(mask, 0), step)
             inputs = inputs.detach()
             if narrow is None:
-                pgd_step_(x_adv, gradient, clean, **where)
+                pgd_step_(
+                    x_adv, of_inputs, clean, step_size=step_size, epsilon=epsilon, norm=norm, clip=clip, mask=mask
+                )
             else:
                 pgd_step_normalize_(
-                    x_adv, of_inputs, clean, inputs, narrow.mean.flatten(), narrow.std.flatten(), **where
+                    x_adv,
+                    of_inputs,
+                    clean,
+                    inputs,
+                    narrow.mean.flatten(),
+                    narrow.std.flatten(),
+                    step_size=step_size,
+                    epsilon=epsilon,
+                    norm=norm,
+                    clip=clip,
+                    mask=mask,
                 )
     return x_adv
 

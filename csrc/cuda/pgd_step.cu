@@ -85,8 +85,8 @@ struct Pixels {
 
   static bool fits(const PgdStepNormalize& p) {
     const bool rows = ((reinterpret_cast<uintptr_t>(p.out) | reinterpret_cast<uintptr_t>(p.grad)) & 15) == 0;
-    return rows && p.channels == kValues && p.padded == kRow && p.channel_stride == 1 && p.column_stride == kValues &&
-           p.row_stride == kValues * p.width;
+    // images without gaps have no other row stride then
+    return rows && p.channels == kValues && p.padded == kRow && p.channel_stride == 1 && p.column_stride == kValues;
   }
   __device__ __forceinline__ Pixels(const PgdStepNormalize& p, int64_t first)
       : images(p, first),

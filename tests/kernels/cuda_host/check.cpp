@@ -566,11 +566,18 @@ struct NormalizeCase {
   Images images;
   int64_t padded;
   bool masked;
+  std::string order;  // of the images' channels, rows and columns in memory
 };
 
 // Against `pgd_step` along the gradient for the images; then what is made of these.
 void check_pgd_step_normalize(const NormalizeCase& c) {
   const auto [channels, height, width, channels_last, shift] = c.images;
+  int64_t channel_stride = 1, row_stride = 1, column_stride = 1;
+  for (const char inner : c.order) {
+    if (inner != 'c' && c.order.find(inner) > c.order.find('c')) channel_stride *= inner == 'h' ? height : width;
+    if (inner != 'h' && c.order.find(inner) > c.order.find('h')) row_stride *= inner == 'c' ? channels : width;
+    if (inner != 'w' && c.order.find(inner) > c.order.find('w')) column_stride *= inner == 'c' ? channels : height;
+  }
   const int64_t samples = 3, pixels = height * width, elements = channels * pixels, total = samples * elements;
   const DType fp32 = DType::kFloat32;
   Array x(fp32, total, shift), x_adv(fp32, total, shift), expected(fp32, total), ascent(fp32, total);
@@ -590,12 +597,11 @@ void check_pgd_step_normalize(const NormalizeCase& c) {
     region[i] = static_cast<uint8_t>(integer(0, 2));
   }
   expected.copy(x_adv);
-  const auto place = [&](int64_t n, int64_t channel, int64_t pixel) {
-    return n * elements + (channels_last ? pixel * channels + channel : channel * pixels + pixel);
-  };
   const auto each = [&](const auto& body) {
     for (int64_t row = 0; row < samples * pixels; ++row) {
-      for (int64_t k = 0; k < channels; ++k) body(place(row / pixels, k, row % pixels), row, k);
+      const int64_t pixel = row % pixels;
+      const int64_t first = row / pixels * elements + pixel / width * row_stride + pixel % width * column_stride;
+      for (int64_t k = 0; k < channels; ++k) body(first + k * channel_stride, row, k);
     }
   };
   each([&](int64_t at, int64_t row, int64_t k) {
@@ -630,15 +636,15 @@ void check_pgd_step_normalize(const NormalizeCase& c) {
                            height,
                            width,
                            c.padded,
-                           channels_last ? 1 : pixels,
-                           channels_last ? width * channels : width,
-                           channels_last ? channels : 1};
+                           channel_stride,
+                           row_stride,
+                           column_stride};
   const int before = emulator::launches;
   const int64_t bytes = emulator::bytes;
   CHECK(cuda::pgd_step_normalize(p, nullptr) == cudaSuccess);
   CHECK(emulator::launches == before + 1);
   // x_adv, x and the mask, and four values of a row; x_adv and whole rows
-  if (c.norm == Norm::kLinf && channels == 3 && c.padded == 8 && channels_last && shift == 0) {
+  if (c.norm == Norm::kLinf && channels == 3 && c.padded == 8 && c.order == "hwc" && shift == 0) {
     CHECK(emulator::bytes - bytes == (12 + c.masked) * total + (4 + 8) * size_of(c.dtype) * samples * pixels);
   }
   each([&](int64_t at, int64_t row, int64_t k) {
@@ -1005,9 +1011,13 @@ int main() {
             test = std::string("pgd_step_normalize ") + name(dtype) + (norm == Norm::kL2 ? " l2 " : " linf ") +
                    std::to_string(image.channels * image.height * image.width) + " in " + std::to_string(padded) +
                    (masked ? " masked" : "");
-            check_pgd_step_normalize({dtype, norm, image, padded, masked});
+            check_pgd_step_normalize({dtype, norm, image, padded, masked, image.channels_last ? "hwc" : "chw"});
           }
         }
+      }
+      for (const char* order : {"chw", "cwh", "hcw", "wch", "hwc", "whc"}) {
+        test = std::string("pgd_step_normalize in the order ") + order;
+        check_pgd_step_normalize({dtype, norm, {3, 3, 8}, 8, true, order});
       }
       for (const DType grad : kDTypes) {
         for (const int64_t elements : {1, 64, 3072, 4105}) {

@@ -81,6 +81,7 @@ def operations_of(backend: str) -> list[str]:
     """The operations that an implementation has kernels of, but for those on images that are the CPU's alone."""
     names = ["perturb_", "perturb_into_", "restore_", "sgd_step_", "total_norm", "pgd_init_", "pgd_init_normal_"]
     names += ["pgd_step_", *(["augment"] if backend != "cuda" else [])]
+    names += ["pooled_linear"] if backend == "triton" else []
     # forced, the C++ refuses the table's fp16, and has no other step
     return [*names, *(["bn_act", "pgd_step_normalize_"] if backend != "cpp" else [])]
 
@@ -130,7 +131,7 @@ def step(name: str, device: str, seed: int) -> str:
         method="at-awp",
         batch_size=128 if large else 16,
         device=device,
-        engine={"cuda_graphs": graphs},
+        engine={"cuda_graphs": graphs and large},
     )
     torch.manual_seed(seed)
     arm = engine_arm(settings, settings.build_model())

@@ -36,9 +36,8 @@ if [ "$DEVICE" = cpu ]; then
   small="--model preact-resnet-digits --batch-size 16 --repeats 1"
   profiled="preact-resnet-digits" batch=16 slower=5
 else
-  graphs="--engine cuda_graphs=true"
-  large="--model wrn-34-10 --batch-size 128 --repeats 2 $graphs"
-  small="--model preact-resnet-18 --batch-size 128 --repeats 3 $graphs"
+  large="--model wrn-34-10 --batch-size 128 --repeats 2"
+  small="--model preact-resnet-18 --batch-size 128 --repeats 3"
   profiled="wrn-34-10 preact-resnet-18" batch=128 slower=1
 fi
 

@@ -38,7 +38,8 @@ class Prediction(NamedTuple):
 def _arm(model: str, arm: str) -> Callable[[Found], float | None]:
     def find(found: Found) -> float | None:
         for step in found["results"]:
-            if step["settings"]["model"] == model and step["settings"]["engine"].get("cuda_graphs"):
+            # on by default
+            if step["settings"]["model"] == model and step["settings"]["engine"].get("cuda_graphs", True):
                 return next((a["seconds"]["median"] * 1e3 for a in step["arms"] if a["name"] == arm), None)
         return None
 

@@ -110,7 +110,8 @@ def step_tables(result: Result) -> str:
             f"(quartiles) over the rounds. The method needs {work['forward_units']} forward passes' worth of work, "
             f"{work['step_tflop']:.3g} TFLOP a step, at the matrix product's rate {work['floor_seconds'] * 1e3:.3g} "
             f"ms; TFLOP/s counts that and no more, whatever an arm does. Ceilings: {matmul} TFLOP/s, copy "
-            f"{ceilings['copy_gb_per_s']:.3g} GB/s. Memory: {memory_text(result)}.{tf32_text(result)}",
+            f"{ceilings['copy_gb_per_s']:.3g} GB/s. Memory: {memory_text(result)}.{tf32_text(result)}"
+            f"{convolutions_text(result)}",
         ]
     )
 
@@ -128,10 +129,24 @@ def tf32_text(result: Result) -> str:
     )
 
 
+def convolutions_text(result: Result) -> str:
+    """What part of the engine's step its convolutions take, timed alone; nothing where that was not measured."""
+    # results of before it was
+    found = result.get("convolution_seconds")
+    if found is None:
+        return ""
+    total, step = sum(found.values()), result["arms"][0]["seconds"]["median"]
+    return (
+        f" Alone, the engine's convolutions take {total:.3g} s, {total / step:.0%} of the step (forward "
+        f"{found['forward']:.3g} s, backward {found['backward']:.3g} s)."
+    )
+
+
 def memory_text(result: Result) -> str:
     """What the peaks are."""
     if result["machine"]["device"] == "cuda":
-        return "the most that torch's allocator handed out in the arm's own process"
+        most = "the most that torch's allocator handed out in the arm's own process"
+        return f"{most}; that of a step in a graph is handed out while it is captured, in the warm-up"
     return "peak resident set of the arm's own process, less what it held before data and model were made"
 
 

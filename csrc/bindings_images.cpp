@@ -29,9 +29,15 @@ awp::Images images(const Tensor& tensor) {
   return {tensor.data_ptr(), dtype_of(tensor), tensor.size(0), tensor.size(2), tensor.size(3), tensor.size(1)};
 }
 
-int64_t conv3x3_transformed_size(int64_t outputs, int64_t inputs) {
-  return awp::cpu::conv3x3_available() ? awp::cpu::conv3x3_transformed_size(outputs, inputs) : 0;
+awp::DType product_dtype(bool bf16) { return bf16 ? awp::DType::kBFloat16 : awp::DType::kFloat32; }
+
+// 0: not on this processor.
+int64_t conv3x3_transformed_size(int64_t outputs, int64_t inputs, bool bf16) {
+  const awp::DType dtype = product_dtype(bf16);
+  return awp::cpu::conv3x3_multiplies(dtype) ? awp::cpu::conv3x3_transformed_size(outputs, inputs, dtype) : 0;
 }
+
+awp::Transformed transformed_weights(const Tensor& tensor) { return {tensor.data_ptr(), dtype_of(tensor)}; }
 
 // Of all bytes of weights that lie without gaps.
 int64_t conv3x3_fingerprint(Tensor weight) {
@@ -45,11 +51,11 @@ void conv3x3_transform(Tensor weight, bool transposed, Tensor out) {
                              weight.size(0),
                              weight.size(1),
                              {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)}};
-  awp::cpu::conv3x3_transform(filters, transposed, static_cast<float*>(out.mutable_data_ptr()), parallel_for);
+  awp::cpu::conv3x3_transform(filters, transposed, transformed_weights(out), parallel_for);
 }
 
 void conv3x3(Tensor x, Tensor transformed, Tensor out) {
-  awp::cpu::conv3x3(images(x), static_cast<const float*>(transformed.const_data_ptr()), images(out), parallel_for);
+  awp::cpu::conv3x3(images(x), transformed_weights(transformed), images(out), parallel_for);
 }
 
 void conv3x3_grad_weight(Tensor x, Tensor grad_y, Tensor out) {
@@ -93,7 +99,7 @@ void augment(Tensor images, std::optional<Tensor> rows, Tensor sample_ids, int64
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(awp_cpp, m) {
-  m.def("conv3x3_transformed_size(int outputs, int inputs) -> int");
+  m.def("conv3x3_transformed_size(int outputs, int inputs, bool bf16) -> int");
   m.def("conv3x3_fingerprint(Tensor weight) -> int");
   m.def("conv3x3_transform(Tensor weight, bool transposed, Tensor(a!) out) -> ()");
   m.def("conv3x3(Tensor x, Tensor transformed, Tensor(a!) out) -> ()");

@@ -59,6 +59,7 @@ LONGEST = (
 SLOW = (
     "test_bad_files_training",
     "test_bench_gpu",
+    "test_bench_launches",
     "test_checkpoint_writer",
     "test_class_names",
     "test_config_fuzz",

@@ -9,8 +9,8 @@ training steps against the prediction:
 what was measured beside the model:
     python -m bench.scaling.scaling --json scaling.json --plot docs/scaling.png
 
-The tables assume an H200 as `GPU` says; `--gpu-steps` takes its place by what bench/step/step.py measured with
-`--engine cuda_graphs=true` at two batch sizes or more. The model is bench/scaling/cost.py.
+The tables assume an H200 as `GPU` says; `--gpu-steps` takes its place by what bench/step/step.py measured at two batch
+sizes or more. The model is bench/scaling/cost.py.
 """
 
 import argparse

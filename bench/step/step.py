@@ -165,6 +165,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     loads: list[float] = []
     prepared: dict[str, Any] = {}
     finished: dict[str, Any] = {}
+    convolutions: dict[str, float] | None = None
     try:
         # all import torch meanwhile
         runners += [Turns(name, settings, arguments.threads) for name in names]
@@ -187,6 +188,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         for runner in runners:
             finished[runner.name] = runner.ask("finish")
+        if len(loads) == arguments.repeats:
+            # after an interrupt there is no time for it
+            convolutions = runners[0].ask("convolutions")
     finally:
         for runner in runners:
             runner.close()
@@ -207,6 +211,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "floor_seconds": work / 1e12 / max(ceilings["matmul_tflops"].values()),
         },
         "ceilings": ceilings,
+        "convolution_seconds": convolutions,
         "arms": [
             arm_result(name, rounds[name], work, prepared[name]["parameters"], ceilings)
             | prepared[name]

@@ -16,8 +16,10 @@ from awp_engine.data import Augmentation, Batch, Split, train_batches
 from awp_engine.observe.regions import region
 from bench.clocks import StepClock, Timing
 from bench.machine import describe_machine
-from bench.step.arms import ARMS, NUM_CLASSES, Settings
+from bench.step.arms import ARMS, NUM_CLASSES, Settings, engine_config
+from bench.step.arms.engine import EngineArm
 from bench.step.ceilings import measure_ceilings
+from bench.step.convolutions import convolution_seconds
 
 # images made, in batches; several, so that no batch is in a cache from its last use
 _SET_BATCHES = 50
@@ -124,14 +126,24 @@ class _Worker:
         }
 
     def step(self) -> None:
+        self.arm.step(self._batch(), self.index)
+        self.index += 1
+
+    def _batch(self) -> Batch:
         with region("data"):
             batch = next(self.batches)
-            images = batch.images.contiguous(memory_format=self.arm.memory_format)
-        self.arm.step(batch._replace(images=images), self.index)
-        self.index += 1
+            return batch._replace(images=batch.images.contiguous(memory_format=self.arm.memory_format))
 
     def turn(self) -> list[Timing]:
         return self.clock.time(self.step, STEPS[self.settings.device])
+
+    def convolutions(self) -> dict[str, float] | None:
+        """Those of the engine's step: see `convolution_seconds`; None where it is compiled, and calls no layers."""
+        arm = self.arm
+        assert isinstance(arm, EngineArm)
+        if engine_config(self.settings).compile is True:
+            return None
+        return convolution_seconds(lambda: arm.plainly(self._batch(), self.index), self.settings.device)
 
     def finish(self) -> dict[str, Any]:
         """Memory, and whether weights and statistics are still numbers."""

@@ -97,7 +97,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", type=Path, help="file that the profiler's table is added to")
     arguments = parser.parse_args(argv)
     settings = Settings(
-        model=arguments.model, method=arguments.method, batch_size=arguments.batch_size, device=arguments.device
+        model=arguments.model,
+        method=arguments.method,
+        batch_size=arguments.batch_size,
+        device=arguments.device,
+        engine={"cuda_graphs": False},
     )
     result, table = measure(settings, arguments.steps)
     print(f"{arguments.model}: {result['step_ms']:.1f} ms a step, the device busy for {result['busy_ms']:.1f} of them")

@@ -57,7 +57,6 @@ def run_config(arm: str, arguments: argparse.Namespace, epochs: int) -> Config:
         epochs=epochs,
         seed=0,
         device=arguments.device,
-        cuda_graphs=arguments.device == "cuda",
         # at the end; a run of minutes is not resumed
         checkpoint_every=epochs,
         run_dir=arguments.work / arm,
@@ -88,7 +87,6 @@ def step_seconds(arguments: argparse.Namespace) -> dict[str, float]:
             method=arm,
             batch_size=16 if arguments.small else 128,
             device=device,
-            engine={"cuda_graphs": device == "cuda"},
         )
         for arm in ARMS
     }

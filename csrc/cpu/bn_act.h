@@ -22,6 +22,7 @@ struct BnActKernels {
 #if defined(AWP_HAVE_AVX2)
 extern const BnActKernels kAvx2BnAct;
 extern const BnActKernels kAvx512BnAct;
+extern const BnActKernels kAvx512Bf16BnAct;
 #endif
 
 }  // namespace awp::cpu

@@ -14,7 +14,7 @@ namespace {
 
 const BnActKernels* kernels() {
 #if defined(AWP_HAVE_AVX2)
-  static const BnActKernels* chosen = widest(&kAvx2BnAct, &kAvx512BnAct);
+  static const BnActKernels* chosen = widest(&kAvx2BnAct, &kAvx512BnAct, &kAvx512Bf16BnAct);
   return chosen;
 #else
   return nullptr;

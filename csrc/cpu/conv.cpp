@@ -17,11 +17,11 @@ namespace awp::cpu {
 namespace {
 
 constexpr int64_t kLine = 16;  // floats
-// Floats. Transformed weights larger than this are written past the caches,
-constexpr int64_t kStreamed = int64_t{2} << 20;
+// Bytes. Transformed weights larger than this are written past the caches,
+constexpr int64_t kStreamed = int64_t{8} << 20;
 // and larger than this they are read once a call if possible, not once a block of tiles.
-constexpr int64_t kReadOnce = int64_t{3} << 20;
-// Transformed tiles that all threads share, so that they stay in the third-level cache.
+constexpr int64_t kReadOnce = int64_t{12} << 20;
+// Floats. Transformed tiles that all threads share, so that they stay in the third-level cache.
 constexpr int64_t kShared = int64_t{2} << 20;
 // Gradients of weights with sums of up to so many floats, over at least so many tiles, are added up by slices of the
 // tiles; their number does not depend on that of the threads, so that sums do not.
@@ -31,12 +31,14 @@ constexpr int64_t kPiece = 8, kStrip = 64;
 
 const Winograd* winograd() {
 #if defined(AWP_HAVE_AVX2)
-  static const Winograd* chosen = widest(&kAvx2Winograd, &kAvx512Winograd);
+  static const Winograd* chosen = widest(&kAvx2Winograd, &kAvx512Winograd, &kAvx512Bf16Winograd);
   return chosen;
 #else
   return nullptr;
 #endif
 }
+
+const Products& products_of(DType dtype) { return dtype == DType::kFloat32 ? winograd()->fp32 : winograd()->bf16; }
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
@@ -68,10 +70,15 @@ class Scratch {
 thread_local Scratch shared_scratch;  // of the calling thread, read by all
 thread_local Scratch own_scratch;
 
-Tiles tiles_in(float* values, int64_t channels, int64_t tiles) {
+Tiles tiles_in(float* values, int64_t channels, int64_t tiles, DType dtype = DType::kFloat32) {
   const int64_t lanes = winograd()->lanes;
   // a line more, so that the 36 positions do not fall into one set of the cache
-  return {values, round_up(channels, lanes) * tiles + kLine, tiles};
+  return {values, round_up(channels, lanes) * tiles + kLine * 4 / size_of(dtype), tiles};
+}
+
+// Floats that tiles of all positions take.
+int64_t size_in_floats(const Tiles& tiles, DType dtype = DType::kFloat32) {
+  return kPositions * tiles.stride * size_of(dtype) / int64_t{sizeof(float)};
 }
 
 int64_t panels_of(int64_t outputs) { return divide_up(outputs, 2 * winograd()->lanes); }
@@ -86,17 +93,21 @@ int64_t share(int64_t tiles, int64_t room) { return divide_up(tiles, divide_up(t
 
 bool conv3x3_available() { return winograd() != nullptr; }
 
-int64_t conv3x3_transformed_size(int64_t outputs, int64_t inputs) {
-  return panels_of(outputs) * 2 * winograd()->lanes * kPositions * inputs;
+bool conv3x3_multiplies(DType dtype) { return conv3x3_available() && products_of(dtype).output != nullptr; }
+
+int64_t conv3x3_transformed_size(int64_t outputs, int64_t inputs, DType dtype) {
+  return panels_of(outputs) * 2 * winograd()->lanes * kPositions * round_up(inputs, products_of(dtype).together);
 }
 
-void conv3x3_transform(const Filters& weights, bool transposed, float* transformed, const ParallelFor& parallel_for) {
+void conv3x3_transform(const Filters& weights, bool transposed, const Transformed& transformed,
+                       const ParallelFor& parallel_for) {
   const int64_t outputs = transposed ? weights.inputs : weights.outputs;
   const int64_t inputs = transposed ? weights.outputs : weights.inputs;
   // what the caches would not keep goes past them
-  const bool stream = conv3x3_transformed_size(outputs, inputs) > kStreamed;
+  const DType dtype = transformed.dtype;
+  const bool stream = conv3x3_transformed_size(outputs, inputs, dtype) * size_of(dtype) > kStreamed;
   parallel_for(panels_of(outputs), 1, [&](int64_t begin, int64_t end) {
-    winograd()->weights(weights, transposed, transformed, stream, begin, end);
+    products_of(dtype).weights(weights, transposed, transformed.data, stream, begin, end);
   });
 }
 
@@ -139,44 +150,47 @@ uint64_t fingerprint(const void* data, int64_t bytes, const ParallelFor& paralle
   return hash_of(reinterpret_cast<const char*>(hashes.data()), parts * 8);
 }
 
-void conv3x3(const Images& x, const float* transformed, const Images& y, const ParallelFor& parallel_for) {
+void conv3x3(const Images& x, const Transformed& transformed, const Images& y, const ParallelFor& parallel_for) {
+  const DType dtype = transformed.dtype;
+  const Products& products = products_of(dtype);
   const int64_t tiles = count_tiles(x), panels = panels_of(y.channels);
   const int64_t zeros_size = round_up(x.channels, kLine);
-  const int64_t local = winograd()->block;
-  if (conv3x3_transformed_size(y.channels, x.channels) <= kReadOnce && tiles >= 2 * local) {
+  const int64_t local = products.block,
+                bytes = conv3x3_transformed_size(y.channels, x.channels, dtype) * size_of(dtype);
+  if (bytes <= kReadOnce && tiles >= 2 * local) {
     // each thread transforms a block of tiles into its second-level cache and takes it through all panels
     const int64_t blocks = divide_up(tiles, local);
     for_each_task(blocks, parallel_for, [&](int64_t block) {
       const int64_t first = block * local, count = std::min(local, tiles - first);
-      const Tiles layout = tiles_in(nullptr, x.channels, count);
-      float* scratch = own_scratch.at_least(zeros_size + kPositions * layout.stride + products_size(count));
+      const int64_t size = size_in_floats(tiles_in(nullptr, x.channels, count, dtype), dtype);
+      float* scratch = own_scratch.at_least(zeros_size + size + products_size(count));
       std::fill_n(scratch, zeros_size, 0.0f);
-      const Tiles from{scratch + zeros_size, layout.stride, count};
-      winograd()->input(x, first, count, scratch, from, 0);
+      const Tiles from = tiles_in(scratch + zeros_size, x.channels, count, dtype);
+      products.input(x, first, count, scratch, from, 0);
       for (int64_t panel = 0; panel < panels; ++panel) {
-        winograd()->output(from, transformed, panel, x.channels, y, first, count,
-                           from.values + kPositions * from.stride);
+        products.output(from, transformed.data, panel, x.channels, y, first, count, scratch + zeros_size + size);
       }
     });
     return;
   }
   // all threads transform some tiles, then each takes panels of the weights, which are read once
   const int64_t size = share(tiles, 2 * kShared / (kPositions * round_up(x.channels, winograd()->lanes)));
-  const Tiles layout = tiles_in(nullptr, x.channels, size);
-  float* scratch = shared_scratch.at_least(zeros_size + kPositions * layout.stride);
+  float* scratch =
+      shared_scratch.at_least(zeros_size + size_in_floats(tiles_in(nullptr, x.channels, size, dtype), dtype));
   std::fill_n(scratch, zeros_size, 0.0f);
-  const Tiles from{scratch + zeros_size, layout.stride, size};
+  const Tiles from = tiles_in(scratch + zeros_size, x.channels, size, dtype);
   for (int64_t first = 0; first < tiles; first += size) {
     const int64_t count = std::min(size, tiles - first), strips = divide_up(count, kStrip);
     for_each_task(divide_up(count, kPiece), parallel_for, [&](int64_t piece) {
       const int64_t at = piece * kPiece;
-      winograd()->input(x, first + at, std::min(kPiece, count - at), scratch, from, at);
+      products.input(x, first + at, std::min(kPiece, count - at), scratch, from, at);
     });
     for_each_task(panels * strips, parallel_for, [&](int64_t task) {
       const int64_t at = task % strips * kStrip, some = std::min(kStrip, count - at);
-      const Tiles strip{from.values + at * winograd()->lanes, from.stride, from.tiles};
-      winograd()->output(strip, transformed, task / strips, x.channels, y, first + at, some,
-                         own_scratch.at_least(products_size(kStrip)));
+      const Tiles strip{static_cast<char*>(from.values) + at * winograd()->lanes * size_of(dtype), from.stride,
+                        from.tiles};
+      products.output(strip, transformed.data, task / strips, x.channels, y, first + at, some,
+                      own_scratch.at_least(products_size(kStrip)));
     });
   }
 }
@@ -198,12 +212,12 @@ void grad_weight_by_slices(const Images& x, const Images& grad_y, float* grad_we
   for_each_task(slices, parallel_for, [&](int64_t slice) {
     const Tiles x_layout = tiles_in(nullptr, x.channels, kStrip),
                 grad_layout = tiles_in(nullptr, grad_y.channels, kStrip);
-    float* zeros = own_scratch.at_least(zeros_size + kPositions * (x_layout.stride + grad_layout.stride) +
-                                        sums_size(grad_y.channels, x.channels));
+    const int64_t x_size = size_in_floats(x_layout), grad_size = size_in_floats(grad_layout);
+    float* zeros = own_scratch.at_least(zeros_size + x_size + grad_size + sums_size(grad_y.channels, x.channels));
     std::fill_n(zeros, zeros_size, 0.0f);
     const Tiles x_tiles{zeros + zeros_size, x_layout.stride, kStrip};
-    const Tiles grad_tiles{x_tiles.values + kPositions * x_layout.stride, grad_layout.stride, kStrip};
-    float* sums = grad_tiles.values + kPositions * grad_layout.stride;
+    const Tiles grad_tiles{zeros + zeros_size + x_size, grad_layout.stride, kStrip};
+    float* sums = zeros + zeros_size + x_size + grad_size;
     const int64_t begin = slice * size, end = std::min(tiles, begin + size);
     float* part = parts + slice * weights;
     if (begin >= end) {
@@ -212,7 +226,7 @@ void grad_weight_by_slices(const Images& x, const Images& grad_y, float* grad_we
     }
     for (int64_t first = begin; first < end; first += kStrip) {
       const int64_t count = std::min(kStrip, end - first);
-      winograd()->input(x, first, count, zeros, x_tiles, 0);
+      winograd()->fp32.input(x, first, count, zeros, x_tiles, 0);
       winograd()->grad_output(grad_y, first, count, zeros, grad_tiles, 0);
       winograd()->grad_products(x_tiles, grad_tiles, count, 0, grad_y.channels, 0, x.channels, first > begin, sums);
     }
@@ -239,10 +253,11 @@ void conv3x3_grad_weight(const Images& x, const Images& grad_y, float* grad_weig
   const int64_t zeros_size = round_up(std::max(x.channels, grad_y.channels), kLine);
   const int64_t size = share(tiles, kShared / (kPositions * channels));
   const Tiles x_layout = tiles_in(nullptr, x.channels, size), grad_layout = tiles_in(nullptr, grad_y.channels, size);
-  float* scratch = shared_scratch.at_least(zeros_size + kPositions * (x_layout.stride + grad_layout.stride));
+  const int64_t x_size = size_in_floats(x_layout);
+  float* scratch = shared_scratch.at_least(zeros_size + x_size + size_in_floats(grad_layout));
   std::fill_n(scratch, zeros_size, 0.0f);
   const Tiles x_tiles{scratch + zeros_size, x_layout.stride, size};
-  const Tiles grad_tiles{x_tiles.values + kPositions * x_layout.stride, grad_layout.stride, size};
+  const Tiles grad_tiles{scratch + zeros_size + x_size, grad_layout.stride, size};
   const Filters grad{grad_weight, DType::kFloat32, grad_y.channels, x.channels, {}};
 
   const int64_t block = 2 * lanes;
@@ -251,7 +266,7 @@ void conv3x3_grad_weight(const Images& x, const Images& grad_y, float* grad_weig
     const int64_t count = std::min(size, tiles - first);
     for_each_task(divide_up(count, kPiece), parallel_for, [&](int64_t piece) {
       const int64_t at = piece * kPiece, some = std::min(kPiece, count - at);
-      winograd()->input(x, first + at, some, scratch, x_tiles, at);
+      winograd()->fp32.input(x, first + at, some, scratch, x_tiles, at);
       winograd()->grad_output(grad_y, first + at, some, scratch, grad_tiles, at);
     });
     for_each_task(rows * columns, parallel_for, [&](int64_t task) {
@@ -268,7 +283,7 @@ namespace {
 
 const Stem* stem() {
 #if defined(AWP_HAVE_AVX2)
-  static const Stem* chosen = widest(&kAvx2Stem, &kAvx512Stem);
+  static const Stem* chosen = widest(&kAvx2Stem, &kAvx512Stem, &kAvx512Bf16Stem);
   return chosen;
 #else
   return nullptr;

@@ -17,6 +17,7 @@ struct Stem {
 #if defined(AWP_HAVE_AVX2)
 extern const Stem kAvx2Stem;
 extern const Stem kAvx512Stem;
+extern const Stem kAvx512Bf16Stem;
 #endif
 
 }  // namespace awp::cpu

@@ -4,6 +4,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 namespace awp::cpu {
 namespace {
 
@@ -40,6 +44,9 @@ inline Vector load(const BFloat16* from) {
 inline void store(Float32* to, Vector value) { memcpy(to, &value, sizeof value); }
 
 inline Halves round_to_bfloat16(Vector value) {
+#if defined(__AVX512BF16__)
+  return (Halves)_mm512_cvtneps_pbh((__m512)value);
+#endif
   const Bits bits = (Bits)value;
   const Bits rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
   const Integers number = value == value;

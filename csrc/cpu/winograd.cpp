@@ -133,11 +133,12 @@ inline void load_column(const T* const* pixels, int j, int64_t channel, int64_t 
   }
 }
 
-inline float* tile_at(const Tiles& tiles, int64_t channel, int64_t tile) {
-  return tiles.values + (channel * tiles.tiles + tile * kLanes);
+template <class P = Float32>
+inline P* tile_at(const Tiles& tiles, int64_t channel, int64_t tile) {
+  return static_cast<P*>(tiles.values) + (channel * tiles.tiles + tile * kLanes);
 }
 
-template <class T>
+template <class T, class P>
 void input(const Images& x, int64_t first, int64_t count, const float* zeros, const Tiles& into, int64_t at) {
   for (int64_t tile = 0; tile < count; ++tile) {
     const Place place = place_of(x, first + tile);
@@ -150,7 +151,7 @@ void input(const Images& x, int64_t first, int64_t count, const float* zeros, co
         load_column<6>(pixels, j, channel, x.channels - channel, column);
         transform_input<1, 6>(column, half + j);
       }
-      float* to = tile_at(into, channel, at + tile);
+      P* to = tile_at<P>(into, channel, at + tile);
       AWP_UNROLL for (int i = 0; i < 6; ++i) {
         Vector row[6];
         transform_input<1, 1>(half + 6 * i, row);
@@ -184,20 +185,43 @@ void grad_output(const Images& grad_y, int64_t first, int64_t count, const float
   }
 }
 
-// kCount rows of the product of one position: [rows, inputs] x [inputs, kPanel].
-template <int kCount>
-void multiply(const float* rows, int64_t block_stride, const float* columns, int64_t inputs, float* product) {
+// What is multiplied at once: a number, or two neighbouring ones in bf16, whose products are added up.
+template <class P>
+struct Factor {
+  float values;
+  static Vector add(Vector sum, Factor factor, const Factor* column) {
+    return sum + factor.values * load(&column->values);
+  }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Factor<BFloat16> {
+  uint32_t values;
+  static Vector add(Vector sum, Factor factor, const Factor* column) {
+    return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(factor.values)),
+                                    (__m512bh)_mm512_loadu_si512(column));
+  }
+};
+#endif
+
+template <class P>
+constexpr int64_t kTogether = sizeof(Factor<P>) / sizeof(P);
+
+// kCount rows of the product of one position: [rows, inputs] x [inputs, kPanel]. `factors`: inputs / kTogether.
+template <class P, int kCount>
+void multiply(const Factor<P>* rows, int64_t block_stride, const Factor<P>* columns, int64_t factors, float* product) {
+  constexpr int64_t kBlockFactors = kLanes / kTogether<P>, kLine = 64 / (kBlockFactors * int64_t{sizeof(Factor<P>)});
   Vector sums[kCount][2] = {};
-  for (int64_t begin = 0; begin < inputs; begin += kLanes, rows += block_stride) {
-    const int64_t size = std::min<int64_t>(kLanes, inputs - begin);
+  for (int64_t begin = 0; begin < factors; begin += kBlockFactors, rows += block_stride) {
+    const int64_t size = std::min(kBlockFactors, factors - begin);
     // pieces too short and too far apart for the hardware to foresee
-    AWP_UNROLL for (int r = 0; r < kCount; r += 16 / kLanes) __builtin_prefetch(rows + block_stride + r * kLanes);
+    AWP_UNROLL for (int r = 0; r < kCount; r += kLine) __builtin_prefetch(rows + block_stride + r * kBlockFactors);
     for (int64_t c = 0; c < size; ++c, columns += kPanel) {
-      const Vector left = load(columns), right = load(columns + kLanes);
       AWP_UNROLL for (int r = 0; r < kCount; ++r) {
-        const float factor = rows[r * kLanes + c];
-        sums[r][0] += factor * left;
-        sums[r][1] += factor * right;
+        const Factor<P> factor = rows[r * kBlockFactors + c];
+        sums[r][0] = Factor<P>::add(sums[r][0], factor, columns);
+        sums[r][1] = Factor<P>::add(sums[r][1], factor, columns + kLanes);
       }
     }
   }
@@ -207,11 +231,14 @@ void multiply(const float* rows, int64_t block_stride, const float* columns, int
   }
 }
 
-using Multiply = void (*)(const float*, int64_t, const float*, int64_t, float*);
-constexpr Multiply kMultiply[] = {
-    nullptr,     multiply<1>, multiply<2>, multiply<3>,  multiply<4>,  multiply<5>,  multiply<6>,
+template <class P>
+using Multiply = void (*)(const Factor<P>*, int64_t, const Factor<P>*, int64_t, float*);
+template <class P>
+constexpr Multiply<P> kMultiply[] = {
+    nullptr,         multiply<P, 1>, multiply<P, 2>, multiply<P, 3>,  multiply<P, 4>,  multiply<P, 5>,  multiply<P, 6>,
 #if defined(__AVX512F__)
-    multiply<7>, multiply<8>, multiply<9>, multiply<10>, multiply<11>, multiply<12>, multiply<13>, multiply<14>,
+    multiply<P, 7>,  multiply<P, 8>, multiply<P, 9>, multiply<P, 10>, multiply<P, 11>, multiply<P, 12>, multiply<P, 13>,
+    multiply<P, 14>,
 #endif
 };
 
@@ -234,18 +261,20 @@ void store_tile(const Images& y, const Place& place, int64_t channel, const Vect
   }
 }
 
-template <class T>
-void output(const Tiles& from, const float* transformed, int64_t panel, int64_t inputs, const Images& y, int64_t first,
+template <class T, class P>
+void output(const Tiles& from, const void* transformed, int64_t panel, int64_t inputs, const Images& y, int64_t first,
             int64_t count, float* products) {
   // a line more, so that the 36 do not fall into one set of the cache
   const int64_t stride = count * kPanel + 16;
-  const int64_t groups = (count + kRows - 1) / kRows;
+  const int64_t groups = (count + kRows - 1) / kRows, factors = (inputs + kTogether<P> - 1) / kTogether<P>;
   for (int64_t position = 0; position < kPositions; ++position) {
-    const float* columns = transformed + (panel * kPositions + position) * inputs * kPanel;
+    const auto* columns =
+        static_cast<const Factor<P>*>(transformed) + (panel * kPositions + position) * factors * kPanel;
+    const P* rows = static_cast<const P*>(from.values) + position * from.stride;
     for (int64_t group = 0, row = 0; group < groups; ++group) {
       const int64_t size = (count - row + groups - group - 1) / (groups - group);
-      kMultiply[size](from.values + position * from.stride + row * kLanes, from.tiles * kLanes, columns, inputs,
-                      products + position * stride + row * kPanel);
+      kMultiply<P>[size](reinterpret_cast<const Factor<P>*>(rows + row* kLanes), from.tiles* kLanes / kTogether<P>,
+                         columns, factors, products + position* stride + row* kPanel);
       row += size;
     }
   }
@@ -276,35 +305,48 @@ inline void put(float* to, Vector value, bool stream) {
   store(to, value);
 }
 
-template <class T>
-void weights(const Filters& weights, bool transposed, float* transformed, bool stream, int64_t begin, int64_t end) {
+// A vector of factors of one input, or of two.
+inline Vector factors_of(const Vector* u, Float32) { return u[0]; }
+inline Vector factors_of(const Vector* u, BFloat16) {
+  const Bits low = __builtin_convertvector(round_to_bfloat16(u[0]), Bits);
+  return (Vector)(low | __builtin_convertvector(round_to_bfloat16(u[1]), Bits) << 16);
+}
+
+template <class T, class P>
+void weights(const Filters& weights, bool transposed, void* transformed, bool stream, int64_t begin, int64_t end) {
   const int64_t outputs = transposed ? weights.inputs : weights.outputs;
   const int64_t inputs = transposed ? weights.outputs : weights.inputs;
   const int64_t output_stride = weights.strides[transposed ? 1 : 0];
   const int64_t input_stride = weights.strides[transposed ? 0 : 1];
+  const int64_t factors = (inputs + kTogether<P> - 1) / kTogether<P>;
   const T* values = static_cast<const T*>(weights.data);
   for (int64_t panel = begin; panel < end; ++panel) {
     const int64_t size = std::min(kPanel, outputs - panel * kPanel);
-    for (int64_t c = 0; c < inputs; ++c) {
-      T taps[9][kPanel] = {};
-      const T* from = values + panel * kPanel * output_stride + c * input_stride;
-      for (int64_t k = 0; k < size; ++k) {
-        for (int64_t tap = 0; tap < 9; ++tap) {
-          const int64_t turned = transposed ? 8 - tap : tap;
-          taps[tap][k] = from[k * output_stride + turned / 3 * weights.strides[2] + turned % 3 * weights.strides[3]];
+    for (int64_t factor = 0; factor < factors; ++factor) {
+      Vector u[2][36][kTogether<P>] = {};
+      for (int64_t i = 0, c = factor * kTogether<P>; i < kTogether<P> && c < inputs; ++i, ++c) {
+        T taps[9][kPanel] = {};
+        const T* from = values + panel * kPanel * output_stride + c * input_stride;
+        for (int64_t k = 0; k < size; ++k) {
+          for (int64_t tap = 0; tap < 9; ++tap) {
+            const int64_t turned = transposed ? 8 - tap : tap;
+            taps[tap][k] = from[k * output_stride + turned / 3 * weights.strides[2] + turned % 3 * weights.strides[3]];
+          }
+        }
+        AWP_UNROLL for (int half = 0; half < 2; ++half) {
+          Vector g[9], columns[18];
+          Vector* to = &u[half][0][i];
+          AWP_UNROLL for (int tap = 0; tap < 9; ++tap) g[tap] = load(taps[tap] + half * kLanes);
+          AWP_UNROLL for (int j = 0; j < 3; ++j) transform_weights<3, 3>(g + j, columns + j);
+          AWP_UNROLL for (int r = 0; r < 6; ++r) {
+            transform_weights<1, kTogether<P>>(columns + 3 * r, to + 6 * r * kTogether<P>);
+          }
         }
       }
-      Vector u[2][36];
-      AWP_UNROLL for (int half = 0; half < 2; ++half) {
-        Vector g[9], columns[18];
-        AWP_UNROLL for (int tap = 0; tap < 9; ++tap) g[tap] = load(taps[tap] + half * kLanes);
-        AWP_UNROLL for (int j = 0; j < 3; ++j) transform_weights<3, 3>(g + j, columns + j);
-        AWP_UNROLL for (int i = 0; i < 6; ++i) transform_weights<1, 1>(columns + 3 * i, u[half] + 6 * i);
-      }
-      float* to = transformed + panel * kPositions * inputs * kPanel + c * kPanel;
-      for (int64_t position = 0; position < kPositions; ++position) {
-        put(to + position * inputs * kPanel, u[0][position], stream);
-        put(to + position * inputs * kPanel + kLanes, u[1][position], stream);
+      float* to = static_cast<float*>(transformed) + (panel * kPositions * factors + factor) * kPanel;
+      for (int64_t position = 0; position < kPositions; ++position, to += factors * kPanel) {
+        put(to, factors_of(u[0][position], P{}), stream);
+        put(to + kLanes, factors_of(u[1][position], P{}), stream);
       }
     }
   }
@@ -398,19 +440,27 @@ void grad_weight(const float* sums, int64_t output, int64_t outputs, int64_t inp
   }
 }
 
-void any_weights(const Filters& w, bool transposed, float* transformed, bool stream, int64_t begin, int64_t end) {
-  (w.dtype == DType::kFloat32 ? weights<Float32> : weights<BFloat16>)(w, transposed, transformed, stream, begin, end);
+template <class P>
+void any_weights(const Filters& w, bool transposed, void* transformed, bool stream, int64_t begin, int64_t end) {
+  const auto chosen = w.dtype == DType::kFloat32 ? weights<Float32, P> : weights<BFloat16, P>;
+  chosen(w, transposed, transformed, stream, begin, end);
 }
 
+template <class P>
 void any_input(const Images& x, int64_t first, int64_t count, const float* zeros, const Tiles& into, int64_t at) {
-  (x.dtype == DType::kFloat32 ? input<Float32> : input<BFloat16>)(x, first, count, zeros, into, at);
+  (x.dtype == DType::kFloat32 ? input<Float32, P> : input<BFloat16, P>)(x, first, count, zeros, into, at);
 }
 
-void any_output(const Tiles& from, const float* transformed, int64_t panel, int64_t inputs, const Images& y,
+template <class P>
+void any_output(const Tiles& from, const void* transformed, int64_t panel, int64_t inputs, const Images& y,
                 int64_t first, int64_t count, float* products) {
-  (y.dtype == DType::kFloat32 ? output<Float32> : output<BFloat16>)(from, transformed, panel, inputs, y, first, count,
-                                                                    products);
+  const auto chosen = y.dtype == DType::kFloat32 ? output<Float32, P> : output<BFloat16, P>;
+  chosen(from, transformed, panel, inputs, y, first, count, products);
 }
+
+template <class P>
+constexpr Products kProducts = {sizeof(P),      kTogether<P>, kBlock * kTogether<P>,
+                                any_weights<P>, any_input<P>, any_output<P>};
 
 void any_grad_output(const Images& grad_y, int64_t first, int64_t count, const float* zeros, const Tiles& into,
                      int64_t at) {
@@ -421,8 +471,13 @@ void any_grad_output(const Images& grad_y, int64_t first, int64_t count, const f
 }  // namespace
 
 const Winograd AWP_WINOGRAD = {
-    AWP_INSTRUCTION_SET, kLanes,          kBlock,        any_weights, any_input,
-    any_output,          any_grad_output, grad_products, grad_weight,
+    AWP_INSTRUCTION_SET, kLanes,        kProducts<Float32>,
+#if defined(__AVX512BF16__)
+    kProducts<BFloat16>,
+#else
+    {},
+#endif
+    any_grad_output,     grad_products, grad_weight,
 };
 
 }  // namespace awp::cpu

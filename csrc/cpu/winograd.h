@@ -12,24 +12,32 @@ constexpr int64_t kPositions = 36;
 
 // Transformed tiles: values[position * stride + (channel / lanes * tiles + tile) * lanes + channel % lanes].
 struct Tiles {
-  float* values;
-  int64_t stride;  // floats a position
+  void* values;    // fp32, or bf16 where these are multiplied
+  int64_t stride;  // elements a position
   int64_t tiles;   // room for so many
+};
+
+// The convolution, by the dtype that is multiplied; sums are fp32.
+struct Products {
+  int64_t bytes;     // an element; 0: not on this processor
+  int64_t together;  // inputs whose products are added up at once
+  int64_t block;  // tiles that a thread keeps in its second-level cache, a multiple of the rows it keeps in registers
+
+  // Panels [begin, end) of the transformed weights: [panel][position][inputs / together][2 * lanes][together].
+  void (*weights)(const Filters& weights, bool transposed, void* transformed, bool stream, int64_t begin, int64_t end);
+  // Tiles [first, first + count) of the images, put at `at`; `zeros` holds a zero for every channel.
+  void (*input)(const Images& x, int64_t first, int64_t count, const float* zeros, const Tiles& into, int64_t at);
+  // Tiles [first, first + count) of the output, the first of `from`, channels of one panel. `products` is scratch.
+  void (*output)(const Tiles& from, const void* transformed, int64_t panel, int64_t inputs, const Images& y,
+                 int64_t first, int64_t count, float* products);
 };
 
 struct Winograd {
   const char* instruction_set;
   int64_t lanes;  // floats a vector; a panel of the transformed weights is two vectors of outputs
-  int64_t block;  // tiles that a thread keeps in its second-level cache, a multiple of the rows it keeps in registers
+  Products fp32, bf16;
 
-  // Panels [begin, end) of the transformed weights: [panel][position][input][2 * lanes].
-  void (*weights)(const Filters& weights, bool transposed, float* transformed, bool stream, int64_t begin, int64_t end);
-  // Tiles [first, first + count) of the images, put at `at`; `zeros` holds a zero for every channel.
-  void (*input)(const Images& x, int64_t first, int64_t count, const float* zeros, const Tiles& into, int64_t at);
-  // Tiles [first, first + count) of the output, the first of `from`, channels of one panel. `products` is scratch.
-  void (*output)(const Tiles& from, const float* transformed, int64_t panel, int64_t inputs, const Images& y,
-                 int64_t first, int64_t count, float* products);
-  // Tiles of the output's gradient, as `input` does.
+  // The weight's gradient, whose products are fp32. Tiles of the output's gradient, as `input` does.
   void (*grad_output)(const Images& grad_y, int64_t first, int64_t count, const float* zeros, const Tiles& into,
                       int64_t at);
   // Products of `outputs` channels from `output` on by `inputs` channels from `input` on, summed over the first `count`
@@ -44,6 +52,7 @@ struct Winograd {
 #if defined(AWP_HAVE_AVX2)
 extern const Winograd kAvx2Winograd;
 extern const Winograd kAvx512Winograd;
+extern const Winograd kAvx512Bf16Winograd;
 #endif
 
 }  // namespace awp::cpu

@@ -33,6 +33,8 @@ from awp_kernels.pgd_init import pgd_init_ as pgd_init_
 from awp_kernels.pgd_init import pgd_init_normal_ as pgd_init_normal_
 from awp_kernels.pgd_step import pgd_step_ as pgd_step_
 from awp_kernels.pgd_step_normalize import pgd_step_normalize_ as pgd_step_normalize_
+from awp_kernels.pooled_linear import pooled_linear as pooled_linear
+from awp_kernels.pooled_linear import pooled_linear_available as pooled_linear_available
 from awp_kernels.restore import restore_ as restore_
 from awp_kernels.sgd import SGD as SGD
 from awp_kernels.sgd_step import sgd_step_ as sgd_step_
@@ -60,6 +62,8 @@ __all__ = [
     "pgd_init_normal_",
     "pgd_step_",
     "pgd_step_normalize_",
+    "pooled_linear",
+    "pooled_linear_available",
     "restore_",
     "sam",
     "sgd_step_",

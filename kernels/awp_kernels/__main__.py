@@ -4,7 +4,15 @@ import sys
 
 import torch
 
-from awp_kernels import _backend, bn_act_available, conv3x3_available, perturb_into_, stem3x3_available, use_backend
+from awp_kernels import (
+    _backend,
+    bn_act_available,
+    conv3x3_available,
+    perturb_into_,
+    pooled_linear_available,
+    stem3x3_available,
+    use_backend,
+)
 from awp_kernels.bn_act import serving
 
 
@@ -71,6 +79,9 @@ def main() -> int:
     if torch.cuda.is_available():
         served = serving(torch.zeros(2, 8, 1, 1, device="cuda"))
         print(f"{'bn_act, add_bn_act':<28} {'cuda float32, float16, bfloat16':<34} {served or 'torch'}")
+        x = torch.zeros(2, 8, 1, 1, device="cuda")
+        served = "triton" if pooled_linear_available(x, x.flatten(1), x.new_zeros(2)) else "torch"
+        print(f"{'pooled_linear':<28} {'cuda float32, float16, bfloat16':<34} {served}")
     return int(failed)
 
 

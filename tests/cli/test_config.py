@@ -9,6 +9,7 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -22,9 +23,11 @@ from awp_engine.config import (
     Config,
     ConfigError,
     DataConfig,
+    DistributedConfig,
     EvaluationConfig,
     ModelConfig,
     OptimizerConfig,
+    choose_speed,
     config_hash,
     flags,
     from_json,
@@ -232,6 +235,8 @@ BAD = {
     "--label-smoothing": lambda: Config(method="mart", label_smoothing=0.1),
     "--epochs": lambda: Config(epochs=True),
     "--seed": lambda: Config(seed=-1),
+    "--cuda-graphs": lambda: Config(optimizer=OptimizerConfig(kind="adamw"), cuda_graphs=True),
+    "--compile": lambda: Config(compile=True, distributed=DistributedConfig(strategy="fsdp")),
     "--global-batch-size": lambda: Config(global_batch_size="3"),  # pyright: ignore[reportArgumentType]
     "--log-interval": lambda: Config(log_interval=float("inf")),
     "--keep-checkpoints": lambda: Config(keep_checkpoints=0),
@@ -373,6 +378,9 @@ def test_any_arguments_give_a_configuration_or_one_line(argv: list[str]) -> None
         (["--epochs"], "--epochs: expected a whole number, got nothing"),
         (["--epochs", "3", "digits"], "'digits': unexpected argument"),
         (["--deterministic=yes"], "--deterministic: takes no value"),
+        (["--no-cuda-graphs", "auto"], "--no-cuda-graphs: takes no value"),
+        (["--cuda-graphs", "yes"], "--cuda-graphs: expected one of auto, true, false, got 'yes'"),
+        (["--cuda-graphs="], "--cuda-graphs: expected one of auto, true, false, got ''"),
         (["cifar10-preact-resnet18-at-awp"], "--data.root: expected the directory that holds cifar10"),
         (["--method", "rst"], "--data.extra: expected an .npz, or a directory of shards"),
         (["--data.extra-fraction", "0.7"], "--data.extra: expected an .npz, or a directory of shards, for --data.ex"),
@@ -416,6 +424,57 @@ def test_command_line_builds_on_the_preset() -> None:
     )
 
 
+def test_switches_that_may_be_left_to_the_run() -> None:
+    told = [([], "auto"), (["--cuda-graphs"], True), (["--no-cuda-graphs"], False), (["--cuda-graphs=auto"], "auto")]
+    told += [(["--no-cuda-graphs", "--cuda-graphs", "auto"], "auto"), (["--cuda-graphs", "--epochs", "2"], True)]
+    for argv, value in told:
+        assert parse_train(argv).cuda_graphs == value, argv
+    # runs from before there was auto
+    for value in (True, False):
+        old = json.dumps(json.loads(to_json(Config())) | {"cuda_graphs": value, "compile": value})
+        assert (from_json(old).cuda_graphs, from_json(old).compile) == (value, value)
+    for wrong in (1, 0, None, "on", "true"):
+        with pytest.raises(ConfigError, match=r"--compile: expected one of auto, true, false, got "):
+            Config(compile=wrong)  # pyright: ignore[reportArgumentType]
+
+
+ADAMW, COUNTED = OptimizerConfig(kind="adamw"), AwpConfig(c_min=1.7)
+UNMEASURED = "torch.compile off (auto: not measured yet)"
+
+
+@pytest.mark.parametrize(
+    ("told", "cuda", "ranks", "graphs", "compiled", "message"),
+    [
+        ({}, True, 1, True, False, f"CUDA graphs on (auto: one rank), {UNMEASURED}"),
+        ({}, True, 2, False, False, f"CUDA graphs off (auto: several ranks), {UNMEASURED}"),
+        ({}, False, 1, False, False, None),
+        ({}, False, 2, False, False, None),
+        ({"optimizer": ADAMW}, True, 1, False, False, f"CUDA graphs off (auto: --optimizer.kind adamw), {UNMEASURED}"),
+        ({"awp": COUNTED}, True, 1, False, False, f"CUDA graphs off (auto: --awp.c-min), {UNMEASURED}"),
+        ({"cuda_graphs": True}, True, 1, True, False, f"CUDA graphs on (as told), {UNMEASURED}"),
+        ({"cuda_graphs": True}, True, 2, None, None, "several ranks"),
+        ({"cuda_graphs": True}, False, 1, None, None, "no CUDA device"),
+        ({"cuda_graphs": True, "awp": COUNTED}, True, 1, None, None, "--awp.c-min"),
+        ({"cuda_graphs": False}, True, 1, False, False, f"CUDA graphs off (as told), {UNMEASURED}"),
+        ({"cuda_graphs": False}, False, 4, False, False, "CUDA graphs off (as told)"),
+        ({"compile": True}, True, 1, True, True, "CUDA graphs on (auto: one rank), torch.compile on (as told)"),
+        ({"compile": True}, False, 1, False, True, "torch.compile on (as told)"),
+        ({"compile": False}, False, 1, False, False, "torch.compile off (as told)"),
+    ],
+)
+def test_what_makes_a_step_fast_is_chosen_by_rule(
+    told: dict[str, Any], cuda: bool, ranks: int, graphs: bool | None, compiled: bool | None, message: str | None
+) -> None:
+    if graphs is not None:
+        assert choose_speed(Config(**told), cuda=cuda, ranks=ranks) == (graphs, compiled, message)
+        return
+    # a step that cannot be captured is refused where graphs were asked for
+    with pytest.raises(ConfigError) as refused:
+        choose_speed(Config(**told), cuda=cuda, ranks=ranks)
+    why = f"expected a step that can be captured, got {message}; leave the flag out"
+    assert str(refused.value) == f"--cuda-graphs: {why}"
+
+
 def test_no_arguments_mean_digits() -> None:
     config = parse_train([])
     assert config == build_preset("digits")
@@ -442,6 +501,7 @@ def test_neither_config_nor_command_line_imports_torch() -> None:
 def test_hash_covers_the_trajectory_only() -> None:
     base = Config()
     free = dataclasses.replace(base, run_dir=Path("x"), log_interval=1.0, keep_checkpoints=9, device="cpu")
+    free = dataclasses.replace(free, compile=True, cuda_graphs=False)
     assert config_hash(free) == config_hash(base)
     assert config_hash(dataclasses.replace(base, attack=AttackConfig(epsilon="1/5"))) == config_hash(base)
     for other in (Config(seed=1), Config(epochs=31), Config(awp=AwpConfig(gamma=0.01)), Config(deterministic=True)):

@@ -29,6 +29,7 @@ AMOUNTS = ["--attack.epsilon", "--attack.step-size", "--evaluation.step-size"]
 
 NOT_NUMBERS = ["nan", "NaN", "-nan", "inf", "-inf", "Infinity", "1e999", "-1", "-0.5", "-9" * 30, "9" * 5000]
 NOT_NUMBERS += ["", " ", "x", "1,5", "1;2", "0x10", "1e", "--1", "1/0", "²", "\x00", "1\n2", "[]", "{}", "true", "ten"]
+SWITCHED = ("true", "false")
 words = st.text(max_size=12) | st.sampled_from(NOT_NUMBERS)
 
 
@@ -49,7 +50,7 @@ def malformed(name: str) -> st.SearchStrategy[str]:
     hint = HINTS[name]
     parts = parts_of(hint)
     optional = type(None) in parts
-    known = [text for part in parts if typing.get_origin(part) is Literal for text in typing.get_args(part)]
+    known = [str(each) for part in parts if typing.get_origin(part) is Literal for each in typing.get_args(part)]
     if int in parts or float in parts:
         kind = int if int in parts else float
         text = st.text(max_size=12).filter(lambda text: not is_number(text, kind))
@@ -61,7 +62,8 @@ def malformed(name: str) -> st.SearchStrategy[str]:
             # what fp32 cannot hold, and what of it a sum or a product would leave
             wrong |= (st.floats(min_value=1.01e30) | st.integers(min_value=10**31)).map(str)
     elif known:
-        wrong = words.filter(lambda text: text not in known)
+        # of a switch true and false are read in any case
+        wrong = words.filter(lambda text: text not in known and not ("True" in known and text.lower() in SWITCHED))
     elif name in AMOUNTS:
         wrong = st.sampled_from(NOT_NUMBERS) | st.text(alphabet="ab/.-e ", min_size=1, max_size=9)
     elif typing.get_origin(hint) is tuple:

@@ -26,7 +26,7 @@ pytestmark = [
 
 ARCHITECTURES = [80, 90, 100]
 OPERATIONS = ["perturb", "restore", "sgd_step", "total_norm", "pgd_init", "pgd_step", "pgd_step_normalize"]
-OPERATIONS += ["augment", "bn_act"]
+OPERATIONS += ["augment", "bn_act", "pooled_linear"]
 # float16 compiles to the same accesses as bfloat16
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -56,6 +56,9 @@ WIDE = {
     "bn_gradient_kernel": (2, 1),
     "bn_finish_statistics_kernel": (0, 0),
     "bn_finish_sums_kernel": (0, 0),
+    # images and weights
+    "pooled_linear_kernel": (2, 0),
+    "pooled_linear_gradient_kernel": (1, 1),
     # bytes are gathered one by one
     "augment_kernel": (0, 1),
 }
@@ -378,3 +381,27 @@ def test_normalisation_of_odd_channels(compiled):
     none = [None] * 4
     assert len(compiled(lambda: module.bn_act_train(x, None, *none, 0.1, 1e-5, 0, None, x, table))) == 3
     assert len(compiled(lambda: module.bn_act_backward(x, None, x, table, None, 0, False, x, None, None))) == 1
+
+
+def pooled(x: Tensor, weight: Tensor) -> None:
+    module = import_module("awp_kernels.pooled_linear.triton")
+    logits = module.pooled_linear(x, weight, torch.zeros(len(weight)))
+    module.pooled_linear_gradient(logits, weight, x.shape, x.dtype)
+
+
+@pytest.mark.parametrize("compiled", ARCHITECTURES, ids="sm_{}".format, indirect=True)
+@pytest.mark.parametrize("classes", [10, 100, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_head(compiled, dtype, classes):
+    """One launch forward and one backward; up to the most weights that are served."""
+    x = torch.zeros(16, 640 if classes < 256 else 256, 8, 8, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    kernels = compiled(lambda: pooled(x, torch.zeros(classes, x.shape[1], dtype=dtype)))
+    assert [kernel.name for kernel in kernels] == ["pooled_linear_kernel", "pooled_linear_gradient_kernel"]
+    assert_wide(kernels)
+
+
+@pytest.mark.parametrize("compiled", [90], ids="sm_{}".format, indirect=True)
+@pytest.mark.parametrize("shape", [(3, 1, 1, 1), (2, 5, 7, 3)], ids=str)
+def test_heads_of_odd_sizes(compiled, shape):
+    x = torch.zeros(shape).contiguous(memory_format=torch.channels_last)
+    assert len(compiled(lambda: pooled(x, torch.zeros(1, shape[1])))) == 2

@@ -1,8 +1,12 @@
 """conv3x3 against torch's convolution in fp64."""
 
+import functools
 import gc
 import itertools
 import multiprocessing
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -28,6 +32,10 @@ pytestmark = [
     pytest.mark.skipif(operations() is None, reason="needs AVX2 with FMA"),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
+
+NEEDS_BF16 = pytest.mark.skipif(
+    operations() is None or not _weights.multiplies_bf16(operations()), reason="needs AVX-512 with bf16"
+)
 
 # of the largest value of the result; torch's own direct convolution stays below 2e-6 on the same samples
 FP32_BOUND = 2e-5
@@ -126,15 +134,92 @@ def test_bf16_is_the_fp32_result_rounded_once(shape, weight_dtype):
         assert torch.equal(low, high.to(low.dtype))
 
 
+def _by_points(matrix: list[list[float]], t: Tensor) -> Tensor:
+    """A transform of both of the last two dimensions."""
+    rows = torch.tensor(matrix, dtype=torch.float64)
+    return rows @ t @ rows.T
+
+
+def rounded_winograd(x: Tensor, weight: Tensor) -> Tensor:
+    """F(4x4, 3x3) of the points 0, +-3/4, +-3/2 in fp64, but for what is multiplied, which is rounded to bf16."""
+    a, b = 0.75, 1.5
+    powers = [[p**i for i in range(5)] for p in (a, -a, b, -b)]
+    of_output = [[1, *(row[i] for row in powers), float(i == 3)] for i in range(4)]
+    of_output[1][0] = of_output[2][0] = of_output[3][0] = 0
+    others = [(b, a), (b, -a), (a, b), (a, -b)]  # t (t + p) (t^2 - q^2), what vanishes at all points but p
+    of_input = [[a**2 * b**2, 0, -(a**2 + b**2), 0, 1, 0]]
+    of_input += [[0, -p * q**2, -(q**2), p, 1, 0] for q, p in others]
+    of_input += [[0, a**2 * b**2, 0, -(a**2 + b**2), 0, 1]]
+    norms = [2 * p**2 * (p**2 - q**2) for q, p in others]
+    of_weight = [[1 / (a * b) ** 2, 0, 0]]
+    of_weight += [[p**i / norm for i in range(3)] for (_, p), norm in zip(others, norms, strict=True)]
+    of_weight += [[0, 0, 1]]
+
+    samples, _, height, width = x.shape
+    high, wide = -(-height // 4), -(-width // 4)
+    padded = functional.pad(x.double(), (1, 1 + 4 * wide - width, 1, 1 + 4 * high - height))
+    tiles = padded.unfold(2, 6, 4).unfold(3, 6, 4)
+    v = _by_points(of_input, tiles).bfloat16().double()
+    u = _by_points(of_weight, weight.double()).bfloat16().double()
+    y = _by_points(of_output, torch.einsum("kcij,nchwij->nkhwij", u, v))
+    return y.transpose(3, 4).reshape(samples, len(weight), 4 * high, 4 * wide)[:, :, :height, :width]
+
+
+@NEEDS_BF16
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bf16_products_are_those_of_rounded_transforms(shape, dtype):
+    x, weight, grad = samples(*shape, dtype=dtype)
+    y, grad_x, grad_weight = results(functools.partial(conv3x3, products="bf16"), x, weight, grad)
+    turned = weight.flip(2, 3).transpose(0, 1)
+    storage = 0 if dtype == torch.float32 else 2**-8
+    for found, defined in ((y, rounded_winograd(x, weight)), (grad_x, rounded_winograd(grad, turned))):
+        # one in some thousand transforms, computed in fp32, is rounded to the other side
+        assert (found - defined).norm() <= (1e-3 + storage) * defined.norm()
+    assert torch.equal(grad_weight, results(conv3x3, x, weight, grad)[2])
+
+
+@NEEDS_BF16
+def test_bf16_products_cost_one_per_cent():
+    x, weight, grad = samples(8, 64, 64, 16, 16)
+    reference = exact(x.relu(), weight, grad)
+    for found, fp64 in zip(
+        results(functools.partial(conv3x3, products="bf16"), x.relu(), weight, grad)[:2], reference, strict=False
+    ):
+        assert 5e-3 < (found - fp64).norm() / fp64.norm() < 1.5e-2
+
+
+@NEEDS_BF16
+def test_frozen_weights_serve_both_kinds_of_products():
+    x, weight, _ = samples(2, 20, 20, 8, 8)
+    reference = plain(x.double(), weight.double())
+    for _ in range(2):
+        assert error(conv3x3(x, weight), reference) <= FP32_BOUND
+        assert 1e-3 < error(conv3x3(x, weight, products="bf16"), reference) < 3e-2
+
+
+def test_without_bf16_instructions_products_are_fp32(tmp_path):
+    code = """if True:
+        import torch
+        from awp_kernels import conv3x3
+        x, weight = torch.randn(2, 20, 8, 8), torch.randn(20, 20, 3, 3)
+        assert torch.equal(conv3x3(x, weight, products="bf16"), conv3x3(x, weight))
+    """
+    for limit in ("avx512", "avx2"):
+        environment = os.environ | {"AWP_CPU": limit, "PYTHONPATH": os.pathsep.join(sys.path)}
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
+
+
+@pytest.mark.parametrize("products", ["fp32", pytest.param("bf16", marks=NEEDS_BF16)])
 @pytest.mark.parametrize("shape", [(4, 64, 64, 16, 16), (9, 20, 21, 32, 30), (2, 272, 320, 5, 4)], ids=str)
-def test_threads_do_not_change_a_bit(shape):
+def test_threads_do_not_change_a_bit(shape, products):
     arguments = samples(*shape)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             conv3x3_forget()
-            found.append(results(conv3x3, *arguments))
+            found.append(results(functools.partial(conv3x3, products=products), *arguments))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -343,15 +428,16 @@ def test_memory_of_freed_weights_is_given_back():
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("frozen", [True, False])
-def test_transforms_have_the_memory_they_need(transposed, frozen):
+@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=NEEDS_BF16)])
+def test_transforms_have_the_memory_they_need(transposed, frozen, bf16):
     """Of layers with more inputs than outputs, and fewer: the kernel writes as much as it says, and checks nothing."""
     conv3x3_forget()
     compiled, made = operations(), []
     weights = [randn(*sizes, 3, 3).requires_grad_(not frozen) for sizes in ((40, 3), (3, 40), (72, 8))]
     for weight in weights:
-        found, _ = _weights.transformed(compiled, weight, transposed)
+        found, _ = _weights.transformed(compiled, weight, transposed, bf16)
         outputs, inputs = weight.shape[:2][::-1] if transposed else weight.shape[:2]
-        assert found.numel() == compiled.conv3x3_transformed_size.default(outputs, inputs)
+        assert found.numel() == compiled.conv3x3_transformed_size.default(outputs, inputs, bf16)
         made.append(found)
     # what passes shares a buffer
     assert not frozen or len({found.data_ptr() for found in made}) == 3
@@ -386,6 +472,11 @@ def test_misuse_names_the_argument(message):
         conv3x3(*MISUSE[message])
 
 
+def test_products_are_one_of_two():
+    with pytest.raises(ValueError, match="products: expected one of fp32, bf16"):
+        conv3x3(*samples(1, 3, 4, 4, 4)[:2], products="fp16")  # pyright: ignore[reportArgumentType]
+
+
 def test_what_the_kernel_does_not_serve_goes_to_torch():
     x, weight, _ = samples(1, 3, 4, 4, 4)
     cases = [(x.double(), weight.double()), (x[:0], weight), (x.to("meta"), weight.to("meta"))]
@@ -407,9 +498,10 @@ def test_autocast_casts_as_for_conv2d():
     assert error(y, plain(x.double(), weight.double())) <= 2e-2
 
 
-def test_under_torch_compile():
+@pytest.mark.parametrize("products", ["fp32", "bf16"])
+def test_under_torch_compile(products):
     def loss(x, weight):
-        return (conv3x3(x.relu(), weight) ** 2).sum()
+        return (conv3x3(x.relu(), weight, products=products) ** 2).sum()
 
     x, weight, _ = samples(2, 6, 5, 7, 6)
     x, weight = x.requires_grad_(), weight.requires_grad_()

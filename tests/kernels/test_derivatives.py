@@ -349,9 +349,9 @@ def test_the_traced_operation_drops_no_tangent():
     x, weight = CASES["conv3x3"][1]
     refused = pytest.raises(RuntimeError, match=r"no forward-mode derivatives; call awp_kernels\.conv3x3")
     with torch.no_grad(), refused:
-        jvp(torch.ops.awp.conv3x3, (x, weight), (x, weight))
+        jvp(functools.partial(torch.ops.awp.conv3x3, bf16=False), (x, weight), (x, weight))
     with torch.no_grad(), forward_ad.dual_level(), refused:
-        torch.ops.awp.conv3x3(forward_ad.make_dual(x, x), weight)
+        torch.ops.awp.conv3x3(forward_ad.make_dual(x, x), weight, False)
 
 
 def test_torch_compile_keeps_the_fused_convolution():

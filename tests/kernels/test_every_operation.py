@@ -28,7 +28,7 @@ from operations import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from awp_kernels import _backend, add_bn_act, bn_act, conv3x3, stem3x3, total_norm, use_backend
+from awp_kernels import _backend, add_bn_act, bn_act, conv3x3, pooled_linear, stem3x3, total_norm, use_backend
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -177,21 +177,21 @@ def test_opcheck_of_the_convolution_and_its_gradients(sample):
     arguments = arguments_of("conv3x3", "", sample, torch.float32)
     x, weight, grad = arguments["x"], arguments["weight"], arguments["grad"]
     for operation, inputs in (
-        (torch.ops.awp.conv3x3.default, (x, weight)),
-        (torch.ops.awp.conv3x3_grad_x.default, (grad, weight)),
+        (torch.ops.awp.conv3x3.default, (x, weight, False)),
+        (torch.ops.awp.conv3x3_grad_x.default, (grad, weight, False)),
         (torch.ops.awp.conv3x3_grad_weight.default, (grad, x)),
     ):
         assert set(torch.library.opcheck(operation, inputs).values()) == {"SUCCESS"}
     # With gradients torch 2.14's opcheck traces copies of the inputs, and warns of its own reading their `.grad`: what
     # it does with them is done below by leaves.
-    inputs, checks = (x.requires_grad_(), weight.requires_grad_()), ("test_schema", "test_autograd_registration")
+    inputs, checks = (x.requires_grad_(), weight.requires_grad_(), False), ("test_schema", "test_autograd_registration")
     operation = torch.ops.awp.conv3x3.default
     assert set(torch.library.opcheck(operation, inputs, test_utils=checks).values()) == {"SUCCESS"}
     torch.compiler.reset()
     traced = torch.compile(operation, fullgraph=True, dynamic=True, backend="aot_eager")
     outputs = [function(*inputs) for function in (operation, traced)]
     assert torch.equal(*outputs)
-    for one, other in zip(*(torch.autograd.grad(y, inputs, grad) for y in outputs), strict=True):
+    for one, other in zip(*(torch.autograd.grad(y, inputs[:2], grad) for y in outputs), strict=True):
         assert torch.equal(one, other)
 
 
@@ -244,7 +244,7 @@ def test_compiled_whole_and_with_dynamic_shapes(device, name):
 
 
 def _compiled_images_agree(name, arguments):
-    function = {"conv3x3": conv3x3, "stem3x3": stem3x3, "bn_act": add_bn_act}[name]
+    function = {"conv3x3": conv3x3, "stem3x3": stem3x3, "bn_act": add_bn_act, "pooled_linear": pooled_linear}[name]
     grads = [arguments.pop(key) for key in ("grad_z", "grad") if key in arguments]
     inputs = [key for key in ("x", "residual", "weight", "bias") if key in arguments]
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from operations import NORMALISATIONS, OPERATIONS, STEPS, arguments_of, excess, mapped, run
+from operations import CHANNELS, NORMALISATIONS, OPERATIONS, STEPS, arguments_of, excess, mapped, run
 from samples import DTYPES, LAYOUTS, SCOPES, SGD_VARIANTS, VARIANTS, images, randn, weights_and_grads
 from torch import Tensor
 
+from awp_engine.models.layers import Head
 from awp_kernels import (
     augment,
     bn_act_available,
@@ -25,6 +26,8 @@ from awp_kernels import (
     pgd_init_,
     pgd_init_normal_,
     pgd_step_,
+    pooled_linear,
+    pooled_linear_available,
     restore_,
     sgd_step_,
     total_norm,
@@ -98,6 +101,127 @@ class TestInterpreted:
         assert bn_act_available(arguments["x"], arguments["weight"])
         ratio, where = excess(operation, run(operation, mapped(arguments, lambda t: t.clone())), arguments)
         assert ratio <= 1, where
+
+    # of several tiles of channels, of pixels, and with the most classes
+    @pytest.mark.parametrize("shapes", [*CHANNELS.values(), [(2, 300, 7, 9), (10,)], [(2, 40, 9, 9), (256,)]], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    def test_pooled_linear(self, shapes, dtype):
+        """With its gradients, against fp64; what is empty is torch's."""
+        operation = OPERATIONS["pooled_linear"]
+        arguments = operation.build(shapes, dtype)
+        served = pooled_linear_available(*(arguments[name] for name in ("x", "weight", "bias")))
+        assert served == (arguments["x"].numel() > 0)
+        ratio, where = excess(operation, run(operation, arguments), arguments)
+        assert ratio <= 1, where
+
+    @staticmethod
+    def head(dtype: torch.dtype = torch.float32, shape=(3, 20, 4, 5), classes: int = 7) -> list[Tensor]:
+        arguments = OPERATIONS["pooled_linear"].build([shape, (classes,)], dtype)
+        return [arguments[name].requires_grad_() for name in ("x", "weight", "bias")]
+
+    @pytest.mark.parametrize("wanted", [(0,), (1,), (0, 1, 2)], ids=str)
+    def test_derivatives_of_three_orders_of_pooled_linear(self, wanted):
+        found = []
+        for dtype in (torch.float32, torch.float64):
+            inputs = [t.detach().to(dtype).requires_grad_(i in wanted) for i, t in enumerate(self.head())]
+            with use_backend("triton" if dtype == torch.float32 else "reference"):
+                value = pooled_linear(*inputs).pow(4).mean()
+                assert ("_PooledLinear" in type(value.grad_fn.next_functions[0][0].next_functions[0][0]).__name__) == (
+                    dtype == torch.float32
+                )
+                for order in range(3):
+                    gradients = torch.autograd.grad(value, [inputs[i] for i in wanted], create_graph=True)
+                    found += [g.detach().double() for g in gradients]
+                    value = sum((g * randn(tuple(g.shape), dtype, 10 + order)).sum() for g in gradients)
+        half = len(found) // 2
+        for ours, exact in zip(found[:half], found[half:], strict=True):
+            torch.testing.assert_close(ours, exact, rtol=0, atol=1e-5 * float(exact.abs().max()))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    def test_pooled_linear_keeps_and_computes_what_was_asked_for(self, dtype):
+        inputs = self.head(dtype)
+        logits = pooled_linear(*inputs)
+        assert logits.dtype == torch.float32
+        grad = randn(tuple(logits.shape), seed=4)
+        everything = torch.autograd.grad(logits, inputs, grad)
+        for index, (one, tensor) in enumerate(zip(everything, inputs, strict=True)):
+            assert (one.dtype, one.shape) == (tensor.dtype, tensor.shape)
+            (alone,) = torch.autograd.grad(pooled_linear(*inputs), [tensor], grad)
+            assert torch.equal(alone, one), index
+        x, weight, bias = inputs[0], inputs[1].detach(), inputs[2].detach()
+        logits = pooled_linear(x, weight, bias)
+        assert logits.grad_fn.saved_tensors[0] is None
+        # by the kernel, whatever is forced by then, and once a graph is asked for by torch
+        with use_backend("reference"):
+            (found,) = torch.autograd.grad(logits, x, grad, retain_graph=True)
+        assert torch.equal(found, everything[0])
+        weight.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(logits, x, grad)
+
+    def test_no_pixel_is_read_again_for_a_gradient_that_nobody_asked_for(self):
+        inputs = self.head()
+        for wanted, read in ((inputs[:1], False), (inputs[1:], True)):
+            logits = pooled_linear(*inputs).sum()
+            with torch.profiler.profile() as recorded:
+                torch.autograd.grad(logits, wanted)
+            assert any(event.key == "aten::mean" for event in recorded.key_averages()) == read
+
+    def test_a_gradient_of_one_number_for_all_logits(self):
+        """Its memory is not that of a matrix."""
+        inputs = self.head()
+        found = torch.autograd.grad(pooled_linear(*inputs).sum(), inputs)
+        expected = self.reference(lambda: torch.autograd.grad(pooled_linear(*inputs).sum(), inputs))
+        for ours, plain in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, plain)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_pooled_linear_loses_no_nan_and_spreads_none(self, value):
+        for index in range(3):
+            inputs = [t.detach() for t in self.head()]
+            inputs[index][(-1,) * inputs[index].ndim] = value
+            ours, plain = pooled_linear(*inputs), self.reference(pooled_linear, *inputs)
+            torch.testing.assert_close(ours, plain, equal_nan=True)
+            assert not ours.isfinite().all()
+
+    def test_what_pooled_linear_leaves_to_torch(self):
+        """Limits and other dtypes; forced, it says so."""
+        x, weight, bias = (t.detach() for t in self.head(shape=(2, 256, 2, 2), classes=256))
+        assert pooled_linear_available(x, weight, bias)
+        wide = torch.zeros(2, 512, 2, 2).to(memory_format=torch.channels_last)
+        others = {
+            "257 classes": (x[:, :1], torch.zeros(257, 1), torch.zeros(257)),
+            "more than 65,536 weights": (wide, torch.zeros(129, 512), torch.zeros(129)),
+            "fp64": (x.double(), weight.double(), bias.double()),
+            "bias in 16 bits": (x, weight, bias.half()),
+        }
+        assert pooled_linear_available(wide, torch.zeros(128, 512), torch.zeros(128))
+        for name, tensors in others.items():
+            assert not pooled_linear_available(*tensors), name
+            with pytest.raises(ValueError, match=r"^backend 'triton' was forced but does not pool"):
+                pooled_linear(*tensors)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not pooled_linear_available(x, weight, bias)
+        with use_backend(None):
+            assert not pooled_linear_available(x, weight, bias)
+
+    def test_pooled_linear_under_transforms_is_torchs(self):
+        x, weight, bias = (t.detach() for t in self.head())
+        with use_backend(None):
+            expected = torch.func.vmap(lambda image: pooled_linear(image[None], weight, bias))(x)
+        with pytest.raises(ValueError, match="was forced"):
+            torch.func.vmap(lambda image: pooled_linear(image[None], weight, bias))(x)
+        head = Head(20, 7)
+        head.load_state_dict({"weight": weight, "bias": bias})
+        found = torch.func.vmap(lambda image: head(image[None]))(x)
+        torch.testing.assert_close(found, expected)
+        # gradients of many at once, through the graph of the fused forward pass
+        logits = head(x.requires_grad_())
+        assert type(logits.grad_fn).__name__ == "_PooledLinearBackward"
+        many = torch.eye(7)[:, None].expand(7, 3, 7)
+        (batched,) = torch.autograd.grad(logits, x, many, is_grads_batched=True, retain_graph=True)
+        for one, rows in zip(batched, many, strict=True):
+            torch.testing.assert_close(one, torch.autograd.grad(logits, x, rows, retain_graph=True)[0])
 
     @pytest.mark.parametrize(
         ("shapes", "scope"),

@@ -121,7 +121,7 @@ def test_the_recipe_of_the_real_run():
     arguments = argparse.Namespace(data=Path("images"), work=Path("work"), device="cuda", small=False)
     for arm, gamma in real_run.ARMS.items():
         config = real_run.run_config(arm, arguments, 24)
-        assert (config.method, config.awp.gamma, config.epochs, config.cuda_graphs) == ("at", gamma, 24, True)
+        assert (config.method, config.awp.gamma, config.epochs, config.cuda_graphs) == ("at", gamma, 24, "auto")
         assert (config.optimizer.schedule, config.optimizer.milestones) == ("piecewise", (0.5, 0.75))
         evaluation = config.evaluation
         assert (evaluation.steps, evaluation.evaluate_every, evaluation.test_limit) == (20, 1, 2000)
@@ -159,11 +159,12 @@ def test_predictions_stand_beside_what_was_measured(tmp_path, capsys):
         return {"name": name, "seconds": {"median": seconds}}
 
     step = {"kind": "step", "machine": {"device_name": "NVIDIA H100 80GB HBM3"}}
-    step["settings"] = {"model": "wrn-34-10", "engine": {"cuda_graphs": True}}
+    step["settings"] = {"model": "wrn-34-10", "engine": {}}
     step["arms"] = [arm("engine", 0.15), arm("public", 0.6)]
+    plain = step | {"settings": step["settings"] | {"engine": {"cuda_graphs": False}}, "arms": [arm("engine", 0.3)]}
     small = step | {"settings": step["settings"] | {"model": "preact-resnet-18"}, "arms": [arm("engine", 0.0195)]}
     first, second = tmp_path / "1", tmp_path / "2"
-    for folder, files in ((first, {}), (second, {"step-1.json": step, "step-2.json": small})):
+    for folder, files in ((first, {}), (second, {"step-0.json": plain, "step-1.json": step, "step-2.json": small})):
         folder.mkdir()
         stage = {"stage": folder.name, "outcome": "held", "seconds": 1, "limit": 2}
         for name, content in ({"stages.jsonl": stage} | files).items():

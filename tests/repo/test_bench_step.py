@@ -5,6 +5,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import plain_methods
 import pytest
@@ -16,12 +17,13 @@ from samples import images
 from awp_engine.data import Batch
 from awp_engine.train.cost import forward_units
 from awp_kernels import pgd_init_, pgd_init_normal_
+from bench.step import convolutions
 from bench.step.arms import Settings, engine_config, necessary_units
 from bench.step.arms.eager import compile_arm, eager_arm
 from bench.step.arms.engine import engine_arm
 from bench.step.arms.public import public_arm
 from bench.step.step import forward_flops, ratio, spread
-from bench.tables import tf32_text
+from bench.tables import convolutions_text, tf32_text
 
 PARTS = ("attack", "ascent", "descent")
 SETTINGS = Settings(
@@ -138,6 +140,43 @@ def test_the_report_says_which_arms_use_tf32():
     assert "convolutions: no arm" in tf32_text({"machine": {"device": "cuda"}, "arms": [arm("x", False, "highest")]})
 
 
+@pytest.mark.parametrize(
+    ("method", "passes", "without_gradient"), [("at", 3 + 1, 0), ("at-awp", 3 + 2, 0), ("trades-awp", 3 + 2 * 2, 1)]
+)
+def test_the_convolutions_of_a_step_are_timed_as_they_are_called(method, passes, without_gradient, monkeypatch):
+    arm = engine_arm(with_method(method), SETTINGS.build_model())
+    number = sum(isinstance(module, torch.nn.Conv2d) for module in arm.model.modules())
+    given = batch(0)
+    given = given._replace(images=given.images.float())
+    counted, _ = convolutions.calls_of(lambda: arm.plainly(given, 0))
+    gradients = Counter()
+    for call, times in counted.items():
+        if call.graph:
+            gradients["image" if call.image[-1] else "", "weight" if call.weight[-1] else ""] += times
+    trained = passes - 3
+    # an attack's gradient is the images', that of the first layer in training the weight's
+    expected = {("image", ""): 3 * number, ("image", "weight"): trained * (number - 1), ("", "weight"): trained}
+    assert gradients == expected
+    assert counted.total() == number * (passes + without_gradient)
+
+    def clock(call, device, head_start):
+        """A second forward, whose call gives nothing, and two backward."""
+        return 1.0 if call() is None else 2.0
+
+    monkeypatch.setattr(convolutions, "seconds", clock)
+    found = convolutions.convolution_seconds(lambda: arm.plainly(given, 1), "cpu")
+    assert found == {"forward": number * (passes + without_gradient), "backward": 2.0 * number * passes}
+
+
+def test_the_report_says_what_part_of_a_step_convolutions_are():
+    result = {"arms": [{"seconds": {"median": 2.0}}], "convolution_seconds": {"forward": 0.5, "backward": 1.0}}
+    told = " Alone, the engine's convolutions take 1.5 s, 75% of the step (forward 0.5 s, backward 1 s)."
+    assert convolutions_text(result) == told
+    assert convolutions_text(result | {"convolution_seconds": None}) == ""
+    # a result of before it was measured
+    assert convolutions_text({"arms": result["arms"]}) == ""
+
+
 def test_eager_in_mixed_precision_is_near():
     settings = with_method("at-awp")
     models = [settings.build_model(), settings.build_model()]
@@ -189,6 +228,7 @@ def test_program(tmp_path):
                "--device", "cpu", "--json", str(target))  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "| engine |" in done.stdout
+    assert "Alone, the engine's convolutions take " in done.stdout
     result = json.loads(target.read_text())
     assert {"kind", "date", "command", "machine", "load_average", "commit", "sources_sha256", "settings", "work",
             "ceilings", "arms", "ratios"} <= result.keys()  # fmt: skip
@@ -202,11 +242,15 @@ def test_program(tmp_path):
         parts = sum(part["median"] for part in arm["components"].values())
         # of two values a median is the mean
         assert parts == pytest.approx(arm["seconds"]["median"], rel=1e-6)
+        # where the system lets a process reset its peak
+        timed = arm["memory"]["peak_bytes_timed"]
+        assert timed is None or 0 < timed <= arm["memory"]["peak_bytes"]
         assert arm["memory"]["peak_bytes"] > 0
         assert arm["finite"]
         assert arm["first_step_seconds"] > 0
         assert arm["steps_made"] == 4
         assert arm["tflops"] == pytest.approx(result["work"]["step_tflop"] / arm["seconds"]["median"])
+    assert min(result["convolution_seconds"].values()) > 0
     assert result["ratios"].keys() == {"public", "eager"}
     assert result["ratios"]["public"]["n"] == 2
 

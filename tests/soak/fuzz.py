@@ -46,12 +46,18 @@ from operations import (
 )
 from torch import Tensor
 
-from awp_kernels import bn_act_available, conv3x3_available, stem3x3_available, use_backend
+from awp_kernels import (
+    bn_act_available,
+    conv3x3_available,
+    pooled_linear_available,
+    stem3x3_available,
+    use_backend,
+)
 
 CASES = 2000
 GUARD = 64  # elements; a multiple of every alignment
 FP64 = torch.float64
-IMAGE_OPERATIONS = ("conv3x3", "stem3x3", "bn_act")
+IMAGE_OPERATIONS = ("conv3x3", "stem3x3", "bn_act", "pooled_linear")
 CPU_OPERATIONS = ("conv3x3", "stem3x3")
 SIZES = (0, 1, 1, 2, 3, 4, 5, 7, 8, 13, 16, 31, 32, 33)
 
@@ -240,7 +246,7 @@ def to_be_refused(name: str, operation: Operation, arguments: Arguments) -> bool
     if name == "augment":
         return False
     if name in IMAGE_OPERATIONS:
-        if name in CPU_OPERATIONS:
+        if name != "bn_act":
             return not all(arguments["x"].shape[2:])
         return not (_dense(arguments["running_mean"]) and _dense(arguments["running_var"]))
     written = {key: listed(arguments.get(key)) for key in operation.written if listed(arguments.get(key))}
@@ -551,6 +557,8 @@ class Case:
             if self.name in CPU_OPERATIONS:
                 available = {"conv3x3": conv3x3_available, "stem3x3": stem3x3_available}[self.name]
                 return available(arguments["x"], arguments["weight"])
+            if self.name == "pooled_linear":
+                return pooled_linear_available(arguments["x"], arguments["weight"], arguments["bias"])
             vectors = [arguments[name] for name in ("weight", "bias", "running_mean", "running_var")]
             return bn_act_available(arguments["x"], *vectors)
 

@@ -187,7 +187,7 @@ def test_what_is_refused():
         OptimizerConfig(kind="adamw", nesterov=True)
     with pytest.raises(ConfigError, match=r"--optimizer\.beta2"):
         OptimizerConfig(kind="adamw", beta2=1.0)
-    with pytest.raises(ConfigError, match=r"--cuda-graphs: expected false with --optimizer.kind adamw"):
+    with pytest.raises(ConfigError, match=r"--cuda-graphs: expected auto or false with --optimizer.kind adamw"):
         Config(optimizer=ADAMW, cuda_graphs=True)
 
 

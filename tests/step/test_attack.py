@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from samples import images, stepped_fp64
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from awp_engine.attack import pgd, summed_cross_entropy
+from awp_engine.attack import DivergenceFrom, pgd, summed_cross_entropy
 from awp_engine.models import build_model
 from awp_engine.models.batch_norm import batch_norm_mode
 from awp_kernels import pgd_init_
@@ -127,3 +128,94 @@ def test_works_under_no_grad_and_on_any_module():
         x_adv = pgd(net, X, Y, epsilon=0.1, step_size=0.03, steps=2, norm="l2")
     assert ((x_adv - X).double().flatten(1).norm(dim=1) <= 0.1).all()
     assert all(p.grad is None for p in net.parameters())
+
+
+def mixed(classes: int = 10) -> torch.Tensor:
+    return torch.softmax(torch.randn(len(X), classes, generator=torch.Generator().manual_seed(3)), 1)
+
+
+LOSSES = {
+    "labels": lambda model: (summed_cross_entropy, Y),
+    "mixtures": lambda model: (summed_cross_entropy, mixed()),
+    "divergence": lambda model: (DivergenceFrom(model(X).detach()), Y),
+}
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_gradients_that_begin_at_the_log_probabilities_have_the_bits_of_the_loss(model, name, scale):
+    loss, y = LOSSES[name](model)
+    found = []
+    # a function that is not known, and one whose value is looked at
+    for climbed, nonfinite in ((loss, "ignore"), (lambda logits, y: loss(logits, y), "ignore"), (loss, "raise")):
+        seen = []
+        weight = model.linear.weight
+        x_adv = pgd(
+            model,
+            X,
+            y,
+            epsilon=0.1,
+            step_size=0.03,
+            steps=3,
+            start="normal",
+            seed=2,
+            loss=climbed,
+            loss_scale=scale,
+            shared=[weight],
+            nonfinite=nonfinite,
+            observe=lambda step, gradient, seen=seen: seen.append(gradient.clone()),
+        )
+        assert seen[-1].any()
+        found.append([x_adv, *seen, weight.grad])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+class Launches(TorchDispatchMode):
+    """The operations that torch sees and that compute: not those that look at memory in another way."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and any(isinstance(argument, torch.Tensor) for argument in args):
+            self.names.append(func.name().removeprefix("aten::"))
+        return func(*args, **kwargs or {})
+
+
+def step_launches(loss, y) -> list[str]:
+    """What the second of two steps adds, in a model that only looks at its images in another way."""
+    counts = []
+    for steps in (1, 2):
+        with Launches() as seen:
+            pgd(nn.Flatten(), mixed()[:, None] / 2, y, epsilon=0.1, step_size=0.03, steps=steps, loss=loss, **OPTIONS)
+        counts.append(seen.names)
+    more = sorted(counts[1])
+    for operation in counts[0]:
+        more.remove(operation)
+    more.remove("awp::pgd_step_")
+    return more
+
+
+OPTIONS = {"start": "none", "nonfinite": "ignore"}
+
+
+@pytest.mark.parametrize(("name", "through_the_loss"), [("labels", 6), ("mixtures", 9), ("divergence", 9)])
+def test_two_launches_a_step_from_logits_to_their_gradient(name, through_the_loss):
+    loss, y = LOSSES[name](lambda x: mixed().log())
+    assert step_launches(loss, y) == ["_log_softmax", "_log_softmax_backward_data"]
+    assert len(step_launches(lambda logits, y: loss(logits, y), y)) == through_the_loss
+
+
+def test_a_loss_that_is_looked_at_is_the_loss():
+    """The log-probability of a class that the model rules out is not finite, and no part of it."""
+
+    def model(x):
+        return torch.cat([x.flatten(1), x.new_full((len(x), 1), -torch.inf)], 1)
+
+    images = mixed()[:, None] / 2
+    found = pgd(nn.Flatten(), images, Y, epsilon=0.1, step_size=0.03, steps=2, start="none")
+    ruled_out = nn.Module()
+    ruled_out.forward = model
+    assert torch.equal(pgd(ruled_out, images, Y, epsilon=0.1, step_size=0.03, steps=2, start="none"), found)

@@ -7,13 +7,14 @@ import torch
 from samples import images
 from steps import make_step
 
-from awp_engine.config import AttackConfig, AverageConfig, AwpConfig, OptimizerConfig
+from awp_engine.config import AttackConfig, AverageConfig, AwpConfig, Config, OptimizerConfig
 from awp_engine.models import build_model
 from awp_engine.optim.average import WeightAverage
 from awp_engine.optim.optimizer import build_optimizer, set_learning_rate
 from awp_engine.step.cuda_graph import GraphedStep
 from awp_engine.step.objectives import build_objective
 from awp_engine.step.precision import Precision, WorkingModels
+from awp_engine.train import setup
 from awp_kernels import AdversarialWeightPerturbation
 
 HALF = Precision(attack=torch.float16, ascent=torch.float16, descent=torch.float16)
@@ -55,6 +56,14 @@ def test_a_step_that_cannot_be_captured_is_refused():
         GraphedStep(step.step)
     options = AwpConfig(gamma=0.005, c_min=1.7)
     assert not build_step("cpu", Precision(), options=options)[1].step.capturable
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_step_is_captured_where_there_is_a_gpu(device):
+    model = build_model("preact-resnet-digits", 10, (0.5,), (0.25,)).to(device).train()
+    step = setup.build_step(Config(), model)
+    assert isinstance(setup.capture_step(Config(), step), GraphedStep) == (device == "cuda")
+    assert setup.capture_step(Config(cuda_graphs=False), step) is step
 
 
 @pytest.mark.gpu

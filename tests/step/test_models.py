@@ -195,3 +195,15 @@ def test_mismatch_is_named_in_one_line_and_changes_nothing() -> None:
     assert "linear.weight [4, 64], expected [10, 64]" in message
     assert "linear.bias NoneType" in message
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["preact-resnet-18", "wrn-10-2"])
+def test_autocast_mixes_dtypes_of_sum_and_residual(name: str) -> None:
+    torch.manual_seed(0)
+    model = build_model(name, 10, _MEAN, _STD)
+    images = _images(4, 3, 16, 16).requires_grad_()
+    (expected,) = torch.autograd.grad(model(images).square().sum(), images)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(images)
+    (found,) = torch.autograd.grad(logits.float().square().sum(), images)
+    assert torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.8

@@ -21,6 +21,7 @@ from awp_engine.config import (
     PrecisionConfig,
 )
 from awp_engine.models import build_model
+from awp_engine.models.layers import Conv3x3
 from awp_engine.optim.optimizer import build_optimizer
 from awp_engine.step.objectives import build_objective
 from awp_engine.step.precision import LossScale, Precision, WorkingModels, frozen_view, working_copy
@@ -130,7 +131,8 @@ def test_the_attack_in_16_bits_reaches_the_same_loss(dtype):
     model, split = copy.deepcopy(robust_model()), digits().test
     x, y = split.images.float().div(255), split.labels
     settings = {"epsilon": 0.2, "step_size": 0.05, "steps": 10, "bn_mode": "eval", "seed": 3}
-    attacked = [pgd(m, x, y, **settings) for m in (model, working_copy(model, dtype))]
+    low = WorkingModels(model, Precision(attack=dtype)).attack
+    attacked = [pgd(m, x, y, **settings) for m in (model, low)]
     with torch.no_grad():
         clean, full, half = (float(nn.functional.cross_entropy(model(z), y)) for z in (x, *attacked))
     assert full > 1.5 * clean
@@ -151,6 +153,18 @@ def test_a_working_copy_shares_statistics_and_nothing_else():
     assert copied(images((8, 1, 8, 8))).dtype == torch.float32
 
 
+def test_only_a_bf16_attack_multiplies_in_bf16():
+    def products(view: nn.Module) -> set[str]:
+        return {module.products for module in view.modules() if isinstance(module, Conv3x3)}
+
+    model, bf16 = small_model(), Precision(attack=torch.bfloat16)
+    models = WorkingModels(model, bf16)
+    assert products(models.attack) == {"bf16"}
+    assert products(models.ascent) == products(models.descent) == products(models.all[0]) == {"fp32"}
+    assert products(WorkingModels(model, Precision(attack=torch.float16)).attack) == {"fp32"}
+    assert products(WorkingModels(model, bf16, shared_ascent=True).attack) == {"fp32"}
+
+
 def test_a_frozen_view_follows_its_model():
     model = small_model()
     view = frozen_view(model)
@@ -160,33 +174,6 @@ def test_a_frozen_view_follows_its_model():
     assert torch.equal(view.eval()(x), model.eval()(x))
     assert not any(p.requires_grad for p in view.parameters())
     assert all(p.requires_grad for p in model.parameters())
-
-
-@pytest.mark.parametrize("name", ["preact-resnet-digits", "wrn-10-2"])
-def test_folding_leaves_logits_and_image_gradients_alone(name):
-    """In fp64, in eval mode, and again after weights and statistics have moved."""
-    torch.manual_seed(0)
-    model = build_model(name, 10, (0.5,), (0.25,)).double().train()
-    models = WorkingModels(model, fold=True)
-    blocks = sum(hasattr(module, "bn2") for module in model.modules())
-    assert sum(isinstance(getattr(module, "bn2", None), nn.ReLU) for module in models.attack.modules()) == blocks
-    for index in range(2):
-        with torch.no_grad():
-            model(images((8, 1, 8, 8), torch.float64, seed=index))
-            for p in model.parameters():
-                p.mul_(1.1)
-        models.prepare_attack_()
-        x = images((8, 1, 8, 8), torch.float64, seed=7).requires_grad_()
-        results = []
-        for attacked in (model.eval(), models.attack.eval()):
-            logits = attacked(x)
-            results.append((logits, torch.autograd.grad(logits.square().sum(), x)[0]))
-        model.train()
-        for ours, plain in zip(results[1], results[0], strict=True):
-            torch.testing.assert_close(ours, plain, rtol=1e-11, atol=1e-12)
-    assert {name for name, _ in model.named_parameters()} == set(model.state_dict()) - {
-        name for name, _ in model.named_buffers()
-    }
 
 
 @pytest.mark.parametrize("method", ["at", "trades"])

@@ -26,6 +26,7 @@ from awp_kernels import (
     pgd_init_normal_,
     pgd_step_,
     pgd_step_normalize_,
+    pooled_linear,
     restore_,
     sgd_step_,
     stem3x3,
@@ -451,20 +452,22 @@ def _leaves(**tensors: Tensor) -> dict[str, Tensor]:
     return {name: t.detach().requires_grad_(t.is_floating_point()) for name, t in tensors.items()}
 
 
-def _convolved(x: Tensor, weight: Tensor, grad: Tensor, convolve: Callable[..., Tensor] = conv3x3) -> Results:
+def _convolved(
+    x: Tensor, weight: Tensor, grad: Tensor, convolve: Callable[..., Tensor] = conv3x3, **options: Any
+) -> Results:
     inputs = _leaves(x=x, weight=weight)
-    return _with_gradients({"y": convolve(**inputs)}, inputs, [grad])
+    return _with_gradients({"y": convolve(**inputs, **options)}, inputs, [grad])
 
 
-def _conv(shapes: Sequence[Shape], dtype: torch.dtype, seed: int = 0) -> Arguments:
+def _conv(shapes: Sequence[Shape], dtype: torch.dtype, seed: int = 0, **options: Any) -> Arguments:
     (samples, channels, height, width), (outputs,) = shapes
     x = randn((samples, channels, height, width), dtype, seed).contiguous(memory_format=torch.channels_last)
     weight = randn((outputs, channels, 3, 3), dtype, seed + 1, 1 / (3 * math.sqrt(channels)))
-    return {"x": x, "weight": weight, "grad": randn((samples, outputs, height, width), dtype, seed + 2)}
+    return {"x": x, "weight": weight, "grad": randn((samples, outputs, height, width), dtype, seed + 2)} | options
 
 
 def _conv_defined(arguments: Arguments, dtype: torch.dtype) -> Results:
-    tensors = {name: t.to(dtype) for name, t in arguments.items()}
+    tensors = {name: arguments[name].to(dtype) for name in ("x", "weight", "grad")}
     return _convolved(**tensors, convolve=lambda x, weight: functional.conv2d(x, weight, padding=1))
 
 
@@ -552,6 +555,37 @@ NORMALISATIONS: dict[str, dict[str, Any]] = {
     "train-residual": {"training": True, "activation": "relu", "residual": True},
     "eval-residual": {"training": False, "activation": "relu", "residual": True},
 }
+
+
+# ---- pooled_linear: with its gradients
+
+
+def _pooled(
+    x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, pool: Callable[..., Tensor] = pooled_linear
+) -> Results:
+    inputs = _leaves(x=x, weight=weight, bias=bias)
+    return _with_gradients({"y": pool(**inputs)}, inputs, [grad])
+
+
+def _pool(shapes: Sequence[Shape], dtype: torch.dtype, seed: int = 0) -> Arguments:
+    shape, (classes,) = shapes
+    kind = dtype if dtype == torch.float64 else torch.float32
+    return {
+        "x": (randn(shape, torch.float64, seed) + 1).to(dtype).contiguous(memory_format=torch.channels_last),
+        "weight": randn((classes, shape[1]), dtype, seed + 1, 1 / math.sqrt(shape[1])),
+        "bias": randn((classes,), kind, seed + 2),
+        "grad": randn((shape[0], classes), kind, seed + 3),
+    }
+
+
+def _pool_defined(arguments: Arguments, dtype: torch.dtype) -> Results:
+    wide = torch.promote_types(dtype, torch.float32)  # bias and logits stay in fp32
+    tensors = {name: t.to(dtype if name in ("x", "weight") else wide) for name, t in arguments.items()}
+
+    def pool(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return functional.linear(functional.avg_pool2d(x.to(bias), x.shape[2:]).flatten(1), weight.to(bias), bias)
+
+    return _pooled(**tensors, pool=pool)
 
 
 def _inward(arguments: Arguments) -> float:
@@ -647,7 +681,13 @@ OPERATIONS: dict[str, Operation] = {
         variants=AUGMENTATIONS,
     ),
     "conv3x3": Operation(
-        call=_convolved, build=_conv, define=_conv_defined, samples=CHANNELS, dtypes=CPU, slack=lambda arguments: 1e-6
+        call=_convolved,
+        build=_conv,
+        define=_conv_defined,
+        samples=CHANNELS,
+        dtypes=CPU,
+        variants={"": {}, "bf16 products": {"products": "bf16"}},
+        slack=lambda arguments: 1.5e-2 if "products" in arguments else 1e-6,
     ),
     "stem3x3": Operation(
         call=lambda **arguments: _convolved(**arguments, convolve=stem3x3),
@@ -665,6 +705,14 @@ OPERATIONS: dict[str, Operation] = {
         written=("running_mean", "running_var"),
         variants=NORMALISATIONS,
         slack=lambda arguments: 1e-6,
+    ),
+    "pooled_linear": Operation(
+        call=_pooled,
+        build=_pool,
+        define=_pool_defined,
+        samples=CHANNELS,
+        # all pixels of a channel have one gradient, which torch may have exact by luck
+        slack=lambda arguments: 1e-7,
     ),
 }
 

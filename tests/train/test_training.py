@@ -306,6 +306,7 @@ def elsewhere(tmp_path):
         (["cifar10-preact-resnet18-at-awp"], ["--data.root", "cifar10"]),
         (["cifar10-preact-resnet18-at-awp", "--data.root", "/nowhere/at/all"], ["/nowhere/at/all"]),
         (["--device", "cuda"], ["--device", "cuda"]),
+        (["--device", "cpu", "--cuda-graphs"], ["--cuda-graphs", "no CUDA device"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -317,6 +318,14 @@ def test_bad_input_is_one_line_and_writes_nothing(elsewhere, arguments, words):
     assert err.count("\n") == 1
     assert all(word in err for word in words), err
     assert not list(elsewhere.iterdir())
+
+
+def test_what_was_asked_for_is_among_the_first_lines(tmp_path):
+    plain, told = (
+        Trainer(small_config(tmp_path / name, device="cpu", **asked)).messages
+        for name, asked in (("plain", {}), ("told", {"cuda_graphs": False, "compile": False}))
+    )
+    assert told == ["CUDA graphs off (as told), torch.compile off (as told)", *plain]
 
 
 def test_truncated_cifar_file_is_named(tmp_path, elsewhere):

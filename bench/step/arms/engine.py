@@ -81,6 +81,10 @@ class EngineArm:
         """One training step, see `Arm`."""
         return self.taken_step(batch, Phase(attack=self._attack, seed=index))
 
+    def plainly(self, batch: Batch, index: int) -> StepResult:
+        """The same without graphs."""
+        return self.plain_step(batch, Phase(attack=self._attack, seed=index))
+
 
 def engine_arm(settings: Settings, model: nn.Module) -> EngineArm:
     """awp_engine as its trainer runs it."""

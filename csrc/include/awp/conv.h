@@ -1,4 +1,4 @@
-// 3x3 convolutions, stride 1, padding 1, by Winograd's F(4x4, 3x3) in fp32; the caller brings memory and threads.
+// 3x3 convolutions, stride 1, padding 1, by Winograd's F(4x4, 3x3); the caller brings memory and threads.
 #pragma once
 
 #include <cstdint>
@@ -23,22 +23,32 @@ struct Filters {
   int64_t strides[4];  // in elements
 };
 
+// Transformed weights, in the dtype that is multiplied; sums are fp32. Aligned to 64 bytes.
+struct Transformed {
+  void* data;
+  DType dtype;
+};
+
 namespace cpu {
 
 // Whether this processor has a kernel (AVX2 with FMA, or AVX-512F).
 bool conv3x3_available();
 
-// Floats that transformed weights take.
-int64_t conv3x3_transformed_size(int64_t outputs, int64_t inputs);
+// Whether it multiplies this dtype: fp32, and bf16 where the processor has instructions for it.
+bool conv3x3_multiplies(DType dtype);
+
+// Elements that transformed weights take.
+int64_t conv3x3_transformed_size(int64_t outputs, int64_t inputs, DType dtype);
 
 // `transposed`: for the gradient with respect to the input, which is the convolution of the output's gradient with the
-// turned weights. `transformed` is aligned to 64 bytes.
-void conv3x3_transform(const Filters& weights, bool transposed, float* transformed, const ParallelFor& parallel_for);
+// turned weights.
+void conv3x3_transform(const Filters& weights, bool transposed, const Transformed& transformed,
+                       const ParallelFor& parallel_for);
 
 // A number that any change within one aligned 8 bytes changes for certain, and others but for one chance in 2^64.
 uint64_t fingerprint(const void* data, int64_t bytes, const ParallelFor& parallel_for);
 
-void conv3x3(const Images& x, const float* transformed, const Images& y, const ParallelFor& parallel_for);
+void conv3x3(const Images& x, const Transformed& transformed, const Images& y, const ParallelFor& parallel_for);
 
 // grad_weight: fp32 [outputs, 3, 3, inputs].
 void conv3x3_grad_weight(const Images& x, const Images& grad_y, float* grad_weight, const ParallelFor& parallel_for);

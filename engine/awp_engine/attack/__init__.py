@@ -3,12 +3,13 @@
 from awp_engine.attack.apgd import apgd, halving_points
 from awp_engine.attack.attack import Attack, fast_attack
 from awp_engine.attack.common import NORMAL_START, Start, starting_point
-from awp_engine.attack.losses import Loss, cross_entropy_losses, summed_cross_entropy, summed_margin
+from awp_engine.attack.losses import DivergenceFrom, Loss, cross_entropy_losses, summed_cross_entropy, summed_margin
 from awp_engine.attack.pgd import pgd
 
 __all__ = [
     "NORMAL_START",
     "Attack",
+    "DivergenceFrom",
     "Loss",
     "Start",
     "apgd",

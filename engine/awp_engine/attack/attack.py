@@ -99,11 +99,14 @@ class Attack:
                 )
             attack = partial(apgd, loss_scale=loss_scale)
         else:
-            plain = loss or summed_cross_entropy
-            climbed = plain if loss_scale == 1 else lambda logits, labels: loss_scale * plain(logits, labels)
             assert self.step_size is not None
             attack = partial(
-                pgd, step_size=self.step_size, start_epsilon=self.start_epsilon, loss=climbed, shared=shared
+                pgd,
+                step_size=self.step_size,
+                start_epsilon=self.start_epsilon,
+                loss=loss or summed_cross_entropy,
+                loss_scale=loss_scale,
+                shared=shared,
             )
         return attack(
             model,

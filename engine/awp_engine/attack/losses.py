@@ -29,5 +29,40 @@ def summed_margin(logits: Tensor, labels: Tensor) -> Tensor:
     return (wrong - right).sum()
 
 
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Of logits [N, classes], at least fp32."""
+    return F.log_softmax(logits, 1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+class DivergenceFrom:
+    """Summed KL(p || softmax(logits)), which TRADES' attack climbs.
+
+    Args:
+        clean: logits of p, [N, classes], which do not move with the attacked images.
+    """
+
+    def __init__(self, clean: Tensor) -> None:
+        self.clean = log_probabilities(clean.detach())
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of logits [N, classes]; whatever the labels."""
+        return F.kl_div(log_probabilities(logits), self.clean, reduction="sum", log_target=True)
+
+
+def target_of(loss: Loss, logits: Tensor, labels: Tensor) -> Tensor | None:
+    """The probabilities [N, classes] of which a loss is the summed cross-entropy, but for a constant; None: it is not.
+
+    Minus these is the gradient in the log-probabilities, and the same at every step of an attack.
+    """
+    if isinstance(loss, DivergenceFrom):
+        return loss.clean.exp()
+    if loss is not summed_cross_entropy:
+        return None
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if labels.is_floating_point():
+        return labels.to(dtype)
+    return torch.zeros_like(logits, dtype=dtype).scatter_(1, labels.unsqueeze(1), 1.0)
+
+
 # what is checked to be given logits and labels that fit
 OF_LOGITS: tuple[Loss, ...] = (summed_cross_entropy, summed_margin, cross_entropy_losses)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from awp_engine.attack import checks
 from awp_engine.attack.common import HALF_SCALE, Ball, Beginning, Start, prepared
-from awp_engine.attack.losses import OF_LOGITS, Loss, summed_cross_entropy
+from awp_engine.attack.losses import OF_LOGITS, Loss, log_probabilities, summed_cross_entropy, target_of
 from awp_engine.models import NormalizedClassifier, NormalizedImages
 from awp_engine.models.batch_norm import layer_modes
 from awp_kernels import pgd_step_, pgd_step_normalize_
@@ -35,6 +35,7 @@ def pgd(
     bn_mode: Literal["train", "eval"] | None = "eval",
     update_statistics: bool = False,
     loss: Loss = summed_cross_entropy,
+    loss_scale: float = 1.0,
     mask: Tensor | None = None,
     shared: Sequence[nn.Parameter] = (),
     nonfinite: Literal["raise", "ignore"] = "raise",
@@ -68,6 +69,7 @@ def pgd(
         update_statistics: whether the attack's forward passes in train mode move running statistics; without, every
             buffer of the model is put back.
         loss: maps (logits, y) to a scalar to climb, summed rather than averaged.
+        loss_scale: lifts 16-bit gradients out of underflow; the steps ignore it, `shared` gradients keep it.
         mask: bool, broadcastable to x: the region that may change.
         shared: parameters whose `.grad` the last pass sets, besides moving the images: the gradient of `loss` there.
         nonfinite: what a gradient that is not finite does: "raise", or "ignore", which leaves such pixels (l2: images)
@@ -97,6 +99,8 @@ def pgd(
     scale = HALF_SCALE if taken == torch.float16 else 1.0
     narrow = _with_narrow_input(model, clean)
     inputs = x_adv.detach() if narrow is None else narrow.normalize(x_adv)
+    lifted = scale * loss_scale
+    begun: Tensor | None = None
     # several ranks attack each their own images, without a word to each other
     modes = layer_modes(model, mode, bn_mode=bn_mode, update_statistics=update_statistics, synchronized=False)
     with modes, torch.enable_grad():
@@ -104,12 +108,15 @@ def pgd(
             parameters = shared if step == steps - 1 else ()
             inputs.requires_grad_()
             logits = model(inputs.to(taken) if narrow is None else NormalizedImages(inputs))
-            if step == 0 and loss in OF_LOGITS:
-                checks.outputs(logits, y, len(x))
-            climbed = loss(logits, y)
-            of_inputs, *weight_gradients = torch.autograd.grad(
-                climbed if scale == 1 else climbed * scale, [inputs, *parameters]
-            )
+            if step == 0:
+                if loss in OF_LOGITS:
+                    checks.outputs(logits, y, len(x))
+                # where nobody looks at the loss, the gradient begins at the log-probabilities, where it stays the same
+                target = target_of(loss, logits.detach(), y) if nonfinite == "ignore" else None
+                begun = None if target is None else -lifted * target
+            climbed = loss(logits, y) if begun is None else log_probabilities(logits)
+            outputs = climbed if lifted == 1 or begun is not None else climbed * lifted
+            of_inputs, *weight_gradients = torch.autograd.grad(outputs, [inputs, *parameters], begun)
             for parameter, weight_gradient in zip(parameters, weight_gradients, strict=True):
                 parameter.grad = weight_gradient if scale == 1 else weight_gradient / scale
             if observe is not None or nonfinite == "raise":

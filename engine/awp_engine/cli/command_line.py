@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from awp_engine.config import Config, ConfigError, expectation, flag, show
 from awp_engine.config.identity import from_flat, key_types, load_settings, to_flat
 from awp_engine.config.presets import DEFAULT, PRESETS, build_preset
-from awp_engine.config.schema import Word, coerce, did_you_mean, fields, help_texts
+from awp_engine.config.schema import Word, coerce, did_you_mean, fields, help_texts, is_switch
 from awp_engine.files.text import one_line
 
 
@@ -87,7 +87,7 @@ def _read_flags(argv: Sequence[str]) -> dict[str, Any]:
     """
     types = {**key_types(), "config": Path}
     on = {flag(key): key for key in types}
-    off = {_off(name): key for name, key in on.items() if types[key] is bool}
+    off = {_off(name): key for name, key in on.items() if is_switch(types[key])}
     words: list[tuple[str, list[str]]] = []
     for token in argv:
         if token.startswith("--"):
@@ -103,11 +103,11 @@ def _read_flags(argv: Sequence[str]) -> dict[str, Any]:
         if key is None:
             raise ConfigError(f"{name}: unknown flag; {did_you_mean(name, [*on, *off], '--help lists the flags')}")
         is_list = typing.get_origin(types[key]) is tuple
-        if types[key] is bool and values:
+        if values and (types[key] is bool or name in off):
             raise ConfigError(f"{name}: takes no value, got {show(values[0])}; the flag with no- turns it off")
         if len(values) > 1 and not is_list:
             raise _unexpected(values[1])
-        if types[key] is bool:
+        if is_switch(types[key]) and not values:
             given[key] = name in on
         elif values or is_list:
             value = [Word(text) for text in values] if is_list else Word(values[0])
@@ -145,7 +145,7 @@ def _help(default: Config, prog: str) -> str:
             key, parts = flag(cls.section + name), typing.get_args(hint) or (hint,)
             words = "" if accepted is None else f"{accepted.words}; "
             shown = f"{texts[name]} ({words}default: {_shown(getattr(group, name))})".replace("%", "%%")
-            if hint is bool:
+            if is_switch(hint):
                 add(key, _off(key), action="store_true", help=shown)
             else:
                 choices = "{" + ",".join(map(str, parts)) + "}"

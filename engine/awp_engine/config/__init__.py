@@ -8,7 +8,7 @@ from awp_engine.config.identity import (
     require_same_run,
     to_json,
 )
-from awp_engine.config.rules import own_images
+from awp_engine.config.rules import choose_speed, own_images
 from awp_engine.config.schema import ConfigError, expectation, flag, parse_amount, show
 from awp_engine.config.settings import (
     AttackConfig,
@@ -35,6 +35,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "PrecisionConfig",
+    "choose_speed",
     "config_hash",
     "expectation",
     "flag",

@@ -1,11 +1,11 @@
-"""What one group of settings demands of another."""
+"""What one group of settings demands of another, and what `auto` stands for on a machine."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from awp_engine.config.schema import parse_amount
+from awp_engine.config.schema import ConfigError, parse_amount
 
 if TYPE_CHECKING:
     from awp_engine.config.settings import Config
@@ -21,8 +21,10 @@ def require_combinations(config: Config) -> None:
     _require_attack(config)
     _require_step(config)
     if config.distributed.strategy == "fsdp":
-        for key, value in (("distributed.ascent_sync", "global"), ("awp.ascent", "exact"), ("compile", False)):
-            config.require_value(key, value, "with --distributed.strategy fsdp, where no rank has a whole model")
+        reason = "with --distributed.strategy fsdp, where no rank has a whole model"
+        for key, value in (("distributed.ascent_sync", "global"), ("awp.ascent", "exact")):
+            config.require_value(key, value, reason)
+        config.require(config.compile is not True, "compile", f"auto or false {reason}")
     if config.awp.enabled:
         _require_precision(config)
     precision = config.precision
@@ -32,6 +34,51 @@ def require_combinations(config: Config) -> None:
     _require_fast(config)
     useful = not config.compare_without_awp or config.awp.enabled
     config.require(useful, "compare_without_awp", "--awp.gamma > 0, or there is nothing to compare with")
+
+
+class Speed(NamedTuple):
+    """How the launches of a step are made fewer.
+
+    Attributes:
+        cuda_graphs: whether the whole step is captured.
+        compile: whether its passes are compiled.
+        message: what was chosen and why, in one line; None on a CPU where nothing was asked for.
+    """
+
+    cuda_graphs: bool
+    compile: bool
+    message: str | None
+
+
+def choose_speed(config: Config, *, cuda: bool, ranks: int) -> Speed:
+    """What `--cuda-graphs` and `--compile` ask for, and where they say auto, what serves the device and the ranks.
+
+    Raises:
+        ConfigError: graphs are asked for, and there can be none.
+    """
+    hindrances = {
+        "no CUDA device": not cuda,
+        "several ranks": ranks > 1,
+        "--optimizer.kind adamw": config.optimizer.kind == "adamw",
+        # the losses decide how many passes are made
+        "--awp.c-min": config.awp.c_min is not None,
+    }
+    hindrance = next((name for name, holds in hindrances.items() if holds), None)
+    if config.cuda_graphs is True and hindrance is not None:
+        raise ConfigError(f"--cuda-graphs: expected a step that can be captured, got {hindrance}; leave the flag out")
+    graphs = hindrance is None if config.cuda_graphs == "auto" else config.cuda_graphs
+    # auto: no GPU has shown yet that compiling wins back its minutes
+    compiles = config.compile is True
+    told = (
+        ("CUDA graphs", config.cuda_graphs, graphs, hindrance or "one rank"),
+        ("torch.compile", config.compile, compiles, "not measured yet"),
+    )
+    parts = [
+        f"{name} {'on' if on else 'off'} ({f'auto: {why}' if asked == 'auto' else 'as told'})"
+        for name, asked, on, why in told
+        if cuda or asked != "auto"
+    ]
+    return Speed(graphs, compiles, ", ".join(parts) or None)
 
 
 def _require_attack(config: Config) -> None:
@@ -65,7 +112,7 @@ def _require_step(config: Config) -> None:
         if config.awp.enabled:
             config.require_value("awp.ascent", "exact", "with --attack.kind apgd, whose last pass has no gradient")
     if config.optimizer.kind == "adamw":
-        config.require_value("cuda_graphs", False, "with --optimizer.kind adamw")
+        config.require(config.cuda_graphs is not True, "cuda_graphs", "auto or false with --optimizer.kind adamw")
 
 
 def _require_precision(config: Config) -> None:

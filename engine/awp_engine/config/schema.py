@@ -85,6 +85,8 @@ Probability = Annotated[float, Range("a probability, 0 to 1", ge=0, le=1)]
 Share = Annotated[float, Range("a number more than 0, at most 1", gt=0, le=1)]
 Part = Annotated[float, Range("a number more than 0 and less than 1", gt=0, lt=1)]
 Fading = Annotated[float, Range("a number >= 0 and < 1", ge=0, lt=1)]
+# a switch that the run may be left to choose
+Switch = Literal["auto", True, False]
 
 
 def flag(key: str) -> str:
@@ -116,7 +118,7 @@ def did_you_mean(given: str, known: Iterable[str], otherwise: str) -> str:
 def expectation(hint: Any) -> str:
     """A type in the words of an error message."""
     if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(typing.get_args(hint))
+        return "one of " + ", ".join(str(part).lower() for part in typing.get_args(hint))
     if isinstance(hint, types.UnionType):
         return " or ".join("none" if part is type(None) else expectation(part) for part in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
@@ -125,8 +127,13 @@ def expectation(hint: Any) -> str:
     return words.get(hint, "a group of settings")
 
 
+def is_switch(hint: Any) -> bool:
+    """Whether a setting of this type can be true or false, which flags say without a value."""
+    return hint is bool or hint == Switch
+
+
 def _of_word(kind: Any, word: str) -> Any:
-    if kind is bool:
+    if is_switch(kind):
         return {"true": True, "false": False}.get(word.lower(), word)
     try:
         return kind(word) if kind in (int, float) else word
@@ -161,7 +168,8 @@ def coerce(hint: Any, value: Any, key: str, expected: str | None = None) -> Any:
     if isinstance(value, Word):
         value = _of_word(hint, str(value))
     if origin is Literal:
-        accepted = isinstance(value, str) and value in parts
+        # 1 is equal to True
+        accepted = isinstance(value, str | bool) and value in parts
     elif origin is tuple:
         if isinstance(value, (list, tuple)):
             return tuple(coerce(parts[0], item, key, expected) for item in value)

@@ -25,6 +25,7 @@ from awp_engine.config.schema import (
     Probability,
     Range,
     Share,
+    Switch,
     parse_amount,
 )
 
@@ -348,10 +349,10 @@ class Config(Checked):
     """Use only operations that give the same bits every time; slower on a GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU if there is one."""
-    compile: bool = False
-    """Compile the model's passes by torch.compile, which takes minutes; results then differ by rounding."""
-    cuda_graphs: bool = False
-    """On a GPU, capture the whole step in a CUDA graph where the settings allow; the default once tried there."""
+    compile: Switch = "auto"
+    """Compile the model's passes by torch.compile, which takes minutes; results then differ by rounding. auto: off."""
+    cuda_graphs: Switch = "auto"
+    """Capture the whole step in a CUDA graph, on one GPU; auto: where that is possible."""
     profile: Annotated[int, Range("a whole number of steps >= 0", ge=0)] = 0
     """Write a torch.profiler trace of this many steps, after the first five, into the run directory; 0 writes none."""
     keep_checkpoints: Count = 2

@@ -14,6 +14,8 @@ from awp_kernels import (
     bn_act_available,
     conv3x3,
     conv3x3_available,
+    pooled_linear,
+    pooled_linear_available,
     stem3x3,
     stem3x3_available,
 )
@@ -105,22 +107,30 @@ class ActivatedBatchNorm(BatchNorm):
 
 def pre_activated(norm: ActivatedBatchNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     """The sum of x and what still waits to be added, which the normalisation takes, and its activation."""
+    if residual is not None and residual.dtype != x.dtype:
+        # autocast rounds what convolutions give, and not what the stem gives
+        x, residual = x + residual, None
     return (x, norm(x)) if residual is None else norm(x, residual)
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution of stride 1, on the CPU by the fused operation."""
+    """A 3x3 convolution of stride 1, on the CPU by the fused operation.
+
+    Attributes:
+        products: what that multiplies in, where the processor can: see `conv3x3`.
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
+        self.products: Literal["fp32", "bf16"] = "fp32"
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, H, W]."""
-        # measured: narrower layers and images smaller than a tile gain nothing, 16-bit ones need twice the width
-        least = 32 if input.dtype == torch.float32 else 64
+        # measured: narrower layers and images smaller than a tile gain nothing, 16-bit ones in fp32 need twice that
+        least = 64 if input.dtype != torch.float32 and self.products == "fp32" else 32
         wide = min(self.in_channels, self.out_channels) >= least and self.bias is None
         if wide and conv3x3_available(input, self.weight) and min(input.shape[2:]) >= 4:
-            return conv3x3(input, self.weight)
+            return conv3x3(input, self.weight, products=self.products)
         return super().forward(input)
 
 
@@ -247,13 +257,13 @@ class Classifier(nn.Linear):
 
 
 class Head(Classifier):
-    """Mean over all pixels, then logits.
-
-    The mean is taken by the public code's kernel and so equal to it on 32x32 images.
-    """
+    """Mean over all pixels, then logits."""
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, classes]."""
+        if pooled_linear_available(input, self.weight, self.bias):
+            return pooled_linear(input, self.weight, self.bias)
         features = input.to(self.bias.dtype)
+        # the public code's kernel, so that means are equal to its on 32x32 images
         pooled = functional.avg_pool2d(features, (features.shape[2], features.shape[3])).flatten(1)
         return super().forward(pooled)

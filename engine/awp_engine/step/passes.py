@@ -173,7 +173,6 @@ class Passes:
                 marks = marks + gradient_marks(gradient, x)
 
         attacked = []
-        self.models.prepare_attack_()
         with self.models.held():
             for rows, _ in share.pieces:
                 before = [parameter.grad for parameter in shared]

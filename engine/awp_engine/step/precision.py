@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from awp_engine.distributed.sharding import gathered
 from awp_engine.models import NormalizedClassifier
 from awp_engine.models.batch_norm import share_memory
-from awp_engine.step.folding import FoldedView
+from awp_engine.models.layers import Conv3x3
 
 PARTS = ("attack", "ascent", "descent")
 
@@ -76,7 +76,6 @@ class WorkingModels:
         model: holds the masters.
         precision: of the parts.
         shared_ascent: the ascent's gradient is that of the attack's last pass, which therefore runs on `ascent`.
-        fold: fold batch normalisation into convolutions where the attack, in eval mode, allows; see `FoldedView`.
         sharded: the model's parameters are: it serves all parts itself, in the precision in which they are gathered.
 
     Attributes:
@@ -92,7 +91,6 @@ class WorkingModels:
         precision: Precision | None = None,
         *,
         shared_ascent: bool = False,
-        fold: bool = False,
         sharded: bool = False,
     ) -> None:
         precision = precision or Precision()
@@ -101,7 +99,6 @@ class WorkingModels:
         if sharded:
             self.all: list[nn.Module] = []
             self.attack = self.ascent = self.descent = model
-            self._folded = None
             return
         by_dtype: dict[torch.dtype | None, nn.Module] = {None: model}
         for dtype in (precision.descent, precision.ascent, precision.attack):
@@ -112,16 +109,15 @@ class WorkingModels:
         self.ascent, self.descent = by_dtype[precision.ascent], by_dtype[precision.descent]
         of_attack = by_dtype[precision.attack]
         self.attack = of_attack if shared_ascent else frozen_view(of_attack)
-        self._folded = FoldedView(self.attack, model) if fold and not shared_ascent else None
+        if precision.attack == torch.bfloat16 and not shared_ascent:
+            # no weight is trained by its gradients
+            for layer in self.attack.modules():
+                if isinstance(layer, Conv3x3):
+                    layer.products = "bf16"
 
     def held(self) -> contextlib.AbstractContextManager[None]:
         """A block of several passes between which no parameter changes: shards stay gathered."""
         return gathered(self.model) if self.sharded else contextlib.nullcontext()
-
-    def prepare_attack_(self) -> None:
-        """Compute once a step what all passes of the attack use."""
-        if self._folded is not None:
-            self._folded.refresh_()
 
     @property
     def working(self) -> nn.Module | None:

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from awp_engine.attack import Attack, fast_attack
 from awp_engine.attack.checks import ball
-from awp_engine.config import AttackConfig, Config, ConfigError, config_hash
+from awp_engine.config import AttackConfig, Config, ConfigError, choose_speed, config_hash
 from awp_engine.data import Augmentation, Batches, data_loading, load_data, load_extra, place_extra
 from awp_engine.device import choose_convolutions, choose_device, fast_memory_format
 from awp_engine.distributed.ranks import Ranks
@@ -109,7 +109,7 @@ def build_step(
         largest_batch: images of a full batch, over all ranks; None: that is the first.
 
     Raises:
-        ConfigError: a precision that the device does not have, or as `require_ranks`.
+        ConfigError: a precision that the device does not have, or as `require_ranks` and `choose_speed`.
     """
     ranks, awp = ranks or Ranks(), config.awp
     device = next(model.parameters()).device
@@ -120,8 +120,6 @@ def build_step(
         model,
         precision,
         shared_ascent=awp.enabled and awp.ascent == "shared",
-        # on the CPU normalisation is fused with its activation, and as cheap
-        fold=device.type == "cuda" and config.attack.bn_mode == "eval",
         sharded=config.distributed.strategy == "fsdp",
     )
     perturbation = None
@@ -138,7 +136,7 @@ def build_step(
         clip_norm=config.optimizer.clip_norm,
         ranks=ranks,
         sync_batch_norm=config.distributed.sync_batch_norm,
-        compile=config.compile,
+        compile=choose_speed(config, cuda=device.type == "cuda", ranks=ranks.world).compile,
         micro_batch_size=config.micro_batch_size,
         largest_batch=largest_batch,
     )
@@ -148,12 +146,10 @@ def require_ranks(config: Config, ranks: Ranks) -> None:
     """Make sure that the settings serve as many ranks as there are.
 
     Raises:
-        ConfigError: shards of one rank, or graphs with several, whose collectives are not captured.
+        ConfigError: shards of one rank.
     """
     if config.distributed.strategy == "fsdp" and ranks.world == 1:
         raise ConfigError("--distributed.strategy: expected ddp for one rank, got 'fsdp'; torchrun starts several")
-    if config.cuda_graphs and ranks.world > 1:
-        raise ConfigError("--cuda-graphs: serves one rank; leave it out when torchrun starts several")
 
 
 def distribute_(config: Config, model: nn.Module, ranks: Ranks, precision: Precision) -> None:
@@ -166,9 +162,10 @@ def distribute_(config: Config, model: nn.Module, ranks: Ranks, precision: Preci
 
 
 def capture_step(config: Config, step: AwpStep) -> Step:
-    """`step`, captured in CUDA graphs where device and settings allow."""
+    """`step`, captured in CUDA graphs where `choose_speed` says so."""
     device = next(step.models.model.parameters()).device
-    return GraphedStep(step) if device.type == "cuda" and config.cuda_graphs and step.capturable else step
+    speed = choose_speed(config, cuda=device.type == "cuda", ranks=step.passes.ranks.world)
+    return GraphedStep(step) if speed.cuda_graphs else step
 
 
 class Setup:
@@ -191,10 +188,9 @@ class Setup:
         # before data are read and the run directory is made
         self.precision = choose_precision(config, self.device)
         self.sharded = config.distributed.strategy == "fsdp"
-        if config.cuda_graphs and self.device.type != "cuda":
-            raise ConfigError("--cuda-graphs: expected a CUDA device to capture the step on, found none; leave it out")
         require_ranks(config, ranks)
-        self.messages: list[str] = []
+        speed = choose_speed(config, cuda=self.device.type == "cuda", ranks=ranks.world)
+        self.messages: list[str] = [] if speed.message is None else [speed.message]
         self._load_data()
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -1,6 +1,6 @@
 """`conv3x3`: 3x3 convolution on the CPU by Winograd's F(4x4, 3x3), in fp32 arithmetic; `stem3x3`: of few channels."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ _FEW_CHANNELS, _OUTPUTS = 4, 16
 
 # torch.compile reads a constant, and would look into a function
 _BUILT = _images.operations() is not None
+_MULTIPLIES_BF16 = _BUILT and _weights.multiplies_bf16(_images.operations())
 
 
 def conv3x3_available(x: Tensor, weight: Tensor) -> bool:
@@ -61,21 +62,21 @@ def _channels_last(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="cpu", memory_format=torch.channels_last)
 
 
-def _forward(x: Tensor, weight: Tensor) -> tuple[Tensor, tuple[Any, ...] | None]:
+def _forward(x: Tensor, weight: Tensor, bf16: bool) -> tuple[Tensor, tuple[Any, ...] | None]:
     """The output, and the state of the weights."""
     operations = _images.operations()
     samples, _, height, width = x.shape
     out = _channels_last((samples, weight.shape[0], height, width), x.dtype)
-    u, state = _weights.transformed(operations, weight, False)
+    u, state = _weights.transformed(operations, weight, False, bf16)
     operations.conv3x3.default(x.contiguous(memory_format=torch.channels_last), u, out)
     return out, state
 
 
-def _grad_x(grad: Tensor, weight: Tensor, state: tuple[Any, ...] | None = None) -> Tensor:
+def _grad_x(grad: Tensor, weight: Tensor, bf16: bool, state: tuple[Any, ...] | None = None) -> Tensor:
     operations = _images.operations()
     samples, _, height, width = grad.shape
     out = _channels_last((samples, weight.shape[1], height, width), grad.dtype)
-    u, _ = _weights.transformed(operations, weight, True, state)
+    u, _ = _weights.transformed(operations, weight, True, bf16, state)
     operations.conv3x3.default(grad.contiguous(memory_format=torch.channels_last), u, out)
     return out
 
@@ -103,21 +104,22 @@ def _differentiable(
 
 class _Conv3x3(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bf16: bool) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        out, ctx.state = _forward(x, weight)
+        out, ctx.state = _forward(x, weight, bf16)
+        ctx.bf16 = bf16
         return out
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         wanted = needed(ctx, 0), needed(ctx, 1)
         if not _images.once(grad, x, weight):
-            return _differentiable(grad, x, weight, wanted)
-        grad_x = _grad_x(grad, weight, ctx.state) if wanted[0] else None
-        return grad_x, _grad_weight(grad, x) if wanted[1] else None
+            return *_differentiable(grad, x, weight, wanted), None
+        grad_x = _grad_x(grad, weight, ctx.bf16, ctx.state) if wanted[0] else None
+        return grad_x, _grad_weight(grad, x) if wanted[1] else None, None
 
 
 # The same for torch.compile, which must not look inside: the memory of weights goes by object. Called one by one these
@@ -125,15 +127,15 @@ class _Conv3x3(torch.autograd.Function):
 
 
 @torch.library.custom_op("awp::conv3x3", mutates_args=(), device_types="cpu")
-def _traced(x: Tensor, weight: Tensor) -> Tensor:
+def _traced(x: Tensor, weight: Tensor, bf16: bool) -> Tensor:
     if forward_ad._current_level >= 0:  # torch drops the tangents of its custom operations without a word
         raise RuntimeError("torch.ops.awp.conv3x3: no forward-mode derivatives; call awp_kernels.conv3x3")
-    return _forward(x, weight)[0]
+    return _forward(x, weight, bf16)[0]
 
 
 @torch.library.custom_op("awp::conv3x3_grad_x", mutates_args=(), device_types="cpu")
-def _traced_grad_x(grad: Tensor, weight: Tensor) -> Tensor:
-    return _grad_x(grad, weight)
+def _traced_grad_x(grad: Tensor, weight: Tensor, bf16: bool) -> Tensor:
+    return _grad_x(grad, weight, bf16)
 
 
 @torch.library.custom_op("awp::conv3x3_grad_weight", mutates_args=(), device_types="cpu")
@@ -142,13 +144,13 @@ def _traced_grad_weight(grad: Tensor, x: Tensor) -> Tensor:
 
 
 @_traced.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
+def _(x: Tensor, weight: Tensor, bf16: bool) -> Tensor:
     shape = (x.shape[0], weight.shape[0], x.shape[2], x.shape[3])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 @_traced_grad_x.register_fake
-def _(grad: Tensor, weight: Tensor) -> Tensor:
+def _(grad: Tensor, weight: Tensor, bf16: bool) -> Tensor:
     shape = (grad.shape[0], weight.shape[1], grad.shape[2], grad.shape[3])
     return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
 
@@ -158,31 +160,37 @@ def _(grad: Tensor, x: Tensor) -> Tensor:
     return x.new_empty((grad.shape[1], 3, 3, x.shape[1]), dtype=torch.float32).permute(0, 3, 1, 2)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
+    x, weight, ctx.bf16 = inputs
+    ctx.save_for_backward(x, weight)
 
 
-def _traced_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _traced_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    need_x, need_weight = ctx.needs_input_grad
+    need_x, need_weight, _ = ctx.needs_input_grad
     if torch.is_grad_enabled():
-        return _differentiable(grad, x, weight, (need_x, need_weight))
+        return *_differentiable(grad, x, weight, (need_x, need_weight)), None
     return (
-        _traced_grad_x(grad, weight) if need_x else None,
+        _traced_grad_x(grad, weight, ctx.bf16) if need_x else None,
         _traced_grad_weight(grad, x).to(weight.dtype) if need_weight else None,
+        None,
     )
 
 
 _traced.register_autograd(_traced_backward, setup_context=_setup_context)
 
 
-def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
+def conv3x3(x: Tensor, weight: Tensor, *, products: Literal["fp32", "bf16"] = "fp32") -> Tensor:
     """Convolve with 3x3 weights, stride 1, padding 1, without bias.
 
     On the CPU by Winograd's F(4x4, 3x3) (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016) in
     fp32 arithmetic, whatever the storage; elsewhere, and for other dtypes, by `torch.nn.functional.conv2d`. Transformed
-    weights are kept until the weights change: 4 bytes times 36 for every 9 weights, and as much again once a gradient
-    with respect to x was taken.
+    weights are kept until the weights change: 4 bytes times 36 for every 9 weights (with bf16 products half of it), and
+    as much again once a gradient with respect to x was taken.
+
+    With bf16 products, transformed images and weights are rounded to bf16 before they are multiplied, where the
+    processor has instructions for that; sums stay fp32. The result is off by 1% (root mean square), six times what
+    storing it in bf16 costs: enough to climb a loss by, not to train weights with. The weight's gradient stays fp32.
 
     Differentiable any number of times: with `create_graph` the gradients are computed by torch's own operations, and so
     is the convolution where `conv3x3_available` says no. The result has x's dtype and is channels_last; x in another
@@ -191,6 +199,7 @@ def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
     Args:
         x: [N, C, H, W]. Under autocast to bf16 it is cast first, as for `conv2d`.
         weight: [K, C, 3, 3], of x's dtype or fp32. Its gradient is computed in fp32.
+        products: "fp32" or "bf16"; what no compiled kernel serves ignores it, as does a processor without bf16.
 
     Returns:
         [N, K, H, W].
@@ -200,6 +209,8 @@ def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
             serve them.
     """
     _check(x, weight)
+    _checks.one_of("products", products, ("fp32", "bf16"))
+    bf16 = products == "bf16" and _MULTIPLIES_BF16
     if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         x = x.to(torch.get_autocast_dtype("cpu"))
     if not conv3x3_available(x, weight):
@@ -209,10 +220,10 @@ def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
             )
         return reference.conv3x3(x, weight)
     if torch.compiler.is_compiling():
-        return _traced(x, weight)
+        return _traced(x, weight, bf16)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _Conv3x3.apply(x, weight)
-    return _forward(x, weight)[0]
+        return _Conv3x3.apply(x, weight, bf16)
+    return _forward(x, weight, bf16)[0]
 
 
 def stem3x3_available(x: Tensor, weight: Tensor) -> bool:

@@ -9,6 +9,7 @@ through `.data`, numpy or shared memory move no version counter.
 
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,54 +76,64 @@ def _entry_for(weight: Tensor) -> _Entry:
     return entry
 
 
-def _size(operations: Any, weight: Tensor, transposed: bool) -> int:
+def _size(operations: Any, weight: Tensor, transposed: bool, bf16: bool) -> int:
     outputs, inputs = weight.shape[:2]
-    return operations.conv3x3_transformed_size.default(*((inputs, outputs) if transposed else (outputs, inputs)))
+    return operations.conv3x3_transformed_size.default(*((inputs, outputs) if transposed else (outputs, inputs)), bf16)
 
 
-def transform(operations: Any, weight: Tensor, transposed: bool, out: Tensor | None = None) -> Tensor:
-    """The Winograd transform of [K, C, 3, 3] weights, in the compiled kernels' order."""
-    if out is None:
-        out = _arena.empty(_size(operations, weight, transposed))
+def _room(memory: Callable[[int], Tensor], size: int, bf16: bool) -> Tensor:
+    """Room for a transform, of so many floats of `memory`."""
+    return memory(-(-size // 2)).view(torch.bfloat16)[:size] if bf16 else memory(size)[:size]
+
+
+def transform(operations: Any, weight: Tensor, transposed: bool, out: Tensor) -> Tensor:
+    """The Winograd transform of [K, C, 3, 3] weights, in the compiled kernels' order and in out's dtype."""
     operations.conv3x3_transform.default(weight, transposed, out)
     return out
 
 
+def multiplies_bf16(operations: Any) -> bool:
+    """Whether the processor does."""
+    return operations.conv3x3_transformed_size.default(1, 1, True) > 0
+
+
 def transformed(
-    operations: Any, weight: Tensor, transposed: bool, state: tuple[Any, ...] | None = None
+    operations: Any, weight: Tensor, transposed: bool, bf16: bool = False, state: tuple[Any, ...] | None = None
 ) -> tuple[Tensor, tuple[Any, ...] | None]:
-    """The same, from memory if the weights have not changed, and the state that it is of.
+    """The transform, from memory if the weights have not changed, and the state that it is of.
 
     Args:
         operations: the compiled ones.
         weight: [K, C, 3, 3].
         transposed: for the gradient with respect to x.
+        bf16: rounded to bf16, for products in it.
         state: of the forward pass; a backward pass takes what is kept of that state without another look.
     """
+    size = _size(operations, weight, transposed, bf16)
     dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
     if weight.requires_grad or not dense:
-        return _passing(operations, weight, transposed), None
+        return transform(operations, weight, transposed, _room(_passing, size, bf16)), None
     entry = _entries.get(id(weight))
     if entry is None:
         entry = _entry_for(weight)
     kept = entry.kept[transposed]
-    layout = weight.shape, weight.stride(), weight.dtype
+    layout = weight.shape, weight.stride(), weight.dtype, bf16
     if state is None or kept is None or kept[0] != state:
         state = *layout, operations.conv3x3_fingerprint.default(weight)
     if kept is None or kept[0] != state:
         # memory of the right size is written again
         out = kept[1] if kept is not None and kept[0][:-1] == layout else None
+        out = _room(_arena.empty, size, bf16) if out is None else out
         kept = entry.kept[transposed] = state, transform(operations, weight, transposed, out)
     return kept[1], state
 
 
-def _passing(operations: Any, weight: Tensor, transposed: bool) -> Tensor:
-    """The transform in the thread's shared buffer: good until the thread's next call."""
-    size = _size(operations, weight, transposed)
+def _passing(floats: int) -> Tensor:
+    """The thread's shared buffer: good until the thread's next call."""
     buffer = getattr(_shared, "buffer", None)
-    if buffer is None or buffer.numel() < size:
-        buffer = _shared.buffer = torch.empty(size, dtype=torch.float32, device="cpu")
-    return transform(operations, weight, transposed, buffer[:size])
+    if buffer is None or buffer.numel() < floats:
+        buffer = _shared.buffer = torch.empty(floats, dtype=torch.float32, device="cpu")
+    return buffer
 
 
 def held_bytes() -> int:

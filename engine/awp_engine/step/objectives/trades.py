@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awp_engine.attack import Loss
+from awp_engine.attack import DivergenceFrom, Loss
 from awp_engine.step.objectives.objective import Objective, at_least_fp32, divergence
 
 
@@ -23,8 +23,7 @@ class Trades(Objective):
 
     def attack_loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Loss:
         """Summed KL(f(x') vs f(x)); the clean logits do not depend on x' and are computed once."""
-        clean = model(x)
-        return lambda logits, _: divergence(logits, clean).sum()
+        return DivergenceFrom(model(x))
 
     def losses(self, model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """CE(f(x), y) + beta * KL(f(x') vs f(x)), with gradients through both; two forward passes, not three."""

@@ -1,0 +1,10 @@
+"""The definition of mean over the pixels and linear layer: torch's own."""
+
+from torch import Tensor
+from torch.nn import functional
+
+
+def pooled_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The mean is taken by the public code's kernel and so equal to it on 32x32 images."""
+    pooled = functional.avg_pool2d(x.to(bias.dtype), (x.shape[2], x.shape[3])).flatten(1)
+    return functional.linear(pooled, weight.to(bias.dtype), bias)

@@ -81,9 +81,9 @@ def operations_of(backend: str) -> list[str]:
     """The operations that an implementation has kernels of, but for those on images that are the CPU's alone."""
     names = ["perturb_", "perturb_into_", "restore_", "sgd_step_", "total_norm", "pgd_init_", "pgd_init_normal_"]
     names += ["pgd_step_", *(["augment"] if backend != "cuda" else [])]
-    # forced, the C++ refuses the table's fp16
     names += ["pooled_linear"] if backend == "triton" else []
-    return [*names, *(["bn_act"] if backend != "cpp" else [])]
+    # forced, the C++ refuses the table's fp16, and has no other step
+    return [*names, *(["bn_act", "pgd_step_normalize_"] if backend != "cpp" else [])]
 
 
 def operation(name: str, device: str, seed: int) -> str:

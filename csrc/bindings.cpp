@@ -115,6 +115,7 @@ class Cuda {
   }
   void run(const awp::PgdInit& p) const { check(awp::cuda::pgd_init(p, stream())); }
   void run(const awp::PgdStep& p) const { check(awp::cuda::pgd_step(p, stream())); }
+  void run(const awp::PgdStepNormalize& p) const { check(awp::cuda::pgd_step_normalize(p, stream())); }
   void restore(const awp::CopyTensor* tensors, int64_t count) const {
     check(awp::cuda::restore(tensors, count, stream()));
   }
@@ -270,9 +271,9 @@ void pgd_init(Tensor x_adv, Tensor x, Tensor sample_ids, double epsilon, double 
   Device(x_adv).run(arguments);
 }
 
-template <class Device>
-void pgd_step(Tensor x_adv, Tensor grad, Tensor x, std::optional<Tensor> mask, double step_size, double epsilon,
-              double radius, int64_t norm, double low, double high) {
+awp::PgdStep pgd_step_arguments(const Tensor& x_adv, const Tensor& grad, const Tensor& x,
+                                const std::optional<Tensor>& mask, double step_size, double epsilon, double radius,
+                                int64_t norm, double low, double high) {
   awp::PgdStep arguments{};
   arguments.x_adv = x_adv.mutable_data_ptr();
   arguments.grad = grad.const_data_ptr();
@@ -289,8 +290,26 @@ void pgd_step(Tensor x_adv, Tensor grad, Tensor x, std::optional<Tensor> mask, d
   arguments.radius = radius;
   arguments.low = static_cast<float>(low);
   arguments.high = static_cast<float>(high);
-  Device(x_adv).run(arguments);
+  return arguments;
 }
+
+template <class Device>
+void pgd_step(Tensor x_adv, Tensor grad, Tensor x, std::optional<Tensor> mask, double step_size, double epsilon,
+              double radius, int64_t norm, double low, double high) {
+  Device(x_adv).run(pgd_step_arguments(x_adv, grad, x, mask, step_size, epsilon, radius, norm, low, high));
+}
+
+#if defined(AWP_WITH_CUDA)
+// `out` is channels_last.
+void pgd_step_normalize(Tensor mean, Tensor std, Tensor out, Tensor x_adv, Tensor grad, Tensor x,
+                        std::optional<Tensor> mask, double step_size, double epsilon, double radius, int64_t norm,
+                        double low, double high) {
+  const awp::PgdStep step = pgd_step_arguments(x_adv, grad, x, mask, step_size, epsilon, radius, norm, low, high);
+  Cuda(x_adv).run(awp::PgdStepNormalize{step, out.mutable_data_ptr(), static_cast<const float*>(mean.const_data_ptr()),
+                                        static_cast<const float*>(std.const_data_ptr()), x_adv.size(1), x_adv.size(2),
+                                        x_adv.size(3), out.size(1), x_adv.stride(1), x_adv.stride(2), x_adv.stride(3)});
+}
+#endif
 
 using Optional = std::optional<Tensor>;
 
@@ -414,6 +433,9 @@ STABLE_TORCH_LIBRARY_IMPL(awp_cpp, CompositeExplicitAutograd, m) {
 #if defined(AWP_WITH_CUDA)
 STABLE_TORCH_LIBRARY(awp_cuda, m) {
   AWP_DEFINE_OPERATIONS(m);
+  m.def(
+      "pgd_step_normalize(Tensor mean, Tensor std, Tensor(a!) out, Tensor(b!) x_adv, Tensor grad, Tensor x, "
+      "Tensor? mask, float step_size, float epsilon, float radius, int norm, float low, float high) -> ()");
   m.def("stream_bound() -> bool");
 }
 
@@ -426,6 +448,7 @@ STABLE_TORCH_LIBRARY_IMPL(awp_cuda, CUDA, m) {
   m.impl("total_norm", TORCH_BOX(&total_norm<Cuda>));
   m.impl("pgd_init", TORCH_BOX(&pgd_init<Cuda>));
   m.impl("pgd_step", TORCH_BOX(&pgd_step<Cuda>));
+  m.impl("pgd_step_normalize", TORCH_BOX(&pgd_step_normalize));
   m.impl("bn_act_train", TORCH_BOX(&bn_act_train<Cuda>));
   m.impl("bn_act_eval", TORCH_BOX(&bn_act_eval<Cuda>));
   m.impl("bn_act_backward", TORCH_BOX(&bn_act_backward<Cuda>));

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from awp_kernels import _backend, augment, pgd_init_, pgd_step_, use_backend
+from awp_kernels import _backend, augment, pgd_init_, pgd_step_, pgd_step_normalize_, use_backend
 from awp_kernels.philox import STREAM_AUGMENT, STREAM_CUTOUT, sample_words
 from bench.ops import alternatives
 from bench.ops.workload import Workload
@@ -19,11 +19,17 @@ ALTERNATIVES = {
     "pgd_init_ l2": ["plain"],
     "pgd_step_ linf": ["plain", "inplace", "compile"],
     "pgd_step_ l2": ["plain", "inplace", "compile"],
+    "pgd_step_normalize_ linf": ["plain", "inplace", "compile"],
+    "pgd_step_normalize_ l2": ["plain", "inplace", "compile"],
     "augment 128": ["plain", "loop"],
     "augment 1024": ["plain", "loop"],
 }
 _EPSILON = {"linf": 8 / 255, "l2": 128 / 255}
 _STEP_SIZE = {"linf": 2 / 255, "l2": 15 / 255}
+_PLAIN_STEPS = {
+    "linf": (alternatives.step_linf, alternatives.step_linf_inplace),
+    "l2": (alternatives.step_l2, alternatives.step_l2_renorm),
+}
 # CIFAR's training images, and what is usually done to them
 _RESIDENT = (50_000, 3, 32, 32)
 _PAD, _CUTOUT, _FILL = 4, 8, (0.4914, 0.4822, 0.4465)
@@ -50,6 +56,8 @@ def image_workload(operation: str, device: str) -> Workload:
     with use_backend("reference"):
         pgd_init_(start, x, sample_ids=ids, **noise)
     calls: dict[str, Callable[[], object]]
+    if name == "pgd_step_normalize_":
+        return _normalize_workload(x, grad, norm)
 
     if name == "pgd_init_":
 
@@ -76,10 +84,7 @@ def image_workload(operation: str, device: str) -> Workload:
     exact = start.double()
     with use_backend("reference"):
         pgd_step_(exact, grad, x.double(), norm=norm, **step)
-    plain, inplace = {
-        "linf": (alternatives.step_linf, alternatives.step_linf_inplace),
-        "l2": (alternatives.step_l2, alternatives.step_l2_renorm),
-    }[norm]
+    plain, inplace = _PLAIN_STEPS[norm]
     calls = dict.fromkeys(_backend.BACKENDS, functools.partial(pgd_step_, x_adv, grad, x, norm=norm, **step))
     calls["plain"] = functools.partial(plain, x_adv, grad, x, **step)
     calls["inplace"] = functools.partial(inplace, x_adv, grad, x, **step)
@@ -89,6 +94,44 @@ def image_workload(operation: str, device: str) -> Workload:
         x_adv.copy_(start)
 
     return Workload(16 * x.numel(), reset, calls, lambda: float((x_adv.double() - exact).abs().max()), {"": 1e-6})
+
+
+def _normalize_workload(x: Tensor, ascent: Tensor, norm: str) -> Workload:
+    """fp32 images in channels_last order, and rows of eight channels in fp16."""
+    x, rows = x.contiguous(memory_format=torch.channels_last), (len(x), 8, *x.shape[2:])
+    start = (x + 0.01 * torch.sign(ascent)).clamp(0, 1)
+    grad, out = (x.new_zeros(rows, dtype=torch.float16).to(memory_format=torch.channels_last) for _ in range(2))
+    grad[:, :3] = ascent
+    x_adv, vectors = x.clone(), [x.new_tensor(values) for values in ((0.49, 0.48, 0.45), (0.25, 0.24, 0.26))]
+    mean, std = (vector.view(-1, 1, 1) for vector in vectors)
+    step: dict[str, Any] = {"step_size": _STEP_SIZE[norm], "epsilon": _EPSILON[norm]}
+    images, exact = start.double(), out.double()
+    with use_backend("reference"):
+        center, scale = (vector.double() for vector in vectors)
+        pgd_step_normalize_(images, grad.double(), x.double(), exact, center, scale, norm=norm, **step)
+
+    def plainly(stepped: Callable[..., None]) -> None:
+        stepped(x_adv, grad[:, :3] / std, x, **step)
+        # zeros behind them stay
+        out[:, :3] = (x_adv - mean) / std
+
+    plain, inplace = _PLAIN_STEPS[norm]
+    own = functools.partial(pgd_step_normalize_, x_adv, grad, x, out, *vectors, norm=norm, **step)
+    calls: dict[str, Callable[[], object]] = dict.fromkeys(_backend.BACKENDS, own)
+    calls["plain"], calls["inplace"] = functools.partial(plainly, plain), functools.partial(plainly, inplace)
+    calls["compile"] = functools.partial(torch.compile(plainly, dynamic=False), plain)
+
+    def reset() -> None:
+        x_adv.copy_(start)
+        out[:, :3] = torch.nan
+
+    def wrong() -> float:
+        # half an ulp of fp16 is 1e-3 at most
+        rounded = float((out.double() - exact).abs().max()) / 2000
+        return max(float((x_adv.double() - images).abs().max()), rounded)
+
+    # of the gradient's rows a few bytes count, whole sectors are read
+    return Workload(12 * x.numel() + 4 * out.numel(), reset, calls, wrong, {"": 1e-6})
 
 
 class _Draws:

@@ -81,7 +81,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for attempt in range(option.passes)
         for implementation in own_implementations(device) + names
         if implementation != "compile" or option.with_compile
-        if implementation in names or _backend.problem(implementation, device, operation.split()[0]) is None
+        if implementation in names
+        or _backend.problem(implementation, device, operation.split()[0].removesuffix("_")) is None
     ]
     metafunc.parametrize("case", cases, ids=str)
 

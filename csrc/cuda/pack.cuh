@@ -54,7 +54,7 @@ template <int Bytes>
 using Word =
     std::conditional_t<Bytes % 16 == 0, uint4,
                        std::conditional_t<Bytes == 8, uint2,
-                                          std::conditional_t<Bytes == 4, unsigned,
+                                          std::conditional_t<Bytes % 4 == 0, unsigned,
                                                              std::conditional_t<Bytes == 2, unsigned short, uint8_t>>>>;
 
 template <typename T, int N>

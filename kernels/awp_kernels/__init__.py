@@ -33,6 +33,7 @@ from awp_kernels.perturb import perturb_into_ as perturb_into_
 from awp_kernels.pgd_init import pgd_init_ as pgd_init_
 from awp_kernels.pgd_init import pgd_init_normal_ as pgd_init_normal_
 from awp_kernels.pgd_step import pgd_step_ as pgd_step_
+from awp_kernels.pgd_step_normalize import pgd_step_normalize_ as pgd_step_normalize_
 from awp_kernels.pooled_linear import pooled_linear as pooled_linear
 from awp_kernels.pooled_linear import pooled_linear_available as pooled_linear_available
 from awp_kernels.restore import restore_ as restore_
@@ -62,6 +63,7 @@ __all__ = [
     "pgd_init_",
     "pgd_init_normal_",
     "pgd_step_",
+    "pgd_step_normalize_",
     "pooled_linear",
     "pooled_linear_available",
     "restore_",

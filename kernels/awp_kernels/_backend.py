@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
-OPERATIONS = ("perturb", "restore", "sgd_step", "total_norm", "pgd_init", "pgd_step", "augment")
+OPERATIONS = ("perturb", "restore", "sgd_step", "total_norm", "pgd_init", "pgd_step", "pgd_step_normalize", "augment")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
-_WITHOUT_CUDA = ("augment",)
+# operations that compiled code does not have, and who serves them there
+_WITHOUT = {"cuda": {"augment": "triton"}, "cpp": {"pgd_step_normalize": "reference"}}
 _LIBRARY = Path(__file__).parent / "libawp_kernels.so"
 
 
@@ -63,8 +64,9 @@ def _triton_problem(device: str) -> str | None:
 @functools.cache
 def problem(backend: str, device: str, operation: str | None = None) -> str | None:
     """Why `backend` cannot serve tensors on `device` ("cpu", ...) with `operation`, or with any; None if it can."""
-    if backend == "cuda" and operation in _WITHOUT_CUDA:
-        return f"{operation} has no CUDA C++ kernel, triton serves it on GPUs"
+    if operation is not None and (other := _WITHOUT.get(backend, {}).get(operation)) is not None:
+        where = "CUDA C++ kernel, {} serves it on GPUs" if backend == "cuda" else "C++ kernel, {} serves it on CPUs"
+        return f"{operation} has no {where.format(other)}"
     if backend == "reference":
         return None
     if backend == "triton":

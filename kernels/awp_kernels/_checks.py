@@ -113,7 +113,8 @@ def _outermost_first(tensor: Tensor) -> bool:
     )
 
 
-def _floating_strided(name: str, tensor: Tensor) -> None:
+def floating_strided(name: str, tensor: Tensor) -> None:
+    """Refuse what no operation computes with."""
     if tensor.dtype not in FLOATING:
         raise ValueError(f"{name}: expected float64, float32, float16 or bfloat16, got {tensor.dtype}")
     if tensor.layout != torch.strided:
@@ -136,7 +137,7 @@ def _writable(name: str, tensor: Tensor) -> None:
 
 def like(name: str, tensor: Tensor, like_name: str, model: Tensor) -> Tensor:
     """`tensor` in the memory order of `model`, copied if it has another."""
-    _floating_strided(name, tensor)
+    floating_strided(name, tensor)
     _same_shape_and_device(name, tensor, like_name, model)
     return tensor if _same_strides(tensor, model) else torch.empty_like(model, dtype=tensor.dtype).copy_(tensor)
 
@@ -194,7 +195,7 @@ def flat(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
     if not tensors:
         raise ValueError(f"{name}: expected at least one tensor, got an empty list")
     for index, tensor in enumerate(tensors):
-        _floating_strided(f"{name}[{index}]", tensor)
+        floating_strided(f"{name}[{index}]", tensor)
         same_device(f"{name}[{index}]", tensor, f"{name}[0]", tensors[0])
     return [tensor if dense(tensor) else tensor.contiguous() for tensor in tensors]
 
@@ -249,7 +250,7 @@ def _look_closely(
     for name, tensors in (written | read).items():
         for index, (tensor, first) in enumerate(zip(tensors, model, strict=True)):
             label, model_label = f"{name}[{index}]", f"{model_name}[{index}]"
-            _floating_strided(label, tensor)
+            floating_strided(label, tensor)
             if tensor.dtype != tensors[0].dtype:
                 raise ValueError(f"{label}: expected {tensors[0].dtype} like {name}[0], got {tensor.dtype}")
             if name in written:
@@ -350,7 +351,7 @@ def image_batch(x_adv: Tensor, x: Tensor) -> None:
     Raises:
         ValueError: dtype, shape, device, memory order or overlap.
     """
-    _floating_strided("x_adv", x_adv)
+    floating_strided("x_adv", x_adv)
     if x_adv.ndim < 1:
         raise ValueError("x_adv: expected a batch [N, ...], got a tensor without dimensions")
     if x_adv.ndim > 9:

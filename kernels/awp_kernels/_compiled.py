@@ -3,6 +3,7 @@
 Operations that have them already are not named here.
 """
 
+import functools
 from typing import Any
 
 from torch import Tensor
@@ -65,6 +66,21 @@ def pgd_step(
     if x.numel():
         bound, radius = round_toward_zero(epsilon, x.dtype), l2_radius(epsilon, x[0].numel(), x.dtype)
         operation(x_adv, grad, x, mask, step_size, bound, radius, _NORMS[norm], low, high)
+
+
+def pgd_step_normalize(
+    operation: Any,
+    x_adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    *step: Any,
+) -> None:
+    """Calls `pgd_step_normalize` as `pgd_step` is called."""
+    pgd_step(functools.partial(operation, mean, std, out), x_adv, grad, x, mask, *step)
 
 
 def augment(

@@ -18,6 +18,7 @@ from awp_kernels import (
     pgd_init_,
     pgd_init_normal_,
     pgd_step_,
+    pgd_step_normalize_,
     restore_,
     use_backend,
 )
@@ -25,6 +26,19 @@ from awp_kernels import (
 
 def w(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return randn(shape, dtype)
+
+
+ROWS = torch.zeros(2, 8, 4, 5).contiguous(memory_format=torch.channels_last)
+
+
+def rows() -> torch.Tensor:
+    """What a network reads of two images of three channels."""
+    return ROWS.clone()
+
+
+def normalized(**changes: torch.Tensor) -> None:
+    given = {"x_adv": w(2, 3, 4, 5), "grad": rows(), "x": w(2, 3, 4, 5), "out": rows(), "mean": w(3), "std": w(3)}
+    pgd_step_normalize_(**given | changes, step_size=0.1, epsilon=0.1, norm="linf")
 
 
 OVERLAPPING = torch.zeros(10)
@@ -225,6 +239,54 @@ BAD_CALLS = {
         lambda: pgd_step_(w(2, 3).t(), w(3, 2), w(3, 2), step_size=0.1, epsilon=0.1, norm="l2"),
         "x_adv: expected dimension 0 outermost in memory, got strides (1, 3)",
     ),
+    "images in 16 bits": (
+        lambda: normalized(x_adv=w(2, 3, 4, 5).half(), x=w(2, 3, 4, 5).half()),
+        "x_adv: expected float32 or float64 images [N, C, H, W], got torch.float16 of shape (2, 3, 4, 5)",
+    ),
+    "images of another shape": (
+        lambda: normalized(x_adv=w(2, 3), x=w(2, 3)),
+        "x_adv: expected float32 or float64 images [N, C, H, W], got torch.float32 of shape (2, 3)",
+    ),
+    "fewer channels": (
+        lambda: normalized(out=w(2, 2, 4, 5)),
+        "out: expected shape (2, at least 3, 4, 5) as x_adv has, got (2, 2, 4, 5)",
+    ),
+    "other pixels": (
+        lambda: normalized(out=w(2, 8, 5, 4)),
+        "out: expected shape (2, at least 3, 4, 5) as x_adv has, got (2, 8, 5, 4)",
+    ),
+    "planes": (
+        lambda: normalized(out=w(2, 8, 4, 5)),
+        "out: expected channels_last order without gaps, got strides (160, 20, 5, 1)",
+    ),
+    "out dtype": (
+        lambda: normalized(out=rows().int()),
+        "out: expected float64, float32, float16 or bfloat16, got torch.int32",
+    ),
+    "a gradient for the images": (
+        lambda: normalized(grad=w(2, 3, 4, 5)),
+        "grad: expected shape (2, 8, 4, 5) like out, got (2, 3, 4, 5)",
+    ),
+    "a gradient in another precision": (
+        lambda: normalized(grad=rows().half()),
+        "grad: expected torch.float32 like out, whose gradient it is, got torch.float16",
+    ),
+    "mean of another shape": (
+        lambda: normalized(mean=w(1, 3, 1, 1)),
+        "mean: expected torch.float32 of shape (3,), one value a channel of x_adv, got torch.float32 of shape (1, 3,",
+    ),
+    "std dtype": (
+        lambda: normalized(std=w(3).double()),
+        "std: expected torch.float32 of shape (3,), one value a channel of x_adv, got torch.float64 of shape (3,)",
+    ),
+    "out is the gradient": (
+        lambda: normalized(out=ROWS, grad=ROWS),
+        "shares memory with",
+    ),
+    "more than 2^31 values": (
+        lambda: normalized(x_adv=w(1, 1, 1, 2), x=w(1, 1, 1, 2), out=torch.zeros(1).expand(1, 1 << 30, 1, 2)),
+        "out: expected less than 2^31 values a sample, got 2147483648",
+    ),
     "image dtype": (
         lambda: augment(PIXELS.float(), sample_ids=IDS, seed=1),
         "images: expected uint8, got torch.float32",
@@ -364,6 +426,8 @@ def test_a_backend_without_the_operation_says_so():
     with use_backend("cuda"), pytest.raises(ValueError, match="augment has no CUDA C"):
         augment(PIXELS, sample_ids=IDS, seed=1)
     assert _backend.problem("cuda", "cuda", "augment") != _backend.problem("cuda", "cuda", "perturb")
+    with use_backend("cpp"), pytest.raises(ValueError, match="pgd_step_normalize has no C"):
+        normalized()
 
 
 def test_summary_names_every_operation():
@@ -377,6 +441,7 @@ def test_summary_names_every_operation():
         "pgd_init_",
         "pgd_init_normal_",
         "pgd_step_",
+        "pgd_step_normalize_          cpu float32, float16, bfloat16     reference",
         "augment                      cpu uint8                          cpp",
         "cpp        available: called, and right",
     ):

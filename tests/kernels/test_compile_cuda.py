@@ -36,6 +36,7 @@ FUNCTIONS = (
     "total_norm",
     "pgd_init",
     "pgd_step",
+    "pgd_step_normalize",
     "bn_act_workspace_bytes",
     "bn_act_train",
     "bn_act_eval",
@@ -63,9 +64,16 @@ WIDE = {
     r"norm_sums": (12, 0),
     r"sgd_norms|norm_total": (0, 0),
     r"pgd_init_\w+<float>": (1, 1),
-    r"pgd_step_\w+<": (1, 0),
-    r"pgd_step_\w+<float, ": (2, 1),
-    rf"pgd_step_\w+<{HALVES}, {HALVES}>": (3, 1),
+    r"pgd_step_\w+<awp::cuda::Flat<": (1, 0),
+    r"pgd_step_\w+<awp::cuda::Flat<float, ": (2, 1),
+    rf"pgd_step_\w+<awp::cuda::Flat<{HALVES}, {HALVES}>": (3, 1),
+    # of four pixels: x_adv and x, three times 16 bytes each; the rows that are written, and of fp32 those that are read
+    r"pgd_step_linf<awp::cuda::Pixels<": (6, 8),
+    r"pgd_step_linf<awp::cuda::Pixels<float>": (11, 13),
+    # twice x_adv and x; the sums unroll twice
+    r"pgd_step_l2<awp::cuda::Pixels<": (12, 8),
+    r"pgd_step_l2<awp::cuda::Pixels<float>": (32, 13),
+    r"pgd_step_\w+<awp::cuda::Elements<": (0, 0),
     # of eight channels a thread: z or its two parts, in four rows of 16 bytes (fp32: two of 32), and in one row; what
     # is left of them, a row at a time
     rf"bn_statistics<8, {HALVES}, false>": (5, 0),
@@ -135,11 +143,12 @@ def test_compiles_without_warnings(build: Build) -> None:
 
 def test_every_architecture_has_every_kernel(kernels: list[sass.Kernel]) -> None:
     names = {arch: {kernel.name for kernel in kernels if kernel.arch == f"sm_{arch}"} for arch in ARCHS}
-    # sums, move and filter, plain and not, for 9 pairs of dtypes, 1 copy, 3 starts for 3 dtypes, 2 steps for 9 pairs;
-    # 4 optimizer steps for 3 dtypes, and their norms; 2 of the norm over all; bn_act, for 1 or 8 channels a thread, 3
-    # dtypes: 2 statistics, 4 results, 2 sums, 2 gradients, and what adds up
+    # sums, move and filter, plain and not, for 9 pairs of dtypes, 1 copy, 3 starts for 3 dtypes, 2 steps for 9 pairs,
+    # and in two orders for 3 dtypes of the next input; 4 optimizer steps for 3 dtypes, and their norms; 2 of the norm
+    # over all; bn_act, for 1 or 8 channels a thread, 3 dtypes: 2 statistics, 4 results, 2 sums, 2 gradients, and what
+    # adds up
     assert {arch: len(found) for arch, found in names.items()} == dict.fromkeys(
-        ARCHS, 54 + 1 + 9 + 18 + 13 + 2 + 6 * 10 + 2
+        ARCHS, 54 + 1 + 9 + 18 + 12 + 13 + 2 + 6 * 10 + 2
     )
     assert names["80"] == names["90a"] == names["100"]
 

@@ -25,8 +25,8 @@ pytestmark = [
 ]
 
 ARCHITECTURES = [80, 90, 100]
-OPERATIONS = ["perturb", "restore", "sgd_step", "total_norm", "pgd_init", "pgd_step", "augment", "bn_act"]
-OPERATIONS += ["pooled_linear"]
+OPERATIONS = ["perturb", "restore", "sgd_step", "total_norm", "pgd_init", "pgd_step", "pgd_step_normalize"]
+OPERATIONS += ["augment", "bn_act", "pooled_linear"]
 # float16 compiles to the same accesses as bfloat16
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -46,6 +46,9 @@ WIDE = {
     "init_normal_kernel": (1, 1),
     "step_linf_kernel": (3, 1),
     "step_l2_kernel": (3, 1),
+    # rows of eight are written whole, and read as far as they count; the images' three channels are gathered
+    "normalized_linf_kernel": (0, 1),
+    "normalized_l2_kernel": (0, 1),
     # x; the table is read by other threads
     "bn_statistics_kernel": (1, 0),
     "bn_normalize_kernel": (1, 1),
@@ -294,6 +297,27 @@ def test_images_of_odd_sizes(compiled, shape, norm):
     x = torch.zeros(torch.Size(shape).numel() + 1)[1:].view(shape)
     mask = torch.ones_like(x, dtype=torch.uint8)
     assert len(compiled(lambda: image_steps(x, mask, norm))) == 2
+
+
+@pytest.mark.parametrize("compiled", ARCHITECTURES, ids="sm_{}".format, indirect=True)
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_steps_to_a_normalised_input(compiled, dtype, masked, norm):
+    """In rows of eight, and of a number that is no power of two, for images in another order."""
+    vector = torch.zeros(3)
+    for shape, filled, order in (
+        ((16, 3, 32, 32), 8, torch.channels_last),
+        ((2, 3, 7, 5), 5, torch.contiguous_format),
+    ):
+        x = torch.zeros(shape).contiguous(memory_format=order)
+        rows = torch.zeros((shape[0], filled, *shape[2:]), dtype=dtype).contiguous(memory_format=torch.channels_last)
+        mask = torch.empty_like(x, dtype=torch.uint8) if masked else None
+        given = (x, rows, x, mask, rows, vector, vector, 0.1, 8 / 255, norm, 0.0, 1.0)
+        (kernel,) = compiled(lambda given=given: operation("pgd_step_normalize")(*given))
+        assert kernel.name == f"normalized_{norm}_kernel"
+        if filled == 8:
+            assert_wide([kernel])
 
 
 @pytest.mark.parametrize("compiled", ARCHITECTURES, ids="sm_{}".format, indirect=True)

@@ -5,7 +5,6 @@ import functools
 import itertools
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 
 import fuzz
@@ -14,7 +13,19 @@ import pytest
 import torch
 from conftest import device_backends
 from large_tensors import ELEMENTS, LARGE
-from operations import CHANNELS, FEW_CHANNELS, OPERATIONS, WEIGHTS, arguments_of, cases, excess, mapped, run, same_bits
+from operations import (
+    CHANNELS,
+    FEW_CHANNELS,
+    FILLED,
+    OPERATIONS,
+    WEIGHTS,
+    arguments_of,
+    cases,
+    excess,
+    mapped,
+    run,
+    same_bits,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from awp_kernels import _backend, add_bn_act, bn_act, conv3x3, pooled_linear, stem3x3, total_norm, use_backend
@@ -26,16 +37,24 @@ VARIANTS = [(name, variant) for name, operation in OPERATIONS.items() for varian
 LARGEST = {name: list(operation.samples)[-1] for name, operation in OPERATIONS.items()}
 
 
+def without(backend, name):
+    """Whether the implementation lacks this operation."""
+    return name.removesuffix("_") in _backend._WITHOUT.get(backend, {})
+
+
+def forced(name, backend):
+    """The implementation to force: those on images have no GPU's, and leave what is empty to torch."""
+    return None if backend == "cpp" and (name in fuzz.IMAGE_OPERATIONS or without(backend, name)) else backend
+
+
 def serving(name, target):
-    """The target's backend for this operation; those on images have no GPU's, and leave what is empty to torch."""
+    """The target's backend for this operation."""
     device, backend = target
-    if name in _backend._WITHOUT_CUDA and backend == "cuda":
+    if device != "cpu" and without(backend, name):
         pytest.skip("has no CUDA C++ kernel")
-    if name in fuzz.IMAGE_OPERATIONS:
-        if device != "cpu" and name in fuzz.CPU_OPERATIONS:
-            pytest.skip("serves CPU tensors")
-        return use_backend(None if backend == "cpp" else backend)
-    return nullcontext()
+    if device != "cpu" and name in fuzz.CPU_OPERATIONS:
+        pytest.skip("serves CPU tensors")
+    return use_backend(forced(name, backend))
 
 
 # without the reference, which is plain PyTorch
@@ -83,10 +102,10 @@ def test_any_memory_layout_is_right_or_refused(target, name, layout, offset):
     tensors = [k for k, v in arguments_of(name, variant, sample, torch.float32).items() if fuzz.listed(v)]
     outcomes = []
     for chosen in (tensors, [k for k in tensors if k not in operation.written], *([k] for k in tensors)):
-        served = None if name in fuzz.IMAGE_OPERATIONS and backend == "cpp" else backend
-        case = fuzz.Case(name, variant, torch.float32, device=device, backend=served)
+        case = fuzz.Case(name, variant, torch.float32, device=device, backend=forced(name, backend))
         for key, value in arguments_of(name, variant, sample, torch.float32).items():
-            hold = functools.partial(case.held.hold, layout=layout if key in chosen else "contiguous", offset=offset)
+            own = layout if key in chosen else case.taken_layout(key)
+            hold = functools.partial(case.held.hold, layout=own, offset=offset)
             case.arguments |= mapped({key: value}, hold)
         outcomes.append(case.check())
     assert outcomes[1] == "equal"
@@ -208,13 +227,9 @@ def test_compiled_whole_and_with_dynamic_shapes(device, name):
     sizes = {"weights": ([(4, 3, 3), (5,)], [(6, 2, 5), (7,)], [(9, 4, 2), (33,)])}
     sizes["images"] = ([(4, 3, 6, 5)], [(5, 3, 8, 8)], [(3, 3, 7, 9)])
     sizes["channels"] = tuple([*shape, (4,)] for shape in sizes["images"])
-    kind = (
-        "weights"
-        if operation.samples is WEIGHTS
-        else "channels"
-        if operation.samples in (CHANNELS, FEW_CHANNELS)
-        else "images"
-    )
+    sizes["filled"] = tuple([*shape, (8,)] for shape in sizes["images"])
+    kinds = ((WEIGHTS, "weights"), (CHANNELS, "channels"), (FEW_CHANNELS, "channels"), (FILLED, "filled"))
+    kind = next((kind for samples, kind in kinds if operation.samples is samples), "images")
     for shapes in sizes[kind]:
         arguments = mapped(
             operation.build(shapes, torch.float32, **operation.variants[variant]), lambda t: t.to(device)
@@ -249,9 +264,10 @@ def test_autocast_changes_no_bit_of_what_is_not_on_images(target, name, variant)
     if name in fuzz.IMAGE_OPERATIONS:
         return  # cast as torch's own: test_conv.py
     arguments = arguments_on(device, name, variant, "primes", torch.float32)
-    expected = results(name, arguments)
-    with torch.autocast(device, torch.bfloat16):
-        assert same_bits(results(name, arguments), expected)
+    with serving(name, target):
+        expected = results(name, arguments)
+        with torch.autocast(device, torch.bfloat16):
+            assert same_bits(results(name, arguments), expected)
 
 
 @pytest.mark.parametrize("target", [("cpu", "cpp")], indirect=True)
@@ -288,7 +304,7 @@ ON_GPU = pytest.mark.parametrize(
         (backend, name, variant)
         for backend in ("cuda", "triton")
         for name, variant in VARIANTS
-        if name not in fuzz.CPU_OPERATIONS and not (backend == "cuda" and name in _backend._WITHOUT_CUDA)
+        if name not in fuzz.CPU_OPERATIONS and not without(backend, name)
     ],
 )
 

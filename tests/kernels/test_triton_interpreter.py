@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from operations import CHANNELS, NORMALISATIONS, OPERATIONS, arguments_of, excess, mapped, run
+from operations import CHANNELS, NORMALISATIONS, OPERATIONS, STEPS, arguments_of, excess, mapped, run
 from samples import DTYPES, LAYOUTS, SCOPES, SGD_VARIANTS, VARIANTS, images, randn, weights_and_grads
 from torch import Tensor
 
@@ -38,7 +38,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NORMS = {"linf": 8 / 255, "l2": 0.5}
 # an interpreted program takes some 10 ms, and a filter is a program
 SMALL = ["scalar", "one", "warp_edges", "primes", "empty_tensors"]
-LEAST_TESTS = 508
+LEAST_TESTS = 700
 
 
 @pytest.mark.timeout(900)
@@ -615,14 +615,32 @@ class TestInterpreted:
     def test_pgd_step_of_any_size(self, norm, shape, clip):
         x, grad = images(shape), randn(shape, seed=1)
         result, expected = x.clone(), x.clone()
-        for _ in range(2):
-            options = {"step_size": 0.3, "epsilon": 0.5, "norm": norm, "clip": clip}
+        for step_size in (0.3, 0.3, -0.2):
+            options = {"step_size": step_size, "epsilon": 0.5, "norm": norm, "clip": clip}
             pgd_step_(result, grad, x, **options)
             self.reference(pgd_step_, expected, grad, x, **options)
         if norm == "linf":
             assert torch.equal(result, expected)
         else:
             assert_close(result, expected)
+
+    @pytest.mark.parametrize("variant", list(STEPS))
+    @pytest.mark.parametrize("sample", ["empty", "no pixels", "one", "grey", "more", "primes"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+    def test_step_to_a_normalised_input(self, variant, sample, dtype, layout):
+        """Against fp64 and, but for the order of sums, the reference's bits."""
+        operation = OPERATIONS["pgd_step_normalize_"]
+        arguments = arguments_of("pgd_step_normalize_", variant, sample, dtype)
+        laid = mapped(arguments, lambda t: t.clone()) | {name: layout.lay(arguments[name]) for name in ("x_adv", "x")}
+        results = run(operation, laid)
+        ratio, where = excess(operation, results, arguments)
+        assert ratio <= 1, where
+        expected = self.reference(run, operation, mapped(arguments, lambda t: t.clone()))
+        for name in ("x_adv", "out"):
+            if variant.startswith("linf"):
+                assert torch.equal(results[name][0], expected[name][0])
+            assert_close(results[name][0].float(), expected[name][0].float())
 
     @pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf"), 1e-44])
     def test_l2_step_of_extreme_gradients(self, bad):

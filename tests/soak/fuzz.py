@@ -29,6 +29,7 @@ from operations import (
     BYTES,
     CHANNELS,
     FEW_CHANNELS,
+    FILLED,
     IMAGES,
     OPERATIONS,
     WEIGHTS,
@@ -82,6 +83,10 @@ def shapes_for(rng: random.Random, operation: Operation) -> list[Shape]:
     if operation.samples is FEW_CHANNELS:
         samples, height, width = rng.choice((0, 1, 2, 3)), rng.randint(1, 13), rng.randint(1, 20)
         return [(samples, rng.randint(1, 5), height, width), (rng.choice((1, 16, 32, 48)),)]
+    if operation.samples is FILLED:
+        channels = rng.choice((1, 2, 3, 3, 3, 5))
+        sizes = (rng.choice((0, 1, 2, 3)), channels, rng.choice((0, 1, 2, 4, 7, 8)), rng.choice((1, 2, 4, 5, 16)))
+        return [sizes, (rng.choice((channels, channels + 1, 8, 8, 8)),)]
     if operation.samples is BYTES:
         size = rng.choice((3, 8, 33, 70))
         sizes = (
@@ -116,6 +121,10 @@ def options_for(rng: random.Random, name: str, shapes: Sequence[Shape]) -> Argum
         "pgd_init_": {"epsilon": rng.choice((0.0, 1 / 255, 0.1, 0.5, 1.0))},
         "pgd_init_normal_": {"std": rng.choice((0.0, 0.001, 0.3))},
         "pgd_step_": {"epsilon": rng.choice((0.0, 0.1, 1.0)), "step_size": rng.choice((0.0, 0.02, -0.3, 2.0))},
+        "pgd_step_normalize_": {
+            "epsilon": rng.choice((0.0, 0.1, 1.0)),
+            "step_size": rng.choice((0.0, 0.02, -0.3, 2.0)),
+        },
         "augment": {"pad": rng.choice((0, 1, 4, 100)), "flip": rng.random() < 0.5, "cutout": rng.choice((0, 1, 8, 99))},
         "bn_act": {"eps": rng.choice((1e-5, 1e-2)), "momentum": rng.choice((0.0, 0.1, 1.0))},
     }.get(name, {})
@@ -241,6 +250,10 @@ def to_be_refused(name: str, operation: Operation, arguments: Arguments) -> bool
             return not all(arguments["x"].shape[2:])
         return not (_dense(arguments["running_mean"]) and _dense(arguments["running_var"]))
     written = {key: listed(arguments.get(key)) for key in operation.written if listed(arguments.get(key))}
+    if name == "pgd_step_normalize_":
+        (rows,) = written.pop("out")
+        if rows.numel() and not _same_order(rows, torch.empty_like(rows, memory_format=torch.channels_last)):
+            return True
     model = next(iter(written.values()), [])
     for tensors in written.values():
         for tensor, first in zip(tensors, model, strict=True):
@@ -361,7 +374,7 @@ class Faults:
             "max_norm": (-1.0, math.nan),
             "average_weight": (1.5, -0.1, math.nan),
             "epsilon": (-0.1, math.nan, math.inf),
-            "std": (-0.1, math.nan),
+            "std": (-0.1, math.nan) if self.name == "pgd_init_normal_" else (),
             "step_size": (math.nan, math.inf),
             "norm": ("l1", "normal"),
             "seed": (-1, 2**63),
@@ -400,10 +413,12 @@ class Case:
     def drawn(cls, seed: int, index: int, *, device: str = "cpu", backend: str | None = None) -> "Case":
         """Case `index` of a seed: of these two alone."""
         rng = random.Random(f"{seed}/{index}")
-        name = rng.choice([n for n in OPERATIONS if n != "augment" and (device == "cpu" or n not in CPU_OPERATIONS)])
+        others = ("augment", "pgd_step_normalize_")
+        name = rng.choice([n for n in OPERATIONS if n not in others and (device == "cpu" or n not in CPU_OPERATIONS)])
         # drawn apart, so that a seed's cases of the other operations stay what they were
-        if random.Random(f"{seed}/{index}/augment").random() < 0.1:
-            name = "augment"
+        for other in others:
+            if random.Random(f"{seed}/{index}/{other}").random() < 0.1:
+                name = other
         operation = OPERATIONS[name]
         variant, dtype = rng.choice(list(operation.variants)), rng.choice((*operation.dtypes * 4, FP64))
         chosen = backend or (None if rng.random() < 0.9 else "reference")
@@ -467,6 +482,10 @@ class Case:
         if self.name == "bn_act":
             self.arguments = clear_of_the_kink(self.arguments)
 
+    def taken_layout(self, name: str) -> str:
+        """Of a tensor; most are taken in any that is dense."""
+        return "channels_last" if (self.name, name) == ("pgd_step_normalize_", "out") else "contiguous"
+
     def _lay_out(self, rng: random.Random) -> None:
         """Guards around every tensor, and another memory layout in half of the cases."""
         model = self.operation.written[:1]
@@ -480,7 +499,9 @@ class Case:
             value = self.arguments[name]
             written = name in self.operation.written
 
-            def hold(index: int, tensor: Tensor, *, written: bool = written) -> Tensor:
+            def hold(index: int, tensor: Tensor, *, name: str = name, written: bool = written) -> Tensor:
+                if self.taken_layout(name) == "channels_last" and rng.random() < 0.9:
+                    return self.held.hold(tensor, "channels_last", 8 * offset)
                 if plain or (not tensor.ndim) or tensor.dtype in (torch.int64, torch.bool):
                     return self.held.hold(tensor, "contiguous", offset)
                 layout = rng.choice(pool)

@@ -21,6 +21,7 @@ from awp_kernels import (
     pgd_init_,
     pgd_init_normal_,
     pgd_step_,
+    pgd_step_normalize_,
     restore_,
     sgd_step_,
     total_norm,
@@ -110,6 +111,23 @@ def attack(count: int, device: str) -> None:
     holds(x_adv, 0.625, 0.375)
 
 
+def normalized(count: int, device: str) -> None:
+    """Of many images, and with rows as long as they may be."""
+    for shape, filled in (((count // 24, 1, 1, 3), 8), ((2, 3, 1, count // 24), 12)):
+        x_adv, x = (torch.full(shape, 0.5, device=device) for _ in range(2))
+        out = torch.full((shape[0], filled, *shape[2:]), math.nan, dtype=FP16, device=device)
+        out = out.to(memory_format=torch.channels_last)
+        grad = torch.ones_like(out)
+        grad[-1, shape[1] - 1, -1, -1] = -1
+        vectors = [torch.full((shape[1],), value, device=device) for value in (0.25, 0.5)]
+        pgd_step_normalize_(x_adv, grad, x, out, *vectors, step_size=0.125, epsilon=0.25, norm="linf")
+        last = x_adv[-1, -1, -1, -1].item(), out[-1, shape[1] - 1, -1, -1].item()
+        x_adv[-1, -1, -1, -1], out[-1, shape[1] - 1, -1, -1] = 0.625, 0.75
+        images, rest = out[:, : shape[1]], out[:, shape[1] :]
+        if last != (0.375, 0.25) or (x_adv != 0.625).any() or (images != 0.75).any() or rest.any():
+            raise AssertionError(f"images of {shape} in {filled} channels")
+
+
 def gathered(count: int, device: str) -> None:
     """From far behind, and to there."""
     images = torch.zeros((count // 12 + 1, 3, 2, 2), dtype=torch.uint8, device=device)
@@ -130,6 +148,7 @@ LARGE: dict[str, Callable[[int, str], None]] = {
     "sgd_step_": step,
     "pgd_init_": start,
     "pgd_step_": attack,
+    "pgd_step_normalize_": normalized,
     "augment": gathered,
 }
 

@@ -40,6 +40,8 @@ MODULES = {
     "kernels/awp_kernels/pgd_init/reference.py": ["operations", "attack"],
     "kernels/awp_kernels/pgd_step/__init__.py": ["arguments", "operations", "attack"],
     "kernels/awp_kernels/pgd_step/reference.py": ["operations", "attack"],
+    "kernels/awp_kernels/pgd_step_normalize/__init__.py": ["arguments", "pgd_step_normalize", "narrow_input"],
+    "kernels/awp_kernels/pgd_step_normalize/reference.py": ["pgd_step_normalize", "narrow_input"],
     "kernels/awp_kernels/sgd_step/__init__.py": ["arguments", "sgd_step"],
     "kernels/awp_kernels/sgd_step/reference.py": ["sgd_step"],
     "kernels/awp_kernels/conv/__init__.py": ["conv", "derivatives"],

@@ -19,6 +19,7 @@ from awp_engine.checkpoint import CheckpointError, export_model
 from awp_engine.config import AttackConfig, AwpConfig, Config, ConfigError, ModelConfig, PrecisionConfig
 from awp_engine.distributed.sharding import gather, shard
 from awp_engine.models import (
+    NormalizedImages,
     TimmConvNeXt,
     TimmResNet,
     blocks,
@@ -86,6 +87,21 @@ def test_computes_what_timm_computes_by_its_own_names(kind):
         torch.testing.assert_close(ours_x.grad, theirs_x.grad)
     for (name, a), (_, b) in zip(model.named_parameters(), theirs.named_parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stem_with_room_for_more_channels_computes_the_same(kind):
+    model = small(kind).eval()
+    filled = copy.deepcopy(model)
+    filled.narrow_input_(torch.float64)
+    found = []
+    for module in (model, filled):
+        x = X.double().requires_grad_()
+        logits = module(x)
+        found.append([logits, *torch.autograd.grad(functional.cross_entropy(logits, Y), [x, *module.parameters()])])
+    for ours, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+    assert torch.equal(filled(NormalizedImages(filled.normalize(X.double()))), filled(X.double()))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -27,6 +27,7 @@ from awp_kernels import (
     pgd_init_,
     pgd_init_normal_,
     pgd_step_,
+    pgd_step_normalize_,
     pooled_linear,
     restore_,
     sgd_step_,
@@ -72,6 +73,16 @@ FEW_CHANNELS: dict[str, list[Shape]] = {
     "other outputs": [(2, 3, 4, 5), (7,)],
     "primes": [(3, 4, 7, 11), (48,)],
     "batch": [(4, 3, 16, 16), (32,)],
+}
+# [N, C, H, W] of images and the number of channels that they are filled up to
+FILLED: dict[str, list[Shape]] = {
+    "empty": [(0, 3, 4, 4), (8,)],
+    "no pixels": [(2, 3, 0, 4), (8,)],
+    "one": [(1, 1, 1, 1), (1,)],
+    "grey": [(2, 1, 5, 7), (8,)],
+    "more": [(2, 5, 3, 7), (11,)],
+    "primes": [(3, 3, 7, 11), (8,)],
+    "batch": [(4, 3, 32, 32), (8,)],
 }
 # [N, C, H, W] of images of bytes
 BYTES: dict[str, list[Shape]] = {
@@ -359,6 +370,25 @@ STEPS: dict[str, dict[str, Any]] = {
     for mask, option in (("", {}), ("-masked", {"masked": True}))
 }
 
+
+def _pgd_normalize(shapes: Sequence[Shape], dtype: torch.dtype, seed: int = 0, **options: Any) -> Arguments:
+    """`dtype` is that of what the network reads; fp64 is that of all."""
+    shape, (filled,) = shapes
+    kind = dtype if dtype == torch.float64 else torch.float32
+    arguments = _pgd_step(shapes, kind, seed, **options)
+    rows = randn((shape[0], filled, *shape[2:]), dtype, seed + 2, 0.1).contiguous(memory_format=torch.channels_last)
+    mean = torch.linspace(0.3, 0.6, shape[1], dtype=torch.float64).to(kind)
+    return arguments | {"grad": rows, "out": torch.full_like(rows, math.nan), "mean": mean, "std": 0.2 + mean / 4}
+
+
+def _pgd_normalized(arguments: Arguments, dtype: torch.dtype) -> Results:
+    step = {name: value for name, value in arguments.items() if name not in ("out", "mean", "std")}
+    mean, std = (arguments[name].to(dtype).view(-1, 1, 1) for name in ("mean", "std"))
+    moved = stepped(**step | {"grad": step["grad"][:, : len(mean)].to(dtype) / std}, dtype=dtype)
+    rest = arguments["out"].shape[1] - len(mean)
+    return {"x_adv": [moved], "out": [functional.pad((moved - mean) / std, (0, 0, 0, 0, 0, rest))], "returned": []}
+
+
 # ---- augment
 
 
@@ -637,6 +667,16 @@ OPERATIONS: dict[str, Operation] = {
         written=("x_adv",),
         variants=STEPS,
         slack=_inward,
+    ),
+    "pgd_step_normalize_": Operation(
+        call=pgd_step_normalize_,
+        build=_pgd_normalize,
+        define=_pgd_normalized,
+        samples=FILLED,
+        written=("x_adv", "out"),
+        poisoned=("out",),
+        variants=STEPS,
+        slack=lambda arguments: _inward(arguments) / float(arguments["std"].min()),
     ),
     "augment": Operation(
         call=augment,

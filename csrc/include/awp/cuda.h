@@ -34,6 +34,9 @@ cudaError_t pgd_init(const PgdInit& arguments, cudaStream_t stream);
 // One launch.
 cudaError_t pgd_step(const PgdStep& arguments, cudaStream_t stream);
 
+// One launch; fp32 images. A sample of `out` holds less than 2^31 elements.
+cudaError_t pgd_step_normalize(const PgdStepNormalize& arguments, cudaStream_t stream);
+
 // Bytes of device memory, 16-byte aligned, that bn_act_train and bn_act_backward need until they have run.
 int64_t bn_act_workspace_bytes(const BnAct& arguments);
 

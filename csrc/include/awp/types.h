@@ -129,4 +129,13 @@ struct PgdStep {
   float low, high;   // the clip range
 };
 
+// A step on images [samples, channels, height, width], and the network's next input made of them. `grad` is that for
+// `out`, of its dtype and order; x_adv, x and mask have strides of their own.
+struct PgdStepNormalize : PgdStep {
+  void* out;  // [samples, height, width, padded]: (x_adv - mean) / std, then zeros
+  const float *mean, *std;
+  int64_t channels, height, width, padded;
+  int64_t channel_stride, row_stride, column_stride;
+};
+
 }  // namespace awp

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from awp_engine.attack import checks
 from awp_engine.attack.common import HALF_SCALE, Ball, Beginning, Start, prepared
 from awp_engine.attack.losses import OF_LOGITS, Loss, log_probabilities, summed_cross_entropy, target_of
+from awp_engine.models import NormalizedClassifier, NormalizedImages
 from awp_engine.models.batch_norm import layer_modes
-from awp_kernels import pgd_step_
+from awp_kernels import pgd_step_, pgd_step_normalize_
 
 
 def pgd(
@@ -96,6 +97,8 @@ def pgd(
         return ball.project_(x_adv, clean)
     taken = checks.images_dtype(model, clean.dtype)
     scale = HALF_SCALE if taken == torch.float16 else 1.0
+    narrow = _with_narrow_input(model, clean)
+    inputs = x_adv.detach() if narrow is None else narrow.normalize(x_adv)
     lifted = scale * loss_scale
     begun: Tensor | None = None
     # several ranks attack each their own images, without a word to each other
@@ -103,8 +106,8 @@ def pgd(
     with modes, torch.enable_grad():
         for step in range(steps):
             parameters = shared if step == steps - 1 else ()
-            x_adv.requires_grad_()
-            logits = model(x_adv.to(taken))
+            inputs.requires_grad_()
+            logits = model(inputs.to(taken) if narrow is None else NormalizedImages(inputs))
             if step == 0:
                 if loss in OF_LOGITS:
                     checks.outputs(logits, y, len(x))
@@ -113,15 +116,43 @@ def pgd(
                 begun = None if target is None else -lifted * target
             climbed = loss(logits, y) if begun is None else log_probabilities(logits)
             outputs = climbed if lifted == 1 or begun is not None else climbed * lifted
-            gradient, *weight_gradients = torch.autograd.grad(outputs, [x_adv, *parameters], begun)
-            if scale != 1:
-                gradient = gradient / scale
+            of_inputs, *weight_gradients = torch.autograd.grad(outputs, [inputs, *parameters], begun)
             for parameter, weight_gradient in zip(parameters, weight_gradients, strict=True):
                 parameter.grad = weight_gradient if scale == 1 else weight_gradient / scale
-            if observe is not None:
-                observe(step, gradient)
-            if nonfinite == "raise":
-                checks.finite(climbed.detach(), gradient if mask is None else gradient.where(mask, 0), step)
-            x_adv = x_adv.detach()
-            pgd_step_(x_adv, gradient, clean, step_size=step_size, epsilon=epsilon, norm=norm, clip=clip, mask=mask)
+            if observe is not None or nonfinite == "raise":
+                # that for the images, in their precision
+                gradient = of_inputs if narrow is None else of_inputs[:, : clean.shape[1]] / narrow.std
+                gradient = gradient if scale == 1 else gradient / scale
+                if observe is not None:
+                    observe(step, gradient)
+                if nonfinite == "raise":
+                    checks.finite(climbed.detach(), gradient if mask is None else gradient.where(mask, 0), step)
+            inputs = inputs.detach()
+            if narrow is None:
+                pgd_step_(
+                    x_adv, of_inputs, clean, step_size=step_size, epsilon=epsilon, norm=norm, clip=clip, mask=mask
+                )
+            else:
+                pgd_step_normalize_(
+                    x_adv,
+                    of_inputs,
+                    clean,
+                    inputs,
+                    narrow.mean.flatten(),
+                    narrow.std.flatten(),
+                    step_size=step_size,
+                    epsilon=epsilon,
+                    norm=norm,
+                    clip=clip,
+                    mask=mask,
+                )
     return x_adv
+
+
+def _with_narrow_input(model: nn.Module, x: Tensor) -> NormalizedClassifier | None:
+    """The model if its passes read normalised images in a precision of their own, which a step then makes for them."""
+    inner = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
+    if not isinstance(inner, NormalizedClassifier) or inner.input_dtype is None:
+        return None
+    # a model all of whose numbers are in 16 bits normalises in them
+    return inner if inner.mean.dtype == x.dtype and x.ndim == 4 else None

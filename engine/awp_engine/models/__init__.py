@@ -12,7 +12,7 @@ from awp_engine.models.build import (
     model_names,
     timm_names,
 )
-from awp_engine.models.layers import Activation, NormalizedClassifier
+from awp_engine.models.layers import Activation, NormalizedClassifier, NormalizedImages
 from awp_engine.models.preact_resnet import PreActBlock, PreActResNet
 from awp_engine.models.timm_models import TimmClassifier, TimmConvNeXt, TimmResNet
 from awp_engine.models.wide_resnet import WideBlock, WideResNet
@@ -20,6 +20,7 @@ from awp_engine.models.wide_resnet import WideBlock, WideResNet
 __all__ = [
     "Activation",
     "NormalizedClassifier",
+    "NormalizedImages",
     "PreActBlock",
     "PreActResNet",
     "TimmClassifier",

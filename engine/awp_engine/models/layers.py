@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, distributed, nn
@@ -158,6 +158,26 @@ def convolution(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
 
 
+class NormalizedImages(NamedTuple):
+    """Images as `NormalizedClassifier.normalize` gives them, which that model takes in place of images.
+
+    Attributes:
+        values: [N, C, H, W]; of a model with a narrow input in its dtype, with further channels of zeros.
+    """
+
+    values: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the values."""
+        return self.values.shape
+
+
+def filled_up(values: Tensor, channels: int) -> Tensor:
+    """[N, C, H, W] with `channels` of zeros behind its own."""
+    return functional.pad(values, (0, 0, 0, 0, 0, channels)) if channels else values
+
+
 class NormalizedClassifier(nn.Module):
     """Base of all models: checks and holds mean and standard deviation, and normalises images with them.
 
@@ -165,10 +185,12 @@ class NormalizedClassifier(nn.Module):
         mean, std: fp32 [1, C, 1, 1], not part of the state dict, which so equals the public layout.
         num_classes: number of logits.
         class_names: of the logits, in their order, where the weights that were loaded say so.
+        input_dtype: what normalised images are rounded to, see `narrow_input_`; None: not at all.
     """
 
     mean: Tensor
     std: Tensor
+    input_dtype: torch.dtype | None = None
     class_names: tuple[str, ...] | None = None
 
     def __init__(self, num_classes: int, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -185,9 +207,33 @@ class NormalizedClassifier(nn.Module):
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
 
-    def normalize(self, images: Tensor) -> Tensor:
-        """(images - mean) / std, for images [N, C, H, W] in [0, 1]."""
-        return (images - self.mean) / self.std
+    @property
+    def stem(self) -> "Stem | None":
+        """The convolution that normalised images go into."""
+        return next((module for module in self.modules() if isinstance(module, Stem)), None)
+
+    def narrow_input_(self, dtype: torch.dtype) -> None:
+        """Have normalised images rounded to `dtype`, and filled up with zeros to a multiple of 8 channels.
+
+        The stem then computes in `dtype`, on rows of pixels that tensor cores take; logits change by rounding alone.
+
+        Raises:
+            ValueError: a model without a `Stem`.
+        """
+        stem = self.stem
+        if stem is None:
+            raise ValueError("model: expected one whose first convolution is a Stem, found none")
+        self.input_dtype, stem.filler = dtype, -stem.in_channels % 8
+
+    def normalize(self, images: Tensor | NormalizedImages) -> Tensor:
+        """(images - mean) / std, for images [N, C, H, W] in [0, 1], as the stem takes it."""
+        if isinstance(images, NormalizedImages):
+            return images.values
+        values = (images - self.mean) / self.std
+        if self.input_dtype is None:
+            return values
+        filled = filled_up(values.to(self.input_dtype), -self.mean.shape[1] % 8)
+        return filled.contiguous(memory_format=torch.channels_last)
 
     @property
     def classifier_names(self) -> tuple[str, str]:
@@ -200,15 +246,22 @@ class Stem(nn.Conv2d):
     """A convolution in the images' precision; what follows goes on in the precision of its weight.
 
     16-bit images would lose attack steps: bfloat16 spaces the numbers below 1 by 1/256.
+
+    Attributes:
+        filler: channels of zeros behind the images' own, see `NormalizedClassifier.narrow_input_`.
     """
+
+    filler = 0
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, out_channels, ...], in the weight's dtype."""
         shape = self.kernel_size, self.stride, self.padding, self.dilation
-        if shape == ((3, 3), (1, 1), (1, 1), (1, 1)) and self.bias is None and stem3x3_available(input, self.weight):
+        plain = shape == ((3, 3), (1, 1), (1, 1), (1, 1)) and self.bias is None and not self.filler
+        if plain and stem3x3_available(input, self.weight):
             return stem3x3(input, self.weight)
         bias = None if self.bias is None else self.bias.to(input.dtype)
-        return self._conv_forward(input, self.weight.to(input.dtype), bias).to(self.weight.dtype)
+        weight = filled_up(self.weight, self.filler).to(input.dtype)
+        return self._conv_forward(input, weight, bias).to(self.weight.dtype)
 
 
 class Classifier(nn.Linear):

@@ -9,6 +9,7 @@ from awp_engine.models.layers import (
     Activation,
     Head,
     NormalizedClassifier,
+    NormalizedImages,
     Stem,
     convolution,
     pre_activated,
@@ -93,7 +94,7 @@ class PreActResNet(NormalizedClassifier):
         self.bn = ActivatedBatchNorm(channels, activation)
         self.linear = Head(channels, num_classes)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor | NormalizedImages) -> Tensor:
         """Logits [N, num_classes] of images [N, C, H, W] in [0, 1]."""
         x, residual = self.conv1(self.normalize(images)), None
         for stage in range(self.num_stages):

@@ -20,6 +20,7 @@ from awp_engine.models.layers import (
     Classifier,
     Conv3x3,
     NormalizedClassifier,
+    NormalizedImages,
     Stem,
 )
 
@@ -94,7 +95,7 @@ class TimmClassifier(NormalizedClassifier):
 
     network: Any
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor | NormalizedImages) -> Tensor:
         """Logits [N, num_classes] of images [N, C, H, W] in [0, 1].
 
         Raises:

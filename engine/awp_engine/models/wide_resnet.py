@@ -11,6 +11,7 @@ from awp_engine.models.layers import (
     Activation,
     Head,
     NormalizedClassifier,
+    NormalizedImages,
     Stem,
     convolution,
     pre_activated,
@@ -96,7 +97,7 @@ class WideResNet(NormalizedClassifier):
                 nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
         nn.init.zeros_(self.fc.bias)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor | NormalizedImages) -> Tensor:
         """Logits [N, num_classes] of images [N, C, H, W] in [0, 1]."""
         x, residual = self.conv1(self.normalize(images)), None
         for stage in (self.block1, self.block2, self.block3):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from awp_engine.distributed.sharding import gathered
+from awp_engine.models import NormalizedClassifier
 from awp_engine.models.batch_norm import share_memory
 from awp_engine.models.layers import Conv3x3
 
@@ -61,6 +62,13 @@ def frozen_view(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def _narrow_input(copied: nn.Module, dtype: torch.dtype) -> None:
+    """Have a copy in fp16 on a GPU read its images in fp16: they keep as many bits as in TF32, which bf16 would not."""
+    on_gpu = next(copied.parameters()).is_cuda
+    if on_gpu and dtype == torch.float16 and isinstance(copied, NormalizedClassifier) and copied.stem is not None:
+        copied.narrow_input_(dtype)
+
+
 class WorkingModels:
     """The models that the parts of a step run on.
 
@@ -96,6 +104,7 @@ class WorkingModels:
         for dtype in (precision.descent, precision.ascent, precision.attack):
             if dtype not in by_dtype and dtype is not None:
                 by_dtype[dtype] = working_copy(model, dtype)
+                _narrow_input(by_dtype[dtype], dtype)
         self.all = [copied for dtype, copied in by_dtype.items() if dtype is not None]
         self.ascent, self.descent = by_dtype[precision.ascent], by_dtype[precision.descent]
         of_attack = by_dtype[precision.attack]

@@ -6,6 +6,35 @@ from torch import Tensor
 from awp_kernels import _backend, _checks
 
 
+def checked(
+    x_adv: Tensor, x: Tensor, step_size: float, epsilon: float, norm: str, low: float, high: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """What both attack steps check alike; returns `x` and the mask as kernels take them.
+
+    Raises:
+        ValueError: arguments that do not fit, named.
+    """
+    _checks.one_of("norm", norm, _checks.NORMS)
+    _checks.finite("epsilon", epsilon, minimum=0)
+    _checks.finite("step_size", step_size)
+    if not low <= high:
+        raise ValueError(f"clip: expected (low, high) with low <= high, got ({low}, {high})")
+    _checks.image_batch(x_adv, x)
+    clean = _checks.like("x", x, "x_adv", x_adv)
+    if mask is None:
+        return clean, None
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask: expected torch.bool, got {mask.dtype}")
+    _checks.same_device("mask", mask, "x_adv", x_adv)
+    if mask.ndim > x_adv.ndim or any(
+        m not in (1, size) for m, size in zip(reversed(mask.shape), reversed(x_adv.shape), strict=False)
+    ):
+        raise ValueError(
+            f"mask: expected a shape that broadcasts to {tuple(x_adv.shape)} like x_adv, got {tuple(mask.shape)}"
+        )
+    return clean, torch.empty_like(x_adv, dtype=torch.uint8).copy_(mask.expand(x_adv.shape))
+
+
 @torch.library.custom_op("awp::pgd_step_", mutates_args=("x_adv",))
 def _pgd_step_(
     x_adv: Tensor,
@@ -18,26 +47,9 @@ def _pgd_step_(
     high: float,
     mask: Tensor | None,
 ) -> None:
-    _checks.one_of("norm", norm, _checks.NORMS)
-    _checks.finite("epsilon", epsilon, minimum=0)
-    _checks.finite("step_size", step_size)
-    if not low <= high:
-        raise ValueError(f"clip: expected (low, high) with low <= high, got ({low}, {high})")
-    _checks.image_batch(x_adv, x)
-    clean, ascent = _checks.like("x", x, "x_adv", x_adv), _checks.like("grad", grad, "x_adv", x_adv)
+    clean, region = checked(x_adv, x, step_size, epsilon, norm, low, high, mask)
+    ascent = _checks.like("grad", grad, "x_adv", x_adv)
     _checks.no_overlap({"x_adv": [x_adv]}, {"x": [clean], "grad": [ascent]})
-    region = None
-    if mask is not None:
-        if mask.dtype != torch.bool:
-            raise ValueError(f"mask: expected torch.bool, got {mask.dtype}")
-        _checks.same_device("mask", mask, "x_adv", x_adv)
-        if mask.ndim > x_adv.ndim or any(
-            m not in (1, size) for m, size in zip(reversed(mask.shape), reversed(x_adv.shape), strict=False)
-        ):
-            raise ValueError(
-                f"mask: expected a shape that broadcasts to {tuple(x_adv.shape)} like x_adv, got {tuple(mask.shape)}"
-            )
-        region = torch.empty_like(x_adv, dtype=torch.uint8).copy_(mask.expand(x_adv.shape))
     run = _backend.select("pgd_step", x_adv.device, {x_adv.dtype, ascent.dtype})
     run(x_adv, ascent, clean, region, step_size, epsilon, norm, low, high)
 

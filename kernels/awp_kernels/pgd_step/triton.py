@@ -38,7 +38,7 @@ def step_linf_kernel(x_adv, grad, x, mask, count, step_size, epsilon, low, high,
 def _moved(x_adv, grad, mask, index, inside, rate):
     ascent = _load_gradient(grad, mask, index, inside)
     # the product in fp64: the rate overflows fp32 for tiny gradients; the choice keeps NaN * 0 out
-    step = tl.where(rate > 0.0, rate * ascent.to(tl.float64), 0.0).to(tl.float32)
+    step = tl.where(rate != 0.0, rate * ascent.to(tl.float64), 0.0).to(tl.float32)
     return tl.load(x_adv + index, mask=inside, other=0.0).to(tl.float32) + step
 
 

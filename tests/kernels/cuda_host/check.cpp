@@ -560,6 +560,102 @@ void check_pgd_step(DType dtype, DType grad_dtype, Norm norm, int64_t elements, 
   }
 }
 
+struct NormalizeCase {
+  DType dtype;  // of the gradient and of the result
+  Norm norm;
+  Images images;
+  int64_t padded;
+  bool masked;
+  std::string order;  // of the images' channels, rows and columns in memory
+};
+
+// Against `pgd_step` along the gradient for the images; then what is made of these.
+void check_pgd_step_normalize(const NormalizeCase& c) {
+  const auto [channels, height, width, channels_last, shift] = c.images;
+  int64_t channel_stride = 1, row_stride = 1, column_stride = 1;
+  for (const char inner : c.order) {
+    if (inner != 'c' && c.order.find(inner) > c.order.find('c')) channel_stride *= inner == 'h' ? height : width;
+    if (inner != 'h' && c.order.find(inner) > c.order.find('h')) row_stride *= inner == 'c' ? channels : width;
+    if (inner != 'w' && c.order.find(inner) > c.order.find('w')) column_stride *= inner == 'c' ? channels : height;
+  }
+  const int64_t samples = 3, pixels = height * width, elements = channels * pixels, total = samples * elements;
+  const DType fp32 = DType::kFloat32;
+  Array x(fp32, total, shift), x_adv(fp32, total, shift), expected(fp32, total), ascent(fp32, total);
+  Array grad(c.dtype, samples * pixels * c.padded, shift), out(c.dtype, grad.count(), shift);
+  Array mean(fp32, channels), std(fp32, channels);
+  std::vector<uint8_t> mask(static_cast<size_t>(total) + 16);
+  // as aligned as the images are
+  uint8_t* region = mask.data() + (16 - reinterpret_cast<uintptr_t>(mask.data()) % 16) % 16;
+  x.fill(0, 1);
+  grad.fill(-1, 1);
+  mean.fill(0.3, 0.6);
+  std.fill(-0.3, 1.5);  // a sign that is turned counts too
+  grad.set(0, 0);
+  if (c.norm == Norm::kLinf) grad.set(c.padded, std::numeric_limits<float>::quiet_NaN());
+  for (int64_t i = 0; i < total; ++i) {
+    x_adv.set(i, x.get(i) + static_cast<float>(uniform(-0.03, 0.03)));
+    region[i] = static_cast<uint8_t>(integer(0, 2));
+  }
+  expected.copy(x_adv);
+  const auto each = [&](const auto& body) {
+    for (int64_t row = 0; row < samples * pixels; ++row) {
+      const int64_t pixel = row % pixels;
+      const int64_t first = row / pixels * elements + pixel / width * row_stride + pixel % width * column_stride;
+      for (int64_t k = 0; k < channels; ++k) body(first + k * channel_stride, row, k);
+    }
+  };
+  each([&](int64_t at, int64_t row, int64_t k) {
+    const float g = grad.get(row * c.padded + k);
+    ascent.set(at, c.norm == Norm::kL2 ? g / std.get(k) : std.get(k) < 0 ? -g : g);
+  });
+  PgdStep plain{expected.data(),
+                ascent.data(),
+                x.data(),
+                c.masked ? region : nullptr,
+                fp32,
+                fp32,
+                samples,
+                elements,
+                c.norm,
+                0.07,
+                2.0f / 255,
+                8.0f / 255,
+                elements % 2 ? 0.05 : 100,
+                0,
+                1};
+  CHECK(cuda::pgd_step(plain, nullptr) == cudaSuccess);
+  PgdStep step = plain;
+  step.x_adv = x_adv.data();
+  step.grad = grad.data();
+  step.grad_dtype = c.dtype;
+  const PgdStepNormalize p{step,
+                           out.data(),
+                           reinterpret_cast<float*>(mean.data()),
+                           reinterpret_cast<float*>(std.data()),
+                           channels,
+                           height,
+                           width,
+                           c.padded,
+                           channel_stride,
+                           row_stride,
+                           column_stride};
+  const int before = emulator::launches;
+  const int64_t bytes = emulator::bytes;
+  CHECK(cuda::pgd_step_normalize(p, nullptr) == cudaSuccess);
+  CHECK(emulator::launches == before + 1);
+  // x_adv, x and the mask, and four values of a row; x_adv and whole rows
+  if (c.norm == Norm::kLinf && channels == 3 && c.padded == 8 && c.order == "hwc" && shift == 0) {
+    CHECK(emulator::bytes - bytes == (12 + c.masked) * total + (4 + 8) * size_of(c.dtype) * samples * pixels);
+  }
+  each([&](int64_t at, int64_t row, int64_t k) {
+    const float moved = x_adv.get(at), wanted = expected.get(at);
+    // the order of the sums may move a factor by one fp32 ulp
+    CHECK(c.norm == Norm::kLinf ? x_adv.bits(at) == expected.bits(at) : std::abs(moved - wanted) <= 2e-7f);
+    CHECK(out.bits(row * c.padded + k) == out.stored((moved - mean.get(k)) / std.get(k)));
+    for (int64_t rest = channels; rest < c.padded; ++rest) CHECK(out.bits(row * c.padded + rest) == 0);
+  });
+}
+
 const char* name(DType dtype) { return dtype == DType::kFloat32 ? "fp32" : dtype == DType::kFloat16 ? "fp16" : "bf16"; }
 
 std::vector<float> values(const Array& array) {
@@ -965,6 +1061,20 @@ int main() {
         check_pgd_init(dtype, norm, image);
       }
       if (norm == Norm::kNormal) continue;
+      for (const Images& image : images) {
+        for (const int64_t padded : {image.channels, int64_t{8}}) {
+          for (const bool masked : {false, true}) {
+            test = std::string("pgd_step_normalize ") + name(dtype) + (norm == Norm::kL2 ? " l2 " : " linf ") +
+                   std::to_string(image.channels * image.height * image.width) + " in " + std::to_string(padded) +
+                   (masked ? " masked" : "");
+            check_pgd_step_normalize({dtype, norm, image, padded, masked, image.channels_last ? "hwc" : "chw"});
+          }
+        }
+      }
+      for (const char* order : {"chw", "cwh", "hcw", "wch", "hwc", "whc"}) {
+        test = std::string("pgd_step_normalize in the order ") + order;
+        check_pgd_step_normalize({dtype, norm, {3, 3, 8}, 8, true, order});
+      }
       for (const DType grad : kDTypes) {
         for (const int64_t elements : {1, 64, 3072, 4105}) {
           test = std::string("pgd_step ") + name(dtype) + " grad " + name(grad) +

@@ -376,6 +376,16 @@ def test_normalisation(compiled, dtype, summed, activation):
 
 
 @pytest.mark.parametrize("compiled", [90], ids="sm_{}".format, indirect=True)
+def test_normalisation_of_one_value_a_channel(compiled):
+    """As a rank of several may have: Triton takes the number for a constant."""
+    x, own = torch.zeros(1, 16, 1, 1), torch.zeros(2, 16, dtype=torch.float64)
+    module, table, none = import_module("awp_kernels.bn_act.triton"), torch.zeros(4, 16), [None] * 4
+    assert len(compiled(lambda: module.bn_act_train(x, None, *none, 0.1, 1e-5, 1, None, None, table, own))) == 2
+    vectors = torch.zeros(16), torch.zeros(16)
+    assert len(compiled(lambda: module.bn_act_backward(x, None, x, table, None, 1, True, None, None, *vectors))) == 2
+
+
+@pytest.mark.parametrize("compiled", [90], ids="sm_{}".format, indirect=True)
 def test_normalisation_of_odd_channels(compiled):
     x = torch.zeros(2, 5, 3, 3).contiguous(memory_format=torch.channels_last)
     module, table = import_module("awp_kernels.bn_act.triton"), torch.zeros(4, 16)

@@ -128,7 +128,7 @@ def bn_finish_statistics_kernel(
         sums += count * distance
         squares += tl.load(part + 2 * channels, mask=valid, other=0.0).to(tl.float64) + count * distance * distance
     total = tl.sum(sums)
-    size = rows.to(tl.float64)
+    size = tl.cast(rows, tl.float64)  # one row is a constant
     distance = total / size
     mean = origin + distance
     spread = tl.sum(squares) - total * distance
@@ -234,7 +234,7 @@ def bn_finish_sums_kernel(parts, table, stride, grad_weight, grad_bias, coeffici
         part = parts + block.to(tl.int64) * 2 * channels + channel
         sums += tl.load(part, mask=block < blocks, other=0.0).to(tl.float64)
         products += tl.load(part + channels, mask=block < blocks, other=0.0).to(tl.float64)
-    total, product, size = tl.sum(sums), tl.sum(products), rows.to(tl.float64)
+    total, product, size = tl.sum(sums), tl.sum(products), tl.cast(rows, tl.float64)
     invstd = tl.load(table + stride + channel).to(tl.float64)
     tl.store(coefficients + channel, (total / size).to(tl.float32))
     tl.store(coefficients + stride + channel, (product * invstd * invstd / size).to(tl.float32))

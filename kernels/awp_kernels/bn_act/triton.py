@@ -113,7 +113,7 @@ def bn_finish_statistics_kernel(
     momentum: tl.float64,
     eps: tl.float64,
 ):
-    """One program a channel: adds up its parts, fills the table, moves the running statistics."""
+    """One program a channel: adds up its parts; fills the table and moves the running statistics, or leaves both."""
     channel = tl.program_id(0)
     origin = tl.load(parts + channel).to(tl.float64)
     sums = tl.zeros([_FINISH], tl.float64)
@@ -134,25 +134,26 @@ def bn_finish_statistics_kernel(
     spread = tl.sum(squares) - total * distance
     # rounding could make it negative; NaN stays
     spread = tl.where(spread < 0.0, 0.0, spread)
-    invstd = 1.0 / tl.sqrt(spread / size + eps)
-    scale = invstd
-    if weight is not None:
-        scale *= tl.load(weight + channel)
-    shift = 0.0
-    if bias is not None:
-        shift = tl.load(bias + channel)
-    tl.store(table + channel, mean.to(tl.float32))
-    tl.store(table + stride + channel, invstd.to(tl.float32))
-    tl.store(table + 2 * stride + channel, scale.to(tl.float32))
-    tl.store(table + 3 * stride + channel, shift)
     if statistics is not None:
         tl.store(statistics + channel, mean)
         tl.store(statistics + channels + channel, spread)
-    if running_mean is not None:
-        moved = (1.0 - momentum) * tl.load(running_mean + channel) + momentum * mean
-        tl.store(running_mean + channel, moved.to(tl.float32))
-        moved = (1.0 - momentum) * tl.load(running_var + channel) + momentum * (spread / (size - 1.0))
-        tl.store(running_var + channel, moved.to(tl.float32))
+    else:
+        invstd = 1.0 / tl.sqrt(spread / size + eps)
+        scale = invstd
+        if weight is not None:
+            scale *= tl.load(weight + channel)
+        shift = 0.0
+        if bias is not None:
+            shift = tl.load(bias + channel)
+        tl.store(table + channel, mean.to(tl.float32))
+        tl.store(table + stride + channel, invstd.to(tl.float32))
+        tl.store(table + 2 * stride + channel, scale.to(tl.float32))
+        tl.store(table + 3 * stride + channel, shift)
+        if running_mean is not None:
+            moved = (1.0 - momentum) * tl.load(running_mean + channel) + momentum * mean
+            tl.store(running_mean + channel, moved.to(tl.float32))
+            moved = (1.0 - momentum) * tl.load(running_var + channel) + momentum * (spread / (size - 1.0))
+            tl.store(running_var + channel, moved.to(tl.float32))
 
 
 @triton.jit

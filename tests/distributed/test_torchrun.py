@@ -129,8 +129,9 @@ def test_a_rank_that_hangs_ends_when_torchrun_is_gone_too(tmp_path):
         assert both[0].process.exitcode is None, both[0].said()
     torchrun.kill()
     assert [run.end() for run in both] == [1, 1]
-    for rank, run in enumerate(both):
-        assert re.search(rf"error: no progress of rank {rank} for 5 s, last seen in \S.*, after the end of", run.said())
+    # the first one to end may break the other's connections before that has waited as long
+    own = r"error: no progress of rank {} for 5 s, last seen in \S.*, after the end of"
+    assert any(re.search(own.format(rank), run.said()) for rank, run in enumerate(both)), both[0].said()
     assert "in fault_on_purpose" in both[1].said()
 
 

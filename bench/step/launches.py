@@ -33,6 +33,7 @@ from awp_engine.step.precision import Precision, WorkingModels
 from awp_engine.step.values import Phase
 from awp_kernels import AdversarialWeightPerturbation
 from awp_kernels._images import operations
+from awp_kernels.pooled_linear import reference as pooled_linear_reference
 from bench.tables import markdown
 
 _PROG = "launches.py"
@@ -80,16 +81,16 @@ class _HalfKernels:
 
 
 class _PooledLinear:
-    """Triton's kernels of `pooled_linear`, in plain PyTorch."""
+    """The definition of `pooled_linear` and of its gradient, where Triton's kernels would run."""
 
-    def pooled_linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        with record_function("awp_cuda::pooled_linear"):
-            return x.to(bias.dtype).mean((2, 3)) @ weight.to(bias.dtype).t() + bias
+    def __getattr__(self, name: str) -> Callable[..., Tensor]:
+        def call(*arguments: Any) -> Tensor:
+            with record_function(f"awp_cuda::{name}"):
+                found = getattr(pooled_linear_reference, name)(*arguments)
+                # a gradient of images is written out
+                return found.contiguous(memory_format=torch.channels_last) if found.ndim == 4 else found
 
-    def pooled_linear_gradient(self, grad: Tensor, weight: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        with record_function("awp_cuda::pooled_linear_gradient"):
-            found = (grad @ weight.to(grad.dtype) / (shape[2] * shape[3]))[:, :, None, None].expand(shape).to(dtype)
-            return found.contiguous(memory_format=torch.channels_last)
+        return call
 
 
 @contextlib.contextmanager

@@ -319,7 +319,7 @@ def bn_act_train(
     table: Tensor,
     statistics: Tensor | None,
 ) -> None:
-    """Fill the table by the batch, move the running statistics, leave its own; normalise, where y is given."""
+    """Fill the table by the batch and move the running statistics, or leave its own; normalise, where y is given."""
     (tiles, blocks), share, block = _cut(x, summed=True)
     channels = x.shape[1]
     rows = x.numel() // channels

@@ -87,8 +87,7 @@ class _PooledLinear(torch.autograd.Function):
         if wants_x and _images.once(grad, x, weight):
             of_x = _kernels().pooled_linear_gradient(grad.contiguous(), weight.contiguous(), ctx.shape, ctx.dtype)
         elif wants_x:  # what can be differentiated again
-            of_mean = grad @ weight.to(grad.dtype) / (ctx.shape[2] * ctx.shape[3])
-            of_x = of_mean[:, :, None, None].expand(ctx.shape).to(ctx.dtype)
+            of_x = reference.pooled_linear_gradient(grad, weight, ctx.shape, ctx.dtype)
         if wants_weight:
             of_weight = (grad.t() @ x.mean((2, 3), dtype=grad.dtype)).to(weight.dtype)
         return of_x, of_weight, grad.sum(0) if wants_bias else None

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from awp_engine.attack import Loss, summed_cross_entropy
+from awp_engine.attack.losses import log_probabilities
 
 
 class Objective(ABC):
@@ -50,5 +51,5 @@ def at_least_fp32(logits: Tensor) -> Tensor:
 
 def divergence(logits_adv: Tensor, logits_clean: Tensor) -> Tensor:
     """KL(p_clean || p_adv) of every sample, [N]."""
-    adv, clean = F.log_softmax(at_least_fp32(logits_adv), 1), F.log_softmax(at_least_fp32(logits_clean), 1)
+    adv, clean = log_probabilities(logits_adv), log_probabilities(logits_clean)
     return F.kl_div(adv, clean, reduction="none", log_target=True).sum(1)

@@ -47,6 +47,9 @@ _FREE_ON_RESUME = frozenset(
     }
 )
 
+# Keys that runs of earlier versions lack, with the value, as JSON holds it, that means what those versions did.
+ADDED: dict[str, Any] = {}
+
 
 def key_types(cls: type = Config, prefix: str = "") -> dict[str, Any]:
     """Every key, such as "awp.gamma", with its type."""
@@ -100,6 +103,8 @@ def _flatten(values: Any, source: str, cls: type = Config, prefix: str = "", *, 
             flat |= _flatten(values[key], source, typing.cast(type, hint), f"{prefix}{key}.", whole=whole)
         elif key in values:
             flat[prefix + key] = values[key]
+        elif whole and prefix + key in ADDED:
+            flat[prefix + key] = ADDED[prefix + key]
         elif whole:
             raise ConfigError(f"{source}: {prefix}{key}: missing key; add it, or write the file again")
     return flat
@@ -144,7 +149,8 @@ def _trajectory(config: Config) -> dict[str, Any]:
         values[key] = str(quarter if values[key] is None else parse_amount(values[key]))
     # what runs from before it was removed had, all that can go on
     values["awp.public_code"] = False
-    return {key: value for key, value in values.items() if key not in _FREE_ON_RESUME}
+    new = {key for key, value in ADDED.items() if values[key] == value}
+    return {key: value for key, value in values.items() if key not in _FREE_ON_RESUME | new}
 
 
 def config_hash(config: Config) -> str:

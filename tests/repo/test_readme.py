@@ -11,7 +11,7 @@ import awp_engine
 from awp_engine.models import build_model
 
 # with the number of their examples
-DOCUMENTS = {"README.md": 2, "docs/trained-models.md": 3, "docs/own-trainer.md": 4}
+DOCUMENTS = {"README.md": 2, "docs/trained-models.md": 3, "docs/own-trainer.md": 4, "docs/extend.md": 8}
 TEXTS = {name: (ROOT / name).read_text() for name in DOCUMENTS}
 BLOCKS = {name: re.findall(r"```python\n(.*?)```", text, re.DOTALL) for name, text in TEXTS.items()}
 
@@ -35,6 +35,7 @@ def namespace(monkeypatch, tmp_path):
         "x": x,
         "x_adv": x.clone(),
         "y": y,
+        "loader": [(x, y)],
         "loss_fn": loss,
         "criterion": loss,
     }

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import structure
 
-PAGES = [*structure.ROOT.glob("*.md"), *(structure.ROOT / "docs").rglob("*.md")]
+PAGES = [
+    *structure.ROOT.glob("*.md"),
+    *(page for folder in ("docs", "bench", ".github") for page in (structure.ROOT / folder).rglob("*.md")),
+]
 # what a newcomer reads first
 FIRST = [
     page for page in PAGES if page.parent.name == "areas" or page.stem in ("README", "CONTRIBUTING", "architecture")

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from awp_engine.config import Config, ConfigError, expectation, flag, show
 from awp_engine.config.identity import from_flat, key_types, load_settings, to_flat
-from awp_engine.config.model_names import is_code, source_of
+from awp_engine.config.model_names import is_code
 from awp_engine.config.presets import DEFAULT, PRESETS, build_preset
 from awp_engine.config.schema import Word, coerce, did_you_mean, fields, help_texts, is_switch
 from awp_engine.files.text import one_line
@@ -177,12 +177,9 @@ def _parse(argv: Sequence[str], prog: str) -> Config:
             "you trust it, give the name as a flag as well"
         )
     values = to_flat(build_preset(asked.get("preset", DEFAULT)))
-    name = str(asked.get("model.name", ""))
-    if source_of(name) not in ("built-in", None) or name.startswith("wrn-"):
+    if asked.get("model.name", values["model.name"]) != values["model.name"]:
         # the preset's are those of its own model
-        values |= (
-            {"model.width": None} if name.startswith("wrn-") else {"model.width": None, "model.activation": "relu"}
-        )
+        values |= {"model.width": None, "model.activation": "relu"}
     try:
         return from_flat(values | asked)
     except ConfigError as error:

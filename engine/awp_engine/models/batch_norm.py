@@ -40,7 +40,8 @@ def synchronize(model: nn.Module) -> None:
             layer.__class__ = BatchNorm
         elif not hasattr(layer, "synchronized"):
             raise ValueError(
-                f"model: {type(layer).__name__} cannot be synchronised; expected BatchNorm2d or awp_engine.models' layers"
+                f"model: {type(layer).__name__} cannot be synchronised; expected BatchNorm2d or those of "
+                "awp_engine.models"
             )
     for layer in found:
         layer.synchronized = True

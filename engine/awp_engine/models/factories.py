@@ -20,7 +20,7 @@ from torch import nn
 
 from awp_engine.config import ConfigError
 from awp_engine.config.model_names import source_of
-from awp_engine.models.import_timm import import_timm, import_torchvision
+from awp_engine.models.import_timm import declare_operators, import_timm, import_torchvision
 from awp_engine.models.wrapped import WrappedClassifier, fitted, last_layers, told_in_one_line
 
 Size = tuple[int, int]
@@ -69,6 +69,8 @@ def load_factory(name: str, root: Path | None = None) -> tuple[Factory, Code]:
         ConfigError: no such file, module or function, or the code raises an error.
     """
     place, _, attribute = name.rpartition(":")
+    # the code may import timm or torchvision
+    declare_operators()
     if source_of(name) == "file":
         module, code = _run_file((root or Path.cwd()) / place, name)
     else:
@@ -232,7 +234,9 @@ def build_torchvision(
             network = models.get_model(inner, weights="DEFAULT")
             heads, notes = fitted(network, num_classes, len(mean), name=name, image_size=image_size)
         else:
-            network = models.get_model(inner, weights=None, num_classes=num_classes)
+            # the further logits of these in train mode
+            extra = {"aux_logits": False, "init_weights": True} if inner in ("googlenet", "inception_v3") else {}
+            network = models.get_model(inner, weights=None, num_classes=num_classes, **extra)
             made_for = getattr(network, "image_size", None)
             if made_for is not None and image_size is not None and (made_for, made_for) != image_size:
                 if image_size[0] != image_size[1]:

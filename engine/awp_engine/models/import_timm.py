@@ -1,4 +1,4 @@
-"""timm and torchvision, imported where they are installed, and where torchvision's compiled part cannot be loaded too."""
+"""timm and torchvision, where they are installed, and where torchvision's compiled part cannot be loaded too."""
 
 import importlib
 import importlib.util
@@ -55,10 +55,10 @@ def declare_operators() -> None:
 
     The part is built for one torch alone, and only for CUDA on PyPI; classifiers use none of it.
     """
-    if _declared or hasattr(torch.ops.torchvision, "nms"):
-        return
     spec = importlib.util.find_spec("torchvision")
-    places = [] if spec is None else spec.submodule_search_locations or []
+    if spec is None or _declared or hasattr(torch.ops.torchvision, "nms"):
+        return
+    places = spec.submodule_search_locations or []
     for library in (path for place in places for path in Path(place).glob("_C*.so")):
         try:
             torch.ops.load_library(library)

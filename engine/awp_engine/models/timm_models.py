@@ -1,4 +1,4 @@
-"""Networks for larger images: ResNet-18, ResNet-50 and ConvNeXt-T as timm builds them, and ConvNeXt-T with a convolution stem.
+"""Networks for larger images: ResNets and ConvNeXt-T as timm builds them, and ConvNeXt-T with a convolution stem.
 
 Sources: He et al.: Deep Residual Learning for Image Recognition, CVPR 2016; Liu et al.: A ConvNet for the 2020s, CVPR
 2022; Singh, Croce, Hein: Revisiting Adversarial Training for ImageNet, NeurIPS 2023 (the stem).

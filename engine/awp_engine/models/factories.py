@@ -193,10 +193,11 @@ def build_timm(
         hint = f"did you mean {', '.join(f'timm:{other}' for other in near)}?" if near else "see timm.list_models()"
         raise ConfigError(f"--model.name: timm {timm.__version__} has no model {inner!r}; {hint}")
     settings: dict[str, Any] = {"num_classes": num_classes, "in_chans": len(mean)}
-    config = timm.get_pretrained_cfg(inner)
+    # models without published weights have none
+    config: Any = timm.get_pretrained_cfg(inner)
     notes = []
     fixed = config is not None and config.fixed_input_size
-    if fixed and image_size is not None and config.input_size[1:] != image_size:
+    if fixed and image_size is not None and tuple(config.input_size[1:]) != image_size:
         settings["img_size"] = image_size
         notes.append(f"made for images of {image_size[0]}x{image_size[1]} pixels")
     with told_in_one_line(name, "timm"):

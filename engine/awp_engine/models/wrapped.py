@@ -30,6 +30,8 @@ class WrappedClassifier(NormalizedClassifier):
 
     Attributes:
         autocast_dtype: what `torch.autocast` has the network compute in; None: as it is.
+        takes_channels_last: whether it computes in that memory format; of code of one's own not known before it is
+            tried.
     """
 
     autocast_dtype: torch.dtype | None = None
@@ -49,6 +51,7 @@ class WrappedClassifier(NormalizedClassifier):
         super().__init__(num_classes, mean, std)
         self.network, self.name, self.image_size = network, name, image_size
         self.heads, self.notes = tuple(heads), tuple(notes)
+        self.takes_channels_last = name.startswith(("timm:", "torchvision:"))
 
     def forward(self, images: Tensor | NormalizedImages) -> Tensor:
         """Logits [N, num_classes] of images [N, C, H, W] in [0, 1].
@@ -97,7 +100,10 @@ def told_in_one_line(name: str, doing: str) -> Iterator[None]:
         while trace is not None:
             code = trace.tb_frame.f_code
             # the last line that is not torch's or this package's, whose own the user does not look at
-            if not any(f"/{package}/" in code.co_filename for package in ("torch", "awp_engine")):
+            if (
+                not any(f"/{package}/" in code.co_filename for package in ("torch", "importlib", "awp_engine"))
+                and code.co_filename[0] != "<"
+            ):
                 where = f" ({code.co_filename}, line {trace.tb_lineno})"
             trace = trace.tb_next
         words = " ".join(str(error).split())[:300]

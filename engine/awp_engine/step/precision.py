@@ -56,10 +56,10 @@ def working_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     for p in model.parameters():
         copied = p.detach().clone().to(dtype if id(p) in lowered else p.dtype)
         memo[id(p)] = nn.Parameter(copied, requires_grad=p.requires_grad)
-    copied = copy.deepcopy(model, memo)
-    if wrapped:
-        copied.autocast_dtype = dtype
-    return copied
+    second = copy.deepcopy(model, memo)
+    if isinstance(second, WrappedClassifier):
+        second.autocast_dtype = dtype
+    return second
 
 
 def frozen_view(model: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -46,7 +47,7 @@ def build_network(config: Config, data: Dataset, device: torch.device, precision
     """
     settings, (channels, *size) = config.model, data.train.shape
     if settings.mean and len(settings.mean) != channels:
-        raise ConfigError(f"--model.mean: expected {channels} numbers, one a channel, got {len(settings.mean)}")
+        raise ConfigError(f"--model.mean: expected one number a channel, {channels}, got {len(settings.mean)}")
     model = build_model(
         settings.name,
         len(data.class_names),
@@ -85,10 +86,9 @@ def build_network(config: Config, data: Dataset, device: torch.device, precision
             description = description.sealed()
         except KeyFileError as error:
             messages.append(f"without a seal these weights load with --model.name or model= alone: {error}")
-    memory_format = fast_memory_format(model, device)
     if isinstance(model, WrappedClassifier):
-        model.to(device).train()
-        memory_format = _tried(model, data, memory_format, precision, messages)
+        _try(model.to(device), data, precision, messages)
+    memory_format = fast_memory_format(model, device)
     # torch's stub does not know the keyword
     model.to(device=device, memory_format=memory_format)  # pyright: ignore[reportCallIssue]
     return Network(model=model.train(), description=description, memory_format=memory_format, messages=messages)
@@ -110,9 +110,11 @@ def _normalisation(
         return *none, "images are not normalised"
     else:
         mean, std, whose = data.mean, data.std, f"those of {data.name}"
-        wrapped = isinstance(model, WrappedClassifier) and settings.normalize != "data"
-        of_model = own_normalisation(model.network, channels) if wrapped else None
-        published = published_normalisation(model) if wrapped and _asked_for(config) else None
+        published, of_model = None, None
+        if isinstance(model, WrappedClassifier) and settings.normalize != "data":
+            of_model = own_normalisation(model.network, channels)
+            if settings.pretrained is not None or settings.normalize == "model":
+                published = published_normalisation(model)
         if published is not None and len(published[0]) == channels:
             mean, std, whose = *published, f"those of the published weights of {settings.name}"
         elif of_model is not None:
@@ -126,11 +128,6 @@ def _normalisation(
     return mean, std, f"images are normalised by mean {_shown(mean)}, deviation {_shown(std)}: {whose}"
 
 
-def _asked_for(config: Config) -> bool:
-    """Whether the normalisation of published weights is wanted."""
-    return config.model.pretrained is not None or config.model.normalize == "model"
-
-
 @contextlib.contextmanager
 def _refusing(name: str) -> Iterator[None]:
     """What an attack would refuse of the model is refused by its name."""
@@ -142,51 +139,44 @@ def _refusing(name: str) -> Iterator[None]:
         raise ConfigError(f"--model.name: {name}: {str(error).removeprefix('model: ')}") from None
 
 
-def _tried(
-    model: WrappedClassifier,
-    data: Dataset,
-    memory_format: torch.memory_format,
-    precision: Precision,
-    messages: list[str],
-) -> torch.memory_format:
-    """Try what training will do, and leave the model in the memory format that it is to have.
+def _try(model: WrappedClassifier, data: Dataset, precision: Precision, messages: list[str]) -> None:
+    """Try what training will do, in each of its precisions, and whether the model takes channels_last.
 
     Raises:
         ConfigError: naming what does not work.
     """
-    if memory_format == torch.channels_last:
-        model.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
-        try:
-            _try_passes(model, data, memory_format)
-        except ConfigError:
-            # a forward pass may ask for the order of a tensor's values, as view does
-            memory_format = torch.contiguous_format
-            model.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
-            _try_passes(model, data, memory_format)
-            messages.append(f"{model.name}: computes in contiguous format, as it does not take channels_last")
-    else:
-        _try_passes(model, data, memory_format)
+    model.takes_channels_last = True
+    try:
+        _try_passes(model, data)
+    except ConfigError:
+        # a forward pass may ask for the order of a tensor's values, as view does
+        model.takes_channels_last = False
+        _try_passes(model, data)
+        messages.append(f"{model.name}: computes in contiguous format, as it does not take channels_last")
     for part, dtype in vars(precision).items():
         if dtype is None:
             continue
         try:
             model.autocast_dtype = dtype
-            _try_passes(model, data, memory_format)
+            _try_passes(model, data)
         except ConfigError as error:
             raise ConfigError(f"--precision.{part}: fp32 is needed, as in {dtype}: {error}") from None
         finally:
             model.autocast_dtype = None
     with told_in_one_line(model.name, "copying it (by copy.deepcopy, for the attack)"):
         frozen_view(model)
-    return memory_format
 
 
-def _try_passes(model: WrappedClassifier, data: Dataset, memory_format: torch.memory_format) -> None:
+def _try_passes(model: WrappedClassifier, data: Dataset) -> None:
     """A forward and a backward pass, of one image in eval mode and of two in train mode, which change nothing."""
     parameter = next((p for p in model.parameters() if p.requires_grad), None)
     if parameter is None:
         raise ConfigError(f"--model.name: {model.name} has no parameter that asks for a gradient; nothing to train")
-    for mode, count in (("eval", 1), ("train", 2)):
+    memory_format = fast_memory_format(model, parameter.device)
+    # torch's stub does not know the keyword
+    model.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
+    tried: list[tuple[Literal["train", "eval"], int]] = [("eval", 1), ("train", 2)]
+    for mode, count in tried:
         images = torch.zeros(count, *data.train.shape, device=parameter.device)
         images = images.to(memory_format=memory_format).requires_grad_()
         labels = torch.zeros(count, dtype=torch.int64, device=parameter.device)
@@ -210,3 +200,6 @@ def _try_passes(model: WrappedClassifier, data: Dataset, memory_format: torch.me
                     f"--model.name: the logits of {model.name} do not depend on the image by operations that have a "
                     "gradient, which an attack needs"
                 )
+    with layer_modes(model, "eval"), torch.no_grad():
+        # weights that hooks compute, as torch.nn.utils.weight_norm's do, are then no part of a graph, and can be copied
+        model(torch.zeros(1, *data.train.shape, device=parameter.device))

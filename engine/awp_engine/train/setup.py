@@ -3,6 +3,7 @@
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +125,7 @@ def build_step(
     )
     perturbation = None
     # none given: each has a rule of its own
-    chosen = {"select": choice(model, awp.layers)} if awp.layers else {}
+    chosen: dict[str, Any] = {"select": choice(model, awp.layers)} if awp.layers else {}
     try:
         if awp.enabled and awp.scale == "relative":
             perturbation = AdversarialWeightPerturbation(

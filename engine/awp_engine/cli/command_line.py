@@ -176,11 +176,11 @@ def _parse(argv: Sequence[str], prog: str) -> Config:
             f"--model.name: {file} asks for code of its own, {show(name)}, which is not run because a file says so; if "
             "you trust it, give the name as a flag as well"
         )
-    values = to_flat(build_preset(asked.get("preset", DEFAULT)))
-    if asked.get("model.name", values["model.name"]) != values["model.name"]:
-        # the preset's are those of its own model
-        values |= {"model.width": None, "model.activation": "relu"}
     try:
+        values = to_flat(build_preset(asked.get("preset", DEFAULT)))
+        if asked.get("model.name", values["model.name"]) != values["model.name"]:
+            # the preset's are those of its own model
+            values |= {"model.width": None, "model.activation": "relu"}
         return from_flat(values | asked)
     except ConfigError as error:
         key = str(error).partition(":")[0].removeprefix("--").replace("-", "_")

@@ -194,16 +194,16 @@ def build_timm(
         raise ConfigError(f"--model.name: timm {timm.__version__} has no model {inner!r}; {hint}")
     settings: dict[str, Any] = {"num_classes": num_classes, "in_chans": len(mean)}
     # models without published weights have none
-    config: Any = timm.get_pretrained_cfg(inner)
+    config = timm.get_pretrained_cfg(inner)
+    made_for = tuple(config.input_size[1:]) if config is not None and config.fixed_input_size else None
     notes = []
-    fixed = config is not None and config.fixed_input_size
-    if fixed and image_size is not None and tuple(config.input_size[1:]) != image_size:
+    if image_size is not None and made_for not in (None, image_size):
         settings["img_size"] = image_size
         notes.append(f"made for images of {image_size[0]}x{image_size[1]} pixels")
     with told_in_one_line(name, "timm"):
         network = timm.create_model(inner, pretrained=published, **settings)
     heads = last_layers(network, num_classes)
-    size = image_size if fixed else None
+    size = None if made_for is None else image_size
     return WrappedClassifier(network, num_classes, mean, std, name=name, image_size=size, heads=heads, notes=notes)
 
 

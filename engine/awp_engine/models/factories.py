@@ -26,6 +26,9 @@ from awp_engine.models.wrapped import WrappedClassifier, fitted, last_layers, to
 Size = tuple[int, int]
 Factory = Callable[..., Any]
 
+_SIZES = ("img_size", "image_size")
+_FETCH = "fetching the published weights (without a network give --model.pretrained FILE, or fill the cache before)"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Code:
@@ -135,7 +138,7 @@ def build_by_factory(
     side = None if image_size is None else image_size[0] if image_size[0] == image_size[1] else image_size
     offered = {"num_classes": num_classes, "in_chans": channels, "in_channels": channels}
     if side is not None:
-        offered |= {"img_size": side, "image_size": side}
+        offered |= dict.fromkeys(_SIZES, side)
     try:
         parameters = inspect.signature(factory).parameters
     except (TypeError, ValueError):
@@ -151,9 +154,6 @@ def build_by_factory(
     if isinstance(network, WrappedClassifier):
         network = network.network
     return wrap(network, name, num_classes, mean, std, image_size, sized=not given.keys().isdisjoint(_SIZES))
-
-
-_SIZES = ("img_size", "image_size")
 
 
 def wrap(
@@ -200,7 +200,7 @@ def build_timm(
     if image_size is not None and made_for not in (None, image_size):
         settings["img_size"] = image_size
         notes.append(f"made for images of {image_size[0]}x{image_size[1]} pixels")
-    with told_in_one_line(name, "timm"):
+    with told_in_one_line(name, _FETCH if published else "timm"):
         network = timm.create_model(inner, pretrained=published, **settings)
     heads = last_layers(network, num_classes)
     size = None if made_for is None else image_size
@@ -230,22 +230,26 @@ def build_torchvision(
     if len(mean) != 3:
         raise ConfigError(f"--model.name: {name} takes images of 3 channels, the data have {len(mean)}; timm takes any")
     notes: list[str] = []
+    weights: Any = models.get_model_weights(inner)["DEFAULT"] if published else None
+    settings: dict[str, Any] = {"num_classes": num_classes if weights is None else len(weights.meta["categories"])}
+    if inner in ("googlenet", "inception_v3"):
+        # without the further logits of train mode
+        settings |= {"aux_logits": False, "init_weights": True}
     with told_in_one_line(name, "torchvision"):
-        if published:
-            network = models.get_model(inner, weights="DEFAULT")
-            heads, notes = fitted(network, num_classes, len(mean), name=name, image_size=image_size)
-        else:
-            # the further logits of these in train mode
-            extra = {"aux_logits": False, "init_weights": True} if inner in ("googlenet", "inception_v3") else {}
-            network = models.get_model(inner, weights=None, num_classes=num_classes, **extra)
-            made_for = getattr(network, "image_size", None)
-            if made_for is not None and image_size is not None and (made_for, made_for) != image_size:
-                if image_size[0] != image_size[1]:
-                    raise ConfigError(f"--model.name: {name} takes square images, the data have {image_size}")
-                network = models.get_model(inner, weights=None, num_classes=num_classes, image_size=image_size[0])
-                notes.append(f"made for images of {image_size[0]}x{image_size[1]} pixels")
-            heads = last_layers(network, num_classes)
-    size = image_size if hasattr(network, "image_size") else None
+        network = models.get_model(inner, weights=None, **settings)
+        made_for = getattr(network, "image_size", None)
+        if made_for is not None and image_size is not None and (made_for, made_for) != image_size:
+            if image_size[0] != image_size[1]:
+                raise ConfigError(f"--model.name: {name} takes square images, the data have {image_size}")
+            network = models.get_model(inner, weights=None, image_size=image_size[0], **settings)
+            notes.append(f"made for images of {image_size[0]}x{image_size[1]} pixels")
+    heads = last_layers(network, num_classes)
+    if weights is not None:
+        with told_in_one_line(name, _FETCH):
+            network.load_state_dict(weights.get_state_dict(check_hash=True, weights_only=True))
+        heads, more = fitted(network, num_classes, len(mean), name=name, image_size=image_size)
+        notes += more
+    size = None if made_for is None else image_size
     return WrappedClassifier(network, num_classes, mean, std, name=name, image_size=size, heads=heads, notes=notes)
 
 

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 
 from awp_engine.attack import checks
-from awp_engine.config import Config, ConfigError
+from awp_engine.checkpoint import read_model
+from awp_engine.config import Config, ConfigError, ModelConfig
 from awp_engine.config.model_names import is_code
 from awp_engine.data import Dataset
 from awp_engine.device import fast_memory_format
@@ -16,7 +17,7 @@ from awp_engine.files.user_key import KeyFileError
 from awp_engine.models import NormalizedClassifier, WrappedClassifier, build_model, load_pretrained
 from awp_engine.models.batch_norm import layer_modes
 from awp_engine.models.factories import load_factory, published_normalisation
-from awp_engine.models.trained import ModelDescription
+from awp_engine.models.trained import ModelDescription, described
 from awp_engine.models.wrapped import own_normalisation, told_in_one_line
 from awp_engine.step.precision import Precision, frozen_view
 
@@ -110,12 +111,15 @@ def _normalisation(
         return *none, "images are not normalised"
     else:
         mean, std, whose = data.mean, data.std, f"those of {data.name}"
-        published, of_model = None, None
+        of_weights, published, of_model = None, None, None
         if isinstance(model, WrappedClassifier) and settings.normalize != "data":
             of_model = own_normalisation(model.network, channels)
+            of_weights = _of_weights(settings)
             if settings.pretrained is not None or settings.normalize == "model":
                 published = published_normalisation(model)
-        if published is not None and len(published[0]) == channels:
+        if of_weights is not None and len(of_weights[0]) == channels:
+            mean, std, whose = *of_weights, f"those that {settings.pretrained} was trained with"
+        elif published is not None and len(published[0]) == channels:
             mean, std, whose = *published, f"those of the published weights of {settings.name}"
         elif of_model is not None:
             within = f"mean {_shown(of_model.mean)}, deviation {_shown(of_model.std)}"
@@ -126,6 +130,18 @@ def _normalisation(
                 "name; give --model.mean and --model.std, or --model.normalize none"
             )
     return mean, std, f"images are normalised by mean {_shown(mean)}, deviation {_shown(std)}: {whose}"
+
+
+def _of_weights(settings: ModelConfig) -> tuple[Sequence[float], Sequence[float]] | None:
+    """What the weights to start from were trained with, where this program trained them."""
+    path = settings.pretrained
+    if path is None or settings.published or path.suffix != ".safetensors":
+        return None
+    metadata = read_model(path)[1]
+    if "model" not in metadata:
+        return None
+    before = described(metadata, path)
+    return before.mean, before.std
 
 
 @contextlib.contextmanager

@@ -153,7 +153,8 @@ def build_by_factory(
         raise ConfigError(f"--model.name: {name} returned {type(network).__name__}; expected a torch.nn.Module")
     if isinstance(network, WrappedClassifier):
         network = network.network
-    return wrap(network, name, num_classes, mean, std, image_size, sized=not given.keys().isdisjoint(_SIZES))
+    sized, asked = not given.keys().isdisjoint(_SIZES), "num_classes" in given
+    return wrap(network, name, num_classes, mean, std, image_size, sized=sized, asked=asked)
 
 
 def wrap(
@@ -165,9 +166,13 @@ def wrap(
     image_size: Size | None,
     *,
     sized: bool = False,
+    asked: bool = False,
 ) -> WrappedClassifier:
-    """A module of one's own as a classifier of so many classes; `sized`: it was made for images of that size alone."""
-    heads, notes = fitted(network, num_classes, len(mean), name=name, image_size=image_size)
+    """A module of one's own as a classifier of so many classes.
+
+    `sized`: it was made for images of that size alone; `asked`: and for so many classes.
+    """
+    heads, notes = fitted(network, num_classes, len(mean), name=name, image_size=image_size, asked=asked)
     size = image_size if sized else None
     return WrappedClassifier(network, num_classes, mean, std, name=name, image_size=size, heads=heads, notes=notes)
 

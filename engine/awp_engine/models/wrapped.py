@@ -111,7 +111,13 @@ def told_in_one_line(name: str, doing: str) -> Iterator[None]:
 
 
 def fitted(
-    network: nn.Module, num_classes: int, channels: int, *, name: str, image_size: tuple[int, int] | None
+    network: nn.Module,
+    num_classes: int,
+    channels: int,
+    *,
+    name: str,
+    image_size: tuple[int, int] | None,
+    asked: bool = False,
 ) -> tuple[list[str], list[str]]:
     """Give a module as many logits as there are classes, in place, by another last layer where it has others.
 
@@ -121,6 +127,7 @@ def fitted(
         channels: of the images.
         name: of the model, for messages.
         image_size: (height, width); None tries a few.
+        asked: whether it was made for so many classes; then one that takes images of none of those sizes is believed.
 
     Returns:
         The names of the last layers, and what to tell the user.
@@ -128,7 +135,12 @@ def fitted(
     Raises:
         ConfigError: it has another number of logits, and it is not clear which layer gives them.
     """
-    found = _logits(network, channels, image_size, name)
+    try:
+        found = _logits(network, channels, image_size, name)
+    except ConfigError:
+        if image_size is not None or not asked:
+            raise
+        found = num_classes
     if found == num_classes:
         return last_layers(network, num_classes), []
     if callable(reset := getattr(network, "reset_classifier", None)):

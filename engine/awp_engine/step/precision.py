@@ -141,9 +141,9 @@ class WorkingModels:
     def settle_(self) -> None:
         """Where a pass of the descent put another tensor in a buffer's place, write it into the one that all share."""
         for module, name, buffer in self._written:
-            if (assigned := module._buffers[name]) is not buffer:
-                if assigned is not None:
-                    buffer.copy_(assigned)
+            assigned = module._buffers[name]
+            if assigned is not None and assigned is not buffer and assigned.shape == buffer.shape:
+                buffer.copy_(assigned)
                 module._buffers[name] = buffer
 
     def held(self) -> contextlib.AbstractContextManager[None]:

@@ -245,6 +245,8 @@ class Setup:
         self.model: nn.Module = built.model
         self.description, self._memory_format = built.description, built.memory_format
         self.messages += built.messages
+        # before the run directory is made
+        choice(self.model, self.config.awp.layers)
 
     def _build_batches(self) -> None:
         config, data, extra = self.config, self.data, self._extra

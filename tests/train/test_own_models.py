@@ -8,6 +8,7 @@ from pathlib import Path
 import own_models
 import pytest
 import torch
+from places import ROOT
 from test_resume import resumed_everywhere
 
 from awp_engine import load_model
@@ -275,3 +276,11 @@ def test_layers_to_perturb_can_be_given() -> None:
     assert trainer.awp_step.awp is not None
     assert [*trainer.awp_step.awp.parameters] == ["network.conv1.weight", "network.fc.weight", "network.fc.bias"]
     assert any("AWP perturbs 3 of 10 tensors" in message for message in trainer.messages)
+
+
+def test_the_documents_model_is_complete_and_short(here: Path) -> None:
+    text = (ROOT / "docs" / "training.md").read_text()
+    code = text.partition("A complete `net.py`:\n\n```python\n")[2].partition("```")[0]
+    assert 0 < len(code.splitlines()) <= 20
+    (here / "net.py").write_text(code)
+    assert Trainer(config("net.py:Net")).messages

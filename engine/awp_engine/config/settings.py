@@ -29,7 +29,7 @@ from awp_engine.config.schema import (
     parse_amount,
 )
 
-_WIDE_RESNET = re.compile(r"wrn-([0-9]{1,4})-([0-9]{1,3})")
+_WIDE_RESNET = re.compile(r"(?:dm-)?wrn-([0-9]{1,4})-([0-9]{1,3})")
 _TIMM_MODELS = ("resnet-50", "convnext-tiny", "convnext-tiny-convstem")
 _PRESET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _Pixels = Annotated[int, Range("a whole number of pixels, 0 to 1024", ge=0, le=1024)]
@@ -114,14 +114,15 @@ class ModelConfig(Checked, section="model."):
     """The classifier."""
 
     name: str = "preact-resnet-digits"
-    """Architecture: preact-resnet-18, preact-resnet-digits, wrn-DEPTH-WIDTH such as wrn-34-10; by timm, for larger
-    images: resnet-50, convnext-tiny, convnext-tiny-convstem."""
+    """Architecture: preact-resnet-18, preact-resnet-digits, wrn-DEPTH-WIDTH such as wrn-34-10, DeepMind's
+    dm-wrn-DEPTH-WIDTH; by timm, for larger images: resnet-50, convnext-tiny, convnext-tiny-convstem."""
     width: Annotated[int | None, Range("a whole number from 1 to 65536, or none", ge=1, le=65536)] = None
     """Channels of the first stage; none means the architecture's own number."""
     activation: Literal["relu", "silu"] = "relu"
     """Nonlinearity; ConvNeXt has its own, GELU."""
     pretrained: Path | None = None
-    """Weights to start from: a .safetensors file of timm's names (the classifier of other classes is left out)."""
+    """Weights to start from: .safetensors, .pt, .pth or .bin of any usual layout; the last layer is new for other
+    classes."""
 
     def _check(self) -> None:
         wide = _WIDE_RESNET.fullmatch(self.name)

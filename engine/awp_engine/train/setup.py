@@ -1,5 +1,6 @@
 """From settings to objects: the one place that knows both. Nothing below the trainer sees a `Config`."""
 
+import dataclasses
 import math
 import os
 from pathlib import Path
@@ -249,9 +250,13 @@ class Setup:
         model.to(device=self.device, memory_format=self._memory_format)  # pyright: ignore[reportCallIssue]
         self.model: nn.Module = model.train()
         if config.model.pretrained is not None:
-            kept = load_pretrained(model, config.model.pretrained, self.description.class_names)
-            new = f"; new, for {len(data.class_names)} classes: {', '.join(kept)}" if kept else ""
-            self.messages.append(f"weights of {config.model.pretrained}{new}")
+            loaded = load_pretrained(model, config.model.pretrained, self.description.class_names)
+            new = f"; new, for {len(data.class_names)} classes: {', '.join(loaded.kept)}" if loaded.kept else ""
+            self.messages += [f"weights of {config.model.pretrained}{new}", *loaded.notes]
+            # what the file says may differ from the data's, and is what is kept with the trained weights
+            mean, std = (tuple(buffer.flatten().tolist()) for buffer in (model.mean, model.std))
+            if loaded.mean is not None:
+                self.description = dataclasses.replace(self.description, mean=mean, std=std)
 
     def _build_batches(self) -> None:
         config, data, extra = self.config, self.data, self._extra

@@ -32,8 +32,8 @@ def build_model(
     Weights are drawn from torch's global generator as in the public code; seed it for a repeatable start.
 
     Args:
-        name: one of `model_names` or `timm_names`, `wrn-D-K` or `dm-wrn-D-K`. `preact-resnet-digits` is for 8x8 images: one block in
-            each of three stages.
+        name: one of `model_names` or `timm_names`, `wrn-D-K` or `dm-wrn-D-K`. `preact-resnet-digits` is for 8x8 images:
+            one block in each of three stages.
         num_classes: number of logits.
         mean: one value a channel; their number is the number of input channels.
         std: likewise; images become (x - mean) / std inside.

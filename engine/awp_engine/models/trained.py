@@ -14,10 +14,12 @@ from awp_engine.checkpoint import CheckpointError
 from awp_engine.checkpoint.layout import MANIFEST
 from awp_engine.models import NormalizedClassifier, build_model, load_public_state_dict
 from awp_engine.models.class_names import from_json, to_json
+from awp_engine.models.hub import fetched
 
 MODEL_FILE = "model.safetensors"
 CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "config.json"
+_FOREIGN = (".pt", ".pth", ".bin", ".tar", ".ckpt", ".pkl")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,8 +80,8 @@ def described(metadata: Mapping[str, Any], path: Path) -> ModelDescription:
         return dataclasses.replace(description, class_names=names)
     except (TypeError, ValueError, KeyError, RecursionError):
         raise CheckpointError(
-            f"{path}: expected weights written by this program, with the model's description in the header; for other "
-            "weights use awp_engine.models.build_model and load_public_state_dict"
+            f"{path}: expected weights written by this program, with the model's description in the header; say what "
+            "model these are of: --model.name, or awp_engine.models.load_weights(build_model(...), FILE)"
         ) from None
 
 
@@ -94,6 +96,11 @@ def _group(loaded: checkpoint.Checkpoint, group: str) -> tuple[Mapping[str, Tens
 def _weights(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any], Path]:
     """Weights, what holds their description, and the file they came from."""
     if path.is_file():
+        if path.suffix in _FOREIGN:
+            raise CheckpointError(
+                f"{path}: such a file does not say what model its weights are of: give --model.name (awp evaluate, awp "
+                "landscape), or use awp_engine.models.load_weights(build_model(...), FILE)"
+            )
         tensors, metadata = checkpoint.read_model(path)
         return tensors, metadata, path
     # a checkpoint first: it holds a file of the same name, without the description
@@ -156,7 +163,8 @@ def load_model(run_or_checkpoint: Path | str, device: torch.device | str = "cpu"
 
     Args:
         run_or_checkpoint: a run directory (its model.safetensors; of an unfinished run, the best epoch so far), one of
-            its checkpoints (that epoch's weights), or a model.safetensors file.
+            its checkpoints (that epoch's weights), a model.safetensors file, or hf://OWNER/NAME[@REVISION], whose
+            model.safetensors the package huggingface_hub fetches.
         device: where to put it.
 
     Returns:
@@ -166,7 +174,7 @@ def load_model(run_or_checkpoint: Path | str, device: torch.device | str = "cpu"
     Raises:
         CheckpointError: nothing there that can be loaded, or a damaged file.
     """
-    weights, metadata, path = _weights(Path(run_or_checkpoint))
+    weights, metadata, path = _weights(fetched(run_or_checkpoint))
     description = described(metadata, path)
     model = _built(description, weights, path)
     try:

@@ -77,7 +77,7 @@ def load_public_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> N
         ValueError: names or shapes differ; the message names the first few, and the model is unchanged.
     """
     # by the names of this package, whatever model they belong to
-    _into(model, state_dict, None, ours=True)
+    _into(model, state_dict, None, deepminds=None)
 
 
 def load_pretrained(model: nn.Module, path: Path, class_names: tuple[str, ...] | None = None) -> LoadedWeights:
@@ -112,7 +112,13 @@ def _loaded(
     described = None if classifier else _described(file.metadata)
     try:
         loaded = _into(
-            model, file.document, key, classifier, others=others, described=described, ours="model" in file.metadata
+            model,
+            file.document,
+            key,
+            classifier,
+            others=others,
+            described=described,
+            deepminds='"name": "dm-' in file.metadata.get("model", ""),
         )
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from None
@@ -147,9 +153,13 @@ def _into(
     *,
     others: bool = False,
     described: _Statistics | None = None,
-    ours: bool = False,
+    deepminds: bool | None = False,
 ) -> LoadedWeights:
-    """Find the network that fits, and load it; `classifier` may be for another number of classes, or for `others`."""
+    """Find the network that fits, and load it.
+
+    `classifier` may be for another number of classes, or is for `others`. `deepminds`: whether it is DeepMind's
+    WideResNet though its names are ours; None where that is known to fit.
+    """
     own = model.state_dict()
     found = networks(own, document, deepmind=isinstance(model, WideResNet))
     if key is not None:
@@ -161,16 +171,8 @@ def _into(
         return _misfits(network, own, _kept(network, own, classifier, others=others))
 
     network, *more = sorted(found, key=lambda network: (len(network.missing), len(misfits(network)), network.order()))
-    if isinstance(model, WideResNet) and network.deepmind and not model.same_padding:
-        raise ValueError(
-            "weights of DeepMind's WideResNet, whose convolutions of stride 2 pad images at the right and the bottom "
-            "alone, not on every side: give --model.name dm-wrn-DEPTH-WIDTH, and --model.activation silu if it has swish"
-        )
-    if isinstance(model, WideResNet) and model.same_padding and not (network.deepmind or ours):
-        raise ValueError(
-            "weights of a WideResNet that pads on every side, by their names; DeepMind's, which was asked for, pads "
-            "at the right and the bottom alone in convolutions of stride 2: give --model.name wrn-DEPTH-WIDTH"
-        )
+    if isinstance(model, WideResNet):
+        _require_padding(model, network.deepmind or deepminds)
     kept = _kept(network, own, classifier, others=others)
     normalisation = pairs(network.rest)
     left_out, unexpected = _divided(model, network, found, chosen=key is not None)
@@ -208,6 +210,20 @@ def _into(
         left_out=tuple(left_out),
         kept=tuple(kept),
     )
+
+
+def _require_padding(model: WideResNet, deepminds: bool | None) -> None:
+    """The same names do not make the same network."""
+    if deepminds and not model.same_padding:
+        raise ValueError(
+            "weights of DeepMind's WideResNet, whose convolutions of stride 2 pad images at the right and the bottom "
+            "alone, not on every side: give --model.name dm-wrn-DEPTH-WIDTH, and --model.activation silu for swish"
+        )
+    if deepminds is False and model.same_padding:
+        raise ValueError(
+            "weights of a WideResNet that pads on every side, by their names; DeepMind's, which was asked for, pads "
+            "at the right and the bottom alone in convolutions of stride 2: give --model.name wrn-DEPTH-WIDTH"
+        )
 
 
 def _kept(network: Network, own: Mapping[str, Tensor], classifier: Sequence[str], *, others: bool) -> Sequence[str]:

@@ -27,7 +27,7 @@ _LOOK, _ENOUGH = 500, 100
 # as a share of what guessing gets right
 _CHANCE = 1.5
 # points by which another normalisation must be better to be worth a word
-_BETTER = 0.02
+_BETTER = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +139,7 @@ def _made(foreign: Foreign, data: Dataset) -> tuple[NormalizedClassifier, str]:
             activation=foreign.activation,
         )
     except ValueError as error:
-        raise EvaluationError(f"--model.name: {error}") from None
+        raise EvaluationError(f"--model.name: {str(error).removeprefix('model: ')}") from None
     if by == "the data set's" and foreign.normalize == "auto" and normalises_itself(model):
         by = "the network's own"
         for buffer, value in zip((model.mean, model.std), nothing, strict=True):
@@ -148,22 +148,19 @@ def _made(foreign: Foreign, data: Dataset) -> tuple[NormalizedClassifier, str]:
 
 
 def _said(foreign: Foreign, model: NormalizedClassifier, data: Dataset, by: str) -> list[str]:
-    """What the user is told of normalisation and classes."""
+    """What the user is told of normalisation."""
     mean, std = (rounded(buffer.flatten().tolist()) for buffer in (model.mean, model.std))
     notes = []
     if by == "the data set's" and foreign.normalize == "auto":
         notes.append(
-            f"NORMALISATION: nothing says which, so it is {data.name}'s own, mean {mean}, std {std}; where the weights "
-            "were trained with another, accuracies are wrong without an error: --model.mean and --model.std give "
-            "it, --model.normalize none leaves it out"
+            f"NORMALISATION: nothing says which, so it is that of {data.name}, mean {mean}, std {std}; where the "
+            "weights were trained with another, accuracies are wrong without an error: --model.mean and --model.std "
+            "give it, --model.normalize none leaves it out"
         )
     elif by == "the network's own":
         notes.append("normalisation: the network's own; images go into it as they are, in [0, 1]")
     elif by != "the file's":
         notes.append(f"normalisation, {by}: mean {mean}, std {std}")
-    if model.class_names is None:
-        some = ", ".join(f"{number} {name}" for number, name in enumerate(data.class_names[:3]))
-        notes.append(f"class names: the weights hold none; logits are taken in {data.name}'s order ({some}, ...)")
     return notes
 
 
@@ -218,8 +215,8 @@ def look_at_accuracy(subject: Subject, data: Dataset, device: torch.device, batc
             model.std.copy_(std)
         if bare > right + _BETTER:
             found.append(
-                f"clean accuracy is {right:.1%} with {data.name}'s normalisation, which was a guess, and {bare:.1%} "
-                "without any: probably trained without; if so give --model.normalize none"
+                f"clean accuracy is {right:.1%} with the normalisation of {data.name}, a guess, and {bare:.1%} "
+                "without any: if the weights were trained without, give --model.normalize none"
             )
     return found
 

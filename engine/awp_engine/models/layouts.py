@@ -127,7 +127,8 @@ def networks(own: Mapping[str, Tensor], document: Any, *, deepmind: bool) -> lis
 
 def _in_one(own: Mapping[str, Tensor], key: str, held: dict[str, Any], *, deepmind: bool) -> Iterator[Network]:
     normalisation = pairs(own)
-    optional = {*normalisation, *normalisation.values()} | {n for n in own if n.endswith("num_batches_tracked")}
+    means = {*normalisation, *normalisation.values()}
+    optional = [name for name in own if name in means or name.endswith("num_batches_tracked")]
     names = [name for name in own if name not in optional]
     wrapped = _common(names)
     short = {name[len(wrapped) :]: name for name in names}

@@ -123,7 +123,8 @@ def _loaded(
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from None
     if file.inert:
-        loaded.notes.append(f"left out, and not run: objects of {_some(file.inert)}")
+        telling = sorted(file.inert, key=lambda name: name.startswith(("numpy.", "collections.", "torch.")))
+        loaded.notes.append(f"left out, and not run: objects of {_some(telling)}")
     return replace(loaded, sha256=file.sha256, metadata=file.metadata)
 
 
@@ -174,7 +175,6 @@ def _into(
     if isinstance(model, WideResNet):
         _require_padding(model, network.deepmind or deepminds)
     kept = _kept(network, own, classifier, others=others)
-    normalisation = pairs(network.rest)
     left_out, unexpected = _divided(model, network, found, chosen=key is not None)
     problems = [
         *_describe("missing", network.missing),
@@ -194,7 +194,7 @@ def _into(
         notes.append(f"stored as {', '.join(sorted(floats))}")
     if network.deepmind:
         notes.append("DeepMind's WideResNet; the file does not say its activation: published ones have silu (swish)")
-    statistics = _statistics(network, normalisation, notes) or described
+    statistics = _statistics(network, pairs(network.rest), notes) or described
     buffers = [] if statistics is None else _normalise(model, own, statistics, notes)
     mean, std = statistics or (None, None)
     with torch.no_grad():
@@ -242,7 +242,8 @@ def _misfits(network: Network, own: Mapping[str, Tensor], kept: Sequence[str]) -
             found.append(f"{name} {type(value).__name__}, expected {list(wanted.shape)}")
         elif value.shape != wanted.shape and name not in kept:
             found.append(f"{name} {list(value.shape)}, expected {list(wanted.shape)}")
-        elif value.is_floating_point() != wanted.is_floating_point():
+        # averages of whole state dicts make counters of batches floats
+        elif value.is_floating_point() != wanted.is_floating_point() and not name.endswith("num_batches_tracked"):
             found.append(f"{name} of {value.dtype}, expected {wanted.dtype}")
     return found
 
@@ -280,19 +281,26 @@ def _taken(network: Network, alternatives: Sequence[str]) -> str:
 
 def _statistics(network: Network, normalisation: Mapping[str, str], notes: list[str]) -> _Statistics | None:
     """Mean and standard deviation in the file, for images in [0, 1]."""
-    found = {}
-    for mean, std in normalisation.items():
-        values = tuple(tuple(network.rest[name].flatten().tolist()) for name in (mean, std))
-        found.setdefault(values, mean)
+    found: dict[_Statistics, str] = {}
+    for name, other in normalisation.items():
+        mean, std = (tuple(network.rest[one].flatten().tolist()) for one in (name, other))
+        found.setdefault((mean, std), name)
+    # 0 and 1 do nothing: what is there if none was asked for
+    found = {
+        (mean, std): name for (mean, std), name in found.items() if len(found) == 1 or {*mean} != {0} or {*std} != {1}
+    }
     if not found:
         return None
-    (mean, std), *more = found
-    if more:
-        notes.append(f"several normalisations: took {found[mean, std]}, not {_some([found[one] for one in more])}")
+    if len(found) > 1:
+        raise ValueError(
+            f"holds {len(found)} different normalisations, {_some(list(found.values()))}, and which of them images go "
+            "through is not clear: load it by a factory of your own, --model.name FILE.py:NAME"
+        )
+    (((mean, std), name),) = found.items()
     if not all(0 < value < float("inf") for value in std) or not all(abs(value) < float("inf") for value in mean):
-        raise ValueError(f"{found[mean, std]}: mean {mean}, std {std}; expected finite means, positive deviations")
+        raise ValueError(f"{name}: mean {mean}, std {std}; expected finite means, positive deviations")
     if max((*mean, *std)) > 2:
-        notes.append(f"{found[mean, std]} is for pixels from 0 to 255: divided by 255")
+        notes.append(f"{name} is for pixels from 0 to 255: divided by 255")
         mean, std = tuple(value / 255 for value in mean), tuple(value / 255 for value in std)
     return mean, std
 
@@ -362,6 +370,8 @@ def _hint(model: nn.Module, network: Network, unexpected: Sequence[str], documen
         return "; DeepMind's PreActResNet has 3x3 convolutions as shortcuts: give its module as FILE.py:NAME"
     if len(network.missing) > len(network.sources):
         return "; weights of another architecture?"
+    if not network.missing and not unexpected:
+        return "; another width, or number of classes?"
     outside = unexpected and network.prefix and not any(name.startswith(network.prefix) for name in unexpected)
     return f"; --weights-key {network.prefix.rstrip('.')} takes {network.prefix}* alone" if outside else ""
 

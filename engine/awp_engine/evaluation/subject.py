@@ -26,6 +26,7 @@ class Subject:
     Attributes:
         model: in eval mode, on the device it was loaded to.
         name: "best", the checkpoint's name, or the file's.
+        source: what `load_model` was given; None of weights from elsewhere.
         weights: the file that holds the weights.
         sha256: of that file.
         architecture: its name, with the width where that was chosen.
@@ -41,6 +42,7 @@ class Subject:
     architecture: str | None
     run_dir: Path | None
     config: Config | None
+    source: Path | None = None
     origin: Mapping[str, Any] | None = None
 
 
@@ -99,6 +101,7 @@ def load_subject(path: Path | str, *, which: str = "best", device: torch.device 
     return Subject(
         model=model,
         name=name,
+        source=source,
         weights=weights,
         sha256=sha256,
         architecture=architecture,

@@ -3,6 +3,7 @@
 Only model.safetensors is fetched, and config.json beside it where there is one; nothing of a repository is run.
 """
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -33,27 +34,33 @@ def fetched(place: Path | str) -> Path:
     if address is None:
         raise CheckpointError(f"{place}: expected hf://OWNER/NAME or hf://OWNER/NAME@REVISION")
     try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
+        from huggingface_hub import errors, hf_hub_download
+        from huggingface_hub.utils import logging
     except ImportError:
         raise CheckpointError(
             f"{place}: needs the package huggingface_hub, which is not installed: pip install 'awp-engine[hub]'"
         ) from None
     repository, revision = address.groups()
+    verbosity = logging.get_verbosity()
+    # it tells of every attempt
+    logging.set_verbosity_error()
     try:
         path = Path(hf_hub_download(repository, WEIGHTS, revision=revision))
+        with contextlib.suppress(errors.EntryNotFoundError, errors.HfHubHTTPError, OSError):
+            # weights do without
+            hf_hub_download(repository, SETTINGS, revision=path.parent.name)
+        return path
+    except errors.LocalEntryNotFoundError:
+        reason = "was not fetched before, and the Hub cannot be reached: no network, or HF_HUB_OFFLINE is set"
+    except errors.RevisionNotFoundError:
+        reason = "has no such revision"
+    except errors.RepositoryNotFoundError:
+        reason = "is not on the Hub, or private: `hf auth login` gives access"
+    except errors.EntryNotFoundError:
+        reason = f"has no {WEIGHTS}, which alone is read from the Hub"
     except Exception as error:
         # of the network, the server, or its answer
-        missing = isinstance(error, EntryNotFoundError) and not isinstance(error, FileNotFoundError)
-        what = (
-            f"has no {WEIGHTS}, the one kind of weights that is read from a repository" if missing else "cannot be had"
-        )
-        raise CheckpointError(
-            f"{place}: {what}: {type(error).__name__}: {shortened(one_line(str(error)), 200)}"
-        ) from None
-    try:
-        hf_hub_download(repository, SETTINGS, revision=path.parent.name)
-    except Exception:
-        # weights do without
-        return path
-    return path
+        reason = f"cannot be fetched: {type(error).__name__}: {shortened(one_line(str(error)), 200)}"
+    finally:
+        logging.set_verbosity(verbosity)
+    raise CheckpointError(f"{place}: {reason}")

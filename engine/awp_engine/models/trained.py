@@ -158,6 +158,14 @@ def _built(description: ModelDescription, weights: Mapping[str, Tensor], path: P
         raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from None
 
 
+def read_trained(
+    run_or_checkpoint: Path | str,
+) -> tuple[Mapping[str, Tensor], Mapping[str, Any], ModelDescription, Path]:
+    """Weights, all that is written beside them, the model's description in it, and the file; as `load_model`."""
+    weights, metadata, path = _weights(fetched(run_or_checkpoint))
+    return weights, metadata, described(metadata, path), path
+
+
 def load_model(run_or_checkpoint: Path | str, device: torch.device | str = "cpu") -> NormalizedClassifier:
     """The classifier that a run selected, in eval mode.
 
@@ -174,8 +182,7 @@ def load_model(run_or_checkpoint: Path | str, device: torch.device | str = "cpu"
     Raises:
         CheckpointError: nothing there that can be loaded, or a damaged file.
     """
-    weights, metadata, path = _weights(fetched(run_or_checkpoint))
-    description = described(metadata, path)
+    weights, _, description, path = read_trained(run_or_checkpoint)
     model = _built(description, weights, path)
     try:
         load_public_state_dict(model, weights)

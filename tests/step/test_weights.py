@@ -194,6 +194,9 @@ LAYOUTS = {
     "a teacher beside": Layout(
         lambda: {"state_dict": behind("student.") | behind("teacher.", 1)}, "state_dict", "student."
     ),
+    "mean and std beside {state_dict}": Layout(
+        lambda: {"state_dict": weights()} | pair("mean", "std"), "state_dict", normalised=True
+    ),
     "pixels from 0 to 255": Layout(
         lambda: weights() | {"mean": MEAN.double() * 255, "std": STD.double() * 255}, normalised=True
     ),

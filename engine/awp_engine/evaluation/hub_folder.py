@@ -105,7 +105,10 @@ def _report(subject: Subject, say: Callable[[str], None]) -> tuple[Mapping[str, 
     place = "evaluation" if subject.name == "best" else f"evaluation-{subject.name}"
     path = subject.run_dir / place / "evaluation.json"
     if not path.is_file():
-        say(f"no accuracies in the card: there is no {path}; awp evaluate {subject.run_dir} makes it")
+        command = f"awp evaluate {subject.run_dir}" + (
+            "" if subject.name == "best" else f" --checkpoint {subject.name}"
+        )
+        say(f"no accuracies in the card: there is no {path}; {command} makes it")
         return None, ""
     try:
         report = json.loads(read_file(path))
@@ -218,10 +221,10 @@ def _accuracies(report: Mapping[str, Any] | None, measured: str) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in receipt["versions"].items() if version is not None)
     ball = f"{receipt['norm']} epsilon {receipt['epsilon']}"
     gates = {None: "not run", True: "passed", False: "FAILED"}[(report["gates"] or {}).get("passed")]
+    of = f"{receipt['data']['images']:,} of {receipt['data']['images_in_split']:,} images"
     return [
-        f"On {receipt['data']['images']:,} of {receipt['data']['images_in_split']:,} images of the test split of "
-        f"{receipt['data']['name']}, {ball}, measured by `awp evaluate` on {measured} ({versions}) on weights whose file has the SHA-256 "
-        f"{receipt['checkpoint']['sha256']}. An image counts as "
+        f"On {of} of the test split of {receipt['data']['name']}, {ball}, measured by `awp evaluate` on {measured} "
+        f"({versions}), on weights whose file has the SHA-256 {receipt['checkpoint']['sha256']}. An image counts as "
         f"right under attack only if it is right without one too. Sanity gates: {gates}.",
         "",
         *(f"**Unreliable**: {printable(doubt)}" for doubt in report["doubts"]),

@@ -194,7 +194,7 @@ def _into(
         notes.append(f"stored as {', '.join(sorted(floats))}")
     if network.deepmind:
         notes.append("DeepMind's WideResNet; the file does not say its activation: published ones have silu (swish)")
-    statistics = _statistics(network, pairs(network.rest), notes) or described
+    statistics = _statistics(_beside(network, document) | network.rest, notes) or described
     buffers = [] if statistics is None else _normalise(model, own, statistics, notes)
     mean, std = statistics or (None, None)
     with torch.no_grad():
@@ -279,11 +279,17 @@ def _taken(network: Network, alternatives: Sequence[str]) -> str:
     return f"{where}{prefix}{kind}{other}"
 
 
-def _statistics(network: Network, normalisation: Mapping[str, str], notes: list[str]) -> _Statistics | None:
+def _beside(network: Network, document: Any) -> dict[str, Any]:
+    """What is saved beside the dictionary that holds the network."""
+    outermost = dict(state_dicts(document)).get("", {}) if network.key else {}
+    return {name: value for name, value in outermost.items() if "." not in name}
+
+
+def _statistics(held: Mapping[str, Any], notes: list[str]) -> _Statistics | None:
     """Mean and standard deviation in the file, for images in [0, 1]."""
     found: dict[_Statistics, str] = {}
-    for name, other in normalisation.items():
-        mean, std = (tuple(network.rest[one].flatten().tolist()) for one in (name, other))
+    for name, other in pairs(held).items():
+        mean, std = (tuple(held[one].flatten().tolist()) for one in (name, other))
         found.setdefault((mean, std), name)
     # 0 and 1 do nothing: what is there if none was asked for
     found = {

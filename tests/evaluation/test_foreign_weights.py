@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from commands import run_command
-from digits_model import WIDTH, clean_model, description, trained, write_run
+from digits_model import WIDTH, clean_model, description, digits, trained, write_run
 from huggingface_hub import ModelCard, constants, file_download
 from places import ENGINE
 from torch import nn
@@ -20,11 +20,12 @@ from torch import nn
 from awp_engine import load_model
 from awp_engine.checkpoint import CheckpointError, read_model
 from awp_engine.config import load_config
-from awp_engine.evaluation.foreign import Foreign
+from awp_engine.data import eval_batches
+from awp_engine.evaluation.foreign import Foreign, look_at_accuracy
 from awp_engine.evaluation.run import evaluate_checkpoint
-from awp_engine.evaluation.subject import load_subject
+from awp_engine.evaluation.subject import Subject, load_subject
 from awp_engine.files.digest import sha256_of
-from awp_engine.models import hub
+from awp_engine.models import NormalizedClassifier, hub
 
 NAMED = ("--model.name", "preact-resnet-digits", "--model.width", str(WIDTH), "--data.name", "digits")
 QUICK = ("--attacks", "clean", "pgd2", "--no-gates", "--limit", "120")
@@ -67,25 +68,46 @@ def test_weights_in_place_of_a_run(tmp_path: Path, file: Path, monkeypatch, caps
     assert theirs["receipt"]["normalisation"]["mean"] == own["receipt"]["normalisation"]["mean"]
 
 
-def test_a_guessed_normalisation_is_said_and_tried(tmp_path: Path) -> None:
-    """Of a network that does without, whose first convolution takes the normalisation's part."""
-    weights = {name: value.clone() for name, value in clean_model().state_dict().items()}
-    weights["conv1.weight"] /= STD[0]
-    torch.save({"model": weights}, tmp_path / "bare.pt")
+class NearestMean(NormalizedClassifier):
+    """Which class's mean image is nearest, of images as they are: right on nine of ten digits."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__(10, mean, std)
+        images, labels = next(eval_batches(digits().train, 5000))[:2]
+        means = torch.stack([images[labels == number].mean(0).flatten() for number in range(10)])
+        self.register_buffer("means", means)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return -torch.cdist(self.normalize(images).clamp(0, 1).flatten(1), self.get_buffer("means"))
+
+
+@pytest.mark.parametrize(("by", "doubted"), [("the data set's", True), ("as given", False)])
+def test_where_the_normalisation_was_a_guess_none_is_tried(by: str, doubted: bool) -> None:
+    model = NearestMean((0.75,), (0.25,))
+    place = Path("weights.pt")
+    named = {"name": "w", "weights": place, "sha256": "", "architecture": None, "run_dir": None, "config": None}
+    subject = Subject(model=model, **named, origin={"normalisation_is": by})
+    doubts = look_at_accuracy(subject, digits(), torch.device("cpu"), 500)
+    assert [("without any" in doubt) for doubt in doubts] == [True] * doubted
+    assert (model.mean.item(), model.std.item()) == (0.75, 0.25)
+    # right as it is
+    right = Subject(model=NearestMean((0.0,), (1.0,)), **named, origin={"normalisation_is": by})
+    assert look_at_accuracy(right, digits(), torch.device("cpu"), 500) == []
+
+
+def test_a_guessed_normalisation_is_said(tmp_path: Path) -> None:
+    path = saved(tmp_path / "w.pt", clean_model())
     given = {"epsilon": "1/5", "norm": "linf", "attacks": ["clean"], "gates_limit": None, "data_name": "digits"}
-    accuracies, told = {}, []
+    told: list[str] = []
     for normalize in ("auto", "none"):
-        foreign = Foreign(name="preact-resnet-digits", weights=tmp_path / "bare.pt", width=WIDTH, normalize=normalize)
-        found = evaluate_checkpoint(None, foreign=foreign, say=told.append, **given).report
-        accuracies[normalize] = found["clean"]["right"]
-        assert found["unreliable"] is (normalize == "auto")
-    assert accuracies["none"] > accuracies["auto"] + 18
-    assert any(line.startswith("NORMALISATION: nothing says which, so it is that of digits, mean") for line in told)
-    (doubt,) = [line for line in told if line.startswith("WARNING")]
-    assert "without any: if the weights were trained without, give --model.normalize none" in doubt
-    receipt = found["receipt"]
+        foreign = Foreign(name="preact-resnet-digits", weights=path, width=WIDTH, normalize=normalize)
+        receipt = evaluate_checkpoint(None, foreign=foreign, say=told.append, **given).report["receipt"]
+        said = any(line.startswith("NORMALISATION: nothing says which, so it is that of digits, mean") for line in told)
+        assert said is (normalize == "auto")
+        by = {"auto": "the data set's", "none": "none, as given"}[normalize]
+        assert receipt["checkpoint"]["normalisation_is"] == by
+        told.clear()
     assert receipt["normalisation"] == {"where": "inside the model", "mean": [0.0], "std": [1.0]}
-    assert receipt["checkpoint"]["normalisation_is"] == "none, as given"
 
 
 def test_accuracy_at_chance_is_doubted_with_likely_causes(tmp_path: Path, monkeypatch, capsys) -> None:

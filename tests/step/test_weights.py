@@ -332,6 +332,13 @@ def test_modules_of_others() -> None:
     assert torch.equal(target.norm.get_buffer("mean").flatten(), MEAN)
     assert torch.equal(target.head.weight, source.head.weight)
     assert loaded.stripped == "module."
+    # in another wrapper, with its normalisation in the same place
+    inner = nn.Sequential(Normalize(), nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    held = {name: value.clone() for name, value in nn.DataParallel(inner).state_dict().items()}
+    inner[0].get_buffer("mean").zero_()
+    loaded = load_weights(Holder(network=inner), held)
+    assert (loaded.stripped, loaded.mean) == ("module.", None)
+    assert torch.equal(inner[0].get_buffer("mean"), held["module.0.mean"])
     bare = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     loaded = load_weights(bare, {f"net.{n}": v for n, v in bare.state_dict().items()} | pair("mean", "std"))
     assert "the model has no place for it: normalise images by it" in loaded.notes[-1]
@@ -442,6 +449,7 @@ BAD = {
         r"wrong shape: fc.weight \[9, 64\], expected \[10, 64\]",
     ),
     "quantised": (lambda: weights() | {"fc.weight": torch.ones(10, 64, dtype=torch.int8)}, "fc.weight of torch.int8"),
+    "sparse": (lambda: weights() | {"fc.weight": torch.ones(10, 64).to_sparse()}, r"fc.weight torch.sparse_coo"),
     "architecture": (lambda: {"layer1.0.conv1.weight": torch.ones(3), "x.y": torch.ones(2)}, "another architecture?"),
     "optimizer alone": (lambda: {"optimizer": {"state": {0: torch.ones(3)}}}, "holds no tensors by name"),
     "list": (lambda: [torch.ones(3)], "holds no tensors by name"),

@@ -77,7 +77,8 @@ def load_foreign(
             f"--weights: expected a file: {foreign.name} as it is made has random weights, got nothing"
         )
     model, by = _made(foreign, data)
-    notes: list[str] = []
+    # such as a last layer that was replaced
+    notes = [f"{foreign.name}: {note}" for note in getattr(model, "notes", ())]
     key, metadata = "", {}
     if foreign.weights is None:
         # what the code gives has no file

@@ -139,11 +139,11 @@ def _in_one(own: Mapping[str, Tensor], key: str, held: dict[str, Any], *, deepmi
     for prefix, count in counts.items():
         if count < most:
             continue
-        base = prefix.removesuffix(wrapped)
+        theirs, ours = _apart(prefix, wrapped)
         sources = {name: prefix + inner for inner, name in short.items() if prefix + inner in renamed}
         for name in optional:
-            inner = prefix + name[len(wrapped) :] if name.startswith(wrapped) else base + name
-            if inner in renamed:
+            inner = theirs + name.removeprefix(ours)
+            if name.startswith(ours) and inner in renamed:
                 sources[name] = inner
         taken = {name: renamed[source] for name, source in sources.items()}
         label = f"{key}.{prefix}"
@@ -154,7 +154,7 @@ def _in_one(own: Mapping[str, Tensor], key: str, held: dict[str, Any], *, deepmi
         used = frozenset(sources.values())
         yield Network(
             key=key,
-            prefix=base,
+            prefix=theirs,
             taken=taken | {name: own[name] for name in optional if name not in taken},
             sources=used,
             rest={name: value for name, value in renamed.items() if name not in used},
@@ -173,6 +173,16 @@ def _common(names: Sequence[str]) -> str:
     while ways and all(len(way) > depth for way in ways) and len({way[depth] for way in ways}) == 1:
         depth += 1
     return "".join(f"{part}." for part in ways[0][:depth]) if ways else ""
+
+
+def _apart(first: str, second: str) -> tuple[str, str]:
+    """Two ways without the modules that both end with: module.1. and network.1. are module. and network."""
+    ways = first.split(".")[:-1], second.split(".")[:-1]
+    while all(ways) and ways[0][-1] == ways[1][-1]:
+        for way in ways:
+            way.pop()
+    theirs, ours = ("".join(f"{part}." for part in way) for way in ways)
+    return theirs, ours
 
 
 def _before(name: str, short: Mapping[str, str]) -> Iterator[str]:

@@ -240,6 +240,8 @@ def _misfits(network: Network, own: Mapping[str, Tensor], kept: Sequence[str]) -
         wanted = own[name]
         if not isinstance(value, Tensor):
             found.append(f"{name} {type(value).__name__}, expected {list(wanted.shape)}")
+        elif value.layout != wanted.layout or value.is_quantized:
+            found.append(f"{name} {'quantised' if value.is_quantized else value.layout}, expected {wanted.layout}")
         elif value.shape != wanted.shape and name not in kept:
             found.append(f"{name} {list(value.shape)}, expected {list(wanted.shape)}")
         # averages of whole state dicts make counters of batches floats

@@ -366,8 +366,8 @@ def _nothing(model: nn.Module, document: Any, key: str | None) -> str:
         return f"--weights-key {key}: no such weights that fit; it has {_some(list(held))}"
     names = max(held.values(), key=len)
     return (
-        f"no name in it fits {type(model).__name__}, which has {_some(list(model.state_dict()))}; the file has "
-        f"{_some(list(names))}: weights of another architecture?"
+        f"state_dict does not fit {type(model).__name__}: it has {_some(list(names))}, the model "
+        f"{_some(list(model.state_dict()))}: weights of another architecture?"
     )
 
 

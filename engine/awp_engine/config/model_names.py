@@ -11,11 +11,12 @@ TIMM_MODELS = ("resnet-18", "resnet-50", "convnext-tiny", "convnext-tiny-convste
 """Built-in models for larger images, which need the package timm."""
 
 EXPECTED = (
-    f"a built-in model (preact-resnet-18, preact-resnet-digits, {', '.join(TIMM_MODELS)}, or wrn-DEPTH-WIDTH with "
-    "DEPTH = 6n + 4, such as wrn-34-10), timm:NAME, torchvision:NAME, package.module:factory or file.py:factory"
+    f"a built-in model (preact-resnet-18, preact-resnet-digits, {', '.join(TIMM_MODELS)}, wrn-DEPTH-WIDTH with DEPTH = "
+    "6n + 4, such as wrn-34-10, or DeepMind's dm-wrn-DEPTH-WIDTH), timm:NAME, torchvision:NAME, package.module:factory "
+    "or file.py:factory"
 )
 
-_WIDE_RESNET = re.compile(r"wrn-([0-9]{1,4})-([0-9]{1,3})")
+_WIDE_RESNET = re.compile(r"(?:dm-)?wrn-([0-9]{1,4})-([0-9]{1,3})")
 _DOTTED = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
 _FORMS: dict[Source, re.Pattern[str]] = {
     # the part after the dot names weights

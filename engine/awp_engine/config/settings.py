@@ -113,16 +113,16 @@ class ModelConfig(Checked, section="model."):
     """The classifier."""
 
     name: str = "preact-resnet-digits"
-    """Architecture: preact-resnet-18, preact-resnet-digits, wrn-DEPTH-WIDTH such as wrn-34-10; for larger images
-    resnet-18, resnet-50, convnext-tiny, convnext-tiny-convstem; timm:NAME; torchvision:NAME; or a function of your own
-    that makes the model: file.py:factory or package.module:factory."""
+    """Architecture: preact-resnet-18, preact-resnet-digits, wrn-DEPTH-WIDTH such as wrn-34-10, DeepMind's
+    dm-wrn-DEPTH-WIDTH; for larger images resnet-18, resnet-50, convnext-tiny, convnext-tiny-convstem; timm:NAME;
+    torchvision:NAME; or a function of your own that makes the model: file.py:factory or package.module:factory."""
     width: Annotated[int | None, Range("a whole number from 1 to 65536, or none", ge=1, le=65536)] = None
     """Channels of the first stage of a built-in model; none means the architecture's own number."""
     activation: Literal["relu", "silu"] = "relu"
     """Nonlinearity of a built-in model; ConvNeXt has its own, GELU."""
     pretrained: Path | None = None
-    """Weights to start from: a .safetensors file (the classifier of other classes is left out); or timm, torchvision:
-    the published weights of a model of theirs."""
+    """Weights to start from: .safetensors, .pt, .pth or .bin of any usual layout (the last layer is new for other
+    classes); or timm, torchvision: the published weights of a model of theirs."""
     normalize: Literal["auto", "data", "model", "none"] = "auto"
     """Mean and deviation that images are normalised by: the data set's, the model's own or none; auto: the given ones,
     else those of published weights, else none where the model normalises by itself, else the data set's."""
@@ -146,7 +146,7 @@ class ModelConfig(Checked, section="model."):
     def _check(self) -> None:
         source = source_of(self.name)
         self.require(source is not None, "name", EXPECTED)
-        wide = self.name.startswith("wrn-")
+        wide = self.name.startswith(("wrn-", "dm-wrn-"))
         self.require(not wide or self.width is None, "width", f"none with {self.name}, whose width is in its name")
         own = self.activation == "relu" or not self.name.startswith("convnext")
         self.require(own, "activation", f"relu, the default, with --model.name {self.name}, whose own is GELU")

@@ -24,10 +24,12 @@ from awp_engine.files.user_key import KeyFileError, key_path, user_key
 from awp_engine.models import NormalizedClassifier, build_model, load_public_state_dict
 from awp_engine.models.class_names import from_json, to_json
 from awp_engine.models.factories import Code, Factory, build_by_factory, load_factory, read_code, wrap
+from awp_engine.models.hub import fetched
 
 MODEL_FILE = "model.safetensors"
 CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "config.json"
+_FOREIGN = (".pt", ".pth", ".bin", ".tar", ".ckpt", ".pkl")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,8 +146,8 @@ def described(metadata: Mapping[str, Any], path: Path) -> ModelDescription:
         return dataclasses.replace(description, class_names=names)
     except (TypeError, ValueError, KeyError, RecursionError):
         raise CheckpointError(
-            f"{path}: expected weights written by this program, with the model's description in the header; for other "
-            "weights use awp_engine.models.build_model and load_public_state_dict"
+            f"{path}: expected weights written by this program, with the model's description in the header; say what "
+            "model these are of: --model.name, or awp_engine.models.load_weights(build_model(...), FILE)"
         ) from None
 
 
@@ -160,6 +162,11 @@ def _group(loaded: checkpoint.Checkpoint, group: str) -> tuple[Mapping[str, Tens
 def _weights(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any], Path]:
     """Weights, what holds their description, and the file they came from."""
     if path.is_file():
+        if path.suffix in _FOREIGN:
+            raise CheckpointError(
+                f"{path}: such a file does not say what model its weights are of: give --model.name (awp evaluate, awp "
+                "landscape), or use awp_engine.models.load_weights(build_model(...), FILE)"
+            )
         tensors, metadata = checkpoint.read_model(path)
         return tensors, metadata, path
     # a checkpoint first: it holds a file of the same name, without the description
@@ -268,6 +275,14 @@ def _by_user(description: ModelDescription, model: "str | nn.Module | Factory") 
     return _by_factory(description, model)
 
 
+def read_trained(
+    run_or_checkpoint: Path | str,
+) -> tuple[Mapping[str, Tensor], Mapping[str, Any], ModelDescription, Path]:
+    """Weights, all that is written beside them, the model's description in it, and the file; as `load_model`."""
+    weights, metadata, path = _weights(fetched(run_or_checkpoint))
+    return weights, metadata, described(metadata, path), path
+
+
 def load_model(
     run_or_checkpoint: Path | str,
     device: torch.device | str = "cpu",
@@ -277,7 +292,8 @@ def load_model(
 
     Args:
         run_or_checkpoint: a run directory (its model.safetensors; of an unfinished run, the best epoch so far), one of
-            its checkpoints (that epoch's weights), or a model.safetensors file.
+            its checkpoints (that epoch's weights), a model.safetensors file, or hf://OWNER/NAME[@REVISION], whose
+            model.safetensors the package huggingface_hub fetches.
         device: where to put it.
         model: what takes the weights, in place of what the file names: a name as `--model.name` takes it, a function or
             class that makes the model, or a module. It is trusted, and run. Without it, a model that is made by code of
@@ -291,8 +307,7 @@ def load_model(
         CheckpointError: nothing there that can be loaded, a damaged file, or code that is not trusted.
         ConfigError: `model` cannot be made.
     """
-    weights, metadata, path = _weights(Path(run_or_checkpoint))
-    description = described(metadata, path)
+    weights, _, description, path = read_trained(run_or_checkpoint)
     if model is not None:
         built = _by_user(description, model)
     elif is_code(description.name):

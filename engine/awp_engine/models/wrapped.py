@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from awp_engine.config import ConfigError
 from awp_engine.models.layers import NormalizedClassifier, NormalizedImages
+from awp_engine.models.layouts import PAIRS
 
-# what modules that normalise call their two numbers a channel, and themselves
-_PAIRS = (("mean", "std"), ("_mean", "_std"), ("mu", "sigma"), ("mu", "std"))
 # sides to try a module on that is given no size
 _SIDES = (32, 224, 28)
 
@@ -232,7 +231,7 @@ def own_normalisation(network: nn.Module, channels: int) -> OwnNormalisation | N
         if name.count(".") > 1:
             continue
         held = {**vars(module), **module._buffers, **module._parameters}
-        for pair in _PAIRS:
+        for pair in PAIRS:
             mean, std = (_numbers(held.get(key), channels) for key in pair)
             if mean is not None and std is not None and min(std) > 0:
                 return OwnNormalisation(name or type(module).__name__, mean, std)

@@ -62,15 +62,19 @@ def build_network(config: Config, data: Dataset, device: torch.device, precision
     messages = [f"{settings.name}: {note}" for note in model.notes] if isinstance(model, WrappedClassifier) else []
     mean, std, words = _normalisation(config, model, data)
     model.normalize_by_(mean, std)
-    if isinstance(model, WrappedClassifier) or settings.mean or settings.normalize != "auto":
-        messages.append(words)
     class_names = data.class_names if data.named else None
     if settings.published:
         messages.append(f"weights of {settings.pretrained}, a new classifier where the classes are others")
     elif settings.pretrained is not None:
-        kept = load_pretrained(model, settings.pretrained, class_names)
-        new = f"; new, for {len(data.class_names)} classes: {', '.join(kept)}" if kept else ""
-        messages.append(f"weights of {settings.pretrained}{new}")
+        loaded = load_pretrained(model, settings.pretrained, class_names)
+        new = f"; new, for {len(data.class_names)} classes: {', '.join(loaded.kept)}" if loaded.kept else ""
+        messages += [f"weights of {settings.pretrained}{new}", *loaded.notes]
+        if loaded.mean is not None and settings.normalize == "auto" and not settings.mean:
+            mean, std = (tuple(buffer.flatten().tolist()) for buffer in (model.mean, model.std))
+            words = ""
+        model.normalize_by_(mean, std)
+    if words and (isinstance(model, WrappedClassifier) or settings.mean or settings.normalize != "auto"):
+        messages.append(words)
     description = ModelDescription(
         name=settings.name,
         num_classes=len(data.class_names),

@@ -171,6 +171,7 @@ TESTED = [
     "huggingface_hub",
     "onnxruntime",
     "onnxscript",
+    "playwright",
     "torchattacks==3.5.1",
     "triton>=3.6; platform_system == 'Linux'",
     "awp-engine[dali,eval,examples,huggingface,timm]",

@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from awp_engine.evaluation.figures import Picture
+from awp_engine.evaluation.receipt import percent
 from awp_engine.observe.page import document, escaped, facts, figure, image, listed, table
 
+_MOST_CLASSES = 25
 _STYLE = """
 .banner { border-left: 4px solid var(--bad); background: var(--box); padding: .25rem 1rem; margin: 1rem 0; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(13.5rem, 1fr)); gap: 1rem; }
@@ -66,6 +69,20 @@ def _gates(report: Mapping[str, Any] | None) -> list[str]:
     return ["<h2>Gates</h2>", about, table(rows, stack=True, colours={"passed": "good", "failed": "bad"})]
 
 
+def _classes(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Accuracy of every class; many of them are folded up."""
+    rows = []
+    for entry in found:
+        counts = {"clean": entry["clean"], **entry["attacked"], "worst": entry["worst"]}
+        shares = {name: f"{percent(count, entry['images'])}%" for name, count in counts.items()}
+        rows.append({"class": entry["class"], "images": str(entry["images"]), **shares})
+    if not rows:
+        return []
+    shown = table(rows)
+    folded = f"<details><summary>all {len(rows)} classes</summary>{shown}</details>"
+    return _titled("Classes", shown if len(rows) <= _MOST_CLASSES else folded)
+
+
 def _card(picture: Picture) -> str:
     def answer(text: str) -> str:
         return escaped(text) if text == picture.label else f'<span class="bad">✗ {escaped(text)}</span>'
@@ -103,7 +120,7 @@ def render_page(
     report: Mapping[str, Any],
     tables: Sequence[Sequence[Mapping[str, str]]],
     figures: Sequence[tuple[str, bytes]],
-    pictures: Mapping[str, Sequence[Picture]],
+    pictures: Mapping[str, Sequence[Picture]] = MappingProxyType({}),
 ) -> str:
     """The page's text.
 
@@ -118,7 +135,8 @@ def render_page(
     title = f"Evaluation of {subject}: {receipt['data']['name']}, {receipt['norm']} epsilon {receipt['epsilon']}"
     sections = [_top(receipt)]
     if report["doubts"]:
-        sections.append(f'<div class="banner"><p class="bad">Unreliable</p>{listed(report["doubts"])}</div>')
+        doubts = listed([f"Unreliable: {doubt}" for doubt in report["doubts"]])
+        sections.append(f'<div class="banner bad">{doubts}</div>')
     sections += [
         "<h2>Accuracy</h2>",
         *(
@@ -127,6 +145,7 @@ def render_page(
             if rows
         ),
     ]
+    sections += _classes(report.get("per_class", ()))
     sections += _gates(report["gates"])
     if figures:
         drawn = "\n".join(figure(png, caption) for caption, png in figures)

@@ -196,7 +196,7 @@ def test_differences_are_paired_by_seed(study: Path) -> None:
     write_finished(study / "at-5", seed=5, robust=0.99)
     (only,) = sections(*sorted(study.glob("at-*")), *sorted(study.glob("awp-*")))
     found = only.tables[-1]
-    assert found.title == "difference: AT-AWP, gamma 0.005, less AT"
+    assert found.title == "difference: AT-AWP, gamma 0.005 minus AT"
     robust = next(row["difference"] for row in found.rows if row[""] == "PGD-20")
     assert isinstance(robust, Difference)
     # 3 and 5 points, whatever seed 5 has, which one side lacks

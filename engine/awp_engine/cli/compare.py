@@ -6,10 +6,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from awp_engine.cli.command_line import OneLineParser, fail
 from awp_engine.config import ConfigError
 from awp_engine.files.text import printable
+
+if TYPE_CHECKING:
+    from awp_engine.compare.table import Section
 
 FORMATS = ("text", "markdown", "latex", "csv", "json")
 
@@ -35,14 +39,37 @@ def parse(argv: Sequence[str] | None = None, prog: str = "compare.py") -> argpar
     return parser.parse_args(argv)
 
 
+def show(sections: Sequence[Section]) -> None:
+    """All tables as text, as wide as the terminal, and what is to be known about them."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from awp_engine.compare.formats import fitted, text_rows
+    from awp_engine.observe.report import print_table
+
+    console = Console(highlight=False)
+    for number, table in enumerate(table for section in sections for table in section.tables):
+        rows, title = text_rows(table), table.title
+        if number:
+            console.print()
+        for part in fitted(rows, console.width) if console.is_terminal else [rows]:
+            print_table(part, title=title, console=console)
+            title = ""
+        for note in table.notes:
+            console.print(Text(printable(note)), soft_wrap=not console.is_terminal)
+
+
 def main(argv: Sequence[str] | None = None, prog: str = "compare.py") -> None:
     """Parse, read, show, write."""
     arguments = parse(argv, prog)
 
-    from awp_engine.compare.formats import formatted, text_rows
+    from awp_engine.compare.formats import formatted
     from awp_engine.compare.read import read_runs
     from awp_engine.compare.table import compare
-    from awp_engine.observe.report import prepare_output, print_table
+    from awp_engine.observe.report import prepare_output
+
+    def warn(line: str) -> None:
+        print(f"{prog}: {line}", file=sys.stderr)
 
     try:
         if arguments.output is not None:
@@ -50,20 +77,17 @@ def main(argv: Sequence[str] | None = None, prog: str = "compare.py") -> None:
         runs, left_out = read_runs(arguments.runs)
         sections = compare(runs)
         for line in left_out:
-            print(f"{prog}: warning: {line}", file=sys.stderr)
+            warn(f"warning: {line}")
         if arguments.format == "text":
-            for number, table in enumerate(table for section in sections for table in section.tables):
-                print("\n" * (number > 0), end="")
-                print_table(text_rows(table), title=table.title)
-                print("".join(f"{note}\n" for note in table.notes), end="")
+            show(sections)
         else:
-            print(formatted(sections, arguments.format, left_out), end="")
-        sys.stdout.flush()
+            print(formatted(sections, arguments.format, left_out), end="", flush=True)
         if arguments.output is not None:
+            # which draws, and takes a second to be imported
             from awp_engine.compare.page import write
 
-            for path in write(arguments.output, sections, left_out, lambda line: print(line, file=sys.stderr)):
-                print(f"wrote {printable(str(path))}", file=sys.stderr)
+            for path in write(arguments.output, sections, left_out, warn):
+                warn(f"wrote {printable(str(path))}")
     except ConfigError as error:
         fail(str(error), prog=prog)
     except OSError as error:

@@ -31,6 +31,25 @@ def text_rows(table: Table) -> list[dict[str, str]]:
     return [{name: cell_text(cell) for name, cell in row.items()} for row in table.rows]
 
 
+def _width(rows: Sequence[dict[str, str]]) -> int:
+    """Of the box that `print_table` draws."""
+    return 1 + sum(3 + max(len(name), *(len(row[name]) for row in rows)) for name in rows[0])
+
+
+def fitted(rows: list[dict[str, str]], width: int) -> list[list[dict[str, str]]]:
+    """The rows as one table; if that is wider than a terminal, turned by 90 degrees, into as many as it takes."""
+    if _width(rows) <= width:
+        return [rows]
+    tables: list[list[dict[str, str]]] = []
+    for number, row in enumerate(rows, 1):
+        wider = [line | {str(number): row[line[""]]} for line in tables[-1]] if tables else []
+        if wider and _width(wider) <= width:
+            tables[-1] = wider
+        else:
+            tables.append([{"": name, str(number): text} for name, text in row.items()])
+    return tables
+
+
 def _markdown_text(text: str) -> str:
     return re.sub(r"([\\|*_<`\[])", r"\\\1", text)
 
@@ -56,6 +75,7 @@ def _latex(table: Table) -> str:
     return "\n".join(
         [
             f"% {table.title}",
+            r"% \usepackage{booktabs}",
             *(f"% {note}" for note in table.notes),
             rf"\begin{{tabular}}{{l{'r' * (len(names) - 1)}}}",
             r"  \toprule",

@@ -304,19 +304,22 @@ def _results(title: str, settings: Sequence[Setting], notes: list[str]) -> Table
     said = []
     results = [result for setting in settings for _, result in setting.finished]
     if results:
-        said.append(
-            f"clean, {attack}" + ", AutoAttack" * with_autoattack + ": test accuracy in %, of the epoch that was "
-            f"chosen on held-out images; {attack} last: of the last epoch; gap: training less test {attack} accuracy "
-            "of the last epoch, in points"
-        )
+        columns = f"clean, {attack} and AutoAttack" if with_autoattack else f"clean and {attack}"
+        said += [
+            f"{columns}: accuracy on test images in %, with the weights of the best epoch (chosen on held-out images)",
+            f"{attack} last: the same after the last epoch; gap: {attack} accuracy on training images minus that, in "
+            "points",
+        ]
         if any(len(setting.finished) > 1 for setting in settings):
-            said.append("mean ± standard deviation over the seeds (n - 1)")
-        said.append(f"one test image is {_percent(1, results[0].test_images):.2g} points")
+            said.append("± standard deviation over the seeds (n - 1)")
+        said.append(f"one test image more or less is {_percent(1, results[0].test_images):.2g} points")
     devices = sorted({result.device for result in results})
     if len(devices) > 1:
         said.append(f"seconds were taken on different devices: {', '.join(devices)}")
     if len({result.test_sha256 for result in results}) > 1:
-        said.append("some reports do not name their test images by a hash; their number and the data's name are equal")
+        said.append(
+            "some reports do not name their test images by a hash; the data's name and the number of images are equal"
+        )
     unfinished = [_unfinished(run) for setting in settings for run in setting.runs if run.result is None]
     return Table(title, rows, [*said, *unfinished, *notes])
 
@@ -377,15 +380,14 @@ def _evaluated(settings: Sequence[Setting], condition: tuple) -> Table:
     notes += [f"* {doubt}" for doubt in doubts]
     title = f"evaluation of the {'selected' if weights == 'best' else weights} weights: {data} test split, "
     return Table(
-        title
-        + f"{images} image{'s' * (images != 1)}, {norm} epsilon {epsilon}; accuracy in %, each of all these images",
+        title + f"{images} image{'s' * (images != 1)}, {norm} epsilon {epsilon}; accuracy in % of all of them",
         table,
         notes,
     )
 
 
 def _paired(settings: Sequence[Setting]) -> Table | None:
-    """The second of two settings less the first one, over the seeds that both have."""
+    """The second of two settings minus the first one, over the seeds that both have."""
     if len(settings) != 2:
         return None
     (base, other), attack = settings, _attack(settings[0].runs[0])
@@ -410,13 +412,13 @@ def _paired(settings: Sequence[Setting]) -> Table | None:
         if values
     ]
     told = f"seed{'s' * (len(seeds) > 1)} {' '.join(map(str, seeds))}"
-    notes = [f"second setting less the first, run by run at the same seed ({told}), and their mean, in points"]
+    notes = [f"the two settings at the same seed, mean over {told}, in points"]
     notes.append(
-        "± standard error of that mean, by n - 1; it says nothing about other data or settings"
+        "± standard error of that mean (n - 1)"
         if len(seeds) > 1
-        else "one seed does not tell how much another would differ: train more with --seed"
+        else "one seed does not tell how much another would differ: train others with --seed"
     )
-    return Table(f"difference: {other.label}, less {base.label}", rows, notes)
+    return Table(f"difference: {other.label} minus {base.label}", rows, notes)
 
 
 def _model(runs: Sequence[Run]) -> str:

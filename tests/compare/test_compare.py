@@ -15,7 +15,7 @@ from commands import run_command
 from finished_runs import IMAGES_SHA256, write_evaluation, write_finished, write_unfinished
 
 from awp_engine.compare.curves import draw_runs
-from awp_engine.compare.formats import formatted, text_rows
+from awp_engine.compare.formats import fitted, formatted, text_rows
 from awp_engine.compare.page import write
 from awp_engine.compare.read import read_run, read_runs
 from awp_engine.compare.table import Difference, Section, Statistic, compare
@@ -160,10 +160,28 @@ def test_autoattack_stands_beside_what_was_measured_on_the_same_images(study: Pa
     ]
 
 
-@pytest.mark.parametrize("other", [{"epsilon": "1/10"}, {"sha256": "ef" * 32}, {"version": "custom"}])
+@pytest.mark.parametrize(
+    "other", [{"epsilon": "1/10"}, {"sha256": "ef" * 32}, {"version": "custom"}, {"weights": "epoch-4"}]
+)
 def test_another_autoattack_does_not(study: Path, other: dict) -> None:
     write_evaluation(study / "at-0", {"autoattack": 80}, **other)
     assert "AutoAttack" not in table(study / "at-0")[0]
+
+
+def test_autoattack_on_another_number_of_images_does_not(tmp_path: Path) -> None:
+    """In reports of earlier versions the number is all that there is."""
+    write_finished(tmp_path / "old", sha256=None)
+    write_evaluation(tmp_path / "old", {"autoattack": 80}, images=100)
+    assert "AutoAttack" not in table(tmp_path / "old")[0]
+    write_evaluation(tmp_path / "old", {"autoattack": 80}, images=200)
+    assert table(tmp_path / "old")[0]["AutoAttack"] == "40.00"
+
+
+def test_of_an_attack_done_twice_the_lower_accuracy_counts(study: Path) -> None:
+    for name, right in (("a", 90), ("b", 70), ("c", 80)):
+        write_evaluation(study / "at-0", {"pgd20": right}, name=name)
+    (only,) = sections(study / "at-0")
+    assert [row["pgd20"] for row in text_rows(only.tables[1])] == ["35.00"]
 
 
 def test_evaluations_that_are_not_to_be_believed_have_a_star(study: Path) -> None:
@@ -226,7 +244,9 @@ def test_directories_patterns_and_what_lies_below(study: Path) -> None:
     assert len(runs) == 4
     assert "awp-0: left out: " in left_out[0]
     with pytest.raises(ConfigError, match=r"awp-0/config\.json: preset: missing key"):
-        read_runs([str(study / "awp-0")])
+        read_runs([str(study), str(study / "awp-0")])
+    (study / "link").symlink_to(study / "at-0")
+    assert len(read_runs([str(study / "link"), str(study / "at-0")])[0]) == 2
 
 
 @pytest.mark.parametrize("name", ["nothing", "no*thing", "empty", "a\0b", "config.json"])
@@ -268,6 +288,12 @@ def test_every_number_of_a_report_has_its_type(study: Path, change: dict) -> Non
     assert read_run(study / "at-0").result is None
 
 
+def test_files_larger_than_any_report_are_not_read(study: Path) -> None:
+    (study / "at-0" / "report.json").write_bytes(b" " * (1 << 24) + b"{}")
+    assert "more than 16777216 bytes" in notes(study / "at-0")
+
+
+@pytest.mark.timeout(20)
 def test_pipes_are_not_waited_for(study: Path) -> None:
     for name in ("report.json", "metrics.jsonl"):
         (study / "at-0" / name).unlink()
@@ -300,6 +326,17 @@ def test_text_is_escaped_in_every_format(study: Path) -> None:
     page = (study / "compare.html").read_text()
     assert "<b>" not in page
     assert "=1|&lt;b&gt;_$%" in page
+
+
+def test_tables_wider_than_a_terminal_are_turned() -> None:
+    numbers = dict.fromkeys(("clean", "PGD-20", "gap"), "90.00 ± 1.00")
+    rows = [{"method": name, **numbers} for name in ("AT", "TRADES", "MART")]
+    # 9 + 15 + 15 + 15 characters and the right edge
+    assert fitted(rows, 55) == [rows]
+    turned = fitted(rows, 42)
+    assert [list(table[0]) for table in turned] == [["", "1", "2"], ["", "3"]]
+    assert turned[0][1] == {"": "clean", "1": "90.00 ± 1.00", "2": "90.00 ± 1.00"}
+    assert [len(fitted(rows, width)) for width in (54, 40, 39, 1)] == [2, 2, 3, 3]
 
 
 def test_statistics_by_hand() -> None:

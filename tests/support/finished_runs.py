@@ -82,21 +82,22 @@ def write_evaluation(
     epsilon: str = "1/5",
     doubts: tuple[str, ...] = (),
     name: str = "one",
+    weights: str = "best",
     **parameters: Any,
 ) -> Path:
     """An evaluation of a run's selected weights: attack -> images that are right."""
-    weights = {"name": "best", "file": "model.safetensors", "sha256": sha256_of(run_dir / "model.safetensors")}
+    checkpoint = {"name": weights, "file": "model.safetensors", "sha256": sha256_of(run_dir / "model.safetensors")}
     data = {"name": "digits", "images": images, "sha256_of_these_images": sha256}
     report = {
         "finished": True,
-        "receipt": {"checkpoint": weights, "data": data, "norm": "linf", "epsilon": epsilon},
+        "receipt": {"checkpoint": checkpoint, "data": data, "norm": "linf", "epsilon": epsilon},
         "doubts": list(doubts),
         "attacks": [
             {"attack": attack, "right": count, "parameters": {"version": "standard", "seed": 1, **parameters}}
             for attack, count in right.items()
         ],
     }
-    folder = run_dir / "evaluation"
+    folder = run_dir / ("evaluation" if weights == "best" else "evaluation-last")
     folder.mkdir(exist_ok=True)
     path = folder / f"evaluation-{name}.json"
     # as the newest one is

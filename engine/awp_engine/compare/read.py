@@ -250,8 +250,8 @@ def _evaluations(run_dir: Path) -> tuple[list[Evaluation], list[str]]:
         except (_FileError, OSError) as error:
             notes.append(f"{printable(str(path))}: left out: {one_line(str(error))}")
             continue
-        # the newest is there twice
-        if evaluation is not None and evaluation not in found:
+        # the newest is there twice, which changes nothing
+        if evaluation is not None:
             found.append(evaluation)
     return found, list(dict.fromkeys(notes))
 

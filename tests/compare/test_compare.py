@@ -177,6 +177,15 @@ def test_autoattack_on_another_number_of_images_does_not(tmp_path: Path) -> None
     assert table(tmp_path / "old")[0]["AutoAttack"] == "40.00"
 
 
+def test_evaluations_on_other_images_say_so(study: Path) -> None:
+    write_evaluation(study / "at-0", {"clean": 80}, sha256="11" * 32, name="a")
+    write_evaluation(study / "at-1", {"clean": 70}, sha256="22" * 32, name="b")
+    (only,) = sections(study / "at-0", study / "at-1")
+    assert [text_rows(one)[0]["clean"] for one in only.tables[1:]] == ["40.00", "35.00"]
+    told = [one.notes[0] for one in only.tables[1:]]
+    assert told == [f"its images have the hash {digits * 6}" for digits in ("11", "22")]
+
+
 def test_of_an_attack_done_twice_the_lower_accuracy_counts(study: Path) -> None:
     for name, right in (("a", 90), ("b", 70), ("c", 80)):
         write_evaluation(study / "at-0", {"pgd20": right}, name=name)
@@ -249,11 +258,11 @@ def test_directories_patterns_and_what_lies_below(study: Path) -> None:
     assert len(read_runs([str(study / "link"), str(study / "at-0")])[0]) == 2
 
 
-@pytest.mark.parametrize("name", ["nothing", "no*thing", "empty", "a\0b", "config.json"])
-def test_what_holds_no_run_is_named_in_one_line(tmp_path: Path, name: str, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("name", ["nothing", "no*thing", "empty", "a\0b", "config.json", None])
+def test_what_holds_no_run_is_named_in_one_line(tmp_path: Path, name: str | None, monkeypatch, capsys) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "config.json").write_text("{}")
-    assert run_command("compare", monkeypatch, tmp_path / name) == 2
+    assert run_command("compare", monkeypatch, "" if name is None else tmp_path / name) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     assert told.startswith("compare.py: error: ")

@@ -322,6 +322,8 @@ def read_runs(given: Sequence[str]) -> tuple[list[Run], list[str]]:
     runs: dict[Path, Run] = {}
     notes = []
     for text in given:
+        if not text:
+            raise ConfigError("RUN: expected a run directory, or a directory of runs, got ''")
         path = Path(text)
         try:
             # Path.glob takes no absolute pattern

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -340,9 +341,9 @@ def _condition(evaluation: Evaluation) -> tuple:
     )
 
 
-def _evaluated(settings: Sequence[Setting], condition: tuple) -> Table:
-    """What the evaluations of one condition found: an attack a column."""
-    weights, data, images, _, norm, epsilon = condition
+def _evaluated(settings: Sequence[Setting], condition: tuple, *, others_like_it: bool) -> Table:
+    """What the evaluations of one condition found, an attack a column; others may differ in their images alone."""
+    weights, data, images, sha256, norm, epsilon = condition
     found: list[list[dict[tuple[str, str], tuple[int, tuple[str, ...]]]]] = []
     for setting in settings:
         found.append([])
@@ -379,6 +380,8 @@ def _evaluated(settings: Sequence[Setting], condition: tuple) -> Table:
     doubts = dict.fromkeys(d for group in found for rows in group for _, told in rows.values() for d in told)
     notes += [f"* {doubt}" for doubt in doubts]
     title = f"evaluation of the {'selected' if weights == 'best' else weights} weights: {data} test split, "
+    if others_like_it:
+        notes.insert(0, f"its images have the hash {sha256[:12]}")
     return Table(
         title + f"{images} image{'s' * (images != 1)}, {norm} epsilon {epsilon}; accuracy in % of all of them",
         table,
@@ -422,11 +425,11 @@ def _paired(settings: Sequence[Setting]) -> Table | None:
 
 
 def _model(runs: Sequence[Run]) -> str:
-    names = {(run.config.model.name, run.config.model.width) for run in runs}
+    names, widths = ({getattr(run.config.model, key) for run in runs} for key in ("name", "width"))
     if len(names) > 1:
         return ""
-    (name, width), *_ = names
-    return printable(name) + ("" if width is None else f" (width {width})") + ", "
+    width = "" if len(widths) > 1 or None in widths else f" (width {widths.pop()})"
+    return f"{printable(names.pop())}{width}, "
 
 
 def _title(runs: Sequence[Run]) -> str:
@@ -446,7 +449,12 @@ def compare(runs: Sequence[Run]) -> list[Section]:
         settings = _settings(group, notes)
         title = _title(group)
         tables = [_results(title, settings, notes)]
-        tables += [_evaluated(settings, condition) for condition in _conditions(group)]
+        conditions = _conditions(group)
+        like = Counter(condition[:3] + condition[4:] for condition in conditions)
+        tables += [
+            _evaluated(settings, condition, others_like_it=like[condition[:3] + condition[4:]] > 1)
+            for condition in conditions
+        ]
         paired = _paired(settings)
         sections.append(Section(title, settings, tables + ([] if paired is None else [paired])))
     if len(sections) > 1:

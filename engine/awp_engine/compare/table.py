@@ -437,8 +437,8 @@ def _title(runs: Sequence[Run]) -> str:
     measured = next((run.result.test_images for run in runs if run.result is not None), None)
     count = "" if measured is None else f"{measured} image{'s' * (measured != 1)}, "
     ball = f"{first.config.attack.norm} epsilon {first.config.attack.epsilon}"
-    step = first.settings["evaluation.step_size"]
-    return f"{_model(runs)}{first.config.data.name} test split, {count}{ball}, {_attack(first)} of step {step}"
+    step = "" if first.config.evaluation.step_size is None else f" of step {first.settings['evaluation.step_size']}"
+    return f"{_model(runs)}{first.config.data.name} test split, {count}{ball}, {_attack(first)}{step}"
 
 
 def compare(runs: Sequence[Run]) -> list[Section]:

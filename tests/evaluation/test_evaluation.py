@@ -170,6 +170,18 @@ def test_what_is_asked_for_is_escaped_in_the_page(tmp_path, reported):
     assert "<script" not in render_page(hostile, [[{"attack": "<script>"}]], [])
 
 
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_the_page_has_a_table_of_classes(reported, classes):
+    from awp_engine.evaluation.page import render_page
+
+    _, report, _ = reported
+    row = {"class": "<script>", "images": 8, "clean": 7, "attacked": {"pgd5": 3}, "worst": 2}
+    page = render_page({**report, "per_class": [row] * classes}, [[{"attack": "a"}]], [])
+    assert page.count("<td>37.50%</td>") + page.count('<td class="number">37.50%</td>') == classes
+    assert ("all 1000 classes" in page) == (classes == 1000)
+    assert "<script" not in page
+
+
 def test_checkpoints_can_be_chosen(run_dir, tmp_path):
     arguments = {"attacks": ["clean"], "limit": 60, "gates_limit": None, "output": tmp_path / "out"}
     best = evaluate_checkpoint(run_dir, **arguments)

@@ -35,13 +35,16 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 def _top(receipt: Mapping[str, Any]) -> str:
     """What was measured, in a few lines."""
     weights, data, known = receipt["checkpoint"], receipt["data"], receipt["versions"] | {"commit": receipt["commit"]}
-    trained = weights.get("run") is not None
-    kind = weights.get("architecture") or "not named by its run"
+    kind = weights.get("architecture") or "not named"
     limited = "" if data["images"] == data["images_in_split"] else f", of {data['images_in_split']:,}"
-    rows = {
-        "run": f"{weights['run']}, seed {weights['seed']}" if trained else "none that is known",
-        "method": weights["method"] if trained else "not known",
-        "gamma": f"{weights['gamma']:g}" if trained else "not known",
+    rows = {"run": "none: these weights came without a config.json"}
+    if "run" in weights:
+        rows = {
+            "run": f"{weights['run']}, seed {weights['seed']}",
+            "method": weights["method"],
+            "gamma": f"{weights['gamma']:g}",
+        }
+    rows |= {
         "model": f"{kind}, {receipt['parameters']:,} parameters",
         "weights": f"{weights['name']} ({weights['file']}), SHA-256 {weights['sha256']}",
         "data": f"{data['name']}, {data['split']} split, {data['images']:,} images{limited}",

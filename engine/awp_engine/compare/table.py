@@ -414,13 +414,17 @@ def _paired(settings: Sequence[Setting]) -> Table | None:
         for name, values in differences.items()
         if values
     ]
-    told = f"seed{'s' * (len(seeds) > 1)} {' '.join(map(str, seeds))}"
-    notes = [f"the two settings at the same seed, mean over {told}, in points"]
-    notes.append(
-        "± standard error of that mean (n - 1)"
-        if len(seeds) > 1
-        else "one seed does not tell how much another would differ: train others with --seed"
-    )
+    if len(seeds) == 1:
+        notes = [
+            f"the two settings at seed {seeds[0]}, in points",
+            "one seed does not tell how much another would differ: train others with --seed",
+        ]
+    else:
+        told = " ".join(map(str, seeds))
+        notes = [
+            f"the two settings at the same seed, mean over seeds {told}, in points",
+            "± standard error of that mean (n - 1)",
+        ]
     return Table(f"difference: {other.label} minus {base.label}", rows, notes)
 
 

@@ -27,9 +27,9 @@ def parse(argv: Sequence[str] | None = None, prog: str = "compare.py") -> argpar
     parser = OneLineParser(
         prog=prog,
         description="Shows runs side by side: a table of their accuracies, of their evaluations, and, where there are "
-        "two settings, of the second minus the first. Runs that differ in their seed alone are one row, with mean and standard "
-        "deviation. Runs that were measured on other images or by another attack get a table of their own. Nothing is "
-        "trained or measured: it reads what `train` and `evaluate` wrote.",
+        "two settings, of the second minus the first. Runs that differ in their seed alone are one row, with mean and "
+        "standard deviation. Runs that were measured on other images or by another attack get a table of their own. "
+        "Nothing is trained or measured: it reads what `train` and `evaluate` wrote.",
         allow_abbrev=False,
     )
     add = parser.add_argument

@@ -170,6 +170,7 @@ TESTED = [
     "hypothesis>=6",
     "onnxruntime",
     "onnxscript",
+    "playwright",
     "torchattacks==3.5.1",
     "triton>=3.6; platform_system == 'Linux'",
     "awp-engine[dali,eval,examples,hub,huggingface,timm]",

@@ -29,7 +29,7 @@ from awp_engine.evaluation.subject import Subject, load_subject
 from awp_engine.evaluation.suite import measure
 from awp_engine.files.atomic import atomic_write_text
 from awp_engine.files.locking import locked
-from awp_engine.files.text import json_text
+from awp_engine.files.text import json_text, printable
 from awp_engine.models.class_names import difference
 from awp_engine.models.hub import is_address
 from awp_engine.observe.report import prepare_output
@@ -121,6 +121,15 @@ def _output(path: Path | str, subject: Subject) -> Path:
     if is_address(path):
         return Path(f"{subject.name}-evaluation")
     return Path(path).parent / f"{Path(path).stem}-evaluation"
+
+
+def _training(subject: Subject) -> dict[str, Any]:
+    """What the weights are a result of, as far as that is known."""
+    if subject.config is None or subject.run_dir is None:
+        return {}
+    config = subject.config
+    name = printable(subject.run_dir.resolve().name)
+    return {"run": name, "method": config.title, "gamma": config.awp.gamma, "seed": config.seed}
 
 
 def _require_fit(subject: Subject, dataset: Dataset, device: torch.device, what: str) -> None:
@@ -253,6 +262,7 @@ def evaluate_checkpoint(
             "sha256": subject.sha256,
             "architecture": subject.architecture,
             **(subject.origin or {}),
+            **_training(subject),
         },
         data={
             "name": dataset.name,
@@ -346,7 +356,7 @@ def _put(output: Path, name: str, kind: str, text: str) -> None:
 
 def _page(subject: Subject, dataset: Dataset, threat: Threat, done: Evaluated) -> str:
     # matplotlib is imported at the end: it takes a second
-    from awp_engine.evaluation.figures import epsilon_curve, learning_curves, picture_rows, steps_curve
+    from awp_engine.evaluation.figures import epsilon_curve, learning_curves, picture_cards, steps_curve
     from awp_engine.evaluation.page import render_page
 
     measurement = done.measurement
@@ -357,10 +367,8 @@ def _page(subject: Subject, dataset: Dataset, threat: Threat, done: Evaluated) -
         figures.append((f"Accuracy against the steps of PGD, {on}", steps_curve(measurement.gates)))
     if subject.run_dir is not None and (curves := learning_curves(subject.run_dir)) is not None:
         figures.append(("Learning curves, as the run's metrics.jsonl has them; not measured here", curves))
-    for pictures in measurement.pictures:
-        caption = f"{pictures.attack}: clean, attacked, and the difference stretched around grey; wrong labels in red"
-        figures.append((caption, picture_rows(pictures, dataset.class_names)))
-    return render_page(done.report, [measurement.table(), measurement.regional_table()], figures)
+    pictures = {found.attack: picture_cards(found, dataset.class_names) for found in measurement.pictures}
+    return render_page(done.report, [measurement.table(), measurement.regional_table()], figures, pictures)
 
 
 def _leaderboard(

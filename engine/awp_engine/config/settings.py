@@ -381,10 +381,9 @@ class Config(Checked):
             ConfigError: naming the flag that is missing.
         """
         if self.data.name != "digits" and self.data.root is None and not is_own(self.data.name):
-            raise ConfigError(
-                f"--data.root: expected the directory that holds {self.data.name}, got nothing"
-                f"{where_to_get(self.data.name)}"
-            )
+            where = where_to_get(self.data.name)
+            what = self.data.name if where else f"the images (--data.name {self.data.name})"
+            raise ConfigError(f"--data.root: expected the directory that holds {what}, got nothing{where}")
         if self.method == "rst" and self.data.extra is None:
             raise ConfigError(
                 "--data.extra: expected an .npz, or a directory of shards, of pseudo-labelled or generated images for "

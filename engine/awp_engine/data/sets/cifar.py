@@ -146,7 +146,10 @@ def _find(root: Path, layout: CifarLayout, need_train: bool) -> tuple[Path, bool
                 f"{layout.name} has the files {', '.join(names)}: unpack the archive again"
             )
     if (meant := class_folders_in(root)) is not None:
-        raise DataError(f"{root} holds no {layout.name} but images in class folders ({meant}): give --data.name folder")
+        place = root if meant == "." else root / meant
+        raise DataError(
+            f"{root} holds no {layout.name}, but {place} has class folders of images: give --data.name folder"
+        )
     raise DataError(
         f"{root} holds no {layout.name}; expected {layout.binary_train[0]} or {layout.python_train[0]} there "
         f"or in {layout.binary_folder} or {layout.python_folder}: give the unpacked official archive as --data.root"

@@ -151,7 +151,11 @@ class OwnData:
         meaning = {key: key for key in ("root", "split" if "split" in names else "train") if key in names}
         if not meaning and len(required) in (1, 2):
             meaning = dict(zip(required, ("root", "split")[-len(required) :], strict=True))
-        if lacking := [key for key in required if key not in meaning]:
+        lacking = [key for key in required if key not in meaning]
+        if meaning and "root" not in meaning and len(lacking) == 1:
+            # a root by another name
+            meaning[lacking.pop()] = "root"
+        if lacking:
             raise self._error(f"asks for {', '.join(lacking)}; {_HINT}")
         if self._root is None and any(meaning[key] == "root" for key in required):
             raise self._error("its factory asks for a root: give --data.root DIR")

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from awp_engine.data.dataset import DataError, Statistics
 from awp_engine.data.sets.cifar import cifar_in
-from awp_engine.data.sets.files import TEST_PARTS, FileImages, Listing, list_classes, shown
+from awp_engine.data.sets.files import (
+    IMAGE_NAMES,
+    TEST_PARTS,
+    FileImages,
+    Listing,
+    has_class_folders,
+    list_classes,
+    shown,
+)
 from awp_engine.data.sets.huggingface import HuggingFaceImages
 from awp_engine.data.sets.imagenet import (
     IMAGENET_STATISTICS,
@@ -156,7 +164,10 @@ def _test_of(images: EncodedImages | ImageArrays, labels: Tensor, names: tuple[s
 def _test_folder(root: Path, skip: frozenset[str]) -> Source:
     if (cifar := cifar_in(root)) is not None:
         raise DataError(f"{root} holds the files of {cifar}, not class folders: give --data.name {cifar}")
-    return files_of_test(_test_part(root, *TEST_PARTS), skip)
+    part = _test_part(root, *TEST_PARTS)
+    if part == root and not has_class_folders(root):
+        raise DataError(f"{root} has no images to test on; expected test/<class>/{IMAGE_NAMES}, or <class>/* in it")
+    return files_of_test(part, skip)
 
 
 def _test_tiny_imagenet(root: Path, skip: frozenset[str]) -> Source:

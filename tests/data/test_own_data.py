@@ -143,6 +143,19 @@ def test_a_factory_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         load(f"{file}:make")
 
 
+def test_the_example_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    (tmp_path / "photos.py").write_text(text.partition("```python\n")[2].partition("```")[0])
+    for split in SPLITS:
+        for number in range(4):
+            Image.fromarray(PIXELS[split][number]).save(tmp_path / f"{split}{number}.png")
+        (tmp_path / f"{split}.csv").write_text("".join(f"{split}{n}.png,{n % 2}\n" for n in range(4)))
+    data = load(f"{tmp_path / 'photos.py'}:Photos", tmp_path)
+    assert (data.class_names, data.train.labels.tolist()) == (("cat", "dog"), [0, 1, 0, 1])
+    assert torch.equal(data.train.images[3], torch.from_numpy(PIXELS["train"][3]).permute(2, 0, 1))
+
+
 def test_images_are_resized_as_those_of_files_are(tmp_path: Path) -> None:
     for split, count in (("train", 9), ("test", 3)):
         for number in range(count):

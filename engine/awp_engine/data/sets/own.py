@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import itertools
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ _READ_AGAIN = 64
 # images that are collected between looks at the memory, where nobody says how many there are
 _CHUNK = 1024
 _MOST_CLASSES = 10**6
+_TOLD_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -307,7 +309,7 @@ class _Memory:
     def __init__(self, name: str, split: str, count: int | None, available: int, say: Callable[[str], None]) -> None:
         self._name, self._split, self._count, self._available, self._say = name, split, count, available, say
         self._pieces: list[Tensor] = []
-        self._taken = 0
+        self._taken, self._due = 0, time.monotonic() + _TOLD_EVERY_S
 
     def add(self, image: NDArray[np.uint8]) -> None:
         """Takes an image uint8 [H, W, C].
@@ -332,6 +334,10 @@ class _Memory:
         if place == len(self._pieces[-1]):
             self._make_room(_CHUNK)
             place = 0
+        if time.monotonic() >= self._due:
+            self._due += _TOLD_EVERY_S
+            of = "" if self._count is None else f" of {self._count:,}"
+            self._say(f"{self._name}: {self._taken:,}{of} {self._split} images")
         self._pieces[-1][place] = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         self._taken += 1
 
@@ -369,8 +375,12 @@ class _Told:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if not isinstance(error, Exception) or isinstance(error, DataError):
             return
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-        frames = [frame for frame in frames if "importlib" not in frame.filename]
+        # the user's own line says more than that of a library it calls
+        frames = [
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename != __file__ and not any(part in frame.filename for part in ("importlib", "-packages"))
+        ]
         where = f", {Path(frames[-1].filename).name} line {frames[-1].lineno}" if frames else ""
         raise DataError(
             f"--data.name {self._name}: {type(error).__name__}: {one_line(reason(error))}{where}; correct that code"

@@ -143,6 +143,22 @@ def test_a_factory_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         load(f"{file}:make")
 
 
+def as_tensors(split: str):
+    return [(torch.full((3, 4, 3), level), number % 2) for number, level in enumerate((0.1, 0.4999, 0.999))]
+
+
+def as_arrays(split: str):
+    return [(image.numpy(), label) for image, label in as_tensors(split)]
+
+
+@pytest.mark.parametrize(("name", "shape"), [("as_tensors", (3, 4, 3)), ("as_arrays", (3, 3, 4))])
+def test_orders_of_axes_and_rounding(name: str, shape: tuple[int, ...]) -> None:
+    """Where both orders fit, tensors have channels first and arrays last; values go to the nearest of 256 levels."""
+    data = load(own(name))
+    assert data.train.shape == shape
+    assert data.train.images[1:, 0, 0, 0].tolist() == [127, 255]
+
+
 def test_the_example_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", list(sys.path))
     text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()

@@ -109,14 +109,14 @@ def test_what_a_factory_may_give(name: str) -> None:
     root, named = TAKEN[name]
     data = load(own(name), root)
     for split, part in (("train", data.train), ("test", data.test)):
-        assert torch.equal(part.images, torch.from_numpy(PIXELS[split]).permute(0, 3, 1, 2))
+        assert torch.equal(part.resident().images, torch.from_numpy(PIXELS[split]).permute(0, 3, 1, 2))
         assert part.labels.tolist() == labels(split).tolist()
     assert data.test.ids.tolist() == list(range(70, 79))
     assert data.class_names == (("ant", "bee", "cat") if named else ("0", "1", "2"))
     assert data.named == named
     assert data.fingerprint == load(own("Maps" if named else "arrays")).fingerprint
     alone = load(own(name), root, need_train=False)
-    assert torch.equal(alone.test.images, data.test.images)
+    assert torch.equal(alone.test.resident().images, data.test.resident().images)
     assert len(alone.train) == 0
     # noise is keyed by id: an evaluation of the test part alone is that of the run
     assert name in ("Streams", "generator") or torch.equal(alone.test.ids, data.test.ids)
@@ -156,7 +156,7 @@ def test_orders_of_axes_and_rounding(name: str, shape: tuple[int, ...]) -> None:
     """Where both orders fit, tensors have channels first and arrays last; values go to the nearest of 256 levels."""
     data = load(own(name))
     assert data.train.shape == shape
-    assert data.train.images[1:, 0, 0, 0].tolist() == [127, 255]
+    assert data.train.resident().images[1:, 0, 0, 0].tolist() == [127, 255]
 
 
 def test_the_example_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +169,7 @@ def test_the_example_of_the_documentation(tmp_path: Path, monkeypatch: pytest.Mo
         (tmp_path / f"{split}.csv").write_text("".join(f"{split}{n}.png,{n % 2}\n" for n in range(4)))
     data = load(f"{tmp_path / 'photos.py'}:Photos", tmp_path)
     assert (data.class_names, data.train.labels.tolist()) == (("cat", "dog"), [0, 1, 0, 1])
-    assert torch.equal(data.train.images[3], torch.from_numpy(PIXELS["train"][3]).permute(2, 0, 1))
+    assert torch.equal(data.train.resident().images[3], torch.from_numpy(PIXELS["train"][3]).permute(2, 0, 1))
 
 
 def test_images_are_resized_as_those_of_files_are(tmp_path: Path) -> None:
@@ -327,7 +327,7 @@ def write_mnist(root: Path, *, compressed: bool = False) -> None:
 def test_mnist(tmp_path: Path, name: str, folder: str) -> None:
     write_mnist(tmp_path / folder, compressed=folder == ".")
     data = load(name, tmp_path)
-    assert np.array_equal(data.train.images[:, 0].numpy(), IDX["train-images-idx3-ubyte"])
+    assert np.array_equal(data.train.resident().images[:, 0].numpy(), IDX["train-images-idx3-ubyte"])
     assert np.array_equal(data.test.labels.numpy(), IDX["t10k-labels-idx1-ubyte"])
     assert data.class_names[9] == ("9" if name == "mnist" else "Ankle boot")
     for file in (tmp_path / folder).glob("train*"):

@@ -120,8 +120,8 @@ def test_cifar_c(tmp_path: Path) -> None:
     np.save(tmp_path / "labels.npy", np.arange(SEVERITIES * ROWS) % 10)
     data = load_corrupted("cifar10-c", root=tmp_path, kind="fog", severity=3)
     assert (len(data.train), len(data.test), data.class_names) == (0, ROWS, CIFAR10.class_names)
-    assert data.test.images[0].unique().tolist() == [7]
-    assert int(data.test.images[-1, 2, 0, 1]) == 9
+    assert data.test.resident().images[0].unique().tolist() == [7]
+    assert int(data.test.resident().images[-1, 2, 0, 1]) == 9
     assert data.test.labels[:12].tolist() == [*range(10), 0, 1]
     for name, kind, severity, message in (
         ("cifar10-c", "fog", 6, "one of those in .*fog.npy: 1, 2, 3, 4, 5; got 6"),

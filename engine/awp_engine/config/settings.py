@@ -294,7 +294,7 @@ class EvaluationConfig(Checked, section="evaluation."):
     held_out_limit: OptionalCount = None
     """Evaluate while training on at most this many held-out images; none means all."""
     test_limit: OptionalCount = None
-    """Measure the trained model on at most this many test images; none means all."""
+    """Measure the trained model on at most this many test images, also by --limit; none means all."""
     patience: OptionalCount = None
     """Stop after this many evaluations without a better held-out PGD accuracy; none means never."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from awp_engine.config.data_sets import where_to_get
 from awp_engine.data.dataset import DataError, Statistics
 from awp_engine.data.sets.cifar import cifar_in
 from awp_engine.data.sets.files import (
@@ -80,6 +81,10 @@ def open_source(name: str, root: Path, *, skip: frozenset[str] = frozenset(), ne
         if not need_train and not (root / "train").exists():
             return _TEST_ONLY[name](root, skip)
         return _OPEN[name](root, skip)
+    except DataError as error:
+        if (root / "train").is_dir():
+            raise
+        raise DataError(f"{error}{where_to_get(name)}") from error
     except OSError as error:
         where = shown(error.filename or root)
         raise DataError(f"{where} cannot be read: {error.strerror}; expected a file or directory of {name}") from error

@@ -23,6 +23,8 @@ TYPES = key_types()
 # of settings that accept few of their type's values, some that go together
 KNOWN = {
     "preset": st.sampled_from(sorted(PRESETS)),
+    "data.name": st.sampled_from(["digits", "cifar10", "mnist", "folder", "shards"]),
+    "data.class_weights": st.sampled_from(["none", "balanced", "weights.json"]),
     "model.name": st.sampled_from(["preact-resnet-18", "wrn-34-10", "preact-resnet-digits"]),
     "attack.epsilon": st.sampled_from(["8/255", "0.2", "0.10", ".5"]),
     "attack.step_size": st.sampled_from(["10/255", "5e-2", "0.05"]),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from awp_engine.config import Config, ConfigError, expectation, flag, show
+from awp_engine.config.data_sets import is_own
 from awp_engine.config.identity import from_flat, key_types, load_settings, to_flat
 from awp_engine.config.model_names import is_code
 from awp_engine.config.presets import DEFAULT, PRESETS, build_preset
@@ -87,7 +88,7 @@ def _read_flags(argv: Sequence[str]) -> dict[str, Any]:
         ConfigError: naming the flag.
     """
     types = {**key_types(), "config": Path}
-    on = {flag(key): key for key in types}
+    on = {flag(key): key for key in types} | {"--limit": "evaluation.test_limit"}
     off = {_off(name): key for name, key in on.items() if is_switch(types[key])}
     words: list[tuple[str, list[str]]] = []
     for token in argv:
@@ -164,6 +165,12 @@ def _parse(argv: Sequence[str], prog: str) -> Config:
     given = _read_flags(rest)
     file = given.pop("config", None)
     in_file = {} if file is None else load_settings(file)
+    own = in_file.get("data.name", "")
+    if is_own(own) and "data.name" not in given:
+        raise ConfigError(
+            f"{file}: data.name is {own}, Python code that is not run because a file names it: if you trust it, give "
+            f"--data.name {own}"
+        )
     preset = given.get("preset", first)
     for name, where in ((first, "the first argument"), (in_file.get("preset"), file)):
         if None not in (name, preset) and name != preset:

@@ -63,8 +63,10 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
     add("--batch-size", type=whole_number, help="images a batch")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU if there is one")
     add("--threads", type=thread_count, help="CPU threads")
-    add("--data-name", "--data.name", help="data set, for weights that belong to no run")
-    add("--data-root", "--data.root", type=Path, help="directory of the data set")
+    add("--data-name", "--data.name", help="data set, where it is not the run's own, and for weights of no run")
+    add("--data-root", "--data.root", type=Path, help="directory of the data set; its test part is enough")
+    add("--data-corruption", "--data.corruption", metavar="KIND", help="of cifar10-c, cifar100-c, imagenet-c, folder-c")
+    add("--data-severity", "--data.severity", type=whole_number, metavar="N", help="of the corruption, 1 to 5")
     add(
         "--transfer-to", type=Path, metavar="PATH", help="second run or checkpoint: do the attacked images fool it too?"
     )

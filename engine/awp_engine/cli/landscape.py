@@ -50,7 +50,9 @@ def parse(argv: Sequence[str] | None = None, prog: str = "landscape.py") -> argp
     add("--output", type=Path, help="directory for figures and numbers; RUN/landscape if not given")
     add("--checkpoint", choices=("best", "last"), help="weights of a run directory; best if not given")
     add("--split", choices=("train", "held-out", "test"), default="test", help="images to measure on")
-    add("--images", type=whole_number, default=1000, help="their number, evenly spread over the split")
+    add("--limit", "--images", dest="images", type=whole_number, default=1000, metavar="N", help="how many of them")
+    add("--data.name", dest="data_name", metavar="NAME", help="data set, where it is not the runs' own")
+    add("--data.root", dest="data_root", type=Path, metavar="DIR", help="its directory")
     add("--steps", type=whole_number, default=10, help="steps of PGD")
     add("--restarts", type=whole_number, default=1, help="attacks an image, of which the worst counts")
     add("--seed", type=whole_number, default=0, help="of directions, starting points and intervals")
@@ -132,7 +134,13 @@ def measure(arguments: argparse.Namespace) -> list[Path]:
     device = choose_device(arguments.device)
     foreign = pop_foreign(vars(arguments))
     if foreign["name"] is None:
-        runs = open_runs([Path(run) for run in arguments.runs], which=arguments.checkpoint, device=device)
+        runs = open_runs(
+            [Path(run) for run in arguments.runs],
+            which=arguments.checkpoint,
+            device=device,
+            data_name=arguments.data_name,
+            data_root=arguments.data_root,
+        )
     else:
         runs = open_foreign(arguments.runs, Foreign(**foreign), _config(arguments), device)
     images = common_images(runs, arguments.split, arguments.images).to(device)

@@ -107,6 +107,12 @@ def _require_reach(config: Config, key: str, step_size: str, steps: int) -> None
 def _require_step(config: Config) -> None:
     for key in ("label_smoothing", "data.cutmix", "data.mixup") if config.method == "mart" else ():
         config.require_value(key, 0, "with --method mart, whose loss needs one right class")
+    if config.data.class_weights != "none":
+        for key in ("data.cutmix", "data.mixup"):
+            config.require_value(key, 0, "with --data.class-weights: an image of two classes has no one weight")
+        config.require_value(
+            "awp.ascent", "exact", "with --data.class-weights, as the attack's last pass knows no weights"
+        )
     size = config.global_batch_size
     both = config.data.extra is None or 0 < own_images(size, config.data.extra_fraction) < size
     config.require(both, "data.extra_fraction", f"a part that gives a batch of {size} images of both kinds")

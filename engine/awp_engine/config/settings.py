@@ -6,12 +6,14 @@ The string under each field is the help that the command line shows. Nothing her
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import itertools
 import re
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Literal
 
+from awp_engine.config.data_sets import DATA_SETS, OWN, is_own, where_to_get
 from awp_engine.config.model_names import EXPECTED, Source, source_of
 from awp_engine.config.rules import require_combinations
 from awp_engine.config.schema import (
@@ -38,21 +40,12 @@ _Pixels = Annotated[int, Range("a whole number of pixels, 0 to 1024", ge=0, le=1
 class DataConfig(Checked, section="data."):
     """Images to train on."""
 
-    name: Literal[
-        "digits",
-        "cifar10",
-        "cifar100",
-        "svhn",
-        "folder",
-        "tiny-imagenet",
-        "imagenet",
-        "webdataset",
-        "shards",
-        "huggingface",
-    ] = "digits"
-    """Data set: digits ships with scikit-learn; folder is ROOT/train/CLASS/*.jpg|png and ROOT/test/CLASS/*."""
+    name: str = "digits"
+    """Data set: digits (ships with scikit-learn), cifar10, cifar100, svhn, mnist, fashion-mnist, tiny-imagenet,
+    imagenet, folder (ROOT/train/CLASS/*.jpg|png|... and ROOT/test/CLASS/*), webdataset, shards, huggingface; or Python
+    of your own: package.module:factory or file.py:factory."""
     root: Path | None = None
-    """Directory that holds the data set; digits needs none."""
+    """Directory that holds the data set; digits needs none, a factory only if it asks for one."""
     loader: Literal["auto", "resident", "dali", "torch"] = "auto"
     """Keep all images in the device's memory, or make batches ahead by DALI or torch; auto: as they fit."""
     resident_share: Share = 0.25
@@ -91,12 +84,20 @@ class DataConfig(Checked, section="data."):
     """Probability that a rectangle of a training image is filled with noise."""
     train_limit: OptionalCount = None
     """Train on this many images, evenly spread over the classes; none means all that are not held out."""
+    class_weights: str = "none"
+    """Weights of the classes in the loss: none, balanced (rare classes count more) or FILE.json, {"CLASS": WEIGHT}."""
     extra: Path | None = None
     """Further images, synthetic or pseudo-labelled: .npz with `image`, uint8 [N, H, W, C], and `label`, or shards."""
     extra_fraction: Part = 0.5
     """Part of every batch that is taken from the extra images."""
 
     def _check(self) -> None:
+        known = self.name in DATA_SETS or is_own(self.name)
+        near = difflib.get_close_matches(self.name, DATA_SETS, n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        self.require(known, "name", f"one of {', '.join(DATA_SETS)}, or {OWN}{meant}")
+        weights = self.class_weights in ("none", "balanced") or self.class_weights.endswith(".json")
+        self.require(weights, "class_weights", "none, balanced or the path of a .json file")
         sized, resized = self.image_size is not None, self.crop == "resized"
         self.require(sized or self.center_crop == 1, "center_crop", "1 without --data.image-size")
         self.require(not resized or sized, "crop", "pad, unless --data.image-size is given")
@@ -319,7 +320,7 @@ class EvaluationConfig(Checked, section="evaluation."):
     held_out_limit: OptionalCount = None
     """Evaluate while training on at most this many held-out images; none means all."""
     test_limit: OptionalCount = None
-    """Measure the trained model on at most this many test images; none means all."""
+    """Measure the trained model on at most this many test images, also by --limit; none means all."""
     patience: OptionalCount = None
     """Stop after this many evaluations without a better held-out PGD accuracy; none means never."""
 
@@ -405,8 +406,10 @@ class Config(Checked):
         Raises:
             ConfigError: naming the flag that is missing.
         """
-        if self.data.name != "digits" and self.data.root is None:
-            raise ConfigError(f"--data.root: expected the directory that holds {self.data.name}, got nothing")
+        if self.data.name != "digits" and self.data.root is None and not is_own(self.data.name):
+            where = where_to_get(self.data.name)
+            what = self.data.name if where else f"the images (--data.name {self.data.name})"
+            raise ConfigError(f"--data.root: expected the directory that holds {what}, got nothing{where}")
         if self.method == "rst" and self.data.extra is None:
             raise ConfigError(
                 "--data.extra: expected an .npz, or a directory of shards, of pseudo-labelled or generated images for "

@@ -16,7 +16,18 @@ import torch
 
 from awp_engine.attack.checks import ball
 from awp_engine.config import Config, parse_amount, show
-from awp_engine.data import Dataset, data_loading, eval_batches, load_dataset, match_classes, source_names
+from awp_engine.config.data_sets import is_own
+from awp_engine.data import (
+    Dataset,
+    Framing,
+    corrupted_names,
+    data_loading,
+    eval_batches,
+    load_corrupted,
+    load_dataset,
+    match_classes,
+    source_names,
+)
 from awp_engine.device import choose_device
 from awp_engine.evaluation.accuracy import evaluation_seed, spread
 from awp_engine.evaluation.attacks import EvaluationError, Threat, Trial, parse_attack
@@ -99,20 +110,42 @@ def _threat(
     return Threat(epsilon=radius, norm=norm), step
 
 
-def _data(config: Config | None, weights: Path | str, name: str | None, root: Path | None) -> Dataset:
+def _data(
+    config: Config | None,
+    weights: Path | str,
+    name: str | None,
+    root: Path | None,
+    corruption: tuple[str | None, int | None] = (None, None),
+) -> Dataset:
     if name is None:
         if config is None:
             raise EvaluationError(
                 f"{weights}: belongs to no run whose config.json could say what it was trained on: give --data-name"
             )
         name = config.data.name
+        if is_own(name):
+            raise EvaluationError(
+                f"{weights}: the images of its run come from {name}, code that is not run because a file names it: "
+                f"if you trust it, give --data.name {name}"
+            )
+    if name not in corrupted_names and corruption != (None, None):
+        raise EvaluationError(
+            f"--data.corruption and --data.severity go with --data.name {' or '.join(corrupted_names)}, got {name}"
+        )
     loading = None
-    if config is not None and name == config.data.name:
-        root = config.data.root if root is None else root
+    if config is not None:
+        same = name == config.data.name
+        root = config.data.root if root is None and same else root
+        # what was listed is of the run's own files
+        settings = config.data if same else replace(config.data, bad_list=None)
         # of files only the test images are wanted
-        loader = "auto" if name in source_names else "resident"
-        loading = replace(data_loading(config.data, torch.device("cpu"), root), loader=loader, resident_share=0.0)
-    return load_dataset(name, root=root, held_out_fraction=0.0, seed=0, loading=loading)
+        loader = "auto" if name in (*source_names, *corrupted_names) else "resident"
+        loading = replace(data_loading(settings, torch.device("cpu"), root), loader=loader, resident_share=0.0)
+        if not same and name not in (*source_names, *corrupted_names):
+            loading = replace(loading, framing=Framing())
+    if name in corrupted_names:
+        return load_corrupted(name, root=root, kind=corruption[0], severity=corruption[1], loading=loading)
+    return load_dataset(name, root=root, held_out_fraction=0.0, seed=0, loading=loading, need_train=False)
 
 
 def _output(path: Path | str, subject: Subject) -> Path:
@@ -162,6 +195,8 @@ def evaluate_checkpoint(
     device: str = "auto",
     data_name: str | None = None,
     data_root: Path | None = None,
+    data_corruption: str | None = None,
+    data_severity: int | None = None,
     transfer_to: Path | None = None,
     output: Path | None = None,
     publication: Publication | None = None,
@@ -190,8 +225,10 @@ def evaluate_checkpoint(
         limit: evaluate on so many images, evenly spread.
         gates_limit: images of the gates; None leaves them out.
         device: auto, cpu or cuda.
-        data_name: the data set.
-        data_root: its directory.
+        data_name: the data set; the code of a `file.py:factory` is run.
+        data_root: its directory; a test part alone is enough.
+        data_corruption: of a corrupted test set: its kind.
+        data_severity: 1 to 5.
         transfer_to: a second run, checkpoint or file, on which every attack's images are tried.
         output: directory of the reports; RUN_DIR/evaluation if not given.
         publication: write RobustBench's description, robustbench.json; needs autoattack.
@@ -223,7 +260,9 @@ def evaluate_checkpoint(
     config = None if subject is None else subject.config
     weights = path if subject is None else subject.weights
     threat, step = _threat(config, weights, epsilon, norm, step_size)
-    found = _data(config, weights, data_name, data_root)
+    found = _data(config, weights, data_name, data_root, (data_corruption, data_severity))
+    for note in found.notes:
+        say(note)
     if foreign is not None:
         subject = load_foreign(foreign, found, place, say)
     assert subject is not None

@@ -12,6 +12,7 @@ from torch import nn
 
 from awp_engine.checkpoint import CheckpointError
 from awp_engine.config import Config, ConfigError, config_hash, load_config, parse_amount
+from awp_engine.config.data_sets import is_own
 from awp_engine.data import DataError, Dataset, Split, load_data, match_classes, shown
 from awp_engine.evaluation.accuracy import spread
 from awp_engine.evaluation.foreign import Foreign, load_foreign
@@ -112,8 +113,22 @@ def open_foreign(paths: Sequence[Path | str], foreign: Foreign, config: Config, 
     return runs
 
 
-def open_runs(paths: Sequence[Path], *, which: str | None, device: torch.device) -> list[Run]:
+def open_runs(
+    paths: Sequence[Path],
+    *,
+    which: str | None,
+    device: torch.device,
+    data_name: str | None = None,
+    data_root: Path | None = None,
+) -> list[Run]:
     """Load all runs' weights and data.
+
+    Args:
+        paths: of the runs.
+        which: checkpoint of a run directory; None: the best.
+        device: where to put the models.
+        data_name: data set in place of the runs' own; the code of a `file.py:factory` is run.
+        data_root: its directory.
 
     Raises:
         CheckpointError, ConfigError, DataError: naming what is wrong; also if the runs' attacks differ.
@@ -127,6 +142,14 @@ def open_runs(paths: Sequence[Path], *, which: str | None, device: torch.device)
         # first, as a path that does not exist has neither
         source, file = find_weights(path, which or "best")
         config = find_config(path)
+        if data_name is None and is_own(config.data.name):
+            raise ConfigError(
+                f"{path}: its images come from {config.data.name}, Python code that is not run because a file names it"
+                f": if you trust it, give --data.name {config.data.name}"
+            )
+        given = {"name": data_name, "root": data_root}
+        given = {key: value for key, value in given.items() if value is not None}
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, **given))
         known = next((run.data for run in runs if run.config.data == config.data), None)
         model = load_model(source, device)
         data, _ = match_classes(model.class_names, load_data(config.data) if known is None else known, str(path))

@@ -74,12 +74,14 @@ class Passes:
         *,
         ranks: Ranks,
         reduced: Sequence[nn.Module] = (),
+        class_weights: Tensor | None = None,
         sync_batch_norm: bool = False,
         compile: bool = False,
         micro_batch_size: int | None = None,
         largest_batch: int | None = None,
     ) -> None:
         self.models, self.objective, self.ranks = models, objective, ranks
+        self._class_weights = class_weights
         self.sync_batch_norm, self._micro_batch_size = sync_batch_norm, micro_batch_size
         half = torch.float16 in (models.precision.ascent, models.precision.descent)
         self.loss_scale = LossScale(next(models.model.parameters()).device) if half else None
@@ -246,6 +248,8 @@ class Passes:
                     counted = losses.detach() < c_min
                     below += counted.sum()
                     losses = losses * counted
+                if self._class_weights is not None:
+                    losses = losses * self._class_weights[y[rows]]
                 mean = losses.mean()
                 # the reducer takes the mean over the ranks of what is to be added up
                 scale = part * self.ranks.world

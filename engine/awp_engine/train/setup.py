@@ -12,7 +12,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from awp_engine.attack import Attack, fast_attack
 from awp_engine.attack.checks import ball
 from awp_engine.config import AttackConfig, Config, ConfigError, choose_speed, config_hash
-from awp_engine.data import Augmentation, Batches, data_loading, load_data, load_extra, place_extra
+from awp_engine.data import (
+    Augmentation,
+    Batches,
+    class_weights,
+    data_loading,
+    label_notes,
+    load_data,
+    load_extra,
+    place_extra,
+)
 from awp_engine.device import choose_convolutions, choose_device
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.sharding import gather, shard
@@ -99,6 +108,7 @@ def build_step(
     ranks: Ranks | None = None,
     precision: Precision | None = None,
     largest_batch: int | None = None,
+    class_weights: Tensor | None = None,
 ) -> AwpStep:
     """The step for `model`, with an optimizer and working copies of its own.
 
@@ -108,6 +118,7 @@ def build_step(
         ranks: that train together; by default this process alone.
         precision: as `choose_precision` says if not given.
         largest_batch: images of a full batch, over all ranks; None: that is the first.
+        class_weights: of the loss, fp32 [classes] on the model's device, or None.
 
     Raises:
         ConfigError: a precision that the device does not have, or as `require_ranks` and `choose_speed`.
@@ -142,6 +153,7 @@ def build_step(
         awp=perturbation,
         ascent=Ascent(kind=awp.ascent, steps=awp.ascent_steps, c_min=awp.c_min, sync=config.distributed.ascent_sync),
         clip_norm=config.optimizer.clip_norm,
+        class_weights=class_weights,
         ranks=ranks,
         sync_batch_norm=config.distributed.sync_batch_norm,
         compile=choose_speed(config, cuda=device.type == "cuda", ranks=ranks.world).compile,
@@ -214,10 +226,16 @@ class Setup:
         ranks.broadcast_(self.model.state_dict().values())
         self._build_step()
 
+    def _announce(self, line: str) -> None:
+        """At once: what is said takes a while."""
+        if self.ranks.is_first:
+            print(line, flush=True)
+
     def _load_data(self) -> None:
         config, attack = self.config, self.config.attack
         loading = data_loading(config.data, self.device)
-        data = self.data = load_data(config.data, loading)
+        data = self.data = load_data(config.data, loading, self._announce)
+        self.messages += [*data.notes, *label_notes(data)]
         try:
             # an l2 ball is too large for images of a size that the configuration does not know
             ball(math.prod(data.train.shape), epsilon=attack.epsilon_value, norm=attack.norm, clip=(0.0, 1.0))
@@ -225,10 +243,19 @@ class Setup:
             raise ConfigError(f"--attack.{error}") from None
         extra = None if config.data.extra is None else place_extra(load_extra(config.data.extra, like=data), loading)
         self._extra = extra
-        self.fingerprints = {
+        self.fingerprints: dict[str, Any] = {
             "data_fingerprint": data.fingerprint,
             "extra_fingerprint": None if extra is None else extra.fingerprint,
         }
+        self._class_weights = None
+        if config.data.class_weights != "none":
+            weights = class_weights(config.data.class_weights, data)
+            self._class_weights = torch.tensor(weights, device=self.device)
+            # another file of the same name makes another run
+            self.fingerprints["class_weights"] = weights
+            self.messages.append(
+                f"class weights from {min(weights):.4g} to {max(weights):.4g}, mean 1 over the training images"
+            )
         loaders = [data.loader, "" if extra is None else extra.loader]
         given = [self.config_hash, *map(str, self.fingerprints.values()), *loaders]
         self.ranks.require_equal(given, "configuration and data", self.device)
@@ -271,7 +298,9 @@ class Setup:
 
     def _build_step(self) -> None:
         config, attack = self.config, self.config.attack
-        self.awp_step = build_step(config, self.model, self.ranks, self.precision, self.batches.sizes[0])
+        self.awp_step = build_step(
+            config, self.model, self.ranks, self.precision, self.batches.sizes[0], self._class_weights
+        )
         self.optimizer = self.awp_step.update.optimizer
         if self.awp_step.awp is not None:
             self.messages.append(perturbed_message(config.title, self.awp_step.awp))

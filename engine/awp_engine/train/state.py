@@ -181,7 +181,13 @@ class RunState:
         return messages
 
     def _require_own(self, found: checkpoint.Checkpoint) -> None:
-        if any(found.state.get(key) != value for key, value in self._identity.items() if key != "config_hash"):
+        others = {key for key, value in self._identity.items() if found.state.get(key) != value}
+        if others == {"class_weights"}:
+            raise ConfigError(
+                f"--data.class-weights: {self._setup.run_dir} was trained with other weights than "
+                f"{self._setup.config.data.class_weights} has now; restore the file or choose another --run-dir"
+            )
+        if others - {"config_hash"}:
             data, names = self._setup.data, described(found.state, found.path).class_names
             other = difference(data.class_names, names) if names is not None and data.named else ""
             classes = f", of other classes: the data now have {other}" if other else ""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from awp_engine.attack import Loss, cross_entropy_losses, margin_losses, summed_margin
+from awp_engine.data import eval_batches
 from awp_engine.evaluation.accuracy import spread
 from awp_engine.evaluation.attacks import Trial, ascend, folded
 from awp_engine.evaluation.gate import SLACK, Gate, share
@@ -26,6 +27,8 @@ EOT_DRAWS = (1, 5, 20)
 """Numbers of draws that the gradient of a random model is averaged over."""
 _SCORED_DRAWS = 10
 _EOT_STEPS, _EOT_IMAGES = 20, 50
+# between averages over the most draws: below, the gradient is still more noise than signal
+_AGREEMENT = 0.5
 _ADAPTED_STEPS = 40
 # of the largest logit, as in AutoAttack's own check for randomised models; of a gradient, as sums on a GPU differ more
 _REPEATED, _REPEATED_GRADIENT = 1e-4, 1e-2
@@ -129,6 +132,15 @@ def eot_curve(trial: Trial, draws: Sequence[int] = EOT_DRAWS) -> list[dict[str, 
     return curve
 
 
+def _agreement(trial: Trial, draws: int) -> float:
+    """Mean cosine, over the images, between two averages of the margin's gradient over so many draws each."""
+    cosines = []
+    for x, y, *_ in eval_batches(trial.split, trial.batch_size):
+        first, second = (sum(_gradient(trial.model, x, y)[1] for _ in range(draws)) for _ in range(2))
+        cosines.append(F.cosine_similarity(torch.as_tensor(first).flatten(1), torch.as_tensor(second).flatten(1)))
+    return float(torch.cat(cosines).double().mean())
+
+
 def _scores(trial: Trial, images: Tensor, y: Tensor) -> Tensor:
     """Whether each image is right, draw by draw: bool [draws, N]."""
     return torch.stack([trial.predict(images) == y for _ in range(_SCORED_DRAWS)])
@@ -146,13 +158,23 @@ def _random_gate(trial: Trial, x_adv: Tensor, white: int, eot_draws: Sequence[in
         curve = eot_curve(part, eot_draws)
         last = curve[-1]
         flat = len(curve) > 1 and abs(curve[-2]["mean"] - last["mean"]) <= math.ceil(2 * SLACK * number)
+        agreement = _agreement(part, last["draws"])
+        enough = flat and agreement >= _AGREEMENT
         details["eot"] = {"images": number, "scored_draws": _SCORED_DRAWS, "curve": curve, "flat": flat}
+        details["eot"] |= {"agreement": agreement, "enough": enough}
         told = ", ".join(f"{point['draws']}: {share(point['mean'], number)}" for point in curve)
         measured += (
             f"; PGD-{_EOT_STEPS} on gradients averaged over draws, on {number} images, right on average: {told}; "
             f"in each of {_SCORED_DRAWS} draws {share(last['worst'], number)}; attacks without averaging "
-            f"{share(white, images)}; the curve {'is flat' if flat else 'still moves: average over more (--eot)'}"
+            f"{share(white, images)}; "
         )
+        if enough:
+            measured += "more draws would change little"
+        else:
+            measured += (
+                f"more draws would break more, so average over more (--eot): the curve is {'' if flat else 'not '}"
+                f"flat, and the cosine between two averages is {agreement:.2f}"
+            )
     gate = Gate(
         name="the model answers alike every time",
         measured=measured,

@@ -202,6 +202,42 @@ def measuring(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(needed)
 
 
+class _Connected(nn.Module):
+    """A model whose gradient is 0 where it cuts the graph, so that attacks run, and go nowhere."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.model(x)
+        if x.requires_grad and not logits.requires_grad:
+            logits = logits + 0 * x.flatten(1).sum(1, keepdim=True)
+        return logits
+
+
+def connected(trial: Trial) -> Trial:
+    """The trial; of a model that cuts the graph, its gradient as 0.
+
+    Raises:
+        EvaluationError: a part of the model has no derivative in PyTorch at all.
+    """
+    x = trial.whole.images[:1].clone().requires_grad_()
+    with torch.enable_grad():
+        logits = trial.model(x)
+        if not logits.requires_grad:
+            return replace(trial, model=_Connected(trial.model))
+        try:
+            torch.autograd.grad(logits.sum(), x, allow_unused=True)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise EvaluationError(
+                f"the model has no gradient that an attack could follow: {reason}; detach() that part, so that the "
+                "gates can look through it"
+            ) from None
+    return trial
+
+
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, batch_size: int, classes: int | None = None) -> Tensor:
     """Predicted classes, int64 [N], of fp32 images [N, C, H, W] in [0, 1]; -1 where logits are not finite."""

@@ -16,7 +16,7 @@ import torch
 from awp_engine.attack import summed_cross_entropy
 from awp_engine.data import eval_batches
 from awp_engine.evaluation.adaptive import EOT_DRAWS, adaptive_gates
-from awp_engine.evaluation.attacks import Outcome, Trial, gradient_attack, parse_attack
+from awp_engine.evaluation.attacks import Outcome, Trial, connected, gradient_attack, parse_attack
 from awp_engine.evaluation.autoattack import Budget, autoattack
 from awp_engine.evaluation.gate import SLACK, Gate, share
 from awp_engine.models.answers import NO_CLASS, predicted
@@ -90,7 +90,7 @@ def run_gates(trial: Trial, *, queries: int = QUERIES, eot_draws: Sequence[int] 
     Raises:
         EvaluationError: pyautoattack, which the black-box attack is from, is missing.
     """
-    images = len(trial.split)
+    trial, images = connected(trial), len(trial.split)
     epsilon = trial.threat.epsilon or _WITHOUT_EPSILON[trial.threat.norm]
     radii = _radii(epsilon, trial.threat.norm, trial.split.images[0].numel())
     curves = len(radii) * parse_attack(_EPSILON_STEPS).steps + sum(STEPS)

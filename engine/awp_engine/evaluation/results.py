@@ -1,12 +1,14 @@
 """What an evaluation found: rows, worst case, gates and pictures."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from awp_engine.evaluation.gate import Gate
 from awp_engine.evaluation.gates import GateReport
 from awp_engine.evaluation.receipt import percent
 
@@ -149,8 +151,8 @@ class Measurement:
         images: how many there are.
         gates: None if they were not wanted.
         pictures: of every attack.
-        per_image: every image's answers.
-        class_names: of the labels.
+        per_class: counts of every class that has images, see `PerImage.by_class`.
+        per_image: every image's answers; None where the report was read again.
         random: images of those looked at first that are answered otherwise from call to call; what the gates saw is
             in their report.
     """
@@ -163,8 +165,8 @@ class Measurement:
     images: int
     gates: GateReport | None
     pictures: tuple[Pictures, ...]
-    per_image: PerImage
-    class_names: tuple[str, ...] = ()
+    per_class: Sequence[Mapping[str, Any]]
+    per_image: PerImage | None
     random: int = 0
 
     def doubts(self) -> list[str]:
@@ -224,7 +226,7 @@ class Measurement:
     def class_table(self) -> list[dict[str, str]]:
         """Accuracy of every class, as text."""
         lines = []
-        for row in self.per_image.by_class(self.class_names):
+        for row in self.per_class:
             counts = {"clean": row["clean"]} | row["attacked"] | {"worst": row["worst"]}
             shares = {name: f"{percent(count, row['images'])}%" for name, count in counts.items()}
             lines.append({"class": row["class"], "images": str(row["images"]), **shares})
@@ -268,11 +270,45 @@ class Measurement:
             "doubts": doubts,
             "right_means": RIGHT_MEANS,
             "clean": {"right": self.clean, "images": self.images, "not_finite": self.not_finite},
+            "random": self.random,
             "attacks": rows,
             "robust_to_all": worst | {"accuracy_percent": percent(self.worst, self.images)},
-            "per_class": self.per_image.by_class(self.class_names),
+            "per_class": self.per_class,
             "gates": None if self.gates is None else _gates_to_dict(self.gates),
         }
+
+    @classmethod
+    def from_dict(cls, report: Mapping[str, Any]) -> Self:
+        """What `to_dict` gave, but for pictures and single images.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not that.
+        """
+        rows = [{name: row[name] for name in (field.name for field in fields(Row))} for row in report["attacks"]]
+        return cls(
+            rows=tuple(Row(**row) for row in rows),
+            clean=report["clean"]["right"],
+            not_finite=report["clean"]["not_finite"],
+            worst=report["robust_to_all"]["right"],
+            worst_over=tuple(report["robust_to_all"]["over"]),
+            images=report["clean"]["images"],
+            gates=None if report["gates"] is None else _gates_from_dict(report["gates"]),
+            pictures=(),
+            per_class=report["per_class"],
+            per_image=None,
+            random=report["random"],
+        )
+
+
+def _gates_from_dict(report: Mapping[str, Any]) -> GateReport:
+    return GateReport(
+        gates=tuple(Gate(**gate) for gate in report["gates"]),
+        images=report["images"],
+        epsilon_curve=tuple((Fraction(point["epsilon"]), point["right"]) for point in report["epsilon_curve"]),
+        steps_curve=tuple((point["steps"], point["right"]) for point in report["steps_curve"]),
+        epsilon=Fraction(report["epsilon"]),
+        adaptive=report["adaptive"],
+    )
 
 
 def _gates_to_dict(report: GateReport) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from awp_engine.evaluation.attacks import (
     Outcome,
     Threat,
     Trial,
+    connected,
     gradient_attack,
     in_ball,
     measuring,
@@ -69,12 +70,12 @@ def _ball_gate(rows: Sequence[Row], threat: Threat) -> Gate:
 
 
 def _pictures(attack: NamedAttack, x: Tensor, y: Tensor, clean: Tensor, outcome: Outcome, after: Tensor) -> Pictures:
-    # those that were right before and are not any more come first, and one of every class before the second of any
+    # one of every class before the second of any; those that were right before and are not any more come first
     same = ((clean != y) | (after == y)).long()
     order = torch.argsort(same, stable=True)
     classes = F.one_hot(y[order])
     earlier = (classes.cumsum(0) - classes).gather(1, y[order].unsqueeze(1)).squeeze(1)
-    order = order[torch.argsort(same[order] * len(y) + earlier, stable=True)][:_PICTURES]
+    order = order[torch.argsort(2 * earlier + same[order], stable=True)][:_PICTURES]
     return Pictures(
         attack=attack.name,
         clean=x[order].cpu(),
@@ -165,6 +166,7 @@ def measure(
     rows, pictures = [], []
     answers: dict[str, Answers] = {}
     with measuring(model), measuring(second if second is not None else nn.Identity()):
+        trial = connected(trial)
         clean = trial.predict(x)
         second_right = None if second is None else predict(second, x, trial.batch_size) == y
         worst = clean == y
@@ -187,6 +189,7 @@ def measure(
             )
 
         def measured(gates: GateReport | None) -> Measurement:
+            per_image = PerImage(ids=ids.cpu(), labels=y.cpu(), clean=clean.cpu(), attacks=dict(answers))
             return Measurement(
                 rows=tuple(rows),
                 clean=int((clean == y).sum()),
@@ -196,8 +199,8 @@ def measure(
                 images=images,
                 gates=gates,
                 pictures=tuple(pictures),
-                per_image=PerImage(ids=ids.cpu(), labels=y.cpu(), clean=clean.cpu(), attacks=dict(answers)),
-                class_names=tuple(class_names),
+                per_class=per_image.by_class(class_names),
+                per_image=per_image,
                 random=random,
             )
 

@@ -135,16 +135,10 @@ def show(done: "Evaluated", *, per_class: bool = False) -> None:
     if regional := done.measurement.regional_table():
         print_table(regional, title="regional attacks, means over the flipped images")
     if (report := done.measurement.gates) is not None:
-        rows = [
-            {
-                "gate": gate.name,
-                "": "passed" if gate.passed else "FAILED",
-                "measured": gate.measured,
-                "bound": gate.bound,
-            }
-            for gate in report.gates
-        ]
-        print_table(rows, title=f"gates, on {report.images} images")
+        print(f"gates, on {report.images} images")
+        for gate in report.gates:
+            # what a random model's gate measured is longer than a column of a table
+            print(f"  {'passed' if gate.passed else 'FAILED'}  {gate.name}: {gate.measured} (expected: {gate.bound})")
         for gate in report.gates:
             if not gate.passed:
                 print(f"FAILED {gate.name}: {gate.failure_means}")
@@ -192,7 +186,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
     except OSError as error:
         fail(f"{error.filename or arguments['path']}: {error.strerror or error}", code=1, prog=prog)
     except KeyboardInterrupt as interrupt:
-        resume = "interrupted; the same command again goes on with autoattack where it was"
+        resume = (
+            "interrupted; finished attacks are in evaluation-*.partial.json of the output directory, and the same "
+            "command again goes on with autoattack where it was"
+        )
         fail(resume, code=interrupted_code(interrupt), prog=prog)
     print(f"reports in {printable(str(done.output))}")
     if done.report["unreliable"]:

@@ -134,7 +134,15 @@ def _require_fit(subject: Subject, dataset: Dataset, device: torch.device, what:
         reason = str(error).splitlines()[0]
         raise EvaluationError(f"{what}: cannot classify {dataset.name}'s {shape} images: {reason}") from None
     if logits.shape[1] != len(dataset.class_names):
-        raise EvaluationError(f"{what}: has {logits.shape[1]} classes, {dataset.name} {len(dataset.class_names)}")
+        count, classes = logits.shape[1], len(dataset.class_names)
+        # dummy classes: attacks on all of them would be led aside
+        hint = (
+            f"; if {count // classes} logits stand for each class, wrap the model so that it returns "
+            f"logits.unflatten(1, (-1, {classes})).amax(1)"
+            if count > classes and count % classes == 0
+            else ""
+        )
+        raise EvaluationError(f"{what}: has {count} classes, {dataset.name} {classes}{hint}")
 
 
 def evaluate_checkpoint(

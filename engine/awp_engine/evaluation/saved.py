@@ -23,7 +23,7 @@ def image_saver(trial: Trial, directory: Path, name: str, count: int) -> Callabl
     """What takes an attack's name, images and predictions, and writes images-NAME-ATTACK.safetensors at once.
 
     In the file, for `count` images at even distances, or all for 0: `x` and `x_adv`, fp32 [N, C, H, W] in [0, 1];
-    `labels`, `ids` and `predictions`, of x_adv, int64 [N].
+    `labels`, `ids` and `predictions`, of x_adv, int64 [N]. For clean there is nothing to write.
 
     Args:
         trial: whose images they are.
@@ -36,6 +36,8 @@ def image_saver(trial: Trial, directory: Path, name: str, count: int) -> Callabl
     rows = torch.arange(some, device=y.device) * len(y) // some
 
     def save(attack: str, x_adv: Tensor, predictions: Tensor) -> None:
+        if attack == "clean":
+            return
         columns = {"x": x, "x_adv": x_adv.float(), "labels": y, "ids": ids, "predictions": predictions}
         tensors = {key: column[rows].cpu().contiguous() for key, column in columns.items()}
         facts = {"attack": attack, "epsilon": str(trial.threat.epsilon), "norm": trial.threat.norm}

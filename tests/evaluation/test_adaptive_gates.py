@@ -261,6 +261,17 @@ def test_no_alarm_on_honest_models(name):
     assert found.details["hidden_gradients"]["bpda"] is None
 
 
+def test_an_honest_quantised_model_is_attacked_through_and_passes():
+    """Its own straight-through gradient is right: looking through finds no more."""
+    quantised = Part(lambda x: x + (torch.round(x * 32) / 32 - x).detach())
+    model = nn.Sequential(quantised, clean_model())
+    with measuring(model):
+        found, passed, held = judged(trial(model, 20, Fraction(1, 20)))
+    assert all(passed.values()), [gate.measured for gate in found.gates]
+    assert found.details["hidden_gradients"]["bpda"] >= held - 1
+    assert found.details["hidden_gradients"]["operations"] == ["round in 0"]
+
+
 class Part(nn.Module):
     """A function as a module."""
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awp_engine.attack import Loss, cross_entropy_losses, margin_losses, summed_margin
+from awp_engine.attack import Loss, cross_entropy_losses, margin_losses, starting_point, summed_margin
 from awp_engine.data import eval_batches
 from awp_engine.evaluation.accuracy import spread
 from awp_engine.evaluation.attacks import Trial, ascend, folded
@@ -32,8 +32,10 @@ _AGREEMENT = 0.5
 _ADAPTED_STEPS = 40
 # of the largest logit, as in AutoAttack's own check for randomised models; of a gradient, as sums on a GPU differ more
 _REPEATED, _REPEATED_GRADIENT = 1e-4, 1e-2
-_PROBED_IMAGES, _PROBED_VALUES = 16, 16
+_PROBED_IMAGES, _PROBED_VALUES, _PROBED_POINTS = 16, 16, 3
 _PROBE = 21
+# of the images, how many an adapted attack may break that plain ones did not
+_MORE = Fraction(5, 100)
 # of the values that were probed, how many may have an effect that the gradient denies
 _HIDDEN = Fraction(5, 100)
 # logits a class, of what is looked for inside a model
@@ -191,31 +193,36 @@ def hidden_share(trial: Trial) -> tuple[int, int]:
     """Values of images whose gradient is exactly 0 though a change within the ball has an effect; and all probed.
 
     Probed are random values of a few images, each changed by itself, as far as Linf epsilon allows, or 8 grey levels in
-    another norm.
+    another norm. The gradient has to be 0 at the image and at random points as near: that of a ReLU or a maximum that
+    is off at the image is not.
     """
     part = replace(trial, split=spread(trial.split, _PROBED_IMAGES))
     x, y, ids, _ = part.whole
+    length = float(trial.threat.epsilon) if trial.threat.norm == "linf" else 8 / 255
     logits, gradient = _gradient(trial.model, x, y)
+    denied = gradient.flatten(1) == 0
+    for number in range(_PROBED_POINTS):
+        seed = mix_seed(trial.seed, _PROBE, number)
+        near = starting_point(x, "uniform", epsilon=length, norm="linf", sample_ids=ids, seed=seed)
+        denied &= _gradient(trial.model, near, y)[1].flatten(1) == 0
     # relative to what the answers are made of
     scale = logits.abs().amax(1).clamp_min(torch.finfo(logits.dtype).tiny)
     values = x[0].numel()
     words = sample_words(ids, _PROBED_VALUES, seed=mix_seed(trial.seed, _PROBE), stream=STREAM_UNIFORM)
     places = words.long() * values >> 32  # [N, probes]
-    length = float(trial.threat.epsilon) if trial.threat.norm == "linf" else 8 / 255
     hidden = 0
     for place in places.T:
         moved = x.clone().flatten(1)
         old = moved.gather(1, place.unsqueeze(1))
         moved.scatter_(1, place.unsqueeze(1), torch.where(old > 0.5, old - length, old + length).clamp(0, 1))
         effect = (trial.model(moved.view_as(x)) - logits).abs().amax(1) > _REPEATED * scale
-        denied = gradient.flatten(1).gather(1, place.unsqueeze(1)).squeeze(1) == 0
-        hidden += int((effect & denied).sum())
+        hidden += int((effect & denied.gather(1, place.unsqueeze(1)).squeeze(1)).sum())
     return hidden, places.numel()
 
 
 def _hidden_gate(trial: Trial, held: Tensor, black: int) -> tuple[Gate, dict[str, Any]]:
     x, y, *_ = trial.whole
-    images, white, slack = len(y), int(held.sum()), math.floor(SLACK * len(y))
+    images, white, slack = len(y), int(held.sum()), math.ceil(_MORE * len(y))
     hidden, probed = hidden_share(trial)
     probe = slice(0, min(_PROBED_IMAGES, trial.batch_size))
     reason, bpda = None, None
@@ -322,7 +329,7 @@ def _wider_inside(model: nn.Module, x: Tensor, classes: int) -> str | None:
 
 def _dummy_gate(trial: Trial, held: Tensor) -> tuple[Gate, dict[str, Any]]:
     x, y, *_ = trial.whole
-    images, white, slack = len(y), int(held.sum()), math.floor(SLACK * len(y))
+    images, white, slack = len(y), int(held.sum()), math.ceil(_MORE * len(y))
     with torch.no_grad():
         logits = int(trial.model(x[:1]).shape[1])
     classes = trial.classes or logits

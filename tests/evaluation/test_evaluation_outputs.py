@@ -119,6 +119,14 @@ def test_targeted_attacks_reach_their_targets(target):
         assert len(after[~outcome.held].unique()) >= 7
 
 
+def test_a_random_target_is_never_the_label():
+    """In a ball that holds every image, everybody is led somewhere else."""
+    attacked = trial("linf", "1")
+    with measuring(attacked.model):
+        outcome = gradient_attack(attacked, parse_attack("pgd30-random-target"), step_size=Fraction(1, 10), restarts=1)
+    assert outcome.held.sum() <= 1
+
+
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory) -> Path:
     return write_run(tmp_path_factory.mktemp("runs") / "robust")

@@ -50,8 +50,6 @@ def project_l1(x_adv: Tensor, x: Tensor, epsilon: float) -> Tensor:
     left = right - 1
     rest = wanted - removed.gather(1, left)
     threshold = corners.gather(1, left) + rest / slope.gather(1, left).clamp_min(1)
-    # where the box alone is enough
-    threshold = threshold.where(wanted > 0, 0.0)
     kept = change.sign() * (u - threshold.clamp(v, u))
     return (clean + kept).clamp(0, 1).to(x_adv.dtype).view_as(x_adv)
 

@@ -79,7 +79,10 @@ def _threat(subject: Subject, epsilon: str | None, norm: Norm | None, step_size:
     """The ball that was asked for, or else the run's own; a step goes with its ball, else it is epsilon / 4."""
     config = subject.config
     if config is not None:
-        if epsilon is None and norm in (None, config.attack.norm) and step_size is None:
+        if epsilon is None and norm not in (None, config.attack.norm):
+            own = f"{config.attack.epsilon}, is of {config.attack.norm}"
+            raise EvaluationError(f"--norm {norm}: give --epsilon too, as the run's own, {own}")
+        if epsilon is None and step_size is None:
             step_size = config.evaluation.step_size
         epsilon = config.attack.epsilon if epsilon is None else epsilon
         norm = norm or config.attack.norm

@@ -3,12 +3,7 @@
 import time
 from collections.abc import Callable
 
-
-def duration(seconds: float) -> str:
-    """75 -> 1:15, 4000 -> 1:06:40."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+from awp_engine.files.text import duration
 
 
 class ProgressLines:

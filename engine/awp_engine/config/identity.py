@@ -178,8 +178,9 @@ def longer_flags(config: Config, epochs: int) -> list[str]:
     """The flags that give a run more epochs, where `why_not_longer` has nothing against them."""
     optimizer, flags = config.optimizer, ["--epochs", str(epochs)]
     if optimizer.schedule == "piecewise" and max(optimizer.milestones, default=2) <= 1:
-        # fractions of more epochs would be other epochs
-        flags += ["--optimizer.milestones", *map(str, optimizer.milestone_epochs(config.epochs))]
+        # the same fractions of more epochs would be other epochs; 1 is a fraction
+        marks = optimizer.milestone_epochs(config.epochs)
+        flags += ["--optimizer.milestones", *(str(mark if min(marks) > 1 else mark / epochs) for mark in marks)]
     return flags
 
 

@@ -19,7 +19,7 @@ from awp_engine.observe.lane import Lane, write_line
 from awp_engine.observe.metrics import Metrics, MetricsFile
 from awp_engine.observe.trackers import open_trackers
 
-_REDRAW_SECONDS = 0.2
+_REDRAWS, _REDRAW_SECONDS = 4, 0.2
 _CLOSE_SECONDS = 10.0
 _METRICS_SECONDS = 5.0
 # rows on a terminal, after which the head has scrolled away
@@ -89,7 +89,7 @@ class RunLog:
                 "{task.fields[numbers]}",
                 console=self._console,
                 expand=True,
-                refresh_per_second=4,
+                refresh_per_second=_REDRAWS,
                 # what it said stands in the rows
                 transient=True,
             )

@@ -193,17 +193,17 @@ def _shown(value: Any) -> str:
 _DOES = "Trains an image classifier to withstand adversarial examples."
 # the flags that --help shows, in fewer words than the settings have
 _COMMON = {
-    "data.name": ("NAME", "data set: digits, cifar10, folder, imagenet, ..."),
+    "data.name": ("NAME", "data set: digits, cifar10, folder, ..."),
     "data.root": ("DIR", "directory that holds it; the digits need none"),
     "run_dir": ("DIR", "for results; a run there goes on"),
     "epochs": ("N", "passes over the training images"),
     "method": ("NAME", "loss: at, trades, mart or rst"),
-    "awp.gamma": ("X", "size of the weight perturbation; 0 turns it off"),
+    "awp.gamma": ("X", "size of weight perturbation; 0 turns it off"),
     "attack.norm": ("NAME", "norm of the attack: linf or l2"),
     "attack.epsilon": ("X", "radius of the attack, exact: 8/255 or 0.2"),
     "attack.steps": ("N", "steps of the attack"),
     "seed": ("N", "of weights, order and noise"),
-    "log": ("NAME ...", "or wandb, mlflow, trackio; several, or none"),
+    "log": ("NAME ...", "also wandb, mlflow, trackio; or none"),
 }
 
 
@@ -213,10 +213,10 @@ def _usage(prog: str) -> str:
 
 def _short_help(default: Config, prog: str) -> str:
     """One screen: what it does, and the flags that most people use."""
-    values = to_flat(default) | {"run_dir": default.resolved_run_dir, "log": default.log}
+    values = to_flat(default) | {"run_dir": "runs/PRESET-seed0", "log": default.log}
     rows = [(f"{flag(key)} {name}", f"{text} ({_shown(values[key])})") for key, (name, text) in _COMMON.items()]
     rows += [
-        ("--config FILE", "settings from .yaml or .json, such as a run's config.json"),
+        ("--config FILE", "settings from .yaml or .json, say a run's config.json"),
         ("--presets", "list the presets: data, model and method of a paper"),
         ("--help-all", f"explain all {len(key_types())} flags"),
     ]

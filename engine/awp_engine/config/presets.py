@@ -239,19 +239,16 @@ def _larger_presets() -> dict[str, tuple[str, _Build]]:
     presets = {}
     for awp in (False, True):
         suffix, with_awp = ("-awp", "-AWP") if awp else ("", "")
-        for short, model, words in (
-            ("convnext-t", "convnext-tiny-convstem", "ConvNeXt-T"),
-            ("resnet50", "resnet-50", "ResNet-50"),
-        ):
-            summary = f"AT{with_awp} of {words} on ImageNet, Linf 4/255."
+        for short, model in (("convnext-t", "convnext-tiny-convstem"), ("resnet50", "resnet-50")):
+            summary = f"AT{with_awp} on ImageNet, Linf 4/255."
             presets[f"imagenet-{short}-at{suffix}"] = (summary, functools.partial(imagenet, model, awp=awp))
-        summary = f"TRADES{with_awp} on CIFAR-10, generated images."
+        summary = f"TRADES{with_awp}, generated CIFAR-10 images."
         presets[f"cifar10-wrn-28-10-silu-trades{suffix}-edm"] = (summary, functools.partial(generated, awp=awp))
     return presets
 
 
 _ALL: dict[str, tuple[str, _Build]] = {
-    "digits": ("AT-AWP on handwritten digits; two minutes.", digits),
+    "digits": ("AT-AWP on handwritten digits.", digits),
     "digits-at": ("The same without weight perturbation.", functools.partial(digits, gamma=0.0)),
     "digits-trades": ("TRADES on the digits.", functools.partial(digits, "trades", 0.0)),
     "digits-trades-awp": ("TRADES-AWP on the digits.", functools.partial(digits, "trades")),
@@ -259,7 +256,7 @@ _ALL: dict[str, tuple[str, _Build]] = {
     "digits-mart-awp": ("MART-AWP on the digits.", functools.partial(digits, "mart")),
     **_paper_presets(),
     "cifar10-preact-resnet18-at-awp-shared": ("AT-AWP; the attack gives the ascent.", shared_ascent),
-    "cifar10-preact-resnet18-at-rwp": ("AT-RWP: ascent by low losses, ten steps.", rwp),
+    "cifar10-preact-resnet18-at-rwp": ("AT-RWP: ascent by low losses, 10 steps.", rwp),
     "cifar10-preact-resnet18-fgsm-rs": ("FGSM-RS, 30 epochs, one-cycle rate.", functools.partial(fast, "fgsm-rs")),
     "cifar10-preact-resnet18-n-fgsm": ("N-FGSM, 30 epochs, one-cycle rate.", functools.partial(fast, "n-fgsm")),
     "cifar10-preact-resnet18-free": (

@@ -6,6 +6,7 @@ seconds, a network that hangs or a client that crashes costs the training nothin
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import subprocess
@@ -110,7 +111,7 @@ class ServiceTracker:
         try:
             found = self._ask("start", run_dir=str(where), config=self._config, run=run)
         except Exception:
-            self._process = None
+            self._leave()
             raise
         atomic_write_text(path, json.dumps(found) + "\n")
 
@@ -141,8 +142,22 @@ class ServiceTracker:
 
     def close(self, seconds: float) -> None:
         """End the service's run; where that takes longer, its process goes on alone."""
-        self._lane.put(self._ask, "close", done=self._finished)
+        self._lane.put(self._end)
         self._lane.close(seconds)
+
+    def _end(self) -> None:
+        try:
+            self._ask("close", done=self._finished)
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        """Wait for the process to end, which it does when nothing can come any more."""
+        process, self._process = self._process, None
+        # it may have ended before
+        with contextlib.suppress(BrokenPipeError):
+            if process is not None:
+                process.__exit__(None, None, None)
 
 
 def open_trackers(

@@ -48,5 +48,5 @@ def _cell(name: str, value: float | int | None) -> str:
     if name.endswith("accuracy"):
         return f"{value:.2%}"
     if name == "lr":
-        return f"{value:.3g}"
+        return f"{value:.5f}" if value >= 1e-3 else f"{value:.2e}"
     return f"{value:.4f}" if abs(value) < 100 else f"{value:.1e}"

@@ -590,7 +590,7 @@ class Torchrun:
 
     def steps(self) -> int:
         """How many steps the first rank has logged, over all restarts."""
-        return self.said().count(" images/s ")
+        return self.said().count(" img/s ")
 
     def wait_steps(self, count: int) -> None:
         """Until so many steps were logged, or the job has ended."""

@@ -279,6 +279,8 @@ def build_preset(name: str) -> Config:
     """
     if name in _ALL:
         return dataclasses.replace(_ALL[name][1](), preset=name)
-    hint = did_you_mean(name, PRESETS, "")
-    known = f"awp train --presets lists all {len(PRESETS)}"
-    raise ConfigError(f"preset: {hint} there is no {show(name)}; {known}".replace(":  ", ": "))
+    # of a beginning some that begin so
+    longer = [preset for preset in PRESETS if name and preset.startswith(name)][:3]
+    hint = f"did you mean {', '.join(longer)}? " if longer else did_you_mean(name, PRESETS, "")
+    told = f"{hint.rstrip()} there is no {show(name)}".lstrip()
+    raise ConfigError(f"preset: {told}; awp train --presets lists all {len(PRESETS)}")

@@ -173,7 +173,7 @@ TESTED = [
     "onnxscript",
     "torchattacks==3.5.1",
     "triton>=3.6; platform_system == 'Linux'",
-    "wandb",
+    "wandb>=0.31",
     "awp-engine[dali,eval,examples,huggingface,timm]",
     # each torchvision is built for one torch: without this line pip takes the newest of both
     f"torch=={TORCH.partition('+')[0]}",
@@ -193,7 +193,7 @@ EXTRAS = {
     ],
     "dali": [TRAIN, "nvidia-dali-cuda130>=2.4; platform_system == 'Linux'"],
     "eval": [TRAIN, "pyautoattack==0.2.*"],
-    "log": [TRAIN, "wandb", "mlflow-skinny", "trackio"],
+    "log": [TRAIN, "wandb>=0.31", "mlflow-skinny", "trackio"],
     "huggingface": [TRAIN, "datasets>=3"],
     "timm": [TRAIN, "timm>=1.0.20"],
     "examples": ["transformers>=5", "accelerate", "lightning>=2.6"],

@@ -166,7 +166,7 @@ def Image(path):
         ("start", "wandb: cannot be written, training goes on: RuntimeError: no such project"),
         ("log", "wandb: cannot be written, training goes on: ValueError: two lines"),
         ("crash", "wandb: cannot be written, training goes on: its process ended with code 7"),
-        ("hang", "wandb: is not written in time; the rest is left out"),
+        ("hang", "wandb: takes longer than the training; its process ends alone, in minutes"),
     ],
 )
 def test_a_service_that_fails_costs_one_warning(

@@ -69,8 +69,8 @@ class Wandb(Service):
         """What is missing, None where nothing is: asking for a key would wait for somebody to type it."""
         wandb: Any = import_module("wandb")
 
-        # another mode needs no account
-        if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False):
+        # another mode needs no account, and a network that is down must not keep a run from going on
+        if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
             return "not logged in: run `wandb login`, or set WANDB_MODE=offline and later run `wandb sync`"
         return None
 
@@ -223,6 +223,9 @@ class Session:
         if do == "start":
             self.open = service(Path(message["run_dir"]), message["config"], message["run"])
             return self.open.identity
+        # where it did not start, that was said
+        if self.open is None:
+            return {}
         finite = {name: value for name, value in message.get("values", {}).items() if math.isfinite(value)}
         if do == "log":
             self.open.log(message["epoch"], finite)

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -86,6 +87,8 @@ def require_trackers(names: Sequence[str]) -> None:
 class ServiceTracker:
     """wandb, mlflow or trackio in a process of its own, which goes on with the run that the directory names.
 
+    Nothing waits for an answer: what the process was told it does, even where the training has ended meanwhile.
+
     Args:
         name: of the service.
         run_dir: keeps `NAME.json`, which says the service's own name of the run, and where it is.
@@ -94,70 +97,70 @@ class ServiceTracker:
     """
 
     def __init__(self, name: str, run_dir: Path, config: dict[str, Any], warn: Callable[[str], None]) -> None:
-        self._name, self._run_dir, self._config = name, run_dir, config
+        self._name, self._path, self._config, self._warn = name, run_dir / f"{name}.json", config, warn
         self._process: subprocess.Popen[str] | None = None
-        self._finished = False
+        self._finished, self._ended = False, threading.Event()
         self._lane = Lane(name, warn)
         self._lane.put(self._start)
 
     def _start(self) -> None:
-        path = self._run_dir / f"{self._name}.json"
         try:
-            run = json.loads(path.read_text())["run"]
+            run = json.loads(self._path.read_text())["run"]
         except (OSError, ValueError, TypeError, KeyError):
             run = None
         self._process = _start_process(self._name)
-        where = self._run_dir.absolute()
-        try:
-            found = self._ask("start", run_dir=str(where), config=self._config, run=run)
-        except Exception:
-            self._leave()
-            raise
-        atomic_write_text(path, json.dumps(found) + "\n")
+        threading.Thread(target=self._listen, args=(self._process,), daemon=True).start()
+        self._tell("start", run_dir=str(self._path.parent.absolute()), config=self._config, run=run)
 
-    def _ask(self, do: str, **more: Any) -> dict[str, Any]:
-        # where it did not start, that was said
-        if self._process is None:
-            return {}
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"do": do, **more}) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"its process ended with code {self._process.wait()}")
-        if problem := json.loads(line).get("error"):
-            raise RuntimeError(one_line(problem))
-        return json.loads(line)
+    def _tell(self, do: str, **more: Any) -> None:
+        # why it has ended says `_listen`
+        with contextlib.suppress(BrokenPipeError):
+            if self._process is not None and self._process.stdin is not None:
+                self._process.stdin.write(json.dumps({"do": do, **more}) + "\n")
+                self._process.stdin.flush()
+
+    def _listen(self, process: subprocess.Popen[str]) -> None:
+        """What the process answers, on a thread of its own."""
+        assert process.stdout is not None
+        with process.stdout:
+            for line in process.stdout:
+                answer = json.loads(line)
+                problem = answer.get("error")
+                if "run" in answer:
+                    try:
+                        atomic_write_text(self._path, line)
+                    except OSError as error:
+                        problem = str(error)
+                if problem:
+                    self._lost(one_line(problem))
+        if code := process.wait():
+            self._lost(f"its process ended with code {code}")
+        self._ended.set()
+
+    def _lost(self, why: str) -> None:
+        self._warn(f"{self._name}: cannot be written, training goes on: {why}")
 
     def add(self, epoch: int, values: Mapping[str, float]) -> None:
         """Hand on an epoch's numbers; never waits."""
-        self._lane.put(self._ask, "log", epoch=epoch, values=dict(values))
+        self._lane.put(self._tell, "log", epoch=epoch, values=dict(values))
 
     def finish(self, epoch: int, values: Mapping[str, float], files: Sequence[Path]) -> None:
         """Hand on the report; never waits."""
         self._finished = True
         paths = [str(path.absolute()) for path in files]
-        self._lane.put(self._ask, "finish", epoch=epoch, values=dict(values), files=paths)
+        self._lane.put(self._tell, "finish", epoch=epoch, values=dict(values), files=paths)
 
     def close(self, seconds: float) -> None:
         """End the service's run; where that takes longer, its process goes on alone."""
         self._lane.put(self._end)
-        self._lane.close(seconds)
+        if self._lane.close(seconds) and self._process is not None and not self._ended.wait(seconds):
+            self._warn(f"{self._name}: takes longer than the training; its process ends alone, in minutes")
 
     def _end(self) -> None:
-        try:
-            self._ask("close", done=self._finished)
-        finally:
-            self._leave()
-
-    def _leave(self) -> None:
-        """Wait for the process to end, which it does when nothing can come any more."""
-        process, self._process = self._process, None
-        # it may have ended before
+        self._tell("close", done=self._finished)
         with contextlib.suppress(BrokenPipeError):
-            if process is not None:
-                process.__exit__(None, None, None)
+            if self._process is not None and self._process.stdin is not None:
+                self._process.stdin.close()
 
 
 def open_trackers(

@@ -32,7 +32,8 @@ KNOWN = {
     "model.mean": st.sampled_from([[], [0.5], [0.485, 0.456, 0.406]]),
     "model.std": st.sampled_from([[], [0.25], [0.229, 0.224, 0.225]]),
     "awp.layers": st.sampled_from([[], ["fc.weight", "layer?.*.weight"]]),
-    "optimizer.milestones": st.sampled_from([[], [0.5], [0.25, 0.75], [1e-3, 1.0]]),
+    "optimizer.milestones": st.sampled_from([[], [0.5], [0.25, 0.75], [1e-3, 1.0], [2.0, 30.0]]),
+    "log": st.sampled_from([[], ["none"], ["tensorboard", "wandb"], ["mlflow"], ["none", "trackio"]]),
 }
 # "none" is a path in JSON alone
 names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=8)
@@ -204,7 +205,7 @@ def test_words_are_what_their_settings_say(folder: Path) -> None:
         ('data: {root: "a\\0b"}\n', "--data.root: expected a path or none, got 'a\\x00b'"),
         ('data: {root: "\\ud800"}\n', "--data.root: expected a path or none, got '\\ud800'"),
         ('data: {root: "\\UFFFFFFFF"}\n', "not YAML: "),
-        ("preset: digts\n", "preset: expected one of digits,"),
+        ("preset: digts\n", "preset: did you mean digits? there is no 'digts';"),
         ("preset: [digits]\n", "--preset: expected text, got ['digits']"),
         ("data: {crop: resized}\n", "--data.crop: expected pad, unless --data.image-size is given, got 'resized'"),
         ("awp:\n", "awp: expected a group of settings, got None"),

@@ -52,7 +52,10 @@ def test_sigterm_to_torchrun_leaves_a_checkpoint_and_no_process(tmp_path, whole)
     assert len(said) == 1, job.said()
     # whichever rank heard it first
     whom = "(?: to rank 1)?"
-    stopped = re.fullmatch(rf"stopped by SIGTERM{whom}: \S+/epoch-0\.step-(\d+) is written; .* to go on", said[0])
+    stopped = re.fullmatch(
+        rf"stopped by SIGTERM{whom}: \S+/epoch-0\.step-(\d+) is written; to go on: torchrun --nproc-per-node=2 .*",
+        said[0],
+    )
     assert stopped is not None, said
     # the step that was logged last, one that may have ended after that, and one more
     assert int(stopped[1]) <= steps + 2
@@ -163,7 +166,7 @@ def test_words_of_an_earlier_start_are_not_taken_for_those_of_this_one():
         _agree(server, 0, 3, 0.1)
 
 
-@pytest.mark.parametrize(("flags", "code", "words"), [(["--help"], 0, "Presets"), (["--epochs", "0"], 2, "--epochs")])
+@pytest.mark.parametrize(("flags", "code", "words"), [(["--help"], 0, "--presets"), (["--epochs", "0"], 2, "--epochs")])
 def test_help_and_errors_are_said_once(flags, code, words):
     environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     both = [

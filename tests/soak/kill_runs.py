@@ -397,7 +397,7 @@ def signal_run(
         return None
     expected = 130 if number == signal.SIGINT else 75
     lines = [line for line in said.splitlines() if line.startswith("train.py: error: ")]
-    pattern = rf"train\.py: error: stopped by {number.name}: (\S+) is written; start again with --run-dir \S+ to go on"
+    pattern = rf"train\.py: error: stopped by {number.name}: (\S+) is written; to go on: python \S+ .*--run-dir \S+"
     found = re.fullmatch(pattern, "\n".join(lines))
     if code != expected or found is None or "Traceback" in said:
         raise RunError(
@@ -590,7 +590,7 @@ class Torchrun:
 
     def steps(self) -> int:
         """How many steps the first rank has logged, over all restarts."""
-        return self.said().count(" images/s ")
+        return self.said().count(" img/s ")
 
     def wait_steps(self, count: int) -> None:
         """Until so many steps were logged, or the job has ended."""

@@ -1,6 +1,7 @@
 """Runs that are killed or asked to stop: see kill_runs.py, which does the same for longer."""
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -62,7 +63,8 @@ def test_a_second_interrupt_ends_a_run_at_once(tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130
-    assert said == f"train.py: error: interrupted; start again with --run-dir {tmp_path / 'run'} to go on\n"
+    again = shlex.join(["python", str(TRAIN), *flags])
+    assert said == f"train.py: error: interrupted; to go on: {again}\n"
 
 
 def test_a_run_killed_before_its_first_file_was_whole_starts_again(tmp_path):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -88,20 +89,30 @@ def test_metrics_that_are_not_finite_become_null(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == [{"epoch": 1, "loss": None, "lr": None, "clean": None}]
 
 
-def test_plain_lines_come_once_an_interval_and_at_the_end(tmp_path: Path) -> None:
-    text = run(tmp_path, interval=3600)
-    assert text.splitlines() == ["epoch 4/4  loss 0.25  held_out_pgd_accuracy 40.00%"]
+def test_plain_lines_come_once_an_interval_and_for_every_evaluated_epoch(tmp_path: Path) -> None:
+    evaluated = {2: {"held_out_pgd_accuracy": 0.25}}
+    text = run(tmp_path, interval=3600, metrics=lambda epoch: {"loss": 1 / epoch, **evaluated.get(epoch, {})})
+    caption, head, *rows = text.splitlines()
+    assert "best held-out PGD" in caption
+    assert head.split() == ["epoch", "loss", "lr", "train", "PGD", "held-out", "clean", "held-out", "PGD", "time"]
+    # the second was evaluated, the fourth is the last one
+    assert [row.split() for row in rows] == [
+        ["2/4", "0.5000", "-", "-", "-", "25.00%", "-"],
+        ["4/4", "0.2500", "-", "-", "-", "-", "-"],
+    ]
     text = run(tmp_path, interval=1e-9)
-    assert len(text.splitlines()) == EPOCHS * 4
+    assert len(text.splitlines()) == EPOCHS * 4 + 2
     first = text.splitlines()[0]
-    assert first.startswith("epoch 1/4 step 1/3  loss 0.5000  lr 0.1  ")
-    assert "images/s  ETA 0:00:" in first
+    assert first.startswith("epoch 1/4 step 1/3  loss 0.5000  ")
+    assert re.search(r" img/s  \d+:\d\d left$", first)
     assert "\x1b" not in text
 
 
 def test_a_long_line_is_not_folded(tmp_path: Path) -> None:
-    text = run(tmp_path, interval=3600, metrics=lambda epoch: {f"metric_{n}": 0.5 for n in range(30)})
-    assert len(text.splitlines()) == 1
+    file = io.StringIO()
+    with RunLog(tmp_path, "{}", 1, 3600, console=Console(file=file, width=80)) as log:
+        log.message("/".join(["directory"] * 30))
+    assert len(file.getvalue().splitlines()) == 1
 
 
 def test_terminal_shows_a_bar_and_the_epochs(tmp_path: Path) -> None:
@@ -112,7 +123,7 @@ def test_terminal_shows_a_bar_and_the_epochs(tmp_path: Path) -> None:
         text = run(tmp_path, console=console)
     finally:
         run_log._REDRAW_SECONDS = original
-    for part in ("epoch 4/4", "step 3/3", "loss 0.5000", "images/s", "ETA", "40.00%"):
+    for part in ("epoch 4/4", "step 3/3", "loss 0.5000", "img/s", "left", "40.00%"):
         assert part in text
 
 

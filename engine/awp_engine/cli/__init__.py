@@ -14,7 +14,7 @@ COMMANDS = {
     "train": "train a robust classifier, or go on with a run",
     "evaluate": "measure how robust a trained model is",
     "compare": "show runs side by side: tables over seeds, learning curves, one page",
-    "landscape": "draw the robust loss around trained weights, and measure its flatness",
+    "landscape": "draw the loss around trained weights, and measure its flatness",
     "data": "scan image folders, pack them into shards, verify shards",
     "export": "write a trained model for the Hugging Face Hub, or for PyTorch alone",
     "checkpoint": "verify, list or export the checkpoints of a run",

@@ -6,34 +6,26 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from awp_engine.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    Position,
-    damage,
-    export_model,
-    load,
-    load_latest,
-    names,
-    position,
-)
-from awp_engine.checkpoint.layout import LATEST, MANIFEST
-from awp_engine.checkpoint.read import latest_name
 from awp_engine.cli.command_line import OneLineParser, fail
 from awp_engine.config import ConfigError
 from awp_engine.distributed.signals import interrupted_code, interrupts
 from awp_engine.files.locking import LOCK, locked
 from awp_engine.files.text import printable
-from awp_engine.models.trained import CHECKPOINTS
-from awp_engine.observe.report import print_table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from awp_engine.checkpoint import Checkpoint
 
 
 def _found(place: Path) -> list[Path]:
     """The checkpoints that `place` means, oldest first."""
+    from awp_engine.checkpoint import CheckpointError, names, position
+    from awp_engine.checkpoint.layout import MANIFEST
+    from awp_engine.models.trained import CHECKPOINTS
+
     try:
         if (place / MANIFEST).exists() or (position(place.name) is not None and place.is_dir()):
             return [place]
@@ -49,6 +41,8 @@ def _found(place: Path) -> list[Path]:
 
 def _problems(path: Path) -> tuple[list[str], dict[str, Any]]:
     """What is wrong with a checkpoint, and its state where nothing is."""
+    from awp_engine.checkpoint import CheckpointError, damage, load
+
     problems = damage(path)
     try:
         return problems, {} if problems else load(path).state
@@ -77,6 +71,11 @@ def _percent(value: object) -> str:
 
 
 def _list(place: Path) -> int:
+    from awp_engine.checkpoint import CheckpointError, Position, position
+    from awp_engine.checkpoint.layout import LATEST
+    from awp_engine.checkpoint.read import latest_name
+    from awp_engine.observe.report import print_table
+
     found = _found(place)
     try:
         latest = latest_name(found[0].parent)
@@ -105,6 +104,8 @@ def _list(place: Path) -> int:
 
 
 def _chosen(place: Path) -> Checkpoint:
+    from awp_engine.checkpoint import load, load_latest
+
     found = _found(place)
     if found == [place]:
         return load(place)
@@ -115,6 +116,8 @@ def _chosen(place: Path) -> Checkpoint:
 
 
 def _weights(loaded: Checkpoint, which: str) -> dict[str, Tensor]:
+    from awp_engine.checkpoint import CheckpointError
+
     weights = loaded.tensors.get(which)
     if not weights:
         held = ", ".join(group for group in ("best_model", "model", "average") if loaded.tensors.get(group))
@@ -129,6 +132,8 @@ def _weights(loaded: Checkpoint, which: str) -> dict[str, Tensor]:
 
 
 def _export(place: Path, output: Path, which: str) -> int:
+    from awp_engine.checkpoint import CheckpointError, export_model
+
     if os.path.lexists(output):
         raise CheckpointError(f"{output}: is there already; remove it or choose another name")
     loaded = _chosen(place)
@@ -168,6 +173,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "awp checkpoint") -> int
     arguments = parser.parse_args(argv)
     if arguments.command == "export" and arguments.output.suffix != ".safetensors":
         parser.error(f"OUT.safetensors: expected a name that ends so, got {str(arguments.output)!r}")
+
+    from awp_engine.checkpoint import CheckpointError
+
     try:
         with interrupts():
             if arguments.command == "verify":

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
+import shlex
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -44,6 +46,28 @@ def fail(message: str, code: int = 2, prog: str = "train.py", *, once: bool = Fa
     raise SystemExit(code)
 
 
+def command_again(prog: str, arguments: Sequence[str]) -> str:
+    """The line, for a shell, that starts this command as it was started.
+
+    Args:
+        prog: the program's name for messages: "awp train", "python -m awp_engine train", "train.py".
+        arguments: of the command.
+    """
+    # a script's name is as it was given
+    start = ["python", sys.argv[0]] if prog.endswith(".py") else prog.split()
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world != "1":
+        # torchrun's other flags are its own
+        start = ["torchrun", f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', world)}", *start[1:]]
+    return shlex.join([*start, *arguments])
+
+
+def other_command(prog: str, name: str, *arguments: object) -> str:
+    """The line that starts another command in the way that this one was started."""
+    start = ["awp", name] if prog.startswith("awp ") else ["python", "-m", "awp_engine", name]
+    return shlex.join([*start, *map(str, arguments)])
+
+
 def whole_number(text: str) -> int:
     """An argument's value, as `type=` of an argparse flag."""
     try:
@@ -63,12 +87,55 @@ def thread_count(text: str) -> int:
     return number
 
 
+class _Help(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> None:
+        assert isinstance(parser, OneLineParser)
+        print(parser.format_help() if given[-1] == "--help-all" else parser.short_help(), end="")
+        parser.exit()
+
+
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose complaints take one line: the message alone, without the usage."""
+    """A parser whose complaints take one line, and whose --help takes one screen: --help-all has the rest.
+
+    Args:
+        common: names (`dest`) of the arguments that --help shows; None: all of them.
+        arguments: of `ArgumentParser`.
+    """
+
+    def __init__(self, *, common: Sequence[str] | None = None, **arguments: Any) -> None:
+        super().__init__(**arguments, add_help=False)
+        self._common = common
+        add = functools.partial(self.add_argument, action=_Help, nargs=0, default=argparse.SUPPRESS)
+        add("-h", "--help", help="the most used flags" if common else "this text")
+        add("--help-all", help="every flag" if common else argparse.SUPPRESS)
+
+    def _hidden(self) -> list[argparse.Action]:
+        shown = None if self._common is None else {"help", "help_all", *self._common}
+        return [] if shown is None else [action for action in self._actions if action.dest not in shown]
+
+    def short_help(self) -> str:
+        """What --help shows: the common arguments, in few lines."""
+        # all of argparse's own take it
+        formatter = self.formatter_class(prog=self.prog, max_help_position=30)  # pyright: ignore[reportCallIssue]
+        given = [action for action in self._actions if not action.option_strings]
+        more = {"+": " ...", argparse.PARSER: " ..."}
+        named = [f"{action.metavar or action.dest}{more.get(str(action.nargs), '')}" for action in given]
+        formatter.add_usage(self.usage or " ".join(["%(prog)s", *named, "[flags]"]), [], [])
+        formatter.add_text(self.description)
+        hidden = self._hidden()
+        for title, group in (("", given), ("flags", [each for each in self._actions if each.option_strings])):
+            formatter.start_section(title or None)
+            formatter.add_arguments([action for action in group if action not in hidden])
+            formatter.end_section()
+        if hidden:
+            formatter.add_text(f"{self.prog} --help-all explains {len(hidden)} more flags.")
+        else:
+            formatter.add_text(self.epilog)
+        return formatter.format_help()
 
     def error(self, message: str) -> NoReturn:
         """Ends the program as `fail` does."""
-        fail(f"{message}; --help lists the flags", prog=self.prog, once=True)
+        fail(f"{message}; {'--help-all' if self._hidden() else '--help'} lists the flags", prog=self.prog, once=True)
 
 
 def _off(name: str) -> str:
@@ -103,7 +170,7 @@ def _read_flags(argv: Sequence[str]) -> dict[str, Any]:
     for name, values in words:
         key = on.get(name) or off.get(name)
         if key is None:
-            raise ConfigError(f"{name}: unknown flag; {did_you_mean(name, [*on, *off], '--help lists the flags')}")
+            raise ConfigError(f"{name}: unknown flag; {did_you_mean(name, [*on, *off], '--help-all lists the flags')}")
         is_list = typing.get_origin(types[key]) is tuple
         if values and (types[key] is bool or name in off):
             raise ConfigError(f"{name}: takes no value, got {show(values[0])}; the flag with no- turns it off")
@@ -125,14 +192,54 @@ def _shown(value: Any) -> str:
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
+_DOES = "Trains an image classifier to withstand adversarial examples."
+# the flags that --help shows, in fewer words than the settings have
+_COMMON = {
+    "data.name": ("NAME", "data set: digits, cifar10, folder, ..."),
+    "data.root": ("DIR", "directory that holds it; the digits need none"),
+    "run_dir": ("DIR", "for results; a run there goes on"),
+    "epochs": ("N", "passes over the training images"),
+    "method": ("NAME", "loss: at, trades, mart or rst"),
+    "awp.gamma": ("X", "size of weight perturbation; 0 turns it off"),
+    "attack.norm": ("NAME", "norm of the attack: linf or l2"),
+    "attack.epsilon": ("X", "radius of the attack, exact: 8/255 or 0.2"),
+    "attack.steps": ("N", "steps of the attack"),
+    "seed": ("N", "of weights, order and noise"),
+    "log": ("NAME ...", "also wandb, mlflow, trackio; or none"),
+}
+
+
+def _usage(prog: str) -> str:
+    return f"{prog} [PRESET] [--config FILE] [flags]"
+
+
+def _short_help(default: Config, prog: str) -> str:
+    """One screen: what it does, and the flags that most people use."""
+    values = to_flat(default) | {"run_dir": "runs/PRESET-seed0", "log": default.log}
+    rows = [(f"{flag(key)} {name}", f"{text} ({_shown(values[key])})") for key, (name, text) in _COMMON.items()]
+    rows += [
+        ("--config FILE", "settings from .yaml or .json, say a run's config.json"),
+        ("--presets", "list the presets: data, model and method of a paper"),
+        ("--help-all", f"explain all {len(key_types())} flags"),
+    ]
+    lines = [f"  {name:<22}  {text}" for name, text in rows]
+    preset = f"PRESET sets everything as in a paper; none means {DEFAULT}. Flags go on top of it."
+    again = "The same command again goes on where the run was stopped."
+    return "\n".join([f"usage: {_usage(prog)}", "", _DOES, again, preset, "", *lines, ""])
+
+
+def _preset_list() -> str:
+    """Every preset and a line about it."""
+    width = max(map(len, PRESETS))
+    return "".join(f"{name:<{width}}  {summary}\n" for name, summary in PRESETS.items())
+
+
 def _help(default: Config, prog: str) -> str:
-    """Every preset and every flag, with what it means, its range and its default."""
-    presets = "\n".join(f"  {name}: {summary}" for name, summary in PRESETS.items())
+    """Every flag, with what it means, its range and its default."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        usage=f"{prog} [PRESET] [--config FILE] [flags]",
-        description=f"Trains a classifier.\n\nPresets (none means {DEFAULT}):\n\n{presets}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=_usage(prog),
+        description=f"{_DOES} `{prog} --presets` lists the presets; none means {DEFAULT}.",
     )
     text = "Settings from a .yaml file, or a .json file such as a run's config.json; the preset has the others."
     parser.add_argument("--config", metavar="FILE", help=f"{text} Flags go on top.")
@@ -150,17 +257,25 @@ def _help(default: Config, prog: str) -> str:
             if is_switch(hint):
                 add(key, _off(key), action="store_true", help=shown)
             else:
+                several = ... in parts
+                parts = typing.get_args(parts[0]) or parts if several else parts
                 choices = "{" + ",".join(map(str, parts)) + "}"
-                add(key, metavar=names.get(parts[0], choices) + " ..." * (... in parts), help=shown)
+                add(key, metavar=names.get(parts[0], choices) + " ..." * several, help=shown)
     return parser.format_help()
 
 
 def _parse(argv: Sequence[str], prog: str) -> Config:
     rest = list(argv)
     first = rest.pop(0) if rest and not rest[0].startswith("-") else None
-    if any(token in ("-h", "--help") for token in rest):
+    told: dict[str, Callable[[Config, str], str]] = {
+        "-h": _short_help,
+        "--help": _short_help,
+        "--help-all": _help,
+        "--presets": lambda *_: _preset_list(),
+    }
+    if (asked_for := next((token for token in rest if token in told), None)) is not None:
         if _rank() in (None, "0"):
-            print(_help(build_preset(DEFAULT if first is None else first), prog), end="")
+            print(told[asked_for](build_preset(DEFAULT if first is None else first), prog), end="")
         raise SystemExit(0)
     given = _read_flags(rest)
     file = given.pop("config", None)

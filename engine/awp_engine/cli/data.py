@@ -9,23 +9,19 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-
-from rich.console import Console
-from rich.markup import escape
+from typing import TYPE_CHECKING
 
 from awp_engine.cli.command_line import OneLineParser, fail
 from awp_engine.config import ConfigError
-from awp_engine.data.dataset import DataError
-from awp_engine.data.loaders.workers import WorkerError
-from awp_engine.data.sets.scan_list import KINDS, LIST_NAME, Scan, write_scan
-from awp_engine.data.tools.pack import pack_folder, verify_pack
-from awp_engine.data.tools.scan import scan_folder
 from awp_engine.distributed.signals import interrupted_code, interrupts
 from awp_engine.files.locking import LOCK, locked
 from awp_engine.files.text import one_line
-from awp_engine.observe.bars import Bar
-from awp_engine.observe.report import print_table
 
+if TYPE_CHECKING:
+    from awp_engine.data.sets.scan_list import Scan
+
+# as `awp_engine.data.sets.scan_list` has it, which would import torch for --help
+LIST_NAME = "awp-scan.jsonl"
 _SHOWN = 3
 
 
@@ -43,6 +39,12 @@ def _count(text: str) -> int:
 
 
 def _show(scan: Scan, root: Path, path: Path) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    from awp_engine.data.sets.scan_list import KINDS
+    from awp_engine.observe.report import print_table
+
     for note in scan.notes:
         print(f"note: {one_line(note)}")
     checked = f"{scan.files:,} files ({scan.total_bytes:,} bytes)"
@@ -67,6 +69,11 @@ def _show(scan: Scan, root: Path, path: Path) -> None:
 
 
 def _scan(arguments: argparse.Namespace) -> int:
+    from awp_engine.data.dataset import DataError
+    from awp_engine.data.sets.scan_list import write_scan
+    from awp_engine.data.tools.scan import scan_folder
+    from awp_engine.observe.bars import Bar
+
     root: Path = arguments.place
     path: Path = arguments.out or root / LIST_NAME
     # An hour's scan must not end with a list that cannot be written.
@@ -91,6 +98,9 @@ def _scan(arguments: argparse.Namespace) -> int:
 
 
 def _pack(arguments: argparse.Namespace) -> int:
+    from awp_engine.data.tools.pack import pack_folder
+    from awp_engine.observe.bars import Bar
+
     with Bar("images") as bar:
         manifest = pack_folder(
             arguments.place,
@@ -109,6 +119,9 @@ def _pack(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from awp_engine.data.tools.pack import verify_pack
+    from awp_engine.observe.bars import Bar
+
     with Bar("bytes") as bar:
         problems = verify_pack(arguments.place, bar.set)
     print("\n".join(f"damaged: {one_line(line)}" for line in problems) or f"sound: {arguments.place}")
@@ -159,6 +172,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "awp data") -> int:
             packed or verified, 130 or 143 after a signal.
     """
     arguments = _parser(prog).parse_args(argv)
+
+    from awp_engine.data.dataset import DataError
+    from awp_engine.data.loaders.workers import WorkerError
+
     command = {"scan": _scan, "pack": _pack, "verify": _verify}[arguments.command]
     # A scan says by 1 that there are bad files, and nothing else.
     code = 2 if arguments.command == "scan" else 1

@@ -48,15 +48,19 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
     """
     parser = OneLineParser(
         prog=prog,
-        description="Measures a trained model on the test split, under attack. What is not given is the run's own.",
+        description="Measures a trained model on the test split, under attack: clean, fgsm, pgd20, cw, autoattack and "
+        "others. What is not given is the run's own.",
         epilog="attacks: clean; fgsm; pgdN, PGD of N steps on cross-entropy; cwN, PGD of N steps on the margin of "
         "logits (cw is cw100); both towards a class by -targeted (each of the 9 likeliest wrong ones), -random-target "
         "or -least-likely, such as pgd20-targeted; square and autoattack, by pyautoattack, which go on where they were "
         "killed; "
         "regional-SHAPE-PERCENT, such as regional-frame-28, bounded by a region instead of epsilon: square, frame, "
-        "boxes or pixels. An image counts as right under attack only if it is right without one too. Exit code 0: "
+        "boxes or pixels. The newest report is evaluation.json and .html; each is also kept as "
+        "evaluation-DATA-IMAGES-NORM-EPSILON-HASH, the hash of all that was asked for. An image counts as right under "
+        "attack only if it is right without one too. Exit code 0: "
         "measured; 3: measured, with reasons not to believe it, which are named; 2 and 1: not measured, not written.",
         allow_abbrev=False,
+        common=("path", "attacks", "checkpoint", "norm", "epsilon", "limit", "batch_size", "device", "output"),
     )
     add = parser.add_argument
     add(
@@ -64,17 +68,17 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
         type=place,
         nargs="?",
         metavar="RUN_OR_CHECKPOINT",
-        help="a run directory, a checkpoint, a .safetensors file, or hf://OWNER/NAME; none with --model.name",
+        help="run directory, checkpoint, weights or hf://OWNER/NAME",
     )
-    add("--attacks", nargs="+", metavar="NAME", help="see below; clean fgsm pgd20 cw if not given")
-    add("--checkpoint", default="best", metavar="best|last|NAME|PATH", help="which weights of a run directory")
-    add("--epsilon", help="radius of the ball on pixels in [0, 1], exact: 8/255")
+    add("--attacks", nargs="+", metavar="NAME", help="clean fgsm pgd20 cw if not given")
+    add("--checkpoint", default="best", metavar="NAME", help="of a run: best, last, or a name or path")
+    add("--epsilon", metavar="X", help="radius of the ball on pixels in [0, 1]: 8/255")
     add("--norm", choices=("linf", "l2", "l1"), help="norm of the ball")
     add("--step-size", help="step of pgd and cw; the run's own in its own ball, else epsilon / 4")
     add("--restarts", type=whole_number, default=1, help="random starts of pgd and cw; an image must hold in all")
-    add("--limit", type=whole_number, metavar="N", help="evaluate on N images, evenly spread over the test split")
+    add("--limit", type=whole_number, metavar="N", help="test on N images, evenly spread over the split")
     add("--seed", type=whole_number, help="of all noise; the one of the run's own evaluation if not given")
-    add("--batch-size", type=whole_number, help="images a batch")
+    add("--batch-size", type=whole_number, metavar="N", help="images a batch")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU if there is one")
     add("--threads", type=thread_count, help="CPU threads")
     add("--data-name", "--data.name", help="data set, where it is not the run's own, and for weights of no run")
@@ -88,8 +92,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
         "--output",
         type=Path,
         metavar="DIR",
-        help="where the reports go; RUN_DIR/evaluation if not given. The newest is evaluation.json and .html there; "
-        "each is also kept as evaluation-DATA-IMAGES-NORM-EPSILON-HASH, the hash of all that was asked for",
+        help="for reports; RUN/evaluation if not given",
     )
     add("--gates-limit", type=whole_number, default=200, metavar="N", help="images of the sanity gates (200)")
     add("--no-gates", action="store_true", help="leave out the sanity gates, and the curves they are read from")

@@ -34,23 +34,33 @@ def numbers(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(f"expected numbers separated by commas, got {text!r}") from None
 
 
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parse(argv: Sequence[str] | None = None, prog: str = "landscape.py") -> argparse.Namespace:
     """The arguments; ends the program with one line for what is wrong with them."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = OneLineParser(prog=prog, description=__doc__, formatter_class=formatter)
+    parser = OneLineParser(
+        prog=prog,
+        description="Draws the robust loss around trained weights and measures its flatness.",
+        epilog=__doc__ and __doc__.partition("\n\n")[2],
+        formatter_class=_Defaults,
+        common=("runs", "mode", "output", "checkpoint", "split", "images", "device"),
+    )
     add = parser.add_argument
     add(
         "runs",
         metavar="RUN",
         type=place,
         nargs="*",
-        help="run directories, checkpoints or .safetensors files inside one; with --model.name any files of weights",
+        help="run directory, checkpoint or .safetensors file of one; any weights with --model.name",
     )
-    add("--mode", type=modes, default="1d", help="what to do, separated by commas: 1d, 2d, flatness")
-    add("--output", type=Path, help="directory for figures and numbers; RUN/landscape if not given")
+    add("--mode", type=modes, default="1d", help="some of 1d,2d,flatness")
+    add("--output", type=Path, metavar="DIR", help="RUN/landscape if not given")
     add("--checkpoint", choices=("best", "last"), help="weights of a run directory; best if not given")
     add("--split", choices=("train", "held-out", "test"), default="test", help="images to measure on")
-    add("--limit", "--images", dest="images", type=whole_number, default=1000, metavar="N", help="how many of them")
+    add("--limit", "--images", dest="images", type=whole_number, metavar="N", default=1000, help="their number")
     add("--data.name", dest="data_name", metavar="NAME", help="data set, where it is not the runs' own")
     add("--data.root", dest="data_root", type=Path, metavar="DIR", help="its directory")
     add("--steps", type=whole_number, default=10, help="steps of PGD")

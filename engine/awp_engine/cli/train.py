@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from typing import TYPE_CHECKING
 
-from awp_engine.cli.command_line import fail, parse_train
+from awp_engine.cli.command_line import command_again, fail, other_command, parse_train
 from awp_engine.config import Config, ConfigError
+from awp_engine.config.identity import longer_flags, why_not_longer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -15,17 +17,24 @@ if TYPE_CHECKING:
     from awp_engine.distributed.ranks import Ranks
     from awp_engine.distributed.signals import StopRequest
 
+# the method, the fields of report.json, and whether the run had ended before
+Trained = tuple[str, dict, bool]
 
-def train(config: Config, ranks: Ranks, stop: StopRequest) -> tuple[str, dict]:
-    """Train in a run directory that no other process trains in."""
+
+def train(config: Config, ranks: Ranks, stop: StopRequest) -> Trained:
+    """Train in a run directory that no other process trains in; of a run that has ended only read the report."""
+    from awp_engine.device import choose_device
     from awp_engine.files.locking import locked
+    from awp_engine.train.run_dir import finished_report
     from awp_engine.train.trainer import Trainer
 
     with locked(config.resolved_run_dir) if ranks.is_first else contextlib.nullcontext():
-        return config.title, Trainer(config, ranks, stop).run()
+        report = finished_report(config) if ranks.is_first else None
+        report = ranks.broadcast_json(report, choose_device(config.device, ranks.local_rank))
+        return config.title, report or Trainer(config, ranks, stop).run(), report is not None
 
 
-def rows(config: Config, ranks: Ranks, stop: StopRequest) -> Iterator[tuple[str, dict]]:
+def rows(config: Config, ranks: Ranks, stop: StopRequest) -> Iterator[Trained]:
     """Train, and train again without the weight perturbation if that was asked for."""
     yield train(config, ranks, stop)
     if config.compare_without_awp:
@@ -45,10 +54,26 @@ def rows(config: Config, ranks: Ranks, stop: StopRequest) -> Iterator[tuple[str,
             attempt(str(run_dir / CURVES), lambda: draw_runs([run_dir, without.resolved_run_dir], run_dir), print)
 
 
-def show(config: Config, trained: list[tuple[str, dict]]) -> None:
-    """The results as a table."""
+def finished(config: Config, epochs: int, prog: str) -> str:
+    """That a run has ended, and how it could go on."""
+    run_dir = config.resolved_run_dir
+    if epochs < config.epochs:
+        return f"finished: --evaluation.patience stopped {run_dir} after epoch {epochs}"
+    if reason := why_not_longer(config):
+        return f"finished: {run_dir} has all its {epochs} epochs; {reason}, so more epochs need a new --run-dir"
+    same = ["--config", str(run_dir / "config.json"), "--run-dir", str(run_dir)]
+    more = command_again(prog, [*same, *longer_flags(config, 2 * epochs)])
+    return f"finished: {run_dir} has all its {epochs} epochs; for more: {more}"
+
+
+def show(config: Config, trained: list[Trained], prog: str) -> None:
+    """The results as a table, and what can be done next."""
     from awp_engine.files.text import printable
     from awp_engine.observe.report import print_table
+
+    run_dir = config.resolved_run_dir
+    if all(ended for _, _, ended in trained):
+        print(printable(finished(config, trained[0][1]["epochs"], prog)))
 
     attack = f"PGD-{config.evaluation.steps}"
     table = [
@@ -61,15 +86,20 @@ def show(config: Config, trained: list[tuple[str, dict]]) -> None:
             "epoch": str(report["selected_epoch"]),
             "seconds": f"{report['seconds']:.0f}",
         }
-        for method, report in trained
+        for method, report, _ in trained
     ]
     print_table(table, title=f"{config.data.name} test split, {config.attack.norm} epsilon {config.attack.epsilon}")
-    print(f"results in {printable(str(config.resolved_run_dir))}")
+    print(f"results in {printable(str(run_dir))}")
+    other = run_dir / "without-awp" if len(trained) > 1 else "OTHER_RUN"
+    print("next:")
+    print("  " + printable(other_command(prog, "evaluate", run_dir, "--attacks", "clean", "pgd20", "autoattack")))
+    print("  " + printable(other_command(prog, "compare", run_dir, other)))
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
     """Parse, build, run, close."""
     config = parse_train(argv, prog)
+    argv = sys.argv[1:] if argv is None else argv
 
     from awp_engine.checkpoint import CheckpointError
     from awp_engine.data import DataError
@@ -78,7 +108,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
     from awp_engine.distributed.signals import INTERRUPTED, StoppedError, stop_requests
     from awp_engine.train.trainer import TrainingError
 
-    resume = f"start again with --run-dir {config.resolved_run_dir} to go on"
+    resume = f"to go on: {command_again(prog, argv)}"
     try:
         # until all ranks are there a signal ends a rank at once: it has nothing to save
         with errors_told(), joined(config.device, config.distributed.timeout) as ranks, stop_requests() as stop:
@@ -89,13 +119,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
             finally:
                 # the first one's results, where the second one diverged
                 if ranks.is_first and trained:
-                    show(config, trained)
+                    show(config, trained, prog)
     except (ConfigError, DataError) as error:
         fail(str(error), prog=prog)
     except (CheckpointError, TrainingError, DivergenceError) as error:
         fail(str(error), code=1, prog=prog)
     except StoppedError as stopped:
-        fail(str(stopped), code=stopped.code, prog=prog, once=True)
+        fail(f"{stopped}; {resume}", code=stopped.code, prog=prog, once=True)
     except KeyboardInterrupt:
         fail(f"interrupted; {resume}", code=INTERRUPTED, prog=prog, once=True)
 

@@ -37,6 +37,7 @@ _FREE_ON_RESUME = frozenset(
         "distributed.strategy",
         "distributed.check_every",
         "distributed.timeout",
+        "log",
         "log_interval",
         "compare_without_awp",
         "compile",
@@ -54,6 +55,7 @@ ADDED: dict[str, Any] = {
     "model.mean": [],
     "model.std": [],
     "awp.layers": [],
+    "log": ["tensorboard"],
 }
 
 
@@ -174,12 +176,52 @@ def config_hash(config: Config) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def why_not_longer(config: Config) -> str | None:
+    """Why a run of these settings cannot be given more epochs later, None where it can."""
+    schedule = config.optimizer.schedule
+    if schedule not in ("constant", "piecewise"):
+        return f"its learning rate falls over all epochs (--optimizer.schedule {schedule})"
+    if config.average.kind == "swa":
+        return "its average begins after a part of all epochs (--average.kind swa)"
+    return None
+
+
+def longer_flags(config: Config, epochs: int) -> list[str]:
+    """The flags that give a run more epochs, where `why_not_longer` has nothing against them."""
+    optimizer, flags = config.optimizer, ["--epochs", str(epochs)]
+    if optimizer.schedule == "piecewise" and max(optimizer.milestones, default=2) <= 1:
+        # the same fractions of more epochs would be other epochs; 1 is a fraction
+        marks = optimizer.milestone_epochs(config.epochs)
+        flags += ["--optimizer.milestones", *(str(mark if min(marks) > 1 else mark / epochs) for mark in marks)]
+    return flags
+
+
+def _require_longer(saved: Config, given: Config, run_dir: Path) -> None:
+    """Refuses more epochs where the rates of the first ones would have been others."""
+    reason = why_not_longer(saved)
+    if reason is not None:
+        raise ConfigError(
+            f"--epochs: {run_dir} was begun with {saved.epochs} epochs and cannot be given {given.epochs}: {reason}; "
+            "choose another --run-dir for a new run"
+        )
+    before, now = (config.optimizer.milestone_epochs(config.epochs) for config in (saved, given))
+    if saved.optimizer.schedule == "piecewise" and [m for m in before if m < saved.epochs] != [
+        m for m in now if m < saved.epochs
+    ]:
+        flags = " ".join(longer_flags(saved, given.epochs))
+        raise ConfigError(f"--epochs: the rate of {run_dir} fell at other epochs; to train on give {flags}")
+
+
 def require_same_run(saved: Config, given: Config, run_dir: Path) -> None:
-    """Refuses to go on with a run under other settings.
+    """Refuses to go on with a run under other settings; more epochs are none where its schedule allows them.
 
     Raises:
         ConfigError: naming the first key that differs, with both values.
     """
+    if given.epochs > saved.epochs:
+        _require_longer(saved, given, run_dir)
+        optimizer = dataclasses.replace(saved.optimizer, milestones=given.optimizer.milestones)
+        saved = dataclasses.replace(saved, epochs=given.epochs, optimizer=optimizer)
     before, now = _trajectory(saved), _trajectory(given)
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):

@@ -229,7 +229,7 @@ def _paper_presets() -> dict[str, tuple[str, _Build]]:
         for awp in (False, True):
             parts = [data, model.replace("resnet-", "resnet"), method, *["awp"] * awp, *["l2"] * (norm == "l2")]
             ball = "L2 128/255" if norm == "l2" else "Linf 8/255"
-            summary = f"{method.upper()}{'-AWP' if awp else ''} of {model} on {_SETS[data]}, {ball}."
+            summary = f"{method.upper()}{'-AWP' if awp else ''} on {_SETS[data]}, {ball}."
             presets["-".join(parts)] = (summary, functools.partial(paper, data, model, method, awp=awp, norm=norm))
     return presets
 
@@ -239,34 +239,31 @@ def _larger_presets() -> dict[str, tuple[str, _Build]]:
     presets = {}
     for awp in (False, True):
         suffix, with_awp = ("-awp", "-AWP") if awp else ("", "")
-        for short, model, words in (
-            ("convnext-t", "convnext-tiny-convstem", "ConvNeXt-T with a convolution stem"),
-            ("resnet50", "resnet-50", "ResNet-50"),
-        ):
-            summary = f"AT{with_awp} of {words} on ImageNet's folders, 224x224, Linf 4/255, APGD-2, 50 epochs."
+        for short, model in (("convnext-t", "convnext-tiny-convstem"), ("resnet50", "resnet-50")):
+            summary = f"AT{with_awp} on ImageNet, Linf 4/255."
             presets[f"imagenet-{short}-at{suffix}"] = (summary, functools.partial(imagenet, model, awp=awp))
-        summary = f"TRADES{with_awp} of wrn-28-10 (SiLU) on CIFAR-10 and EDM's generated images, Linf 8/255."
+        summary = f"TRADES{with_awp}, generated CIFAR-10 images."
         presets[f"cifar10-wrn-28-10-silu-trades{suffix}-edm"] = (summary, functools.partial(generated, awp=awp))
     return presets
 
 
 _ALL: dict[str, tuple[str, _Build]] = {
-    "digits": ("AT-AWP on scikit-learn's handwritten digits; under two minutes on two CPU cores.", digits),
+    "digits": ("AT-AWP on handwritten digits.", digits),
     "digits-at": ("The same without weight perturbation.", functools.partial(digits, gamma=0.0)),
     "digits-trades": ("TRADES on the digits.", functools.partial(digits, "trades", 0.0)),
     "digits-trades-awp": ("TRADES-AWP on the digits.", functools.partial(digits, "trades")),
     "digits-mart": ("MART on the digits.", functools.partial(digits, "mart", 0.0)),
     "digits-mart-awp": ("MART-AWP on the digits.", functools.partial(digits, "mart")),
     **_paper_presets(),
-    "cifar10-preact-resnet18-at-awp-shared": ((shared_ascent.__doc__ or ""), shared_ascent),
-    "cifar10-preact-resnet18-at-rwp": ((rwp.__doc__ or ""), rwp),
+    "cifar10-preact-resnet18-at-awp-shared": ("AT-AWP; the attack gives the ascent.", shared_ascent),
+    "cifar10-preact-resnet18-at-rwp": ("AT-RWP: ascent by low losses, 10 steps.", rwp),
     "cifar10-preact-resnet18-fgsm-rs": ("FGSM-RS, 30 epochs, one-cycle rate.", functools.partial(fast, "fgsm-rs")),
     "cifar10-preact-resnet18-n-fgsm": ("N-FGSM, 30 epochs, one-cycle rate.", functools.partial(fast, "n-fgsm")),
     "cifar10-preact-resnet18-free": (
-        "Free adversarial training, 4 epochs of 8 replays.",
+        "Free: 4 epochs, each batch 8 times.",
         functools.partial(fast, "free"),
     ),
-    "cifar10-preact-resnet18-sam": ((sam.__doc__ or ""), sam),
+    "cifar10-preact-resnet18-sam": ("SAM: clean images, rho = 0.05.", sam),
     **_larger_presets(),
 }
 
@@ -282,5 +279,8 @@ def build_preset(name: str) -> Config:
     """
     if name in _ALL:
         return dataclasses.replace(_ALL[name][1](), preset=name)
-    hint = did_you_mean(name, PRESETS, "--help lists them")
-    raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, got {show(name)}; {hint}")
+    # of a beginning some that begin so
+    longer = [preset for preset in PRESETS if name and preset.startswith(name)][:3]
+    hint = f"did you mean {', '.join(longer)}? " if longer else did_you_mean(name, PRESETS, "")
+    told = f"{hint.rstrip()} there is no {show(name)}".lstrip()
+    raise ConfigError(f"preset: {told}; awp train --presets lists all {len(PRESETS)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+import math
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -259,7 +260,7 @@ class OptimizerConfig(Checked, section="optimizer."):
     schedule: Literal["piecewise", "cosine", "linear", "one-cycle", "constant"] = "piecewise"
     """How the learning rate changes: x0.1 at each milestone, down to 0 by half a cosine or a line, or up and down."""
     milestones: tuple[float, ...] = (0.5, 0.75)
-    """Fractions of the epochs, rising, at which the piecewise schedule multiplies the rate by 0.1."""
+    """Where the piecewise schedule multiplies the rate by 0.1: fractions of the epochs (0.5), or epochs (100)."""
     warmup: Annotated[float, Range("a finite number of epochs >= 0", ge=0)] = 0.0
     """Epochs in which the learning rate rises from 0 along a line; cosine and linear begin to fall after them."""
     clip_norm: Annotated[float | None, Range("a finite number > 0, or none", gt=0)] = None
@@ -271,12 +272,18 @@ class OptimizerConfig(Checked, section="optimizer."):
         plain = self.kind == "sgd" or not self.nesterov
         self.require(plain, "nesterov", "false with --optimizer.kind adamw")
         self.require(not self.nesterov or self.momentum > 0, "nesterov", "a momentum > 0 to go with it")
-        rising = (
-            all(a < b for a, b in itertools.pairwise((0.0, *self.milestones))) and max(self.milestones, default=1) <= 1
-        )
-        self.require(rising, "milestones", "rising fractions, more than 0, at most 1")
+        rising = all(a < b for a, b in itertools.pairwise((0.0, *self.milestones)))
+        fractions = max(self.milestones, default=1) <= 1
+        epochs = min(self.milestones, default=2) > 1 and all(m == int(m) for m in self.milestones)
+        expected = "rising fractions, more than 0, at most 1, or rising numbers of epochs from 2"
+        self.require(rising and (fractions or epochs), "milestones", expected)
         own = self.warmup == 0 or self.schedule != "one-cycle"
         self.require(own, "warmup", "0 with --optimizer.schedule one-cycle, which has its own")
+
+    def milestone_epochs(self, epochs: int) -> list[int]:
+        """How many epochs of a run of `epochs` come before each milestone: rates change as an epoch begins."""
+        # 1e-9: a milestone such as 0.7 of 30 must not land an epoch late for a rounding error
+        return [math.ceil((m if m > 1 else m * epochs) - 1e-9) for m in self.milestones]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -392,12 +399,16 @@ class Config(Checked):
     """Steps between checkpoints within an epoch; none writes one only when the run is stopped."""
     log_interval: Annotated[float, Range("a finite number of seconds > 0", gt=0)] = 10.0
     """Seconds between lines of progress where the output is not a terminal."""
+    log: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio", "none"], ...] = ("tensorboard",)
+    """Where the numbers go beside metrics.jsonl: one or more services, or none; wandb also offline (WANDB_MODE)."""
     compare_without_awp: bool = False
     """Train a second time without the weight perturbation, and show both in the table."""
 
     def _check(self) -> None:
         named = _PRESET_NAME.fullmatch(self.preset) is not None
         self.require(named, "preset", "a name of small letters, digits and '-'")
+        alone = "none" not in self.log or self.log == ("none",)
+        self.require(alone, "log", "none alone, or services")
         require_combinations(self)
 
     def require_files(self) -> None:

@@ -79,6 +79,7 @@ def evaluate(
     batch_size: int,
     ranks: Ranks | None = None,
     between: Callable[[], None] | None = None,
+    progress: Callable[[float], object] | None = None,
 ) -> Accuracy:
     """Classify a split, clean and attacked; the modes of the model and its modules are put back afterwards.
 
@@ -92,6 +93,7 @@ def evaluate(
         batch_size: images a batch; does not change the result beyond rounding.
         ranks: that share the images among them; every image counts once, and all ranks return the same.
         between: called before every batch, as often on every rank.
+        progress: told at every step of an attack which part of this rank's work is done, 0 to 1.
 
     Raises:
         ValueError: the split is empty.
@@ -102,6 +104,15 @@ def evaluate(
     device = split.device
     rows = torch.arange(len(split))[ranks.rank :: ranks.world]
     own = split if ranks.world == 1 else split.select(rows)
+    whole, done = len(own) * attack.steps, 0
+
+    def watch(step: int, gradient: Tensor) -> None:
+        nonlocal done
+        blind(step, gradient)
+        done += len(gradient)
+        if progress is not None:
+            progress(done / whole)
+
     with layer_modes(model, "eval", update_statistics=True):
         counts = torch.zeros(2, dtype=torch.int64, device=device)
         with contextlib.closing(eval_batches(own, batch_size)) as batches:
@@ -114,7 +125,7 @@ def evaluate(
                         with torch.no_grad():
                             right = predicted(model(x)) == y
                         blind = BlindImages(x)
-                        x_adv = attack(model, x, y, sample_ids=ids, observe=blind)
+                        x_adv = attack(model, x, y, sample_ids=ids, observe=watch)
                         with torch.no_grad():
                             held = right & ~blind.found & (predicted(model(x_adv)) == y)
                         counts += torch.stack([right.sum(), held.sum()])

@@ -3,7 +3,7 @@
 import os
 import socket
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,8 +35,12 @@ class _Events:
         self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
         self._records.flush()
 
-    def write(self, epoch: int, values: Mapping[str, float]) -> None:
+    def write(self, epoch: int, values: Mapping[str, float], files: Sequence[Path] = ()) -> None:
         summaries = [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        for path in files:
+            if path.suffix == ".png":
+                image = self._summary.Image(encoded_image_string=path.read_bytes())
+                summaries.append(self._summary.Value(tag=path.stem, image=image))
         self._write(step=epoch, summary=self._summary(value=summaries))
 
 
@@ -57,7 +61,7 @@ class TensorBoard:
         self._writer = self._write(start_epoch, config_text)
         self._lane.put(next, self._writer)
 
-    def _write(self, start_epoch: int, config_text: str) -> Generator[None, tuple[int, Mapping[str, float]], None]:
+    def _write(self, start_epoch: int, config_text: str) -> Generator[None, tuple[Any, ...], None]:
         """Takes epochs until it is closed, or until the first error."""
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -74,6 +78,10 @@ class TensorBoard:
     def add(self, epoch: int, values: Mapping[str, float]) -> None:
         """Scalars of an epoch; never waits."""
         self._lane.put(self._writer.send, (epoch, values))
+
+    def finish(self, epoch: int, values: Mapping[str, float], files: Sequence[Path]) -> None:
+        """Scalars of the report, and its pictures; never waits."""
+        self._lane.put(self._writer.send, (epoch, values, files))
 
     def close(self, seconds: float) -> None:
         """Waits for what is still to be written, `seconds` at most."""

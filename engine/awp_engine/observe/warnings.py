@@ -5,16 +5,20 @@ from typing import Any
 
 # a trained network's input gradient has next to no exact zeros; a quantised or saturated one consists of them
 _ZERO_GRADIENTS = 0.25
+# fewer are nothing to be told of
+_SOME_ZEROS = 0.01
 # after the collapse held-out accuracy is near nothing; robust overfitting, however bad, left more than a third
 _COLLAPSE = 1 / 3
 _JUMP = 0.05
 
 
 def gradient_masking(epoch: Mapping[str, Any]) -> str | None:
-    """A warning if much of the attack's gradient is exactly zero, so that the attack sees nothing to climb."""
+    """A warning if part of the attack's gradient is exactly zero: if it is much, the attack sees nothing to climb."""
     zeros = epoch.get("zero_gradients")
-    if zeros is None or zeros <= _ZERO_GRADIENTS:
+    if zeros is None or zeros < _SOME_ZEROS:
         return None
+    if zeros <= _ZERO_GRADIENTS:
+        return f"{zeros:.0%} of the attack's input gradients are exactly zero in epoch {epoch['epoch']}"
     return (
         f"gradient masking: {zeros:.0%} of the attack's input gradients are exactly zero, so it cannot find what is "
         "there; look for saturated losses, quantised inputs or dead units, and do not trust the robust accuracy"

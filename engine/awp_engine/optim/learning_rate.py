@@ -23,8 +23,7 @@ def learning_rate(config: OptimizerConfig, epochs: int, progress_in_epochs: floa
     elif config.schedule == "one-cycle":
         factor = done / 0.4 if done < 0.4 else (1 - done) / 0.6
     else:
-        # 1e-9: a milestone such as 0.7 of 30 must not land an epoch late for a rounding error.
-        passed = sum(math.floor(progress_in_epochs) >= milestone * epochs - 1e-9 for milestone in config.milestones)
+        passed = sum(progress_in_epochs >= milestone for milestone in config.milestone_epochs(epochs))
         factor = 0.1**passed
     if progress_in_epochs < config.warmup:
         factor *= progress_in_epochs / config.warmup

@@ -65,6 +65,7 @@ def write_results(
         "held_out_pgd_accuracy": progress.best_robust,
         "last": {"clean_accuracy": last[0].clean, name: last[0].robust, "train_pgd_accuracy": last[1]},
         "test_images": len(selection.test),
+        "test_limit": config.evaluation.test_limit,
         "train_images": len(setup.data.train),
         "selected_epoch": progress.best_epoch,
         "epochs": progress.epoch,
@@ -90,10 +91,11 @@ def write_results(
         # what tells whether two runs were measured on the same images
         fields["data"]["test_sha256"] = split_hash(selection.test)
         checkpoint.export_model(setup.run_dir / MODEL_FILE, selection.best_weights, metadata)
-        write_report(setup.run_dir, fields)
         attempt(
             str(setup.run_dir / CURVES),
             lambda: plot_learning_curves(setup.run_dir, read_metrics(setup.run_dir), progress.best_epoch),
             say,
         )
+        # the last one: where it is, the run is finished
+        write_report(setup.run_dir, fields)
     return fields

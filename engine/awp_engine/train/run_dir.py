@@ -1,8 +1,18 @@
 """The run directory: made, or recognised as this run's."""
 
-from awp_engine.config import Config, ConfigError, load_config, require_same_run, to_json
+import contextlib
+import json
+from typing import Any
+
+from awp_engine.config import Config, ConfigError, config_hash, load_config, require_same_run, to_json
 from awp_engine.files.atomic import TEMPORARY, atomic_write_text
 from awp_engine.files.locking import LOCK
+from awp_engine.models.trained import MODEL_FILE
+from awp_engine.observe.report import REPORT
+
+CONFIG = "config.json"
+# of the settings before the run was given more epochs
+_BEFORE = "config-{}-epochs.json"
 
 
 def prepare_run_dir(config: Config) -> None:
@@ -12,7 +22,7 @@ def prepare_run_dir(config: Config) -> None:
         ConfigError: the directory holds something else, or cannot be written.
     """
     run_dir = config.resolved_run_dir
-    saved = run_dir / "config.json"
+    saved = run_dir / CONFIG
     try:
         if saved.exists():
             require_same_run(load_config(saved), config, run_dir)
@@ -26,3 +36,59 @@ def prepare_run_dir(config: Config) -> None:
         atomic_write_text(saved, to_json(config))
     except OSError as error:
         raise ConfigError(f"--run-dir: {run_dir} cannot be used: {error.strerror or error}") from None
+
+
+def record_settings(config: Config) -> str | None:
+    """Write config.json anew where the run was given more epochs, and keep the one before.
+
+    Returns:
+        What to tell the user, None where nothing changed.
+
+    Raises:
+        ConfigError: the directory cannot be written.
+    """
+    run_dir = config.resolved_run_dir
+    saved = run_dir / CONFIG
+    before = load_config(saved)
+    if before.epochs == config.epochs:
+        return None
+    try:
+        atomic_write_text(run_dir / _BEFORE.format(before.epochs), to_json(before))
+        atomic_write_text(saved, to_json(config))
+    except OSError as error:
+        raise ConfigError(f"--run-dir: {run_dir} cannot be used: {error.strerror or error}") from None
+    return f"{config.epochs} epochs, where {before.epochs} were planned before"
+
+
+def known_hashes(config: Config) -> set[str]:
+    """Of the settings that checkpoints of this run may have been written under: these, and with fewer epochs."""
+    run_dir, found = config.resolved_run_dir, {config_hash(config)}
+    for path in (run_dir / CONFIG, *run_dir.glob(_BEFORE.format("*"))):
+        with contextlib.suppress(ConfigError):
+            before = load_config(path)
+            require_same_run(before, config, run_dir)
+            found.add(config_hash(before))
+    return found
+
+
+def finished_report(config: Config) -> dict[str, Any] | None:
+    """The report of a run that has ended under these settings, None where there is something left to do.
+
+    Raises:
+        ConfigError: the run directory belongs to other settings.
+    """
+    run_dir = config.resolved_run_dir
+    if not all((run_dir / name).is_file() for name in (CONFIG, REPORT, MODEL_FILE)):
+        return None
+    require_same_run(load_config(run_dir / CONFIG), config, run_dir)
+    try:
+        report = json.loads((run_dir / REPORT).read_bytes())
+        pgd = f"pgd{config.evaluation.steps}_accuracy"
+        shown = [report[name] for name in ("clean_accuracy", pgd, "train_pgd_accuracy", "seconds")]
+        shown.append(report["last"][pgd])
+        same = report["config_hash"] == config_hash(config) and report["test_limit"] == config.evaluation.test_limit
+        whole = all(type(report[name]) is int for name in ("selected_epoch", "epochs"))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        # nobody's, or of an earlier version: it is measured again
+        return None
+    return report if same and whole and all(type(value) in (int, float) for value in shown) else None

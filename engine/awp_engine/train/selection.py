@@ -24,15 +24,17 @@ class Selection:
     Args:
         setup: of the run.
         check_stop: called between batches, on all ranks alike; may end the measurement by an exception.
+        measuring: is told what is being measured and which part of it is done, 0 to 1.
 
     Attributes:
         best_weights: of the epoch that was most robust; part of a checkpoint.
         test: the part of the test split that is measured.
     """
 
-    def __init__(self, setup: Setup, check_stop: Callable[[], None]) -> None:
+    def __init__(self, setup: Setup, check_stop: Callable[[], None], measuring: Callable[[str, float], object]) -> None:
         data, settings = setup.data, setup.config.evaluation
-        self._setup, self._check_stop, self._batch_size = setup, check_stop, settings.batch_size
+        self._setup, self._check_stop, self._measuring = setup, check_stop, measuring
+        self._batch_size = settings.batch_size
         self._attack = evaluation_attack(setup.config)
         self._held_out = spread(data.held_out, settings.held_out_limit)
         self.test = spread(data.test, settings.test_limit)
@@ -81,17 +83,28 @@ class Selection:
                 if seen >= config.average.bn_images:
                     return
 
-    def _measure(self, model: nn.Module, split: Split | StreamedSplit) -> Accuracy:
-        setup = self._setup
+    def _measure(self, model: nn.Module, split: Split | StreamedSplit, kind: str) -> Accuracy:
+        setup, what = self._setup, f"measuring on {len(split):,} {kind} images"
+        self._measuring(what, 0.0)
         with gathered(model, now=True) if setup.sharded else contextlib.nullcontext():
             return evaluate(
-                model, split, self._attack, batch_size=self._batch_size, ranks=setup.ranks, between=self._check_stop
+                model,
+                split,
+                self._attack,
+                batch_size=self._batch_size,
+                ranks=setup.ranks,
+                between=self._check_stop,
+                progress=lambda part: self._measuring(what, part),
             )
+
+    def _measure_both(self, model: nn.Module) -> tuple[Accuracy, float]:
+        """Accuracy on the test split, and under attack on as many training images."""
+        return self._measure(model, self.test, "test"), self._measure(model, self._train, "training").robust
 
     def select(self, epoch: int, progress: Progress) -> dict[str, float]:
         """Measure the epoch on held-out images, and keep its weights if none were better; returns metrics."""
         model = self.measured_model(epoch)
-        found = self._measure(model, self._held_out)
+        found = self._measure(model, self._held_out, "held-out")
         # the later of equals has trained longer; clean accuracy decides between equally robust ones
         if (found.robust, found.clean) >= (progress.best_robust, progress.best_clean):
             progress.since_best = 0 if found.robust > progress.best_robust else progress.since_best + 1
@@ -104,8 +117,8 @@ class Selection:
     def finish(self, progress: Progress) -> tuple[tuple[Accuracy, float], tuple[Accuracy, float]]:
         """Measure the best and the last weights: each on the test split, and attacked on as many training images."""
         model = self.measured_model(progress.epoch)
-        last = self._measure(model, self.test), self._measure(model, self._train).robust
+        last = self._measure_both(model)
         if progress.best_epoch == progress.epoch:
             return last, last
         scatter_(model.state_dict(), self.best_weights)
-        return (self._measure(model, self.test), self._measure(model, self._train).robust), last
+        return self._measure_both(model), last

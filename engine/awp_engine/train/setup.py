@@ -27,6 +27,7 @@ from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.sharding import gather, shard
 from awp_engine.models.batch_norm import synchronize
 from awp_engine.observe.throughput import forward_flops
+from awp_engine.observe.trackers import require_trackers
 from awp_engine.optim.average import WeightAverage
 from awp_engine.optim.optimizer import build_optimizer
 from awp_engine.step.awp_step import Ascent, AwpStep
@@ -201,6 +202,8 @@ class Setup:
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         config.require_files()
+        if ranks.is_first:
+            require_trackers(config.log)
         self.config, self.ranks = config, ranks
         self.run_dir: Path = config.resolved_run_dir
         self.config_hash = config_hash(config)
@@ -259,7 +262,11 @@ class Setup:
         loaders = [data.loader, "" if extra is None else extra.loader]
         given = [self.config_hash, *map(str, self.fingerprints.values()), *loaders]
         self.ranks.require_equal(given, "configuration and data", self.device)
-        self.messages.append(f"{len(data.train):,} training images, loader {data.loader}")
+        loader = "" if data.loader == "resident" else f"; loader {data.loader}"
+        self.messages.append(
+            f"{len(data.train):,} training, {len(data.held_out):,} held-out and {len(data.test):,} test images of "
+            f"{len(data.class_names)} classes{loader}"
+        )
         if config.global_batch_size > len(data.train) and extra is None:
             self.messages.append(
                 f"--global-batch-size {config.global_batch_size}: there are fewer training images; every step takes all"

@@ -17,6 +17,7 @@ from awp_engine.models.class_names import difference
 from awp_engine.models.trained import CHECKPOINTS, described
 from awp_engine.optim.optimizer import allocate_optimizer_tensors, optimizer_tensors
 from awp_engine.train.progress import Progress
+from awp_engine.train.run_dir import known_hashes
 from awp_engine.train.setup import Setup
 
 # groups that a checkpoint may lack; SGD without momentum has an empty one, which is there
@@ -195,7 +196,7 @@ class RunState:
                 f"--run-dir: {self._setup.run_dir} was trained on other images{classes}; restore the data or choose "
                 "another"
             )
-        if found.state.get("config_hash") != self._identity["config_hash"]:
+        if found.state.get("config_hash") not in known_hashes(self._setup.config):
             raise CheckpointError(f"{found.path}: was not written by this run; remove it, or choose another --run-dir")
 
     def _load(self, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:

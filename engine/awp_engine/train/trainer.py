@@ -16,11 +16,14 @@ from awp_engine.observe import warnings
 from awp_engine.observe.metrics import read_metrics
 from awp_engine.observe.profiler import StepProfiler
 from awp_engine.observe.regions import region
+from awp_engine.observe.report import CURVES, REPORT
 from awp_engine.observe.run_log import RunLog
 from awp_engine.step.values import StepResult
+from awp_engine.train.banner import banner
 from awp_engine.train.hooks import Every, StopOrDiverge, TrainingError, check_replicas
 from awp_engine.train.progress import EpochSums, Progress, stacked
 from awp_engine.train.results import throughput, write_results
+from awp_engine.train.run_dir import record_settings
 from awp_engine.train.selection import Selection
 from awp_engine.train.setup import Setup
 from awp_engine.train.state import RunState
@@ -48,7 +51,8 @@ class Trainer(Setup):
     def __init__(self, config: Config, ranks: Ranks | None = None, stop: StopRequest | None = None) -> None:
         super().__init__(config, ranks or Ranks())
         self._stop, self._begun, self._log = stop or StopRequest(), False, None
-        self.selection, self._sums = Selection(self, self._check_stop), EpochSums(self.device)
+        self.selection = Selection(self, self._check_stop, self._measuring)
+        self._sums = EpochSums(self.device)
         self.state = RunState(self, self._sums, self.selection)
         self._watch = StopOrDiverge(self.device, self._stopped)
         self.after_step = [
@@ -58,6 +62,8 @@ class Trainer(Setup):
         ]
         self._profiler = StepProfiler(config.profile if self.ranks.is_first else 0, self.run_dir / "trace.json")
         self.messages += self.state.resume()
+        if self.ranks.is_first and (longer := record_settings(config)):
+            self.messages.append(longer)
 
     @property
     def progress(self) -> Progress:
@@ -82,19 +88,29 @@ class Trainer(Setup):
             raise TrainingError("Trainer: has run before; make another one, which goes on from the newest checkpoint")
         self._begun = True
         if self.ranks.is_first:
-            self._log = RunLog(self.run_dir, to_json(config), config.epochs, config.log_interval, start_epoch=done)
+            self._log = RunLog(
+                self.run_dir,
+                to_json(config),
+                config.epochs,
+                config.log_interval,
+                start_epoch=done,
+                trackers=config.log,
+            )
         with (
             self._log or contextlib.nullcontext(),
             self.state.writer,
             watching(self.ranks, config.distributed.timeout, self._stop),
         ):
-            for message in self.messages:
+            for message in banner(self) + self.messages:
                 self._say(message)
             try:
                 self.train()
-                self._say("measuring the selected and the last weights on the test split")
+                self._say(f"measuring on {len(self.selection.test):,} test images")
                 best, last = self.selection.finish(self.progress)
-                return write_results(self, self.selection, self.progress, best, last, self._say)
+                report = write_results(self, self.selection, self.progress, best, last, self._say)
+                if self._log is not None:
+                    self._log.finish(report, [self.run_dir / REPORT, self.run_dir / CURVES])
+                return report
             except _AskedToStopError:
                 self._stopped()
 
@@ -169,7 +185,8 @@ class Trainer(Setup):
         self.progress.epoch, self.progress.step = epoch, 0
         self.state.tick()
         if self._log is not None:
-            self._log.end_epoch(epoch, metrics | {"seconds": self.progress.seconds})
+            told = metrics | {"seconds": self.progress.seconds}
+            self._log.end_epoch(epoch, told, best=self.progress.best_epoch == epoch)
         self._history.append({"epoch": epoch, **metrics})
         for warning in warnings.warnings(self._history):
             self._say(f"warning: {warning}")
@@ -190,6 +207,10 @@ class Trainer(Setup):
         if self._log is not None:
             self._log.message(message)
 
+    def _measuring(self, what: str, part: float) -> None:
+        if self._log is not None:
+            self._log.measuring(what, part)
+
     def _check_stop(self) -> None:
         """Leave an evaluation if asked to stop: called on all ranks alike, between its batches."""
         if self.ranks.any(self._stop.reason != 0, self.device):
@@ -203,7 +224,6 @@ class Trainer(Setup):
         rank, reason = next((rank, reason) for rank, reason in enumerate(reasons) if reason)
         name = reason_name(reason) + (f" to rank {rank}" if rank and reason > 0 else "")
         raise StoppedError(
-            f"stopped by {name}: {path or 'a checkpoint'} is written; start again with --run-dir {self.run_dir} to go "
-            "on",
+            f"stopped by {name}: {path or 'a checkpoint'} is written",
             exit_code(reason),
         )

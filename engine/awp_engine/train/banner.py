@@ -1,0 +1,57 @@
+"""What a run's first lines say: what is trained, and on what."""
+
+import torch
+
+from awp_engine.files.text import printable, shortened
+from awp_engine.train.setup import Setup
+from awp_kernels._backend import backend_for, problem
+
+COLUMNS = 80
+
+
+def banner(setup: Setup) -> list[str]:
+    """Two lines of at most 80 columns; more for a run directory that does not fit, and for what was not built."""
+    config = setup.config
+    parameters = f"{sum(p.numel() for p in setup.model.parameters()):,}"
+    ball = f"{config.attack.norm} epsilon {config.attack.epsilon}"
+    what = f"{config.title} of {{}} ({parameters} parameters) on {config.data.name}, {ball}"
+    first = what.format(shortened(config.model.name, max(COLUMNS - len(what) + 2, 12)))
+    operations, why = _operations(setup.device.type)
+    second = f"{_device(setup)}, {_precision(setup)}, {operations}"
+    where = f"run directory {setup.run_dir}"
+    lines = [first, *([f"{second}; {where}"] if len(second) + 2 + len(where) <= COLUMNS else [second, where])]
+    return [printable(line) for line in (*lines, *([] if why is None else [why]))]
+
+
+def _device(setup: Setup) -> str:
+    ranks = setup.ranks.world
+    if setup.device.type == "cuda":
+        name = torch.cuda.get_device_name(setup.device)
+        return name if ranks == 1 else f"{ranks} x {name}"
+    threads = torch.get_num_threads()
+    each = f"{threads} thread{'s' * (threads > 1)}"
+    return f"CPU, {each}" if ranks == 1 else f"CPU, {ranks} ranks of {each}"
+
+
+def _precision(setup: Setup) -> str:
+    names = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    precision = setup.precision
+    attack, ascent, descent = (names[part] for part in (precision.attack, precision.ascent, precision.descent))
+    if not setup.config.awp.enabled:
+        ascent = descent
+    if ascent != descent:
+        return f"attack {attack}, ascent {ascent}, descent {descent}"
+    return attack if attack == descent else f"{descent}, attack {attack}"
+
+
+def _operations(device: str) -> tuple[str, str | None]:
+    """Which operations serve the step, and why those made for this device do not."""
+    names = {"cpp": "C++", "cuda": "CUDA", "triton": "Triton"}
+    backend = backend_for(device, {torch.float32}, operation="perturb")
+    if backend != "reference":
+        return f"{names[backend]} operations", None
+    own = "cuda" if device == "cuda" else "cpp"
+    why = problem(own, device)
+    if why is None:
+        return "plain PyTorch, as AWP_BACKEND says", None
+    return f"plain PyTorch: the {names[own]} library was not built", f"slower than it could be: {why}"

@@ -196,7 +196,7 @@ def hidden_share(trial: Trial) -> tuple[int, int]:
     another norm. The gradient has to be 0 at the image and at random points as near: that of a ReLU or a maximum that
     is off at the image is not.
     """
-    part = replace(trial, split=spread(trial.split, _PROBED_IMAGES))
+    part = replace(trial, split=spread(trial.split, min(_PROBED_IMAGES, trial.batch_size)))
     x, y, ids, _ = part.whole
     length = float(trial.threat.epsilon) if trial.threat.norm == "linf" else 8 / 255
     logits, gradient = _gradient(trial.model, x, y)

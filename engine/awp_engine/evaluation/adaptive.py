@@ -174,7 +174,7 @@ def _random_gate(trial: Trial, x_adv: Tensor, white: int, eot_draws: Sequence[in
             measured += "more draws would change little"
         else:
             measured += (
-                f"more draws would break more, so average over more (--eot): the curve is {'' if flat else 'not '}"
+                f"more draws may break more, so average over more (--eot): the curve is {'' if flat else 'not '}"
                 f"flat, and the cosine between two averages is {agreement:.2f}"
             )
     gate = Gate(

@@ -91,9 +91,8 @@ class OwnData:
             DataError: one line that names the part and the item that cannot be used; the parts differ in shape or
                 classes; they do not fit into memory; or an image is another one on a second reading.
         """
-        test = None if need_train else self._part("test")
         train = self._part("train") if need_train else None
-        test = test or self._part("test")
+        test = self._part("test")
         first = train or test
         if test.images.shape[1:] != first.images.shape[1:]:
             raise self._error(

@@ -9,7 +9,7 @@ test *options:
 
 # the inner loop: without what compiles, trains for long or starts processes
 test-fast *options:
-    pytest --no-cov -m "not gpu and not compile and not long and not slow" {{ options }}
+    pytest --no-cov -m "not gpu and not compile and not long and not browser and not slow" {{ options }}
 
 # what needs a CUDA device
 gpu *options:
@@ -19,9 +19,17 @@ gpu *options:
 compile *options:
     pytest --no-cov -m compile {{ options }}
 
+# pages, in Chromium at two widths: apt-get install chromium
+browser *options:
+    pytest --no-cov -n 0 -m browser {{ options }}
+
 # documents: their examples run, and what they name exists
 docs:
     pytest --no-cov -n 0 tests/repo/test_docs.py tests/repo/test_named_tests.py tests/repo/test_readme.py tests/repo/test_structure.py
+
+# the documents as a site, in build/site
+site:
+    mkdocs build
 
 # single operations beside what else can do the same: bench.json and plots/
 bench *options:

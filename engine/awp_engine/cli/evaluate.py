@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from awp_engine.cli.command_line import OneLineParser, fail, thread_count, whole_number
+from awp_engine.cli.foreign import add_foreign, place, pop_foreign, require_foreign
 from awp_engine.config import ConfigError
 from awp_engine.files.text import printable
 
@@ -44,7 +45,13 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("path", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run directory, a checkpoint or a .safetensors file")
+    add(
+        "path",
+        type=place,
+        nargs="?",
+        metavar="RUN_OR_CHECKPOINT",
+        help="a run directory, a checkpoint, a .safetensors file, or hf://OWNER/NAME; none with --model.name",
+    )
     add("--attacks", nargs="+", metavar="NAME", help="see below; clean fgsm pgd20 cw if not given")
     add("--checkpoint", default="best", metavar="best|last|NAME|PATH", help="which weights of a run directory")
     add("--epsilon", help="radius of the ball on pixels in [0, 1], exact: 8/255")
@@ -72,6 +79,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
     )
     add("--gates-limit", type=whole_number, default=200, metavar="N", help="images of the sanity gates (200)")
     add("--no-gates", action="store_true", help="leave out the sanity gates, and the curves they are read from")
+    add_foreign(parser)
     group = parser.add_argument_group("RobustBench", "writes robustbench.json, its model_info format; needs autoattack")
     group.add_argument("--robustbench", action="store_true", help="write it")
     group.add_argument("--link", default="", help="of the paper")
@@ -83,7 +91,11 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
         "--reported", type=_percentage, help="robust accuracy in the paper, in percent; the measured one if not given"
     )
     group.add_argument("--additional-data", action="store_true", help="other images than the training set were used")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.path is None and arguments.model_name is None:
+        parser.error("RUN_OR_CHECKPOINT: expected a path, or --model.name with --weights")
+    require_foreign(parser, arguments, [] if arguments.path is None else [arguments.path])
+    return arguments
 
 
 def show(done: "Evaluated") -> None:
@@ -136,6 +148,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
     if arguments.pop("robustbench"):
         arguments["publication"] = publication
     arguments["attacks"] = arguments["attacks"] or DEFAULT_ATTACKS
+    foreign = pop_foreign(arguments)
+    if foreign["name"] is not None:
+        from awp_engine.evaluation.foreign import Foreign
+
+        # weights may stand in the place of a run
+        foreign["weights"] = foreign["weights"] or arguments["path"]
+        arguments |= {"path": None, "foreign": Foreign(**foreign)}
     if arguments.pop("no_gates"):
         arguments["gates_limit"] = None
     try:

@@ -2,8 +2,10 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from awp_engine.config import Config, ConfigError, config_hash, load_config, par
 from awp_engine.config.data_sets import is_own
 from awp_engine.data import DataError, Dataset, Split, load_data, match_classes, shown
 from awp_engine.evaluation.accuracy import spread
+from awp_engine.evaluation.foreign import Foreign, load_foreign
 from awp_engine.files.digest import sha256_of
 from awp_engine.models.class_names import difference
 from awp_engine.models.trained import CONFIG_FILE, find_weights, is_weights, load_model
@@ -32,6 +35,7 @@ class Run:
         config: of the run that it belongs to.
         model: in eval mode.
         data: the data set of `config`.
+        origin: of weights from elsewhere, as `Subject.origin`; `config` is then made of what the user said.
     """
 
     label: str
@@ -41,6 +45,7 @@ class Run:
     config: Config
     model: nn.Module
     data: Dataset
+    origin: Mapping[str, Any] | None = None
 
     def facts(self) -> dict[str, object]:
         """What identifies the weights."""
@@ -49,7 +54,7 @@ class Run:
             "path": str(self.path),
             "file": str(self.file),
             "sha256": self.sha256,
-            "config_hash": config_hash(self.config),
+            **({"config_hash": config_hash(self.config)} if self.origin is None else self.origin),
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
         }
 
@@ -66,7 +71,7 @@ def find_config(path: Path) -> Config:
             return load_config(folder / CONFIG_FILE)
     raise ConfigError(
         f"{path}: expected a run directory, or weights inside one: no {CONFIG_FILE} here or in the folders above, "
-        "which says what images and which attack to measure with"
+        "which says what images and which attack to measure with; others' weights need --model.name"
     )
 
 
@@ -78,6 +83,34 @@ def _labels(paths: Sequence[Path]) -> list[str]:
     if len(set(labels)) != len(labels):
         raise ConfigError(f"RUN: {next(x for x in labels if labels.count(x) > 1)} is given twice; give each run once")
     return labels
+
+
+def open_foreign(paths: Sequence[Path | str], foreign: Foreign, config: Config, device: torch.device) -> list[Run]:
+    """Models that no run describes, one for each file of weights, on the data and under the attack of `config`.
+
+    Raises:
+        EvaluationError, CheckpointError, ConfigError, DataError: naming what is wrong.
+    """
+    data = load_data(config.data)
+    runs = []
+    for label, path in zip(_labels([Path(path) for path in paths]), paths, strict=True):
+        subject = load_foreign(replace(foreign, weights=path), data, device)
+        for note in (subject.origin or {})["notes"]:
+            print(f"{label}: {note}", flush=True)
+        assert subject.origin is not None
+        runs.append(
+            Run(
+                label=label,
+                path=Path(path),
+                file=subject.weights,
+                sha256=subject.sha256,
+                config=config,
+                model=subject.model,
+                data=match_classes(subject.model.class_names, data, str(path))[0],
+                origin=subject.origin,
+            )
+        )
+    return runs
 
 
 def open_runs(

@@ -22,6 +22,7 @@ from torch.utils.data import IterableDataset
 from awp_engine.data.dataset import DataError, RawDataset
 from awp_engine.data.sets.files import evenly
 from awp_engine.files.text import one_line, reason
+from awp_engine.models.import_timm import declare_operators
 
 Fit = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 """Makes an image, uint8 [H, W, C], one of the wanted size."""
@@ -389,6 +390,8 @@ class _Told:
 def _find(name: str) -> Any:
     """The object that a name says, after its module was run."""
     place, _, attribute = name.rpartition(":")
+    # the code may import torchvision, also one made for another torch
+    declare_operators()
     if place.endswith(".py"):
         path = Path(place)
         if not path.is_file():

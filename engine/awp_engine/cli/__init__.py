@@ -13,6 +13,8 @@ from awp_engine.distributed.signals import begin_command
 COMMANDS = {
     "train": "train a robust classifier, or go on with a run",
     "evaluate": "measure how robust a trained model is",
+    "certify": "certify a model's accuracy in L2 by randomised smoothing",
+    "predict": "classify image files by a trained model",
     "landscape": "draw the robust loss around trained weights, and measure its flatness",
     "data": "scan image folders, pack them into shards, verify shards",
     "checkpoint": "verify, list or export the checkpoints of a run",

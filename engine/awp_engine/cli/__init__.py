@@ -1,7 +1,7 @@
-"""The command line: `awp train|evaluate|landscape|data|checkpoint`; the scripts in engine/ call the same.
+"""The command line: `awp train|evaluate|certify|predict|landscape|data|checkpoint`; engine/ has scripts of some.
 
-One module a command: its `main` parses, builds, runs, and ends with one line for what is wrong. Train,
-evaluate and landscape import no torch before a command line is known to be right.
+One module a command: its `main` parses, builds, runs, and ends with one line for what is wrong. All but data
+and checkpoint import no torch before a command line is known to be right.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ COMMANDS = {
     "certify": "certify a model's accuracy in L2 by randomised smoothing",
     "predict": "classify image files by a trained model",
     "landscape": "draw the robust loss around trained weights, and measure its flatness",
-    "data": "scan image folders, pack them into shards, verify shards",
+    "data": "download public data sets; scan image folders, pack them into shards, verify shards",
     "checkpoint": "verify, list or export the checkpoints of a run",
 }
 # what all commands need beside torch, of setup.py's extra "train"; the digits ask for scikit-learn, YAML for

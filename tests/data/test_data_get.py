@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import re
+import shlex
 import tarfile
 import threading
 import urllib.request
@@ -16,9 +17,11 @@ import pytest
 from disks import small_tmpfs
 
 from awp_engine.cli import data as command
-from awp_engine.data import DataError
+from awp_engine.cli.command_line import parse_train
+from awp_engine.data import DataError, dataset_names
 from awp_engine.data.tools import get
-from awp_engine.data.tools.get import SETS, PublicSet, get_set
+from awp_engine.data.tools.get import SETS, PublicSet, get_set, next_command
+from awp_engine.observe.bars import NoBar
 
 PIXELS = bytes(range(256)) * 4000
 
@@ -154,23 +157,26 @@ def test_files_that_are_read_as_they_are_and_a_zip(small, tmp_path):
 
 def test_a_connection_that_ends_is_gone_on_with_from_its_last_byte(small, tmp_path):
     name = "cifar-10-python.tar.gz"
-    size, said, bytes_done = len(small.files[name]), [], []
+    size, said, made = len(small.files[name]), [], []
+
+    class Counted(NoBar):
+        def __init__(self, label: str, total: int) -> None:
+            super().__init__(label, total)
+            made.append(self)
+
     small.ends = [300_000, 200_000]
-    get_set(
-        "cifar10",
-        tmp_path,
-        mirror=small.address,
-        pause=0.01,
-        say=said.append,
-        progress=lambda done, total: bytes_done.append((done, total)),
-    )
+    get_set("cifar10", tmp_path, mirror=small.address, pause=0.01, say=said.append, bars=Counted)
     assert small.asked == [
         (name, None, 300_000),
         (name, "bytes=300000-", 200_000),
         (name, "bytes=500000-", size - 500_000),
     ]
     assert sum("ended after 300,000 of" in line for line in said) == 1
-    assert bytes_done[-1] == (size, size)
+    assert [(bar.done, bar.total) for bar in made] == [
+        (300_000, size),
+        (200_000, size - 300_000),
+        (size - 500_000, size - 500_000),
+    ]
     assert len(inside(tmp_path)) == 2
 
 
@@ -259,6 +265,15 @@ def test_proxies_of_the_environment_are_used(small, tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "")
     get_set("svhn", tmp_path, mirror="http://never.invalid/there")
     assert inside(tmp_path) == ["test_32x32.mat", "train_32x32.mat"]
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_next_command_is_one(name, tmp_path):
+    if name not in dataset_names:
+        pytest.skip("a data set that is not read yet")
+    given = shlex.split(next_command(name, tmp_path / "a b"))
+    config = parse_train(given[2:])
+    assert (given[:2], config.data.name, config.data.root) == (["awp", "train"], name, tmp_path / "a b")
 
 
 def test_what_is_published_is_complete():

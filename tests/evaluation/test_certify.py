@@ -19,6 +19,7 @@ from awp_engine.config import Config, EvaluationConfig, ModelConfig, to_json
 from awp_engine.evaluation.certify import Progress, certify_checkpoint, summary
 from awp_engine.evaluation.smoothing import Certificate, Smoothing, certify, count_answers, lower_bound
 from awp_engine.models.trained import CONFIG_FILE, MODEL_FILE
+from awp_engine.observe.bars import NoBar
 from awp_kernels.philox import mix_seed, normals
 
 
@@ -182,13 +183,15 @@ def test_a_killed_certification_goes_on_to_the_same_bits(run_dir, tmp_path):
     assert whole["receipt"]["largest_radius"] == SMOOTHING.largest_radius
     assert not {"epsilon", "norm", "resumed"} & whole["receipt"].keys()
 
-    def stop(done: int, total: int) -> None:
-        assert total == 6 * 80
-        if done > 3.5 * 80:
-            raise KeyboardInterrupt
+    class Interrupted(NoBar):
+        def set(self, done: int, total: int) -> None:
+            super().set(done, total)
+            assert total == 6 * 80
+            if done > 3.5 * 80:
+                raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        go("killed", progress=stop)
+        go("killed", bars=Interrupted)
     (saved,) = (tmp_path / "killed").glob("certify-*.jsonl")
     assert not list((tmp_path / "killed").glob("*.json"))
     assert len(saved.read_text().splitlines()) == 3

@@ -104,13 +104,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "certify.py") -> None:
     except ValueError as error:
         fail(f"--{error}", prog=prog)
     try:
-        with interrupts(), Bar("noisy copies") as bar:
+        with interrupts():
             # what is left has the names of its arguments
             done = certify_checkpoint(
                 **arguments,
                 smoothing=smoothing,
                 say=lambda line: print(printable(line), flush=True),
-                progress=bar.set,
+                bars=Bar,
                 tell=show,
             )
     except (ConfigError, DataError, CheckpointError, EvaluationError) as error:

@@ -147,14 +147,13 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _get(arguments: argparse.Namespace) -> int:
-    with Bar("bytes") as bar:
-        root = get_set(
-            arguments.name,
-            arguments.place,
-            mirror=arguments.mirror,
-            progress=bar.set,
-            say=lambda line: print(one_line(line), flush=True),
-        )
+    root = get_set(
+        arguments.name,
+        arguments.place,
+        mirror=arguments.mirror,
+        bars=Bar,
+        say=lambda line: print(one_line(line), flush=True),
+    )
     print(f"{arguments.name} is in {one_line(str(root))}, with the checksums that were published")
     print(f"next: {one_line(next_command(arguments.name, root))}")
     return 0

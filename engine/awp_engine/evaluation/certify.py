@@ -28,6 +28,7 @@ from awp_engine.evaluation.user_key import KeyFileError, user_key
 from awp_engine.files.atomic import atomic_write_text
 from awp_engine.files.locking import locked
 from awp_engine.files.text import json_text
+from awp_engine.observe.bars import Bar, NoBar
 from awp_engine.observe.report import prepare_output, versions
 
 JSON = "certification.json"
@@ -152,7 +153,7 @@ def certify_checkpoint(
     data_root: Path | None = None,
     output: Path | None = None,
     say: Callable[[str], None] = lambda _: None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    bars: type[Bar] = NoBar,
     tell: Callable[[Certified], None] = lambda _: None,
 ) -> Certified:
     """Certifies images of the test split, and writes certification.json, also under a name of its own.
@@ -171,7 +172,7 @@ def certify_checkpoint(
         data_root: its directory.
         output: directory of the report; RUN_DIR/evaluation if not given.
         say: is told what a user should know, a line at a time.
-        progress: is told how many noisy copies of how many were classified.
+        bars: shows how many of the noisy copies were classified.
         tell: is given the result before anything is written.
 
     Raises:
@@ -235,28 +236,21 @@ def certify_checkpoint(
             receipt["resumed"] = {"images": len(certificates)}
             finished = len(certificates) == len(split)
             say("all images were certified before" if finished else f"going on after image {len(certificates)}")
-        each = smoothing.n0 + smoothing.n
-        done = len(certificates) * each
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            progress(done, each * len(split))
-
         rest = split.select(torch.arange(len(certificates), len(split)))
-        for image, label, ids, _ in eval_batches(rest, 1):
-            found = certify(
-                subject.model,
-                image[0],
-                int(label),
-                smoothing,
-                sample_id=int(ids),
-                seed=seed,
-                batch_size=batch_size,
-                advance=advance,
-            )
-            saved.add(found)
-            certificates.append(found)
+        with bars("noisy copies", len(rest) * (smoothing.n0 + smoothing.n)) as bar:
+            for image, label, ids, _ in eval_batches(rest, 1):
+                found = certify(
+                    subject.model,
+                    image[0],
+                    int(label),
+                    smoothing,
+                    sample_id=int(ids),
+                    seed=seed,
+                    batch_size=batch_size,
+                    advance=bar.advance,
+                )
+                saved.add(found)
+                certificates.append(found)
         clean = sum(
             int((predict(subject.model, x, batch_size) == y).sum()) for x, y, *_ in eval_batches(split, batch_size)
         )

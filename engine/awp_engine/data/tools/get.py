@@ -7,6 +7,7 @@ call or in a later one, if the server can do that; what is unpacked gets its nam
 import hashlib
 import http.client
 import os
+import shlex
 import shutil
 import socket
 import tarfile
@@ -34,6 +35,7 @@ from awp_engine.files.atomic import (
 )
 from awp_engine.files.locking import locked
 from awp_engine.files.text import reason
+from awp_engine.observe.bars import Bar, NoBar
 
 _TRIES = 4
 _TIMEOUT_S = 60.0
@@ -125,7 +127,7 @@ def get_set(
     directory: Path,
     *,
     mirror: str | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    bars: type[Bar] = NoBar,
     say: Callable[[str], None] = lambda line: None,
     pause: float = 2.0,
 ) -> Path:
@@ -135,7 +137,7 @@ def get_set(
         name: one of `SETS`.
         directory: for the files; made if it is missing.
         mirror: address of another directory with the same files.
-        progress: is told how many bytes of how many of a file are there.
+        bars: shows how much of a file has come.
         say: is told what happens, a line at a time.
         pause: seconds before a download is tried again; twice as many the next time.
 
@@ -161,7 +163,7 @@ def get_set(
                     raise DataError(
                         f"{path} is not the file of {name} that was published; give another directory or remove it"
                     )
-                download = _Download(f"{address}/{file}", path, md5, given.folder is not None, progress, say)
+                download = _Download(f"{address}/{file}", path, md5, given.folder is not None, bars, say)
                 whole = path if path.exists() else download.run(pause)
                 if given.folder is None:
                     whole.replace(path)
@@ -177,7 +179,7 @@ def get_set(
 
 def next_command(name: str, root: Path) -> str:
     """How to train on what `get_set` has returned."""
-    return f"awp train {SETS[name].preset} --data.root {root}"
+    return f"awp train {SETS[name].preset} --data.root {shlex.quote(str(root))}"
 
 
 def _md5(path: Path) -> str:
@@ -194,7 +196,7 @@ class _Download:
     path: Path
     md5: str
     unpacked: bool
-    progress: Callable[[int, int], None]
+    bars: type[Bar]
     say: Callable[[str], None]
 
     @property
@@ -252,13 +254,13 @@ class _Download:
             with naming(self.path):
                 require_space(self.path.parent, total - have + self.unpacked * _UNPACKED * total)
                 file = self.part.open("ab" if goes_on else "wb")
-            with file:
+            with file, self.bars(self.path.name, total - have) as bar:
                 while block := answer.read(_BLOCK):
                     with naming(self.path):
                         file.write(block)
                         file.flush()
                     have += len(block)
-                    self.progress(have, total)
+                    bar.advance(len(block))
                 os.fsync(file.fileno())
         # urllib takes the end of a connection for the end of the file
         if have < total:

@@ -50,7 +50,7 @@ class Server:
         self.files: dict[str, bytes] = {}
         self.asked: list[tuple[str, str | None, int]] = []
         self.ends: list[int] = []
-        self.ranges, self.length, self.status = True, True, 200
+        self.ranges, self.length, self.shift, self.status = True, True, 0, 200
         self.address = ""
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
@@ -67,7 +67,7 @@ class Server:
         rest = whole[first:]
         handler.send_response(206 if first else 200)
         if first:
-            handler.send_header("Content-Range", f"bytes {first}-{len(whole) - 1}/{len(whole)}")
+            handler.send_header("Content-Range", f"bytes {first - self.shift}-{len(whole) - 1}/{len(whole)}")
         if self.length:
             handler.send_header("Content-Length", str(len(rest)))
         handler.end_headers()
@@ -186,7 +186,11 @@ def test_a_later_call_goes_on_and_one_without_ranges_begins_anew(small, tmp_path
     with pytest.raises(DataError, match=r"ended after 4,000 of .* the same command goes on where it ended"):
         get_set("cifar10", tmp_path, mirror=small.address, pause=0.001)
     assert inside(tmp_path) == [f".tmp-part-{name}"]
-    small.ranges = False
+    # other bytes than those that were asked for are not added
+    small.shift = 1
+    with pytest.raises(DataError, match=r"other bytes than those from 4,000 on"):
+        get_set("cifar10", tmp_path, mirror=small.address, pause=0.001)
+    small.ranges, small.shift = False, 0
     assert awp("cifar10", tmp_path, "--mirror", small.address) == 0
     assert small.asked[-1] == (name, "bytes=4000-", len(small.files[name]))
     assert len(inside(tmp_path)) == 2

@@ -99,11 +99,16 @@ def test_answers_are_those_to_noise_of_the_image_and_the_copy():
     seed = mix_seed(5, 19, 7)
     noise = normals(torch.arange(40, 340), IMAGE.numel(), seed=seed).view(-1, *IMAGE.shape)
     answers = Counter(model(IMAGE + sigma * noise).argmax(1).tolist())
+    seen = []
+    handle = model.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
     for batch_size in (1, 7, 300, 1000):
+        seen.clear()
         counts = count_answers(
             model, IMAGE, range(40, 340), sigma=sigma, sample_id=7, seed=5, batch_size=batch_size
         ).tolist()
         assert counts == [answers[0], answers[1], 0]
+        assert torch.equal(torch.cat(seen), IMAGE + sigma * noise)
+    handle.remove()
     # as the paper has it, class and bound by different copies: 0 to 39 and 40 to 339
     run = certified(model, Smoothing(sigma=sigma, n0=40, n=300), seed=5)
     assert run.votes == answers[run.chosen]

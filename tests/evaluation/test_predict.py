@@ -107,6 +107,11 @@ def test_the_table_and_both_files_say_the_same_in_one_order(digits_run, grey, tm
         entry = json.loads(text)
         assert [entry["file"], entry["classes"][0]["class"], entry["classes"][1]["class"]] == [row[0], row[1], row[3]]
         assert sum(one["probability"] for one in entry["classes"]) == pytest.approx(1, abs=1e-4)
+    # folders come in the order in which they are given
+    capsys.readouterr()
+    assert awp(monkeypatch, digits_run, grey / "more", grey) == 0
+    folders = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:-1]]
+    assert folders == order[6:] + order[:6]
     # a file that is given twice counts once, and any name is taken that is given itself
     shutil.copy(grey / "1.PNG", grey / "one")
     capsys.readouterr()

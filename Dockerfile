@@ -17,7 +17,9 @@ RUN pip install --no-cache-dir 'setuptools>=77' wheel \
     && pip install --no-cache-dir torch==${TORCH} --index-url ${TORCH_INDEX}
 
 COPY . /src
-RUN pip install --no-cache-dir --no-build-isolation '/src[train,eval,timm]' && rm -rf /src && python -m awp_kernels
+RUN pip install --no-cache-dir --no-build-isolation '/src[train,eval,timm]' torch==${TORCH} \
+    --extra-index-url ${TORCH_INDEX} \
+    && rm -rf /src && python -m awp_kernels
 
 WORKDIR /work
 CMD ["awp"]

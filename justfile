@@ -23,6 +23,10 @@ compile *options:
 docs:
     pytest --no-cov -n 0 tests/repo/test_docs.py tests/repo/test_named_tests.py tests/repo/test_readme.py tests/repo/test_structure.py
 
+# the documents as a site, in build/site
+site:
+    mkdocs build
+
 # single operations beside what else can do the same: bench.json and plots/
 bench *options:
     pytest bench --benchmark-enable -o addopts= --benchmark-json=bench.json {{ options }}

@@ -195,6 +195,8 @@ EXTRAS = {
     "huggingface": [TRAIN, "datasets>=3"],
     "timm": [TRAIN, "timm>=1.0.20"],
     "examples": ["transformers>=5", "accelerate", "lightning>=2.6"],
+    "docs": [TRAIN, "mkdocs-material>=9.6", "mkdocstrings[python]>=1"],
+    "notebooks": [TRAIN, "nbclient", "ipykernel"],
     "test": TESTED,
     "dev": ["awp-engine[test]", "ruff", "pyright", "clang-format", "pre-commit"],
 }

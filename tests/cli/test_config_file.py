@@ -27,6 +27,9 @@ KNOWN = {
     "attack.epsilon": st.sampled_from(["8/255", "0.2", "0.10", ".5"]),
     "attack.step_size": st.sampled_from(["10/255", "5e-2", "0.05"]),
     "evaluation.step_size": st.sampled_from([None, "5/255", "0.02"]),
+    "model.mean": st.sampled_from([[], [0.5], [0.485, 0.456, 0.406]]),
+    "model.std": st.sampled_from([[], [0.25], [0.229, 0.224, 0.225]]),
+    "awp.layers": st.sampled_from([[], ["fc.weight", "layer?.*.weight"]]),
     "optimizer.milestones": st.sampled_from([[], [0.5], [0.25, 0.75], [1e-3, 1.0]]),
 }
 # "none" is a path in JSON alone

@@ -31,7 +31,7 @@ from awp_engine.evaluation.autoattack import STANDARD, Budget, autoattack
 from awp_engine.evaluation.gates import run_gates
 from awp_engine.evaluation.page import render_page
 from awp_engine.evaluation.suite import measure
-from awp_engine.evaluation.user_key import KeyFileError, key_path, user_key
+from awp_engine.files.user_key import KeyFileError, key_path, user_key
 from awp_engine.models.answers import NO_CLASS, predicted
 
 THREAT = Threat(epsilon=Fraction(1, 20), norm="linf")

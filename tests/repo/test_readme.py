@@ -11,7 +11,13 @@ import awp_engine
 from awp_engine.models import build_model
 
 # with the number of their examples
-DOCUMENTS = {"README.md": 2, "docs/trained-models.md": 3, "docs/own-trainer.md": 4}
+DOCUMENTS = {
+    "README.md": 2,
+    "docs/trained-models.md": 3,
+    "docs/own-trainer.md": 4,
+    "docs/operations.md": 1,
+    "docs/extend.md": 8,
+}
 TEXTS = {name: (ROOT / name).read_text() for name in DOCUMENTS}
 BLOCKS = {name: re.findall(r"```python\n(.*?)```", text, re.DOTALL) for name, text in TEXTS.items()}
 
@@ -35,6 +41,7 @@ def namespace(monkeypatch, tmp_path):
         "x": x,
         "x_adv": x.clone(),
         "y": y,
+        "loader": [(x, y)],
         "loss_fn": loss,
         "criterion": loss,
     }
@@ -53,5 +60,5 @@ def test_examples_run_in_order(namespace, name):
         exec(block, namespace)
     assert namespace["x_adv"].shape == namespace["x"].shape
     after = list(namespace["model"].parameters())
-    trains = name != "docs/trained-models.md"
+    trains = name not in ("docs/trained-models.md", "docs/operations.md")
     assert any(not torch.equal(a, b) for a, b in zip(after, before, strict=True)) == trains

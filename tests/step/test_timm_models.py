@@ -36,7 +36,7 @@ from awp_engine.step.precision import working_copy
 from awp_kernels import AdversarialWeightPerturbation
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-KINDS = ["resnet", "resnet-silu", "convnext", "convstem"]
+KINDS = ["resnet", "resnet-silu", "resnet-basic", "convnext", "convstem"]
 X, Y = images((4, 3, 32, 40)), torch.tensor([3, 0, 6, 2])
 
 
@@ -45,7 +45,8 @@ def small(kind: str, dtype: torch.dtype = torch.float64, classes: int = 7) -> nn
     torch.manual_seed(0)
     if kind.startswith("resnet"):
         activation = "silu" if kind == "resnet-silu" else "relu"
-        model = TimmResNet(classes, MEAN, STD, depths=(1, 2, 1, 1), width=8, activation=activation)
+        kinds = {"activation": activation, "bottleneck": kind != "resnet-basic"}
+        model = TimmResNet(classes, MEAN, STD, depths=(1, 2, 1, 1), width=8, **kinds)
     else:
         model = TimmConvNeXt(classes, MEAN, STD, depths=(1, 2, 1, 1), width=8, conv_stem=kind == "convstem")
     with torch.no_grad():
@@ -59,7 +60,7 @@ def plain(kind: str) -> nn.Module:
     models = import_timm().models
     if kind.startswith("resnet"):
         act = nn.SiLU if kind == "resnet-silu" else nn.ReLU
-        block = models.resnet.Bottleneck
+        block = models.resnet.BasicBlock if kind == "resnet-basic" else models.resnet.Bottleneck
         return models.resnet.ResNet(block, (1, 2, 1, 1), 7, channels=(8, 16, 32, 64), act_layer=act)
     model = models.convnext.ConvNeXt(num_classes=7, depths=(1, 2, 1, 1), dims=(8, 16, 32, 64))
     if kind == "convstem":
@@ -176,10 +177,10 @@ def test_a_description_rebuilds_what_was_exported(name, tmp_path):
 def test_sizes_are_the_published_ones():
     with torch.device("meta"):
         counts = [sum(p.numel() for p in build_model(n, 1000, MEAN, STD).parameters()) for n in timm_names]
-    # timm's own counts of the first two; the stem's two convolutions and norms in place of one
-    assert counts[:2] == [25_557_032, 28_589_128]
+    # timm's own counts of the first three; the stem's two convolutions and norms in place of one
+    assert counts[:3] == [11_689_512, 25_557_032, 28_589_128]
     patch, stem = 96 * 48 + 96 + 192, 48 * 27 + 48 + 96 + 96 * 48 * 9 + 96 + 192
-    assert counts[2] == counts[1] - patch + stem
+    assert counts[3] == counts[2] - patch + stem
 
 
 def step_config(kind: str, **changes) -> Config:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from awp_engine.config import Config, ConfigError, expectation, flag, show
 from awp_engine.config.identity import from_flat, key_types, load_settings, to_flat
+from awp_engine.config.model_names import is_code
 from awp_engine.config.presets import DEFAULT, PRESETS, build_preset
 from awp_engine.config.schema import Word, coerce, did_you_mean, fields, help_texts, is_switch
 from awp_engine.files.text import one_line
@@ -169,8 +170,18 @@ def _parse(argv: Sequence[str], prog: str) -> Config:
             raise ConfigError(f"--preset: expected {name!r} as in {where}, got {preset!r}; give one of them")
     given |= {} if preset is None else {"preset": preset}
     asked = in_file | given
+    if is_code(str(in_file.get("model.name"))) and "model.name" not in given:
+        name = in_file["model.name"]
+        raise ConfigError(
+            f"--model.name: {file} asks for code of its own, {show(name)}, which is not run because a file says so; if "
+            "you trust it, give the name as a flag as well"
+        )
     try:
-        return from_flat(to_flat(build_preset(asked.get("preset", DEFAULT))) | asked)
+        values = to_flat(build_preset(asked.get("preset", DEFAULT)))
+        if asked.get("model.name", values["model.name"]) != values["model.name"]:
+            # the preset's are those of its own model
+            values |= {"model.width": None, "model.activation": "relu"}
+        return from_flat(values | asked)
     except ConfigError as error:
         key = str(error).partition(":")[0].removeprefix("--").replace("-", "_")
         raise ConfigError(f"{file}: {error}" if key in in_file.keys() - given.keys() else str(error)) from None

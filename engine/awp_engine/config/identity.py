@@ -48,7 +48,7 @@ _FREE_ON_RESUME = frozenset(
 )
 
 # Keys that runs of earlier versions lack, with the value, as JSON holds it, that means what those versions did.
-ADDED: dict[str, Any] = {}
+ADDED: dict[str, Any] = {"model.normalize": "auto", "model.mean": [], "model.std": [], "awp.layers": []}
 
 
 def key_types(cls: type = Config, prefix: str = "") -> dict[str, Any]:

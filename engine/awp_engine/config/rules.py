@@ -25,6 +25,8 @@ def require_combinations(config: Config) -> None:
         for key, value in (("distributed.ascent_sync", "global"), ("awp.ascent", "exact")):
             config.require_value(key, value, reason)
         config.require(config.compile is not True, "compile", f"auto or false {reason}")
+        built_in = config.model.source == "built-in"
+        config.require(built_in, "model.name", "a built-in model with --distributed.strategy fsdp; ddp takes any")
     if config.awp.enabled:
         _require_precision(config)
     precision = config.precision
@@ -62,6 +64,8 @@ def choose_speed(config: Config, *, cuda: bool, ranks: int) -> Speed:
         "--optimizer.kind adamw": config.optimizer.kind == "adamw",
         # the losses decide how many passes are made
         "--awp.c-min": config.awp.c_min is not None,
+        # nor is it known what another's forward pass does
+        f"--model.name {config.model.name}": config.model.source != "built-in",
     }
     hindrance = next((name for name, holds in hindrances.items() if holds), None)
     if config.cuda_graphs is True and hindrance is not None:

@@ -122,7 +122,7 @@ def expectation(hint: Any) -> str:
     if isinstance(hint, types.UnionType):
         return " or ".join("none" if part is type(None) else expectation(part) for part in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
-        return "a list of finite numbers"
+        return "a list of names or patterns" if str in typing.get_args(hint) else "a list of finite numbers"
     words = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", Path: "a path"}
     return words.get(hint, "a group of settings")
 

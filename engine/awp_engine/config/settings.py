@@ -12,6 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Literal
 
+from awp_engine.config.model_names import EXPECTED, Source, source_of
 from awp_engine.config.rules import require_combinations
 from awp_engine.config.schema import (
     Amount,
@@ -29,8 +30,6 @@ from awp_engine.config.schema import (
     parse_amount,
 )
 
-_WIDE_RESNET = re.compile(r"wrn-([0-9]{1,4})-([0-9]{1,3})")
-_TIMM_MODELS = ("resnet-50", "convnext-tiny", "convnext-tiny-convstem")
 _PRESET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _Pixels = Annotated[int, Range("a whole number of pixels, 0 to 1024", ge=0, le=1024)]
 
@@ -114,29 +113,53 @@ class ModelConfig(Checked, section="model."):
     """The classifier."""
 
     name: str = "preact-resnet-digits"
-    """Architecture: preact-resnet-18, preact-resnet-digits, wrn-DEPTH-WIDTH such as wrn-34-10; by timm, for larger
-    images: resnet-50, convnext-tiny, convnext-tiny-convstem."""
+    """Architecture: preact-resnet-18, preact-resnet-digits, wrn-DEPTH-WIDTH such as wrn-34-10; for larger images
+    resnet-18, resnet-50, convnext-tiny, convnext-tiny-convstem; timm:NAME; torchvision:NAME; or a function of your own
+    that makes the model: file.py:factory or package.module:factory."""
     width: Annotated[int | None, Range("a whole number from 1 to 65536, or none", ge=1, le=65536)] = None
-    """Channels of the first stage; none means the architecture's own number."""
+    """Channels of the first stage of a built-in model; none means the architecture's own number."""
     activation: Literal["relu", "silu"] = "relu"
-    """Nonlinearity; ConvNeXt has its own, GELU."""
+    """Nonlinearity of a built-in model; ConvNeXt has its own, GELU."""
     pretrained: Path | None = None
-    """Weights to start from: a .safetensors file of timm's names (the classifier of other classes is left out)."""
+    """Weights to start from: a .safetensors file (the classifier of other classes is left out); or timm, torchvision:
+    the published weights of a model of theirs."""
+    normalize: Literal["auto", "data", "model", "none"] = "auto"
+    """Mean and deviation that images are normalised by: the data set's, the model's own or none; auto: the given ones,
+    else those of published weights, else none where the model normalises by itself, else the data set's."""
+    mean: tuple[float, ...] = ()
+    """Mean of every channel, on pixels in [0, 1]; nothing means as --model.normalize says."""
+    std: tuple[float, ...] = ()
+    """Deviation of every channel, likewise."""
+
+    @property
+    def source(self) -> Source:
+        """What builds the model."""
+        found = source_of(self.name)
+        assert found is not None  # checked
+        return found
+
+    @property
+    def published(self) -> bool:
+        """Whether training starts from the weights that timm or torchvision publish."""
+        return str(self.pretrained) in ("timm", "torchvision")
 
     def _check(self) -> None:
-        wide = _WIDE_RESNET.fullmatch(self.name)
-        depth, widen = (int(wide[1]), int(wide[2])) if wide else (0, 0)
-        known = self.name in ("preact-resnet-18", "preact-resnet-digits", *_TIMM_MODELS) or (
-            depth >= 10 and (depth - 4) % 6 == 0 and widen >= 1
-        )
-        expected = (
-            f"preact-resnet-18, preact-resnet-digits, {', '.join(_TIMM_MODELS)} or wrn-DEPTH-WIDTH with DEPTH = 6n + "
-            "4, such as wrn-34-10"
-        )
-        self.require(known, "name", expected)
+        source = source_of(self.name)
+        self.require(source is not None, "name", EXPECTED)
+        wide = self.name.startswith("wrn-")
         self.require(not wide or self.width is None, "width", f"none with {self.name}, whose width is in its name")
         own = self.activation == "relu" or not self.name.startswith("convnext")
         self.require(own, "activation", f"relu, the default, with --model.name {self.name}, whose own is GELU")
+        for name, default in (("width", None), ("activation", "relu")):
+            fits = source == "built-in" or getattr(self, name) == default
+            self.require(fits, name, f"nothing with --model.name {self.name}, which is built without it")
+        fits = not self.published or str(self.pretrained) == source
+        self.require(fits, "pretrained", f"a file, or --model.name {self.pretrained}:NAME")
+        self.require(len(self.mean) == len(self.std), "std", f"as many numbers as --model.mean has, {len(self.mean)}")
+        self.require(all(value > 0 for value in self.std), "std", "numbers > 0")
+        self.require(not self.mean or self.normalize == "auto", "normalize", "auto where --model.mean is given")
+        fits = source != "built-in" or self.normalize != "model"
+        self.require(fits, "normalize", f"another with --model.name {self.name}, which has no normalisation of its own")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,6 +225,9 @@ class AwpConfig(Checked, section="awp."):
     """Ascent passes whose gradients are added up, each at the weights that the ones before it moved to (RWP: 10)."""
     c_min: Annotated[float | None, Range("a number > 0, or none", gt=0)] = None
     """Perturb the weights by the samples whose loss is below this alone (RWP: 1.7); none means by all."""
+    layers: tuple[str, ...] = ()
+    """Patterns such as 'blocks.*.weight' of the parameters to perturb; nothing means the paper's rule: tensors of two
+    or more dimensions named weight (AWP), or all (SAM, ASAM)."""
 
     @property
     def enabled(self) -> bool:

@@ -24,10 +24,10 @@ from awp_engine.evaluation.receipt import make_receipt, split_hash
 from awp_engine.evaluation.run import _data, _output, _put, _require_fit
 from awp_engine.evaluation.smoothing import Certificate, Smoothing, certify
 from awp_engine.evaluation.subject import load_subject
-from awp_engine.evaluation.user_key import KeyFileError, user_key
 from awp_engine.files.atomic import atomic_write_text
 from awp_engine.files.locking import locked
 from awp_engine.files.text import json_text
+from awp_engine.files.user_key import KeyFileError, user_key
 from awp_engine.observe.bars import Bar, NoBar
 from awp_engine.observe.report import prepare_output, versions
 

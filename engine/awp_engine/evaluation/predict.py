@@ -115,12 +115,17 @@ def find_intake(subject: Subject, *, image_size: int | None = None, center_crop:
         return Intake(channels=channels, height=size, width=size, framing=framing, note=note)
     if center_crop is not None:
         raise EvaluationError("--center-crop: goes with --image-size, or with a run that resized its images")
-    if data is None:
+    # models of somebody's own code may say it themselves
+    made_for = getattr(subject.model, "image_size", None)
+    if made_for is not None:
+        height, width = made_for
+    elif data is not None:
+        height, width = _sides(data)
+    else:
         raise EvaluationError(
             f"{subject.weights}: belongs to no run whose config.json could say how large its images were: give "
             "--image-size"
         )
-    height, width = _sides(data)
     return Intake(channels=channels, height=height, width=width, framing=Framing())
 
 

@@ -16,6 +16,7 @@ from awp_engine.models.layers import Activation, NormalizedClassifier, Normalize
 from awp_engine.models.preact_resnet import PreActBlock, PreActResNet
 from awp_engine.models.timm_models import TimmClassifier, TimmConvNeXt, TimmResNet
 from awp_engine.models.wide_resnet import WideBlock, WideResNet
+from awp_engine.models.wrapped import WrappedClassifier
 
 __all__ = [
     "Activation",
@@ -28,6 +29,7 @@ __all__ = [
     "TimmResNet",
     "WideBlock",
     "WideResNet",
+    "WrappedClassifier",
     "blocks",
     "build_model",
     "load_pretrained",

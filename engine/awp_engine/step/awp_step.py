@@ -107,6 +107,7 @@ class AwpStep:
     def prepare(self, batch: Batch, phase: Phase) -> Tensor:
         """All of a step that the host decides; returns where the attack begins, [N, C, H, W]."""
         self.update.prepare(phase)
+        self.passes.seed(phase)
         return phase.attack.first(batch.images, sample_ids=batch.ids, seed=phase.seed)
 
     def __call__(self, batch: Batch, phase: Phase, start: Tensor | None = None) -> StepResult:

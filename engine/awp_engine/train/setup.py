@@ -3,6 +3,7 @@
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +13,10 @@ from awp_engine.attack import Attack, fast_attack
 from awp_engine.attack.checks import ball
 from awp_engine.config import AttackConfig, Config, ConfigError, choose_speed, config_hash
 from awp_engine.data import Augmentation, Batches, data_loading, load_data, load_extra, place_extra
-from awp_engine.device import choose_convolutions, choose_device, fast_memory_format
+from awp_engine.device import choose_convolutions, choose_device
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.sharding import gather, shard
-from awp_engine.models import load_pretrained
 from awp_engine.models.batch_norm import synchronize
-from awp_engine.models.trained import ModelDescription
 from awp_engine.observe.throughput import forward_flops
 from awp_engine.optim.average import WeightAverage
 from awp_engine.optim.optimizer import build_optimizer
@@ -27,6 +26,8 @@ from awp_engine.step.free import FreeStep
 from awp_engine.step.objectives import build_objective
 from awp_engine.step.precision import PARTS, Precision, WorkingModels, has_fast_bfloat16
 from awp_engine.step.values import Step
+from awp_engine.train.network import build_network
+from awp_engine.train.perturbed import choice, perturbed_message
 from awp_engine.train.run_dir import prepare_run_dir
 from awp_engine.train.schedule import Schedule
 from awp_kernels import AdversarialWeightPerturbation, asam, sam
@@ -123,10 +124,17 @@ def build_step(
         sharded=config.distributed.strategy == "fsdp",
     )
     perturbation = None
-    if awp.enabled and awp.scale == "relative":
-        perturbation = AdversarialWeightPerturbation(model, awp.gamma, scope=awp.scope, working=models.working)
-    elif awp.enabled:
-        perturbation = (sam if awp.scale == "absolute" else asam)(model, awp.gamma, scope=awp.scope)
+    # none given: each has a rule of its own
+    chosen: dict[str, Any] = {"select": choice(model, awp.layers)} if awp.layers else {}
+    try:
+        if awp.enabled and awp.scale == "relative":
+            perturbation = AdversarialWeightPerturbation(
+                model, awp.gamma, scope=awp.scope, working=models.working, **chosen
+            )
+        elif awp.enabled:
+            perturbation = (sam if awp.scale == "absolute" else asam)(model, awp.gamma, scope=awp.scope, **chosen)
+    except ValueError as error:
+        raise ConfigError(f"--awp.{'layers' if awp.layers else 'gamma'}: {error}") from None
     return AwpStep(
         models=models,
         optimizer=build_optimizer(model, config.optimizer, working=models.updated),
@@ -233,25 +241,12 @@ class Setup:
             self.messages.append(f"{len(extra.split):,} extra images, loader {extra.loader}")
 
     def _build_model(self) -> None:
-        config, data = self.config, self.data
-        self.description = ModelDescription(
-            name=config.model.name,
-            num_classes=len(data.class_names),
-            mean=data.mean,
-            std=data.std,
-            width=config.model.width,
-            activation=config.model.activation,
-            class_names=data.class_names if data.named else None,
-        )
-        model = self.description.build()
-        self._memory_format = fast_memory_format(model, self.device)
-        # torch's stub does not know the keyword
-        model.to(device=self.device, memory_format=self._memory_format)  # pyright: ignore[reportCallIssue]
-        self.model: nn.Module = model.train()
-        if config.model.pretrained is not None:
-            kept = load_pretrained(model, config.model.pretrained, self.description.class_names)
-            new = f"; new, for {len(data.class_names)} classes: {', '.join(kept)}" if kept else ""
-            self.messages.append(f"weights of {config.model.pretrained}{new}")
+        built = build_network(self.config, self.data, self.device, self.precision)
+        self.model: nn.Module = built.model
+        self.description, self._memory_format = built.description, built.memory_format
+        self.messages += built.messages
+        # before the run directory is made
+        choice(self.model, self.config.awp.layers)
 
     def _build_batches(self) -> None:
         config, data, extra = self.config, self.data, self._extra
@@ -278,6 +273,8 @@ class Setup:
         config, attack = self.config, self.config.attack
         self.awp_step = build_step(config, self.model, self.ranks, self.precision, self.batches.sizes[0])
         self.optimizer = self.awp_step.update.optimizer
+        if self.awp_step.awp is not None:
+            self.messages.append(perturbed_message(config.title, self.awp_step.awp))
         self.step = capture_step(config, self.awp_step)
         self.free = None
         if attack.fast == "free":

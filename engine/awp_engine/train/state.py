@@ -168,6 +168,10 @@ class RunState:
             raise CheckpointError(f"{where}: lacks what this run needs, or has it in another shape: {error}") from error
         if found is not None:
             messages.append(f"going on after {self.progress}, from {found.path}")
+            code = self._setup.description.code
+            before = None if code is None else described(found.state, found.path).code
+            if code is not None and (before is None or before.sha256 != code.sha256):
+                messages.append(f"{code.file} has changed since: the model goes on by the new code")
         if state["ranks"] != self._ranks.world:
             messages.append(
                 f"{state['ranks']} ranks before, {self._ranks.world} now: images and noise are the same; sums differ "

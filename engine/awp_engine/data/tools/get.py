@@ -251,6 +251,8 @@ class _Download:
             have = have if goes_on else 0
             length = answer.headers.get("Content-Length", "")
             total = have + int(length) if length.isdecimal() else 0
+            if goes_on:
+                self.say(f"going on after {have:,} of {total:,} bytes")
             with naming(self.path):
                 require_space(self.path.parent, total - have + self.unpacked * _UNPACKED * total)
                 file = self.part.open("ab" if goes_on else "wb")

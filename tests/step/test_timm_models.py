@@ -1,4 +1,4 @@
-"""ResNet-50 and ConvNeXt around timm's networks: the same function, and all that the engine asks of a model."""
+"""ResNets and ConvNeXt around timm's networks: the same function, and all that the engine asks of a model."""
 
 import copy
 import sys
@@ -22,6 +22,7 @@ from awp_engine.models import (
     NormalizedImages,
     TimmConvNeXt,
     TimmResNet,
+    WrappedClassifier,
     blocks,
     build_model,
     load_pretrained,
@@ -29,7 +30,8 @@ from awp_engine.models import (
     timm_names,
 )
 from awp_engine.models.batch_norm import batch_norm_mode, layers, synchronize
-from awp_engine.models.import_timm import import_timm
+from awp_engine.models.factories import published_normalisation
+from awp_engine.models.import_timm import import_timm, import_torchvision
 from awp_engine.models.trained import MODEL_FILE, ModelDescription, load_model
 from awp_engine.observe.throughput import forward_flops
 from awp_engine.step.precision import working_copy
@@ -324,3 +326,54 @@ def _difference(rank: int, world: int, kind: str) -> float:
 
 def test_shards_compute_what_one_process_computes():
     assert max(max(found) for found in run_ranks(_sharded, 2)) < 1e-10
+
+
+def test_any_model_of_timms_is_known_by_its_name(tmp_path: Path) -> None:
+    model = build_model("timm:test_vit", 7, MEAN, STD, image_size=(32, 48))
+    assert isinstance(model, WrappedClassifier)
+    assert model.notes == ("made for images of 32x48 pixels",)
+    assert model.classifier_names == ("network.head.weight", "network.head.bias")
+    plain = import_timm().create_model("test_vit", num_classes=7, img_size=(32, 48)).eval()
+    plain.load_state_dict({n.removeprefix("network."): v for n, v in model.state_dict().items()})
+    x = images((2, 3, 32, 48))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+    torch.testing.assert_close(model.eval()(x), plain((x - mean) / std))
+    # a name of timm's is no code of anybody's
+    description = ModelDescription(
+        name="timm:test_vit", num_classes=7, mean=MEAN, std=STD, width=None, activation="relu", image_size=(32, 48)
+    )
+    export_model(tmp_path / MODEL_FILE, model.state_dict(), description.to_metadata())
+    assert torch.equal(load_model(tmp_path)(x), model(x))
+    with pytest.raises(ConfigError, match="was made for images of 32x48 pixels, got 32x32"):
+        load_model(tmp_path)(x[:, :, :, :32])
+    # timm's own weights of another number of classes
+    tensors = {n: v for n, v in plain.state_dict().items() if not n.startswith("head.")}
+    tensors |= {"head.weight": torch.zeros(1000, 64), "head.bias": torch.zeros(1000)}
+    save_file(tensors, tmp_path / "timm.safetensors")
+    fresh = build_model("timm:test_vit", 7, MEAN, STD, image_size=(32, 48))
+    assert load_pretrained(fresh, tmp_path / "timm.safetensors") == ["network.head.weight", "network.head.bias"]
+    assert torch.equal(fresh.network.pos_embed, plain.pos_embed)
+    assert published_normalisation(fresh) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    with pytest.raises(ConfigError, match=r"no model 'test_vitt'; did you mean timm:test_vit"):
+        build_model("timm:test_vitt", 7, MEAN, STD)
+
+
+def test_any_classifier_of_torchvisions_is_known_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model("torchvision:mobilenet_v3_small", 7, MEAN, STD)
+    assert model.classifier_names == ("network.classifier.3.weight", "network.classifier.3.bias")
+    assert build_model("torchvision:vit_b_32", 2, MEAN, STD, image_size=(64, 64)).network.image_size == 64
+    with pytest.raises(ConfigError, match=r"no classifier 'resnet19'; did you mean torchvision:resnet18"):
+        build_model("torchvision:resnet19", 7, MEAN, STD)
+    with pytest.raises(ConfigError, match="takes images of 3 channels, the data have 1"):
+        build_model("torchvision:resnet18", 7, MEAN[:1], STD[:1])
+    # as a download leaves them
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    models = import_torchvision().models
+    published = models.get_model("mobilenet_v3_small", num_classes=1000).state_dict()
+    file = tmp_path / "hub" / "checkpoints" / Path(models.MobileNet_V3_Small_Weights.DEFAULT.url).name
+    file.parent.mkdir(parents=True)
+    torch.save(published, file)
+    started = build_model("torchvision:mobilenet_v3_small", 7, MEAN, STD, published=True)
+    assert started.notes == ("classifier.3 of 1000 classes replaced by a new one of 7",)
+    assert torch.equal(started.network.features[0][0].weight, published["features.0.0.weight"])
+    assert published_normalisation(started) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])

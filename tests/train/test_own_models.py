@@ -8,6 +8,7 @@ from pathlib import Path
 import own_models
 import pytest
 import torch
+from places import ROOT
 from test_resume import resumed_everywhere
 
 from awp_engine import load_model
@@ -29,7 +30,8 @@ from awp_engine.config import (
 from awp_engine.config.model_names import source_of
 from awp_engine.evaluation.subject import load_subject
 from awp_engine.models import WrappedClassifier, build_model
-from awp_engine.models.trained import MODEL_FILE, described
+from awp_engine.models.factories import read_code
+from awp_engine.models.trained import MODEL_FILE, ModelDescription
 from awp_engine.train.trainer import Trainer
 
 IMAGES = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -134,13 +136,12 @@ def test_code_is_run_for_nobody_but_who_trained_by_it(here: Path, monkeypatch: p
 def test_a_file_that_names_code_runs_none(here: Path, name: str, seal: str | None) -> None:
     (here / "evil.py").write_text("open('ran', 'w')\nfrom net import Net\n")
     model = build_model("net.py:Net", 10, [0.5], [0.5])
-    own = described(read_of(trained_once(here)), Path()).code
-    assert own is not None
     fields = {"name": name, "num_classes": 10, "mean": [0.5], "std": [0.5], "width": None, "activation": "relu"}
     if seal is not None:
-        real = described(read_of(here / "run"), Path()).seal
-        code = {"file": str(here / "evil.py"), "sha256": own.sha256}
-        fields |= {"code": code, "seal": real if seal.startswith("of") else seal}
+        evil = read_code(here / "evil.py")[1]
+        mine = ModelDescription(**{**fields, "name": "net.py:Net"}, code=read_code(here / "net.py")[1]).sealed()
+        assert mine.is_sealed()
+        fields |= {"code": dataclasses.asdict(evil), "seal": mine.seal if seal.startswith("of") else seal}
     export_model(here / "evil.safetensors", model.state_dict(), {"model": json.dumps(fields)})
     with pytest.raises(CheckpointError, match="is not run because a file says so"):
         load_model("evil.safetensors")
@@ -150,15 +151,6 @@ def test_a_file_that_names_code_runs_none(here: Path, name: str, seal: str | Non
     with pytest.raises(SystemExit):
         parse_train(["--config", "evil.json"])
     assert parse_train(["--config", "evil.json", "--model.name", name]).model.name == name
-
-
-def trained_once(here: Path) -> Path:
-    trained("net.py:Net")
-    return here / "run"
-
-
-def read_of(run: Path) -> dict[str, str]:
-    return read_model(run / MODEL_FILE)[1]
 
 
 def test_dropout_repeats_its_bits_after_an_interruption(here: Path) -> None:
@@ -284,3 +276,11 @@ def test_layers_to_perturb_can_be_given() -> None:
     assert trainer.awp_step.awp is not None
     assert [*trainer.awp_step.awp.parameters] == ["network.conv1.weight", "network.fc.weight", "network.fc.bias"]
     assert any("AWP perturbs 3 of 10 tensors" in message for message in trainer.messages)
+
+
+def test_the_documents_model_is_complete_and_short(here: Path) -> None:
+    text = (ROOT / "docs" / "training.md").read_text()
+    code = text.partition("A complete `net.py`:\n\n```python\n")[2].partition("```")[0]
+    assert 0 < len(code.splitlines()) <= 20
+    (here / "net.py").write_text(code)
+    assert Trainer(config("net.py:Net")).messages

@@ -198,7 +198,9 @@ def _try_passes(model: WrappedClassifier, data: Dataset) -> None:
         labels = torch.zeros(count, dtype=torch.int64, device=parameter.device)
         shape = "x".join(map(str, data.train.shape))
         with layer_modes(model, mode), _refusing(model.name):
-            with told_in_one_line(model.name, f"a forward pass on {count} images of {shape} in {mode} mode"):
+            with told_in_one_line(
+                model.name, f"a forward pass in {mode} mode on {count} x {shape}, the data's images,"
+            ):
                 logits = model(images)
             checks.outputs(logits, labels, count)
             if logits.shape[1] != model.num_classes:

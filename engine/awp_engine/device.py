@@ -27,6 +27,13 @@ def fast_memory_format(model: nn.Module, device: torch.device) -> torch.memory_f
     return torch.contiguous_format if not takes or (device.type == "cpu" and narrow) else torch.channels_last
 
 
+def full_precision() -> None:
+    """Have GPUs compute in full fp32, as a measurement should: TF32 keeps 10 bits of the mantissa."""
+    # torch makes this attribute at run time
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # pyright: ignore[reportAttributeAccessIssue]
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
 def choose_convolutions(device: torch.device, *, deterministic: bool = False) -> None:
     """On a GPU, have cuDNN time its algorithms for every convolution, all of them: torch would stop after ten."""
     torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic

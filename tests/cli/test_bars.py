@@ -6,7 +6,8 @@ import time
 import pytest
 from rich.console import Console
 
-from awp_engine.observe.bars import Bar, NoBar, Part, duration
+from awp_engine.files.text import duration
+from awp_engine.observe.bars import Bar, NoBar, Part
 
 
 def console(terminal: bool) -> tuple[Console, io.StringIO]:

@@ -20,5 +20,8 @@ def small_tmpfs(directory: Path, size: str) -> Iterator[Path]:
         mounted = False
     if not mounted:
         pytest.skip("mounting a small tmpfs is not permitted here")
-    yield mount
-    subprocess.run(["umount", "-l", str(mount)], check=True)
+    try:
+        yield mount
+    # also after a test that fails: what is mounted cannot be removed
+    finally:
+        subprocess.run(["umount", "-l", str(mount)], check=True)

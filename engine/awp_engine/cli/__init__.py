@@ -1,7 +1,7 @@
-"""The command line: `awp train|evaluate|landscape|data|export|checkpoint`; the scripts in engine/ call the same.
+"""The command line: `awp COMMAND`; the scripts in engine/ call the same for train, evaluate and landscape.
 
-One module a command: its `main` parses, builds, runs, and ends with one line for what is wrong. Train,
-evaluate and landscape import no torch before a command line is known to be right.
+One module a command: its `main` parses, builds, runs, and ends with one line for what is wrong. All but data
+and checkpoint import no torch before a command line is known to be right.
 """
 
 import importlib.util
@@ -13,9 +13,11 @@ from awp_engine.distributed.signals import begin_command
 COMMANDS = {
     "train": "train a robust classifier, or go on with a run",
     "evaluate": "measure how robust a trained model is",
+    "certify": "certify a model's accuracy in L2 by randomised smoothing",
+    "predict": "classify image files by a trained model",
     "compare": "show runs side by side: tables over seeds, learning curves, one page",
     "landscape": "draw the loss around trained weights, and measure its flatness",
-    "data": "scan image folders, pack them into shards, verify shards",
+    "data": "download public data sets; scan image folders, pack and verify shards",
     "export": "write a trained model for the Hugging Face Hub, or for PyTorch alone",
     "checkpoint": "verify, list or export the checkpoints of a run",
 }

@@ -1,4 +1,4 @@
-"""`awp data scan|pack|verify`: looks after image folders and shards."""
+"""`awp data scan|pack|verify|get`: looks after image folders and shards, and downloads public data sets."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # as `awp_engine.data.sets.scan_list` has it, which would import torch for --help
 LIST_NAME = "awp-scan.jsonl"
+# of `awp_engine.data.tools.get`, likewise
+PUBLIC = ("cifar10", "cifar100", "fashion-mnist", "mnist", "svhn", "tiny-imagenet")
 _SHOWN = 3
 
 
@@ -128,9 +130,25 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
+def _get(arguments: argparse.Namespace) -> int:
+    from awp_engine.data.tools.get import get_set, next_command
+    from awp_engine.observe.bars import Bar
+
+    root = get_set(
+        arguments.name,
+        arguments.place,
+        mirror=arguments.mirror,
+        bars=Bar,
+        say=lambda line: print(one_line(line), flush=True),
+    )
+    print(f"{arguments.name} is in {one_line(str(root))}, with the checksums that were published")
+    print(f"next: {one_line(next_command(arguments.name, root))}")
+    return 0
+
+
 def _parser(prog: str) -> OneLineParser:
-    parser = OneLineParser(prog=prog, description="Looks after image folders and shards.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="scan|pack|verify")
+    parser = OneLineParser(prog=prog, description="Looks after image folders and shards, and downloads data sets.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="scan|pack|verify|get")
     texts = {
         "scan": "find every file that cannot be trained on and list them; exit code 1 if there is one",
         "pack": "write an image folder as shards with a manifest",
@@ -158,6 +176,11 @@ def _parser(prog: str) -> OneLineParser:
             command.add_argument(
                 "--bad-files", choices=("refuse", "skip"), default="refuse", help="what a scan listed (default: refuse)"
             )
+    text = "download a public data set, compare it with the published MD5, and unpack it"
+    command = commands.add_parser("get", help=text, description=text)
+    command.add_argument("name", choices=PUBLIC, metavar="NAME", help=", ".join(PUBLIC))
+    command.add_argument("place", type=Path, metavar="DIR", help="where to put it; made if it is missing")
+    command.add_argument("--mirror", metavar="URL", help="address of a directory that has the same files")
     return parser
 
 
@@ -169,14 +192,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "awp data") -> int:
 
     Raises:
         SystemExit: after one line on stderr: 2 for bad arguments and what is no image folder, 1 for what cannot be
-            packed or verified, 130 or 143 after a signal.
+            packed, verified or downloaded, 130 or 143 after a signal.
     """
     arguments = _parser(prog).parse_args(argv)
 
     from awp_engine.data.dataset import DataError
     from awp_engine.data.loaders.workers import WorkerError
 
-    command = {"scan": _scan, "pack": _pack, "verify": _verify}[arguments.command]
+    command = {"scan": _scan, "pack": _pack, "verify": _verify, "get": _get}[arguments.command]
     # A scan says by 1 that there are bad files, and nothing else.
     code = 2 if arguments.command == "scan" else 1
     try:
@@ -191,4 +214,5 @@ def main(argv: Sequence[str] | None = None, prog: str = "awp data") -> int:
         fail(f"{place}: {error.strerror or error}", code=code, prog=prog)
     except KeyboardInterrupt as interrupt:
         code = interrupted_code(interrupt)
-        fail(f"{arguments.command} was interrupted; nothing was written", code=code, prog=prog)
+        kept = "the same command goes on where it ended" if arguments.command == "get" else "nothing was written"
+        fail(f"{arguments.command} was interrupted; {kept}", code=code, prog=prog)

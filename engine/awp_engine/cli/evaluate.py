@@ -172,6 +172,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
 
     from awp_engine.checkpoint import CheckpointError
     from awp_engine.data import DataError
+    from awp_engine.device import full_precision
     from awp_engine.distributed.signals import interrupted_code, interrupts
     from awp_engine.evaluation.adaptive import EOT_DRAWS
     from awp_engine.evaluation.attacks import EvaluationError
@@ -181,9 +182,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
 
     if (threads := arguments.pop("threads")) is not None:
         torch.set_num_threads(threads)
-    # a measurement in full fp32: TF32 keeps 10 bits of the mantissa
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # pyright: ignore[reportAttributeAccessIssue]
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    full_precision()
     publication = Publication(**{field.name: arguments.pop(field.name) for field in dataclasses.fields(Publication)})
     if arguments.pop("robustbench"):
         arguments["publication"] = publication

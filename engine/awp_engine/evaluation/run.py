@@ -122,13 +122,25 @@ def _threat(
     return Threat(epsilon=radius, norm=norm), step
 
 
-def _data(
+def open_data(
     config: Config | None,
     weights: Path | str,
     name: str | None,
     root: Path | None,
     corruption: tuple[str | None, int | None] = (None, None),
 ) -> Dataset:
+    """The test images that a name, or else the settings of a run, stand for.
+
+    Args:
+        config: of the run, if there is one.
+        weights: what is measured, for messages.
+        name: of the data set.
+        root: its directory.
+        corruption: kind and severity, of a set of corrupted images.
+
+    Raises:
+        EvaluationError, DataError: one line that says what is wrong.
+    """
     if name is None:
         if config is None:
             raise EvaluationError(
@@ -160,7 +172,8 @@ def _data(
     return load_dataset(name, root=root, held_out_fraction=0.0, seed=0, loading=loading, need_train=False)
 
 
-def _output(path: Path | str, subject: Subject) -> Path:
+def output_of(path: Path | str, subject: Subject) -> Path:
+    """Where the reports go if nothing else is said."""
     if subject.run_dir is not None:
         return subject.run_dir / ("evaluation" if subject.name == "best" else f"evaluation-{subject.name}")
     if is_address(path):
@@ -177,7 +190,8 @@ def _training(subject: Subject) -> dict[str, Any]:
     return {"run": name, "method": config.title, "gamma": config.awp.gamma, "seed": config.seed}
 
 
-def _require_fit(subject: Subject, dataset: Dataset, device: torch.device, what: str) -> None:
+def require_fit(subject: Subject, dataset: Dataset, device: torch.device, what: str) -> None:
+    """Refuses images that the model cannot take, and another number of classes."""
     image = next(eval_batches(dataset.test.select(torch.arange(1)), 1)).images.to(device)
     try:
         with torch.no_grad():
@@ -302,14 +316,14 @@ def evaluate_checkpoint(
     threat, step = _threat(config, weights, epsilon, norm, step_size)
     for attack in wanted:
         require_norm(attack, threat)
-    found = _data(config, weights, data_name, data_root, (data_corruption, data_severity))
+    found = open_data(config, weights, data_name, data_root, (data_corruption, data_severity))
     for note in found.notes:
         say(note)
     if foreign is not None:
         subject = load_foreign(foreign, found, place, say)
     assert subject is not None
     dataset, labels = match_classes(subject.model.class_names, found, str(path))
-    _require_fit(subject, dataset, place, str(path))
+    require_fit(subject, dataset, place, str(path))
     try:
         # what every attack of the ball would refuse
         values = math.prod(dataset.test.shape)
@@ -328,13 +342,13 @@ def evaluate_checkpoint(
                 f"{what}: its classes are not those of {path}: {difference(others, dataset.class_names)}; give a model "
                 "of the same classes in the same order"
             )
-        _require_fit(second, dataset, place, what)
+        require_fit(second, dataset, place, what)
     split = spread(dataset.test, limit).resident().to(place)
     if seed is None:
         seed = evaluation_seed(0 if config is None else config.seed)
     if batch_size is None:
         batch_size = _BATCH_SIZE if config is None else config.evaluation.batch_size
-    output = output or _output(path, subject)
+    output = output or output_of(path, subject)
     prepare_output(output)
     if labels != "the same":
         say(f"class names: {labels}")
@@ -402,7 +416,7 @@ def evaluate_checkpoint(
                 replace_file(output / PAGE, (output / f"evaluation-{name}.html").read_bytes())
             if publication is not None:
                 info = _leaderboard(publication, dataset.name, trial, done.measurement, limit)
-                _put(output, name, LEADERBOARD, json_text(info, indent=2))
+                put_report(output, name, LEADERBOARD, json_text(info, indent=2))
         return done
     name = unused
     keep = None if save_images is None else image_saver(trial, output, name, save_images)
@@ -450,15 +464,15 @@ def evaluate_checkpoint(
         done = Evaluated(measurement=measurement, report=report, output=output, title=title)
         tell(done)
         # numbers before pictures, which may fail
-        _put(output, name, JSON, json_text(report, indent=2))
+        put_report(output, name, JSON, json_text(report, indent=2))
         partial.unlink(missing_ok=True)
         if save_per_image is not None and measurement.per_image is not None:
             path = output / f"per-image-{name}.{save_per_image}"
             write_per_image(path, measurement.per_image, receipt)
         if publication is not None:
             info = _leaderboard(publication, dataset.name, trial, measurement, limit)
-            _put(output, name, LEADERBOARD, json_text(info, indent=2))
-        _put(output, name, PAGE, _page(subject, dataset, threat, done))
+            put_report(output, name, LEADERBOARD, json_text(info, indent=2))
+        put_report(output, name, PAGE, _page(subject, dataset, threat, done))
         return done
 
 
@@ -477,7 +491,7 @@ def _names(output: Path, name: str) -> Iterator[str]:
             return
 
 
-def _put(output: Path, name: str, kind: str, text: str) -> None:
+def put_report(output: Path, name: str, kind: str, text: str) -> None:
     """Writes a report twice: under the evaluation's own name, and as the newest."""
     stem, _, suffix = kind.partition(".")
     for path in (output / f"{stem}-{name}.{suffix}", output / kind):

@@ -1,0 +1,273 @@
+"""Certified accuracy of a trained model, from a checkpoint to its report."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from awp_engine.checkpoint import read_file
+from awp_engine.config import show
+from awp_engine.data import eval_batches, match_classes
+from awp_engine.device import choose_device
+from awp_engine.evaluation.accuracy import evaluation_seed, spread
+from awp_engine.evaluation.attacks import EvaluationError, Threat, Trial, measuring, predict
+from awp_engine.evaluation.receipt import make_receipt, split_hash
+from awp_engine.evaluation.run import open_data, output_of, put_report, require_fit
+from awp_engine.evaluation.smoothing import Certificate, Smoothing, certify
+from awp_engine.evaluation.subject import load_subject
+from awp_engine.files.atomic import atomic_write_text
+from awp_engine.files.locking import locked
+from awp_engine.files.text import json_text
+from awp_engine.files.user_key import KeyFileError, user_key
+from awp_engine.observe.bars import Bar, NoBar
+from awp_engine.observe.report import prepare_output, versions
+
+JSON = "certification.json"
+RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
+_BATCH_SIZE = 512
+_MOST = 2**31 - 1
+_STATE_BYTES = 2**30
+_OF_A_BALL = ("epsilon", "epsilon_as_float", "norm", "step_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certified:
+    """What `certify_checkpoint` leaves.
+
+    Attributes:
+        report: what certification.json holds, the receipt included.
+        output: the directory with the report.
+        title: of the table.
+    """
+
+    report: dict[str, Any]
+    output: Path
+    title: str
+
+
+class Progress:
+    """The certificates of one question so far: a line an image, each with a code that only this user can make.
+
+    That a certificate is right cannot be seen without making it again. So a line carries an HMAC of the question and
+    of itself; from the first one that is not believed on, images are certified anew.
+
+    Args:
+        directory: an existing one.
+        question: all that the certificates depend on.
+        ids: of all images, in their order.
+        say: is told what is wrong with the file.
+    """
+
+    def __init__(
+        self, directory: Path, question: Mapping[str, Any], ids: Sequence[int], say: Callable[[str], None]
+    ) -> None:
+        self._question, self._ids, self._say = json.dumps(question, sort_keys=True), ids, say
+        self.path = directory / f"certify-{hashlib.sha256(self._question.encode()).hexdigest()[:16]}.jsonl"
+        try:
+            self._key: bytes | None = user_key()
+        except KeyFileError as error:
+            self._key = None
+            say(f"no progress will be saved: {error}")
+
+    def load(self) -> list[Certificate]:
+        """What was saved, in order; the file then holds nothing else."""
+        if self._key is None or not self.path.exists():
+            return []
+        found: list[Certificate] = []
+        lines = read_file(self.path, limit=_STATE_BYTES).decode(errors="replace").splitlines(keepends=True)
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                if not hmac.compare_digest(self._code(entry["image"]), entry["code"]):
+                    raise ValueError("was not written by this user's runs, or was changed since")
+                certificate = Certificate(**entry["image"])
+                if certificate.id != self._ids[len(found)]:
+                    raise ValueError("belongs to another image")
+                found.append(certificate)
+            except (ValueError, LookupError, TypeError, RecursionError):
+                # a kill leaves half a line at the end
+                if line.endswith("\n"):
+                    self._say(f"{self.path}: line {len(found) + 1} is not believed: going on from there")
+                atomic_write_text(self.path, "".join(lines[: len(found)]))
+                break
+        return found
+
+    def add(self, certificate: Certificate) -> None:
+        """Saves one more."""
+        if self._key is None:
+            return
+        image = asdict(certificate)
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"image": image, "code": self._code(image)}) + "\n")
+        except OSError as error:
+            self._key = None
+            self._say(f"{self.path}: cannot be written, certifying goes on unsaved: {error.strerror}")
+
+    def _code(self, image: Mapping[str, Any]) -> str:
+        assert self._key is not None
+        told = f"{self._question}\n{json.dumps(image, sort_keys=True)}"
+        return hmac.digest(self._key, told.encode(), "sha256").hex()
+
+
+def summary(certificates: Sequence[Certificate], radii: Iterable[float] = RADII) -> dict[str, Any]:
+    """The figures of a certification; accuracies are fractions of all images.
+
+    An image counts at a radius if its certified class is the label and its certified radius is as large at least. The
+    average radius counts 0 for an image that is abstained from or wrong.
+    """
+    images = len(certificates)
+    right = [found.radius for found in certificates if found.prediction == found.label]
+    return {
+        "images": images,
+        "certified_accuracy": [
+            {"radius": radius, "right": (count := sum(own >= radius for own in right)), "accuracy": count / images}
+            for radius in radii
+        ],
+        "average_certified_radius": sum(right) / images,
+        "smoothed_accuracy": sum(found.majority == found.label for found in certificates) / images,
+        "abstained": sum(found.prediction is None for found in certificates),
+        "answers_not_finite": sum(found.not_finite for found in certificates),
+    }
+
+
+def certify_checkpoint(
+    path: Path | str,
+    smoothing: Smoothing,
+    *,
+    checkpoint: str = "best",
+    images: int | None = 100,
+    seed: int | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    data_name: str | None = None,
+    data_root: Path | None = None,
+    output: Path | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    bars: type[Bar] = NoBar,
+    tell: Callable[[Certified], None] = lambda _: None,
+) -> Certified:
+    """Certifies images of the test split, and writes certification.json, also under a name of its own.
+
+    Every image is saved when it is done, so that the same call goes on after a kill, to the same report.
+
+    Args:
+        path: a run directory, one of its checkpoints, or a .safetensors file.
+        smoothing: how.
+        checkpoint: of a run directory: best, last, or a checkpoint's name or path.
+        images: their number, evenly spread; None for all.
+        seed: of all noise; if not given, the one that the run's own evaluation uses.
+        batch_size: noisy copies at a time.
+        device: auto, cpu or cuda.
+        data_name: the data set; the run's own if not given.
+        data_root: its directory.
+        output: directory of the report; RUN_DIR/evaluation if not given.
+        say: is told what a user should know, a line at a time.
+        bars: shows how many of the noisy copies were classified.
+        tell: is given the result before anything is written.
+
+    Raises:
+        EvaluationError, ConfigError, DataError, CheckpointError: one line that says what is wrong.
+        OSError: the report cannot be written.
+    """
+    path = Path(path)
+    for name, value in {"images": images, "batch-size": batch_size}.items():
+        if value is not None and not 1 <= value <= _MOST:
+            raise EvaluationError(f"--{name}: expected a whole number from 1 to {_MOST}, got {show(value)}")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise EvaluationError(f"--seed: expected a whole number in [0, 2^63), got {seed}")
+    place = choose_device(device)
+    subject = load_subject(path, which=checkpoint, device=place)
+    found = open_data(subject.config, subject.weights, data_name, data_root)
+    dataset, labels = match_classes(subject.model.class_names, found, str(path))
+    require_fit(subject, dataset, place, str(path))
+    split = spread(dataset.test, images).resident().to(place)
+    config = subject.config
+    seed = evaluation_seed(0 if config is None else config.seed) if seed is None else seed
+    batch_size = batch_size or (_BATCH_SIZE if config is None else config.evaluation.batch_size)
+    output = output or output_of(path, subject)
+    prepare_output(output)
+    # a certificate has no ball of its own: the receipt's is left out
+    nowhere = Threat(epsilon=Fraction(0), norm="l2")
+    trial = Trial(model=subject.model, split=split, threat=nowhere, seed=seed, batch_size=batch_size)
+    receipt = make_receipt(
+        trial,
+        checkpoint={
+            "name": subject.name,
+            "file": subject.weights.name,
+            "sha256": subject.sha256,
+            "architecture": subject.architecture,
+        },
+        data={
+            "name": dataset.name,
+            "split": "test",
+            "images_in_split": len(dataset.test),
+            "sha256_of_split": split_hash(dataset.test),
+            "limit": images,
+            "chosen": "all" if images is None else "evenly spread",
+            "class_names": labels,
+        },
+        step_size=Fraction(0),
+    )
+    receipt = {key: value for key, value in receipt.items() if key not in _OF_A_BALL}
+    receipt["versions"] |= versions("scipy")
+    receipt |= {"smoothing": asdict(smoothing), "largest_radius": smoothing.largest_radius}
+    question = {
+        "weights": subject.sha256,
+        # the same weights make another model with another activation or normalisation
+        "layers": hashlib.sha256(f"{subject.model}{receipt['normalisation']}".encode()).hexdigest(),
+        "images": receipt["data"]["sha256_of_these_images"],
+        "smoothing": asdict(smoothing),
+        "numbers": [seed, batch_size, place.type],
+        "torch": receipt["versions"]["torch"],
+    }
+    with locked(output), measuring(subject.model):
+        saved = Progress(output, question, split.ids.tolist(), say)
+        certificates = saved.load()
+        if certificates:
+            receipt["resumed"] = {"images": len(certificates)}
+            finished = len(certificates) == len(split)
+            say("all images were certified before" if finished else f"going on after image {len(certificates)}")
+        rest = split.select(torch.arange(len(certificates), len(split)))
+        with bars("noisy copies", len(rest) * (smoothing.n0 + smoothing.n)) as bar:
+            for image, label, ids, _ in eval_batches(rest, 1):
+                found = certify(
+                    subject.model,
+                    image[0],
+                    int(label),
+                    smoothing,
+                    sample_id=int(ids),
+                    seed=seed,
+                    batch_size=batch_size,
+                    advance=bar.advance,
+                )
+                saved.add(found)
+                certificates.append(found)
+        clean = sum(
+            int((predict(subject.model, x, batch_size) == y).sum()) for x, y, *_ in eval_batches(split, batch_size)
+        )
+        report = {
+            "receipt": receipt,
+            "means": "the smoothed classifier's answer cannot change within the radius, in L2 on pixels in [0, 1]; "
+            f"each certificate holds with probability {1 - smoothing.alpha:g}",
+            "clean_accuracy": clean / len(split),
+            **summary(certificates),
+            "images_certified": [asdict(found) for found in certificates],
+        }
+        title = f"{dataset.name} test split, {len(split)} images, sigma {smoothing.sigma:g}, n {smoothing.n:,}"
+        result = Certified(report=report, output=output, title=f"{title}, alpha {smoothing.alpha:g}")
+        tell(result)
+        digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:8]
+        parts = (dataset.name, len(split), f"sigma{smoothing.sigma:g}")
+        name = "-".join([*(re.sub(r"[^A-Za-z0-9]+", "_", str(part)) for part in parts), digest])
+        put_report(output, name, JSON, json_text(report, indent=2))
+        return result

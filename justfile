@@ -9,7 +9,7 @@ test *options:
 
 # the inner loop: without what compiles, trains for long or starts processes
 test-fast *options:
-    pytest --no-cov -m "not gpu and not compile and not long and not slow" {{ options }}
+    pytest --no-cov -m "not gpu and not compile and not long and not browser and not slow" {{ options }}
 
 # what needs a CUDA device
 gpu *options:
@@ -18,6 +18,10 @@ gpu *options:
 # CUDA and Triton code, compiled ahead of time; no GPU is needed
 compile *options:
     pytest --no-cov -m compile {{ options }}
+
+# pages, in Chromium at two widths: apt-get install chromium
+browser *options:
+    pytest --no-cov -n 0 -m browser {{ options }}
 
 # documents: their examples run, and what they name exists
 docs:

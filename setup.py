@@ -168,13 +168,13 @@ TESTED = [
     "pytest-timeout",
     "pytest-xdist>=3",
     "hypothesis>=6",
-    "huggingface_hub",
     "onnxruntime",
     "onnxscript",
+    "playwright",
     "torchattacks==3.5.1",
     "triton>=3.6; platform_system == 'Linux'",
     "wandb>=0.31",
-    "awp-engine[dali,eval,examples,huggingface,timm]",
+    "awp-engine[dali,eval,examples,hub,huggingface,timm]",
     # each torchvision is built for one torch: without this line pip takes the newest of both
     f"torch=={TORCH.partition('+')[0]}",
 ]
@@ -194,6 +194,7 @@ EXTRAS = {
     "dali": [TRAIN, "nvidia-dali-cuda130>=2.4; platform_system == 'Linux'"],
     "eval": [TRAIN, "pyautoattack==0.2.*"],
     "log": [TRAIN, "wandb>=0.31", "mlflow-skinny", "trackio"],
+    "hub": [TRAIN, "huggingface_hub"],
     "huggingface": [TRAIN, "datasets>=3"],
     "timm": [TRAIN, "timm>=1.0.20"],
     "examples": ["transformers>=5", "accelerate", "lightning>=2.6"],

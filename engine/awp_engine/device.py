@@ -23,7 +23,8 @@ def fast_memory_format(model: nn.Module, device: torch.device) -> torch.memory_f
     """channels_last, which convolutions run fastest in, where it is safe."""
     # torch 2.13's oneDNN writes past the end in 1x1 convolutions with stride, channels_last, of fewer than 8 channels
     narrow = any(isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.in_channels < 8 for m in model.modules())
-    return torch.contiguous_format if device.type == "cpu" and narrow else torch.channels_last
+    takes = getattr(model, "takes_channels_last", True)
+    return torch.contiguous_format if not takes or (device.type == "cpu" and narrow) else torch.channels_last
 
 
 def choose_convolutions(device: torch.device, *, deterministic: bool = False) -> None:

@@ -23,10 +23,15 @@ TYPES = key_types()
 # of settings that accept few of their type's values, some that go together
 KNOWN = {
     "preset": st.sampled_from(sorted(PRESETS)),
+    "data.name": st.sampled_from(["digits", "cifar10", "mnist", "folder", "shards"]),
+    "data.class_weights": st.sampled_from(["none", "balanced", "weights.json"]),
     "model.name": st.sampled_from(["preact-resnet-18", "wrn-34-10", "preact-resnet-digits"]),
     "attack.epsilon": st.sampled_from(["8/255", "0.2", "0.10", ".5"]),
     "attack.step_size": st.sampled_from(["10/255", "5e-2", "0.05"]),
     "evaluation.step_size": st.sampled_from([None, "5/255", "0.02"]),
+    "model.mean": st.sampled_from([[], [0.5], [0.485, 0.456, 0.406]]),
+    "model.std": st.sampled_from([[], [0.25], [0.229, 0.224, 0.225]]),
+    "awp.layers": st.sampled_from([[], ["fc.weight", "layer?.*.weight"]]),
     "optimizer.milestones": st.sampled_from([[], [0.5], [0.25, 0.75], [1e-3, 1.0], [2.0, 30.0]]),
     "log": st.sampled_from([[], ["none"], ["tensorboard", "wandb"], ["mlflow"], ["none", "trackio"]]),
 }

@@ -18,7 +18,7 @@ from awp_engine import checkpoint
 from awp_engine.checkpoint import CheckpointError
 from awp_engine.cli.command_line import parse_train
 from awp_engine.config import AttackConfig, Config, DataConfig, EvaluationConfig, ModelConfig, to_json
-from awp_engine.evaluation.figures import picture_rows
+from awp_engine.evaluation.figures import picture_cards
 from awp_engine.evaluation.results import Pictures
 from awp_engine.files.atomic import atomic_write_text
 from awp_engine.files.text import json_text, printable, shortened
@@ -168,7 +168,8 @@ def test_pictures_of_any_class_names() -> None:
     pictures = Pictures(
         attack="a", clean=images, attacked=images, labels=labels, clean_predictions=labels, predictions=labels
     )
-    assert picture_rows(pictures, NAMES).startswith(PNG)
+    cards = picture_cards(pictures, NAMES)
+    assert all(card.clean.startswith(PNG) and card.clean_answer.isprintable() for card in cards)
 
 
 LINES = [

@@ -200,14 +200,14 @@ def test_a_classifier_of_other_classes_starts_anew(tmp_path: Path) -> None:
     ]:
         model = description(names, classes).build()
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        new = load_pretrained(model, path, names)
-        assert new == ([] if kept else ["linear.weight", "linear.bias"])
+        new = load_pretrained(model, path, names).kept
+        assert new == (() if kept else ("linear.weight", "linear.bias"))
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, before[name] if name in new else stored[name])
     wide = build_model("wrn-10-1", 3, (0.5,) * 3, (0.5,) * 3)
     checkpoint.export_model(tmp_path / "wide.safetensors", wide.state_dict(), description(ANIMALS).to_metadata())
     other = build_model("wrn-10-1", 5, (0.5,) * 3, (0.5,) * 3)
-    assert load_pretrained(other, tmp_path / "wide.safetensors") == ["fc.weight", "fc.bias"]
+    assert load_pretrained(other, tmp_path / "wide.safetensors").kept == ("fc.weight", "fc.bias")
 
 
 def config(root: Path, run_dir: Path, name: str = "folder") -> Config:

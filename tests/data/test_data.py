@@ -410,8 +410,8 @@ def test_missing_files_and_directories(tmp_path: Path) -> None:
         load("folder", tmp_path)
     with pytest.raises(DataError, match=r"digits ship inside scikit-learn"):
         load("digits", tmp_path)
-    with pytest.raises(DataError, match=r"unknown name 'mnist'; expected one of digits, cifar10"):
-        load("mnist", tmp_path)
+    with pytest.raises(DataError, match=r"unknown name 'emnist'; expected one of digits, cifar10"):
+        load("emnist", tmp_path)
     for fraction in (-0.1, 1.0, float("nan")):
         with pytest.raises(ValueError, match="held_out_fraction"):
             load("digits", None, fraction)
@@ -506,7 +506,7 @@ def test_all_images_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         (_truncate, r"train/cat/2.png is truncated"),
         (
             lambda root: (root / "train" / "cat" / "2.png").write_bytes(b"no image"),
-            r"cat/2.png is neither JPEG nor PNG",
+            r"cat/2.png is none of JPEG, PNG",
         ),
         (lambda root: (root / "train" / "ant" / "0.png").write_bytes(b""), r"ant/0.png is empty"),
         (lambda root: (root / "train" / "dog").mkdir(), r"train/dog has no image"),
@@ -518,7 +518,7 @@ def test_all_images_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         (lambda root: Image.new("RGBA", (6, 4)).save(root / "train" / "ant" / "0.png"), r"mode RGBA\); expected RGB"),
         (
             lambda root: Image.new("RGB", (6, 4)).save(root / "test" / "ant" / "1.png", format="GIF"),
-            r"1.png is GIF; expected JPEG or PNG",
+            r"1.png is GIF; expected JPEG, PNG",
         ),
     ],
 )

@@ -96,7 +96,7 @@ def test_what_lies_in_a_folder_by_mistake(folder: Path) -> None:
         expected[name] = kind
 
     add("train/class_0/a.gif", encode(random_image(1), "GIF"), "wrong-extension")
-    add("train/class_0/b.webp", encode(random_image(2), "WEBP"), "wrong-extension")
+    add("train/class_0/b.webp", encode(random_image(2), "GIF"), "wrong-extension")
     add("train/class_0/c.txt", b"words", "wrong-extension")
     add("train/class_0/gif.png", encode(random_image(3), "GIF"), "wrong-extension")
     add("train/stray.jpg", image, "no-such-class")

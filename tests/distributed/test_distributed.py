@@ -56,6 +56,9 @@ CASES: dict[str, Config] = {
     "micro-batches, shared ascent, frozen statistics": dataclasses.replace(
         BASE, distributed=DistributedConfig(), micro_batch_size=2, awp=AwpConfig(gamma=0.01, ascent="shared")
     ),
+    "class weights": dataclasses.replace(
+        BASE, distributed=DistributedConfig(), micro_batch_size=2, data=DataConfig(class_weights="balanced")
+    ),
     "shards": dataclasses.replace(BASE, distributed=SHARDED),
     "shards, trades, clipped": dataclasses.replace(
         BASE, distributed=SHARDED, method="trades", optimizer=OptimizerConfig(lr=0.05, clip_norm=0.1)
@@ -83,7 +86,8 @@ def trained(config: Config, ranks: Ranks, *, dtype: torch.dtype = torch.float64,
     frozen = not config.distributed.sync_batch_norm
     if frozen:
         model.eval()
-    step = build_step(config, model, ranks)
+    weights = torch.linspace(0.2, 3, 10, dtype=dtype) if config.data.class_weights != "none" else None
+    step = build_step(config, model, ranks, weights)
     average = WeightAverage(model, config.average, 1) if config.average.kind == "ema" else None
     if average is not None:
         average.follow(step.optimizer)

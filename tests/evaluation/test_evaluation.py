@@ -149,11 +149,16 @@ def test_counts_add_up(reported):
 def test_the_page_needs_nothing_else(reported):
     _, report, page = reported
     sources = re.findall(r"(?:src|href)\s*=\s*(.{23})", page)
-    assert all(source == '"data:image/png;base64,' for source in sources)
-    assert not re.search(r"<script|<link|<iframe|@import|url\(|https?://", page)
-    # both curves, the learning curves, and the pictures of every attack but clean
-    assert page.count("data:image/png;base64,") == 3 + 5
-    assert report["receipt"]["checkpoint"]["sha256"] in page
+    assert all(source.startswith(('"data:image/png;base64,', '"data:,"')) for source in sources)
+    assert not re.search(r'<script|<link(?! rel="icon")|<iframe|@import|url\(|https?://', page)
+    # both curves, the learning curves, and three for every picture of every attack but clean
+    assert page.count("data:image/png;base64,") == 3 + 3 * page.count("<figcaption>class ")
+    assert len(re.findall(r'<div class="pictures"><figure>', page)) == 5
+    weights = report["receipt"]["checkpoint"]
+    assert weights["sha256"] in page
+    assert (weights["run"], weights["method"], weights["gamma"]) == ("robust", "AT-AWP", 0.002)
+    for told in ("robust, seed 0", "AT-AWP", "0.002", "preact-resnet-digits (width 6), ", "digits, test split, 60"):
+        assert told in page.partition("<h2>")[0], told
     assert "more steps do not help the defender" in page
 
 
@@ -163,6 +168,18 @@ def test_what_is_asked_for_is_escaped_in_the_page(tmp_path, reported):
     _, report, _ = reported
     hostile = {**report, "receipt": {**report["receipt"], "note": "<script>alert(1)</script>"}}
     assert "<script" not in render_page(hostile, [[{"attack": "<script>"}]], [])
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_the_page_has_a_table_of_classes(reported, classes):
+    from awp_engine.evaluation.page import render_page
+
+    _, report, _ = reported
+    row = {"class": "<script>", "images": 8, "clean": 7, "attacked": {"pgd5": 3}, "worst": 2}
+    page = render_page({**report, "per_class": [row] * classes}, [[{"attack": "a"}]], [])
+    assert page.count("<td>37.50%</td>") + page.count('<td class="number">37.50%</td>') == classes
+    assert ("all 1000 classes" in page) == (classes == 1000)
+    assert "<script" not in page
 
 
 def test_checkpoints_can_be_chosen(run_dir, tmp_path):

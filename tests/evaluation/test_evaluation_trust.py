@@ -31,7 +31,7 @@ from awp_engine.evaluation.autoattack import STANDARD, Budget, autoattack
 from awp_engine.evaluation.gates import run_gates
 from awp_engine.evaluation.page import render_page
 from awp_engine.evaluation.suite import measure
-from awp_engine.evaluation.user_key import KeyFileError, key_path, user_key
+from awp_engine.files.user_key import KeyFileError, key_path, user_key
 from awp_engine.models.answers import NO_CLASS, predicted
 
 THREAT = Threat(epsilon=Fraction(1, 20), norm="linf")
@@ -144,12 +144,13 @@ def test_a_model_without_an_answer_gets_no_credit_attacked(fill, norm):
 
 
 def test_pictures_of_no_answer_are_drawn():
-    from awp_engine.evaluation.figures import picture_rows
+    from awp_engine.evaluation.figures import picture_cards
 
     model = Silent(NAN, NAN, moved)
     done = measure(trial(model, labelled(model.inner)), [parse_attack("pgd1")], step_size=STEP, gates_limit=None)
     assert set(done.pictures[0].predictions) == {NO_CLASS}
-    assert picture_rows(done.pictures[0], [str(n) for n in range(10)]).startswith(b"\x89PNG")
+    cards = picture_cards(done.pictures[0], [str(n) for n in range(10)])
+    assert {card.attacked_answer for card in cards} == {"no answer"}
 
 
 def test_training_counts_no_answer_as_wrong():
@@ -214,7 +215,16 @@ def test_gradients_that_are_not_finite_fail_gates_and_report(value):
 
 
 def _receipt() -> dict:
-    return {"data": {"name": "digits", "images": 24, "split": "test"}, "norm": "linf", "epsilon": "1/20"}
+    return {
+        "checkpoint": {"name": "best", "file": "model.safetensors", "sha256": "0" * 64},
+        "data": {"name": "digits", "images": 24, "images_in_split": 24, "split": "test"},
+        "parameters": 650,
+        "norm": "linf",
+        "epsilon": "1/20",
+        "date": "2026-11-30T00:00:00+00:00",
+        "versions": {},
+        "commit": None,
+    }
 
 
 class Random(nn.Module):

@@ -17,6 +17,7 @@ PICTURE = structure.ROOT / "docs" / "architecture.svg"
 WINGS = {
     "cli": ("awp train, evaluate,", "landscape, data, checkpoint"),
     "train": ("the loop, its setup and", "state, selection"),
+    "compare": ("runs side by side:", "tables, curves, a page"),
     "landscape": ("loss around the weights,", "flatness"),
     "evaluation": ("attacks, AutoAttack,", "checks, receipts"),
     "step": ("attack, ascent, descent,", "update; the methods"),

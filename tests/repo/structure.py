@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 # from top to bottom: a wing imports from lower floors; `device` is a module
 FLOORS = (
     ("cli",),
-    ("train", "landscape"),
+    ("train", "landscape", "compare"),
     ("evaluation",),
     ("step", "data"),
     ("attack", "optim", "distributed"),

@@ -148,7 +148,7 @@ def test_initialisation_is_the_public_one_and_repeatable() -> None:
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        (("resnet-18", 10, _MEAN, _STD), {}, "unknown name 'resnet-18'.*preact-resnet-18.*wrn-34-10"),
+        (("resnet-99", 10, _MEAN, _STD), {}, "unknown name 'resnet-99'.*preact-resnet-18.*wrn-34-10"),
         (("wrn-30-10", 10, _MEAN, _STD), {}, "depth: 30.*6 n \\+ 4"),
         (("wrn-4-10", 10, _MEAN, _STD), {}, "depth: 4"),
         (("wrn-28-0", 10, _MEAN, _STD), {}, "widen_factor: 0"),

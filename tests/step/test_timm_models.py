@@ -1,4 +1,4 @@
-"""ResNet-50 and ConvNeXt around timm's networks: the same function, and all that the engine asks of a model."""
+"""ResNets and ConvNeXt around timm's networks: the same function, and all that the engine asks of a model."""
 
 import copy
 import sys
@@ -22,6 +22,7 @@ from awp_engine.models import (
     NormalizedImages,
     TimmConvNeXt,
     TimmResNet,
+    WrappedClassifier,
     blocks,
     build_model,
     load_pretrained,
@@ -29,14 +30,15 @@ from awp_engine.models import (
     timm_names,
 )
 from awp_engine.models.batch_norm import batch_norm_mode, layers, synchronize
-from awp_engine.models.import_timm import import_timm
+from awp_engine.models.factories import published_normalisation
+from awp_engine.models.import_timm import import_timm, import_torchvision
 from awp_engine.models.trained import MODEL_FILE, ModelDescription, load_model
 from awp_engine.observe.throughput import forward_flops
 from awp_engine.step.precision import working_copy
 from awp_kernels import AdversarialWeightPerturbation
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-KINDS = ["resnet", "resnet-silu", "convnext", "convstem"]
+KINDS = ["resnet", "resnet-silu", "resnet-basic", "convnext", "convstem"]
 X, Y = images((4, 3, 32, 40)), torch.tensor([3, 0, 6, 2])
 
 
@@ -45,7 +47,8 @@ def small(kind: str, dtype: torch.dtype = torch.float64, classes: int = 7) -> nn
     torch.manual_seed(0)
     if kind.startswith("resnet"):
         activation = "silu" if kind == "resnet-silu" else "relu"
-        model = TimmResNet(classes, MEAN, STD, depths=(1, 2, 1, 1), width=8, activation=activation)
+        kinds = {"activation": activation, "bottleneck": kind != "resnet-basic"}
+        model = TimmResNet(classes, MEAN, STD, depths=(1, 2, 1, 1), width=8, **kinds)
     else:
         model = TimmConvNeXt(classes, MEAN, STD, depths=(1, 2, 1, 1), width=8, conv_stem=kind == "convstem")
     with torch.no_grad():
@@ -59,7 +62,7 @@ def plain(kind: str) -> nn.Module:
     models = import_timm().models
     if kind.startswith("resnet"):
         act = nn.SiLU if kind == "resnet-silu" else nn.ReLU
-        block = models.resnet.Bottleneck
+        block = models.resnet.BasicBlock if kind == "resnet-basic" else models.resnet.Bottleneck
         return models.resnet.ResNet(block, (1, 2, 1, 1), 7, channels=(8, 16, 32, 64), act_layer=act)
     model = models.convnext.ConvNeXt(num_classes=7, depths=(1, 2, 1, 1), dims=(8, 16, 32, 64))
     if kind == "convstem":
@@ -176,10 +179,10 @@ def test_a_description_rebuilds_what_was_exported(name, tmp_path):
 def test_sizes_are_the_published_ones():
     with torch.device("meta"):
         counts = [sum(p.numel() for p in build_model(n, 1000, MEAN, STD).parameters()) for n in timm_names]
-    # timm's own counts of the first two; the stem's two convolutions and norms in place of one
-    assert counts[:2] == [25_557_032, 28_589_128]
+    # timm's own counts of the first three; the stem's two convolutions and norms in place of one
+    assert counts[:3] == [11_689_512, 25_557_032, 28_589_128]
     patch, stem = 96 * 48 + 96 + 192, 48 * 27 + 48 + 96 + 96 * 48 * 9 + 96 + 192
-    assert counts[2] == counts[1] - patch + stem
+    assert counts[3] == counts[2] - patch + stem
 
 
 def step_config(kind: str, **changes) -> Config:
@@ -216,7 +219,7 @@ def test_pretrained_weights_load_by_timms_names(prefix, tmp_path):
         for p in source.parameters():
             p.mul_(0.5)
     save_file({prefix + n: v for n, v in bare(source).items()}, tmp_path / "weights.safetensors")
-    assert load_pretrained(target, tmp_path / "weights.safetensors") == []
+    assert load_pretrained(target, tmp_path / "weights.safetensors").kept == ()
     assert all(torch.equal(v, source.state_dict()[n]) for n, v in target.state_dict().items())
 
 
@@ -229,7 +232,7 @@ def test_the_classifier_of_other_classes_is_left_out_and_nothing_else(kind, tmp_
             p.mul_(0.5)
     path = tmp_path / "weights.safetensors"
     save_file(bare(source), path)
-    assert load_pretrained(target, path) == list(target.classifier_names)
+    assert load_pretrained(target, path).kept == target.classifier_names
     for name, value in target.state_dict().items():
         assert torch.equal(value, fresh[name] if name in fresh else source.state_dict()[name]), name
 
@@ -238,7 +241,7 @@ def test_the_classifier_of_other_classes_is_left_out_and_nothing_else(kind, tmp_
     before = {name: value.clone() for name, value in target.state_dict().items()}
     for broken, message in (
         (weights, "missing"),
-        (bare(source) | {"other.weight": torch.ones(2)}, "unexpected: network.other.weight"),
+        (bare(source) | {"other.weight": torch.ones(2)}, "unexpected: other.weight"),
         ({n: v[:1] if n.endswith("norm.weight") or n == "bn1.weight" else v for n, v in bare(source).items()}, "shape"),
     ):
         save_file({n: v.contiguous() for n, v in broken.items()}, path)
@@ -247,13 +250,6 @@ def test_the_classifier_of_other_classes_is_left_out_and_nothing_else(kind, tmp_
         assert "\n" not in str(raised.value)
         assert str(path) in str(raised.value)
     assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
-
-
-def test_pickles_are_refused(tmp_path):
-    path = tmp_path / "weights.pth"
-    torch.save({}, path)
-    with pytest.raises(CheckpointError, match=r"expected a \.safetensors file, since nothing is unpickled"):
-        load_pretrained(small("resnet"), path)
 
 
 def test_state_dicts_load_with_and_without_the_prefix():
@@ -323,3 +319,54 @@ def _difference(rank: int, world: int, kind: str) -> float:
 
 def test_shards_compute_what_one_process_computes():
     assert max(max(found) for found in run_ranks(_sharded, 2)) < 1e-10
+
+
+def test_any_model_of_timms_is_known_by_its_name(tmp_path: Path) -> None:
+    model = build_model("timm:test_vit", 7, MEAN, STD, image_size=(32, 48))
+    assert isinstance(model, WrappedClassifier)
+    assert model.notes == ("made for images of 32x48 pixels",)
+    assert model.classifier_names == ("network.head.weight", "network.head.bias")
+    plain = import_timm().create_model("test_vit", num_classes=7, img_size=(32, 48)).eval()
+    plain.load_state_dict({n.removeprefix("network."): v for n, v in model.state_dict().items()})
+    x = images((2, 3, 32, 48))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+    torch.testing.assert_close(model.eval()(x), plain((x - mean) / std))
+    # a name of timm's is no code of anybody's
+    description = ModelDescription(
+        name="timm:test_vit", num_classes=7, mean=MEAN, std=STD, width=None, activation="relu", image_size=(32, 48)
+    )
+    export_model(tmp_path / MODEL_FILE, model.state_dict(), description.to_metadata())
+    assert torch.equal(load_model(tmp_path)(x), model(x))
+    with pytest.raises(ConfigError, match="was made for images of 32x48 pixels, got 32x32"):
+        load_model(tmp_path)(x[:, :, :, :32])
+    # timm's own weights of another number of classes
+    tensors = {n: v for n, v in plain.state_dict().items() if not n.startswith("head.")}
+    tensors |= {"head.weight": torch.zeros(1000, 64), "head.bias": torch.zeros(1000)}
+    save_file(tensors, tmp_path / "timm.safetensors")
+    fresh = build_model("timm:test_vit", 7, MEAN, STD, image_size=(32, 48))
+    assert load_pretrained(fresh, tmp_path / "timm.safetensors") == ["network.head.weight", "network.head.bias"]
+    assert torch.equal(fresh.network.pos_embed, plain.pos_embed)
+    assert published_normalisation(fresh) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    with pytest.raises(ConfigError, match=r"no model 'test_vitt'; did you mean timm:test_vit"):
+        build_model("timm:test_vitt", 7, MEAN, STD)
+
+
+def test_any_classifier_of_torchvisions_is_known_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model("torchvision:mobilenet_v3_small", 7, MEAN, STD)
+    assert model.classifier_names == ("network.classifier.3.weight", "network.classifier.3.bias")
+    assert build_model("torchvision:vit_b_32", 2, MEAN, STD, image_size=(64, 64)).network.image_size == 64
+    with pytest.raises(ConfigError, match=r"no classifier 'resnet19'; did you mean torchvision:resnet18"):
+        build_model("torchvision:resnet19", 7, MEAN, STD)
+    with pytest.raises(ConfigError, match="takes images of 3 channels, the data have 1"):
+        build_model("torchvision:resnet18", 7, MEAN[:1], STD[:1])
+    # as a download leaves them
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    models = import_torchvision().models
+    published = models.get_model("mobilenet_v3_small", num_classes=1000).state_dict()
+    file = tmp_path / "hub" / "checkpoints" / Path(models.MobileNet_V3_Small_Weights.DEFAULT.url).name
+    file.parent.mkdir(parents=True)
+    torch.save(published, file)
+    started = build_model("torchvision:mobilenet_v3_small", 7, MEAN, STD, published=True)
+    assert started.notes == ("classifier.3 of 1000 classes replaced by a new one of 7",)
+    assert torch.equal(started.network.features[0][0].weight, published["features.0.0.weight"])
+    assert published_normalisation(started) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])

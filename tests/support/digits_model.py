@@ -73,8 +73,11 @@ def clean_model() -> nn.Module:
     return trained(0.0, 3)
 
 
-def write_run(run_dir: Path) -> Path:
-    """A run directory whose selected weights are the robust model's, and the newest checkpoint's the clean one's."""
+def write_run(run_dir: Path, best: nn.Module | None = None, last: nn.Module | None = None) -> Path:
+    """A run directory whose selected weights are the robust model's, and the newest checkpoint's the clean one's.
+
+    Unless others are given.
+    """
     config = Config(
         run_dir=run_dir,
         model=ModelConfig(width=WIDTH),
@@ -84,10 +87,10 @@ def write_run(run_dir: Path) -> Path:
     )
     run_dir.mkdir(parents=True)
     (run_dir / "config.json").write_text(to_json(config))
-    best, last = robust_model().state_dict(), clean_model().state_dict()
+    best, last = best or robust_model(), last or clean_model()
     metadata = description().to_metadata()
-    checkpoint.export_model(run_dir / MODEL_FILE, best, metadata)
-    tensors = {"model": last, "best_model": best}
+    checkpoint.export_model(run_dir / MODEL_FILE, best.state_dict(), metadata)
+    tensors = {"model": last.state_dict(), "best_model": best.state_dict()}
     checkpoint.save(run_dir / CHECKPOINTS, "epoch-2", tensors, {**metadata}, checkpoint.Retention(last=2))
     lines = [
         {"epoch": epoch, "loss": 2.0 / epoch, "lr": 0.1, "train_pgd_accuracy": 0.3, "held_out_pgd_accuracy": 0.2}

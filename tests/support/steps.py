@@ -75,6 +75,8 @@ def make_step(
     return TensorStep(AwpStep(models=models, ascent=ascent, **given), attack)
 
 
-def build_step(config: Config, model: nn.Module, ranks: Ranks | None = None) -> TensorStep:
+def build_step(
+    config: Config, model: nn.Module, ranks: Ranks | None = None, class_weights: Tensor | None = None
+) -> TensorStep:
     """The step that a configuration describes."""
-    return TensorStep(setup.build_step(config, model, ranks), config.attack)
+    return TensorStep(setup.build_step(config, model, ranks, class_weights=class_weights), config.attack)

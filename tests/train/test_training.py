@@ -19,6 +19,7 @@ from samples import images
 import awp_engine
 from awp_engine.attack import Attack
 from awp_engine.checkpoint import CheckpointError
+from awp_engine.compare.curves import draw_runs
 from awp_engine.config import (
     AttackConfig,
     AverageConfig,
@@ -199,6 +200,10 @@ def test_comparison_without_awp_adds_a_row(tmp_path):
     assert "AT-AWP" in out
     assert (tmp_path / "run" / "without-awp" / "report.json").exists()
     assert not equal(weights(tmp_path / "run"), weights(tmp_path / "run" / "without-awp"))
+    draw_runs([tmp_path / "run", tmp_path / "run" / "without-awp"], tmp_path)
+    both = (tmp_path / "learning_curves.png").read_bytes()
+    assert (tmp_path / "run" / "learning_curves.png").read_bytes() == both
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["data"]["test_sha256"]
 
 
 def test_warmup_trains_without_perturbation_at_first(tmp_path):

@@ -116,9 +116,13 @@ def pgd(
                 begun = None if target is None else -lifted * target
             climbed = loss(logits, y) if begun is None else log_probabilities(logits)
             outputs = climbed if lifted == 1 or begun is not None else climbed * lifted
-            of_inputs, *weight_gradients = torch.autograd.grad(outputs, [inputs, *parameters], begun)
-            for parameter, weight_gradient in zip(parameters, weight_gradients, strict=True):
-                parameter.grad = weight_gradient if scale == 1 else weight_gradient / scale
+            # a parameter that has no part in the logits gets no gradient
+            unused = None if not parameters else True
+            of_inputs, *weight_gradients = torch.autograd.grad(
+                outputs, [inputs, *parameters], begun, allow_unused=unused
+            )
+            for parameter, gradient in zip(parameters, weight_gradients, strict=True):
+                parameter.grad = gradient if scale == 1 or gradient is None else gradient / scale
             if observe is not None or nonfinite == "raise":
                 # that for the images, in their precision
                 gradient = of_inputs if narrow is None else of_inputs[:, : clean.shape[1]] / narrow.std

@@ -1,4 +1,4 @@
-"""The command line: `awp train|evaluate|landscape|data|checkpoint`; the scripts in engine/ call the same.
+"""The command line: `awp train|evaluate|landscape|data|export|checkpoint`; the scripts in engine/ call the same.
 
 One module a command: its `main` parses, builds, runs, and ends with one line for what is wrong. Train,
 evaluate and landscape import no torch before a command line is known to be right.
@@ -13,8 +13,10 @@ from awp_engine.distributed.signals import begin_command
 COMMANDS = {
     "train": "train a robust classifier, or go on with a run",
     "evaluate": "measure how robust a trained model is",
+    "compare": "show runs side by side: tables, learning curves, one page",
     "landscape": "draw the loss around trained weights, and measure its flatness",
     "data": "scan image folders, pack them into shards, verify shards",
+    "export": "write a trained model for the Hugging Face Hub, or for PyTorch",
     "checkpoint": "verify, list or export the checkpoints of a run",
 }
 # what all commands need beside torch, of setup.py's extra "train"; the digits ask for scikit-learn, YAML for

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from awp_engine.config import Config, ConfigError, expectation, flag, show
+from awp_engine.config.data_sets import is_own
 from awp_engine.config.identity import from_flat, key_types, load_settings, to_flat
+from awp_engine.config.model_names import is_code
 from awp_engine.config.presets import DEFAULT, PRESETS, build_preset
 from awp_engine.config.schema import Word, coerce, did_you_mean, fields, help_texts, is_switch
 from awp_engine.files.text import one_line
@@ -153,7 +155,7 @@ def _read_flags(argv: Sequence[str]) -> dict[str, Any]:
         ConfigError: naming the flag.
     """
     types = {**key_types(), "config": Path}
-    on = {flag(key): key for key in types}
+    on = {flag(key): key for key in types} | {"--limit": "evaluation.test_limit"}
     off = {_off(name): key for name, key in on.items() if is_switch(types[key])}
     words: list[tuple[str, list[str]]] = []
     for token in argv:
@@ -278,14 +280,30 @@ def _parse(argv: Sequence[str], prog: str) -> Config:
     given = _read_flags(rest)
     file = given.pop("config", None)
     in_file = {} if file is None else load_settings(file)
+    own = in_file.get("data.name", "")
+    if is_own(own) and "data.name" not in given:
+        raise ConfigError(
+            f"{file}: data.name is {own}, Python code that is not run because a file names it: if you trust it, give "
+            f"--data.name {own}"
+        )
     preset = given.get("preset", first)
     for name, where in ((first, "the first argument"), (in_file.get("preset"), file)):
         if None not in (name, preset) and name != preset:
             raise ConfigError(f"--preset: expected {name!r} as in {where}, got {preset!r}; give one of them")
     given |= {} if preset is None else {"preset": preset}
     asked = in_file | given
+    if is_code(str(in_file.get("model.name"))) and "model.name" not in given:
+        name = in_file["model.name"]
+        raise ConfigError(
+            f"--model.name: {file} asks for code of its own, {show(name)}, which is not run because a file says so; if "
+            "you trust it, give the name as a flag as well"
+        )
     try:
-        return from_flat(to_flat(build_preset(asked.get("preset", DEFAULT))) | asked)
+        values = to_flat(build_preset(asked.get("preset", DEFAULT)))
+        if asked.get("model.name", values["model.name"]) != values["model.name"]:
+            # the preset's are those of its own model
+            values |= {"model.width": None, "model.activation": "relu"}
+        return from_flat(values | asked)
     except ConfigError as error:
         key = str(error).partition(":")[0].removeprefix("--").replace("-", "_")
         raise ConfigError(f"{file}: {error}" if key in in_file.keys() - given.keys() else str(error)) from None

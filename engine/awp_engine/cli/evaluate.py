@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from awp_engine.cli.command_line import OneLineParser, fail, thread_count, whole_number
+from awp_engine.cli.foreign import add_foreign, place, pop_foreign, require_foreign
 from awp_engine.config import ConfigError
 from awp_engine.files.text import printable
 
@@ -48,7 +49,13 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
         common=("path", "attacks", "checkpoint", "norm", "epsilon", "limit", "batch_size", "device", "output"),
     )
     add = parser.add_argument
-    add("path", type=Path, metavar="RUN_OR_CHECKPOINT", help="run directory, checkpoint or .safetensors file")
+    add(
+        "path",
+        type=place,
+        nargs="?",
+        metavar="RUN_OR_CHECKPOINT",
+        help="run directory, checkpoint, .safetensors file, or hf://OWNER/NAME; none with --model.name",
+    )
     add("--attacks", nargs="+", metavar="NAME", help="clean fgsm pgd20 cw if not given")
     add("--checkpoint", default="best", metavar="NAME", help="of a run: best, last, or a name or path")
     add("--epsilon", metavar="X", help="radius of the ball on pixels in [0, 1]: 8/255")
@@ -60,8 +67,10 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
     add("--batch-size", type=whole_number, metavar="N", help="images a batch")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU if there is one")
     add("--threads", type=thread_count, help="CPU threads")
-    add("--data-name", "--data.name", help="data set, for weights that belong to no run")
-    add("--data-root", "--data.root", type=Path, help="directory of the data set")
+    add("--data-name", "--data.name", help="data set, where it is not the run's own, and for weights of no run")
+    add("--data-root", "--data.root", type=Path, help="directory of the data set; its test part is enough")
+    add("--data-corruption", "--data.corruption", metavar="KIND", help="of cifar10-c, cifar100-c, imagenet-c, folder-c")
+    add("--data-severity", "--data.severity", type=whole_number, metavar="N", help="of the corruption, 1 to 5")
     add(
         "--transfer-to", type=Path, metavar="PATH", help="second run or checkpoint: do the attacked images fool it too?"
     )
@@ -73,6 +82,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
     )
     add("--gates-limit", type=whole_number, default=200, metavar="N", help="images of the sanity gates (200)")
     add("--no-gates", action="store_true", help="leave out the sanity gates, and the curves they are read from")
+    add_foreign(parser)
     group = parser.add_argument_group("RobustBench", "writes robustbench.json, its model_info format; needs autoattack")
     group.add_argument("--robustbench", action="store_true", help="write it")
     group.add_argument("--link", default="", help="of the paper")
@@ -84,7 +94,11 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
         "--reported", type=_percentage, help="robust accuracy in the paper, in percent; the measured one if not given"
     )
     group.add_argument("--additional-data", action="store_true", help="other images than the training set were used")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.path is None and arguments.model_name is None:
+        parser.error("RUN_OR_CHECKPOINT: expected a path, or --model.name with --weights")
+    require_foreign(parser, arguments, [] if arguments.path is None else [arguments.path])
+    return arguments
 
 
 def show(done: "Evaluated") -> None:
@@ -137,6 +151,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
     if arguments.pop("robustbench"):
         arguments["publication"] = publication
     arguments["attacks"] = arguments["attacks"] or DEFAULT_ATTACKS
+    foreign = pop_foreign(arguments)
+    if foreign["name"] is not None:
+        from awp_engine.evaluation.foreign import Foreign
+
+        # weights may stand in the place of a run
+        foreign["weights"] = foreign["weights"] or arguments["path"]
+        arguments |= {"path": None, "foreign": Foreign(**foreign)}
     if arguments.pop("no_gates"):
         arguments["gates_limit"] = None
     try:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from awp_engine.cli.command_line import OneLineParser, fail, thread_count, whole_number
-from awp_engine.config import ConfigError
+from awp_engine.cli.foreign import add_foreign, place, pop_foreign, require_foreign
+from awp_engine.config import AttackConfig, Config, ConfigError, DataConfig, parse_amount
 from awp_engine.files.text import printable
 
 MODES = ("1d", "2d", "flatness")
@@ -51,15 +52,17 @@ def parse(argv: Sequence[str] | None = None, prog: str = "landscape.py") -> argp
     add(
         "runs",
         metavar="RUN",
-        type=Path,
-        nargs="+",
-        help="run directory, checkpoint or .safetensors file of one",
+        type=place,
+        nargs="*",
+        help="run directory, checkpoint or .safetensors file of one; with --model.name any weights",
     )
     add("--mode", type=modes, default="1d", help="some of 1d,2d,flatness")
     add("--output", type=Path, metavar="DIR", help="RUN/landscape if not given")
     add("--checkpoint", choices=("best", "last"), help="weights of a run directory; best if not given")
     add("--split", choices=("train", "held-out", "test"), default="test", help="images to measure on")
-    add("--images", type=whole_number, metavar="N", default=1000, help="their number")
+    add("--limit", "--images", dest="images", type=whole_number, default=1000, metavar="N", help="how many of them")
+    add("--data.name", dest="data_name", metavar="NAME", help="data set, where it is not the runs' own")
+    add("--data.root", dest="data_root", type=Path, metavar="DIR", help="its directory")
     add("--steps", type=whole_number, default=10, help="steps of PGD")
     add("--restarts", type=whole_number, default=1, help="attacks an image, of which the worst counts")
     add("--seed", type=whole_number, default=0, help="of directions, starting points and intervals")
@@ -77,7 +80,17 @@ def parse(argv: Sequence[str] | None = None, prog: str = "landscape.py") -> argp
     add("--attempts", type=whole_number, default=3, help="flatness: random starts in the worst case (paper: 10)")
     add("--threads", type=thread_count, help="threads; as many as PyTorch takes if not given")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    add_foreign(parser)
+    add("--epsilon", metavar="X", help="with --model.name: radius of the ball, such as 8/255")
+    add("--norm", choices=("linf", "l2"), default="linf", help="with --model.name: of the ball")
     arguments = parser.parse_args(argv)
+    require_foreign(parser, arguments, arguments.runs)
+    if arguments.model_weights is not None:
+        arguments.runs = [arguments.model_weights]
+    if not arguments.runs:
+        parser.error("RUN: expected at least one, got none")
+    if arguments.model_name is None and arguments.epsilon is not None:
+        parser.error("--epsilon: for weights of no run, with --model.name; a run has its own")
     for name in ("images", "steps", "batch_size"):
         value = getattr(arguments, name)
         if value < 1:
@@ -85,6 +98,22 @@ def parse(argv: Sequence[str] | None = None, prog: str = "landscape.py") -> argp
     if not 0 <= arguments.seed < 2**63:
         parser.error(f"--seed: expected a whole number in [0, 2^63), got {arguments.seed}")
     return arguments
+
+
+def _config(arguments: argparse.Namespace) -> Config:
+    """The settings that a run would have, of what was said about other weights."""
+    if arguments.data_name is None or arguments.epsilon is None:
+        raise ConfigError("--model.name: needs --data.name and --epsilon too, which a run has; 8/255 is usual on CIFAR")
+    root = None if arguments.data_root is None else Path(arguments.data_root)
+    try:
+        quarter = parse_amount(arguments.epsilon) / 4
+    except ValueError:
+        raise ConfigError(
+            f"--epsilon: expected a fraction or number such as 8/255, got {arguments.epsilon!r}"
+        ) from None
+    data = DataConfig(name=arguments.data_name, root=root)
+    attack = AttackConfig(norm=arguments.norm, epsilon=arguments.epsilon, step_size=str(quarter))
+    return Config(data=data, attack=attack)
 
 
 def measure(arguments: argparse.Namespace) -> list[Path]:
@@ -95,12 +124,13 @@ def measure(arguments: argparse.Namespace) -> list[Path]:
 
     from awp_engine.device import choose_device, fast_memory_format
     from awp_engine.evaluation import evaluation_attack
+    from awp_engine.evaluation.foreign import Foreign
     from awp_engine.files.locking import locked
     from awp_engine.landscape import measure as measuring
     from awp_engine.landscape.files import Receipt, output_directory, write
     from awp_engine.landscape.progress import ProgressLines
     from awp_engine.landscape.robust_loss import RobustLoss, as_batches
-    from awp_engine.landscape.runs import common_images, open_runs
+    from awp_engine.landscape.runs import common_images, open_foreign, open_runs
 
     fields = dataclasses.fields(measuring.Settings)
     try:
@@ -110,7 +140,17 @@ def measure(arguments: argparse.Namespace) -> list[Path]:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     device = choose_device(arguments.device)
-    runs = open_runs(arguments.runs, which=arguments.checkpoint, device=device)
+    foreign = pop_foreign(vars(arguments))
+    if foreign["name"] is None:
+        runs = open_runs(
+            [Path(run) for run in arguments.runs],
+            which=arguments.checkpoint,
+            device=device,
+            data_name=arguments.data_name,
+            data_root=arguments.data_root,
+        )
+    else:
+        runs = open_foreign(arguments.runs, Foreign(**foreign), _config(arguments), device)
     images = common_images(runs, arguments.split, arguments.images).to(device)
     output = output_directory(arguments.output, arguments.runs)
     layout = torch.contiguous_format
@@ -150,11 +190,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "landscape.py") -> None:
     from awp_engine.checkpoint import CheckpointError
     from awp_engine.data import DataError
     from awp_engine.distributed.signals import interrupted_code, interrupts
+    from awp_engine.evaluation.attacks import EvaluationError
 
     try:
         with interrupts():
             written = measure(arguments)
-    except (ConfigError, DataError, CheckpointError) as error:
+    except (ConfigError, DataError, CheckpointError, EvaluationError) as error:
         fail(str(error), prog=prog)
     except OSError as error:
         fail(f"{error.filename}: cannot be written: {error.strerror}", code=1, prog=prog)

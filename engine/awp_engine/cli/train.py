@@ -45,6 +45,13 @@ def rows(config: Config, ranks: Ranks, stop: StopRequest) -> Iterator[Trained]:
             run_dir=config.resolved_run_dir / "without-awp",
         )
         yield train(without, ranks, stop)
+        if ranks.is_first:
+            from awp_engine.compare.curves import draw_runs
+            from awp_engine.observe.drawing import attempt
+            from awp_engine.observe.report import CURVES
+
+            run_dir = config.resolved_run_dir
+            attempt(str(run_dir / CURVES), lambda: draw_runs([run_dir, without.resolved_run_dir], run_dir), print)
 
 
 def finished(config: Config, epochs: int, prog: str) -> str:

@@ -2,6 +2,7 @@
 
 from awp_engine.config.identity import (
     config_hash,
+    decisive,
     flags,
     from_json,
     load_config,
@@ -37,6 +38,7 @@ __all__ = [
     "PrecisionConfig",
     "choose_speed",
     "config_hash",
+    "decisive",
     "expectation",
     "flag",
     "flags",

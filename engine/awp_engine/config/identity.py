@@ -49,7 +49,14 @@ _FREE_ON_RESUME = frozenset(
 )
 
 # Keys that runs of earlier versions lack, with the value, as JSON holds it, that means what those versions did.
-ADDED: dict[str, Any] = {"log": ["tensorboard"]}
+ADDED: dict[str, Any] = {
+    "log": ["tensorboard"],
+    "data.class_weights": "none",
+    "model.normalize": "auto",
+    "model.mean": [],
+    "model.std": [],
+    "awp.layers": [],
+}
 
 
 def key_types(cls: type = Config, prefix: str = "") -> dict[str, Any]:
@@ -142,16 +149,21 @@ def load_settings(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def _trajectory(config: Config) -> dict[str, Any]:
-    """Dotted key -> value for all that determines the run's weights and its choice of epoch."""
+def decisive(config: Config) -> dict[str, Any]:
+    """Dotted key -> value for all that determines the run's weights and its choice of epoch; equal amounts alike."""
     values = to_flat(config)
     quarter = parse_amount(config.attack.epsilon) / 4  # the evaluation's step where none is given
     for key in ("attack.epsilon", "attack.step_size", "evaluation.step_size"):
         values[key] = str(quarter if values[key] is None else parse_amount(values[key]))
+    return {key: value for key, value in values.items() if key not in _FREE_ON_RESUME}
+
+
+def _trajectory(config: Config) -> dict[str, Any]:
+    """`decisive`, without what earlier versions did not know and this run does not use."""
+    values = decisive(config)
     # what runs from before it was removed had, all that can go on
     values["awp.public_code"] = False
-    new = {key for key, value in ADDED.items() if values[key] == value}
-    return {key: value for key, value in values.items() if key not in _FREE_ON_RESUME | new}
+    return {key: value for key, value in values.items() if key not in ADDED or ADDED[key] != value}
 
 
 def config_hash(config: Config) -> str:

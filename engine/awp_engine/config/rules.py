@@ -25,6 +25,8 @@ def require_combinations(config: Config) -> None:
         for key, value in (("distributed.ascent_sync", "global"), ("awp.ascent", "exact")):
             config.require_value(key, value, reason)
         config.require(config.compile is not True, "compile", f"auto or false {reason}")
+        built_in = config.model.source == "built-in"
+        config.require(built_in, "model.name", "a built-in model with --distributed.strategy fsdp; ddp takes any")
     if config.awp.enabled:
         _require_precision(config)
     precision = config.precision
@@ -62,6 +64,8 @@ def choose_speed(config: Config, *, cuda: bool, ranks: int) -> Speed:
         "--optimizer.kind adamw": config.optimizer.kind == "adamw",
         # the losses decide how many passes are made
         "--awp.c-min": config.awp.c_min is not None,
+        # nor is it known what another's forward pass does
+        f"--model.name {config.model.name}": config.model.source != "built-in",
     }
     hindrance = next((name for name, holds in hindrances.items() if holds), None)
     if config.cuda_graphs is True and hindrance is not None:
@@ -103,6 +107,12 @@ def _require_reach(config: Config, key: str, step_size: str, steps: int) -> None
 def _require_step(config: Config) -> None:
     for key in ("label_smoothing", "data.cutmix", "data.mixup") if config.method == "mart" else ():
         config.require_value(key, 0, "with --method mart, whose loss needs one right class")
+    if config.data.class_weights != "none":
+        for key in ("data.cutmix", "data.mixup"):
+            config.require_value(key, 0, "with --data.class-weights: an image of two classes has no one weight")
+        config.require_value(
+            "awp.ascent", "exact", "with --data.class-weights, as the attack's last pass knows no weights"
+        )
     size = config.global_batch_size
     both = config.data.extra is None or 0 < own_images(size, config.data.extra_fraction) < size
     config.require(both, "data.extra_fraction", f"a part that gives a batch of {size} images of both kinds")

@@ -6,6 +6,7 @@ The string under each field is the help that the command line shows. Nothing her
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import itertools
 import math
 import re
@@ -13,6 +14,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Literal
 
+from awp_engine.config.data_sets import DATA_SETS, OWN, is_own, where_to_get
+from awp_engine.config.model_names import EXPECTED, Source, source_of
 from awp_engine.config.rules import require_combinations
 from awp_engine.config.schema import (
     Amount,
@@ -30,8 +33,6 @@ from awp_engine.config.schema import (
     parse_amount,
 )
 
-_WIDE_RESNET = re.compile(r"wrn-([0-9]{1,4})-([0-9]{1,3})")
-_TIMM_MODELS = ("resnet-50", "convnext-tiny", "convnext-tiny-convstem")
 _PRESET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _Pixels = Annotated[int, Range("a whole number of pixels, 0 to 1024", ge=0, le=1024)]
 
@@ -40,21 +41,12 @@ _Pixels = Annotated[int, Range("a whole number of pixels, 0 to 1024", ge=0, le=1
 class DataConfig(Checked, section="data."):
     """Images to train on."""
 
-    name: Literal[
-        "digits",
-        "cifar10",
-        "cifar100",
-        "svhn",
-        "folder",
-        "tiny-imagenet",
-        "imagenet",
-        "webdataset",
-        "shards",
-        "huggingface",
-    ] = "digits"
-    """Data set: digits ships with scikit-learn; folder is ROOT/train/CLASS/*.jpg|png and ROOT/test/CLASS/*."""
+    name: str = "digits"
+    """Data set: digits (ships with scikit-learn), cifar10, cifar100, svhn, mnist, fashion-mnist, tiny-imagenet,
+    imagenet, folder (ROOT/train/CLASS/*.jpg|png|... and ROOT/test/CLASS/*), webdataset, shards, huggingface; or Python
+    of your own: package.module:factory or file.py:factory."""
     root: Path | None = None
-    """Directory that holds the data set; digits needs none."""
+    """Directory that holds the data set; digits needs none, a factory only if it asks for one."""
     loader: Literal["auto", "resident", "dali", "torch"] = "auto"
     """Keep all images in the device's memory, or make batches ahead by DALI or torch; auto: as they fit."""
     resident_share: Share = 0.25
@@ -93,12 +85,20 @@ class DataConfig(Checked, section="data."):
     """Probability that a rectangle of a training image is filled with noise."""
     train_limit: OptionalCount = None
     """Train on this many images, evenly spread over the classes; none means all that are not held out."""
+    class_weights: str = "none"
+    """Weights of the classes in the loss: none, balanced (rare classes count more) or FILE.json, {"CLASS": WEIGHT}."""
     extra: Path | None = None
     """Further images, synthetic or pseudo-labelled: .npz with `image`, uint8 [N, H, W, C], and `label`, or shards."""
     extra_fraction: Part = 0.5
     """Part of every batch that is taken from the extra images."""
 
     def _check(self) -> None:
+        known = self.name in DATA_SETS or is_own(self.name)
+        near = difflib.get_close_matches(self.name, DATA_SETS, n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        self.require(known, "name", f"one of {', '.join(DATA_SETS)}, or {OWN}{meant}")
+        weights = self.class_weights in ("none", "balanced") or self.class_weights.endswith(".json")
+        self.require(weights, "class_weights", "none, balanced or the path of a .json file")
         sized, resized = self.image_size is not None, self.crop == "resized"
         self.require(sized or self.center_crop == 1, "center_crop", "1 without --data.image-size")
         self.require(not resized or sized, "crop", "pad, unless --data.image-size is given")
@@ -115,29 +115,53 @@ class ModelConfig(Checked, section="model."):
     """The classifier."""
 
     name: str = "preact-resnet-digits"
-    """Architecture: preact-resnet-18, preact-resnet-digits, wrn-DEPTH-WIDTH such as wrn-34-10; by timm, for larger
-    images: resnet-50, convnext-tiny, convnext-tiny-convstem."""
+    """Architecture: preact-resnet-18, preact-resnet-digits, wrn-DEPTH-WIDTH such as wrn-34-10, DeepMind's
+    dm-wrn-DEPTH-WIDTH; for larger images resnet-18, resnet-50, convnext-tiny, convnext-tiny-convstem; timm:NAME;
+    torchvision:NAME; or a function of your own that makes the model: file.py:factory or package.module:factory."""
     width: Annotated[int | None, Range("a whole number from 1 to 65536, or none", ge=1, le=65536)] = None
-    """Channels of the first stage; none means the architecture's own number."""
+    """Channels of the first stage of a built-in model; none means the architecture's own number."""
     activation: Literal["relu", "silu"] = "relu"
-    """Nonlinearity; ConvNeXt has its own, GELU."""
+    """Nonlinearity of a built-in model; ConvNeXt has its own, GELU."""
     pretrained: Path | None = None
-    """Weights to start from: a .safetensors file of timm's names (the classifier of other classes is left out)."""
+    """Weights to start from: .safetensors, .pt, .pth or .bin of any usual layout (the last layer is new for other
+    classes); or timm, torchvision: the published weights of a model of theirs."""
+    normalize: Literal["auto", "data", "model", "none"] = "auto"
+    """Mean and deviation that images are normalised by: the data set's, the model's own or none; auto: the given ones,
+    else those of published weights, else none where the model normalises by itself, else the data set's."""
+    mean: tuple[float, ...] = ()
+    """Mean of every channel, on pixels in [0, 1]; nothing means as --model.normalize says."""
+    std: tuple[float, ...] = ()
+    """Deviation of every channel, likewise."""
+
+    @property
+    def source(self) -> Source:
+        """What builds the model."""
+        found = source_of(self.name)
+        assert found is not None  # checked
+        return found
+
+    @property
+    def published(self) -> bool:
+        """Whether training starts from the weights that timm or torchvision publish."""
+        return str(self.pretrained) in ("timm", "torchvision")
 
     def _check(self) -> None:
-        wide = _WIDE_RESNET.fullmatch(self.name)
-        depth, widen = (int(wide[1]), int(wide[2])) if wide else (0, 0)
-        known = self.name in ("preact-resnet-18", "preact-resnet-digits", *_TIMM_MODELS) or (
-            depth >= 10 and (depth - 4) % 6 == 0 and widen >= 1
-        )
-        expected = (
-            f"preact-resnet-18, preact-resnet-digits, {', '.join(_TIMM_MODELS)} or wrn-DEPTH-WIDTH with DEPTH = 6n + "
-            "4, such as wrn-34-10"
-        )
-        self.require(known, "name", expected)
+        source = source_of(self.name)
+        self.require(source is not None, "name", EXPECTED)
+        wide = self.name.startswith(("wrn-", "dm-wrn-"))
         self.require(not wide or self.width is None, "width", f"none with {self.name}, whose width is in its name")
         own = self.activation == "relu" or not self.name.startswith("convnext")
         self.require(own, "activation", f"relu, the default, with --model.name {self.name}, whose own is GELU")
+        for name, default in (("width", None), ("activation", "relu")):
+            fits = source == "built-in" or getattr(self, name) == default
+            self.require(fits, name, f"nothing with --model.name {self.name}, which is built without it")
+        fits = not self.published or str(self.pretrained) == source
+        self.require(fits, "pretrained", f"a file, or --model.name {self.pretrained}:NAME")
+        self.require(len(self.mean) == len(self.std), "std", f"as many numbers as --model.mean has, {len(self.mean)}")
+        self.require(all(value > 0 for value in self.std), "std", "numbers > 0")
+        self.require(not self.mean or self.normalize == "auto", "normalize", "auto where --model.mean is given")
+        fits = source != "built-in" or self.normalize != "model"
+        self.require(fits, "normalize", f"another with --model.name {self.name}, which has no normalisation of its own")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -203,6 +227,9 @@ class AwpConfig(Checked, section="awp."):
     """Ascent passes whose gradients are added up, each at the weights that the ones before it moved to (RWP: 10)."""
     c_min: Annotated[float | None, Range("a number > 0, or none", gt=0)] = None
     """Perturb the weights by the samples whose loss is below this alone (RWP: 1.7); none means by all."""
+    layers: tuple[str, ...] = ()
+    """Patterns such as 'blocks.*.weight' of the parameters to perturb; nothing means the paper's rule: tensors of two
+    or more dimensions named weight (AWP), or all (SAM, ASAM)."""
 
     @property
     def enabled(self) -> bool:
@@ -300,7 +327,7 @@ class EvaluationConfig(Checked, section="evaluation."):
     held_out_limit: OptionalCount = None
     """Evaluate while training on at most this many held-out images; none means all."""
     test_limit: OptionalCount = None
-    """Measure the trained model on at most this many test images; none means all."""
+    """Measure the trained model on at most this many test images, also by --limit; none means all."""
     patience: OptionalCount = None
     """Stop after this many evaluations without a better held-out PGD accuracy; none means never."""
 
@@ -390,8 +417,10 @@ class Config(Checked):
         Raises:
             ConfigError: naming the flag that is missing.
         """
-        if self.data.name != "digits" and self.data.root is None:
-            raise ConfigError(f"--data.root: expected the directory that holds {self.data.name}, got nothing")
+        if self.data.name != "digits" and self.data.root is None and not is_own(self.data.name):
+            where = where_to_get(self.data.name)
+            what = self.data.name if where else f"the images (--data.name {self.data.name})"
+            raise ConfigError(f"--data.root: expected the directory that holds {what}, got nothing{where}")
         if self.method == "rst" and self.data.extra is None:
             raise ConfigError(
                 "--data.extra: expected an .npz, or a directory of shards, of pseudo-labelled or generated images for "

@@ -8,10 +8,17 @@ from awp_engine.data.augment.augmentation import Augmentation
 from awp_engine.data.batches import Batches, batch_sizes, eval_batches, train_batches
 from awp_engine.data.dataset import DataError, Dataset
 from awp_engine.data.extra import load_extra, place_extra
-from awp_engine.data.load import data_loading, dataset_names, load_data, load_dataset
+from awp_engine.data.load import (
+    corrupted_names,
+    data_loading,
+    dataset_names,
+    load_corrupted,
+    load_data,
+    load_dataset,
+)
 from awp_engine.data.loaders.choose import Loading
 from awp_engine.data.loaders.framing import Framing
-from awp_engine.data.sets.classes import match_classes
+from awp_engine.data.sets.classes import class_weights, label_notes, match_classes
 from awp_engine.data.sets.files import shown
 from awp_engine.data.sets.sources import source_names
 from awp_engine.data.split import Split, StreamedSplit
@@ -28,9 +35,13 @@ __all__ = [
     "Split",
     "StreamedSplit",
     "batch_sizes",
+    "class_weights",
+    "corrupted_names",
     "data_loading",
     "dataset_names",
     "eval_batches",
+    "label_notes",
+    "load_corrupted",
     "load_data",
     "load_dataset",
     "load_extra",

@@ -32,7 +32,8 @@ class Dataset:
 
     Attributes:
         name: as given to `load_dataset`.
-        train: what is trained on; less than the files hold where a limit was given.
+        train: what is trained on; less than the files hold where a limit was given; empty for a test-only data set,
+            whose statistics and fingerprint are those of the test images.
         held_out: the part of the training set that model selection uses; empty for a fraction of 0.
         test: read once, after training.
         class_names: one a label.
@@ -41,6 +42,7 @@ class Dataset:
         fingerprint: SHA-256, hexadecimal, of the training part that is used (train and held out, in file order) and the
             class names; so of the whole training part, however much is held out, unless a limit leaves some of it out.
         loader: what makes its batches: "resident", "dali" or "torch".
+        notes: what a user should know of how the files were taken, a line each.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Dataset:
     fingerprint: str
     loader: str = "resident"
     named: bool = True
+    notes: tuple[str, ...] = ()
 
     @property
     def first_extra_id(self) -> int:
@@ -64,7 +67,8 @@ class Dataset:
 class RawDataset:
     """A data set as its files hold it: images uint8 [N, C, H, W], labels int64 [N].
 
-    `statistics` are mean and standard deviation; None means those of the training images.
+    There are no training images where only a test part was wanted and is there. `statistics` are mean and standard
+    deviation; None means those of the training images. `named` is that of `Dataset`.
     """
 
     train_images: Tensor
@@ -73,12 +77,21 @@ class RawDataset:
     test_labels: Tensor
     class_names: tuple[str, ...]
     statistics: Statistics | None = None
+    named: bool = True
 
 
 def prepare(
-    name: str, raw: RawDataset, *, held_out_fraction: float, seed: int, train_limit: int | None = None
+    name: str,
+    raw: RawDataset,
+    *,
+    held_out_fraction: float,
+    seed: int,
+    train_limit: int | None = None,
+    first_test_id: int | None = None,
 ) -> Dataset:
     """Numbers the samples, holds some out, limits the rest, and adds statistics and fingerprint of what is left.
+
+    `first_test_id` is the first test image's; None: they go on after the training images.
 
     Raises:
         ValueError: held_out_fraction out of range.
@@ -86,12 +99,13 @@ def prepare(
     """
     train_count, test_count = len(raw.train_labels), len(raw.test_labels)
     full = Split(images=raw.train_images, labels=raw.train_labels, ids=torch.arange(train_count))
-    test_ids = torch.arange(train_count, train_count + test_count)
+    first_test_id = train_count if first_test_id is None else first_test_id
+    test_ids = torch.arange(first_test_id, first_test_id + test_count)
     test = Split(images=raw.test_images, labels=raw.test_labels, ids=test_ids)
     train, held_out, rows = divide(
         full, raw.class_names, held_out_fraction=held_out_fraction, seed=seed, train_limit=train_limit
     )
-    used = full if len(rows) == train_count else full.select(rows)
+    used = test if not train_count else full if len(rows) == train_count else full.select(rows)
     mean, std = raw.statistics or channel_statistics([used.images])
     return Dataset(
         name=name,
@@ -99,6 +113,7 @@ def prepare(
         held_out=held_out,
         test=test,
         class_names=raw.class_names,
+        named=raw.named,
         mean=mean,
         std=std,
         fingerprint=fingerprint(used, raw.class_names),

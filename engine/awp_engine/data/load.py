@@ -1,12 +1,17 @@
 """Data sets by name."""
 
-import dataclasses
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from awp_engine.config import DataConfig
+from awp_engine.config.data_sets import CORRUPTED, DATA_SETS, OWN, is_own, where_to_get
 from awp_engine.data.dataset import (
     DataError,
     Dataset,
@@ -17,31 +22,42 @@ from awp_engine.data.dataset import (
     sampled,
     streamed_fingerprint,
 )
-from awp_engine.data.loaders.choose import InMemory, LoaderName, Loading, shape_of
+from awp_engine.data.loaders.choose import InMemory, LoaderName, Loading, free_memory, shape_of
 from awp_engine.data.loaders.files_loader import Reader
 from awp_engine.data.loaders.framing import Framing
+from awp_engine.data.loaders.torch_loader import framed
 from awp_engine.data.sets.cifar import CIFAR10, CIFAR100, read_cifar
+from awp_engine.data.sets.corrupted import open_folders_c, read_cifar_c
 from awp_engine.data.sets.digits import read_digits
 from awp_engine.data.sets.inspect import decode
+from awp_engine.data.sets.mnist import read_mnist
+from awp_engine.data.sets.own import OwnData
 from awp_engine.data.sets.scan_list import bad_files
 from awp_engine.data.sets.sources import Source, open_source, source_names
 from awp_engine.data.sets.store import EncodedImages, ImageArrays
 from awp_engine.data.sets.svhn import read_svhn
 from awp_engine.data.split import Split, StreamedSplit
 
-dataset_names = ("digits", "cifar10", "cifar100", "svhn", *source_names)
+dataset_names, corrupted_names = tuple(DATA_SETS), tuple(CORRUPTED)
 # the hold-out is the same for every run, so that runs of different seeds can be compared
 _HOLD_OUT_SEED = 0
 # of the images that cannot be used, in a message
 _SHOWN = 6
+# of the free memory, what a user's own data may fill
+_OWN_SHARE = 0.8
 
 
-def load_data(data: DataConfig, loading: Loading | None = None) -> Dataset:
-    """The data set that the settings name.
+def _silent(_: str) -> None:
+    return
+
+
+def load_data(data: DataConfig, loading: Loading | None = None, say: Callable[[str], None] = _silent) -> Dataset:
+    """The data set that the settings name; the code of a `file.py:factory` is run.
 
     Args:
         data: the settings.
         loading: how; None: as the settings want it, on the CPU.
+        say: is told what takes long or much memory.
 
     Raises:
         DataError: naming the file that is missing or damaged.
@@ -53,6 +69,7 @@ def load_data(data: DataConfig, loading: Loading | None = None) -> Dataset:
         seed=_HOLD_OUT_SEED,
         train_limit=data.train_limit,
         loading=loading or data_loading(data, torch.device("cpu")),
+        say=say,
     )
 
 
@@ -87,17 +104,21 @@ def load_dataset(
     seed: int,
     train_limit: int | None = None,
     loading: Loading | None = None,
+    need_train: bool = True,
+    say: Callable[[str], None] = _silent,
 ) -> Dataset:
     """Opens a data set, and holds out a part of its training set for model selection.
 
     Args:
-        name: one of `dataset_names`.
+        name: one of `dataset_names`, or `package.module:factory` or `file.py:factory`, whose code is run.
         root: directory of the files; None for `digits`, which ship inside scikit-learn.
         held_out_fraction: part of every class that is held out, in [0, 1).
         seed: of the hold-out alone. Runs with different seeds should share it, so that their held-out figures compare.
         train_limit: train on so many images alone, as many of every class; None for all that are not held out. Neither
             the held-out images nor those of a smaller limit depend on it.
         loading: where the images are wanted, and how they get there; None reads all of them into the CPU's memory.
+        need_train: else the training part may be missing, and is then empty.
+        say: is told what takes long or much memory.
 
     Raises:
         DataError: the data set is unknown, or its files are missing or not as they should be, or it has fewer training
@@ -106,8 +127,8 @@ def load_dataset(
     """
     loading = loading or Loading()
     root = None if root is None else Path(root)
-    if name not in dataset_names:
-        raise DataError(f"data set: unknown name {name!r}; expected one of {', '.join(dataset_names)}")
+    if name not in dataset_names and not is_own(name):
+        raise DataError(f"data set: unknown name {name!r}; expected one of {', '.join(dataset_names)}, or {OWN}")
     if not 0 <= held_out_fraction < 1:
         raise ValueError(f"held_out_fraction: {held_out_fraction}; expected a number in [0, 1)")
     if name == "digits" and root is not None:
@@ -115,31 +136,96 @@ def load_dataset(
             f"--data.root {root} was given, but digits ship inside scikit-learn; drop it, or give --data.name or "
             "another preset"
         )
+    divided = {"held_out_fraction": held_out_fraction, "seed": seed, "train_limit": train_limit}
     if name in source_names:
-        source = open_source(name, _existing(name, root), skip=loading.skip)
-        return _from_source(
-            name, source, loading, held_out_fraction=held_out_fraction, seed=seed, train_limit=train_limit
-        )
+        source = open_source(name, _existing(name, root), skip=loading.skip, need_train=need_train)
+        data = _from_source(name, source, loading, **divided)
+        return data if source.train is not None else replace(data, notes=_test_alone(root))
+    if is_own(name):
+        return _load_own(name, root, loading, need_train, say, divided)
     try:
         if name == "digits":
             raw = read_digits()
         elif name == "svhn":
-            raw = read_svhn(_existing(name, root))
+            raw = read_svhn(_existing(name, root), need_train=need_train)
+        elif name in ("mnist", "fashion-mnist"):
+            raw = read_mnist(_existing(name, root), name, need_train=need_train)
         else:
-            raw = read_cifar(_existing(name, root), CIFAR10 if name == "cifar10" else CIFAR100)
+            raw = read_cifar(_existing(name, root), CIFAR10 if name == "cifar10" else CIFAR100, need_train=need_train)
     except OSError as error:
         raise DataError(
             f"{error.filename or root} cannot be read: {error.strerror}; expected a file of {name}"
         ) from error
-    data = prepare(name, raw, held_out_fraction=held_out_fraction, seed=seed, train_limit=train_limit)
-    return _placed(data, loading)
+    data = _placed(prepare(name, raw, **divided), loading)
+    return data if len(raw.train_labels) else replace(data, notes=_test_alone(root))
+
+
+def _test_alone(root: Path | None) -> tuple[str, ...]:
+    return (f"{root} has no training images: its test images alone are used",)
+
+
+def load_corrupted(
+    name: str, *, root: Path | None, kind: str | None, severity: int | None, loading: Loading | None = None
+) -> Dataset:
+    """Opens a corrupted test set, whose training part is empty.
+
+    Args:
+        name: one of `corrupted_names`.
+        root: the directory that holds it.
+        kind: of the corruption, as its file or folder is named.
+        severity: 1 to 5.
+        loading: as in `load_dataset`.
+
+    Raises:
+        DataError: there is no such corruption, which names those that are there, or files are not as they should be.
+    """
+    root, loading = _existing(name, root), loading or Loading()
+    full_name, divided = f"{name} {kind} {severity}", {"held_out_fraction": 0.0, "seed": 0, "train_limit": None}
+    try:
+        if name in ("cifar10-c", "cifar100-c"):
+            raw = read_cifar_c(root, name, kind, severity)
+            return _placed(prepare(full_name, raw, **divided), replace(loading, framing=Framing()))
+        source = open_folders_c(root, name, kind, severity)
+    except OSError as error:
+        raise DataError(f"{error.filename or root} cannot be read: {error.strerror}; expected {name}") from error
+    if name == "imagenet-c":
+        # its images were cut out of the middle before they were corrupted
+        loading = replace(loading, framing=Framing(size=loading.framing.size))
+    return _from_source(full_name, source, loading, **divided)
+
+
+def _load_own(
+    name: str,
+    root: Path | None,
+    loading: Loading,
+    need_train: bool,
+    say: Callable[[str], None],
+    divided: dict[str, Any],
+) -> Dataset:
+    framing = loading.framing
+    if framing.least_area is not None:
+        raise DataError(f"--data.crop resized: the images of {name} are kept at one size; use --data.crop pad")
+
+    def fit(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return framed(image, image.shape[2], framing, framing.window(image.shape[0], image.shape[1], None))
+
+    available = int(_OWN_SHARE * free_memory(torch.device("cpu")))
+    data = OwnData(name, root, fit=fit, available=available, say=say)
+    raw = data.read(need_train=need_train)
+    first = None if need_train else data.train_length()
+    return _placed(prepare(name, raw, **divided, first_test_id=first), replace(loading, framing=Framing()))
 
 
 def _existing(name: str, root: Path | None) -> Path:
     if root is None:
-        raise DataError(f"--data.root is required for {name}: give the directory that holds its files")
+        raise DataError(
+            f"--data.root is required for {name}: give the directory that holds its files{where_to_get(name)}"
+        )
     if not root.is_dir():
-        raise DataError(f"--data.root {root} is not a directory; expected the one that holds the files of {name}")
+        raise DataError(
+            f"--data.root {root} is not a directory; expected the one that holds the files of {name}"
+            f"{where_to_get(name)}"
+        )
     return root
 
 
@@ -159,7 +245,7 @@ def _placed(data: Dataset, loading: Loading) -> Dataset:
             part: _streamed(InMemory(split), split.labels, split.ids, split.shape, loading, loader)
             for part, split in splits.items()
         }
-    return dataclasses.replace(data, **placed, loader=loader)
+    return replace(data, **placed, loader=loader)
 
 
 def _streamed(
@@ -179,6 +265,8 @@ def _streamed(
 def _from_source(
     name: str, source: Source, loading: Loading, *, held_out_fraction: float, seed: int, train_limit: int | None
 ) -> Dataset:
+    if source.train is None:
+        return _from_test(name, source, loading)
     shape = shape_of(source.train, loading.framing)
     train_count, test_count = len(source.train), len(source.test)
     loader = loading.choose(source.train, train_count + test_count, shape)
@@ -209,6 +297,33 @@ def _from_source(
         std=std,
         fingerprint=digest,
         loader=loader,
+        notes=source.notes,
+    )
+
+
+def _from_test(name: str, source: Source, loading: Loading) -> Dataset:
+    """A data set without a training part."""
+    shape = shape_of(source.test, loading.framing)
+    loader = loading.choose(source.test, len(source.test), shape)
+    ids = torch.arange(len(source.test))
+    test = _streamed(source.test, source.test_labels, ids, shape, loading, loader)
+    framing = "" if loading.framing.size is None else f"{loading.framing.central:.6g}"
+    digest = streamed_fingerprint(test, source.class_names, framing)
+    mean, std = source.statistics or channel_statistics([test.select(sampled(test)).resident().images])
+    test = test.resident() if loader == "resident" else test
+    none = test.select(ids[:0])
+    return Dataset(
+        name=name,
+        train=none,
+        held_out=none,
+        test=test,
+        class_names=source.class_names,
+        named=source.named,
+        mean=mean,
+        std=std,
+        fingerprint=digest,
+        loader=loader,
+        notes=source.notes,
     )
 
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from awp_engine.checkpoint import CheckpointError, content_hash, export_model, read_file, read_model
 from awp_engine.evaluation.attacks import Trial, in_ball
-from awp_engine.evaluation.user_key import user_key
 from awp_engine.files.atomic import atomic_write_text, remove_leftovers
 from awp_engine.files.text import one_line
+from awp_engine.files.user_key import user_key
 from awp_engine.models.answers import NO_CLASS, predicted
 
 _TENSORS = ("x_adv", "robust", "begun")

@@ -3,27 +3,27 @@
 import io
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from PIL import Image
 from torch import Tensor
 
 from awp_engine.evaluation.gates import GateReport
 from awp_engine.evaluation.results import Pictures
+from awp_engine.files.text import printable, shortened
 from awp_engine.models.answers import NO_CLASS
-from awp_engine.observe.drawing import BLUE, GREY, VERMILION, drawable, tidy
+from awp_engine.observe.drawing import BLUE, GREY, VERMILION, png, tidy
 from awp_engine.observe.metrics import read_metrics
 from awp_engine.observe.report import plot_learning_curves
 
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    # without the version of matplotlib in it, the same picture is the same bytes
-    figure.savefig(buffer, dpi=130, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+# pixels a side; they are shown at about half of it
+_LARGEST = 160
 
 
 def learning_curves(run_dir: Path) -> bytes | None:
@@ -66,7 +66,7 @@ def epsilon_curve(gates: GateReport, norm: str) -> bytes:
     axes.axvline(radii.index(gates.epsilon), color=GREY, linewidth=1, linestyle=":")
     _name_ticks(axes, places, [f"{float(radius):.3g}" for radius in radii])
     axes.set_xlabel(f"epsilon ({norm}); dotted: the evaluation's")
-    return _png(figure)
+    return png(figure)
 
 
 def steps_curve(gates: GateReport) -> bytes:
@@ -76,40 +76,55 @@ def steps_curve(gates: GateReport) -> bytes:
     axes.set_xscale("log")
     _name_ticks(axes, steps, [str(number) for number in steps])
     axes.set_xlabel("steps of PGD")
-    return _png(figure)
+    return png(figure)
 
 
-def _image(axes: Axes, image: Tensor) -> None:
-    values = image.clamp(0, 1).permute(1, 2, 0).numpy()
-    grey = values.shape[2] == 1
-    axes.imshow(values[..., 0] if grey else values, cmap="gray" if grey else None, vmin=0, vmax=1)
-    axes.set_xticks([])
-    axes.set_yticks([])
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One image, clean and attacked, and their difference, as PNG files; `largest` is that of the difference."""
+
+    label: str
+    clean: bytes
+    attacked: bytes
+    difference: bytes
+    clean_answer: str
+    attacked_answer: str
+    largest: float
 
 
-def picture_rows(pictures: Pictures, class_names: Sequence[str]) -> bytes:
-    """Clean image, attacked image and their difference, with what was predicted.
+def _image(values: Tensor) -> bytes:
+    """PNG of fp32 [C, H, W], at most `_LARGEST` pixels a side."""
+    pixels = (values.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    image.thumbnail((_LARGEST, _LARGEST))
+    buffer = io.BytesIO()
+    image.save(buffer, format="png", optimize=True)
+    return buffer.getvalue()
+
+
+def picture_cards(pictures: Pictures, class_names: Sequence[str]) -> list[Picture]:
+    """Every image with what was predicted.
 
     The difference is shown on grey, stretched so that the largest change of the image is black or white.
     """
-    count = len(pictures.labels)
-    figure = Figure(figsize=(1.5 * count + 0.4, 5.6), layout="constrained")
-    grid = figure.subplots(3, count, squeeze=False)
-    for column in range(count):
-        difference = pictures.attacked[column] - pictures.clean[column]
+    names = [shortened(printable(name), 40) for name in class_names]
+
+    def answer(predicted: int) -> str:
+        return "no answer" if predicted == NO_CLASS else names[predicted]
+
+    cards = []
+    for number, label in enumerate(pictures.labels):
+        difference = pictures.attacked[number] - pictures.clean[number]
         largest = float(difference.abs().max())
-        stretched = 0.5 + difference * (0.5 / largest if largest else 0.0)
-        for row, image in enumerate((pictures.clean[column], pictures.attacked[column], stretched)):
-            _image(grid[row, column], image)
-        label = pictures.labels[column]
-        for row, predicted in ((0, pictures.clean_predictions[column]), (1, pictures.predictions[column])):
-            grid[row, column].set_title(
-                "no answer" if predicted == NO_CLASS else drawable(class_names[predicted], 14),
-                fontsize=9,
-                color="black" if predicted == label else VERMILION,
-                parse_math=False,
+        cards.append(
+            Picture(
+                label=names[label],
+                clean=_image(pictures.clean[number]),
+                attacked=_image(pictures.attacked[number]),
+                difference=_image(0.5 + difference * (0.5 / largest if largest else 0.0)),
+                clean_answer=answer(pictures.clean_predictions[number]),
+                attacked_answer=answer(pictures.predictions[number]),
+                largest=largest,
             )
-        grid[2, column].set_title(f"largest {largest:.3g}", fontsize=8, color=GREY)
-    for row, name in enumerate(("clean", "attacked", "difference")):
-        grid[row, 0].set_ylabel(name)
-    return _png(figure)
+        )
+    return cards

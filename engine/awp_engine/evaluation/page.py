@@ -1,41 +1,25 @@
-"""The report as one HTML page that needs nothing else: no network, no other file, no script."""
+"""The report as one HTML page."""
 
-import base64
-import html
 import json
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
+from awp_engine.evaluation.figures import Picture
+from awp_engine.evaluation.receipt import percent
+from awp_engine.observe.page import document, escaped, facts, figure, image, listed, table
+
+_MOST_CLASSES = 25
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-table { border-collapse: collapse; margin: .5rem 0; }
-th, td { border-bottom: 1px solid #ddd; padding: .25rem .75rem .25rem 0; text-align: left; vertical-align: top; }
-td { overflow-wrap: anywhere; } .failed { color: #b33c00; font-weight: 600; } .passed { color: #00694f; }
-img { max-width: 100%; } code { font-size: .85rem; } figure { margin: 1rem 0; } figcaption { color: #555; }
+.banner { border-left: 4px solid var(--bad); background: var(--box); padding: .25rem 1rem; margin: 1rem 0; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(13.5rem, 1fr)); gap: 1rem; }
+.pictures figure { background: var(--box); border-radius: 6px; padding: .6rem; }
+.pictures figure > div { display: grid; grid-template-columns: repeat(3, 1fr); gap: .4rem; font-size: .8rem;
+  line-height: 1.3; overflow-wrap: break-word; }
+.pictures div > .soft { font-size: .75rem; }
+.pictures img { width: 100%; display: block; image-rendering: pixelated; border-radius: 2px; }
+.pictures figcaption { margin-bottom: .35rem; }
 """
-
-
-def _cell(text: str) -> str:
-    return f"<td>{html.escape(text)}</td>"
-
-
-def _table(rows: Sequence[Mapping[str, str]]) -> str:
-    header = "".join(f"<th>{html.escape(name)}</th>" for name in rows[0])
-    body = "".join("<tr>" + "".join(_cell(text) for text in row.values()) + "</tr>" for row in rows)
-    return f"<table><tr>{header}</tr>{body}</table>"
-
-
-def _gates(gates: Sequence[Mapping[str, Any]]) -> str:
-    rows = []
-    for gate in gates:
-        word = "passed" if gate["passed"] else "failed"
-        rows.append(
-            f'<tr>{_cell(gate["name"])}<td class="{word}">{word}</td>'
-            f"{_cell(gate['measured'])}{_cell(gate['bound'])}{_cell(gate['failure_means'])}</tr>"
-        )
-    head = "<tr><th>gate</th><th></th><th>measured</th><th>bound</th><th>a failure means</th></tr>"
-    return f"<table>{head}{''.join(rows)}</table>"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -48,16 +32,98 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return lines
 
 
-def _figure(png: bytes, caption: str) -> str:
-    data = base64.b64encode(png).decode()
-    text = html.escape(caption)
-    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
+def _top(receipt: Mapping[str, Any]) -> str:
+    """What was measured, in a few lines."""
+    weights, data, known = receipt["checkpoint"], receipt["data"], receipt["versions"] | {"commit": receipt["commit"]}
+    kind = weights.get("architecture") or "not named"
+    limited = "" if data["images"] == data["images_in_split"] else f", of {data['images_in_split']:,}"
+    rows = {"run": "none: these weights came without a config.json"}
+    if "run" in weights:
+        rows = {
+            "run": f"{weights['run']}, seed {weights['seed']}",
+            "method": weights["method"],
+            "gamma": f"{weights['gamma']:g}",
+        }
+    rows |= {
+        "model": f"{kind}, {receipt['parameters']:,} parameters",
+        "weights": f"{weights['name']} ({weights['file']}), SHA-256 {weights['sha256']}",
+        "data": f"{data['name']}, {data['split']} split, {data['images']:,} images{limited}",
+        "ball": f"{receipt['norm']}, epsilon {receipt['epsilon']}",
+        "date": receipt["date"].replace("T", " "),
+        "versions": ", ".join(f"{name} {version}" for name, version in known.items() if version is not None),
+    }
+    return facts(rows.items())
+
+
+def _gates(report: Mapping[str, Any] | None) -> list[str]:
+    if report is None:
+        return ["<h2>Gates</h2>", "<p>Not run (--no-gates); so there are no curves of accuracy either.</p>"]
+    rows = [
+        {
+            "gate": gate["name"],
+            "result": "passed" if gate["passed"] else "failed",
+            "measured": gate["measured"],
+            "bound": gate["bound"],
+            "a failure means": gate["failure_means"],
+        }
+        for gate in report["gates"]
+    ]
+    about = f'<p class="soft">Checks of the evaluation itself, on {report["images"]:,} images.</p>'
+    return ["<h2>Gates</h2>", about, table(rows, stack=True, colours={"passed": "good", "failed": "bad"})]
+
+
+def _classes(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Accuracy of every class; many of them are folded up."""
+    rows = []
+    for entry in found:
+        counts = {"clean": entry["clean"], **entry["attacked"], "worst": entry["worst"]}
+        shares = {name: f"{percent(count, entry['images'])}%" for name, count in counts.items()}
+        rows.append({"class": entry["class"], "images": str(entry["images"]), **shares})
+    if not rows:
+        return []
+    shown = table(rows)
+    folded = f"<details><summary>all {len(rows)} classes</summary>{shown}</details>"
+    return _titled("Classes", shown if len(rows) <= _MOST_CLASSES else folded)
+
+
+def _card(picture: Picture) -> str:
+    def answer(text: str) -> str:
+        return escaped(text) if text == picture.label else f'<span class="bad">✗ {escaped(text)}</span>'
+
+    def shown(png: bytes, name: str, text: str) -> str:
+        alt = f"{name}: image of class {picture.label}"
+        return f'<div>{image(png, alt)}<span class="soft">{name}</span><br>{text}</div>'
+
+    parts = [
+        shown(picture.clean, "clean", answer(picture.clean_answer)),
+        shown(picture.attacked, "attacked", answer(picture.attacked_answer)),
+        shown(picture.difference, "change", f"{picture.largest:.3g}"),
+    ]
+    return f"<figure><figcaption>class {escaped(picture.label)}</figcaption><div>{''.join(parts)}</div></figure>"
+
+
+def _pictures(pictures: Mapping[str, Sequence[Picture]]) -> list[str]:
+    if not pictures:
+        return []
+    about = (
+        "Over three images their class; under each what the model says it is: red and with ✗ where that is wrong. The "
+        "change is stretched around grey; its largest value is given, on pixels in [0, 1]."
+    )
+    parts = ["<h2>Images</h2>", f'<p class="soft">{about}</p>']
+    for attack, cards in pictures.items():
+        parts += [f"<h3>{escaped(attack)}</h3>", f'<div class="pictures">{"".join(map(_card, cards))}</div>']
+    return parts
+
+
+def _titled(heading: str, html: str) -> list[str]:
+    return [f"<h2>{heading}</h2>", html]
 
 
 def render_page(
     report: Mapping[str, Any],
     tables: Sequence[Sequence[Mapping[str, str]]],
     figures: Sequence[tuple[str, bytes]],
+    pictures: Mapping[str, Sequence[Picture]] = MappingProxyType({}),
 ) -> str:
     """The page's text.
 
@@ -65,34 +131,30 @@ def render_page(
         report: what evaluation.json holds.
         tables: the results as text; empty ones are left out.
         figures: captions and PNG files.
+        pictures: attack -> images.
     """
     receipt = report["receipt"]
-    title = f"{receipt['data']['name']}, {receipt['norm']} epsilon {receipt['epsilon']}"
-    sections = [
-        f"<h1>Evaluation: {html.escape(title)}</h1>",
-        f"<p>{receipt['data']['images']} images of the {receipt['data']['split']} split. "
-        f"Right means {html.escape(report['right_means'])}.</p>",
+    subject = receipt["checkpoint"].get("method") or receipt["checkpoint"].get("architecture") or "a model"
+    title = f"Evaluation of {subject}: {receipt['data']['name']}, {receipt['norm']} epsilon {receipt['epsilon']}"
+    sections = [_top(receipt)]
+    if report["doubts"]:
+        doubts = listed([f"Unreliable: {doubt}" for doubt in report["doubts"]])
+        sections.append(f'<div class="banner bad">{doubts}</div>')
+    sections += [
         "<h2>Accuracy</h2>",
-        *(_table(table) for table in tables if table),
+        *(
+            table(rows, "" if number else f"Right means {report['right_means']}.")
+            for number, rows in enumerate(tables)
+            if rows
+        ),
     ]
-    sections += [f'<p class="failed">Unreliable: {html.escape(doubt)}</p>' for doubt in report["doubts"]]
-    if report["gates"] is None:
-        sections.append("<h2>Gates</h2><p>Not run (--no-gates); so there are no curves of accuracy either.</p>")
-    else:
-        sections += [
-            f"<h2>Gates</h2><p>On {report['gates']['images']} images.</p>",
-            _gates(report["gates"]["gates"]),
-        ]
-    sections.append("<h2>Figures</h2>")
-    sections += [_figure(png, caption) for caption, png in figures]
+    sections += _classes(report.get("per_class", ()))
+    sections += _gates(report["gates"])
+    if figures:
+        drawn = "\n".join(figure(png, caption) for caption, png in figures)
+        sections += _titled("Curves", f'<div class="figures">{drawn}</div>')
+    sections += _pictures(pictures)
     details = {row["attack"]: {**row["parameters"], **row["details"]} for row in report["attacks"]}
-    for heading, values in (("Receipt", receipt), ("Attacks", details)):
-        lines = [{"what": key, "value": value} for key, value in _flat(values)]
-        sections += [f"<h2>{heading}</h2>", _table(lines)]
-    body = "\n".join(sections)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width">'
-        f"<title>Evaluation: {html.escape(title)}</title><style>{_STYLE}</style></head>\n"
-        f"<body>\n{body}\n</body></html>\n"
-    )
+    sections += _titled("Receipt", facts(_flat(receipt)))
+    sections += _titled("Attacks", facts(_flat(details)))
+    return document(title, sections, _STYLE)

@@ -3,6 +3,7 @@
 import hashlib
 import platform
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from fractions import Fraction
 from typing import Any
 
@@ -67,6 +68,7 @@ def make_receipt(
     """
     model, split, threat, device = trial.model, trial.split, trial.threat, trial.split.device
     return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "checkpoint": dict(checkpoint),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "data": {**data, "images": len(split), "sha256_of_these_images": split_hash(split)},

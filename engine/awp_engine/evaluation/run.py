@@ -15,12 +15,24 @@ from typing import Any, Literal
 import torch
 
 from awp_engine.attack.checks import ball
-from awp_engine.config import parse_amount, show
-from awp_engine.data import Dataset, data_loading, eval_batches, load_dataset, match_classes, source_names
+from awp_engine.config import Config, parse_amount, show
+from awp_engine.config.data_sets import is_own
+from awp_engine.data import (
+    Dataset,
+    Framing,
+    corrupted_names,
+    data_loading,
+    eval_batches,
+    load_corrupted,
+    load_dataset,
+    match_classes,
+    source_names,
+)
 from awp_engine.device import choose_device
 from awp_engine.evaluation.accuracy import evaluation_seed, spread
 from awp_engine.evaluation.attacks import EvaluationError, Threat, Trial, parse_attack
 from awp_engine.evaluation.autoattack import STANDARD_BUDGET, Budget
+from awp_engine.evaluation.foreign import Foreign, load_foreign, look_at_accuracy
 from awp_engine.evaluation.receipt import make_receipt, split_hash
 from awp_engine.evaluation.results import Measurement
 from awp_engine.evaluation.robustbench import Publication, model_info
@@ -28,8 +40,9 @@ from awp_engine.evaluation.subject import Subject, load_subject
 from awp_engine.evaluation.suite import measure
 from awp_engine.files.atomic import atomic_write_text
 from awp_engine.files.locking import locked
-from awp_engine.files.text import json_text
+from awp_engine.files.text import json_text, printable
 from awp_engine.models.class_names import difference
+from awp_engine.models.hub import is_address
 from awp_engine.observe.report import prepare_output
 
 JSON, PAGE, LEADERBOARD = "evaluation.json", "evaluation.html", "robustbench.json"
@@ -67,10 +80,13 @@ def _amount(name: str, text: str) -> Fraction:
 
 
 def _threat(
-    subject: Subject, epsilon: str | None, norm: Literal["linf", "l2"] | None, step_size: str | None
+    config: Config | None,
+    weights: Path | str,
+    epsilon: str | None,
+    norm: Literal["linf", "l2"] | None,
+    step_size: str | None,
 ) -> tuple[Threat, Fraction]:
     """The ball that was asked for, or else the run's own; a step goes with its ball, else it is epsilon / 4."""
-    config = subject.config
     if config is not None:
         if epsilon is None and norm in (None, config.attack.norm) and step_size is None:
             step_size = config.evaluation.step_size
@@ -78,7 +94,8 @@ def _threat(
         norm = norm or config.attack.norm
     elif epsilon is None or norm is None:
         raise EvaluationError(
-            f"{subject.weights}: belongs to no run whose config.json could say it: give --epsilon and --norm"
+            f"{weights}: belongs to no run whose config.json could say it: give --epsilon and --norm, usually "
+            "8/255 and linf for CIFAR, 4/255 and linf for ImageNet"
         )
     radius = _amount("epsilon", epsilon)
     if norm == "linf" and radius > 1:
@@ -93,28 +110,59 @@ def _threat(
     return Threat(epsilon=radius, norm=norm), step
 
 
-def _data(subject: Subject, name: str | None, root: Path | None) -> Dataset:
-    config = subject.config
+def _data(
+    config: Config | None,
+    weights: Path | str,
+    name: str | None,
+    root: Path | None,
+    corruption: tuple[str | None, int | None] = (None, None),
+) -> Dataset:
     if name is None:
         if config is None:
             raise EvaluationError(
-                f"{subject.weights}: belongs to no run whose config.json could say what it was trained on: "
-                "give --data-name"
+                f"{weights}: belongs to no run whose config.json could say what it was trained on: give --data-name"
             )
         name = config.data.name
+        if is_own(name):
+            raise EvaluationError(
+                f"{weights}: the images of its run come from {name}, code that is not run because a file names it: "
+                f"if you trust it, give --data.name {name}"
+            )
+    if name not in corrupted_names and corruption != (None, None):
+        raise EvaluationError(
+            f"--data.corruption and --data.severity go with --data.name {' or '.join(corrupted_names)}, got {name}"
+        )
     loading = None
-    if config is not None and name == config.data.name:
-        root = config.data.root if root is None else root
+    if config is not None:
+        same = name == config.data.name
+        root = config.data.root if root is None and same else root
+        # what was listed is of the run's own files
+        settings = config.data if same else replace(config.data, bad_list=None)
         # of files only the test images are wanted
-        loader = "auto" if name in source_names else "resident"
-        loading = replace(data_loading(config.data, torch.device("cpu"), root), loader=loader, resident_share=0.0)
-    return load_dataset(name, root=root, held_out_fraction=0.0, seed=0, loading=loading)
+        loader = "auto" if name in (*source_names, *corrupted_names) else "resident"
+        loading = replace(data_loading(settings, torch.device("cpu"), root), loader=loader, resident_share=0.0)
+        if not same and name not in (*source_names, *corrupted_names):
+            loading = replace(loading, framing=Framing())
+    if name in corrupted_names:
+        return load_corrupted(name, root=root, kind=corruption[0], severity=corruption[1], loading=loading)
+    return load_dataset(name, root=root, held_out_fraction=0.0, seed=0, loading=loading, need_train=False)
 
 
-def _output(path: Path, subject: Subject) -> Path:
+def _output(path: Path | str, subject: Subject) -> Path:
     if subject.run_dir is not None:
         return subject.run_dir / ("evaluation" if subject.name == "best" else f"evaluation-{subject.name}")
-    return path.parent / f"{path.stem}-evaluation"
+    if is_address(path):
+        return Path(f"{subject.name}-evaluation")
+    return Path(path).parent / f"{Path(path).stem}-evaluation"
+
+
+def _training(subject: Subject) -> dict[str, Any]:
+    """What the weights are a result of, as far as that is known."""
+    if subject.config is None or subject.run_dir is None:
+        return {}
+    config = subject.config
+    name = printable(subject.run_dir.resolve().name)
+    return {"run": name, "method": config.title, "gamma": config.awp.gamma, "seed": config.seed}
 
 
 def _require_fit(subject: Subject, dataset: Dataset, device: torch.device, what: str) -> None:
@@ -131,8 +179,9 @@ def _require_fit(subject: Subject, dataset: Dataset, device: torch.device, what:
 
 
 def evaluate_checkpoint(
-    path: Path | str,
+    path: Path | str | None,
     *,
+    foreign: Foreign | None = None,
     attacks: Sequence[str] = DEFAULT_ATTACKS,
     checkpoint: str = "best",
     epsilon: str | None = None,
@@ -146,6 +195,8 @@ def evaluate_checkpoint(
     device: str = "auto",
     data_name: str | None = None,
     data_root: Path | None = None,
+    data_corruption: str | None = None,
+    data_severity: int | None = None,
     transfer_to: Path | None = None,
     output: Path | None = None,
     publication: Publication | None = None,
@@ -161,7 +212,8 @@ def evaluate_checkpoint(
     What is not given is the run's own, from the config.json beside or above the weights.
 
     Args:
-        path: a run directory, one of its checkpoints, or a .safetensors file.
+        path: a run directory, one of its checkpoints, a .safetensors file, or hf://OWNER/NAME; None with `foreign`.
+        foreign: in place of a run: how to make a model, and its weights.
         attacks: names, see `parse_attack`.
         checkpoint: of a run directory: best, last, or a checkpoint's name or path.
         epsilon: radius of the ball, exact: "8/255".
@@ -173,8 +225,10 @@ def evaluate_checkpoint(
         limit: evaluate on so many images, evenly spread.
         gates_limit: images of the gates; None leaves them out.
         device: auto, cpu or cuda.
-        data_name: the data set.
-        data_root: its directory.
+        data_name: the data set; the code of a `file.py:factory` is run.
+        data_root: its directory; a test part alone is enough.
+        data_corruption: of a corrupted test set: its kind.
+        data_severity: 1 to 5.
         transfer_to: a second run, checkpoint or file, on which every attack's images are tried.
         output: directory of the reports; RUN_DIR/evaluation if not given.
         publication: write RobustBench's description, robustbench.json; needs autoattack.
@@ -186,7 +240,6 @@ def evaluate_checkpoint(
         EvaluationError, ConfigError, DataError, CheckpointError: one line that says what is wrong.
         OSError: a report cannot be written.
     """
-    path = Path(path)
     wanted = [parse_attack(name) for name in dict.fromkeys(attacks)]
     counts = {"restarts": restarts, "batch-size": batch_size, "limit": limit, "gates-limit": gates_limit}
     for name, value in counts.items():
@@ -197,9 +250,22 @@ def evaluate_checkpoint(
     if publication is not None and "autoattack" not in attacks:
         raise EvaluationError("--robustbench: its description needs autoattack; add it to --attacks")
     place = choose_device(device)
-    subject = load_subject(path, which=checkpoint, device=place)
-    threat, step = _threat(subject, epsilon, norm, step_size)
-    found = _data(subject, data_name, data_root)
+    subject = None
+    if foreign is not None:
+        path = foreign.weights or foreign.name
+    elif path is None:
+        raise EvaluationError("RUN_OR_CHECKPOINT: expected a path, or --model.name with --weights")
+    else:
+        subject = load_subject(path, which=checkpoint, device=place)
+    config = None if subject is None else subject.config
+    weights = path if subject is None else subject.weights
+    threat, step = _threat(config, weights, epsilon, norm, step_size)
+    found = _data(config, weights, data_name, data_root, (data_corruption, data_severity))
+    for note in found.notes:
+        say(note)
+    if foreign is not None:
+        subject = load_foreign(foreign, found, place, say)
+    assert subject is not None
     dataset, labels = match_classes(subject.model.class_names, found, str(path))
     _require_fit(subject, dataset, place, str(path))
     try:
@@ -218,7 +284,6 @@ def evaluate_checkpoint(
             )
         _require_fit(second, dataset, place, what)
     split = spread(dataset.test, limit).resident().to(place)
-    config = subject.config
     if seed is None:
         seed = evaluation_seed(0 if config is None else config.seed)
     if batch_size is None:
@@ -235,6 +300,8 @@ def evaluate_checkpoint(
             "file": subject.weights.name,
             "sha256": subject.sha256,
             "architecture": subject.architecture,
+            **(subject.origin or {}),
+            **_training(subject),
         },
         data={
             "name": dataset.name,
@@ -250,7 +317,8 @@ def evaluate_checkpoint(
     if second is not None:
         receipt["transfer_to"] = {"name": second.name, "file": second.weights.name, "sha256": second.sha256}
     # the same weights make another model with another activation or normalisation
-    layers = hashlib.sha256(f"{subject.model}{receipt['normalisation']}".encode()).hexdigest()
+    code = (subject.origin or {}).get("code")
+    layers = hashlib.sha256(f"{subject.model}{receipt['normalisation']}{code or ''}".encode()).hexdigest()
     question = {
         "weights": subject.sha256,
         "layers": layers,
@@ -262,6 +330,9 @@ def evaluate_checkpoint(
     }
     name = _name(dataset.name, len(split), threat, question)
     partial = output / f"evaluation-{name}.partial.json"
+    doubts = look_at_accuracy(subject, dataset, place, batch_size)
+    for doubt in doubts:
+        say(f"WARNING: {doubt}")
 
     def save(measured: Measurement) -> None:
         try:
@@ -295,6 +366,7 @@ def evaluate_checkpoint(
         receipt |= {"resumed": resumed} if resumed else {}
         title = f"{dataset.name} test split, {threat.norm} epsilon {threat.epsilon}, {len(split)} images"
         report = {"finished": True, "receipt": receipt, **measurement.to_dict()}
+        report |= {"doubts": [*report["doubts"], *doubts], "unreliable": report["unreliable"] or bool(doubts)}
         done = Evaluated(measurement=measurement, report=report, output=output, title=title)
         tell(done)
         # numbers before pictures, which may fail
@@ -323,7 +395,7 @@ def _put(output: Path, name: str, kind: str, text: str) -> None:
 
 def _page(subject: Subject, dataset: Dataset, threat: Threat, done: Evaluated) -> str:
     # matplotlib is imported at the end: it takes a second
-    from awp_engine.evaluation.figures import epsilon_curve, learning_curves, picture_rows, steps_curve
+    from awp_engine.evaluation.figures import epsilon_curve, learning_curves, picture_cards, steps_curve
     from awp_engine.evaluation.page import render_page
 
     measurement = done.measurement
@@ -334,10 +406,8 @@ def _page(subject: Subject, dataset: Dataset, threat: Threat, done: Evaluated) -
         figures.append((f"Accuracy against the steps of PGD, {on}", steps_curve(measurement.gates)))
     if subject.run_dir is not None and (curves := learning_curves(subject.run_dir)) is not None:
         figures.append(("Learning curves, as the run's metrics.jsonl has them; not measured here", curves))
-    for pictures in measurement.pictures:
-        caption = f"{pictures.attack}: clean, attacked, and the difference stretched around grey; wrong labels in red"
-        figures.append((caption, picture_rows(pictures, dataset.class_names)))
-    return render_page(done.report, [measurement.table(), measurement.regional_table()], figures)
+    pictures = {found.attack: picture_cards(found, dataset.class_names) for found in measurement.pictures}
+    return render_page(done.report, [measurement.table(), measurement.regional_table()], figures, pictures)
 
 
 def _leaderboard(

@@ -1,7 +1,9 @@
 """What is to be evaluated: weights, where they came from, and the run they belong to."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,6 +12,7 @@ from awp_engine.config import Config, load_config
 from awp_engine.evaluation.attacks import EvaluationError
 from awp_engine.files.digest import sha256_of
 from awp_engine.models import NormalizedClassifier
+from awp_engine.models.hub import SCHEME, fetched, is_address
 from awp_engine.models.trained import CHECKPOINTS, CONFIG_FILE, find_weights, is_weights, load_model
 
 # a checkpoint lies two levels below its run
@@ -23,11 +26,13 @@ class Subject:
     Attributes:
         model: in eval mode, on the device it was loaded to.
         name: "best", the checkpoint's name, or the file's.
+        source: what `load_model` was given; None of weights from elsewhere.
         weights: the file that holds the weights.
         sha256: of that file.
         architecture: its name, with the width where that was chosen.
         run_dir: of the run it belongs to, if there is one.
         config: of that run.
+        origin: of weights from elsewhere: the model's name, which weights of the file, and what the user was told.
     """
 
     model: NormalizedClassifier
@@ -37,6 +42,8 @@ class Subject:
     architecture: str | None
     run_dir: Path | None
     config: Config | None
+    source: Path | None = None
+    origin: Mapping[str, Any] | None = None
 
 
 def _run_dir(place: Path) -> Path | None:
@@ -59,11 +66,11 @@ def _chosen(path: Path, which: str) -> tuple[Path, Path]:
     return find_weights(inner)
 
 
-def load_subject(path: Path, *, which: str = "best", device: torch.device | str = "cpu") -> Subject:
+def load_subject(path: Path | str, *, which: str = "best", device: torch.device | str = "cpu") -> Subject:
     """Finds and loads what is to be evaluated.
 
     Args:
-        path: a run directory, one of its checkpoints, or a .safetensors file.
+        path: a run directory, one of its checkpoints, a .safetensors file, or hf://OWNER/NAME.
         which: of a run directory: "best", the weights that it selected; "last", the newest checkpoint's; or a
             checkpoint's name or path.
         device: where to put the model.
@@ -73,11 +80,16 @@ def load_subject(path: Path, *, which: str = "best", device: torch.device | str 
         CheckpointError: nothing there that can be loaded, or a damaged file.
         ConfigError: a config.json that cannot be read.
     """
+    address, path = path if is_address(path) else None, fetched(path)
     source, weights = _chosen(path, which)
     name = source.stem if source.is_file() else source.name if is_weights(source) else "best"
     model = load_model(source, device)
     run_dir = _run_dir(path if path.is_dir() else path.parent)
     config = None if run_dir is None else load_config(run_dir / CONFIG_FILE)
+    if address is not None:
+        # images lie elsewhere here, and a cache is no place for reports
+        name, run_dir = str(address).removeprefix(SCHEME).replace("/", "-"), None
+        config = None if config is None else replace(config, data=replace(config.data, root=None))
     architecture = None
     if config is not None:
         width = config.model.width
@@ -89,6 +101,7 @@ def load_subject(path: Path, *, which: str = "best", device: torch.device | str 
     return Subject(
         model=model,
         name=name,
+        source=source,
         weights=weights,
         sha256=sha256,
         architecture=architecture,

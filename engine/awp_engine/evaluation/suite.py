@@ -36,7 +36,7 @@ from awp_engine.evaluation.gates import Gate, GateReport, run_gates
 from awp_engine.evaluation.receipt import percent
 from awp_engine.evaluation.regional import regional_attack
 from awp_engine.evaluation.results import Measurement, Pictures, Row
-from awp_engine.evaluation.user_key import KeyFileError
+from awp_engine.files.user_key import KeyFileError
 from awp_engine.models.answers import NO_CLASS
 
 _PICTURES = 6

@@ -6,26 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from awp_engine.observe.drawing import BLUE, GREEN, VERMILION, drawable, legend, plottable, tidy
+from awp_engine.observe.drawing import drawable, legend, line_style, plottable, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = (BLUE, VERMILION, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_STYLES = ("-", "--", "-.", ":")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # a wider range than this is drawn on a logarithmic axis
 _WIDE = 12
-
-
-def _style(index: int) -> dict[str, Any]:
-    return {
-        "color": COLOURS[index % len(COLOURS)],
-        "linestyle": _STYLES[index % len(_STYLES)],
-        "marker": _MARKERS[index % len(_MARKERS)],
-        "markersize": 4,
-    }
 
 
 def _plottable(values: Any) -> Any:
@@ -69,7 +57,7 @@ def plot_curves(runs: Sequence[Mapping[str, Any]], title: str) -> Figure:
         drawn, series = [], []
         for index, run in enumerate(runs):
             curve = {name: _plottable(values) for name, values in run["curves"][kind].items()}
-            style = _style(index)
+            style = line_style(index)
             if len(curve["by_direction"]) > 1:
                 for single in curve["by_direction"]:
                     axes.plot(curve["amounts"], single, color=style["color"], linewidth=0.5, alpha=0.4)
@@ -171,7 +159,7 @@ def plot_flatness(runs: Sequence[Mapping[str, Any]], title: str) -> Figure:
                 [max(0.0, value - end) for value, end in zip(values, low, strict=True)],
                 [max(0.0, end - value) for value, end in zip(values, high, strict=True)],
             ]
-            style = _style(index) | {"markersize": 6}
+            style = line_style(index) | {"markersize": 6}
             if len(radii) == 1:
                 style["linestyle"] = "none"
             series.append((axes.errorbar(places, values, yerr=errors, capsize=4, **style), run["label"]))

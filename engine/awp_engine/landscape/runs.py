@@ -2,16 +2,20 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from awp_engine.checkpoint import CheckpointError
 from awp_engine.config import Config, ConfigError, config_hash, load_config, parse_amount
+from awp_engine.config.data_sets import is_own
 from awp_engine.data import DataError, Dataset, Split, load_data, match_classes, shown
 from awp_engine.evaluation.accuracy import spread
+from awp_engine.evaluation.foreign import Foreign, load_foreign
 from awp_engine.files.digest import sha256_of
 from awp_engine.models.class_names import difference
 from awp_engine.models.trained import CONFIG_FILE, find_weights, is_weights, load_model
@@ -31,6 +35,7 @@ class Run:
         config: of the run that it belongs to.
         model: in eval mode.
         data: the data set of `config`.
+        origin: of weights from elsewhere, as `Subject.origin`; `config` is then made of what the user said.
     """
 
     label: str
@@ -40,6 +45,7 @@ class Run:
     config: Config
     model: nn.Module
     data: Dataset
+    origin: Mapping[str, Any] | None = None
 
     def facts(self) -> dict[str, object]:
         """What identifies the weights."""
@@ -48,7 +54,7 @@ class Run:
             "path": str(self.path),
             "file": str(self.file),
             "sha256": self.sha256,
-            "config_hash": config_hash(self.config),
+            **({"config_hash": config_hash(self.config)} if self.origin is None else self.origin),
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
         }
 
@@ -65,7 +71,7 @@ def find_config(path: Path) -> Config:
             return load_config(folder / CONFIG_FILE)
     raise ConfigError(
         f"{path}: expected a run directory, or weights inside one: no {CONFIG_FILE} here or in the folders above, "
-        "which says what images and which attack to measure with"
+        "which says what images and which attack to measure with; others' weights need --model.name"
     )
 
 
@@ -79,8 +85,50 @@ def _labels(paths: Sequence[Path]) -> list[str]:
     return labels
 
 
-def open_runs(paths: Sequence[Path], *, which: str | None, device: torch.device) -> list[Run]:
+def open_foreign(paths: Sequence[Path | str], foreign: Foreign, config: Config, device: torch.device) -> list[Run]:
+    """Models that no run describes, one for each file of weights, on the data and under the attack of `config`.
+
+    Raises:
+        EvaluationError, CheckpointError, ConfigError, DataError: naming what is wrong.
+    """
+    data = load_data(config.data)
+    runs = []
+    for label, path in zip(_labels([Path(path) for path in paths]), paths, strict=True):
+        subject = load_foreign(replace(foreign, weights=path), data, device)
+        for note in (subject.origin or {})["notes"]:
+            print(f"{label}: {note}", flush=True)
+        assert subject.origin is not None
+        runs.append(
+            Run(
+                label=label,
+                path=Path(path),
+                file=subject.weights,
+                sha256=subject.sha256,
+                config=config,
+                model=subject.model,
+                data=match_classes(subject.model.class_names, data, str(path))[0],
+                origin=subject.origin,
+            )
+        )
+    return runs
+
+
+def open_runs(
+    paths: Sequence[Path],
+    *,
+    which: str | None,
+    device: torch.device,
+    data_name: str | None = None,
+    data_root: Path | None = None,
+) -> list[Run]:
     """Load all runs' weights and data.
+
+    Args:
+        paths: of the runs.
+        which: checkpoint of a run directory; None: the best.
+        device: where to put the models.
+        data_name: data set in place of the runs' own; the code of a `file.py:factory` is run.
+        data_root: its directory.
 
     Raises:
         CheckpointError, ConfigError, DataError: naming what is wrong; also if the runs' attacks differ.
@@ -94,6 +142,14 @@ def open_runs(paths: Sequence[Path], *, which: str | None, device: torch.device)
         # first, as a path that does not exist has neither
         source, file = find_weights(path, which or "best")
         config = find_config(path)
+        if data_name is None and is_own(config.data.name):
+            raise ConfigError(
+                f"{path}: its images come from {config.data.name}, Python code that is not run because a file names it"
+                f": if you trust it, give --data.name {config.data.name}"
+            )
+        given = {"name": data_name, "root": data_root}
+        given = {key: value for key, value in given.items() if value is not None}
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, **given))
         known = next((run.data for run in runs if run.config.data == config.data), None)
         model = load_model(source, device)
         data, _ = match_classes(model.class_names, load_data(config.data) if known is None else known, str(path))

@@ -7,18 +7,19 @@ non-persistent buffers.
 from awp_engine.models.build import (
     blocks,
     build_model,
-    load_pretrained,
-    load_public_state_dict,
     model_names,
     timm_names,
 )
 from awp_engine.models.layers import Activation, NormalizedClassifier, NormalizedImages
 from awp_engine.models.preact_resnet import PreActBlock, PreActResNet
 from awp_engine.models.timm_models import TimmClassifier, TimmConvNeXt, TimmResNet
+from awp_engine.models.weights import LoadedWeights, load_pretrained, load_public_state_dict, load_weights
 from awp_engine.models.wide_resnet import WideBlock, WideResNet
+from awp_engine.models.wrapped import WrappedClassifier
 
 __all__ = [
     "Activation",
+    "LoadedWeights",
     "NormalizedClassifier",
     "NormalizedImages",
     "PreActBlock",
@@ -28,10 +29,12 @@ __all__ = [
     "TimmResNet",
     "WideBlock",
     "WideResNet",
+    "WrappedClassifier",
     "blocks",
     "build_model",
     "load_pretrained",
     "load_public_state_dict",
+    "load_weights",
     "model_names",
     "timm_names",
 ]

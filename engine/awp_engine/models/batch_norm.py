@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from awp_engine.models.layers import BatchNorm
 from awp_kernels._block import Block
 
 _BN_FLAGS = ("track_running_stats", "synchronized")
@@ -34,9 +35,13 @@ def synchronize(model: nn.Module) -> None:
     """
     found: list[Any] = layers(model)
     for layer in found:
-        if not hasattr(layer, "synchronized"):
+        if type(layer) is nn.BatchNorm2d:
+            # a module of others has torch's
+            layer.__class__ = BatchNorm
+        elif not hasattr(layer, "synchronized"):
             raise ValueError(
-                f"model: {type(layer).__name__} cannot be synchronised; expected the layers of awp_engine.models"
+                f"model: {type(layer).__name__} cannot be synchronised; expected BatchNorm2d or those of "
+                "awp_engine.models"
             )
     for layer in found:
         layer.synchronized = True
@@ -48,6 +53,16 @@ def _held_still(module: nn.Module, name: str) -> bool:
     if kind.__module__.startswith("awp_engine.models."):
         return True
     return kind.forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward) and name in _STATISTICS
+
+
+def other_buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """Buffers that a forward pass in train mode may write, but for batch normalisation's: (module, name, buffer)."""
+    found, normalisations = [], set(map(id, layers(model)))
+    for module in model.modules():
+        if id(module) not in normalisations:
+            own = ((name, buffer) for name, buffer in module._buffers.items() if buffer is not None)
+            found += [(module, name, buffer) for name, buffer in own if not _held_still(module, name)]
+    return found
 
 
 def _kept(model: nn.Module) -> list[tuple[nn.Module, str, Tensor | None, Tensor | None]]:

@@ -1,5 +1,6 @@
-"""timm, imported where it is installed, and where torchvision's compiled part cannot be loaded too."""
+"""timm and torchvision, where they are installed, and where torchvision's compiled part cannot be loaded too."""
 
+import importlib
 import importlib.util
 from pathlib import Path
 from types import ModuleType
@@ -21,19 +22,32 @@ def import_timm() -> ModuleType:
     Raises:
         ConfigError: timm or torchvision is missing or broken, with the command that installs them.
     """
-    for name in ("timm", "torchvision"):
+    return _imported("timm")
+
+
+def import_torchvision() -> ModuleType:
+    """The package torchvision, with `torchvision.models` loaded.
+
+    Raises:
+        ConfigError: it is missing or broken, with the command that installs it.
+    """
+    return _imported("torchvision")
+
+
+def _imported(package: str) -> ModuleType:
+    # timm imports torchvision
+    for name in dict.fromkeys((package, "torchvision")):
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"--model.name: this model needs the package {name}, which is not installed: {_INSTALL}")
     try:
         declare_operators()
-        import timm
-        import timm.models
+        importlib.import_module(f"{package}.models")
+        return importlib.import_module(package)
     except (ImportError, RuntimeError) as error:
         why = " ".join(str(error).split())
         raise ConfigError(
-            f"--model.name: this model needs timm, which cannot be imported ({why}): {_INSTALL}"
+            f"--model.name: this model needs {package}, which cannot be imported ({why}): {_INSTALL}"
         ) from None
-    return timm
 
 
 def declare_operators() -> None:
@@ -41,10 +55,10 @@ def declare_operators() -> None:
 
     The part is built for one torch alone, and only for CUDA on PyPI; classifiers use none of it.
     """
-    if _declared or hasattr(torch.ops.torchvision, "nms"):
-        return
     spec = importlib.util.find_spec("torchvision")
-    places = [] if spec is None else spec.submodule_search_locations or []
+    if spec is None or _declared or hasattr(torch.ops.torchvision, "nms"):
+        return
+    places = spec.submodule_search_locations or []
     for library in (path for place in places for path in Path(place).glob("_C*.so")):
         try:
             torch.ops.load_library(library)

@@ -208,6 +208,12 @@ class NormalizedClassifier(nn.Module):
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
 
+    @torch.no_grad()
+    def normalize_by_(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Normalise images by these from now on, one value a channel."""
+        self.mean.copy_(torch.tensor(mean).view_as(self.mean))
+        self.std.copy_(torch.tensor(std).view_as(self.std))
+
     @property
     def stem(self) -> "Stem | None":
         """The convolution that normalised images go into."""
@@ -237,7 +243,7 @@ class NormalizedClassifier(nn.Module):
         return filled.contiguous(memory_format=torch.channels_last)
 
     @property
-    def classifier_names(self) -> tuple[str, str]:
+    def classifier_names(self) -> tuple[str, ...]:
         """Of the last layer's weight and bias in the state dict."""
         name = next(name for name, module in self.named_modules() if isinstance(module, Classifier))
         return f"{name}.weight", f"{name}.bias"

@@ -1,4 +1,4 @@
-"""Networks for larger images: ResNet-50 and ConvNeXt-T as timm builds them, and ConvNeXt-T with a convolution stem.
+"""Networks for larger images: ResNets and ConvNeXt-T as timm builds them, and ConvNeXt-T with a convolution stem.
 
 Sources: He et al.: Deep Residual Learning for Image Recognition, CVPR 2016; Liu et al.: A ConvNet for the 2020s, CVPR
 2022; Singh, Croce, Hein: Revisiting Adversarial Training for ImageNet, NeurIPS 2023 (the stem).
@@ -132,7 +132,8 @@ class TimmClassifier(NormalizedClassifier):
 
 
 class TimmResNet(TimmClassifier):
-    """ResNet-50, stride in the 3x3 convolutions; the last batch normalisation of a block starts at 0, as in timm.
+    """ResNet-18 or ResNet-50, stride in the 3x3 convolutions; the last batch normalisation of a block starts at 0, as
+    in timm.
 
     Args:
         num_classes: number of logits.
@@ -140,6 +141,7 @@ class TimmResNet(TimmClassifier):
         depths: blocks a stage.
         width: channels of the first stage's 3x3 convolutions; the stem has 64.
         activation: "relu" as published, or "silu".
+        bottleneck: blocks of three convolutions, as ResNet-50 has them, or of two, as ResNet-18.
 
     Raises:
         ConfigError: timm is not installed.
@@ -155,12 +157,13 @@ class TimmResNet(TimmClassifier):
         depths: Sequence[int] = (3, 4, 6, 3),
         width: int = 64,
         activation: Activation = "relu",
+        bottleneck: bool = True,
     ) -> None:
         super().__init__(num_classes, mean, std)
         _require_width(width, 1)
         resnet = import_timm().models.resnet
         self.network = resnet.ResNet(
-            resnet.Bottleneck,
+            resnet.Bottleneck if bottleneck else resnet.BasicBlock,
             tuple(depths),
             num_classes=num_classes,
             in_chans=len(mean),
@@ -169,13 +172,14 @@ class TimmResNet(TimmClassifier):
         self._recast()
         self.network.conv1.__class__ = Stem
         # batch normalisation and the activation after it in one operation
-        for block, number in [(self.network, 1), *((block, n) for block in self.blocks() for n in (1, 2))]:
+        inner = (1, 2) if bottleneck else (1,)
+        for block, number in [(self.network, 1), *((block, n) for block in self.blocks() for n in inner)]:
             old = block.get_submodule(f"bn{number}")
             fused = ActivatedBatchNorm(old.num_features, activation)
             setattr(block, f"bn{number}", fused)
             setattr(block, f"act{number}", nn.Identity())
         for block in self.blocks():
-            block.act3 = nn.SiLU() if activation == "silu" else nn.ReLU(inplace=True)
+            setattr(block, f"act{len(inner) + 1}", nn.SiLU() if activation == "silu" else nn.ReLU(inplace=True))
 
     def blocks(self) -> list[nn.Module]:
         """All residual blocks."""

@@ -1,28 +1,46 @@
-"""Trained models from what a run leaves."""
+"""Trained models from what a run leaves.
+
+What a file says is never run. Weights of a model of somebody's own code name it, with the SHA-256 of its file and a
+seal: an HMAC by the key of the user who trained. That code is run where the seal is this user's and the file is
+unchanged, or where the caller gives the model.
+"""
 
 import dataclasses
+import hmac
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from awp_engine import checkpoint
 from awp_engine.checkpoint import CheckpointError
 from awp_engine.checkpoint.layout import MANIFEST
+from awp_engine.config import ConfigError
+from awp_engine.config.model_names import is_code, source_of
+from awp_engine.files.user_key import KeyFileError, key_path, user_key
 from awp_engine.models import NormalizedClassifier, build_model, load_public_state_dict
 from awp_engine.models.class_names import from_json, to_json
+from awp_engine.models.factories import Code, Factory, build_by_factory, load_factory, read_code, wrap
+from awp_engine.models.hub import fetched
 
 MODEL_FILE = "model.safetensors"
 CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "config.json"
+_FOREIGN = (".pt", ".pth", ".bin", ".tar", ".ckpt", ".pkl")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelDescription:
-    """All that `build_model` needs, and what the logits mean; stored beside the weights."""
+    """All that `build_model` needs, and what the logits mean; stored beside the weights.
+
+    Attributes:
+        image_size: (height, width) that a model of others is made for; None of built-in ones.
+        code: the file of the factory that makes the model, if one does.
+        seal: `sealed`'s.
+    """
 
     name: str
     num_classes: int
@@ -31,24 +49,64 @@ class ModelDescription:
     width: int | None
     activation: str
     class_names: tuple[str, ...] | None = None
+    image_size: tuple[int, int] | None = None
+    code: Code | None = None
+    seal: str | None = None
 
     def build(self) -> NormalizedClassifier:
-        """A freshly initialised model of this description."""
-        return build_model(**self._architecture())
+        """A freshly initialised model of this description; runs the code that it names, whatever the seal."""
+        given = dataclasses.asdict(self)
+        for name in ("class_names", "code", "seal"):
+            del given[name]
+        return build_model(**given)
+
+    def sealed(self) -> "ModelDescription":
+        """The same with this user's seal, which says that they trained by this code.
+
+        Raises:
+            KeyFileError: there is no key, and none can be made.
+        """
+        return dataclasses.replace(self, seal=self._seal(user_key()))
+
+    def is_sealed(self) -> bool:
+        """Whether the seal is this user's."""
+        try:
+            # a user without a key has sealed nothing
+            return (
+                self.seal is not None and key_path().exists() and hmac.compare_digest(self._seal(user_key()), self.seal)
+            )
+        except (KeyFileError, OSError):
+            return False
 
     def to_metadata(self) -> dict[str, str]:
         """The description as a safetensors header, or a checkpoint's state, holds it."""
         names = {} if self.class_names is None else {"class_names": to_json(self.class_names)}
-        return {"model": json.dumps(self._architecture()), **names}
+        return {"model": json.dumps(self._fields()), **names}
 
-    def _architecture(self) -> dict[str, Any]:
+    def _fields(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self)
         del fields["class_names"]
-        return fields
+        # as versions that did not know them wrote it
+        return {key: value for key, value in fields.items() if value is not None or key not in _LATER}
+
+    def _seal(self, key: bytes) -> str:
+        text = json.dumps(dataclasses.replace(self, seal=None)._fields(), sort_keys=True)
+        return hmac.digest(key, f"model description\n{text}".encode(), "sha256").hex()
+
+
+_LATER = ("image_size", "code", "seal")
 
 
 def _numbers(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(type(item) in (int, float) for item in value)
+
+
+def _code(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"file", "sha256"}
+        and all(isinstance(text, str) for text in value.values())
+    )
 
 
 _FIELDS: dict[str, Callable[[object], bool]] = {
@@ -58,6 +116,13 @@ _FIELDS: dict[str, Callable[[object], bool]] = {
     "std": _numbers,
     "width": lambda value: value is None or (type(value) is int and 0 < value <= 65536),
     "activation": lambda value: isinstance(value, str),
+    "image_size": lambda value: (
+        isinstance(value, list)
+        and [type(side) for side in value] == [int, int]
+        and all(0 < side <= 65536 for side in value)
+    ),
+    "code": _code,
+    "seal": lambda value: isinstance(value, str) and value.isascii(),
 }
 
 
@@ -71,6 +136,9 @@ def described(metadata: Mapping[str, Any], path: Path) -> ModelDescription:
         fields: dict[str, Any] = json.loads(str(metadata.get("model")))
         if not isinstance(fields, dict) or any(not _FIELDS[name](value) for name, value in fields.items()):
             raise ValueError("not a description")
+        fields |= {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
+        if "code" in fields:
+            fields["code"] = Code(**fields["code"])
         description = ModelDescription(**fields)
         if "class_names" not in metadata:
             return description
@@ -78,8 +146,8 @@ def described(metadata: Mapping[str, Any], path: Path) -> ModelDescription:
         return dataclasses.replace(description, class_names=names)
     except (TypeError, ValueError, KeyError, RecursionError):
         raise CheckpointError(
-            f"{path}: expected weights written by this program, with the model's description in the header; for other "
-            "weights use awp_engine.models.build_model and load_public_state_dict"
+            f"{path}: expected weights written by this program, with the model's description in the header; say what "
+            "model these are of: --model.name, or awp_engine.models.load_weights(build_model(...), FILE)"
         ) from None
 
 
@@ -94,6 +162,11 @@ def _group(loaded: checkpoint.Checkpoint, group: str) -> tuple[Mapping[str, Tens
 def _weights(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any], Path]:
     """Weights, what holds their description, and the file they came from."""
     if path.is_file():
+        if path.suffix in _FOREIGN:
+            raise CheckpointError(
+                f"{path}: such a file does not say what model its weights are of: give --model.name (awp evaluate, awp "
+                "landscape), or use awp_engine.models.load_weights(build_model(...), FILE)"
+            )
         tensors, metadata = checkpoint.read_model(path)
         return tensors, metadata, path
     # a checkpoint first: it holds a file of the same name, without the description
@@ -140,6 +213,7 @@ def find_weights(path: Path, which: str = "best") -> tuple[Path, Path]:
 
 
 def _built(description: ModelDescription, weights: Mapping[str, Tensor], path: Path) -> NormalizedClassifier:
+    """By names alone: no code but this package's, timm's and torchvision's is run."""
     try:
         with torch.device("meta"):
             parameters = sum(parameter.numel() for parameter in description.build().parameters())
@@ -151,27 +225,98 @@ def _built(description: ModelDescription, weights: Mapping[str, Tensor], path: P
         raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from None
 
 
-def load_model(run_or_checkpoint: Path | str, device: torch.device | str = "cpu") -> NormalizedClassifier:
+def _built_by_code(description: ModelDescription, path: Path) -> NormalizedClassifier:
+    """By code that the file names, where this user trained by it."""
+    name, code, why = description.name, description.code, "it was not trained by you on this machine"
+    if code is not None and description.is_sealed():
+        try:
+            why = f"{code.file} has changed since"
+            if read_code(Path(code.file))[1] == code:
+                return _by_name(description, name, code)
+        except ConfigError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+    raise CheckpointError(
+        f"{path}: its model is made by code, {name!r}, which is not run because a file says so, as {why}; if you trust "
+        "the code that you have under that name, give it: --model.name, or load_model(..., model=)"
+    )
+
+
+def _by_name(description: ModelDescription, name: str, code: Code | None = None) -> NormalizedClassifier:
+    """By the factory, or another model, that the user named; by `code` where a file did."""
+    given = dataclasses.replace(description, name=name)
+    if not is_code(name):
+        return given.build()
+    root = None
+    if code is not None:
+        place = name.rpartition(":")[0]
+        # where the package begins that this file is a module of
+        up = place.count(".") + (Path(code.file).name == "__init__.py") if source_of(name) == "module" else 0
+        root = Path(code.file).parents[up]
+        name = name if source_of(name) == "module" else f"{code.file}:{name.rpartition(':')[2]}"
+    factory, found = load_factory(name, root)
+    if code is not None and found != code:
+        raise ConfigError(f"--model.name: {name} is now found in {found.file}, not in {code.file}")
+    return _by_factory(given, factory)
+
+
+def _by_factory(description: ModelDescription, factory: Factory) -> NormalizedClassifier:
+    given = (description.num_classes, description.mean, description.std, description.image_size)
+    return build_by_factory(factory, description.name, *given)
+
+
+def _by_user(description: ModelDescription, model: "str | nn.Module | Factory") -> NormalizedClassifier:
+    if isinstance(model, str):
+        return _by_name(description, model)
+    if isinstance(model, NormalizedClassifier):
+        return model
+    if isinstance(model, nn.Module):
+        given = (description.num_classes, description.mean, description.std, description.image_size)
+        return wrap(model, type(model).__name__, *given)
+    return _by_factory(description, model)
+
+
+def read_trained(
+    run_or_checkpoint: Path | str,
+) -> tuple[Mapping[str, Tensor], Mapping[str, Any], ModelDescription, Path]:
+    """Weights, all that is written beside them, the model's description in it, and the file; as `load_model`."""
+    weights, metadata, path = _weights(fetched(run_or_checkpoint))
+    return weights, metadata, described(metadata, path), path
+
+
+def load_model(
+    run_or_checkpoint: Path | str,
+    device: torch.device | str = "cpu",
+    model: "str | nn.Module | Factory | None" = None,
+) -> NormalizedClassifier:
     """The classifier that a run selected, in eval mode.
 
     Args:
         run_or_checkpoint: a run directory (its model.safetensors; of an unfinished run, the best epoch so far), one of
-            its checkpoints (that epoch's weights), or a model.safetensors file.
+            its checkpoints (that epoch's weights), a model.safetensors file, or hf://OWNER/NAME[@REVISION], whose
+            model.safetensors the package huggingface_hub fetches.
         device: where to put it.
+        model: what takes the weights, in place of what the file names: a name as `--model.name` takes it, a function or
+            class that makes the model, or a module. It is trusted, and run. Without it, a model that is made by code of
+            somebody's own is loaded where this user trained it by the same file, and else refused.
 
     Returns:
         A module that maps images in [0, 1], [N, C, H, W], to logits. Its `class_names`, one a logit, are those of the
         data set that it was trained on; None where that had none, or the weights are older than names in them.
 
     Raises:
-        CheckpointError: nothing there that can be loaded, or a damaged file.
+        CheckpointError: nothing there that can be loaded, a damaged file, or code that is not trusted.
+        ConfigError: `model` cannot be made.
     """
-    weights, metadata, path = _weights(Path(run_or_checkpoint))
-    description = described(metadata, path)
-    model = _built(description, weights, path)
+    weights, _, description, path = read_trained(run_or_checkpoint)
+    if model is not None:
+        built = _by_user(description, model)
+    elif is_code(description.name):
+        built = _built_by_code(description, path)
+    else:
+        built = _built(description, weights, path)
     try:
-        load_public_state_dict(model, weights)
+        load_public_state_dict(built, weights)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    model.class_names = description.class_names
-    return model.to(device).eval()
+    built.class_names = description.class_names
+    return built.to(device).eval()

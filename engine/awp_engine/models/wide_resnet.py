@@ -5,6 +5,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from awp_engine.models.layers import (
     ActivatedBatchNorm,
@@ -18,6 +19,17 @@ from awp_engine.models.layers import (
 )
 
 
+class SamePadded(nn.Conv2d):
+    """A 3x3 convolution of stride 2 that pads as TensorFlow's SAME does: one row at the bottom, one column right."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=3, stride=2, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, in_channels, H, W] -> [N, out_channels, H / 2, W / 2]."""
+        return super().forward(functional.pad(input, (0, 1, 0, 1)))
+
+
 class WideBlock(nn.Module):
     """Two 3x3 convolutions, each after batch normalisation and activation.
 
@@ -25,10 +37,15 @@ class WideBlock(nn.Module):
     itself.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, activation: Activation) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int, activation: Activation, *, same_padding: bool = False
+    ) -> None:
         super().__init__()
         self.bn1 = ActivatedBatchNorm(in_channels, activation)
-        self.conv1 = convolution(in_channels, out_channels, stride)
+        same_padding = same_padding and stride == 2
+        self.conv1 = (
+            SamePadded(in_channels, out_channels) if same_padding else convolution(in_channels, out_channels, stride)
+        )
         self.bn2 = ActivatedBatchNorm(out_channels, activation)
         self.conv2 = convolution(out_channels, out_channels, 1)
         # camelCase because the name is part of the public state dict.
@@ -43,9 +60,11 @@ class WideBlock(nn.Module):
         return x if self.convShortcut is None else self.convShortcut(activated), rest
 
 
-def _stage(num_blocks: int, in_channels: int, out_channels: int, stride: int, activation: Activation) -> nn.Sequential:
+def _stage(
+    num_blocks: int, in_channels: int, out_channels: int, stride: int, activation: Activation, *, same_padding: bool
+) -> nn.Sequential:
     """`num_blocks` blocks in a row, inside a container of one for the public name, block1.layer.0."""
-    first = WideBlock(in_channels, out_channels, stride, activation)
+    first = WideBlock(in_channels, out_channels, stride, activation, same_padding=same_padding)
     others = (WideBlock(out_channels, out_channels, 1, activation) for _ in range(num_blocks - 1))
     return nn.Sequential(OrderedDict(layer=nn.Sequential(first, *others)))
 
@@ -63,6 +82,8 @@ class WideResNet(NormalizedClassifier):
         num_classes: number of logits.
         mean, std: one value a channel; images in [0, 1] become (x - mean) / std.
         activation: "relu" as published, or "silu".
+        same_padding: convolutions of stride 2 are `SamePadded`, as in DeepMind's network (Gowal et al.: Uncovering the
+            Limits of Adversarial Training, 2020), whose published weights have silu.
 
     Raises:
         ValueError: an argument is out of range.
@@ -77,18 +98,20 @@ class WideResNet(NormalizedClassifier):
         std: Sequence[float],
         *,
         activation: Activation = "relu",
+        same_padding: bool = False,
     ) -> None:
         super().__init__(num_classes, mean, std)
         if depth < 10 or (depth - 4) % 6 != 0:
             raise ValueError(f"depth: {depth}; a WideResNet has depth 6 n + 4, for example 28, 34 or 70")
         if widen_factor < 1:
             raise ValueError(f"widen_factor: {widen_factor}; expected at least 1")
+        self.same_padding = same_padding
         num_blocks = (depth - 4) // 6
         widths = [16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
         self.conv1 = Stem(len(mean), 16, kernel_size=3, padding=1, bias=False)
-        self.block1 = _stage(num_blocks, 16, widths[0], 1, activation)
-        self.block2 = _stage(num_blocks, widths[0], widths[1], 2, activation)
-        self.block3 = _stage(num_blocks, widths[1], widths[2], 2, activation)
+        self.block1 = _stage(num_blocks, 16, widths[0], 1, activation, same_padding=same_padding)
+        self.block2 = _stage(num_blocks, widths[0], widths[1], 2, activation, same_padding=same_padding)
+        self.block3 = _stage(num_blocks, widths[1], widths[2], 2, activation, same_padding=same_padding)
         self.bn1 = ActivatedBatchNorm(widths[2], activation)
         self.fc = Head(widths[2], num_classes)
         for module in self.modules():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 Drawn = TypeVar("Drawn")
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers and line styles differ as well
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+COLOURS = (BLUE, VERMILION, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_STYLES = ("-", "--", "-.", ":")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # matplotlib's arithmetic on an axis overflows beyond
 _LARGEST = 1e150
 
@@ -38,11 +42,28 @@ def drawable(text: str, most: int = 48) -> str:
     return "".join(c if ord(c) in _glyphs() else ascii(c).strip("'") for c in known)
 
 
-def legend(axes: Axes, series: Sequence[tuple[Any, str]]) -> None:
+def legend(place: Axes | Figure, series: Sequence[tuple[Any, str]], loc: Any = "best", **options: Any) -> None:
     """A legend of artists and their names, whatever the names are: matplotlib hides those that begin with `_`."""
-    drawn = axes.legend([artist for artist, _ in series], [""] * len(series), frameon=False, loc="best")
+    drawn = place.legend([artist for artist, _ in series], [""] * len(series), frameon=False, loc=loc, **options)
     for text, (_, name) in zip(drawn.get_texts(), series, strict=True):
         text.set(text=drawable(name), parse_math=False)
+
+
+def line_style(index: int) -> dict[str, Any]:
+    """Colour, line and marker of the series of that number, unlike those of its neighbours."""
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "linestyle": _STYLES[index % len(_STYLES)],
+        "marker": _MARKERS[index % len(_MARKERS)],
+        "markersize": 4,
+    }
+
+
+def png(figure: Figure) -> bytes:
+    """A PNG file of the figure; without matplotlib's version in it, the same picture is the same bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=130, format="png", metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def tidy(axes: Axes) -> None:

@@ -92,7 +92,8 @@ def write_report(run_dir: Path, fields: Mapping[str, Any]) -> Path:
     return path
 
 
-def _curve(metrics: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
+def curve(metrics: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Epochs and values of what metrics.jsonl calls `name`; NaN, which leaves a gap, for what cannot be drawn."""
     known = [(m["epoch"], m[name]) for m in metrics if m.get(name) is not None]
     # the log may be anybody's: an accuracy of 1e118 would need a label of 120 digits
     largest = 1.0 if name.endswith("accuracy") else math.inf
@@ -117,7 +118,7 @@ def plot_learning_curves(
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    figure = Figure(figsize=(8, 9), layout="constrained")
+    figure = Figure(figsize=(6.4, 7.5), layout="constrained")
     loss_axes, accuracy_axes, rate_axes = figure.subplots(3, 1, sharex=True, height_ratios=(3, 4, 1.5))
     few = len(metrics) <= 40
     lines = [
@@ -128,7 +129,7 @@ def plot_learning_curves(
         (rate_axes, "lr", "", GREY, "-", "o" if len(metrics) == 1 else ""),
     ]
     for axes, name, label, colour, line, marker in lines:
-        x, y = _curve(metrics, name)
+        x, y = curve(metrics, name)
         style = {"color": colour, "linestyle": line, "marker": marker if few else "", "markersize": 4}
         axes.plot(x, y, label=label, drawstyle="steps-post" if name == "lr" else "default", **style)
         tidy(axes)
@@ -141,7 +142,7 @@ def plot_learning_curves(
     accuracy_axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     accuracy_axes.legend(frameon=False, loc="best")
     rate_axes.set_ylabel("learning rate")
-    if any(value > 0 for value in _curve(metrics, "lr")[1]):
+    if any(value > 0 for value in curve(metrics, "lr")[1]):
         rate_axes.set_yscale("log")
     rate_axes.set_xlabel("epoch")
     rate_axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -54,6 +54,8 @@ class AwpStep:
         ascent: how its direction is found.
         clip_norm: largest norm of the descent gradient, or None.
         average: of the weights, that every step is taken into; or None.
+        class_weights: fp32 [classes] on the model's device, which every image's loss is multiplied by; or None. Labels
+            are then int64 [N], not mixtures.
         ranks: that train together, on equal models; gradients are averaged over them, the attack is each one's own.
         sync_batch_norm: whether the model's batch normalisation is synchronised over the ranks.
         compile: by torch.compile; batches of another size run uncompiled.
@@ -71,6 +73,7 @@ class AwpStep:
         ascent: Ascent | None = None,
         clip_norm: float | None = None,
         average: WeightAverage | None = None,
+        class_weights: Tensor | None = None,
         ranks: Ranks | None = None,
         sync_batch_norm: bool = False,
         compile: bool = False,
@@ -89,6 +92,7 @@ class AwpStep:
             objective,
             ranks=ranks,
             reduced=reduced,
+            class_weights=class_weights,
             sync_batch_norm=sync_batch_norm,
             compile=compile,
             micro_batch_size=micro_batch_size,
@@ -107,6 +111,7 @@ class AwpStep:
     def prepare(self, batch: Batch, phase: Phase) -> Tensor:
         """All of a step that the host decides; returns where the attack begins, [N, C, H, W]."""
         self.update.prepare(phase)
+        self.passes.seed(phase)
         return phase.attack.first(batch.images, sample_ids=batch.ids, seed=phase.seed)
 
     def __call__(self, batch: Batch, phase: Phase, start: Tensor | None = None) -> StepResult:

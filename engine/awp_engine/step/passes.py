@@ -14,12 +14,15 @@ from awp_engine.attack.common import HALF_SCALE
 from awp_engine.distributed.batch import Batch
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.share import rank_share
+from awp_engine.models import WrappedClassifier
 from awp_engine.models.answers import predicted
 from awp_engine.models.batch_norm import Statistics, batch_norm_mode
 from awp_engine.step.objectives import Objective
 from awp_engine.step.precision import LossScale, WorkingModels
+from awp_engine.step.values import Phase
 from awp_kernels import conv3x3_forget
 from awp_kernels._block import Block
+from awp_kernels.philox import mix_seed
 
 
 class RankShare(NamedTuple):
@@ -46,7 +49,13 @@ def _reducer(model: nn.Module) -> DistributedDataParallel:
     with warnings.catch_warnings():
         # torch 2.13 has another name for what 2.11 knows as broadcast_buffers
         warnings.simplefilter("ignore", FutureWarning)
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            model,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            # a module of others may have some that it does not use
+            find_unused_parameters=isinstance(model, WrappedClassifier),
+        )
 
 
 class Passes:
@@ -65,12 +74,14 @@ class Passes:
         *,
         ranks: Ranks,
         reduced: Sequence[nn.Module] = (),
+        class_weights: Tensor | None = None,
         sync_batch_norm: bool = False,
         compile: bool = False,
         micro_batch_size: int | None = None,
         largest_batch: int | None = None,
     ) -> None:
         self.models, self.objective, self.ranks = models, objective, ranks
+        self._class_weights = class_weights
         self.sync_batch_norm, self._micro_batch_size = sync_batch_norm, micro_batch_size
         half = torch.float16 in (models.precision.ascent, models.precision.descent)
         self.loss_scale = LossScale(next(models.model.parameters()).device) if half else None
@@ -96,6 +107,11 @@ class Passes:
                     reducer(x[:1]).sum().backward()
             self._warm = True
         self.clear_gradients()
+
+    def seed(self, phase: Phase) -> None:
+        """Have what layers draw from torch's global generator depend on the step and the rank alone."""
+        if phase.layer_seed is not None:
+            torch.manual_seed(mix_seed(phase.layer_seed, self.ranks.rank))
 
     def clear_gradients(self) -> None:
         """Drop the gradients of all models."""
@@ -232,6 +248,8 @@ class Passes:
                     counted = losses.detach() < c_min
                     below += counted.sum()
                     losses = losses * counted
+                if self._class_weights is not None:
+                    losses = losses * self._class_weights[y[rows]]
                 mean = losses.mean()
                 # the reducer takes the mean over the ranks of what is to be added up
                 scale = part * self.ranks.world
@@ -250,14 +268,21 @@ class Passes:
         loss, correct, _ = self.backward(
             self.models.descent, x_adv, batch, share, averaged=True, update_statistics=True, followed=followed
         )
+        self.models.settle_()
         return loss, correct
 
     @torch.no_grad()
     def average_statistics(self, share: float) -> None:
-        """Running statistics of all ranks' images; without it the ranks would come to differ."""
-        if self.ranks.world == 1 or self.sync_batch_norm:
+        """Running statistics of all ranks' images; without it the ranks would come to differ.
+
+        Other buffers become those of the first rank, as `DistributedDataParallel` has them.
+        """
+        if self.ranks.world == 1:
             return
-        statistics = [flat for flat in self.models.statistics if flat.is_floating_point()]
+        self.ranks.broadcast_(self.models.other_buffers)
+        if self.sync_batch_norm:
+            return
+        statistics = [flat for flat in self.models.batch_statistics if flat.is_floating_point()]
         for flat in statistics:
             flat.mul_(share)
         self.ranks.sum_(statistics)

@@ -1,7 +1,8 @@
 """Which precision serves which part of a step, and the models that compute in it.
 
 Masters stay in full precision. A part in 16 bits runs on a working copy: a second module whose convolution and linear
-weights are stored in 16 bits, its other parameters as they are; the running statistics are the model's own.
+weights are stored in 16 bits, its other parameters as they are; the running statistics are the model's own. Modules of
+others know nothing of that: their copy keeps its weights, and `torch.autocast` has it compute in 16 bits.
 """
 
 import contextlib
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from awp_engine.distributed.sharding import gathered
-from awp_engine.models import NormalizedClassifier
-from awp_engine.models.batch_norm import share_memory
+from awp_engine.models import NormalizedClassifier, WrappedClassifier
+from awp_engine.models.batch_norm import other_buffers, share_memory
 from awp_engine.models.layers import Conv3x3
 
 PARTS = ("attack", "ascent", "descent")
@@ -41,17 +42,24 @@ def has_fast_bfloat16() -> bool:
 def working_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A second module with parameters of its own, the weights of convolutions and linear layers in `dtype`.
 
+    A `WrappedClassifier`'s are as they were, and it computes in `dtype`.
+
     Args:
         model: any module; its buffers, such as running statistics, serve both.
         dtype: 16-bit.
     """
-    lowered = {id(m.weight) for m in model.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))}
+    wrapped = isinstance(model, WrappedClassifier)
+    layers = [m for m in model.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)) and not wrapped]
+    lowered = {id(m.weight) for m in layers}
     # deepcopy takes what the memo holds in place of a copy
     memo: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
     for p in model.parameters():
         copied = p.detach().clone().to(dtype if id(p) in lowered else p.dtype)
         memo[id(p)] = nn.Parameter(copied, requires_grad=p.requires_grad)
-    return copy.deepcopy(model, memo)
+    second = copy.deepcopy(model, memo)
+    if isinstance(second, WrappedClassifier):
+        second.autocast_dtype = dtype
+    return second
 
 
 def frozen_view(model: nn.Module) -> nn.Module:
@@ -81,7 +89,8 @@ class WorkingModels:
     Attributes:
         attack: asks for no gradient of its parameters, but where `shared_ascent`.
         ascent, descent: the model itself, or a working copy.
-        statistics: all running statistics, see `share_memory`.
+        batch_statistics: running statistics of batch normalisation, see `share_memory`.
+        other_buffers: whatever else passes of the descent may write.
         all: the working copies.
     """
 
@@ -95,10 +104,11 @@ class WorkingModels:
     ) -> None:
         precision = precision or Precision()
         self.model, self.precision, self.sharded = model, precision, sharded
-        self.statistics = share_memory(model)
+        self.batch_statistics = share_memory(model)
         if sharded:
             self.all: list[nn.Module] = []
             self.attack = self.ascent = self.descent = model
+            self._written = other_buffers(model)
             return
         by_dtype: dict[torch.dtype | None, nn.Module] = {None: model}
         for dtype in (precision.descent, precision.ascent, precision.attack):
@@ -107,6 +117,8 @@ class WorkingModels:
                 _narrow_input(by_dtype[dtype], dtype)
         self.all = [copied for dtype, copied in by_dtype.items() if dtype is not None]
         self.ascent, self.descent = by_dtype[precision.ascent], by_dtype[precision.descent]
+        # the copies' are the model's own
+        self._written = other_buffers(self.descent)
         of_attack = by_dtype[precision.attack]
         self.attack = of_attack if shared_ascent else frozen_view(of_attack)
         if precision.attack == torch.bfloat16 and not shared_ascent:
@@ -114,6 +126,25 @@ class WorkingModels:
             for layer in self.attack.modules():
                 if isinstance(layer, Conv3x3):
                     layer.products = "bf16"
+
+    @property
+    def other_buffers(self) -> list[Tensor]:
+        """See the class."""
+        return [buffer for _, _, buffer in self._written]
+
+    @property
+    def statistics(self) -> list[Tensor]:
+        """All that a step which is left out has to put back, beside weights."""
+        return [*self.batch_statistics, *self.other_buffers]
+
+    @torch.no_grad()
+    def settle_(self) -> None:
+        """Where a pass of the descent put another tensor in a buffer's place, write it into the one that all share."""
+        for module, name, buffer in self._written:
+            assigned = module._buffers[name]
+            if assigned is not None and assigned is not buffer and assigned.shape == buffer.shape:
+                buffer.copy_(assigned)
+                module._buffers[name] = buffer
 
     def held(self) -> contextlib.AbstractContextManager[None]:
         """A block of several passes between which no parameter changes: shards stay gathered."""

@@ -19,6 +19,7 @@ class Phase:
         perturb: whether the weights are perturbed.
         free: whether one pass serves image and weights; see `FreeStep`.
         lr: learning rate; None leaves it as it is.
+        layer_seed: of what layers draw from torch's global generator, such as dropout; None leaves that as it is.
     """
 
     attack: Attack
@@ -26,6 +27,7 @@ class Phase:
     perturb: bool = True
     free: bool = False
     lr: float | None = None
+    layer_seed: int | None = None
 
 
 class StepResult(NamedTuple):

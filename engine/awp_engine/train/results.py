@@ -8,6 +8,7 @@ import torch
 
 from awp_engine import checkpoint
 from awp_engine.evaluation import Accuracy
+from awp_engine.evaluation.receipt import split_hash
 from awp_engine.models.trained import MODEL_FILE
 from awp_engine.observe.drawing import attempt
 from awp_engine.observe.metrics import read_metrics
@@ -87,6 +88,8 @@ def write_results(
     if setup.ranks.is_first:
         described = {"epoch": str(progress.best_epoch), "config_hash": setup.config_hash}
         metadata = setup.description.to_metadata() | described
+        # what tells whether two runs were measured on the same images
+        fields["data"]["test_sha256"] = split_hash(selection.test)
         checkpoint.export_model(setup.run_dir / MODEL_FILE, selection.best_weights, metadata)
         attempt(
             str(setup.run_dir / CURVES),

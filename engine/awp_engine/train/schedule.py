@@ -9,6 +9,7 @@ from awp_engine.step.values import Phase
 from awp_kernels.philox import mix_seed
 
 _ATTACK_NOISE = 1
+_LAYER_NOISE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,11 @@ class Schedule:
         attack = self.config.attack
         return attack.fast != "none" and (attack.fast_epochs is None or epoch <= attack.fast_epochs)
 
+    def layer_seed(self, epoch: int, step: int) -> int | None:
+        """Of dropout and the like in that step; built-in models have none."""
+        config = self.config
+        return None if config.model.source == "built-in" else mix_seed(config.seed, epoch, step, _LAYER_NOISE)
+
     def __call__(self, epoch: int, step: int) -> Phase:
         """The phase of that step."""
         config, cheap = self.config, self.is_cheap(epoch)
@@ -49,4 +55,5 @@ class Schedule:
             perturb=epoch > config.awp.warmup and self.number(epoch, step) % config.awp.every == 0,
             free=cheap and config.attack.fast == "free",
             lr=self.lr(epoch, step),
+            layer_seed=self.layer_seed(epoch, step),
         )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from awp_engine.data import Split, StreamedSplit
 from awp_engine.distributed.sharding import gathered, scatter_
 from awp_engine.evaluation import Accuracy, evaluate, evaluation_attack, spread
-from awp_engine.models.batch_norm import recompute_statistics
+from awp_engine.models.batch_norm import other_buffers, recompute_statistics
 from awp_engine.observe.regions import region
 from awp_engine.train.progress import Progress
 from awp_engine.train.setup import Setup, training_attack
@@ -55,6 +55,12 @@ class Selection:
         average, ranks = self._setup.average, self._setup.ranks
         if average is None or not average.started:
             return self._setup.model
+        pairs = zip(other_buffers(self._setup.model), other_buffers(average.model), strict=True)
+        for (_, _, live), (_, _, averaged) in pairs:
+            # no average of them is taken, and only batch normalisation's can be computed anew
+            averaged.copy_(live)
+        # past the epoch's last step
+        self._setup.awp_step.passes.seed(self._setup.schedule(epoch, self._setup.schedule.steps))
         recompute_statistics(average.model, self._forward_passes(average.model, epoch))
         ranks.mean_([buffer for buffer in average.model.buffers() if buffer.is_floating_point()])
         return average.model

@@ -3,6 +3,7 @@
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +12,20 @@ from torch.distributed.device_mesh import init_device_mesh
 from awp_engine.attack import Attack, fast_attack
 from awp_engine.attack.checks import ball
 from awp_engine.config import AttackConfig, Config, ConfigError, choose_speed, config_hash
-from awp_engine.data import Augmentation, Batches, data_loading, load_data, load_extra, place_extra
-from awp_engine.device import choose_convolutions, choose_device, fast_memory_format
+from awp_engine.data import (
+    Augmentation,
+    Batches,
+    class_weights,
+    data_loading,
+    label_notes,
+    load_data,
+    load_extra,
+    place_extra,
+)
+from awp_engine.device import choose_convolutions, choose_device
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.sharding import gather, shard
-from awp_engine.models import load_pretrained
 from awp_engine.models.batch_norm import synchronize
-from awp_engine.models.trained import ModelDescription
 from awp_engine.observe.throughput import forward_flops
 from awp_engine.observe.trackers import require_trackers
 from awp_engine.optim.average import WeightAverage
@@ -28,6 +36,8 @@ from awp_engine.step.free import FreeStep
 from awp_engine.step.objectives import build_objective
 from awp_engine.step.precision import PARTS, Precision, WorkingModels, has_fast_bfloat16
 from awp_engine.step.values import Step
+from awp_engine.train.network import build_network
+from awp_engine.train.perturbed import choice, perturbed_message
 from awp_engine.train.run_dir import prepare_run_dir
 from awp_engine.train.schedule import Schedule
 from awp_kernels import AdversarialWeightPerturbation, asam, sam
@@ -99,6 +109,7 @@ def build_step(
     ranks: Ranks | None = None,
     precision: Precision | None = None,
     largest_batch: int | None = None,
+    class_weights: Tensor | None = None,
 ) -> AwpStep:
     """The step for `model`, with an optimizer and working copies of its own.
 
@@ -108,6 +119,7 @@ def build_step(
         ranks: that train together; by default this process alone.
         precision: as `choose_precision` says if not given.
         largest_batch: images of a full batch, over all ranks; None: that is the first.
+        class_weights: of the loss, fp32 [classes] on the model's device, or None.
 
     Raises:
         ConfigError: a precision that the device does not have, or as `require_ranks` and `choose_speed`.
@@ -124,10 +136,17 @@ def build_step(
         sharded=config.distributed.strategy == "fsdp",
     )
     perturbation = None
-    if awp.enabled and awp.scale == "relative":
-        perturbation = AdversarialWeightPerturbation(model, awp.gamma, scope=awp.scope, working=models.working)
-    elif awp.enabled:
-        perturbation = (sam if awp.scale == "absolute" else asam)(model, awp.gamma, scope=awp.scope)
+    # none given: each has a rule of its own
+    chosen: dict[str, Any] = {"select": choice(model, awp.layers)} if awp.layers else {}
+    try:
+        if awp.enabled and awp.scale == "relative":
+            perturbation = AdversarialWeightPerturbation(
+                model, awp.gamma, scope=awp.scope, working=models.working, **chosen
+            )
+        elif awp.enabled:
+            perturbation = (sam if awp.scale == "absolute" else asam)(model, awp.gamma, scope=awp.scope, **chosen)
+    except ValueError as error:
+        raise ConfigError(f"--awp.{'layers' if awp.layers else 'gamma'}: {error}") from None
     return AwpStep(
         models=models,
         optimizer=build_optimizer(model, config.optimizer, working=models.updated),
@@ -135,6 +154,7 @@ def build_step(
         awp=perturbation,
         ascent=Ascent(kind=awp.ascent, steps=awp.ascent_steps, c_min=awp.c_min, sync=config.distributed.ascent_sync),
         clip_norm=config.optimizer.clip_norm,
+        class_weights=class_weights,
         ranks=ranks,
         sync_batch_norm=config.distributed.sync_batch_norm,
         compile=choose_speed(config, cuda=device.type == "cuda", ranks=ranks.world).compile,
@@ -209,10 +229,16 @@ class Setup:
         ranks.broadcast_(self.model.state_dict().values())
         self._build_step()
 
+    def _announce(self, line: str) -> None:
+        """At once: what is said takes a while."""
+        if self.ranks.is_first:
+            print(line, flush=True)
+
     def _load_data(self) -> None:
         config, attack = self.config, self.config.attack
         loading = data_loading(config.data, self.device)
-        data = self.data = load_data(config.data, loading)
+        data = self.data = load_data(config.data, loading, self._announce)
+        self.messages += [*data.notes, *label_notes(data)]
         try:
             # an l2 ball is too large for images of a size that the configuration does not know
             ball(math.prod(data.train.shape), epsilon=attack.epsilon_value, norm=attack.norm, clip=(0.0, 1.0))
@@ -220,10 +246,19 @@ class Setup:
             raise ConfigError(f"--attack.{error}") from None
         extra = None if config.data.extra is None else place_extra(load_extra(config.data.extra, like=data), loading)
         self._extra = extra
-        self.fingerprints = {
+        self.fingerprints: dict[str, Any] = {
             "data_fingerprint": data.fingerprint,
             "extra_fingerprint": None if extra is None else extra.fingerprint,
         }
+        self._class_weights = None
+        if config.data.class_weights != "none":
+            weights = class_weights(config.data.class_weights, data)
+            self._class_weights = torch.tensor(weights, device=self.device)
+            # another file of the same name makes another run
+            self.fingerprints["class_weights"] = weights
+            self.messages.append(
+                f"class weights from {min(weights):.4g} to {max(weights):.4g}, mean 1 over the training images"
+            )
         loaders = [data.loader, "" if extra is None else extra.loader]
         given = [self.config_hash, *map(str, self.fingerprints.values()), *loaders]
         self.ranks.require_equal(given, "configuration and data", self.device)
@@ -240,25 +275,12 @@ class Setup:
             self.messages.append(f"{len(extra.split):,} extra images, loader {extra.loader}")
 
     def _build_model(self) -> None:
-        config, data = self.config, self.data
-        self.description = ModelDescription(
-            name=config.model.name,
-            num_classes=len(data.class_names),
-            mean=data.mean,
-            std=data.std,
-            width=config.model.width,
-            activation=config.model.activation,
-            class_names=data.class_names if data.named else None,
-        )
-        model = self.description.build()
-        self._memory_format = fast_memory_format(model, self.device)
-        # torch's stub does not know the keyword
-        model.to(device=self.device, memory_format=self._memory_format)  # pyright: ignore[reportCallIssue]
-        self.model: nn.Module = model.train()
-        if config.model.pretrained is not None:
-            kept = load_pretrained(model, config.model.pretrained, self.description.class_names)
-            new = f"; new, for {len(data.class_names)} classes: {', '.join(kept)}" if kept else ""
-            self.messages.append(f"weights of {config.model.pretrained}{new}")
+        built = build_network(self.config, self.data, self.device, self.precision)
+        self.model: nn.Module = built.model
+        self.description, self._memory_format = built.description, built.memory_format
+        self.messages += built.messages
+        # before the run directory is made
+        choice(self.model, self.config.awp.layers)
 
     def _build_batches(self) -> None:
         config, data, extra = self.config, self.data, self._extra
@@ -283,8 +305,12 @@ class Setup:
 
     def _build_step(self) -> None:
         config, attack = self.config, self.config.attack
-        self.awp_step = build_step(config, self.model, self.ranks, self.precision, self.batches.sizes[0])
+        self.awp_step = build_step(
+            config, self.model, self.ranks, self.precision, self.batches.sizes[0], self._class_weights
+        )
         self.optimizer = self.awp_step.update.optimizer
+        if self.awp_step.awp is not None:
+            self.messages.append(perturbed_message(config.title, self.awp_step.awp))
         self.step = capture_step(config, self.awp_step)
         self.free = None
         if attack.fast == "free":

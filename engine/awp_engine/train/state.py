@@ -169,6 +169,10 @@ class RunState:
             raise CheckpointError(f"{where}: lacks what this run needs, or has it in another shape: {error}") from error
         if found is not None:
             messages.append(f"going on after {self.progress}, from {found.path}")
+            code = self._setup.description.code
+            before = None if code is None else described(found.state, found.path).code
+            if code is not None and (before is None or before.sha256 != code.sha256):
+                messages.append(f"{code.file} has changed since: the model goes on by the new code")
         if state["ranks"] != self._ranks.world:
             messages.append(
                 f"{state['ranks']} ranks before, {self._ranks.world} now: images and noise are the same; sums differ "
@@ -178,7 +182,13 @@ class RunState:
         return messages
 
     def _require_own(self, found: checkpoint.Checkpoint) -> None:
-        if any(found.state.get(key) != value for key, value in self._identity.items() if key != "config_hash"):
+        others = {key for key, value in self._identity.items() if found.state.get(key) != value}
+        if others == {"class_weights"}:
+            raise ConfigError(
+                f"--data.class-weights: {self._setup.run_dir} was trained with other weights than "
+                f"{self._setup.config.data.class_weights} has now; restore the file or choose another --run-dir"
+            )
+        if others - {"config_hash"}:
             data, names = self._setup.data, described(found.state, found.path).class_names
             other = difference(data.class_names, names) if names is not None and data.named else ""
             classes = f", of other classes: the data now have {other}" if other else ""

@@ -20,7 +20,7 @@ from awp_engine.data.dataset import DataError
 from awp_engine.data.loaders.ahead import ahead
 from awp_engine.data.loaders.files_loader import Picture, Reader
 from awp_engine.data.loaders.framing import Images, Request, Requests, split_evenly
-from awp_engine.data.sets.inspect import decode
+from awp_engine.data.sets.inspect import decode, for_every_decoder
 from awp_engine.data.sets.store import EncodedImages, ImageArrays
 
 _AHEAD = 2
@@ -108,7 +108,12 @@ class DaliLoader:
         rows, words = request.rows.tolist(), self._reader.framing.words(request)
 
         def read(part: range) -> list[Picture]:
-            return [self._reader.read(store, rows[k], None if words is None else words[k]) for k in part]
+            pictures = [self._reader.read(store, rows[k], None if words is None else words[k]) for k in part]
+            names = [store.name(rows[k]) for k in part]
+            return [
+                picture._replace(content=for_every_decoder(picture.content, name))
+                for picture, name in zip(pictures, names, strict=True)
+            ]
 
         parts = pool.map(read, split_evenly(len(rows), self._workers))
         pictures = [picture for part in parts for picture in part]

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from awp_engine.data.dataset import DataError
 from awp_engine.data.loaders.files_loader import Reader
-from awp_engine.data.loaders.framing import Images, Request, Requests
+from awp_engine.data.loaders.framing import Framing, Images, Request, Requests, Window
 from awp_engine.data.loaders.workers import apart_from_main
 from awp_engine.data.sets.inspect import decode
 from awp_engine.data.sets.store import EncodedImages
@@ -108,24 +108,23 @@ class _Decoded(Dataset):
             for k, row in enumerate(request.rows.tolist()):
                 picture = reader.read(self._store, row, None if words is None else words[k])
                 image = decode(picture.content, self._store.name(row))
-                pixels[k] = torch.from_numpy(_framed(image, reader, picture.window))
+                pixels[k] = torch.from_numpy(framed(image, reader.shape[0], reader.framing, picture.window))
         # as a value: an exception of a worker comes back as text with its traceback
         except DataError as error:
             return pixels[:0], str(error)
         return pixels, ""
 
 
-def _framed(image: NDArray[np.uint8], reader: Reader, window: tuple[int, int, int, int]) -> NDArray[np.uint8]:
+def framed(image: NDArray[np.uint8], channels: int, framing: Framing, window: Window) -> NDArray[np.uint8]:
     """[H, W, C], of the wanted size and number of channels."""
-    channels, _, _ = reader.shape
     if image.shape[2] < channels:
         image = np.repeat(image, channels, axis=2)
-    if reader.framing.size is None:
+    if framing.size is None:
         return image
     top, left, height, width = window
     # a crop of its own: with `box` Pillow's filter would see beyond it
     crop = np.ascontiguousarray(image[top : top + height, left : left + width])
-    size = (reader.framing.size, reader.framing.size)
+    size = (framing.size, framing.size)
     resized = Image.fromarray(crop[:, :, 0] if channels == 1 else crop).resize(size, Image.Resampling.BILINEAR)
     return np.asarray(resized).reshape(*size, channels).copy()
 

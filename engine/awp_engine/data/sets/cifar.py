@@ -11,7 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from awp_engine.config.data_sets import where_to_get
 from awp_engine.data.dataset import DataError, RawDataset
+from awp_engine.data.sets.files import class_folders_in
 from awp_engine.data.sets.unpickle import read_pickle
 
 _PIXELS = 3 * 32 * 32
@@ -92,19 +94,25 @@ CIFAR100 = CifarLayout(
 )
 
 
-def read_cifar(root: Path, layout: CifarLayout) -> RawDataset:
+def read_cifar(root: Path, layout: CifarLayout, *, need_train: bool = True) -> RawDataset:
     """Reads the standard files from `root`, which holds them or holds the folder that the official archive unpacks to.
+
+    Args:
+        root: the directory.
+        layout: of which of the two.
+        need_train: else the test file alone is enough, and the training part empty where that of it is not whole.
 
     Raises:
         DataError: a file is missing, has another size than the standard, is refused, or holds labels out of range.
     """
-    folder, binary = _find(root, layout)
+    folder, binary, whole = _find(root, layout, need_train)
     train_names, test_name = (
         (layout.binary_train, layout.binary_test) if binary else (layout.python_train, layout.python_test)
     )
     read = _read_binary if binary else _read_python
-    train = [read(folder / name, layout.train_records, layout) for name in train_names]
+    train = [read(folder / name, layout.train_records, layout) for name in train_names] if whole else []
     test_images, test_labels = read(folder / test_name, layout.test_records, layout)
+    train = train or [(test_images[:0], test_labels[:0])]
     return RawDataset(
         train_images=torch.cat([images for images, _ in train]),
         train_labels=torch.cat([labels for _, labels in train]),
@@ -115,8 +123,8 @@ def read_cifar(root: Path, layout: CifarLayout) -> RawDataset:
     )
 
 
-def _find(root: Path, layout: CifarLayout) -> tuple[Path, bool]:
-    """The folder to read, and whether it holds the binary version; a complete one before one that lacks files."""
+def _find(root: Path, layout: CifarLayout, need_train: bool) -> tuple[Path, bool, bool]:
+    """The folder to read, whether it holds the binary version, and whether it is complete, which is preferred."""
     places = [
         (root, True, (*layout.binary_train, layout.binary_test)),
         (root / layout.binary_folder, True, (*layout.binary_train, layout.binary_test)),
@@ -126,7 +134,10 @@ def _find(root: Path, layout: CifarLayout) -> tuple[Path, bool]:
     missing = {(folder, binary): [n for n in names if not (folder / n).is_file()] for folder, binary, names in places}
     for place, names in missing.items():
         if not names:
-            return place
+            return *place, True
+    for folder, binary, names in places:
+        if not need_train and names[-1] not in missing[folder, binary]:
+            return folder, binary, False
     for folder, binary, names in places:
         absent = missing[folder, binary]
         if len(absent) < len(names):
@@ -134,10 +145,29 @@ def _find(root: Path, layout: CifarLayout) -> tuple[Path, bool]:
                 f"{folder / absent[0]} is missing; "
                 f"{layout.name} has the files {', '.join(names)}: unpack the archive again"
             )
+    if (meant := class_folders_in(root)) is not None:
+        place = root if meant == "." else root / meant
+        raise DataError(
+            f"{root} holds no {layout.name}, but {place} has class folders of images: give --data.name folder"
+        )
     raise DataError(
         f"{root} holds no {layout.name}; expected {layout.binary_train[0]} or {layout.python_train[0]} there "
         f"or in {layout.binary_folder} or {layout.python_folder}: give the unpacked official archive as --data.root"
+        f"{where_to_get(layout.name)}"
     )
+
+
+def cifar_in(root: Path) -> str | None:
+    """The name of the CIFAR version whose files lie in `root`, if there is one."""
+    for layout in (CIFAR10, CIFAR100):
+        folders = {layout.binary_test: layout.binary_folder, layout.python_test: layout.python_folder}
+        # "test" alone says nothing: any folder of images has one
+        if any(
+            (root / folder / test).is_file() or ((root / test).is_file() and test != "test")
+            for test, folder in folders.items()
+        ):
+            return layout.name
+    return None
 
 
 def _read_binary(path: Path, records: int, layout: CifarLayout) -> tuple[Tensor, Tensor]:

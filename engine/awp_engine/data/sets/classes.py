@@ -1,12 +1,19 @@
-"""Labels as weights mean them."""
+"""Labels: as weights mean them, how much each counts, and what is odd about them."""
 
 import dataclasses
+import json
+import math
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from awp_engine.data.dataset import AnySplit, DataError, Dataset
 from awp_engine.models.class_names import difference
+
+_SHOWN = 6
+# the largest class in terms of the smallest, from where on it is said
+_UNEVEN = 10
 
 
 def match_classes(class_names: tuple[str, ...] | None, data: Dataset, what: str) -> tuple[Dataset, str]:
@@ -23,6 +30,9 @@ def match_classes(class_names: tuple[str, ...] | None, data: Dataset, what: str)
     Raises:
         DataError: the data set has a class that the weights do not know.
     """
+    if class_names is not None and not data.named and not len(data.train) and len(class_names) > len(data.class_names):
+        # a test part alone does not show how many classes there are
+        data = dataclasses.replace(data, class_names=class_names)
     if class_names is None or not data.named:
         side = "the weights hold none" if class_names is None else f"{data.name} has none"
         return data, f"unknown: {side}, so labels are compared as numbers"
@@ -39,6 +49,79 @@ def match_classes(class_names: tuple[str, ...] | None, data: Dataset, what: str)
     few = f"{len(data.class_names)} of the weights' {len(class_names)} classes"
     how = few if len(data.class_names) < len(class_names) else "the weights' classes in another order"
     return dataclasses.replace(data, class_names=class_names, **parts), f"by name: {data.name} has {how}"
+
+
+def class_weights(wanted: str, data: Dataset) -> list[float]:
+    """Weights of the classes in the loss, whose mean over the training images is 1.
+
+    "balanced" weighs class k by N / (K n_k), where n_k of the N training images are of it and K classes there are, so
+    that every class counts the same.
+
+    Args:
+        wanted: "balanced", or the path of a JSON file: {"CLASS": WEIGHT} by name, or a list in the labels' order.
+        data: whose training images count; extra ones do not.
+
+    Raises:
+        DataError: a class has no training image, or the file is no such one.
+    """
+    counts = _counts(data)
+    if 0 in counts:
+        name = data.class_names[counts.index(0)]
+        raise DataError(
+            f"--data.class-weights {wanted}: class {name!r} has no training image; add some or leave it out"
+        )
+    given = [1 / count for count in counts] if wanted == "balanced" else _given_weights(Path(wanted), data)
+    mean = math.fsum(weight * count for weight, count in zip(given, counts, strict=True)) / sum(counts)
+    return [weight / mean for weight in given]
+
+
+def _given_weights(path: Path, data: Dataset) -> list[float]:
+    flag, names = f"--data.class-weights {path}", data.class_names
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{flag}: cannot be read: {error.strerror}; expected a JSON file") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f'{flag}: is no JSON ({error}); expected {{"CLASS": WEIGHT, ...}}') from error
+    if isinstance(found, dict):
+        if found.keys() != set(names):
+            odd = min(found.keys() ^ set(names))
+            what = "is no class of the data" if odd in found else "has no weight"
+            raise DataError(f"{flag}: {odd!r} {what}; expected one weight for each of {len(names)} classes")
+        found = [found[name] for name in names]
+    if not isinstance(found, list) or len(found) != len(names):
+        raise DataError(f'{flag}: expected {{"CLASS": WEIGHT}} or a list, of {len(names)} weights')
+    for name, weight in zip(names, found, strict=True):
+        if type(weight) not in (int, float) or not 1e-6 <= weight <= 1e6:
+            raise DataError(f"{flag}: {name!r} has {weight!r}; expected a number from 1e-6 to 1e6")
+    return list(map(float, found))
+
+
+def label_notes(data: Dataset) -> list[str]:
+    """What is odd about a data set's labels, one line each: a class without images, and classes of unlike sizes."""
+    counts, tested = _counts(data), torch.bincount(data.test.labels.cpu(), minlength=len(data.class_names)).tolist()
+    notes = []
+    for only, lacks, images in (
+        ("test images", "training images", [n for n, count in enumerate(counts) if not count and tested[n]]),
+        ("training images", "test images", [n for n, count in enumerate(counts) if count and not tested[n]]),
+        ("a name", "images", [n for n, count in enumerate(counts) if not count and not tested[n]]),
+    ):
+        names = ", ".join(repr(data.class_names[number]) for number in images[:_SHOWN])
+        if images:
+            more = ", ..." if len(images) > _SHOWN else ""
+            notes.append(f"{len(images)} of {len(counts)} classes have {only} but no {lacks}: {names}{more}")
+    some = [count for count in counts if count]
+    if some and max(some) >= _UNEVEN * min(some):
+        notes.append(
+            f"the classes have {min(some):,} to {max(some):,} training images; --data.class-weights balanced lets all "
+            "count the same"
+        )
+    return notes
+
+
+def _counts(data: Dataset) -> list[int]:
+    """Training images of every class."""
+    return torch.bincount(data.train.labels.cpu(), minlength=len(data.class_names)).tolist()
 
 
 def _relabelled(split: AnySplit, numbers: Tensor) -> AnySplit:

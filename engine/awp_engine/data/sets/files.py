@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import itertools
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +20,11 @@ from awp_engine.data.dataset import DataError
 from awp_engine.data.sets.inspect import MAX_BYTES, BadImageError
 from awp_engine.files.text import printable
 
-SUFFIXES = (b".jpg", b".jpeg", b".png")
+SUFFIXES = (b".jpg", b".jpeg", b".png", b".bmp", b".webp", b".tif", b".tiff", b".ppm", b".pgm", b".gif")
+"""Of files that are taken for images; what they are is decided by their bytes, and GIF is refused by name."""
+IMAGE_NAMES = "*.jpg, *.jpeg, *.png, *.bmp, *.webp, *.tif or *.ppm"
+TEST_PARTS = ("test", "val", "valid", "validation")
+"""Folders of test images; the first one that is there is taken."""
 _SAMPLED = 1000
 # what a digest reads at most of a set that is small enough to be read whole
 _SMALL = 2**28
@@ -113,7 +118,7 @@ class FileImages:
 
 
 def list_classes(part: Path, *, skip: frozenset[str] = frozenset(), inside: str = "") -> Listing:
-    """Lists `part`/<class>/*.jpg, *.jpeg and *.png in any case; classes and files in the order of their names.
+    """Lists `part`/<class>/* of `SUFFIXES`, in any case; classes and files in the order of their names.
 
     Other files, and names that begin with a dot, are left alone. Files are not looked at, only listed.
 
@@ -215,17 +220,36 @@ def hint(part: Path) -> str:
         meant = "--data.name huggingface"
     elif (root / "manifest.json").is_file():
         meant = "--data.name webdataset or shards, as it was packed"
-    elif root.name in ("train", "test", "val") and (root.parent / part.name).is_dir():
+    elif root.name in ("train", *TEST_PARTS) and (root.parent / part.name).is_dir():
         meant = shown(root.parent)
     elif not part.is_dir():
         with contextlib.suppress(OSError):
             inside = [entry for entry in root.iterdir() if (entry / part.name).is_dir()]
             meant = shown(inside[0]) if len(inside) == 1 else ""
+        if not meant and has_class_folders(root):
+            return (
+                f"; the class folders lie in {shown(root)} itself: move them into {shown(root / 'train')}, and some "
+                f"images of every class into {shown(root / 'test')}"
+            )
     return f"; did you mean {meant}?" if meant else ""
 
 
+def has_class_folders(folder: Path) -> bool:
+    """Whether at least two folders in `folder` hold images."""
+    with contextlib.suppress(OSError):
+        inside = (entry for entry in sorted(folder.iterdir()) if entry.name[0] != "." and entry.is_dir())
+        return len(list(itertools.islice((entry for entry in inside if list_images(os.fsencode(entry))), 2))) == 2
+    return False
+
+
+def class_folders_in(root: Path) -> str | None:
+    """Where in `root` class folders of images lie: "train", a test part, "." for itself; None: nowhere."""
+    places = {part: root / part for part in ("train", *TEST_PARTS)} | {".": root}
+    return next((name for name, place in places.items() if has_class_folders(place)), None)
+
+
 def _list_classes(part: Path, skip: frozenset[str], inside: str) -> Listing:
-    wanted = f"{part.name}/<class>/{inside + '/' if inside else ''}*.jpg, *.jpeg or *.png"
+    wanted = f"{part.name}/<class>/{inside + '/' if inside else ''}{IMAGE_NAMES}"
     if not part.is_dir():
         raise DataError(f"{shown(part)} is not a directory; expected {wanted} there{hint(part)}")
     root = os.fsencode(part)
@@ -252,7 +276,7 @@ def _list_classes(part: Path, skip: frozenset[str], inside: str) -> Listing:
                     raise DataError(
                         f"{where} has no image left: all {found} are skipped; add some or remove the folder"
                     )
-                raise DataError(f"{where} has no image; expected *.jpg, *.jpeg or *.png: add some or remove the folder")
+                raise DataError(f"{where} has no image; expected {IMAGE_NAMES}: add some or remove the folder")
             counts.append(len(files))
             yield [folder + file for file in files]
 

@@ -69,6 +69,17 @@ def list_tiny_imagenet(root: Path, skip: frozenset[str]) -> tuple[Listing, Listi
     return train, list_classes(val, skip=skip)
 
 
+def list_tiny_val(root: Path, skip: frozenset[str]) -> Listing:
+    """Lists ROOT/val/images/*.JPEG where there is no train; the classes are those that val_annotations.txt names.
+
+    Raises:
+        DataError: as `list_tiny_imagenet`.
+    """
+    val = root / "val"
+    lines = (val / _ANNOTATIONS).read_text(errors="surrogateescape").splitlines()
+    return _annotated(val, tuple(sorted({line.split("\t")[1] for line in lines if "\t" in line})), skip)
+
+
 def _annotated(val: Path, class_names: tuple[str, ...], skip: frozenset[str]) -> Listing:
     """Rows in the order of the names; lines are name, class and a box, between tabs."""
     path, folder = val / _ANNOTATIONS, os.fsencode(val / "images")

@@ -27,13 +27,27 @@ _MAX_SEGMENTS = 10_000
 # Every scan of a progressive file visits all pixels; encoders write about ten.
 _MAX_SCANS = 100
 
-_SUFFIX_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
-_OTHER_FORMATS = (
-    (b"GIF8", 0, "GIF"),
-    (b"WEBP", 8, "WebP"),
+Format = Literal["JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM"]
+FORMAT_SUFFIXES: dict[Format, tuple[str, ...]] = {
+    "JPEG": (".jpg", ".jpeg"),
+    "PNG": (".png",),
+    "BMP": (".bmp",),
+    "WEBP": (".webp",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm"),
+}
+_FORMATS = "JPEG, PNG, BMP, WebP, TIFF or PPM"
+# whose headers are left to Pillow
+_BY_PILLOW: tuple[tuple[bytes, int, Format], ...] = (
     (b"BM", 0, "BMP"),
+    (b"WEBP", 8, "WEBP"),
     (b"II*\0", 0, "TIFF"),
     (b"MM\0*", 0, "TIFF"),
+    (b"P5", 0, "PPM"),
+    (b"P6", 0, "PPM"),
+)
+_OTHER_FORMATS = (
+    (b"GIF8", 0, "GIF"),
     (b"ftypavif", 4, "AVIF"),
     (b"ftyphe", 4, "HEIF"),
     (b"ftypmif1", 4, "HEIF"),
@@ -94,10 +108,10 @@ class Header(NamedTuple):
         width, height: in pixels.
         mode: as Pillow calls it; with ";16" or ";12" where there are so many bits a channel (Pillow hides those of
             colour PNG files).
-        animated: a PNG file with the chunk acTL.
+        animated: a PNG file with the chunk acTL, or a WebP or TIFF file of several images.
     """
 
-    format: Literal["JPEG", "PNG"]
+    format: Format
     width: int
     height: int
     mode: str
@@ -105,14 +119,14 @@ class Header(NamedTuple):
 
 
 def read_header(content: bytes, name: str) -> Header:
-    """Reads the header of a JPEG or PNG file, which takes microseconds.
+    """Reads the header of an image file, which takes microseconds.
 
     Args:
         content: the file's bytes, whole.
         name: the file, for messages.
 
     Raises:
-        DataError: the content is neither JPEG nor PNG, or empty, or its header is broken.
+        DataError: the content is of no format that is read, or empty, or its header is broken.
     """
     return _header(content, name)[0]
 
@@ -120,8 +134,8 @@ def read_header(content: bytes, name: str) -> Header:
 def check(content: bytes, name: str, *, suffix: str | None = None, max_pixels: int = MAX_PIXELS) -> Header:
     """Reads the header and refuses all that can be told without decoding.
 
-    Accepted are JPEG (baseline and progressive) and PNG files in RGB or 8-bit grey, of at least 2x2 and at most
-    `max_pixels` pixels, that end as such files do.
+    Accepted are JPEG (baseline and progressive), PNG, BMP, WebP, TIFF and binary PPM files of one image in RGB or 8-bit
+    grey, of at least 2x2 and at most `max_pixels` pixels; the first two have to end as such files do.
 
     Args:
         content: the file's bytes, whole.
@@ -148,7 +162,11 @@ def decode(content: bytes, name: str) -> NDArray[np.uint8]:
         DataError: a `BadImageError`, for what `check` refuses and for truncated or corrupt data.
     """
     header, at = _check(content, name, None, MAX_PIXELS)
-    bare = _bare_jpeg(content, name, at) if header.format == "JPEG" else _bare_png(content, name)
+    bare = content
+    if header.format == "JPEG":
+        bare = _bare_jpeg(content, name, at)
+    elif header.format == "PNG":
+        bare = _bare_png(content, name)
     try:
         image = Image.open(io.BytesIO(bare), formats=(header.format,))
         image.load()
@@ -171,6 +189,19 @@ def decode(content: bytes, name: str) -> NDArray[np.uint8]:
     return pixels.reshape(header.height, header.width, -1)
 
 
+def for_every_decoder(content: bytes, name: str) -> bytes:
+    """A JPEG or PNG file as it is, any other as a PNG of the same pixels: decoders agree about these two.
+
+    Raises:
+        DataError: as `decode`, for what is turned into a PNG.
+    """
+    if content.startswith((b"\xff\xd8\xff", _PNG_SIGNATURE)):
+        return content
+    pixels, file = decode(content, name), io.BytesIO()
+    Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0]).save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
 def _broken(name: str, what: str, kind: str = "corrupt") -> BadImageError:
     return BadImageError(f"{name}: {what}; replace or remove it", kind)
 
@@ -182,11 +213,26 @@ def _header(content: bytes, name: str) -> tuple[Header, int]:
     if content.startswith(_PNG_SIGNATURE):
         return _png_header(content, name)
     if not content:
-        raise BadImageError(f"{name} is empty; expected a JPEG or PNG image: replace or remove it", "empty")
+        raise BadImageError(f"{name} is empty; expected an image, {_FORMATS}: replace or remove it", "empty")
+    for magic, at, kind in _BY_PILLOW:
+        if content.startswith(magic, at):
+            return _pillow_header(content, name, kind), 0
     for magic, at, other in _OTHER_FORMATS:
         if content.startswith(magic, at):
-            raise BadImageError(f"{name} is {other}; expected JPEG or PNG: convert or remove it", "wrong-extension")
-    raise BadImageError(f"{name} is neither JPEG nor PNG; replace or remove it")
+            raise BadImageError(f"{name} is {other}; expected {_FORMATS}: convert or remove it", "wrong-extension")
+    raise BadImageError(f"{name} is none of {_FORMATS}; replace or remove it")
+
+
+def _pillow_header(content: bytes, name: str, kind: Format) -> Header:
+    try:
+        with Image.open(io.BytesIO(content), formats=(kind,)) as image:
+            return Header(kind, *image.size, image.mode, getattr(image, "n_frames", 1) > 1)
+    except MemoryError:
+        raise
+    # hostile bytes reach far corners of Pillow
+    except Exception as error:
+        why = "broken header" if isinstance(error, Image.UnidentifiedImageError) else reason(error)
+        raise _broken(name, f"{kind} that cannot be read: {why}") from error
 
 
 def _segments(content: bytes, name: str, what: str, inside: str) -> Iterator[tuple[int, int, int]]:
@@ -263,8 +309,8 @@ def _png_header(content: bytes, name: str) -> tuple[Header, int]:
 def _check(content: bytes, name: str, suffix: str | None, max_pixels: int) -> tuple[Header, int]:
     header, at = _header(content, name)
     kind, width, height, mode, animated = header
-    if suffix is not None and _SUFFIX_FORMATS.get(suffix.lower()) != kind:
-        right = ".jpg" if kind == "JPEG" else ".png"
+    if suffix is not None and suffix.lower() not in FORMAT_SUFFIXES[kind]:
+        right = FORMAT_SUFFIXES[kind][0]
         raise BadImageError(f"{name} is {kind}; expected what its name says: rename it to {right}", "wrong-extension")
     if mode not in ("RGB", "L"):
         if ";" in mode:
@@ -272,11 +318,13 @@ def _check(content: bytes, name: str, suffix: str | None, max_pixels: int) -> tu
             raise BadImageError(
                 f"{name} has {bits} bits a channel ({mode}); expected RGB or grey of 8 bits: convert it", "sixteen-bit"
             )
+        what = _ADVICE.get(mode, f"a {kind} image of another kind")
         raise BadImageError(
-            f"{name} is {_ADVICE[mode]} (mode {mode}); expected RGB or L (8-bit grey): convert it", "colour-mode"
+            f"{name} is {what} (mode {mode}); expected RGB or L (8-bit grey): convert it", "colour-mode"
         )
     if animated:
-        raise BadImageError(f"{name} is an animated PNG; expected a single image: convert or remove it", "animated")
+        what = "is an animated PNG" if kind == "PNG" else f"is a {kind} of several images"
+        raise BadImageError(f"{name} {what}; expected a single image: convert or remove it", "animated")
     if width < MIN_SIDE or height < MIN_SIDE:
         raise BadImageError(
             f"{name} has {width}x{height} pixels; expected at least {MIN_SIDE}x{MIN_SIDE}: replace or remove it",
@@ -288,7 +336,7 @@ def _check(content: bytes, name: str, suffix: str | None, max_pixels: int) -> tu
             "too-large",
         )
     tail = max(at, len(content) - _TAIL)
-    if content.rfind(b"\xff\xd9" if kind == "JPEG" else _PNG_END, tail) < 0:
+    if kind in ("JPEG", "PNG") and content.rfind(b"\xff\xd9" if kind == "JPEG" else _PNG_END, tail) < 0:
         raise BadImageError(
             f"{name} is truncated: {len(content)} bytes of {kind} without its end marker; replace or remove it",
             "truncated",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 @runtime_checkable
 class EncodedImages(Protocol):
-    """JPEG or PNG files by row: a folder, a tar, a column of a table. May be sent to other processes (picklable)."""
+    """Image files by row: a folder, a tar, a column of a table. May be sent to other processes (picklable)."""
 
     def __len__(self) -> int: ...
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from awp_engine.config.data_sets import where_to_get
 from awp_engine.data.dataset import DataError, RawDataset
 from awp_engine.data.sets.mat import read_mat
 
@@ -14,17 +15,18 @@ _TRAIN, _TEST = "train_32x32.mat", "test_32x32.mat"
 _STATISTICS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
-def read_svhn(root: Path) -> RawDataset:
+def read_svhn(root: Path, *, need_train: bool = True) -> RawDataset:
     """Reads `train_32x32.mat` and `test_32x32.mat` from `root`.
 
     A file holds X, uint8 [32, 32, 3, N], and y, [N, 1] of 1 to 10, where 10 is the digit 0. The number of images is not
-    prescribed, so `extra_32x32.mat` may be merged into the training file.
+    prescribed, so `extra_32x32.mat` may be merged into the training file. That one may be missing unless `need_train`.
 
     Raises:
         DataError: a file is missing, damaged or of other content.
     """
-    train_images, train_labels = _read(root / _TRAIN)
+    train = _read(root / _TRAIN) if need_train or (root / _TRAIN).is_file() else None
     test_images, test_labels = _read(root / _TEST)
+    train_images, train_labels = train or (test_images[:0], test_labels[:0])
     return RawDataset(
         train_images=train_images,
         train_labels=train_labels,
@@ -39,7 +41,7 @@ def _read(path: Path) -> tuple[Tensor, Tensor]:
     if not path.is_file():
         raise DataError(
             f"{path} is missing; svhn has the files {_TRAIN} and {_TEST}: give the directory that holds them "
-            "as --data.root"
+            f"as --data.root{where_to_get('svhn')}"
         )
     content = read_mat(path, ("X", "y"))
     images, labels = content.get("X"), content.get("y")

@@ -41,10 +41,10 @@ class Member(NamedTuple):
 class TarImages:
     """The images of WebDataset samples in all *.tar of a directory, in the order of names: an `EncodedImages`.
 
-    A sample is what follows each other with the same name up to the first dot: one .jpg, .jpeg or .png, and a .cls
-    (a number as text) or a .json with the number as "label". What else a sample holds, hidden files and directories are
-    left alone. Members are found by the .idx file beside a tar, if it reaches from the tar's beginning to its end, else
-    by the tar's own headers; reading compares the header before the content again.
+    A sample is what follows each other with the same name up to the first dot: one .jpg, .png or other of `SUFFIXES`,
+    and a .cls (a number as text) or a .json with the number as "label". What else a sample holds, hidden files and
+    directories are left alone. Members are found by the .idx file beside a tar, if it reaches from the tar's beginning
+    to its end, else by the tar's own headers; reading compares the header before the content again.
 
     Args:
         part: the directory.
@@ -362,7 +362,7 @@ def _image_and_label(tar: _Tar, key: bytes, parts: dict[bytes, Member]) -> tuple
     if len(images) != 1 or label is None:
         has = ", ".join(f".{shown(suffix)}" for suffix in parts)
         raise DataError(
-            f"{tar.path}: sample {shown(key)} has {has}; expected one of .jpg, .jpeg and .png and one of .cls and "
+            f"{tar.path}: sample {shown(key)} has {has}; expected one image, such as .jpg or .png, and one of .cls and "
             ".json, one after the other: tar --sort=name writes them so"
         )
     return images[0], label

@@ -20,9 +20,9 @@ from numpy.lib import format as npy_format
 
 from awp_engine.data.dataset import DataError
 from awp_engine.data.loaders.workers import Died, process_all
-from awp_engine.data.sets.files import listed_name, read_regular, shown
+from awp_engine.data.sets.files import TEST_PARTS, listed_name, read_regular, shown
 from awp_engine.data.sets.imagenet import is_tiny_imagenet
-from awp_engine.data.sets.inspect import BadImageError, Header, check, decode
+from awp_engine.data.sets.inspect import FORMAT_SUFFIXES, BadImageError, Header, check, decode
 from awp_engine.data.sets.scan_list import LIST_NAME, bad_files, file_state, read_scan, typed
 from awp_engine.data.sets.sources import CLASSES
 from awp_engine.data.tools.scan import list_files, names_digest
@@ -135,9 +135,9 @@ def pack_folder(
     """Writes an image folder as shards, in parallel processes.
 
     "tar": WebDataset files out/<part>/00000.tar, each with an index 00000.idx for DALI's `fn.readers.webdataset`. An
-    image, as its file has it, is KEY.jpg or KEY.png, and KEY.cls is its class number as text; KEY is its place in its
-    part in the order of class and name. Training images lie in a fixed random order, since streaming readers shuffle
-    what is close together only.
+    image, as its file has it, is KEY.jpg, KEY.png or the like, and KEY.cls is its class number as text; KEY is its
+    place in its part in the order of class and name. Training images lie in a fixed random order, since streaming
+    readers shuffle what is close together only.
 
     "npy": out/<part>/images-00000.npy, uint8 [n, H, W, C], and labels-00000.npy, int64 [n], in the order of class and
     name.
@@ -145,7 +145,8 @@ def pack_folder(
     Class names are in out/classes.json. Images are decoded first, unless the list of a scan says that they are good.
 
     Args:
-        root: a directory with train/<class>/ and test/<class>/ or val/<class>/; val is packed as test if it is alone.
+        root: a directory with train/<class>/ and a test part, such as test/<class>/ or val/<class>/; where there is no
+            test, val, valid or validation is packed as test.
         out: a new or empty directory.
         form: "tar" or "npy".
         shard_bytes: of a shard at most, but for a single image that is larger.
@@ -255,7 +256,7 @@ def _plan(root: Path, policy: Literal["refuse", "skip"]) -> tuple[dict[str, list
     images: dict[str, list[_Image]] = {}
     for part in parts:
         members = sorted(file.split("/", 2) for file in good if file.startswith(part + "/"))
-        target = "test" if part == "val" and "test" not in parts else part
+        target = part if part in ("train", "test") or "test" in parts else "test"
         images[target] = [
             _Image("/".join(names), label[names[1]], place, sizes["/".join(names)])
             for place, names in enumerate(members)
@@ -264,7 +265,7 @@ def _plan(root: Path, policy: Literal["refuse", "skip"]) -> tuple[dict[str, list
 
 
 def _require_place(root: Path, out: Path) -> None:
-    if any(out.resolve().is_relative_to(root.resolve() / part) for part in ("train", "test", "val")):
+    if any(out.resolve().is_relative_to(root.resolve() / part) for part in ("train", *TEST_PARTS)):
         raise DataError(f"{out} lies among the images of {root}; choose another place for the shards")
     if not out.parent.is_dir():
         raise DataError(f"{out.parent} is not a directory; expected the one to put {out.name} into")
@@ -337,7 +338,7 @@ def _write_tar(root: Path, out: Path, decoding: bool, shard: _Shard) -> list[Pac
             header = check(content, name, suffix=Path(image.file).suffix)
             if decoding:
                 decode(content, name)
-            line, own_suffix = [], "jpg" if header.format == "JPEG" else "png"
+            line, own_suffix = [], FORMAT_SUFFIXES[header.format][0][1:]
             for suffix, data in ((own_suffix, content), ("cls", b"%d" % image.label)):
                 member = tarfile.TarInfo(f"{image.place:09d}.{suffix}")
                 member.size = len(data)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from awp_engine.data.dataset import DataError
 from awp_engine.data.loaders.workers import Died, process_all
-from awp_engine.data.sets.files import SUFFIXES, hint, listed_name, read_regular, shown
+from awp_engine.data.sets.files import IMAGE_NAMES, SUFFIXES, TEST_PARTS, hint, listed_name, read_regular, shown
 from awp_engine.data.sets.imagenet import is_tiny_imagenet, list_tiny_imagenet
 from awp_engine.data.sets.inspect import BadImageError, Header, check, decode
 from awp_engine.data.sets.scan_list import Bad, Scan, file_state
@@ -37,23 +37,26 @@ class Inspected(NamedTuple):
 
 
 def find_parts(root: Path) -> tuple[str, ...]:
-    """The folder's parts: "train", and those of "test" and "val" that are there and have class folders, if any has.
+    """The folder's parts: "train", and those of `TEST_PARTS` that are there and have class folders, if any has.
 
-    ImageNet's test, for one, is a heap of images without labels, and so is Tiny-ImageNet's.
+    ImageNet's test, for one, is a heap of images without labels, and so is Tiny-ImageNet's. Of the others than "test"
+    and "val" one is a part only where neither is there.
 
     Raises:
         DataError: a part is missing.
     """
     if not (root / "train").is_dir():
         raise DataError(
-            f"{root / 'train'} is not a directory; expected train/<class>/*.jpg, *.jpeg or *.png there"
-            f"{hint(root / 'train')}"
+            f"{root / 'train'} is not a directory; expected train/<class>/{IMAGE_NAMES} there{hint(root / 'train')}"
         )
     if is_tiny_imagenet(root):
         return "train", "val"
-    others = tuple(part for part in ("test", "val") if (root / part).is_dir())
+    there = tuple(part for part in TEST_PARTS if (root / part).is_dir())
+    others = tuple(part for part in there if part in ("test", "val")) or there[:1]
     if not others:
-        raise DataError(f"{root} has neither test nor val; expected test/<class>/*.jpg, *.jpeg or *.png there")
+        raise DataError(
+            f"{root} has neither test nor val (nor valid or validation); expected test/<class>/{IMAGE_NAMES} there"
+        )
     sorted_ones = tuple(part for part in others if _has_folders(root / part))
     return ("train", *(sorted_ones or others))
 
@@ -138,8 +141,8 @@ def _list_class(root: Path, folder: str, files: dict[str, Bad | None]) -> None:
             files[name] = None
             images += 1
         elif not _is_folder(entry):
-            why = f"ends in {Path(entry.name).suffix!r}; expected .jpg, .jpeg or .png in a class folder: convert or "
-            files[name] = Bad("wrong-extension", why + "remove it")
+            why = f"ends in {Path(entry.name).suffix!r}; expected {IMAGE_NAMES} in a class folder: convert or remove it"
+            files[name] = Bad("wrong-extension", why)
         elif not entry.is_symlink():
             for place, folders, names in os.walk(root / name):
                 folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
@@ -181,7 +184,7 @@ def scan_folder(
     """Looks at every file of an image folder, in parallel processes.
 
     Args:
-        root: a directory with train/<class>/ and test/<class>/ or val/<class>/.
+        root: a directory with train/<class>/ and a test part.
         workers: processes.
         pixels: decode every image; otherwise headers alone are read.
         same_size: refuse images of another size than most have.

@@ -66,6 +66,6 @@ def user_key() -> bytes:
         return _read(path)
     except OSError as error:
         raise KeyFileError(
-            f"{path}: the key that saved states are authenticated by cannot be kept: {error.strerror}; set "
+            f"{path}: the key that this user's files are authenticated by cannot be kept: {error.strerror}; set "
             "XDG_STATE_HOME to a directory of yours"
         ) from None

@@ -1,0 +1,349 @@
+"""What run directories say: settings, results, learning curves, evaluations. Files may be anybody's."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from awp_engine.config import Config, ConfigError, config_hash, decisive, load_config, parse_amount, show
+from awp_engine.files.digest import sha256_of
+from awp_engine.files.text import one_line, printable, shortened
+from awp_engine.observe.metrics import read_metrics
+from awp_engine.observe.report import REPORT
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+# far more than reports take
+_MOST_BYTES = 1 << 24
+# runs/STUDY/METHOD/SEED, and the run that --compare-without-awp leaves below another
+_DEEPEST = 4
+_LONGEST = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a finished run measured; accuracies are fractions.
+
+    Attributes:
+        clean, robust: on the test split, without and under PGD, of the selected weights.
+        last_robust: under PGD, of the last epoch's weights.
+        last_train: the same on training images.
+        epoch: the selected one.
+        seconds: of training.
+        test_images: how many were measured.
+        test_sha256: of those images; None in reports of earlier versions.
+        training: fingerprints of the training images and of the further ones.
+        device: its name.
+    """
+
+    clean: float
+    robust: float
+    last_robust: float
+    last_train: float
+    epoch: int
+    seconds: float
+    test_images: int
+    test_sha256: str | None
+    training: tuple[str | None, str | None]
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attacked:
+    """One attack of an evaluation: `right` of `images`; `parameters` are JSON, without seed and batch size."""
+
+    name: str
+    parameters: str
+    right: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One evaluation of a run's weights.
+
+    Attributes:
+        weights: "best", or a checkpoint's name.
+        data, images, images_sha256: the test images.
+        norm, epsilon: the ball.
+        attacks: in the report's order.
+        doubts: why not to believe it.
+    """
+
+    weights: str
+    data: str
+    images: int
+    images_sha256: str
+    norm: str
+    epsilon: Fraction
+    attacks: tuple[Attacked, ...]
+    doubts: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run directory.
+
+    Attributes:
+        name: its path as it was given, printable.
+        config: its settings.
+        settings: key -> value of all that determines its weights, but the seed.
+        result: None while the run is not finished.
+        epoch: the last one that its metrics.jsonl has.
+        metrics: of every epoch.
+        evaluations: of its weights.
+        notes: what could not be read, in words.
+    """
+
+    name: str
+    config: Config
+    settings: Mapping[str, Any]
+    result: Result | None
+    epoch: int
+    metrics: Sequence[Mapping[str, Any]]
+    evaluations: tuple[Evaluation, ...]
+    notes: tuple[str, ...]
+
+
+class _FileError(ValueError):
+    """Why a report cannot be used, in a few words."""
+
+
+class _Document:
+    """JSON of anybody's, each value with its type."""
+
+    def __init__(self, values: Any) -> None:
+        self._values = values
+
+    def _get(self, key: str, expected: str, accept: Callable[[Any], bool]) -> Any:
+        value = self._values
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if not accept(value):
+            raise _FileError(f"{key}: expected {expected}, got {show(value)}")
+        return value
+
+    def number(self, key: str, most: float = 1e15) -> float:
+        return self._get(
+            key,
+            f"a number from 0 to {most:g}",
+            lambda value: type(value) in (int, float) and math.isfinite(value) and 0 <= value <= most,
+        )
+
+    def count(self, key: str, least: int = 0, most: int = 2**53) -> int:
+        expected = f"a whole number from {least} to {most}"
+        return self._get(key, expected, lambda value: type(value) is int and least <= value <= most)
+
+    def text(self, key: str) -> str:
+        value = self._get(key, "text", lambda value: isinstance(value, str))
+        return shortened(one_line(value), _LONGEST)
+
+    def optional_text(self, key: str) -> str | None:
+        self._get(key, "text or null", lambda value: value is None or isinstance(value, str))
+        return None if self._get(key, "", lambda _: True) is None else self.text(key)
+
+    def flag(self, key: str) -> bool:
+        return self._get(key, "true or false", lambda value: isinstance(value, bool))
+
+    def items(self, key: str) -> list[_Document]:
+        return [_Document(item) for item in self._get(key, "a list", lambda value: isinstance(value, list))]
+
+    def texts(self, key: str) -> list[str]:
+        return [_Document({"": item}).text("") for item in self._get(key, "a list", lambda v: isinstance(v, list))]
+
+    def json(self, key: str, leave_out: Sequence[str]) -> str:
+        value = self._get(key, "a group", lambda value: isinstance(value, Mapping))
+        return json.dumps({name: inner for name, inner in value.items() if name not in leave_out}, sort_keys=True)
+
+
+def _document(path: Path) -> _Document:
+    try:
+        # a named pipe would be waited for
+        if not path.is_file():
+            raise _FileError("not a regular file")
+        with path.open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise _FileError(f"cannot be read: {error.strerror}") from None
+    if len(data) > _MOST_BYTES:
+        raise _FileError(f"more than {_MOST_BYTES} bytes")
+    try:
+        return _Document(json.loads(data))
+    except (ValueError, RecursionError):
+        raise _FileError("not JSON") from None
+
+
+def _result(path: Path, config: Config) -> Result:
+    report = _document(path)
+    robust = f"pgd{config.evaluation.steps}_accuracy"
+    if report.text("config_hash") != config_hash(config):
+        raise _FileError(f"of other settings than {CONFIG} holds")
+    # with patience a run may end before
+    if config.evaluation.patience is None and report.count("epochs") < config.epochs:
+        raise _FileError(f"of epoch {report.count('epochs')}, before the run went on")
+    return Result(
+        clean=report.number("clean_accuracy", 1),
+        robust=report.number(robust, 1),
+        last_robust=report.number(f"last.{robust}", 1),
+        last_train=report.number("last.train_pgd_accuracy", 1),
+        epoch=report.count("selected_epoch"),
+        seconds=report.number("seconds"),
+        test_images=report.count("test_images", 1),
+        test_sha256=report.optional_text("data.test_sha256"),
+        training=(report.optional_text("data.data_fingerprint"), report.optional_text("data.extra_fingerprint")),
+        device=report.text("device"),
+    )
+
+
+def _evaluation(path: Path, weights_sha256: Callable[[], str | None]) -> Evaluation | None:
+    report = _document(path)
+    if not report.flag("finished"):
+        return None
+    name = report.text("receipt.checkpoint.name")
+    if name == "best" and report.text("receipt.checkpoint.file") == WEIGHTS:
+        now = weights_sha256()
+        if now is not None and now != report.text("receipt.checkpoint.sha256"):
+            raise _FileError(f"of other weights than {WEIGHTS} holds now")
+    images = report.count("receipt.data.images", 1)
+    try:
+        epsilon = parse_amount(report.text("receipt.epsilon"))
+    except ValueError:
+        raise _FileError("receipt.epsilon: expected a fraction or number") from None
+    return Evaluation(
+        weights=name,
+        data=report.text("receipt.data.name"),
+        images=images,
+        images_sha256=report.text("receipt.data.sha256_of_these_images"),
+        norm=report.text("receipt.norm"),
+        epsilon=epsilon,
+        attacks=tuple(
+            Attacked(
+                name=row.text("attack"),
+                parameters=row.json("parameters", ("seed", "batch_size")),
+                right=row.count("right", 0, images),
+            )
+            for row in report.items("attacks")
+        ),
+        doubts=tuple(report.texts("doubts")),
+    )
+
+
+def _evaluations(run_dir: Path) -> tuple[list[Evaluation], list[str]]:
+    @functools.cache
+    def sha256() -> str | None:
+        file = run_dir / WEIGHTS
+        return sha256_of(file) if file.is_file() else None
+
+    found: list[Evaluation] = []
+    notes = []
+    for path in sorted(run_dir.glob("evaluation*/evaluation*.json")):
+        if path.name.endswith(".partial.json"):
+            continue
+        try:
+            evaluation = _evaluation(path, sha256)
+        except (_FileError, OSError) as error:
+            notes.append(f"{printable(str(path))}: left out: {one_line(str(error))}")
+            continue
+        # the newest is there twice, which changes nothing
+        if evaluation is not None:
+            found.append(evaluation)
+    return found, list(dict.fromkeys(notes))
+
+
+def read_run(path: Path) -> Run:
+    """Reads one run directory.
+
+    Raises:
+        ConfigError: there is no config.json that can be read.
+    """
+    config = load_config(path / CONFIG)
+    name, notes = printable(str(path)), []
+    try:
+        metrics = read_metrics(path)
+    except OSError as error:
+        metrics = []
+        notes.append(f"{name}: metrics.jsonl cannot be read: {error.strerror}")
+    result = None
+    if (path / REPORT).exists():
+        try:
+            result = _result(path / REPORT, config)
+        except _FileError as error:
+            notes.append(f"{name}: {REPORT} is not used: {error}")
+    evaluations, problems = _evaluations(path)
+    return Run(
+        name=name,
+        config=config,
+        # epochs: whether or not a run may be given more of them
+        settings={key: value for key, value in decisive(config).items() if key != "seed"} | {"epochs": config.epochs},
+        result=result,
+        epoch=metrics[-1]["epoch"] if metrics else 0,
+        metrics=metrics,
+        evaluations=tuple(evaluations),
+        notes=(*notes, *problems),
+    )
+
+
+def _is_run(path: Path) -> bool:
+    return (path / CONFIG).is_file()
+
+
+def _runs_below(directory: Path, deepest: int = _DEEPEST) -> Iterator[Path]:
+    if _is_run(directory):
+        yield directory
+    if deepest == 0:
+        return
+    try:
+        inner = sorted(Path(entry.path) for entry in os.scandir(directory) if entry.is_dir(follow_symlinks=False))
+    except OSError as error:
+        raise ConfigError(f"{directory}: cannot be read: {error.strerror}") from None
+    for folder in inner:
+        if not folder.name.startswith("."):
+            yield from _runs_below(folder, deepest - 1)
+
+
+def read_runs(given: Sequence[str]) -> tuple[list[Run], list[str]]:
+    """Reads all runs that are meant, each once.
+
+    Args:
+        given: run directories, directories that hold some, and patterns such as "runs/*-seed?".
+
+    Returns:
+        The runs in the order given, and a line for each that cannot be read; one that is named itself must be readable.
+
+    Raises:
+        ConfigError: naming what is no run, and holds none.
+    """
+    runs: dict[Path, Run] = {}
+    notes = []
+    for text in given:
+        if not text:
+            raise ConfigError("RUN: expected a run directory, or a directory of runs, got ''")
+        path = Path(text)
+        try:
+            # Path.glob takes no absolute pattern
+            matches = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(text))]  # noqa: PTH207
+        # a NUL byte
+        except ValueError:
+            matches = []
+        found = [run for match in matches if match.is_dir() for run in _runs_below(match)]
+        if not found:
+            problem = "no such file or directory" if not matches else f"no {CONFIG} in it or below"
+            raise ConfigError(f"{text}: expected a run directory, or a directory of runs: {problem}")
+        for folder in found:
+            if (place := folder.resolve()) in runs:
+                continue
+            try:
+                runs[place] = read_run(folder)
+            except ConfigError as error:
+                if folder == path:
+                    raise
+                notes.append(f"{printable(str(folder))}: left out: {error}")
+    if not runs:
+        raise ConfigError(f"no run can be read: {notes[0]}")
+    return list(runs.values()), notes

@@ -1,0 +1,474 @@
+"""Runs grouped by their settings, as tables of means and standard deviations over seeds.
+
+Only what was measured on the same images, in the same ball, by the same attack shares a column.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, ClassVar
+
+from awp_engine.compare.read import Attacked, Evaluation, Result, Run
+from awp_engine.config import parse_amount
+from awp_engine.config.identity import to_flat
+from awp_engine.files.text import printable, shortened
+
+NONE = "-"
+# more settings that differ stand in a list below the table
+_MOST_COLUMNS = 3
+_TRAINING = ("training images", "further images")
+_SHORT = {"model.name": "model", "awp.gamma": "gamma"}
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One number of several runs.
+
+    Attributes:
+        values: of the runs that have it.
+        runs: how many there are.
+        digits: after the point.
+        doubted: an evaluation among them is not to be believed.
+    """
+
+    values: tuple[float, ...]
+    runs: int
+    digits: int = 2
+    doubted: bool = False
+    spread_name: ClassVar[str] = "deviation"
+    sign: ClassVar[str] = ""
+
+    @property
+    def mean(self) -> float | None:
+        """None without values."""
+        return statistics.fmean(self.values) if self.values else None
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation, by n - 1; None of fewer than two values."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    def text(self) -> str:
+        """Such as "70.56 ± 0.31 (2 of 3)"; the star is explained below the table."""
+        if self.mean is None:
+            return NONE
+        text = format(self.mean, f"{self.sign}.{self.digits}f")
+        if self.spread is not None:
+            text += f" ± {self.spread:.{self.digits}f}"
+        share = "" if len(self.values) == self.runs else f" ({len(self.values)} of {self.runs})"
+        return text + "*" * self.doubted + share
+
+
+class Difference(Statistic):
+    """A difference at several seeds, with its sign and the standard error of the mean."""
+
+    spread_name, sign = "standard error", "+"
+
+    @property
+    def spread(self) -> float | None:
+        """Standard error of the mean, by n - 1; None of fewer than two values."""
+        deviation = super().spread
+        return None if deviation is None else deviation / math.sqrt(len(self.values))
+
+
+Cell = str | Statistic
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of the same columns, and what is to be known about them."""
+
+    title: str
+    rows: list[dict[str, Cell]]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Runs that differ in nothing but their seed.
+
+    Attributes:
+        label: unlike that of all others in its section.
+        columns: the cells that tell it from the others.
+        runs: finished ones and others.
+    """
+
+    label: str
+    columns: dict[str, Cell]
+    runs: list[Run]
+
+    @property
+    def finished(self) -> list[tuple[Run, Result]]:
+        """Those with results."""
+        return [(run, run.result) for run in self.runs if run.result is not None]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Runs that were measured alike.
+
+    Attributes:
+        title: on which images, by which attack.
+        settings: in the order in which their first runs were given.
+        tables: results; evaluations; differences of two settings.
+    """
+
+    title: str
+    settings: list[Setting]
+    tables: list[Table]
+
+
+def _percent(count: float, total: float = 1) -> float:
+    return 100 * count / total
+
+
+def _attack(run: Run) -> str:
+    return f"PGD-{run.config.evaluation.steps}"
+
+
+def _ball(run: Run) -> tuple[str, Fraction]:
+    return run.config.attack.norm, parse_amount(run.config.attack.epsilon)
+
+
+def _asked(run: Run) -> tuple:
+    """What a run is to be measured by."""
+    return (run.config.data.name, *_ball(run), run.config.evaluation.steps, run.settings["evaluation.step_size"])
+
+
+def _alike(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs that were measured alike; those without results, or without a hash of their images, where they fit."""
+    groups: dict[tuple, list[Run]] = {}
+    # hashes first
+    for run in sorted(runs, key=lambda run: run.result is None or run.result.test_sha256 is None):
+        images, sha256 = (None, None) if run.result is None else (run.result.test_images, run.result.test_sha256)
+        key = (*_asked(run), images, sha256)
+        fits = (
+            known
+            for known in groups
+            if known[:-2] == key[:-2] and images in (None, known[-2]) and sha256 in (None, known[-1])
+        )
+        groups.setdefault(next(fits, key), []).append(run)
+    order = {id(run): place for place, run in enumerate(runs)}
+    found = [sorted(group, key=lambda run: order[id(run)]) for group in groups.values()]
+    return sorted(found, key=lambda group: order[id(group[0])])
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_shown, value)) or "none"
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "true", False: "false"}[value]
+    return printable(shortened(f"{value:g}" if isinstance(value, float) else str(value), 60))
+
+
+def _training(run: Run) -> dict[str, str | None]:
+    known = (None, None) if run.result is None else run.result.training
+    return dict(zip(_TRAINING, known, strict=True))
+
+
+def _grouped(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs of the same settings and training images; those that are not finished where they fit."""
+    groups: list[list[Run]] = []
+    for run in sorted(runs, key=lambda run: run.result is None):
+        for group in groups:
+            same_images = run.result is None or group[0].result is None or _training(run) == _training(group[0])
+            if run.settings == group[0].settings and same_images:
+                group.append(run)
+                break
+        else:
+            groups.append([run])
+    order = {id(run): place for place, run in enumerate(runs)}
+    groups = [sorted(group, key=lambda run: order[id(run)]) for group in groups]
+    return sorted(groups, key=lambda group: order[id(group[0])])
+
+
+def _each_seed_once(group: list[Run], notes: list[str]) -> list[Run]:
+    """One run a seed: a finished one, else the first; the others are noted."""
+    chosen: dict[int, Run] = {}
+    for run in sorted(group, key=lambda run: run.result is None):
+        first = chosen.setdefault(run.config.seed, run)
+        if first is not run:
+            notes.append(f"{run.name}: has the settings and the seed of {first.name}, which alone is counted")
+    return [run for run in group if chosen[run.config.seed] is run]
+
+
+def _settings(runs: Sequence[Run], notes: list[str]) -> list[Setting]:
+    groups = [_each_seed_once(group, notes) for group in _grouped(runs)]
+    values = [
+        to_flat(group[0].config) | next((_training(r) for r in group if r.result is not None), _training(group[0]))
+        for group in groups
+    ]
+    keys = [*groups[0][0].settings, *_TRAINING]
+
+    def differs(key: str) -> bool:
+        if key in _TRAINING:
+            return len({value[key] for value in values} - {None}) > 1
+        return any(group[0].settings[key] != groups[0][0].settings[key] for group in groups)
+
+    # the method's name says the first; the others have columns of their own
+    others = [key for key in keys if key not in ("method", *_SHORT) and differs(key)]
+    with_gamma = any(group[0].config.awp.enabled for group in groups)
+    named = [key for key in _SHORT if differs(key) or (key == "awp.gamma" and with_gamma)]
+    listed = others if len(others) > _MOST_COLUMNS else []
+    found = []
+    for letter, group, value in zip(_letters(), groups, values, strict=False):
+        cells = {key: _shown(value[key])[: 12 if key in _TRAINING else None] for key in (*named, *others)}
+        columns: dict[str, Cell] = {"method": group[0].config.title}
+        columns |= {_SHORT.get(key, key): text for key, text in cells.items() if key not in listed}
+        if listed:
+            columns["settings"] = letter
+            notes.append(f"settings {letter}: " + ", ".join(f"{key} {cells[key]}" for key in listed))
+        told = {name: text for name, text in columns.items() if name != "method"}
+        # what the method's name says
+        if not group[0].config.awp.enabled:
+            told.pop("gamma", None)
+        label = ", ".join([str(columns["method"]), *(f"{name} {text}" for name, text in told.items())])
+        found.append(Setting(label, columns, group))
+    return found
+
+
+def _letters() -> Iterable[str]:
+    for length in itertools.count(1):
+        yield from map("".join, itertools.product("ABCDEFGHIJKLMNOPQRSTUVWXYZ", repeat=length))
+
+
+def _of(setting: Setting, measure: Callable[[Result], float], digits: int = 2) -> Statistic:
+    return Statistic(tuple(measure(result) for _, result in setting.finished), len(setting.finished), digits)
+
+
+def _measures(attack: str) -> dict[str, Callable[[Result], float]]:
+    return {
+        "clean": lambda result: _percent(result.clean),
+        attack: lambda result: _percent(result.robust),
+        f"{attack} last": lambda result: _percent(result.last_robust),
+        "gap": lambda result: _percent(result.last_train - result.last_robust),
+    }
+
+
+def _seeds(setting: Setting) -> str:
+    missing = len(setting.runs) - len(setting.finished)
+    return f"{len(setting.finished)}" + (f" (+{missing} unfinished)" if missing else "")
+
+
+def _epochs(setting: Setting) -> str:
+    epochs = sorted({result.epoch for _, result in setting.finished})
+    return NONE if not epochs else f"{epochs[0]}" if len(epochs) == 1 else f"{epochs[0]}-{epochs[-1]}"
+
+
+def _autoattack(run: Run) -> tuple[Evaluation, Attacked] | None:
+    """AutoAttack on the images and in the ball of the run's own measurement; of several evaluations the lowest."""
+    if run.result is None:
+        return None
+    found = [
+        (evaluation, row)
+        for evaluation in run.evaluations
+        if evaluation.weights == "best"
+        and (evaluation.data, evaluation.norm, evaluation.epsilon) == (run.config.data.name, *_ball(run))
+        and evaluation.images == run.result.test_images
+        and run.result.test_sha256 in (None, evaluation.images_sha256)
+        for row in evaluation.attacks
+        if row.name == "autoattack" and '"version": "standard"' in row.parameters
+    ]
+    return min(found, key=lambda pair: pair[1].right, default=None)
+
+
+def _autoattacks(setting: Setting) -> Statistic:
+    found = [pair for run, _ in setting.finished if (pair := _autoattack(run)) is not None]
+    values = tuple(_percent(row.right, evaluation.images) for evaluation, row in found)
+    doubted = any(evaluation.doubts for evaluation, _ in found)
+    return Statistic(values, len(setting.finished), doubted=doubted)
+
+
+def _unfinished(run: Run) -> str:
+    held_out = [m["held_out_pgd_accuracy"] for m in run.metrics if m.get("held_out_pgd_accuracy") is not None]
+    so_far = f"; held-out {_attack(run)} {_percent(held_out[-1]):.2f}%" if held_out else ""
+    return f"{run.name}: not finished: epoch {run.epoch} of {run.config.epochs}{so_far}"
+
+
+def _results(title: str, settings: Sequence[Setting], notes: list[str]) -> Table:
+    first = settings[0].runs[0]
+    attack = _attack(first)
+    with_autoattack = any(_autoattacks(setting).values for setting in settings)
+    rows = []
+    for setting in settings:
+        row: dict[str, Cell] = {**setting.columns, "seeds": _seeds(setting)}
+        row |= {name: _of(setting, measure) for name, measure in _measures(attack).items()}
+        if with_autoattack:
+            row["AutoAttack"] = _autoattacks(setting)
+        rows.append(row | {"epoch": _epochs(setting), "seconds": _of(setting, lambda result: result.seconds, 0)})
+    said = []
+    results = [result for setting in settings for _, result in setting.finished]
+    if results:
+        columns = f"clean, {attack} and AutoAttack" if with_autoattack else f"clean and {attack}"
+        said += [
+            f"{columns}: accuracy on test images in %, with the weights of the best epoch (chosen on held-out images)",
+            f"{attack} last: the same after the last epoch; gap: {attack} accuracy on training images minus that, in "
+            "points",
+        ]
+        if any(len(setting.finished) > 1 for setting in settings):
+            said.append("± standard deviation over the seeds (n - 1)")
+        said.append(f"one test image more or less is {_percent(1, results[0].test_images):.2g} points")
+    devices = sorted({result.device for result in results})
+    if len(devices) > 1:
+        said.append(f"seconds were taken on different devices: {', '.join(devices)}")
+    if len({result.test_sha256 for result in results}) > 1:
+        said.append(
+            "some reports do not name their test images by a hash; the data's name and the number of images are equal"
+        )
+    unfinished = [_unfinished(run) for setting in settings for run in setting.runs if run.result is None]
+    return Table(title, rows, [*said, *unfinished, *notes])
+
+
+def _conditions(runs: Sequence[Run]) -> list[tuple]:
+    found = ((_condition(evaluation)) for run in runs for evaluation in run.evaluations)
+    return list(dict.fromkeys(found))
+
+
+def _condition(evaluation: Evaluation) -> tuple:
+    return (
+        evaluation.weights,
+        evaluation.data,
+        evaluation.images,
+        evaluation.images_sha256,
+        evaluation.norm,
+        evaluation.epsilon,
+    )
+
+
+def _evaluated(settings: Sequence[Setting], condition: tuple, *, others_like_it: bool) -> Table:
+    """What the evaluations of one condition found, an attack a column; others may differ in their images alone."""
+    weights, data, images, sha256, norm, epsilon = condition
+    found: list[list[dict[tuple[str, str], tuple[int, tuple[str, ...]]]]] = []
+    for setting in settings:
+        found.append([])
+        for run in setting.runs:
+            rows: dict[tuple[str, str], tuple[int, tuple[str, ...]]] = {}
+            for evaluation in run.evaluations:
+                if _condition(evaluation) != condition:
+                    continue
+                doubts = tuple(f"{run.name}: unreliable: {doubt}" for doubt in evaluation.doubts)
+                for row in evaluation.attacks:
+                    key = (row.name, row.parameters)
+                    # a bound from above: of several the lowest
+                    rows[key] = min(rows.get(key, (row.right, doubts)), (row.right, doubts))
+            if rows:
+                found[-1].append(rows)
+    keys = list(dict.fromkeys(key for group in found for rows in group for key in rows))
+    names = [name for name, _ in keys]
+    heads, notes = {}, []
+    for number, (name, parameters) in enumerate(keys):
+        heads[name, parameters] = name
+        if names.count(name) > 1:
+            heads[name, parameters] = f"{name} ({names[: number + 1].count(name)})"
+            notes.append(f"{heads[name, parameters]}: {parameters}")
+    table = []
+    for setting, group in zip(settings, found, strict=True):
+        if not group:
+            continue
+        cells: dict[str, Cell] = {**setting.columns, "seeds": str(len(group))}
+        for key, head in heads.items():
+            values = [rows[key] for rows in group if key in rows]
+            accuracies = tuple(_percent(right, images) for right, _ in values)
+            cells[head] = Statistic(accuracies, len(group), doubted=any(doubts for _, doubts in values))
+        table.append(cells)
+    doubts = dict.fromkeys(d for group in found for rows in group for _, told in rows.values() for d in told)
+    notes += [f"* {doubt}" for doubt in doubts]
+    title = f"evaluation of the {'selected' if weights == 'best' else weights} weights: {data} test split, "
+    if others_like_it:
+        notes.insert(0, f"its images have the hash {sha256[:12]}")
+    return Table(
+        title + f"{images} image{'s' * (images != 1)}, {norm} epsilon {epsilon}; accuracy in % of all of them",
+        table,
+        notes,
+    )
+
+
+def _paired(settings: Sequence[Setting]) -> Table | None:
+    """The second of two settings minus the first one, over the seeds that both have."""
+    if len(settings) != 2:
+        return None
+    (base, other), attack = settings, _attack(settings[0].runs[0])
+    sides = [{run.config.seed: (run, result) for run, result in setting.finished} for setting in (base, other)]
+    seeds = sorted(sides[0].keys() & sides[1].keys())
+    if not seeds:
+        return None
+    both = {seed: (sides[0][seed], sides[1][seed]) for seed in seeds}
+    differences = {
+        name: [measure(after) - measure(before) for (_, before), (_, after) in both.values()]
+        for name, measure in _measures(attack).items()
+    }
+    attacked = [(_autoattack(before), _autoattack(after)) for (before, _), (after, _) in both.values()]
+    differences["AutoAttack"] = [
+        _percent(after[1].right - before[1].right, after[0].images)
+        for before, after in attacked
+        if before is not None and after is not None
+    ]
+    rows: list[dict[str, Cell]] = [
+        {"": name, "difference": Difference(tuple(values), len(values)), "seeds": str(len(values))}
+        for name, values in differences.items()
+        if values
+    ]
+    if len(seeds) == 1:
+        notes = [
+            f"the two settings at seed {seeds[0]}, in points",
+            "one seed does not tell how much another would differ: train others with --seed",
+        ]
+    else:
+        told = " ".join(map(str, seeds))
+        notes = [
+            f"the two settings at the same seed, mean over seeds {told}, in points",
+            "± standard error of that mean (n - 1)",
+        ]
+    return Table(f"difference: {other.label} minus {base.label}", rows, notes)
+
+
+def _model(runs: Sequence[Run]) -> str:
+    names, widths = ({getattr(run.config.model, key) for run in runs} for key in ("name", "width"))
+    if len(names) > 1:
+        return ""
+    width = "" if len(widths) > 1 or None in widths else f" (width {widths.pop()})"
+    return f"{printable(names.pop())}{width}, "
+
+
+def _title(runs: Sequence[Run]) -> str:
+    first = runs[0]
+    measured = next((run.result.test_images for run in runs if run.result is not None), None)
+    count = "" if measured is None else f"{measured} image{'s' * (measured != 1)}, "
+    ball = f"{first.config.attack.norm} epsilon {first.config.attack.epsilon}"
+    step = "" if first.config.evaluation.step_size is None else f" of step {first.settings['evaluation.step_size']}"
+    return f"{_model(runs)}{first.config.data.name} test split, {count}{ball}, {_attack(first)}{step}"
+
+
+def compare(runs: Sequence[Run]) -> list[Section]:
+    """Sections of runs that were measured alike, in the order in which the runs were given."""
+    sections = []
+    for group in _alike(runs):
+        notes = [note for run in group for note in run.notes]
+        settings = _settings(group, notes)
+        title = _title(group)
+        tables = [_results(title, settings, notes)]
+        conditions = _conditions(group)
+        like = Counter(condition[:3] + condition[4:] for condition in conditions)
+        tables += [
+            _evaluated(settings, condition, others_like_it=like[condition[:3] + condition[4:]] > 1)
+            for condition in conditions
+        ]
+        paired = _paired(settings)
+        sections.append(Section(title, settings, tables + ([] if paired is None else [paired])))
+    if len(sections) > 1:
+        for number, section in enumerate(sections, 1):
+            told = {run.result.test_sha256 for setting in section.settings for run, _ in setting.finished if run.result}
+            sha256 = next((sha256 for sha256 in told if sha256), None)
+            images = "" if sha256 is None else f" Its test images have the hash {sha256[:12]}."
+            section.tables[0].notes.insert(
+                0,
+                f"table {number} of {len(sections)}: measured on other images or by another attack than the other "
+                f"tables, so numbers do not compare across them.{images}",
+            )
+    return sections

@@ -1,0 +1,42 @@
+"""Names of models: the built-in ones, and those that timm, torchvision or code of one's own builds."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+Source = Literal["built-in", "timm", "torchvision", "module", "file"]
+
+TIMM_MODELS = ("resnet-18", "resnet-50", "convnext-tiny", "convnext-tiny-convstem")
+"""Built-in models for larger images, which need the package timm."""
+
+EXPECTED = (
+    f"a built-in model (preact-resnet-18, preact-resnet-digits, {', '.join(TIMM_MODELS)}, wrn-DEPTH-WIDTH with DEPTH = "
+    "6n + 4, such as wrn-34-10, or DeepMind's dm-wrn-DEPTH-WIDTH), timm:NAME, torchvision:NAME, package.module:factory "
+    "or file.py:factory"
+)
+
+_WIDE_RESNET = re.compile(r"(?:dm-)?wrn-([0-9]{1,4})-([0-9]{1,3})")
+_DOTTED = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
+_FORMS: dict[Source, re.Pattern[str]] = {
+    # the part after the dot names weights
+    "timm": re.compile(r"timm:\w+(?:\.\w+)?"),
+    "torchvision": re.compile(r"torchvision:\w+"),
+    "file": re.compile(rf"[^\0]+\.py:{_DOTTED}"),
+    "module": re.compile(rf"{_DOTTED}:{_DOTTED}"),
+}
+
+
+def source_of(name: str) -> Source | None:
+    """What builds the model of this name; None for no such name."""
+    wide = _WIDE_RESNET.fullmatch(name)
+    if wide is not None and int(wide[1]) >= 10 and (int(wide[1]) - 4) % 6 == 0 and int(wide[2]) >= 1:
+        return "built-in"
+    if name in ("preact-resnet-18", "preact-resnet-digits", *TIMM_MODELS):
+        return "built-in"
+    return next((source for source, form in _FORMS.items() if form.fullmatch(name)), None)
+
+
+def is_code(name: str) -> bool:
+    """Whether a model of this name is built by code that is neither this package's, timm's nor torchvision's."""
+    return source_of(name) in ("module", "file")

@@ -1,0 +1,252 @@
+"""A trained model as a folder for the Hugging Face Hub: weights, settings, and a model card made from the receipt."""
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from awp_engine.checkpoint import CheckpointError, export_model, read_file
+from awp_engine.config import Config, to_json
+from awp_engine.evaluation.attacks import EvaluationError
+from awp_engine.evaluation.subject import Subject, load_subject
+from awp_engine.files.atomic import atomic_write_text
+from awp_engine.files.text import printable
+from awp_engine.models.hub import SETTINGS, WEIGHTS
+from awp_engine.models.trained import ModelDescription, read_trained
+from awp_engine.observe.report import CURVES
+
+CARD = "README.md"
+# what the Hub calls the data sets that it has
+_DATA_SETS = {
+    "cifar10": "uoft-cs/cifar10",
+    "cifar100": "uoft-cs/cifar100",
+    "svhn": "ufldl-stanford/svhn",
+    "imagenet": "ILSVRC/imagenet-1k",
+    "tiny-imagenet": "zh-plus/tiny-imagenet",
+}
+# of the description, what is about this machine
+_PRIVATE = frozenset({"code", "seal"})
+_MANY_CLASSES = 20
+
+
+def export_folder(
+    path: Path,
+    folder: Path,
+    *,
+    which: str = "best",
+    repository: str = "OWNER/NAME",
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Path]:
+    """Writes what `huggingface_hub.upload_folder` takes: model.safetensors, config.json, README.md, learning curves.
+
+    The settings are the run's, without paths of this machine. The card's accuracies are those of the run's newest
+    evaluation, where that is of these very weights.
+
+    Args:
+        path: a run directory, one of its checkpoints, or a .safetensors file of this program.
+        folder: to be made, or empty.
+        which: of a run directory, as `load_subject` takes it.
+        repository: where it will be, for the card.
+        say: is told what is left to do, one line at a time.
+
+    Returns:
+        The files.
+
+    Raises:
+        EvaluationError: the folder holds something.
+        CheckpointError, ConfigError: the model cannot be loaded.
+        OSError: a file cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise EvaluationError(f"--hub: {folder} is there already, and not an empty folder; choose another")
+    subject = load_subject(path, which=which)
+    assert subject.source is not None
+    weights, metadata, description, read = read_trained(subject.source)
+    held = json.loads(str(metadata["model"]))
+    plain = {key: str(metadata[key]) for key in ("epoch", "config_hash", "class_names") if key in metadata}
+    report, measured = _report(subject, say)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [folder / WEIGHTS]
+    if read == subject.weights and not held.keys() & _PRIVATE:
+        # the very file that was measured
+        shutil.copyfile(subject.weights, folder / WEIGHTS)
+    else:
+        shown = {key: value for key, value in held.items() if key not in _PRIVATE}
+        export_model(folder / WEIGHTS, weights, {"model": json.dumps(shown)} | plain)
+    if subject.config is not None:
+        written.append(folder / SETTINGS)
+        atomic_write_text(folder / SETTINGS, to_json(without_paths(subject.config)))
+    curves = None if subject.run_dir is None else subject.run_dir / CURVES
+    if curves is not None and curves.is_file():
+        written.append(folder / CURVES)
+        shutil.copyfile(curves, folder / CURVES)
+    written.append(folder / CARD)
+    card = model_card(description, subject, report, measured, repository, curves=folder / CURVES in written)
+    atomic_write_text(folder / CARD, card)
+    say(f"no license is named: add one to the head of {folder / CARD}, such as license: apache-2.0")
+    return written
+
+
+def without_paths(config: Config) -> Config:
+    """Settings that say nothing of the machine."""
+    data = dataclasses.replace(config.data, root=None, extra=None, bad_list=None)
+    published = str(config.model.pretrained) in ("timm", "torchvision")
+    model = config.model if published else dataclasses.replace(config.model, pretrained=None)
+    return dataclasses.replace(config, run_dir=None, data=data, model=model)
+
+
+def _report(subject: Subject, say: Callable[[str], None]) -> tuple[Mapping[str, Any] | None, str]:
+    """The newest evaluation of these weights, and the day it was written; None without one."""
+    if subject.run_dir is None:
+        return None, ""
+    place = "evaluation" if subject.name == "best" else f"evaluation-{subject.name}"
+    path = subject.run_dir / place / "evaluation.json"
+    if not path.is_file():
+        command = f"awp evaluate {subject.run_dir}" + (
+            "" if subject.name == "best" else f" --checkpoint {subject.name}"
+        )
+        say(f"no accuracies in the card: there is no {path}; {command} makes it")
+        return None, ""
+    try:
+        report = json.loads(read_file(path))
+        of = report["receipt"]["checkpoint"]["sha256"]
+    except (CheckpointError, KeyError, TypeError, ValueError, RecursionError):
+        say(f"no accuracies in the card: {path} is not a report of awp evaluate")
+        return None, ""
+    if of != subject.sha256:
+        say(f"no accuracies in the card: {path} is of other weights; awp evaluate {subject.run_dir} measures these")
+        return None, ""
+    return report, time.strftime("%Y-%m-%d", time.gmtime(path.stat().st_mtime))
+
+
+def model_card(
+    description: ModelDescription,
+    subject: Subject,
+    report: Mapping[str, Any] | None,
+    measured: str,
+    repository: str,
+    *,
+    curves: bool,
+) -> str:
+    """README.md: what the Hub reads at its head, and what people read below.
+
+    Args:
+        description: of the model.
+        subject: the weights, and their run.
+        report: what evaluation.json holds; None leaves accuracies out.
+        measured: the day.
+        repository: OWNER/NAME.
+        curves: whether there is a picture of the learning curves.
+    """
+    config = subject.config
+    method = "image classifier" if config is None else config.title
+    data = None if config is None else config.data.name
+    title = f"{description.name}, {method}" + (f" on {data}" if data else "")
+    head: dict[str, Any] = {
+        "library_name": "awp-engine",
+        "pipeline_tag": "image-classification",
+        "tags": [
+            "adversarial-robustness",
+            "adversarial-training",
+            *(["adversarial-weight-perturbation"] * _has_awp(config)),
+        ],
+    }
+    if data in _DATA_SETS:
+        head["datasets"] = [_DATA_SETS[data]]
+    if report is not None:
+        head["metrics"] = ["accuracy"]
+        head["model-index"] = [_index(title, report)]
+    # JSON is YAML
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", "", f"# {title}", ""]
+    lines += _facts(description, subject)
+    lines += ["", "## Accuracy", "", *_accuracies(report, measured)]
+    if curves:
+        lines += ["", f"![Learning curves]({CURVES})"]
+    if description.class_names is not None and len(description.class_names) <= _MANY_CLASSES:
+        names = ", ".join(f"{number} {printable(name)}" for number, name in enumerate(description.class_names))
+        lines += ["", "## Classes", "", names]
+    lines += [
+        "",
+        "## Use",
+        "",
+        "    pip install 'awp-engine[hub]'",
+        "",
+        "```python",
+        "from awp_engine import load_model",
+        "",
+    ]
+    lines += [f'model = load_model("hf://{repository}")  # maps images in [0, 1] to logits', "```", ""]
+    lines += [f"    awp evaluate hf://{repository} --data.root DIR --attacks clean pgd20 autoattack", ""]
+    lines += ["The weights are safetensors; nothing in this repository is run."]
+    return "\n".join(lines) + "\n"
+
+
+def _has_awp(config: Config | None) -> bool:
+    return config is not None and config.awp.enabled and config.awp.scale == "relative"
+
+
+def _facts(description: ModelDescription, subject: Subject) -> list[str]:
+    """What it is and how it was trained, as a list."""
+    parameters = sum(parameter.numel() for parameter in subject.model.parameters())
+    mean, std = (f"({', '.join(f'{value:.4g}' for value in values)})" for values in (description.mean, description.std))
+    facts = [
+        f"Architecture: {description.name}, {parameters:,} parameters, {description.num_classes} classes, activation "
+        f"{description.activation}",
+        f"Images: in [0, 1]; the model normalises them by mean {mean} and deviation {std}",
+    ]
+    if subject.config is not None:
+        config = subject.config
+        ball = f"{config.attack.norm} epsilon {config.attack.epsilon}"
+        attack = f"{ball}, {config.attack.steps} steps of {config.attack.step_size}"
+        gamma = f", gamma {config.awp.gamma:g}" if config.awp.enabled else ""
+        facts.append(f"Training: {config.title}{gamma}, {attack}, {config.epochs} epochs, seed {config.seed}")
+        if config.model.pretrained is not None:
+            facts.append(f"Started from the weights {config.model.pretrained.name}")
+    return [f"- {fact}" for fact in facts]
+
+
+def _rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = [(row["attack"], row["accuracy_percent"]) for row in report["attacks"]]
+    worst = report["robust_to_all"]
+    return [*rows, (f"worst of {', '.join(worst['over'])}", worst["accuracy_percent"])]
+
+
+def _accuracies(report: Mapping[str, Any] | None, measured: str) -> list[str]:
+    if report is None:
+        return ["Not measured."]
+    receipt = report["receipt"]
+    versions = ", ".join(f"{name} {version}" for name, version in receipt["versions"].items() if version is not None)
+    ball = f"{receipt['norm']} epsilon {receipt['epsilon']}"
+    gates = {None: "not run", True: "passed", False: "FAILED"}[(report["gates"] or {}).get("passed")]
+    of = f"{receipt['data']['images']:,} of {receipt['data']['images_in_split']:,} images"
+    return [
+        f"On {of} of the test split of {receipt['data']['name']}, {ball}, measured by `awp evaluate` on {measured} "
+        f"({versions}), on weights whose file has the SHA-256 {receipt['checkpoint']['sha256']}. An image counts as "
+        f"right under attack only if it is right without one too. Sanity gates: {gates}.",
+        "",
+        *(f"**Unreliable**: {printable(doubt)}" for doubt in report["doubts"]),
+        *([""] if report["doubts"] else []),
+        "| attack | accuracy |",
+        "|---|---:|",
+        *(f"| {name} | {percent}% |" for name, percent in _rows(report)),
+    ]
+
+
+def _index(title: str, report: Mapping[str, Any]) -> dict[str, Any]:
+    """Results as the Hub reads them."""
+    receipt = report["receipt"]
+    ball = f"{receipt['norm']} epsilon {receipt['epsilon']}"
+    data = {"name": receipt["data"]["name"], "type": receipt["data"]["name"], "split": "test"}
+    metrics = [
+        {
+            "type": "accuracy",
+            "name": "accuracy" if row["attack"] == "clean" else f"accuracy under {row['attack']}, {ball}",
+            "value": float(row["accuracy_percent"]),
+        }
+        for row in report["attacks"]
+    ]
+    result = {"task": {"type": "image-classification"}, "dataset": data, "metrics": metrics}
+    return {"name": title, "results": [result]}

@@ -1,0 +1,247 @@
+"""Any classifier as one of this package's: with images normalised in front of it, and a last layer that fits."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from awp_engine.config import ConfigError
+from awp_engine.models.layers import NormalizedClassifier, NormalizedImages
+from awp_engine.models.layouts import PAIRS
+
+# sides to try a module on that is given no size
+_SIDES = (32, 224, 28)
+
+
+class WrappedClassifier(NormalizedClassifier):
+    """A module of anybody's, as `network`; its state-dict names are behind `network.`.
+
+    Args:
+        network: maps images, normalised as given here, to logits [N, num_classes].
+        num_classes: number of logits.
+        mean, std: one value a channel; 0 and 1 where the network normalises by itself.
+        name: of the model, for messages.
+        image_size: (height, width), where the network was made for one.
+        heads: names of the network's last layer, or layers, where they are known.
+        notes: what a user should be told of how it was made.
+
+    Attributes:
+        autocast_dtype: what `torch.autocast` has the network compute in; None: as it is.
+        takes_channels_last: whether it computes in that memory format; of code of one's own not known before it is
+            tried.
+    """
+
+    autocast_dtype: torch.dtype | None = None
+
+    def __init__(
+        self,
+        network: nn.Module,
+        num_classes: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        name: str,
+        image_size: tuple[int, int] | None = None,
+        heads: Sequence[str] = (),
+        notes: Sequence[str] = (),
+    ) -> None:
+        super().__init__(num_classes, mean, std)
+        self.network, self.name, self.image_size = network, name, image_size
+        self.heads, self.notes = tuple(heads), tuple(notes)
+        self.takes_channels_last = name.startswith(("timm:", "torchvision:"))
+
+    def forward(self, images: Tensor | NormalizedImages) -> Tensor:
+        """Logits [N, num_classes] of images [N, C, H, W] in [0, 1].
+
+        Raises:
+            ConfigError: images of another size than it was made for, or an output that is no tensor.
+        """
+        if self.image_size is not None and tuple(images.shape[2:]) != self.image_size:
+            wanted, got = ("x".join(map(str, size)) for size in (self.image_size, images.shape[2:]))
+            raise ConfigError(f"--model.name: {self.name} was made for images of {wanted} pixels, got {got}")
+        x = self.normalize(images)
+        if self.autocast_dtype is None:
+            logits = self.network(x)
+        else:
+            with torch.autocast(x.device.type, self.autocast_dtype):
+                logits = self.network(x)
+            logits = logits.float() if isinstance(logits, Tensor) else logits
+        if not isinstance(logits, Tensor):
+            mode = "train" if self.training else "eval"
+            raise ConfigError(
+                f"--model.name: {self.name} returns {type(logits).__name__} in {mode} mode; expected logits [N, "
+                f"{self.num_classes}]: wrap it so that forward returns them alone"
+            )
+        return logits
+
+    @property
+    def classifier_names(self) -> tuple[str, ...]:
+        """Of the last layer's weight and bias in the state dict, as far as it is known and has them."""
+        layers = {name: self.network.get_submodule(name) for name in self.heads}
+        return tuple(
+            f"network.{name}.{own}"
+            for name, layer in layers.items()
+            for own, _ in layer.named_parameters(recurse=False)
+        )
+
+
+@contextlib.contextmanager
+def told_in_one_line(name: str, doing: str) -> Iterator[None]:
+    """A block of foreign code, whatever that raises: becomes a `ConfigError` that says what, and where."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        trace, where = error.__traceback__, ""
+        while trace is not None:
+            code = trace.tb_frame.f_code
+            # the last line that is not torch's or this package's, whose own the user does not look at
+            if (
+                not any(f"/{package}/" in code.co_filename for package in ("torch", "importlib", "awp_engine"))
+                and code.co_filename[0] != "<"
+            ):
+                where = f" ({code.co_filename}, line {trace.tb_lineno})"
+            trace = trace.tb_next
+        words = " ".join(str(error).split())[:300]
+        raise ConfigError(f"--model.name: {name}: {doing} raised {type(error).__name__}: {words}{where}") from error
+
+
+def fitted(
+    network: nn.Module,
+    num_classes: int,
+    channels: int,
+    *,
+    name: str,
+    image_size: tuple[int, int] | None,
+    asked: bool = False,
+) -> tuple[list[str], list[str]]:
+    """Give a module as many logits as there are classes, in place, by another last layer where it has others.
+
+    Args:
+        network: any classifier; it makes a forward pass on one image of zeros.
+        num_classes: of the data.
+        channels: of the images.
+        name: of the model, for messages.
+        image_size: (height, width); None tries a few.
+        asked: whether it was made for so many classes; then one that takes images of none of those sizes is believed.
+
+    Returns:
+        The names of the last layers, and what to tell the user.
+
+    Raises:
+        ConfigError: it has another number of logits, and it is not clear which layer gives them.
+    """
+    try:
+        found = _logits(network, channels, image_size, name)
+    except ConfigError:
+        if image_size is not None or not asked:
+            raise
+        found = num_classes
+    if found == num_classes:
+        return last_layers(network, num_classes), []
+    if callable(reset := getattr(network, "reset_classifier", None)):
+        with told_in_one_line(name, f"reset_classifier({num_classes})"):
+            reset(num_classes)
+        old = "classifier"
+    else:
+        old = _last_layer(network, found)
+        layer: Any = None if old is None else network.get_submodule(old)
+        if old is not None and type(layer) is nn.Linear:
+            new = nn.Linear(layer.in_features, num_classes, layer.bias is not None)
+            network.set_submodule(old, new.to(layer.weight))
+        elif old is not None and type(layer) is nn.Conv2d:
+            new = nn.Conv2d(layer.in_channels, num_classes, 1, bias=layer.bias is not None)
+            network.set_submodule(old, new.to(layer.weight))
+    if old is None or _logits(network, channels, image_size, name) != num_classes:
+        raise ConfigError(
+            f"--model.name: {name} gives {found} logits, the data have {num_classes} classes, and which layer to "
+            "replace is not clear; let the factory take num_classes"
+        )
+    return last_layers(network, num_classes), [f"{old} of {found} classes replaced by a new one of {num_classes}"]
+
+
+def _logits(network: nn.Module, channels: int, image_size: tuple[int, int] | None, name: str) -> int:
+    """How many a module gives."""
+    sizes = [(side, side) for side in _SIDES] if image_size is None else [image_size]
+    modes = [(module, module.training) for module in network.modules()]
+    try:
+        network.eval()
+        for size in sizes:
+            with told_in_one_line(name, f"a forward pass on an image of {channels}x{size[0]}x{size[1]}"):
+                try:
+                    with torch.no_grad():
+                        logits = network(torch.zeros(1, channels, *size))
+                except Exception:
+                    if size == sizes[-1]:
+                        raise
+                    continue
+            if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
+                shape = f" of shape {list(logits.shape)}" if isinstance(logits, Tensor) else ""
+                raise ConfigError(
+                    f"--model.name: {name} returns {type(logits).__name__}{shape} for one image; expected logits "
+                    "[1, classes]: wrap it so that forward returns them alone"
+                )
+            return logits.shape[1]
+        raise AssertionError("no size")
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _last_layer(network: nn.Module, outputs: int) -> str | None:
+    """The last linear layer, or 1x1 convolution, of so many outputs."""
+    named = [
+        name
+        for name, module in network.named_modules()
+        if (isinstance(module, nn.Linear) and module.out_features == outputs)
+        or (isinstance(module, nn.Conv2d) and module.out_channels == outputs and module.kernel_size == (1, 1))
+    ]
+    return named[-1] if named and named[-1] else None
+
+
+def last_layers(network: nn.Module, outputs: int) -> list[str]:
+    """The names of what gives the logits: as timm says, or else the last layer of so many outputs."""
+    if callable(told := getattr(network, "get_classifier", None)):
+        found = told()
+        own = list(found) if isinstance(found, (tuple, list, nn.ModuleList)) else [found]
+        return [name for name, module in network.named_modules() if any(module is layer for layer in own)]
+    last = _last_layer(network, outputs)
+    return [] if last is None else [last]
+
+
+class OwnNormalisation(NamedTuple):
+    """By what a module normalises images itself.
+
+    Attributes:
+        where: the name of the part that does.
+        mean, std: one value a channel.
+    """
+
+    where: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def own_normalisation(network: nn.Module, channels: int) -> OwnNormalisation | None:
+    """Of a module that holds a mean and a deviation a channel, itself or in a part of the first two levels."""
+    for name, module in network.named_modules():
+        if name.count(".") > 1:
+            continue
+        held = {**vars(module), **module._buffers, **module._parameters}
+        for pair in PAIRS:
+            mean, std = (_numbers(held.get(key), channels) for key in pair)
+            if mean is not None and std is not None and min(std) > 0:
+                return OwnNormalisation(name or type(module).__name__, mean, std)
+    return None
+
+
+def _numbers(value: Any, channels: int) -> tuple[float, ...] | None:
+    """One number a channel out of a tensor, an array, a list or a number."""
+    try:
+        flat = torch.as_tensor(value).detach().double().flatten().tolist()
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return tuple(flat * channels if len(flat) == 1 else flat) if len(flat) in (1, channels) else None

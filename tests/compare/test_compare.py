@@ -1,0 +1,387 @@
+"""Runs side by side: what shares a row, what shares a column, and what strange files do."""
+
+import csv
+import io
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import run_command
+from finished_runs import IMAGES_SHA256, write_evaluation, write_finished, write_unfinished
+
+from awp_engine.compare.curves import draw_runs
+from awp_engine.compare.formats import fitted, formatted, text_rows
+from awp_engine.compare.page import write
+from awp_engine.compare.read import read_run, read_runs
+from awp_engine.compare.table import Difference, Section, Statistic, compare
+from awp_engine.config import AttackConfig, ConfigError, EvaluationConfig, OptimizerConfig
+
+
+def sections(*runs: Path) -> list[Section]:
+    return compare(read_runs([str(run) for run in runs])[0])
+
+
+def table(*runs: Path) -> list[dict[str, str]]:
+    """The rows of the results, which must be one table."""
+    (only,) = sections(*runs)
+    return text_rows(only.tables[0])
+
+
+def notes(*runs: Path) -> str:
+    return "\n".join(note for section in sections(*runs) for one in section.tables for note in one.notes)
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    """Two settings, two seeds each."""
+    for seed, (plain, awp) in enumerate([(0.50, 0.53), (0.52, 0.57)]):
+        write_finished(tmp_path / f"at-{seed}", seed=seed, robust=plain)
+        write_finished(tmp_path / f"awp-{seed}", seed=seed, gamma=0.005, robust=awp, last=awp)
+    return tmp_path
+
+
+def test_seeds_of_one_setting_are_a_row(study: Path) -> None:
+    rows = table(study / "at-0", study / "awp-0", study / "at-1", study / "awp-1")
+    assert [row["method"] for row in rows] == ["AT", "AT-AWP"]
+    assert [row["seeds"] for row in rows] == ["2", "2"]
+    # 50 and 52: mean 51, standard deviation by n - 1 the root of 2
+    assert rows[0]["PGD-20"] == "51.00 ± 1.41"
+    assert rows[0]["clean"] == "90.00 ± 0.00"
+    # training less test accuracy of the last epoch
+    assert rows[0]["gap"] == "40.00 ± 0.00"
+    assert rows[1]["gap"] == "25.00 ± 2.83"
+
+
+def test_one_seed_has_no_deviation(study: Path) -> None:
+    (row,) = table(study / "at-0")
+    assert (row["PGD-20"], row["seeds"]) == ("50.00", "1")
+    assert "±" not in notes(study / "at-0")
+
+
+def test_only_settings_that_differ_are_columns(study: Path) -> None:
+    rows = table(study / "at-0", study / "awp-0")
+    assert list(rows[0]) == [
+        "method", "gamma", "seeds", "clean", "PGD-20", "PGD-20 last", "gap", "epoch", "seconds",
+    ]  # fmt: skip
+    write_finished(study / "slow", optimizer=OptimizerConfig(lr=0.01))
+    rows = table(study / "at-0", study / "slow")
+    assert [row["optimizer.lr"] for row in rows] == ["0.1", "0.01"]
+    assert "gamma" not in rows[0]
+
+
+def test_many_settings_that_differ_are_listed_below(study: Path) -> None:
+    other = OptimizerConfig(lr=0.01, momentum=0.8, schedule="cosine", weight_decay=0.0)
+    write_finished(study / "other", optimizer=other)
+    rows = table(study / "at-0", study / "other")
+    assert [row["settings"] for row in rows] == ["A", "B"]
+    told = notes(study / "at-0", study / "other")
+    assert (
+        "settings B: optimizer.lr 0.01, optimizer.momentum 0.8, optimizer.weight_decay 0, optimizer.schedule cosine"
+        in told
+    )
+
+
+def test_equal_amounts_are_one_setting(study: Path) -> None:
+    write_finished(study / "fraction", seed=7, attack=AttackConfig(epsilon="1/5"))
+    assert len(table(study / "at-0", study / "fraction")) == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"images": 100},
+        {"sha256": "ef" * 32},
+        {"attack": AttackConfig(epsilon="0.1")},
+        {"attack": AttackConfig(norm="l2")},
+        {"evaluation": EvaluationConfig(steps=10)},
+        {"evaluation": EvaluationConfig(steps=20, step_size="0.01")},
+    ],
+    ids=["images", "other images", "epsilon", "norm", "steps", "step"],
+)
+def test_what_was_measured_otherwise_is_another_table(study: Path, other: dict) -> None:
+    write_finished(study / "other", **other)
+    found = sections(study / "at-0", study / "other")
+    assert len(found) == 2
+    assert all("do not compare" in section.tables[0].notes[0] for section in found)
+    # nor is a difference taken between them
+    assert len([one for section in found for one in section.tables]) == 2
+
+
+def test_reports_without_a_hash_of_their_images_join_with_a_word(study: Path) -> None:
+    write_finished(study / "old", seed=1, gamma=0.01, sha256=None)
+    assert len(table(study / "old", study / "at-0")) == 2
+    assert "do not name their test images by a hash" in notes(study / "old", study / "at-0")
+
+
+def test_runs_on_other_training_images_are_another_row(study: Path) -> None:
+    write_finished(study / "other", seed=1, data="ef" * 32)
+    rows = table(study / "at-0", study / "other")
+    assert [row["training images"] for row in rows] == ["cd" * 6, "ef" * 6]
+
+
+def test_a_seed_counts_once(study: Path) -> None:
+    shutil.copytree(study / "at-0", study / "copy")
+    assert table(study / "at-0", study / "copy")[0]["seeds"] == "1"
+    assert f"copy: has the settings and the seed of {study / 'at-0'}" in notes(study / "at-0", study / "copy")
+
+
+def test_unfinished_runs_are_shown_as_such(study: Path) -> None:
+    write_unfinished(study / "at-2", seed=2)
+    write_unfinished(study / "new", gamma=0.1)
+    rows = table(study / "at-0", study / "at-2", study / "new")
+    assert [row["seeds"] for row in rows] == ["1 (+1 unfinished)", "0 (+1 unfinished)"]
+    assert [row["PGD-20"] for row in rows] == ["50.00", "-"]
+    assert "at-2: not finished: epoch 2 of 4; held-out PGD-20 18.00%" in notes(study / "at-2")
+
+
+@pytest.mark.parametrize("change", [{"config_hash": "0" * 64}, {"epochs": 3}], ids=["settings", "epochs"])
+def test_a_report_of_other_settings_is_not_used(study: Path, change: dict) -> None:
+    path = study / "at-0" / "report.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert table(study / "at-0")[0]["PGD-20"] == "-"
+    assert "report.json is not used: of " in notes(study / "at-0")
+
+
+def test_autoattack_stands_beside_what_was_measured_on_the_same_images(study: Path) -> None:
+    write_evaluation(study / "at-0", {"clean": 180, "autoattack": 80})
+    write_evaluation(study / "awp-0", {"clean": 20, "autoattack": 9}, images=20, sha256="ef" * 32)
+    (only,) = sections(study)
+    rows = text_rows(only.tables[0])
+    assert [row["AutoAttack"] for row in rows] == ["40.00 (1 of 2)", "-"]
+    titles = [one.title for one in only.tables[1:3]]
+    assert ["200 images" in titles[0], ", 20 images" in titles[1]] == [True, True]
+    assert text_rows(only.tables[2]) == [
+        {"method": "AT-AWP", "gamma": "0.005", "seeds": "1", "clean": "100.00", "autoattack": "45.00"}
+    ]
+
+
+@pytest.mark.parametrize(
+    "other", [{"epsilon": "1/10"}, {"sha256": "ef" * 32}, {"version": "custom"}, {"weights": "epoch-4"}]
+)
+def test_another_autoattack_does_not(study: Path, other: dict) -> None:
+    write_evaluation(study / "at-0", {"autoattack": 80}, **other)
+    assert "AutoAttack" not in table(study / "at-0")[0]
+
+
+def test_autoattack_on_another_number_of_images_does_not(tmp_path: Path) -> None:
+    """In reports of earlier versions the number is all that there is."""
+    write_finished(tmp_path / "old", sha256=None)
+    write_evaluation(tmp_path / "old", {"autoattack": 80}, images=100)
+    assert "AutoAttack" not in table(tmp_path / "old")[0]
+    write_evaluation(tmp_path / "old", {"autoattack": 80}, images=200)
+    assert table(tmp_path / "old")[0]["AutoAttack"] == "40.00"
+
+
+def test_evaluations_on_other_images_say_so(study: Path) -> None:
+    write_evaluation(study / "at-0", {"clean": 80}, sha256="11" * 32, name="a")
+    write_evaluation(study / "at-1", {"clean": 70}, sha256="22" * 32, name="b")
+    (only,) = sections(study / "at-0", study / "at-1")
+    assert [text_rows(one)[0]["clean"] for one in only.tables[1:]] == ["40.00", "35.00"]
+    told = [one.notes[0] for one in only.tables[1:]]
+    assert told == [f"its images have the hash {digits * 6}" for digits in ("11", "22")]
+
+
+def test_of_an_attack_done_twice_the_lower_accuracy_counts(study: Path) -> None:
+    for name, right in (("a", 90), ("b", 70), ("c", 80)):
+        write_evaluation(study / "at-0", {"pgd20": right}, name=name)
+    (only,) = sections(study / "at-0")
+    assert [row["pgd20"] for row in text_rows(only.tables[1])] == ["35.00"]
+
+
+def test_evaluations_that_are_not_to_be_believed_have_a_star(study: Path) -> None:
+    write_evaluation(study / "at-0", {"autoattack": 80}, doubts=("gate failed: gradients are not masked",))
+    assert table(study / "at-0")[0]["AutoAttack"] == "40.00*"
+    assert "unreliable: gate failed: gradients are not masked" in notes(study / "at-0")
+
+
+def test_evaluations_of_earlier_weights_are_left_out(study: Path) -> None:
+    write_evaluation(study / "at-0", {"autoattack": 80})
+    (study / "at-0" / "model.safetensors").write_bytes(b"trained again")
+    assert "AutoAttack" not in table(study / "at-0")[0]
+    assert "left out: of other weights than model.safetensors holds now" in notes(study / "at-0")
+
+
+def test_attacks_of_other_parameters_do_not_share_a_column(study: Path) -> None:
+    write_evaluation(study / "at-0", {"pgd20": 90}, restarts=1, name="one")
+    write_evaluation(study / "at-0", {"pgd20": 70}, restarts=5, name="five")
+    write_evaluation(study / "at-1", {"pgd20": 80}, restarts=1, name="one")
+    (only,) = sections(study / "at-0", study / "at-1")
+    (row,) = text_rows(only.tables[1])
+    assert {name: row[name] for name in row if "pgd20" in name} == {
+        "pgd20 (1)": "35.00 (1 of 2)",
+        "pgd20 (2)": "42.50 ± 3.54",
+    }
+    assert any(note.startswith('pgd20 (1): {"restarts": 5') for note in only.tables[1].notes)
+
+
+def test_differences_are_paired_by_seed(study: Path) -> None:
+    write_finished(study / "at-5", seed=5, robust=0.99)
+    (only,) = sections(*sorted(study.glob("at-*")), *sorted(study.glob("awp-*")))
+    found = only.tables[-1]
+    assert found.title == "difference: AT-AWP, gamma 0.005 minus AT"
+    robust = next(row["difference"] for row in found.rows if row[""] == "PGD-20")
+    assert isinstance(robust, Difference)
+    # 3 and 5 points, whatever seed 5 has, which one side lacks
+    assert robust.values == pytest.approx((3, 5))
+    assert (robust.mean, robust.spread) == pytest.approx((4, math.sqrt(2) / math.sqrt(2)))
+    assert robust.text() == "+4.00 ± 1.00"
+    assert "seeds 0 1" in found.notes[0]
+
+
+def test_without_a_common_seed_there_is_no_difference(study: Path) -> None:
+    (only,) = sections(study / "at-0", study / "awp-1")
+    assert len(only.tables) == 1
+    (one_seed,) = sections(study / "at-0", study / "awp-0")
+    assert "one seed does not tell" in one_seed.tables[-1].notes[-1]
+    assert "±" not in "".join(cell for row in text_rows(one_seed.tables[-1]) for cell in row.values())
+
+
+def test_directories_patterns_and_what_lies_below(study: Path) -> None:
+    write_finished(study / "at-0" / "without-awp", gamma=0.7)
+    runs, left_out = read_runs([str(study / "a*-0"), str(study), str(study / "at-0")])
+    assert [run.name for run in runs] == [
+        str(study / name) for name in ("at-0", "at-0/without-awp", "awp-0", "at-1", "awp-1")
+    ]
+    assert left_out == []
+    (study / "awp-0" / "config.json").write_text("{}")
+    (runs, left_out) = read_runs([str(study)])
+    assert len(runs) == 4
+    assert "awp-0: left out: " in left_out[0]
+    with pytest.raises(ConfigError, match=r"awp-0/config\.json: preset: missing key"):
+        read_runs([str(study), str(study / "awp-0")])
+    (study / "link").symlink_to(study / "at-0")
+    assert len(read_runs([str(study / "link"), str(study / "at-0")])[0]) == 2
+
+
+@pytest.mark.parametrize("name", ["nothing", "no*thing", "empty", "a\0b", "config.json", None])
+def test_what_holds_no_run_is_named_in_one_line(tmp_path: Path, name: str | None, monkeypatch, capsys) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    assert run_command("compare", monkeypatch, "" if name is None else tmp_path / name) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert told.startswith("compare.py: error: ")
+
+
+JUNK = [
+    b"", b"null", b"[1]", b"{", b"\xff\xfe", b"[" * 100_000, b'{"finished": true}', b'{"finished": 1}',
+    b'{"clean_accuracy": NaN}', b'{"config_hash": null}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("junk", JUNK, ids=range(len(JUNK)))
+def test_strange_files_cost_a_line(study: Path, junk: bytes) -> None:
+    (study / "at-0" / "report.json").write_bytes(junk)
+    write_evaluation(study / "at-1", {"clean": 1}).write_bytes(junk)
+    assert table(study / "at-0")[0]["PGD-20"] == "-"
+    assert "report.json is not used: " in notes(study / "at-0")
+    assert "evaluation-one.json: left out: " in notes(study / "at-1")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"clean_accuracy": 2}, {"pgd20_accuracy": "0.5"}, {"seconds": -1}, {"test_images": 0}, {"selected_epoch": 1.5},
+        {"last": []}, {"data": {"test_sha256": 3}}, {"device": None}, {"pgd20_accuracy": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_number_of_a_report_has_its_type(study: Path, change: dict) -> None:
+    path = study / "at-0" / "report.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert read_run(study / "at-0").result is None
+
+
+def test_files_larger_than_any_report_are_not_read(study: Path) -> None:
+    (study / "at-0" / "report.json").write_bytes(b" " * (1 << 24) + b"{}")
+    assert "more than 16777216 bytes" in notes(study / "at-0")
+
+
+@pytest.mark.timeout(20)
+def test_pipes_are_not_waited_for(study: Path) -> None:
+    for name in ("report.json", "metrics.jsonl"):
+        (study / "at-0" / name).unlink()
+        os.mkfifo(study / "at-0" / name)
+    assert read_run(study / "at-0").result is None
+
+
+def test_formats_hold_the_same_numbers(study: Path) -> None:
+    found = sections(study / "at-0", study / "at-1", study / "awp-0", study / "awp-1")
+    assert "| AT | 0 | 2 | 90.00 ± 0.00 | 51.00 ± 1.41 |" in formatted(found, "markdown", [])
+    assert r"AT & 0 & 2 & 90.00 $\pm$ 0.00 & 51.00 $\pm$ 1.41 &" in formatted(found, "latex", [])
+    rows = list(csv.DictReader(io.StringIO(formatted(found, "csv", []))))
+    (row,) = [row for row in rows if row["method"] == "AT" and row["measure"] == "PGD-20"]
+    assert (float(row["mean"]), float(row["deviation"]), row["runs"]) == (51, pytest.approx(2**0.5), "2")
+    document = json.loads(formatted(found, "json", ["x"]))
+    cell = document["sections"][0]["tables"][0]["rows"][0]["PGD-20"]
+    assert (cell["mean"], cell["values"]) == (51, [50, 52])
+    assert document["left_out"] == ["x"]
+    assert document["sections"][0]["runs"][0]["result"]["test_sha256"] == IMAGES_SHA256
+
+
+def test_text_is_escaped_in_every_format(study: Path) -> None:
+    name = "=1|<b>_$%\x1b[31m"
+    (study / "at-0").rename(study / name)
+    write_unfinished(study / name / "without-awp", seed=8)
+    found = sections(study / name)
+    assert "\x1b" not in "".join(formatted(found, kind, []) for kind in ("markdown", "latex", "csv", "json"))
+    assert r"\|\<b>\_" in formatted(found, "markdown", [])
+    write(study, found, [], print)
+    page = (study / "compare.html").read_text()
+    assert "<b>" not in page
+    assert "=1|&lt;b&gt;_$%" in page
+
+
+def test_tables_wider_than_a_terminal_are_turned() -> None:
+    numbers = dict.fromkeys(("clean", "PGD-20", "gap"), "90.00 ± 1.00")
+    rows = [{"method": name, **numbers} for name in ("AT", "TRADES", "MART")]
+    # 9 + 15 + 15 + 15 characters and the right edge
+    assert fitted(rows, 55) == [rows]
+    turned = fitted(rows, 42)
+    assert [list(table[0]) for table in turned] == [["", "1", "2"], ["", "3"]]
+    assert turned[0][1] == {"": "clean", "1": "90.00 ± 1.00", "2": "90.00 ± 1.00"}
+    assert [len(fitted(rows, width)) for width in (54, 40, 39, 1)] == [2, 2, 3, 3]
+
+
+def test_statistics_by_hand() -> None:
+    assert Statistic((1.0, 2.0, 4.0), 3).text() == "2.33 ± 1.53"
+    assert Statistic((1.0,), 2, doubted=True).text() == "1.00* (1 of 2)"
+    assert Statistic((), 2).text() == "-"
+    assert Difference((1.0, 2.0, 4.0), 3).text() == "+2.33 ± 0.88"
+
+
+def test_the_command_writes_the_same_files_every_time(study: Path, monkeypatch, capsys) -> None:
+    outputs = []
+    for name in ("one", "two"):
+        assert run_command("compare", monkeypatch, study, "--output", study / name) == 0
+        outputs.append({path.name: path.read_bytes() for path in (study / name).iterdir()})
+    assert outputs[0] == outputs[1]
+    assert set(outputs[0]) == {"compare.html", "compare.json", "curves.png"}
+    out = capsys.readouterr().out
+    assert "51.00 ± 1.41" in out
+    assert "AT-AWP" in out
+    page = outputs[0]["compare.html"].decode()
+    # its four panels lie within
+    assert page.count("data:image/png;base64,") == 4
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_the_command_needs_no_torch(study: Path) -> None:
+    code = (
+        "import sys; sys.argv[1:] = [sys.argv[1], '--format', 'csv']\n"
+        "from awp_engine.cli.compare import main; main(); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(study)], check=True, capture_output=True, timeout=60)
+
+
+def test_curves_of_any_runs_are_drawn(study: Path) -> None:
+    write_unfinished(study / "at-0" / "inner", epochs=0, gamma=0.3)
+    lines = [{"epoch": 1, "loss": 1e200, "lr": 0}, {"epoch": 3, "held_out_pgd_accuracy": 1e118}]
+    (study / "at-1" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    draw_runs([study / "at-0", study / "at-0" / "inner", study / "at-1"], study)
+    assert (study / "learning_curves.png").read_bytes().startswith(b"\x89PNG")

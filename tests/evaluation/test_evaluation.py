@@ -238,7 +238,7 @@ def test_autoattack_with_leaderboard_file(run_dir, tmp_path):
     assert any("marked unreliable" in line and "only 24 images" in line for line in lines)
     # started again it goes on from the saved, finished state
     lines.clear()
-    again = evaluate_checkpoint(run_dir, say=lines.append, **arguments)
+    again = evaluate_checkpoint(run_dir, say=lines.append, again=True, **arguments)
     assert any(line.startswith("autoattack: going on with the result, of a state begun at ") for line in lines)
     assert [row.right for row in again.measurement.rows] == [row.right for row in done.measurement.rows]
 
@@ -375,7 +375,14 @@ def test_the_same_weights_in_other_layers_are_another_question(tmp_path):
         (["--epsilon", "8/0"], ["--epsilon", "8/255"]),
         (["--epsilon", "2"], ["--epsilon", "at most 1"]),
         (["--epsilon", "9.1", "--norm", "l2"], ["--epsilon: expected at most 9 for l2", "9.1"]),
-        (["--norm", "l1"], ["--norm", "l1"]),
+        (["--norm", "l3"], ["--norm", "l3"]),
+        (["--norm", "l1"], ["--norm l1: give --epsilon", "0.2, is of linf"]),
+        (["--norm", "l1", "--epsilon", "3"], ["--attacks", "fgsm has no L1"]),
+        (["--norm", "l1", "--epsilon", "65", "--attacks", "pgd5"], ["--epsilon: expected at most 64 for l1", "65"]),
+        (["--eot", "1,many"], ["--eot", "1,5,20", "many"]),
+        (["--eot", "0"], ["--eot", "whole numbers from 1"]),
+        (["--save-images", "some"], ["--save-images", "some"]),
+        (["--save-per-image", "csv"], ["--save-per-image", "csv"]),
         (["--limit", "0"], ["--limit", "0"]),
         (["--limit", "many"], ["--limit", "many"]),
         (["--restarts", "0"], ["--restarts"]),
@@ -479,9 +486,11 @@ def test_evaluations_of_other_questions_overwrite_nothing(run_dir, tmp_path):
     assert len(kept()) == len(questions)
     assert len(list(tmp_path.glob("evaluation-*.html"))) == len(questions)
     assert (tmp_path / "evaluation.html").read_text() in {p.read_text() for p in tmp_path.glob("evaluation-*.html")}
-    # the same question has the same name
-    again = ask()
-    assert kept() == {again, *answers[1:]}
+    # the same question is answered from what was measured, and measured anew on request, under another name
+    assert ask() == answers[0]
+    assert kept() == set(answers)
+    again = ask(again=True)
+    assert kept() == {again, *answers}
     assert all(path.name.startswith("evaluation-digits-2") for path in tmp_path.glob("evaluation-*"))
 
 
@@ -538,6 +547,7 @@ def test_a_downloaded_state_is_not_believed(run_dir, tmp_path):
         {"identity": metadata["identity"], "progress": json.dumps(progress)},
     )
     lines: list[str] = []
+    arguments["again"] = True
     done = evaluate_checkpoint(run_dir, say=lines.append, **arguments)
     assert lines[0].startswith(f"autoattack: starting anew: {state}: this saved state is not believed: lacks 'code'")
     assert [row.right for row in done.measurement.rows] == [row.right for row in honest.measurement.rows]

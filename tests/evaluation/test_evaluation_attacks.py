@@ -27,6 +27,7 @@ from awp_engine.data import Split, eval_batches
 from awp_engine.evaluation import evaluate, evaluation_seed, spread
 from awp_engine.evaluation.attack_state import StateFile
 from awp_engine.evaluation.attacks import (
+    NORMS,
     EvaluationError,
     Threat,
     Trial,
@@ -74,19 +75,22 @@ def test_pgd_agrees_with_torchattacks_on_every_image(model):
 def direct_autoattack(model: nn.Module, norm: str, epsilon: float, budget: Budget) -> AutoAttack:
     """The package by itself, shortened by means of its own constructors."""
     package = AutoAttack(model, norm=norm, eps=epsilon, version="standard", seed=SEED)
-    shared = {"n_iter": budget.iterations, "norm": norm, "n_restarts": 1, "eps": epsilon, "seed": SEED, "device": "cpu"}
-    package.apgd = APGDAttack(model, **shared, logger=package.logger)
-    package.apgd_targeted = APGDAttack_targeted(model, **shared, n_target_classes=9, logger=package.logger)
+    # the standard version has more restarts, fewer targets and three radii in L1
+    restarts, targets, stages = (5, 5, True) if norm == "L1" else (1, 9, False)
+    shared = {"n_iter": budget.iterations, "norm": norm, "eps": epsilon, "seed": SEED, "device": "cpu"}
+    shared |= {"use_largereps": stages, "logger": package.logger}
+    package.apgd = APGDAttack(model, **shared, n_restarts=restarts)
+    package.apgd_targeted = APGDAttack_targeted(model, **shared, n_restarts=1, n_target_classes=targets)
     package.fab.n_iter = budget.iterations
     package.square.n_queries, package.square.rescale_schedule = budget.queries, True
     return package
 
 
-@pytest.mark.parametrize(("norm", "epsilon"), [("linf", "1/5"), ("l2", "1/2")])
+@pytest.mark.parametrize(("norm", "epsilon"), [("linf", "1/5"), ("l2", "1/2"), ("l1", "2")])
 def test_autoattack_equals_the_package_to_the_bit(model, norm, epsilon):
-    split = spread(digits().test, 60)
-    x, y, *_ = next(eval_batches(split, 60))
-    package = direct_autoattack(model, {"linf": "Linf", "l2": "L2"}[norm], float(Fraction(epsilon)), SHORT)
+    split = spread(digits().test, 25 if norm == "l1" else 60)
+    x, y, *_ = next(eval_batches(split, len(split)))
+    package = direct_autoattack(model, NORMS[norm], float(Fraction(epsilon)), SHORT)
     tracer = sys.gettrace()
     with torch.random.fork_rng():
         x_adv, predicted = package.run_standard_evaluation(x, y, batch_size=BATCH)
@@ -230,7 +234,21 @@ def test_attacks_stay_in_the_ball_and_hurt(model, norm):
         assert outcome.held.sum() < clean - 20
 
 
-@pytest.mark.parametrize("name", ["pgd", "pgd0", "cw-5", "regional-circle-17", "regional-square-0", "PGD20", "", "aa"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pgd",
+        "pgd0",
+        "cw-5",
+        "pgd20-towards",
+        "fgsm-targeted",
+        "regional-circle-17",
+        "regional-square-0",
+        "PGD20",
+        "",
+        "aa",
+    ],
+)
 def test_unknown_names_are_refused(name):
     with pytest.raises(EvaluationError, match="--attacks: expected clean"):
         parse_attack(name)
@@ -302,6 +320,7 @@ def test_norms_by_their_definitions():
     for n in range(5):
         changed = {(i, j) for c in range(3) for i in range(4) for j in range(6) if x[n, c, i, j] != x_adv[n, c, i, j]}
         assert found["L0"][n] == len(changed)
+        assert found["L1"][n].item() == pytest.approx(np.abs(x_adv[n] - x[n]).sum())
         assert found["L2"][n].item() == pytest.approx(np.sqrt(((x_adv[n] - x[n]) ** 2).sum()))
         assert found["Linf"][n].item() == pytest.approx(np.abs(x_adv[n] - x[n]).max())
 
@@ -330,7 +349,8 @@ def test_regional_attack_is_its_formula(name):
             (gradient,) = torch.autograd.grad(F.cross_entropy(linear(one), target.view(1)), one)
             one = (one.detach() - float(step) * gradient.sign() * masks[n]).clamp(0, 1)
             if linear(one).argmax() != y[n]:
-                norms.append([float(v) for v in perturbation_norms(one, x[n : n + 1]).values()])
+                found = perturbation_norms(one, x[n : n + 1])
+                norms.append([float(found[name]) for name in ("L0", "L2", "Linf")])
                 break
         torch.testing.assert_close(outcome.x_adv[n], one.detach()[0], rtol=0, atol=1e-5)
         assert bool(outcome.held[n]) == bool(right and linear(one).argmax() == y[n])

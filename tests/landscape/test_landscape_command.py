@@ -21,7 +21,6 @@ from awp_engine.config import AttackConfig, Config, DataConfig, EvaluationConfig
 from awp_engine.evaluation import evaluation_attack
 from awp_engine.landscape.files import Receipt, write
 from awp_engine.landscape.measure import Measurement, Settings
-from awp_engine.landscape.progress import ProgressLines, duration
 from awp_engine.landscape.runs import open_runs
 from awp_engine.models.trained import find_weights
 from awp_engine.train.trainer import Trainer
@@ -286,14 +285,3 @@ def test_an_output_that_cannot_be_written_is_found_before_measuring(monkeypatch,
         refused(monkeypatch, capsys, two_runs[0], "--output", disk, words=["--output", "No space left"])
     below = two_runs[0] / "config.json" / "below"
     refused(monkeypatch, capsys, two_runs[0], "--output", below, words=["--output", f"{below} cannot be"])
-
-
-def test_progress_tells_the_time_left():
-    lines: list[str] = []
-    progress = ProgressLines(100, interval=0.0, write=lines.append)
-    progress.begin("curves")
-    progress.advance(25)
-    progress.advance(75)
-    assert len(lines) == 1
-    assert lines[0].startswith("curves: 25% of all, 0:00 so far, 0:0")
-    assert [duration(seconds) for seconds in (5, 75, 4000)] == ["0:05", "1:15", "1:06:40"]

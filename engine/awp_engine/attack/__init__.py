@@ -3,7 +3,15 @@
 from awp_engine.attack.apgd import apgd, halving_points
 from awp_engine.attack.attack import Attack, fast_attack
 from awp_engine.attack.common import NORMAL_START, Start, starting_point
-from awp_engine.attack.losses import DivergenceFrom, Loss, cross_entropy_losses, summed_cross_entropy, summed_margin
+from awp_engine.attack.l1 import apgd_l1, project_l1
+from awp_engine.attack.losses import (
+    DivergenceFrom,
+    Loss,
+    cross_entropy_losses,
+    margin_losses,
+    summed_cross_entropy,
+    summed_margin,
+)
 from awp_engine.attack.pgd import pgd
 
 __all__ = [
@@ -13,10 +21,13 @@ __all__ = [
     "Loss",
     "Start",
     "apgd",
+    "apgd_l1",
     "cross_entropy_losses",
     "fast_attack",
     "halving_points",
+    "margin_losses",
     "pgd",
+    "project_l1",
     "starting_point",
     "summed_cross_entropy",
     "summed_margin",

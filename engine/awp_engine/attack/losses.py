@@ -19,14 +19,19 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy_losses(logits, labels).sum()
 
 
-def summed_margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """Largest wrong logit less the right one, summed over the batch.
+def margin_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Largest wrong logit less the right one, [N].
 
     Source: Carlini, Wagner: Towards Evaluating the Robustness of Neural Networks, S&P 2017, without its confidence.
     """
     right = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
     wrong = logits.scatter(1, labels.unsqueeze(1), -torch.inf).amax(1)
-    return (wrong - right).sum()
+    return wrong - right
+
+
+def summed_margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """`margin_losses` summed over the batch."""
+    return margin_losses(logits, labels).sum()
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
@@ -65,4 +70,4 @@ def target_of(loss: Loss, logits: Tensor, labels: Tensor) -> Tensor | None:
 
 
 # what is checked to be given logits and labels that fit
-OF_LOGITS: tuple[Loss, ...] = (summed_cross_entropy, summed_margin, cross_entropy_losses)
+OF_LOGITS: tuple[Loss, ...] = (summed_cross_entropy, summed_margin, cross_entropy_losses, margin_losses)

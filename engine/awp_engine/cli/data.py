@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import re
 import sys
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,36 +23,6 @@ if TYPE_CHECKING:
 # as `awp_engine.data.sets.scan_list` has it, which would import torch for --help
 LIST_NAME = "awp-scan.jsonl"
 _SHOWN = 3
-_FIRST_REPORT_S, _LAST_REPORT_S = 1.0, 30.0
-
-
-@contextlib.contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, else a line after a second and then less and less often; both on stderr."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if console.is_terminal:
-        columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task(what)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
-        return
-    begun, before, due = 0.0, 0, 0.0
-
-    def report(done: int, total: int) -> None:
-        nonlocal begun, before, due
-        now = time.monotonic()
-        if not due:
-            # the first result: processes take seconds to start
-            begun, before, due = now, done, now + _FIRST_REPORT_S
-        if now >= due:
-            due = now + min(now - begun, _LAST_REPORT_S)
-            rate = (done - before) / (now - begun)
-            print(f"{what}: {done:,} of {total:,}, {rate:,.0f}/s", file=sys.stderr, flush=True)
-
-    yield report
 
 
 def _size(text: str) -> int:
@@ -104,6 +72,7 @@ def _scan(arguments: argparse.Namespace) -> int:
     from awp_engine.data.dataset import DataError
     from awp_engine.data.sets.scan_list import write_scan
     from awp_engine.data.tools.scan import scan_folder
+    from awp_engine.observe.bars import Bar
 
     root: Path = arguments.place
     path: Path = arguments.out or root / LIST_NAME
@@ -115,13 +84,13 @@ def _scan(arguments: argparse.Namespace) -> int:
     if path.is_dir():
         raise DataError(f"{path} is a directory; expected a file for the list: choose another one with --out FILE")
     # of that one file: the directory may be anyone's
-    with locked(path.parent, f"{LOCK}-{path.name}"), _progress("files") as progress:
+    with locked(path.parent, f"{LOCK}-{path.name}"), Bar("files") as bar:
         scan = scan_folder(
             root,
             workers=arguments.workers,
             pixels=not arguments.skip_pixels,
             same_size=arguments.same_size,
-            progress=progress,
+            progress=bar.set,
         )
         write_scan(path, scan)
     _show(scan, root, path)
@@ -130,8 +99,9 @@ def _scan(arguments: argparse.Namespace) -> int:
 
 def _pack(arguments: argparse.Namespace) -> int:
     from awp_engine.data.tools.pack import pack_folder
+    from awp_engine.observe.bars import Bar
 
-    with _progress("images") as progress:
+    with Bar("images") as bar:
         manifest = pack_folder(
             arguments.place,
             arguments.out,
@@ -139,7 +109,7 @@ def _pack(arguments: argparse.Namespace) -> int:
             shard_bytes=arguments.shard_bytes,
             workers=arguments.workers,
             policy=arguments.bad_files,
-            progress=progress,
+            progress=bar.set,
         )
     images = " and ".join(f"{count:,} {part}" for part, count in manifest.images.items())
     shards = sum(entry.images is not None for entry in manifest.files)
@@ -150,9 +120,10 @@ def _pack(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from awp_engine.data.tools.pack import verify_pack
+    from awp_engine.observe.bars import Bar
 
-    with _progress("bytes") as progress:
-        problems = verify_pack(arguments.place, progress)
+    with Bar("bytes") as bar:
+        problems = verify_pack(arguments.place, bar.set)
     print("\n".join(f"damaged: {one_line(line)}" for line in problems) or f"sound: {arguments.place}")
     return 1 if problems else 0
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,17 @@ def _percentage(text: str) -> str:
     raise argparse.ArgumentTypeError(f"expected a percentage from 0 to 100 such as 56.17, got {text[:80]!r}")
 
 
+def _counts(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers such as 1,5,20, got {text[:80]!r}") from None
+
+
+def _images(text: str) -> int:
+    return 0 if text == "all" else whole_number(text)
+
+
 def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argparse.Namespace:
     """The command line's settings.
 
@@ -39,7 +51,9 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
         description="Measures a trained model on the test split, under attack: clean, fgsm, pgd20, cw, autoattack and "
         "others. What is not given is the run's own.",
         epilog="attacks: clean; fgsm; pgdN, PGD of N steps on cross-entropy; cwN, PGD of N steps on the margin of "
-        "logits (cw is cw100); square and autoattack, by pyautoattack, which go on where they were killed; "
+        "logits (cw is cw100); both towards a class by -targeted (each of the 9 likeliest wrong ones), -random-target "
+        "or -least-likely, such as pgd20-targeted; square and autoattack, by pyautoattack, which go on where they were "
+        "killed; "
         "regional-SHAPE-PERCENT, such as regional-frame-28, bounded by a region instead of epsilon: square, frame, "
         "boxes or pixels. The newest report is evaluation.json and .html; each is also kept as "
         "evaluation-DATA-IMAGES-NORM-EPSILON-HASH, the hash of all that was asked for. An image counts as right under "
@@ -59,7 +73,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
     add("--attacks", nargs="+", metavar="NAME", help="clean fgsm pgd20 cw if not given")
     add("--checkpoint", default="best", metavar="NAME", help="of a run: best, last, or a name or path")
     add("--epsilon", metavar="X", help="radius of the ball on pixels in [0, 1]: 8/255")
-    add("--norm", choices=("linf", "l2"), help="norm of the ball")
+    add("--norm", choices=("linf", "l2", "l1"), help="norm of the ball")
     add("--step-size", help="step of pgd and cw; the run's own in its own ball, else epsilon / 4")
     add("--restarts", type=whole_number, default=1, help="random starts of pgd and cw; an image must hold in all")
     add("--limit", type=whole_number, metavar="N", help="test on N images, evenly spread over the split")
@@ -82,6 +96,29 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
     )
     add("--gates-limit", type=whole_number, default=200, metavar="N", help="images of the sanity gates (200)")
     add("--no-gates", action="store_true", help="leave out the sanity gates, and the curves they are read from")
+    add(
+        "--eot",
+        type=_counts,
+        metavar="K,...",
+        help="gates of a random model: average gradients over so many draws, one attack for each (1,5,20)",
+    )
+    add("--per-class", action="store_true", help="print the accuracy of every class; evaluation.json always has it")
+    add(
+        "--save-per-image",
+        nargs="?",
+        choices=("npz", "parquet"),
+        const="npz",
+        help="write per-image-NAME: labels, every attack's predictions, and the first attack that broke an image",
+    )
+    add(
+        "--save-images",
+        nargs="?",
+        type=_images,
+        const=0,
+        metavar="N|all",
+        help="write every attack's images, N of them evenly spread, as images-NAME-ATTACK.safetensors",
+    )
+    add("--again", action="store_true", help="measure, though the same was measured before")
     add_foreign(parser)
     group = parser.add_argument_group("RobustBench", "writes robustbench.json, its model_info format; needs autoattack")
     group.add_argument("--robustbench", action="store_true", help="write it")
@@ -101,26 +138,24 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
     return arguments
 
 
-def show(done: "Evaluated") -> None:
+def show(done: "Evaluated", *, per_class: bool = False) -> None:
     """The results as tables, and what speaks against them."""
     from awp_engine.evaluation.results import RIGHT_MEANS
     from awp_engine.observe.report import print_table
 
     print_table(done.measurement.table(), title=done.title)
     print(f"right: {RIGHT_MEANS}")
+    if alone := done.measurement.attacked_alone():
+        print(f"counted by the attacked image alone, as some papers do: {alone}")
+    if per_class:
+        print_table(done.measurement.class_table(), title="accuracy of every class")
     if regional := done.measurement.regional_table():
         print_table(regional, title="regional attacks, means over the flipped images")
     if (report := done.measurement.gates) is not None:
-        rows = [
-            {
-                "gate": gate.name,
-                "": "passed" if gate.passed else "FAILED",
-                "measured": gate.measured,
-                "bound": gate.bound,
-            }
-            for gate in report.gates
-        ]
-        print_table(rows, title=f"gates, on {report.images} images")
+        print(f"gates, on {report.images} images")
+        for gate in report.gates:
+            # what a random model's gate measured is longer than a column of a table
+            print(f"  {'passed' if gate.passed else 'FAILED'}  {gate.name}: {gate.measured} (expected: {gate.bound})")
         for gate in report.gates:
             if not gate.passed:
                 print(f"FAILED {gate.name}: {gate.failure_means}")
@@ -138,9 +173,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
     from awp_engine.checkpoint import CheckpointError
     from awp_engine.data import DataError
     from awp_engine.distributed.signals import interrupted_code, interrupts
+    from awp_engine.evaluation.adaptive import EOT_DRAWS
     from awp_engine.evaluation.attacks import EvaluationError
     from awp_engine.evaluation.robustbench import Publication
     from awp_engine.evaluation.run import DEFAULT_ATTACKS, evaluate_checkpoint
+    from awp_engine.observe.bars import Bar
 
     if (threads := arguments.pop("threads")) is not None:
         torch.set_num_threads(threads)
@@ -151,6 +188,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
     if arguments.pop("robustbench"):
         arguments["publication"] = publication
     arguments["attacks"] = arguments["attacks"] or DEFAULT_ATTACKS
+    arguments["eot_draws"] = arguments.pop("eot") or EOT_DRAWS
+    tell = functools.partial(show, per_class=arguments.pop("per_class"))
     foreign = pop_foreign(arguments)
     if foreign["name"] is not None:
         from awp_engine.evaluation.foreign import Foreign
@@ -162,7 +201,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
         arguments["gates_limit"] = None
     try:
         # what is left has the names of its arguments
-        done = interrupts()(evaluate_checkpoint)(**arguments, say=lambda line: print(line, flush=True), tell=show)
+        given = arguments | {"say": lambda line: print(line, flush=True), "bar": Bar, "tell": tell}
+        done = interrupts()(evaluate_checkpoint)(**given)
     except (ConfigError, DataError, CheckpointError, EvaluationError) as error:
         fail(str(error), prog=prog)
     except torch.OutOfMemoryError:
@@ -170,7 +210,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
     except OSError as error:
         fail(f"{error.filename or arguments['path']}: {error.strerror or error}", code=1, prog=prog)
     except KeyboardInterrupt as interrupt:
-        resume = "interrupted; the same command again goes on with autoattack where it was"
+        resume = (
+            "interrupted; finished attacks are in evaluation-*.partial.json of the output directory, and the same "
+            "command again goes on with autoattack where it was"
+        )
         fail(resume, code=interrupted_code(interrupt), prog=prog)
     print(f"reports in {printable(str(done.output))}")
     if done.report["unreliable"]:

@@ -128,9 +128,9 @@ def measure(arguments: argparse.Namespace) -> list[Path]:
     from awp_engine.files.locking import locked
     from awp_engine.landscape import measure as measuring
     from awp_engine.landscape.files import Receipt, output_directory, write
-    from awp_engine.landscape.progress import ProgressLines
     from awp_engine.landscape.robust_loss import RobustLoss, as_batches
     from awp_engine.landscape.runs import common_images, open_foreign, open_runs
+    from awp_engine.observe.bars import Bar
 
     fields = dataclasses.fields(measuring.Settings)
     try:
@@ -160,12 +160,11 @@ def measure(arguments: argparse.Namespace) -> list[Path]:
         run.model.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
     batches = as_batches(images, arguments.batch_size, layout)
     attack = dataclasses.replace(evaluation_attack(runs[0].config), steps=arguments.steps, seed=arguments.seed)
-    progress = ProgressLines(
-        sum(measuring.work(mode, settings, len(runs), len(images), attack.steps) for mode in arguments.mode)
-    )
+    work = sum(measuring.work(mode, settings, len(runs), len(images), attack.steps) for mode in arguments.mode)
+    progress = Bar("landscape", work)
     loss = RobustLoss(batches, attack, settings.restarts, progress.advance)
     written = []
-    with locked(output):
+    with locked(output), progress:
         for mode in arguments.mode:
             began = time.monotonic()
             found = measuring.measure(mode, runs, loss, settings, progress)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from awp_engine.checkpoint import CheckpointError, content_hash, export_model, read_file, read_model
-from awp_engine.evaluation.attacks import Trial, in_ball
+from awp_engine.evaluation.attacks import Trial, folded, in_ball
 from awp_engine.files.atomic import atomic_write_text, remove_leftovers
 from awp_engine.files.text import one_line
 from awp_engine.files.user_key import user_key
@@ -116,7 +116,7 @@ def _margins(trial: Trial, images: Tensor) -> Tensor:
     margins = []
     labels = trial.whole.labels.unsqueeze(1)
     for part, own in zip(images.split(trial.batch_size), labels.split(trial.batch_size), strict=True):
-        logits = trial.model(part)
+        logits = folded(trial.model(part), trial.classes)
         margin = logits.gather(1, own).squeeze(1) - logits.scatter(1, own, -torch.inf).amax(1)
         margin = margin / logits.abs().amax(1).clamp_min(torch.finfo(logits.dtype).tiny)
         margins.append(margin.masked_fill(predicted(logits) == NO_CLASS, -torch.inf))

@@ -11,25 +11,50 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 
-from awp_engine.attack import Start, pgd, summed_cross_entropy, summed_margin
+from awp_engine.attack import (
+    Loss,
+    Start,
+    apgd_l1,
+    cross_entropy_losses,
+    margin_losses,
+    pgd,
+    summed_cross_entropy,
+    summed_margin,
+)
 from awp_engine.data import Batch, Split, eval_batches
 from awp_engine.evaluation.accuracy import BlindImages
 from awp_engine.models.answers import predicted
 from awp_engine.models.batch_norm import layer_modes
-from awp_kernels.philox import mix_seed
+from awp_engine.observe.bars import Bar, NoBar
+from awp_kernels.philox import STREAM_UNIFORM, mix_seed, sample_words
 
 Family = Literal["clean", "fgsm", "pgd", "cw", "square", "autoattack", "regional"]
 Shape = Literal["square", "frame", "boxes", "pixels"]
+Target = Literal["targeted", "random-target", "least-likely"]
+Norm = Literal["linf", "l2", "l1"]
+NORMS: dict[Norm, Literal["Linf", "L2", "L1"]] = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+"""Norms of a ball, and what they are called in tables and by pyautoattack."""
 NAMES = (
-    "clean, fgsm, pgdN, cwN (cw is cw100), square, autoattack, regional-SHAPE-PERCENT (square, frame, boxes, pixels)"
+    "clean, fgsm, pgdN, cwN (cw is cw100), pgdN and cwN with -targeted, -random-target or -least-likely, square, "
+    "autoattack, regional-SHAPE-PERCENT (square, frame, boxes, pixels)"
 )
 _CW_STEPS = 100
 _RESTART = 7
+_TARGET = 8
+# as many as AutoAttack's targeted attacks try
+_TARGETS = 9
 _MANY_STEPS = 10
 # fp32 rounds x + delta; nothing that is more than rounding passes
 _BALL_SLACK = 1e-5
-_STEPPED = re.compile(r"(pgd|cw)([1-9][0-9]{0,4})")
+_STEPPED = re.compile(rf"(pgd|cw)([1-9][0-9]{{0,4}})(?:-({'|'.join(get_args(Target))}))?")
 _REGIONAL = re.compile(rf"regional-({'|'.join(get_args(Shape))})-([1-9][0-9]?)")
+
+
+_TARGET_MEANS: dict[Target, str] = {
+    "targeted": f"each of the {_TARGETS} wrong classes with the largest clean logits, until one succeeds",
+    "random-target": "a random wrong class, keyed by seed and image",
+    "least-likely": "the wrong class with the least clean logit",
+}
 
 
 class EvaluationError(ValueError):
@@ -44,12 +69,14 @@ class NamedAttack:
         name: as given, cw spelled out as cw100.
         family: which code runs it.
         steps: of pgd and cw.
+        target: which wrong class pgd and cw climb towards; None: away from the label.
         shape, percent: the region of a regional attack, and its share of the area.
     """
 
     name: str
     family: Family
     steps: int = 0
+    target: Target | None = None
     shape: Shape | None = None
     percent: int = 0
 
@@ -65,11 +92,11 @@ class Threat:
 
     Attributes:
         epsilon: radius, on pixels in [0, 1].
-        norm: "linf" or "l2".
+        norm: "linf", "l2" or "l1".
     """
 
     epsilon: Fraction
-    norm: Literal["linf", "l2"]
+    norm: Norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +110,9 @@ class Trial:
         seed: of all noise.
         batch_size: images a batch; changes no result beyond rounding, but those of pyautoattack, which draws random
             numbers for a batch.
-        say: is told how far it is, one line at a time.
+        say: is told what was found, one line at a time.
+        bar: makes what shows how far an attack is, from a label and the units of work.
+        classes: of the data, where the model may have more logits: those of c, c + classes, ... stand for class c.
     """
 
     model: nn.Module
@@ -92,6 +121,8 @@ class Trial:
     seed: int
     batch_size: int
     say: Callable[[str], None] = lambda _: None
+    bar: Callable[[str, int], Bar] = NoBar
+    classes: int | None = None
 
     @functools.cached_property
     def whole(self) -> Batch:
@@ -104,7 +135,11 @@ class Trial:
 
     def predict(self, images: Tensor) -> Tensor:
         """Predicted classes, as `predict` gives them."""
-        return predict(self.model, images, self.batch_size)
+        return predict(self.model, images, self.batch_size, self.classes)
+
+    def decided(self, logits: Tensor) -> Tensor:
+        """The predicted class of logits [N, L], int64 [N]; -1 where they are not finite."""
+        return predicted(folded(logits, self.classes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,12 +175,14 @@ def parse_attack(name: str) -> NamedAttack:
     Raises:
         EvaluationError: for any other name.
     """
-    if name == "cw":
-        name = f"cw{_CW_STEPS}"
+    if name == "cw" or name.startswith("cw-"):
+        name = f"cw{_CW_STEPS}{name[2:]}"
     if name in ("clean", "fgsm", "square", "autoattack"):
         return NamedAttack(name=name, family=name)
     if match := _STEPPED.fullmatch(name):
-        return NamedAttack(name=name, family="pgd" if match[1] == "pgd" else "cw", steps=int(match[2]))
+        family: Any = match[1]
+        target: Any = match[3]
+        return NamedAttack(name=name, family=family, steps=int(match[2]), target=target)
     if match := _REGIONAL.fullmatch(name):
         shape: Any = match[1]
         return NamedAttack(name=name, family="regional", shape=shape, percent=int(match[2]))
@@ -165,21 +202,65 @@ def measuring(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(needed)
 
 
+class _Connected(nn.Module):
+    """A model whose gradient is 0 where it cuts the graph, so that attacks run, and go nowhere."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.model(x)
+        if x.requires_grad and not logits.requires_grad:
+            logits = logits + 0 * x.flatten(1).sum(1, keepdim=True)
+        return logits
+
+
+def connected(trial: Trial) -> Trial:
+    """The trial; of a model that cuts the graph, its gradient as 0.
+
+    Raises:
+        EvaluationError: a part of the model has no derivative in PyTorch at all.
+    """
+    x = trial.whole.images[:1].clone().requires_grad_()
+    with torch.enable_grad():
+        logits = trial.model(x)
+        if not logits.requires_grad:
+            return replace(trial, model=_Connected(trial.model))
+        try:
+            torch.autograd.grad(logits.sum(), x, allow_unused=True)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise EvaluationError(
+                f"the model has no gradient that an attack could follow: {reason}; detach() that part, so that the "
+                "gates can look through it"
+            ) from None
+    return trial
+
+
 @torch.no_grad()
-def predict(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
+def predict(model: nn.Module, images: Tensor, batch_size: int, classes: int | None = None) -> Tensor:
     """Predicted classes, int64 [N], of fp32 images [N, C, H, W] in [0, 1]; -1 where logits are not finite."""
-    return torch.cat([predicted(model(part)) for part in images.split(batch_size)])
+    return torch.cat([predicted(folded(model(part), classes)) for part in images.split(batch_size)])
+
+
+def folded(logits: Tensor, classes: int | None) -> Tensor:
+    """Logits [N, k * classes] as [N, classes]: the largest of those that stand for a class; others as they are."""
+    if classes is None or logits.shape[1] <= classes or logits.shape[1] % classes:
+        return logits
+    return logits.unflatten(1, (-1, classes)).amax(1)
 
 
 def perturbation_norms(x_adv: Tensor, x: Tensor) -> dict[str, Tensor]:
     """Norms of x_adv - x, a sample each, fp64 [N].
 
-    L0 counts the pixels of which any channel changed, L2 is the Euclidean norm over all values, Linf the largest
-    change.
+    L0 counts the pixels of which any channel changed, L1 sums all changes, L2 is the Euclidean norm over all values,
+    Linf the largest change.
     """
     delta = (x_adv.double() - x.double()).flatten(2)  # [N, C, H * W]
     return {
         "L0": (delta != 0).any(1).sum(1).double(),
+        "L1": delta.abs().sum((1, 2)),
         "L2": torch.linalg.vector_norm(delta.flatten(1), dim=1),
         "Linf": delta.abs().amax((1, 2)),
     }
@@ -187,70 +268,173 @@ def perturbation_norms(x_adv: Tensor, x: Tensor) -> dict[str, Tensor]:
 
 def in_ball(x_adv: Tensor, x: Tensor, threat: Threat) -> Tensor:
     """Which images lie in the ball around x, to fp32 rounding, and in [0, 1]: bool [N]; NaN lies nowhere."""
-    distance = perturbation_norms(x_adv, x)["Linf" if threat.norm == "linf" else "L2"]
+    distance = perturbation_norms(x_adv, x)[NORMS[threat.norm]]
     near = distance <= float(threat.epsilon) * (1 + _BALL_SLACK) + _BALL_SLACK / 100
     return near & ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
+
+
+def _targets(trial: Trial, attack: NamedAttack, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
+    """Wrong classes to climb towards, one after the other: int64 [T, N]."""
+    with torch.no_grad():
+        logits = folded(trial.model(x), trial.classes)
+    wrong = logits.scatter(1, y.unsqueeze(1), -torch.inf)
+    if attack.target == "least-likely":
+        return logits.scatter(1, y.unsqueeze(1), torch.inf).argmin(1).unsqueeze(0)
+    if attack.target == "random-target":
+        others = logits.shape[1] - 1
+        words = sample_words(ids, 1, seed=mix_seed(trial.seed, _TARGET), stream=STREAM_UNIFORM).squeeze(1)
+        chosen = words.long() * others >> 32
+        # the label itself is left out
+        return (chosen + (chosen >= y)).unsqueeze(0)
+    return wrong.topk(min(_TARGETS, logits.shape[1] - 1), 1).indices.T
+
+
+def _margin_towards(target: Tensor) -> Loss:
+    """What climbs to a class [N]: its logit less the label's, [N]."""
+
+    def losses(logits: Tensor, labels: Tensor) -> Tensor:
+        reached, right = logits.gather(1, torch.stack([target, labels], 1)).unbind(1)
+        return reached - right
+
+    return losses
+
+
+def _summed(losses: Loss) -> Loss:
+    return lambda logits, labels: losses(logits, labels).sum()
+
+
+def ascend(trial: Trial, *, steps: int, losses: Loss) -> Tensor:
+    """Images [N, C, H, W] that climb `losses` [N], by PGD in the trial's ball (L1: Auto-PGD), from a random start.
+
+    Four times the steps that it takes to cross the ball. A gradient that is not finite moves nothing.
+    """
+    epsilon = float(trial.threat.epsilon)
+    done = []
+    with trial.bar("adapted attack", len(trial.split) * steps) as bar:
+        for x, y, ids, _ in eval_batches(trial.split, trial.batch_size):
+            noise: dict[str, Any] = {"sample_ids": ids, "seed": trial.seed}
+            noise["observe"] = lambda step, gradient: bar.advance(len(gradient))
+            if trial.threat.norm == "l1":
+                done.append(apgd_l1(trial.model, x, y, epsilon=epsilon, steps=steps, losses=losses, **noise))
+                continue
+            length, norm = 4 * epsilon / steps, trial.threat.norm
+
+            more: dict[str, Any] = {"steps": steps, "norm": norm, "loss": _summed(losses), "nonfinite": "ignore"}
+            done.append(pgd(trial.model, x, y, epsilon=epsilon, step_size=length, **more, **noise))
+    return torch.cat(done)
 
 
 def gradient_attack(trial: Trial, attack: NamedAttack, *, step_size: Fraction, restarts: int) -> Outcome:
     """Runs clean, fgsm, pgd or cw on a split; a sample's noise depends on the seed and its id alone.
 
-    Restart 0 starts where the training's own evaluation does; the others are spent on images that still hold. An image
-    holds if its last iterate is classified right in every restart, by gradients that are finite: where they are not,
-    the steps go nowhere.
+    Restart 0 starts where the training's own evaluation does; the others are spent on images that still hold, and so
+    are the targets of a targeted attack but for the first. An image holds if its last iterate is classified right in
+    every restart and for every target, by gradients that are finite: where they are not, the steps go nowhere.
+
+    In the L1 ball pgd and cw are Auto-PGD for L1, which chooses its own steps.
 
     Args:
         trial: what is attacked.
         attack: of one of these four families.
         step_size: length of a step of pgd and cw, in epsilon's units; fgsm takes one of epsilon from the image itself.
         restarts: of pgd and cw, at least 1.
+
+    Raises:
+        EvaluationError: fgsm in the L1 ball.
     """
     epsilon, steps = trial.threat.epsilon, attack.steps
     start: Start = "uniform"
     if attack.family == "fgsm":
+        require_norm(attack, trial.threat)
         steps, step_size, start, restarts = 1, epsilon, "none", 1
     elif attack.family == "clean":
         epsilon, step_size, start, restarts = Fraction(0), Fraction(0), "none", 1
-    loss = summed_margin if attack.family == "cw" else summed_cross_entropy
-    done = []
-    for x, y, ids, _ in eval_batches(trial.split, trial.batch_size):
-        x_adv = x.clone()
-        holds, blind = trial.predict(x) == y, torch.zeros_like(y, dtype=torch.bool)
-        for restart in range(restarts if steps else 0):
-            left = torch.arange(len(x), device=x.device) if restart == 0 else torch.nonzero(holds).squeeze(1)
-            if not len(left):
-                break
-            gradients = BlindImages(left)
-            moved = pgd(
-                trial.model,
-                x[left],
-                y[left],
-                nonfinite="ignore",
-                epsilon=float(epsilon),
-                step_size=float(step_size),
-                steps=steps,
-                norm=trial.threat.norm,
-                start=start,
-                sample_ids=ids[left],
-                seed=trial.seed if restart == 0 else mix_seed(trial.seed, _RESTART, restart),
-                loss=loss,
-                observe=gradients,
-            )
-            x_adv[left] = moved
-            blind[left] |= gradients.found
-            holds[left] &= trial.predict(moved) == y[left]
-        done.append((x_adv, holds, blind))
+    done, reached = [], 0
+    work = len(trial.split) * steps * restarts * (_TARGETS if attack.target == "targeted" else 1)
+    with trial.bar(attack.name, work) as bar:
+        for x, y, ids, _ in eval_batches(trial.split, trial.batch_size):
+            x_adv = x.clone()
+            holds, blind = trial.predict(x) == y, torch.zeros_like(y, dtype=torch.bool)
+            right = holds.clone()
+            targets = [None] if attack.target is None else list(_targets(trial, attack, x, y, ids))
+            tries = [(restart, target) for restart in range(restarts if steps else 0) for target in targets]
+            for number, (restart, target) in enumerate(tries):
+                left = torch.arange(len(x), device=x.device) if number == 0 else torch.nonzero(holds).squeeze(1)
+                if not len(left):
+                    break
+                gradients = BlindImages(left)
+
+                def observe(step: int, gradient: Tensor, gradients: BlindImages = gradients) -> None:
+                    gradients(step, gradient)
+                    bar.advance(len(gradient))
+
+                seed = trial.seed if restart == 0 else mix_seed(trial.seed, _RESTART, restart)
+                goal = None if target is None else target[left]
+                noise = {"sample_ids": ids[left], "seed": seed, "observe": observe}
+                if trial.threat.norm == "l1" and epsilon:
+                    moved = _in_l1(trial, attack, x[left], y[left], goal, **noise)
+                else:
+                    labels, length, loss = y[left], float(step_size), summed_cross_entropy
+                    if attack.family == "cw":
+                        loss = summed_margin if goal is None else _summed(_margin_towards(goal))
+                    elif goal is not None:
+                        # downhill on the target's cross-entropy
+                        labels, length = goal, -length
+                    moved = pgd(
+                        trial.model,
+                        x[left],
+                        labels,
+                        nonfinite="ignore",
+                        epsilon=float(epsilon),
+                        step_size=length,
+                        steps=steps,
+                        norm="linf" if trial.threat.norm == "linf" else "l2",
+                        start=start,
+                        loss=loss,
+                        **noise,
+                    )
+                x_adv[left] = moved
+                blind[left] |= gradients.found
+                after = trial.predict(moved)
+                holds[left] &= after == y[left]
+                if goal is not None:
+                    reached += int(((after == goal) & right[left]).sum())
+            done.append((x_adv, holds, blind))
+            # those that fell were not tried again
+            bar.set(work * sum(len(part) for part, *_ in done) // len(trial.split), work)
     details: dict[str, Any] = {}
+    if attack.target not in (None, "targeted"):
+        details["target_reached"] = reached
     # a run's own config.json may say any step, and it comes with the run; a few steps are weak by name
-    if steps >= _MANY_STEPS and steps * step_size < epsilon:
+    if trial.threat.norm != "l1" and steps >= _MANY_STEPS and steps * step_size < epsilon:
         details["warnings"] = [
             f"{steps} steps of {step_size} cannot cross a ball of radius {epsilon}: give --step-size"
         ]
     parameters = {
         "loss": "margin of logits (CW)" if attack.family == "cw" else "cross-entropy",
         "steps": steps,
-        "step_size": str(step_size),
-        "start": start,
+        "step_size": "chosen by Auto-PGD for L1" if trial.threat.norm == "l1" else str(step_size),
+        "start": "normal, projected" if trial.threat.norm == "l1" else start,
         "restarts": restarts,
+        **({} if attack.target is None else {"target": _TARGET_MEANS[attack.target]}),
     }
     return Outcome.of_batches(done, parameters={} if attack.family == "clean" else parameters, details=details)
+
+
+def _in_l1(trial: Trial, attack: NamedAttack, x: Tensor, y: Tensor, goal: Tensor | None, **noise: Any) -> Tensor:
+    """The same in the L1 ball, by Auto-PGD."""
+
+    def towards(logits: Tensor, labels: Tensor) -> Tensor:
+        return -cross_entropy_losses(logits, labels if goal is None else goal)
+
+    if attack.family == "cw":
+        losses = margin_losses if goal is None else _margin_towards(goal)
+    else:
+        losses = cross_entropy_losses if goal is None else towards
+    return apgd_l1(trial.model, x, y, epsilon=float(trial.threat.epsilon), steps=attack.steps, losses=losses, **noise)
+
+
+def require_norm(attack: NamedAttack, threat: Threat) -> None:
+    """Raises `EvaluationError` for an attack that there is not in this norm."""
+    if threat.norm == "l1" and attack.family == "fgsm":
+        raise EvaluationError("--attacks: fgsm has no L1 version here; use pgdN, cwN, square or autoattack")

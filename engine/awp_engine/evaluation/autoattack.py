@@ -12,7 +12,7 @@ import importlib.util
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,14 +21,13 @@ from torch import Tensor, nn
 
 from awp_engine.checkpoint import CheckpointError
 from awp_engine.evaluation.attack_state import AttackState, StateFile
-from awp_engine.evaluation.attacks import EvaluationError, Outcome, Trial
+from awp_engine.evaluation.attacks import NORMS, EvaluationError, Outcome, Trial
 from awp_engine.files.digest import sha256_of
 from awp_engine.models.answers import NO_CLASS, predicted
 
 # of the standard version, and what of the package runs each
 _PERTURBERS = {"apgd-ce": "apgd", "apgd-t": "apgd_targeted", "fab-t": "fab", "square": "square"}
 STANDARD = tuple(_PERTURBERS)
-_TARGETS = 9
 _SAVE_SECONDS = 60.0
 _LOGGER = "auto-attack"
 
@@ -88,14 +87,17 @@ class _Guarded(nn.Module):
     Attributes:
         x, y: the images [N, C, H, W] that are attacked, and their labels.
         not_finite: gradients of images seen so far that are not finite though the logits are.
+        passed: called at every pass forward.
     """
 
     def __init__(self, model: nn.Module, x: Tensor, y: Tensor) -> None:
         super().__init__()
         self.model, self.x, self.y = model, x, y
         self.not_finite = 0
+        self.passed: Callable[[], None] = lambda: None
 
     def forward(self, x: Tensor) -> Tensor:
+        self.passed()
         if not x.requires_grad:
             return self._answers(self.model(x), x)
         # a new tensor, so that the hook is of this pass alone
@@ -136,10 +138,11 @@ def _package(trial: Trial, guarded: _Guarded, classes: int, budget: Budget) -> A
     require_package()
     from pyautoattack import AutoAttack
 
-    norm, device = "Linf" if trial.threat.norm == "linf" else "L2", guarded.x.device
+    norm, device = NORMS[trial.threat.norm], guarded.x.device
     eps, seed = float(trial.threat.epsilon), trial.seed
     package = AutoAttack(guarded, norm=norm, eps=eps, version="standard", seed=seed, device=device)
-    package.apgd_targeted.n_target_classes = package.fab.n_target_classes = min(_TARGETS, classes - 1)
+    for targeted in (package.apgd_targeted, package.fab):
+        targeted.n_target_classes = min(targeted.n_target_classes, classes - 1)
     if budget.queries != package.square.n_queries:
         # the schedule of square sizes is written for the full number
         package.square.n_queries, package.square.rescale_schedule = budget.queries, True
@@ -147,6 +150,7 @@ def _package(trial: Trial, guarded: _Guarded, classes: int, budget: Budget) -> A
         package.fab.n_iter = budget.iterations
         for apgd in (package.apgd, package.apgd_targeted):
             # its constructor derives when it may halve the step from the number of iterations
+            targets = package.apgd_targeted.n_target_classes
             apgd.__init__(
                 apgd.model,
                 n_iter=budget.iterations,
@@ -156,8 +160,9 @@ def _package(trial: Trial, guarded: _Guarded, classes: int, budget: Budget) -> A
                 seed=seed,
                 device=apgd.device,
                 logger=apgd.logger,
+                use_largereps=apgd.use_largereps,
             )
-        package.apgd_targeted.n_target_classes = package.fab.n_target_classes
+            package.apgd_targeted.n_target_classes = targets
     # as its own loop sets them up
     package.apgd.loss, package.fab.targeted, package.fab.n_restarts = "ce", True, 1
     return package
@@ -171,8 +176,21 @@ def require_suitable(trial: Trial, classes: int, attacks: Sequence[str]) -> None
             f"autoattack: expected at least 4 classes, which its targeted DLR loss compares, got {classes}; "
             "use pgdN, cwN and square"
         )
-    if trial.threat.norm == "l2" and height < 5 and "square" in attacks:
-        raise EvaluationError(f"autoattack: its Square attack in l2 needs images of at least 5 rows, got {height}")
+    if trial.threat.norm != "linf" and height < 5 and "square" in attacks:
+        raise EvaluationError(
+            f"autoattack: its Square attack in {trial.threat.norm} needs images of at least 5 rows, got {height}"
+        )
+
+
+def _passes(name: str, package: Any, budget: Budget) -> int:
+    """How many passes forward an attack makes on a batch, about."""
+    apgd, targets = package.apgd.n_restarts * (budget.iterations + 2), package.apgd_targeted.n_target_classes
+    return {
+        "apgd-ce": apgd,
+        "apgd-t": targets * (budget.iterations + 2),
+        "fab-t": package.fab.n_target_classes * 2 * budget.iterations,
+        "square": budget.queries,
+    }[name]
 
 
 def _check_model(guarded: _Guarded, attacks: Sequence[str], package: Any) -> None:
@@ -237,7 +255,8 @@ def autoattack(
             }
             where = f"{following}, of a state begun at {state.started}: {state_file.path.name}"
             trial.say(f"autoattack: going on with {where}")
-        _run(trial, guarded, package, attacks, state, state_file, flags)
+        passes = [_passes(name, package, budget) for name in attacks]
+        _run(trial, guarded, package, dict(zip(attacks, passes, strict=True)), state, state_file, flags)
     square_gain = state.counts.get("fab-t", 0) - state.counts.get("square", 0)
     if "fab-t" in state.counts and square_gain > 0.002 * len(x):
         state.warnings.append(
@@ -266,13 +285,14 @@ def _run(
     trial: Trial,
     guarded: _Guarded,
     package: Any,
-    attacks: Sequence[str],
+    passes: Mapping[str, int],
     state: AttackState,
     state_file: StateFile | None,
     flags: _Flags,
 ) -> None:
-    """Moves `state` from where it stands to the end."""
+    """Moves `state` from where it stands to the end; `passes` are those of each attack on a batch, about."""
     x, y, *_ = trial.whole
+    attacks = list(passes)
     flags.messages += [message for message in state.warnings if message not in flags.messages]
 
     def save(next_attack: int, next_batch: int) -> None:
@@ -290,16 +310,20 @@ def _run(
     saved = began = time.monotonic()
     for attack, name in enumerate(attacks[state.attack :], state.attack):
         batches = torch.nonzero(state.begun).squeeze(1).split(trial.batch_size) if bool(state.begun.any()) else ()
-        for batch, chosen in enumerate(batches[state.batch :], state.batch):
-            guarded.x, guarded.y = x[chosen], y[chosen]
-            # it seeds itself for every batch
-            attacked = getattr(package, _PERTURBERS[name]).perturb(guarded.x, guarded.y)
-            fooled = predicted(guarded.model(attacked)) != guarded.y
-            state.robust[chosen[fooled]] = False
-            state.x_adv[chosen[fooled]] = attacked[fooled]
-            if state_file is not None and batch + 1 < len(batches) and time.monotonic() - saved > _SAVE_SECONDS:
-                save(attack, batch + 1)
-                saved = time.monotonic()
+        work = len(batches) * passes[name]
+        with trial.bar(name if len(attacks) == 1 else f"autoattack: {name}", work) as bar:
+            guarded.passed = bar.advance
+            for batch, chosen in enumerate(batches[state.batch :], state.batch):
+                bar.set(batch * passes[name], work)
+                guarded.x, guarded.y = x[chosen], y[chosen]
+                # it seeds itself for every batch
+                attacked = getattr(package, _PERTURBERS[name]).perturb(guarded.x, guarded.y)
+                fooled = trial.decided(guarded.model(attacked)) != guarded.y
+                state.robust[chosen[fooled]] = False
+                state.x_adv[chosen[fooled]] = attacked[fooled]
+                if state_file is not None and batch + 1 < len(batches) and time.monotonic() - saved > _SAVE_SECONDS:
+                    save(attack, batch + 1)
+                    saved = time.monotonic()
         state.begun = state.robust.clone()
         count, images = int(state.robust.sum()), len(x)
         state.counts[name] = count

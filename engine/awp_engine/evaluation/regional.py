@@ -13,7 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from awp_engine.data import eval_batches
-from awp_engine.evaluation.attacks import EvaluationError, NamedAttack, Outcome, Shape, Trial, perturbation_norms
+from awp_engine.evaluation.attacks import (
+    EvaluationError,
+    NamedAttack,
+    Outcome,
+    Shape,
+    Trial,
+    folded,
+    perturbation_norms,
+)
 from awp_engine.models.answers import predicted
 from awp_kernels import pgd_step_
 from awp_kernels.philox import STREAM_UNIFORM, mix_seed, sample_words
@@ -120,36 +128,40 @@ def regional_attack(trial: Trial, attack: NamedAttack, *, step_size: Fraction = 
     model = trial.model
     done, norms, taken = [], [], []
     height, width = trial.split.images.shape[2:]
-    for x, y, ids, _ in eval_batches(trial.split, trial.batch_size):
-        mask = region_mask(attack.shape, attack.percent, height, width, sample_ids=ids, seed=trial.seed)
-        with torch.no_grad():
-            logits = model(x)
-        right = predicted(logits) == y
-        target = logits.scatter(1, y.unsqueeze(1), -torch.inf).argmax(1)
-        x_adv, active = x.clone(), torch.nonzero(right).squeeze(1)
-        count = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        blind = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        for _ in range(steps):
-            if not len(active):
-                break
-            current = x_adv[active].requires_grad_()
-            with torch.enable_grad():
-                loss = F.cross_entropy(model(current), target[active], reduction="sum")
-                (gradient,) = torch.autograd.grad(loss, current)
-            blind[active] |= ~gradient.isfinite().flatten(1).all(1)
-            moved = current.detach()
-            # epsilon 1 bounds nothing on [0, 1]
-            length, region = -float(step_size), mask[active]
-            pgd_step_(moved, gradient, x[active], step_size=length, epsilon=1.0, norm="linf", mask=region)
-            x_adv[active] = moved
-            count[active] += 1
+    batches = -(-len(trial.split) // trial.batch_size)
+    with trial.bar(attack.name, batches * steps) as bar:
+        for x, y, ids, _ in eval_batches(trial.split, trial.batch_size):
+            mask = region_mask(attack.shape, attack.percent, height, width, sample_ids=ids, seed=trial.seed)
             with torch.no_grad():
-                active = active[predicted(model(moved)) == y[active]]
-        holds = torch.zeros_like(right).index_fill(0, active, True)
-        flipped = right & ~holds
-        norms.append({name: value[flipped] for name, value in perturbation_norms(x_adv, x).items()})
-        taken.append(count[flipped])
-        done.append((x_adv, holds, blind))
+                logits = folded(model(x), trial.classes)
+            right = predicted(logits) == y
+            target = logits.scatter(1, y.unsqueeze(1), -torch.inf).argmax(1)
+            x_adv, active = x.clone(), torch.nonzero(right).squeeze(1)
+            count = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+            blind = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+            for _ in range(steps):
+                if not len(active):
+                    break
+                current = x_adv[active].requires_grad_()
+                with torch.enable_grad():
+                    loss = F.cross_entropy(model(current), target[active], reduction="sum")
+                    (gradient,) = torch.autograd.grad(loss, current)
+                blind[active] |= ~gradient.isfinite().flatten(1).all(1)
+                moved = current.detach()
+                # epsilon 1 bounds nothing on [0, 1]
+                length, region = -float(step_size), mask[active]
+                pgd_step_(moved, gradient, x[active], step_size=length, epsilon=1.0, norm="linf", mask=region)
+                x_adv[active] = moved
+                count[active] += 1
+                with torch.no_grad():
+                    active = active[trial.decided(model(moved)) == y[active]]
+                bar.advance()
+            holds = torch.zeros_like(right).index_fill(0, active, True)
+            flipped = right & ~holds
+            norms.append({name: value[flipped] for name, value in perturbation_norms(x_adv, x).items()})
+            taken.append(count[flipped])
+            done.append((x_adv, holds, blind))
+            bar.set(len(done) * steps, batches * steps)
     flipped_steps = torch.cat(taken)
     details: dict[str, Any] = {"flipped": len(flipped_steps)}
     if len(flipped_steps):

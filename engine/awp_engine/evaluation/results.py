@@ -1,11 +1,14 @@
 """What an evaluation found: rows, worst case, gates and pictures."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
+from typing import Any, Self
 
+import torch
 from torch import Tensor
 
+from awp_engine.evaluation.gate import Gate
 from awp_engine.evaluation.gates import GateReport
 from awp_engine.evaluation.receipt import percent
 
@@ -19,6 +22,7 @@ class Row:
     Attributes:
         attack: its name.
         right: images right both clean and attacked.
+        right_attacked: images whose attacked version is right, whatever the clean one is: what some papers count.
         not_finite: images whose logits, clean or attacked, are not finite: wrong.
         blind: images that would be right, but a gradient of their attack was not finite: not counted as right.
         images: how many were attacked.
@@ -33,6 +37,7 @@ class Row:
 
     attack: str
     right: int
+    right_attacked: int
     not_finite: int
     blind: int
     images: int
@@ -59,6 +64,81 @@ class Pictures:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What every attack did to every image, on the CPU.
+
+    Attributes:
+        predictions: of the attacked images, int64 [N]; -1 where there is no answer.
+        held: right clean and under the attack, bool [N].
+        largest: perturbation in the ball's norm, fp64 [N].
+        bounded: whether the attack stayed in the ball by name, so that it counts for the worst case.
+    """
+
+    predictions: Tensor
+    held: Tensor
+    largest: Tensor
+    bounded: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerImage:
+    """The same evaluation, image by image.
+
+    Attributes:
+        ids, labels: int64 [N].
+        clean: predicted classes without an attack, int64 [N].
+        attacks: by name, in their order.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    clean: Tensor
+    attacks: Mapping[str, Answers]
+
+    @property
+    def worst(self) -> Tensor:
+        """Right clean and under every attack of the ball, bool [N]."""
+        held = self.clean == self.labels
+        for answers in self.attacks.values():
+            held = held & answers.held if answers.bounded else held
+        return held
+
+    def by_class(self, class_names: Sequence[str]) -> list[dict[str, Any]]:
+        """For every class that has images: how many, and how many of them are right."""
+        rows = []
+        for number in self.labels.unique().tolist():
+            own = self.labels == number
+            rows.append(
+                {
+                    "class": class_names[number] if number < len(class_names) else str(number),
+                    "images": int(own.sum()),
+                    "clean": int((own & (self.clean == self.labels)).sum()),
+                    "attacked": {name: int((own & found.held).sum()) for name, found in self.attacks.items()},
+                    "worst": int((own & self.worst).sum()),
+                }
+            )
+        return rows
+
+    def arrays(self) -> dict[str, Any]:
+        """What per-image files hold: numpy arrays by name, [N] each.
+
+        `first_broken_by` is the number of the first attack, in the order of `attacks`, under which an image that is
+        right clean is wrong; -1 where there is none, and -2 where it is wrong clean.
+        """
+        broken = torch.full_like(self.labels, -1)
+        columns = {"id": self.ids, "label": self.labels, "clean_prediction": self.clean}
+        for number, found in reversed(list(enumerate(self.attacks.values()))):
+            broken[~found.held] = number
+        for name, found in self.attacks.items():
+            columns[f"prediction/{name}"] = found.predictions
+            columns[f"robust/{name}"] = found.held
+            columns[f"perturbation/{name}"] = found.largest
+        broken[self.clean != self.labels] = -2
+        columns |= {"robust_to_all": self.worst, "first_broken_by": broken}
+        return {name: column.numpy() for name, column in columns.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measurement:
     """All that was measured.
 
@@ -71,6 +151,10 @@ class Measurement:
         images: how many there are.
         gates: None if they were not wanted.
         pictures: of every attack.
+        per_class: counts of every class that has images, see `PerImage.by_class`.
+        per_image: every image's answers; None where the report was read again.
+        random: images of those looked at first that are answered otherwise from call to call; what the gates saw is
+            in their report.
     """
 
     rows: tuple[Row, ...]
@@ -81,6 +165,9 @@ class Measurement:
     images: int
     gates: GateReport | None
     pictures: tuple[Pictures, ...]
+    per_class: Sequence[Mapping[str, Any]]
+    per_image: PerImage | None
+    random: int = 0
 
     def doubts(self) -> list[str]:
         """Why not to believe the numbers, in words; empty where nothing speaks against them."""
@@ -88,6 +175,11 @@ class Measurement:
         not_finite = max((self.not_finite, *(row.not_finite for row in self.rows)))
         if not_finite:
             found.append(f"logits of {not_finite} of {self.images} images are not finite; they count as wrong")
+        if self.random:
+            found.append(
+                f"the model is random: {self.random} images get other answers from call to call; attacks that do not "
+                "average over them, AutoAttack's standard version for one, say too much"
+            )
         for row in self.rows:
             if row.blind:
                 found.append(f"{row.attack}: gradients of {row.blind} images are not finite; they count as wrong")
@@ -131,6 +223,20 @@ class Measurement:
         }
         return [*lines, worst]
 
+    def class_table(self) -> list[dict[str, str]]:
+        """Accuracy of every class, as text."""
+        lines = []
+        for row in self.per_class:
+            counts = {"clean": row["clean"]} | row["attacked"] | {"worst": row["worst"]}
+            shares = {name: f"{percent(count, row['images'])}%" for name, count in counts.items()}
+            lines.append({"class": row["class"], "images": str(row["images"]), **shares})
+        return lines
+
+    def attacked_alone(self) -> str:
+        """The other way to count, in words; empty where it makes no difference."""
+        other = [row for row in self.rows if row.attack != "clean" and row.right_attacked != row.right]
+        return ", ".join(f"{row.attack} {percent(row.right_attacked, row.images)}%" for row in other)
+
     def regional_table(self) -> list[dict[str, str]]:
         """The regional attacks' norms, as text: means over the images that were flipped."""
         lines = []
@@ -149,7 +255,12 @@ class Measurement:
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
         rows = [
-            {**asdict(row), "accuracy": row.right / row.images, "accuracy_percent": percent(row.right, row.images)}
+            {
+                **asdict(row),
+                "accuracy": row.right / row.images,
+                "accuracy_percent": percent(row.right, row.images),
+                "accuracy_of_attacked_images_alone": row.right_attacked / row.images,
+            }
             for row in self.rows
         ]
         worst = {"right": self.worst, "images": self.images, "over": list(self.worst_over)}
@@ -159,10 +270,45 @@ class Measurement:
             "doubts": doubts,
             "right_means": RIGHT_MEANS,
             "clean": {"right": self.clean, "images": self.images, "not_finite": self.not_finite},
+            "random": self.random,
             "attacks": rows,
             "robust_to_all": worst | {"accuracy_percent": percent(self.worst, self.images)},
+            "per_class": self.per_class,
             "gates": None if self.gates is None else _gates_to_dict(self.gates),
         }
+
+    @classmethod
+    def from_dict(cls, report: Mapping[str, Any]) -> Self:
+        """What `to_dict` gave, but for pictures and single images.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not that.
+        """
+        rows = [{name: row[name] for name in (field.name for field in fields(Row))} for row in report["attacks"]]
+        return cls(
+            rows=tuple(Row(**row) for row in rows),
+            clean=report["clean"]["right"],
+            not_finite=report["clean"]["not_finite"],
+            worst=report["robust_to_all"]["right"],
+            worst_over=tuple(report["robust_to_all"]["over"]),
+            images=report["clean"]["images"],
+            gates=None if report["gates"] is None else _gates_from_dict(report["gates"]),
+            pictures=(),
+            per_class=report["per_class"],
+            per_image=None,
+            random=report["random"],
+        )
+
+
+def _gates_from_dict(report: Mapping[str, Any]) -> GateReport:
+    return GateReport(
+        gates=tuple(Gate(**gate) for gate in report["gates"]),
+        images=report["images"],
+        epsilon_curve=tuple((Fraction(point["epsilon"]), point["right"]) for point in report["epsilon_curve"]),
+        steps_curve=tuple((point["steps"], point["right"]) for point in report["steps_curve"]),
+        epsilon=Fraction(report["epsilon"]),
+        adaptive=report["adaptive"],
+    )
 
 
 def _gates_to_dict(report: GateReport) -> dict[str, Any]:
@@ -173,4 +319,5 @@ def _gates_to_dict(report: GateReport) -> dict[str, Any]:
         "epsilon_curve": [{"epsilon": str(radius), "right": count} for radius, count in report.epsilon_curve],
         "steps_curve": [{"steps": steps, "right": count} for steps, count in report.steps_curve],
         "epsilon": str(report.epsilon),
+        "adaptive": report.adaptive,
     }

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib.util
+import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -30,19 +33,24 @@ from awp_engine.data import (
 )
 from awp_engine.device import choose_device
 from awp_engine.evaluation.accuracy import evaluation_seed, spread
-from awp_engine.evaluation.attacks import EvaluationError, Threat, Trial, parse_attack
+from awp_engine.evaluation.adaptive import EOT_DRAWS
+from awp_engine.evaluation.attacks import EvaluationError, Norm, Threat, Trial, parse_attack, require_norm
 from awp_engine.evaluation.autoattack import STANDARD_BUDGET, Budget
+from awp_engine.evaluation.finished import code_digest, read_finished, sealed
 from awp_engine.evaluation.foreign import Foreign, load_foreign, look_at_accuracy
 from awp_engine.evaluation.receipt import make_receipt, split_hash
 from awp_engine.evaluation.results import Measurement
 from awp_engine.evaluation.robustbench import Publication, model_info
+from awp_engine.evaluation.saved import Form, image_saver
+from awp_engine.evaluation.saved import save_per_image as write_per_image
 from awp_engine.evaluation.subject import Subject, load_subject
-from awp_engine.evaluation.suite import measure
-from awp_engine.files.atomic import atomic_write_text
+from awp_engine.evaluation.suite import measure, require_packages
+from awp_engine.files.atomic import atomic_write_text, replace_file
 from awp_engine.files.locking import locked
 from awp_engine.files.text import json_text, printable
 from awp_engine.models.class_names import difference
 from awp_engine.models.hub import is_address
+from awp_engine.observe.bars import Bar, NoBar
 from awp_engine.observe.report import prepare_output
 
 JSON, PAGE, LEADERBOARD = "evaluation.json", "evaluation.html", "robustbench.json"
@@ -51,6 +59,7 @@ _BATCH_SIZE = 512
 # far beyond use, within what torch counts with
 _MOST = 2**31 - 1
 _LARGEST_L2 = 10**6
+_MOST_DRAWS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +92,15 @@ def _threat(
     config: Config | None,
     weights: Path | str,
     epsilon: str | None,
-    norm: Literal["linf", "l2"] | None,
+    norm: Norm | None,
     step_size: str | None,
 ) -> tuple[Threat, Fraction]:
     """The ball that was asked for, or else the run's own; a step goes with its ball, else it is epsilon / 4."""
     if config is not None:
-        if epsilon is None and norm in (None, config.attack.norm) and step_size is None:
+        if epsilon is None and norm not in (None, config.attack.norm):
+            own = f"{config.attack.epsilon}, is of {config.attack.norm}"
+            raise EvaluationError(f"--norm {norm}: give --epsilon too, as the run's own, {own}")
+        if epsilon is None and step_size is None:
             step_size = config.evaluation.step_size
         epsilon = config.attack.epsilon if epsilon is None else epsilon
         norm = norm or config.attack.norm
@@ -175,7 +187,15 @@ def _require_fit(subject: Subject, dataset: Dataset, device: torch.device, what:
         reason = str(error).splitlines()[0]
         raise EvaluationError(f"{what}: cannot classify {dataset.name}'s {shape} images: {reason}") from None
     if logits.shape[1] != len(dataset.class_names):
-        raise EvaluationError(f"{what}: has {logits.shape[1]} classes, {dataset.name} {len(dataset.class_names)}")
+        count, classes = logits.shape[1], len(dataset.class_names)
+        # dummy classes: attacks on all of them would be led aside
+        hint = (
+            f"; if {count // classes} logits stand for each class, wrap the model so that it returns "
+            f"logits.unflatten(1, (-1, {classes})).amax(1)"
+            if count > classes and count % classes == 0
+            else ""
+        )
+        raise EvaluationError(f"{what}: has {count} classes, {dataset.name} {classes}{hint}")
 
 
 def evaluate_checkpoint(
@@ -185,7 +205,7 @@ def evaluate_checkpoint(
     attacks: Sequence[str] = DEFAULT_ATTACKS,
     checkpoint: str = "best",
     epsilon: str | None = None,
-    norm: Literal["linf", "l2"] | None = None,
+    norm: Norm | None = None,
     step_size: str | None = None,
     restarts: int = 1,
     seed: int | None = None,
@@ -202,12 +222,18 @@ def evaluate_checkpoint(
     publication: Publication | None = None,
     budget: Budget = STANDARD_BUDGET,
     say: Callable[[str], None] = lambda _: None,
+    eot_draws: Sequence[int] = EOT_DRAWS,
+    save_images: int | None = None,
+    save_per_image: Form | None = None,
+    again: bool = False,
+    bar: Callable[[str, int], Bar] = NoBar,
     tell: Callable[[Evaluated], None] = lambda _: None,
 ) -> Evaluated:
     """Measures a checkpoint on the test split, and writes evaluation.json, evaluation.html and what was asked for.
 
     These are the newest; each is kept under a name of its own as well, by data, images, ball and a hash of all that was
-    asked for, so that another question overwrites nothing. evaluation-NAME.partial.json is there while attacks run.
+    asked for, so that nothing is overwritten. evaluation-NAME.partial.json is there while attacks run. What this user
+    has measured already, by the same code, is read again.
 
     What is not given is the run's own, from the config.json beside or above the weights.
 
@@ -217,7 +243,7 @@ def evaluate_checkpoint(
         attacks: names, see `parse_attack`.
         checkpoint: of a run directory: best, last, or a checkpoint's name or path.
         epsilon: radius of the ball, exact: "8/255".
-        norm: "linf" or "l2".
+        norm: "linf", "l2" or "l1".
         step_size: of pgd and cw, exact; the run's own in its own ball, else epsilon / 4.
         restarts: of pgd and cw.
         seed: of all noise; if not given, the one that the run's own evaluation uses.
@@ -233,7 +259,13 @@ def evaluate_checkpoint(
         output: directory of the reports; RUN_DIR/evaluation if not given.
         publication: write RobustBench's description, robustbench.json; needs autoattack.
         budget: of autoattack and square, for quick looks.
-        say: is told how far it is, one line at a time.
+        eot_draws: over how many draws the gates average the gradient of a random model, one attack for each.
+        save_images: write images-NAME-ATTACK.safetensors of every attack, with so many images, evenly spread, or all of
+            them for 0.
+        save_per_image: write per-image-NAME.npz or .parquet: every attack's prediction for every image.
+        again: measure, though the same was measured before.
+        bar: makes what shows how far an attack is, from a label and the units of work.
+        say: is told what was found, one line at a time.
         tell: is given the result before anything is written.
 
     Raises:
@@ -249,6 +281,14 @@ def evaluate_checkpoint(
         raise EvaluationError(f"--seed: expected a whole number in [0, 2^63), got {seed}")
     if publication is not None and "autoattack" not in attacks:
         raise EvaluationError("--robustbench: its description needs autoattack; add it to --attacks")
+    if save_images is not None and not 0 <= save_images <= _MOST:
+        raise EvaluationError(f"--save-images: expected a whole number or all, got {show(save_images)}")
+    if not eot_draws or any(not 1 <= number <= _MOST_DRAWS for number in eot_draws):
+        raise EvaluationError(f"--eot: expected whole numbers from 1 to {_MOST_DRAWS}, got {show(list(eot_draws))}")
+    # before anything is read or measured
+    require_packages(wanted, gates_limit)
+    if save_per_image == "parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise EvaluationError("--save-per-image: parquet needs the package pyarrow: pip install pyarrow, or take npz")
     place = choose_device(device)
     subject = None
     if foreign is not None:
@@ -260,6 +300,8 @@ def evaluate_checkpoint(
     config = None if subject is None else subject.config
     weights = path if subject is None else subject.weights
     threat, step = _threat(config, weights, epsilon, norm, step_size)
+    for attack in wanted:
+        require_norm(attack, threat)
     found = _data(config, weights, data_name, data_root, (data_corruption, data_severity))
     for note in found.notes:
         say(note)
@@ -270,7 +312,11 @@ def evaluate_checkpoint(
     _require_fit(subject, dataset, place, str(path))
     try:
         # what every attack of the ball would refuse
-        ball(math.prod(dataset.test.shape), epsilon=float(threat.epsilon), norm=threat.norm, clip=(0.0, 1.0))
+        values = math.prod(dataset.test.shape)
+        if threat.norm == "l1" and threat.epsilon > values:
+            raise ValueError(f"epsilon: expected at most {values} for l1, the number of values, got {threat.epsilon}")
+        if threat.norm != "l1":
+            ball(values, epsilon=float(threat.epsilon), norm=threat.norm, clip=(0.0, 1.0))
     except ValueError as error:
         raise EvaluationError(f"--{error}") from None
     second = None if transfer_to is None else load_subject(transfer_to, device=place)
@@ -292,7 +338,16 @@ def evaluate_checkpoint(
     prepare_output(output)
     if labels != "the same":
         say(f"class names: {labels}")
-    trial = Trial(model=subject.model, split=split, threat=threat, seed=seed, batch_size=batch_size, say=say)
+    trial = Trial(
+        model=subject.model,
+        split=split,
+        threat=threat,
+        seed=seed,
+        batch_size=batch_size,
+        say=say,
+        bar=bar,
+        classes=len(dataset.class_names),
+    )
     receipt = make_receipt(
         trial,
         checkpoint={
@@ -327,8 +382,30 @@ def evaluate_checkpoint(
         "attacks": [attack.name for attack in wanted],
         "numbers": [seed, batch_size, restarts, gates_limit, asdict(budget)],
         "transfer_to": None if second is None else second.sha256,
+        "saved": [save_images, save_per_image],
+        "eot": list(eot_draws),
+        "by": [receipt["versions"], code_digest(), place.type],
     }
+    title = f"{dataset.name} test split, {threat.norm} epsilon {threat.epsilon}, {len(split)} images"
     name = _name(dataset.name, len(split), threat, question)
+    *kept, unused = _names(output, name)
+    for name in reversed([] if again else kept):
+        if (earlier := read_finished(output / f"evaluation-{name}.json")) is None:
+            continue
+        done = Evaluated(measurement=Measurement.from_dict(earlier), report=earlier, output=output, title=title)
+        say(f"measured before, and read again from evaluation-{name}.json; --again measures it anew")
+        with locked(output):
+            tell(done)
+            atomic_write_text(output / JSON, json_text(earlier, indent=2))
+            # one that could not be drawn then
+            with contextlib.suppress(FileNotFoundError):
+                replace_file(output / PAGE, (output / f"evaluation-{name}.html").read_bytes())
+            if publication is not None:
+                info = _leaderboard(publication, dataset.name, trial, done.measurement, limit)
+                _put(output, name, LEADERBOARD, json_text(info, indent=2))
+        return done
+    name = unused
+    keep = None if save_images is None else image_saver(trial, output, name, save_images)
     partial = output / f"evaluation-{name}.partial.json"
     doubts = look_at_accuracy(subject, dataset, place, batch_size)
     for doubt in doubts:
@@ -360,18 +437,24 @@ def evaluate_checkpoint(
                 "torch": receipt["versions"]["torch"],
                 "pyautoattack": receipt["versions"]["pyautoattack"],
             },
+            class_names=dataset.class_names,
+            eot_draws=eot_draws,
             so_far=save,
+            **({} if keep is None else {"attacked": keep}),
         )
         resumed = {row.attack: row.resumed for row in measurement.rows if row.resumed is not None}
         receipt |= {"resumed": resumed} if resumed else {}
-        title = f"{dataset.name} test split, {threat.norm} epsilon {threat.epsilon}, {len(split)} images"
         report = {"finished": True, "receipt": receipt, **measurement.to_dict()}
         report |= {"doubts": [*report["doubts"], *doubts], "unreliable": report["unreliable"] or bool(doubts)}
+        report = sealed(report)
         done = Evaluated(measurement=measurement, report=report, output=output, title=title)
         tell(done)
         # numbers before pictures, which may fail
         _put(output, name, JSON, json_text(report, indent=2))
         partial.unlink(missing_ok=True)
+        if save_per_image is not None and measurement.per_image is not None:
+            path = output / f"per-image-{name}.{save_per_image}"
+            write_per_image(path, measurement.per_image, receipt)
         if publication is not None:
             info = _leaderboard(publication, dataset.name, trial, measurement, limit)
             _put(output, name, LEADERBOARD, json_text(info, indent=2))
@@ -384,6 +467,14 @@ def _name(data: str, images: int, threat: Threat, question: Mapping[str, Any]) -
     digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:8]
     parts = (data, images, threat.norm, threat.epsilon)
     return "-".join([re.sub(r"[^A-Za-z0-9]+", "_", str(part)) for part in parts] + [digest])
+
+
+def _names(output: Path, name: str) -> Iterator[str]:
+    """The names of all reports on a question, oldest first, and after them one that is free: nothing is overwritten."""
+    for found in itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2))):
+        yield found
+        if not (output / f"evaluation-{found}.json").exists():
+            return
 
 
 def _put(output: Path, name: str, kind: str, text: str) -> None:

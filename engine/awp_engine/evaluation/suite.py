@@ -8,21 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from awp_engine.data import eval_batches
 from awp_engine.evaluation.accuracy import spread
+from awp_engine.evaluation.adaptive import EOT_DRAWS, varying
 from awp_engine.evaluation.attack_state import StateFile
 from awp_engine.evaluation.attacks import (
+    NORMS,
     EvaluationError,
     NamedAttack,
     Outcome,
     Threat,
     Trial,
+    connected,
     gradient_attack,
     in_ball,
     measuring,
     perturbation_norms,
     predict,
+    require_norm,
 )
 from awp_engine.evaluation.autoattack import (
     STANDARD,
@@ -32,14 +38,17 @@ from awp_engine.evaluation.autoattack import (
     require_package,
     require_suitable,
 )
-from awp_engine.evaluation.gates import Gate, GateReport, run_gates
+from awp_engine.evaluation.gate import Gate
+from awp_engine.evaluation.gates import GateReport, run_gates
 from awp_engine.evaluation.receipt import percent
 from awp_engine.evaluation.regional import regional_attack
-from awp_engine.evaluation.results import Measurement, Pictures, Row
+from awp_engine.evaluation.results import Answers, Measurement, PerImage, Pictures, Row
 from awp_engine.files.user_key import KeyFileError
 from awp_engine.models.answers import NO_CLASS
 
-_PICTURES = 6
+_PICTURES = 10
+# of the first look, before any attack
+_LOOKED_AT = 50
 
 
 def _package_attacks(attack: NamedAttack) -> tuple[str, ...]:
@@ -61,8 +70,12 @@ def _ball_gate(rows: Sequence[Row], threat: Threat) -> Gate:
 
 
 def _pictures(attack: NamedAttack, x: Tensor, y: Tensor, clean: Tensor, outcome: Outcome, after: Tensor) -> Pictures:
-    # those that were right before and are not any more come first
-    order = torch.argsort(((clean != y) | (after == y)).long(), stable=True)[:_PICTURES]
+    # one of every class before the second of any; those that were right before and are not any more come first
+    same = ((clean != y) | (after == y)).long()
+    order = torch.argsort(same, stable=True)
+    classes = F.one_hot(y[order])
+    earlier = (classes.cumsum(0) - classes).gather(1, y[order].unsqueeze(1)).squeeze(1)
+    order = order[torch.argsort(2 * earlier + same[order], stable=True)][:_PICTURES]
     return Pictures(
         attack=attack.name,
         clean=x[order].cpu(),
@@ -71,6 +84,12 @@ def _pictures(attack: NamedAttack, x: Tensor, y: Tensor, clean: Tensor, outcome:
         clean_predictions=tuple(clean[order].tolist()),
         predictions=tuple(after[order].tolist()),
     )
+
+
+def require_packages(attacks: Sequence[NamedAttack], gates_limit: int | None) -> None:
+    """Raises `EvaluationError` where a package is missing that the attacks or the gates need."""
+    if gates_limit is not None or any(map(_package_attacks, attacks)):
+        require_package()
 
 
 def measure(
@@ -84,7 +103,10 @@ def measure(
     budget: Budget = STANDARD_BUDGET,
     states: Path | None = None,
     identity: Mapping[str, Any] | None = None,
+    class_names: Sequence[str] = (),
+    eot_draws: Sequence[int] = EOT_DRAWS,
     so_far: Callable[[Measurement], None] = lambda _: None,
+    attacked: Callable[[str, Tensor, Tensor], None] = lambda name, x_adv, predictions: None,
 ) -> Measurement:
     """Runs the attacks one after the other, and the gates; the model is left as it was.
 
@@ -98,7 +120,10 @@ def measure(
         budget: of autoattack and square.
         states: directory where autoattack and square save their progress, to go on from.
         identity: what identifies weights and samples there; needed with `states`.
+        class_names: of the labels, for the report.
+        eot_draws: see `run_gates`.
         so_far: is given what was measured after every attack.
+        attacked: is given every attack's name, images [N, C, H, W], and their predicted classes.
 
     Raises:
         EvaluationError: no attacks, no images, or something that an attack cannot do.
@@ -110,9 +135,8 @@ def measure(
         raise EvaluationError("--attacks: expected at least one name, got none")
     if states is not None and not identity:
         raise ValueError("identity: needed with states, to tell one evaluation's progress from another's")
-    x, y, *_ = trial.whole
-    if gates_limit is not None or any(map(_package_attacks, attacks)):
-        require_package()
+    x, y, ids, _ = trial.whole
+    require_packages(attacks, gates_limit)
 
     def state_file(attack: NamedAttack) -> StateFile | None:
         if states is None:
@@ -140,7 +164,9 @@ def measure(
         return gradient_attack(trial, attack, step_size=step_size, restarts=restarts)
 
     rows, pictures = [], []
+    answers: dict[str, Answers] = {}
     with measuring(model), measuring(second if second is not None else nn.Identity()):
+        trial = connected(trial)
         clean = trial.predict(x)
         second_right = None if second is None else predict(second, x, trial.batch_size) == y
         worst = clean == y
@@ -148,11 +174,22 @@ def measure(
             classes = int(model(x[:1]).shape[1])
         # before hours of other attacks
         for attack in attacks:
+            require_norm(attack, trial.threat)
             require_suitable(trial, classes, _package_attacks(attack))
         if gates_limit is not None:
             require_suitable(trial, classes, ("square",))
 
+        few = spread(trial.split, _LOOKED_AT)
+        looked_at = next(eval_batches(few, len(few)))
+        random = int(varying(trial, looked_at.images, looked_at.labels).sum())
+        if random:
+            trial.say(
+                f"the model is random: {random} of {len(few)} images get other answers from call to call. Attacks that "
+                "do not average over them say too much; the gates measure one that does"
+            )
+
         def measured(gates: GateReport | None) -> Measurement:
+            per_image = PerImage(ids=ids.cpu(), labels=y.cpu(), clean=clean.cpu(), attacks=dict(answers))
             return Measurement(
                 rows=tuple(rows),
                 clean=int((clean == y).sum()),
@@ -162,6 +199,9 @@ def measure(
                 images=images,
                 gates=gates,
                 pictures=tuple(pictures),
+                per_class=per_image.by_class(class_names),
+                per_image=per_image,
+                random=random,
             )
 
         for attack in attacks:
@@ -176,12 +216,16 @@ def measure(
                 candidates = (clean == y) & ~outcome.held & ~outcome.blind & second_right
                 transferable = int(candidates.sum())
                 transferred = int((candidates & (predict(second, outcome.x_adv, trial.batch_size) != y)).sum())
-            distance = perturbation_norms(outcome.x_adv, x)["Linf" if trial.threat.norm == "linf" else "L2"]
+            distance = perturbation_norms(outcome.x_adv, x)[NORMS[trial.threat.norm]]
+            answers[attack.name] = Answers(
+                predictions=after.cpu(), held=outcome.held.cpu(), largest=distance.cpu(), bounded=attack.bounded
+            )
             fits = bool(in_ball(outcome.x_adv, x, trial.threat).all())
             rows.append(
                 Row(
                     attack=attack.name,
                     right=int(outcome.held.sum()),
+                    right_attacked=int((after == y).sum()),
                     not_finite=int(((clean == NO_CLASS) | (after == NO_CLASS)).sum()),
                     blind=int(outcome.blind.sum()),
                     images=images,
@@ -198,9 +242,10 @@ def measure(
             trial.say(f"{attack.name}: {percent(rows[-1].right, images)}% of {images} right, {seconds:.1f} s")
             if attack.family != "clean":
                 pictures.append(_pictures(attack, x, y, clean, outcome, after))
+            attacked(attack.name, outcome.x_adv, after)
             so_far(measured(None))
         gates = None
         if gates_limit is not None:
-            gates = run_gates(replace(trial, split=spread(trial.split, gates_limit)))
+            gates = run_gates(replace(trial, split=spread(trial.split, gates_limit)), eot_draws=eot_draws)
             gates = replace(gates, gates=(*gates.gates, _ball_gate(rows, trial.threat)))
         return measured(gates)

@@ -36,13 +36,6 @@ def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 1 - end]}…{text[len(text) - end :]}"
 
 
-def duration(seconds: float) -> str:
-    """75 -> 1:15, 4000 -> 1:06:40."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
 def json_text(value: Any, indent: int | None = None) -> str:
     """JSON of numbers, text, paths, lists and mappings; NaN and infinity, which JSON (RFC 8259) lacks, become null."""
     return json.dumps(_plain(value), indent=indent, allow_nan=False) + "\n"

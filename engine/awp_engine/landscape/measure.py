@@ -11,9 +11,9 @@ from awp_engine.landscape.bootstrap import Interval, mean_interval
 from awp_engine.landscape.curves import curve_1d, grid, surface_2d
 from awp_engine.landscape.directions import Direction, adversarial_direction, random_direction
 from awp_engine.landscape.flatness import average_flatness, worst_flatness
-from awp_engine.landscape.progress import ProgressLines
 from awp_engine.landscape.robust_loss import RobustLoss
 from awp_engine.landscape.runs import Run
+from awp_engine.observe.bars import Bar
 from awp_kernels.philox import mix_seed
 
 Mode = Literal["1d", "2d", "flatness"]
@@ -78,7 +78,7 @@ class Measurement:
 
 
 def work(mode: Mode, settings: Settings, runs: int, images: int, steps: int) -> int:
-    """How many gradients of images a mode takes, roughly: what `ProgressLines` counts."""
+    """How many gradients of images a mode takes, roughly: what a `Bar` counts."""
     attacks = {
         "1d": settings.points * (settings.directions + 1),
         "2d": settings.points_2d**2,
@@ -107,7 +107,7 @@ def _columns(intervals: Sequence[Interval]) -> dict[str, list[float]]:
 _Found = tuple[dict[str, Any], dict[str, Tensor]]
 
 
-def _curves(run: Run, loss: RobustLoss, settings: Settings, progress: ProgressLines) -> _Found:
+def _curves(run: Run, loss: RobustLoss, settings: Settings, progress: Bar) -> _Found:
     curves, losses = {}, {}
     for kind, radius, count in (
         ("random", settings.radius, settings.directions),
@@ -130,7 +130,7 @@ def _curves(run: Run, loss: RobustLoss, settings: Settings, progress: ProgressLi
     return {"curves": curves}, losses
 
 
-def _surface(run: Run, loss: RobustLoss, settings: Settings, progress: ProgressLines) -> _Found:
+def _surface(run: Run, loss: RobustLoss, settings: Settings, progress: Bar) -> _Found:
     progress.begin(f"{run.label}, 2d")
     along = settings.plane == "adversarial"
     first = _direction(settings.plane, 0, run, loss, settings)
@@ -149,7 +149,7 @@ def _surface(run: Run, loss: RobustLoss, settings: Settings, progress: ProgressL
     return {"surface": surface}, {"surface": losses}
 
 
-def _flatness(run: Run, loss: RobustLoss, settings: Settings, progress: ProgressLines) -> _Found:
+def _flatness(run: Run, loss: RobustLoss, settings: Settings, progress: Bar) -> _Found:
     seed = mix_seed(settings.seed, _BOOTSTRAP)
     progress.begin(f"{run.label}, flatness, reference")
     reference = loss(run.model)
@@ -180,9 +180,7 @@ def _flatness(run: Run, loss: RobustLoss, settings: Settings, progress: Progress
     return {"robust_loss": reference_facts, "average": average, "worst": worst}, losses
 
 
-def measure(
-    mode: Mode, runs: Sequence[Run], loss: RobustLoss, settings: Settings, progress: ProgressLines
-) -> Measurement:
+def measure(mode: Mode, runs: Sequence[Run], loss: RobustLoss, settings: Settings, progress: Bar) -> Measurement:
     """One mode of all runs, whose random directions are the same; `loss` reports to `progress`.
 
     "1d": the robust loss along random directions, and along each run's own gradient. "2d": over the plane of two random

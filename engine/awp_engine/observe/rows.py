@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from awp_engine.files.text import duration
+from awp_engine.observe.bars import duration
 
 CAPTION = "* = best held-out PGD so far: these weights are kept"
 # a number's name in the metrics, its column, and the column's width

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID
 
 from awp_engine.files.output import silence
-from awp_engine.files.text import duration, printable
+from awp_engine.files.text import printable
 from awp_engine.observe import rows
+from awp_engine.observe.bars import duration
 from awp_engine.observe.lane import Lane, write_line
 from awp_engine.observe.metrics import Metrics, MetricsFile
 from awp_engine.observe.trackers import open_trackers

@@ -1,0 +1,72 @@
+"""What an evaluation leaves of single images: attacked images, and every attack's answers."""
+
+import io
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from awp_engine.checkpoint import CheckpointError, export_model
+from awp_engine.evaluation.attacks import EvaluationError, Trial
+from awp_engine.evaluation.results import PerImage
+from awp_engine.files.atomic import naming, replace_file
+from awp_engine.files.text import json_text
+
+Form = Literal["npz", "parquet"]
+
+
+def image_saver(trial: Trial, directory: Path, name: str, count: int) -> Callable[[str, Tensor, Tensor], None]:
+    """What takes an attack's name, images and predictions, and writes images-NAME-ATTACK.safetensors at once.
+
+    In the file, for `count` images at even distances, or all for 0: `x` and `x_adv`, fp32 [N, C, H, W] in [0, 1];
+    `labels`, `ids` and `predictions`, of x_adv, int64 [N]. For clean there is nothing to write.
+
+    Args:
+        trial: whose images they are.
+        directory: that exists.
+        name: of the evaluation.
+        count: images of every attack.
+    """
+    x, y, ids, _ = trial.whole
+    some = min(count or len(y), len(y))
+    rows = torch.arange(some, device=y.device) * len(y) // some
+
+    def save(attack: str, x_adv: Tensor, predictions: Tensor) -> None:
+        if attack == "clean":
+            return
+        columns = {"x": x, "x_adv": x_adv.float(), "labels": y, "ids": ids, "predictions": predictions}
+        tensors = {key: column[rows].cpu().contiguous() for key, column in columns.items()}
+        facts = {"attack": attack, "epsilon": str(trial.threat.epsilon), "norm": trial.threat.norm}
+        try:
+            export_model(directory / f"images-{name}-{attack}.safetensors", tensors, {"images": json_text(facts)})
+        except CheckpointError as error:
+            trial.say(f"{attack}: its images could not be saved, measuring goes on: {error}")
+
+    return save
+
+
+def save_per_image(path: Path, found: PerImage, facts: Mapping[str, Any]) -> None:
+    """Writes `PerImage.arrays` as .npz or .parquet, with `facts` as JSON: the array `receipt`, or the file's metadata.
+
+    Raises:
+        EvaluationError: a suffix that is neither.
+        OSError: the file cannot be written.
+    """
+    arrays, told, buffer = found.arrays(), json_text(facts), io.BytesIO()
+    if path.suffix == ".npz":
+        np.savez_compressed(buffer, **arrays, attacks=np.array(list(found.attacks)), receipt=np.array(told))
+    elif path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        table = pyarrow.table({re.sub("/", "_", key): column for key, column in arrays.items()})
+        told_of = {"attacks": json_text(list(found.attacks)), "receipt": told}
+        pyarrow.parquet.write_table(table.replace_schema_metadata(told_of), buffer)
+    else:
+        raise EvaluationError(f"{path}: expected a name that ends in .npz or .parquet")
+    with naming(path):
+        replace_file(path, buffer.getvalue())

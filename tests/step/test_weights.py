@@ -309,9 +309,9 @@ def test_a_module_pickled_whole_is_read_without_its_code(tmp_path: Path) -> None
 
 
 def test_an_average_that_has_not_begun_is_not_preferred() -> None:
-    document = {"state_dict": weights(), "swa_state_dict": AveragedModel(network(1)).state_dict()}
+    document = {"model_state_dict": AveragedModel(network(1)).state_dict(), "net": weights()}
     model = build_model("wrn-10-1", 10, HALF, QUARTER)
-    assert load_weights(model, document).key == "state_dict"
+    assert load_weights(model, document).key == "net"
 
 
 class Own(nn.Module):
@@ -458,6 +458,7 @@ BAD = {
         lambda: behind("1.") | pair("0.mean", "0.std") | {"1.mu": torch.ones(3), "1.sigma": STD},
         r"2 different normalisations, 0\.mean, 1\.mu,",
     ),
+    "mean without its std": (lambda: weights() | {"mean": MEAN, "std": STD[:2]}, "unexpected: mean, std$"),
     "channels": (lambda: weights() | {"mean": torch.ones(5), "std": torch.ones(5)}, "expected 3 channels"),
 }
 

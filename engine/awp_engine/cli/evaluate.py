@@ -68,7 +68,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
         type=place,
         nargs="?",
         metavar="RUN_OR_CHECKPOINT",
-        help="run directory, checkpoint, .safetensors file, or hf://OWNER/NAME; none with --model.name",
+        help="run directory, checkpoint, weights or hf://OWNER/NAME",
     )
     add("--attacks", nargs="+", metavar="NAME", help="clean fgsm pgd20 cw if not given")
     add("--checkpoint", default="best", metavar="NAME", help="of a run: best, last, or a name or path")

@@ -54,13 +54,13 @@ def parse(argv: Sequence[str] | None = None, prog: str = "landscape.py") -> argp
         metavar="RUN",
         type=place,
         nargs="*",
-        help="run directory, checkpoint or .safetensors file of one; with --model.name any weights",
+        help="run directory, checkpoint or .safetensors file of one; any weights with --model.name",
     )
     add("--mode", type=modes, default="1d", help="some of 1d,2d,flatness")
     add("--output", type=Path, metavar="DIR", help="RUN/landscape if not given")
     add("--checkpoint", choices=("best", "last"), help="weights of a run directory; best if not given")
     add("--split", choices=("train", "held-out", "test"), default="test", help="images to measure on")
-    add("--limit", "--images", dest="images", type=whole_number, default=1000, metavar="N", help="how many of them")
+    add("--limit", "--images", dest="images", type=whole_number, metavar="N", default=1000, help="their number")
     add("--data.name", dest="data_name", metavar="NAME", help="data set, where it is not the runs' own")
     add("--data.root", dest="data_root", type=Path, metavar="DIR", help="its directory")
     add("--steps", type=whole_number, default=10, help="steps of PGD")
@@ -81,7 +81,8 @@ def parse(argv: Sequence[str] | None = None, prog: str = "landscape.py") -> argp
     add("--threads", type=thread_count, help="threads; as many as PyTorch takes if not given")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     add_foreign(parser)
-    add("--epsilon", metavar="X", help="with --model.name: radius of the ball, such as 8/255")
+    for name, what in (("data.name", "data set"), ("data.root", "its directory"), ("epsilon", "radius, such as 8/255")):
+        add(f"--{name}", dest=name.replace(".", "_"), help=f"with --model.name: {what}")
     add("--norm", choices=("linf", "l2"), default="linf", help="with --model.name: of the ball")
     arguments = parser.parse_args(argv)
     require_foreign(parser, arguments, arguments.runs)
@@ -89,8 +90,9 @@ def parse(argv: Sequence[str] | None = None, prog: str = "landscape.py") -> argp
         arguments.runs = [arguments.model_weights]
     if not arguments.runs:
         parser.error("RUN: expected at least one, got none")
-    if arguments.model_name is None and arguments.epsilon is not None:
-        parser.error("--epsilon: for weights of no run, with --model.name; a run has its own")
+    for name in ("data_name", "data_root", "epsilon") if arguments.model_name is None else ():
+        if getattr(arguments, name) is not None:
+            parser.error(f"--{name.replace('_', '.')}: for weights of no run, with --model.name; a run has its own")
     for name in ("images", "steps", "batch_size"):
         value = getattr(arguments, name)
         if value < 1:

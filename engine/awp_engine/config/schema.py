@@ -123,9 +123,9 @@ def expectation(hint: Any) -> str:
         return " or ".join("none" if part is type(None) else expectation(part) for part in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
         inner = typing.get_args(hint)[0]
-        if typing.get_origin(inner) is Literal:
-            return expectation(inner).replace("one", "some", 1)
-        return "a list of names or patterns" if inner is str else "a list of finite numbers"
+        if inner is str:
+            return "a list of names or patterns"
+        return "a list of finite numbers" if inner is float else expectation(inner).replace("one", "some", 1)
     words = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", Path: "a path"}
     return words.get(hint, "a group of settings")
 

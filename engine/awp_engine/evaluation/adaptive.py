@@ -174,7 +174,7 @@ def _random_gate(trial: Trial, x_adv: Tensor, white: int, eot_draws: Sequence[in
             measured += "more draws would change little"
         else:
             measured += (
-                f"more draws would break more, so average over more (--eot): the curve is {'' if flat else 'not '}"
+                f"more draws may break more, so average over more (--eot): the curve is {'' if flat else 'not '}"
                 f"flat, and the cosine between two averages is {agreement:.2f}"
             )
     gate = Gate(
@@ -196,7 +196,7 @@ def hidden_share(trial: Trial) -> tuple[int, int]:
     another norm. The gradient has to be 0 at the image and at random points as near: that of a ReLU or a maximum that
     is off at the image is not.
     """
-    part = replace(trial, split=spread(trial.split, _PROBED_IMAGES))
+    part = replace(trial, split=spread(trial.split, min(_PROBED_IMAGES, trial.batch_size)))
     x, y, ids, _ = part.whole
     length = float(trial.threat.epsilon) if trial.threat.norm == "linf" else 8 / 255
     logits, gradient = _gradient(trial.model, x, y)

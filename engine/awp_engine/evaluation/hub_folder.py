@@ -178,7 +178,10 @@ def model_card(
         "from awp_engine import load_model",
         "",
     ]
-    lines += [f'model = load_model("hf://{repository}")  # maps images in [0, 1] to logits', "```", ""]
+    # which is not run because a file says so
+    code = ":" in description.name and not description.name.startswith(("timm:", "torchvision:"))
+    own = f', model="{printable(description.name)}"' if code else ""
+    lines += [f'model = load_model("hf://{repository}"{own})  # maps images in [0, 1] to logits', "```", ""]
     lines += [f"    awp evaluate hf://{repository} --data.root DIR --attacks clean pgd20 autoattack", ""]
     lines += ["The weights are safetensors; nothing in this repository is run."]
     return "\n".join(lines) + "\n"

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from awp_engine.data import eval_batches
@@ -73,8 +72,11 @@ def _pictures(attack: NamedAttack, x: Tensor, y: Tensor, clean: Tensor, outcome:
     # one of every class before the second of any; those that were right before and are not any more come first
     same = ((clean != y) | (after == y)).long()
     order = torch.argsort(same, stable=True)
-    classes = F.one_hot(y[order])
-    earlier = (classes.cumsum(0) - classes).gather(1, y[order].unsqueeze(1)).squeeze(1)
+    labels = y[order]
+    by_class, counts = torch.argsort(labels, stable=True), torch.bincount(labels)
+    first = (counts.cumsum(0) - counts)[labels[by_class]]
+    # how many of its class come before it
+    earlier = torch.empty_like(labels).scatter(0, by_class, torch.arange(len(y), device=y.device) - first)
     order = order[torch.argsort(2 * earlier + same[order], stable=True)][:_PICTURES]
     return Pictures(
         attack=attack.name,

@@ -81,8 +81,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "landscape.py") -> argp
     add("--threads", type=thread_count, help="threads; as many as PyTorch takes if not given")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     add_foreign(parser)
-    for name, what in (("data.name", "data set"), ("data.root", "its directory"), ("epsilon", "radius, such as 8/255")):
-        add(f"--{name}", dest=name.replace(".", "_"), help=f"with --model.name: {what}")
+    add("--epsilon", metavar="X", help="with --model.name: radius of the ball, such as 8/255")
     add("--norm", choices=("linf", "l2"), default="linf", help="with --model.name: of the ball")
     arguments = parser.parse_args(argv)
     require_foreign(parser, arguments, arguments.runs)
@@ -90,9 +89,8 @@ def parse(argv: Sequence[str] | None = None, prog: str = "landscape.py") -> argp
         arguments.runs = [arguments.model_weights]
     if not arguments.runs:
         parser.error("RUN: expected at least one, got none")
-    for name in ("data_name", "data_root", "epsilon") if arguments.model_name is None else ():
-        if getattr(arguments, name) is not None:
-            parser.error(f"--{name.replace('_', '.')}: for weights of no run, with --model.name; a run has its own")
+    if arguments.model_name is None and arguments.epsilon is not None:
+        parser.error("--epsilon: for weights of no run, with --model.name; a run has its own")
     for name in ("images", "steps", "batch_size"):
         value = getattr(arguments, name)
         if value < 1:

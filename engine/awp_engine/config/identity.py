@@ -56,7 +56,6 @@ ADDED: dict[str, Any] = {
     "model.mean": [],
     "model.std": [],
     "awp.layers": [],
-    "log": ["tensorboard"],
 }
 
 

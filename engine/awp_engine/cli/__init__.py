@@ -15,10 +15,10 @@ COMMANDS = {
     "evaluate": "measure how robust a trained model is",
     "certify": "certify a model's accuracy in L2 by randomised smoothing",
     "predict": "classify image files by a trained model",
-    "compare": "show runs side by side: tables over seeds, learning curves, one page",
+    "compare": "show runs side by side: tables, learning curves, one page",
     "landscape": "draw the loss around trained weights, and measure its flatness",
-    "data": "download public data sets; scan image folders, pack and verify shards",
-    "export": "write a trained model for the Hugging Face Hub, or for PyTorch alone",
+    "data": "download data sets; scan image folders, pack and verify shards",
+    "export": "write a trained model for the Hugging Face Hub, or for PyTorch",
     "checkpoint": "verify, list or export the checkpoints of a run",
 }
 # what all commands need beside torch, of setup.py's extra "train"; the digits ask for scikit-learn, YAML for

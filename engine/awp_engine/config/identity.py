@@ -50,12 +50,12 @@ _FREE_ON_RESUME = frozenset(
 
 # Keys that runs of earlier versions lack, with the value, as JSON holds it, that means what those versions did.
 ADDED: dict[str, Any] = {
+    "log": ["tensorboard"],
     "data.class_weights": "none",
     "model.normalize": "auto",
     "model.mean": [],
     "model.std": [],
     "awp.layers": [],
-    "log": ["tensorboard"],
 }
 
 

@@ -136,7 +136,8 @@ def _sides(data: DataConfig) -> tuple[int, int]:
     if data.name not in source_names or data.root is None:
         raise EvaluationError(f"how large the run's images of {data.name} were is not known: give --image-size")
     try:
-        _, height, width = shape_of(open_source(data.name, data.root).train, Framing())
+        source = open_source(data.name, data.root)
+        _, height, width = shape_of(source.train or source.test, Framing())
     except DataError as error:
         raise EvaluationError(
             f"how large the run's images were is not known, as they cannot be looked at ({error}): give --image-size"

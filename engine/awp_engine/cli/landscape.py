@@ -61,8 +61,6 @@ def parse(argv: Sequence[str] | None = None, prog: str = "landscape.py") -> argp
     add("--checkpoint", choices=("best", "last"), help="weights of a run directory; best if not given")
     add("--split", choices=("train", "held-out", "test"), default="test", help="images to measure on")
     add("--limit", "--images", dest="images", type=whole_number, metavar="N", default=1000, help="their number")
-    add("--data.name", dest="data_name", metavar="NAME", help="data set, where it is not the runs' own")
-    add("--data.root", dest="data_root", type=Path, metavar="DIR", help="its directory")
     add("--steps", type=whole_number, default=10, help="steps of PGD")
     add("--restarts", type=whole_number, default=1, help="attacks an image, of which the worst counts")
     add("--seed", type=whole_number, default=0, help="of directions, starting points and intervals")
@@ -81,8 +79,9 @@ def parse(argv: Sequence[str] | None = None, prog: str = "landscape.py") -> argp
     add("--threads", type=thread_count, help="threads; as many as PyTorch takes if not given")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     add_foreign(parser)
-    for name, what in (("data.name", "data set"), ("data.root", "its directory"), ("epsilon", "radius, such as 8/255")):
-        add(f"--{name}", dest=name.replace(".", "_"), help=f"with --model.name: {what}")
+    add("--data.name", dest="data_name", metavar="NAME", help="data set, with --model.name or in place of the runs'")
+    add("--data.root", dest="data_root", metavar="DIR", help="its directory")
+    add("--epsilon", help="with --model.name: radius, such as 8/255")
     add("--norm", choices=("linf", "l2"), default="linf", help="with --model.name: of the ball")
     arguments = parser.parse_args(argv)
     require_foreign(parser, arguments, arguments.runs)
@@ -90,9 +89,8 @@ def parse(argv: Sequence[str] | None = None, prog: str = "landscape.py") -> argp
         arguments.runs = [arguments.model_weights]
     if not arguments.runs:
         parser.error("RUN: expected at least one, got none")
-    for name in ("data_name", "data_root", "epsilon") if arguments.model_name is None else ():
-        if getattr(arguments, name) is not None:
-            parser.error(f"--{name.replace('_', '.')}: for weights of no run, with --model.name; a run has its own")
+    if arguments.model_name is None and arguments.epsilon is not None:
+        parser.error("--epsilon: for weights of no run, with --model.name; a run has its own")
     for name in ("images", "steps", "batch_size"):
         value = getattr(arguments, name)
         if value < 1:
@@ -149,7 +147,7 @@ def measure(arguments: argparse.Namespace) -> list[Path]:
             which=arguments.checkpoint,
             device=device,
             data_name=arguments.data_name,
-            data_root=arguments.data_root,
+            data_root=None if arguments.data_root is None else Path(arguments.data_root),
             model=foreign["name"],
         )
     else:

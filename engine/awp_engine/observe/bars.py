@@ -9,17 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from awp_engine.files.text import printable
+from awp_engine.files.text import duration, printable
 
 _QUIET_S = 5.0
 _LINES_S = 10.0
-
-
-def duration(seconds: float) -> str:
-    """75 -> 1:15, 4000 -> 1:06:40."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class Bar:

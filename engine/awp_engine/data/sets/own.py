@@ -22,6 +22,7 @@ from torch.utils.data import IterableDataset
 from awp_engine.data.dataset import DataError, RawDataset
 from awp_engine.data.sets.files import evenly
 from awp_engine.files.text import one_line, reason
+from awp_engine.models.import_timm import declare_operators
 
 Fit = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 """Makes an image, uint8 [H, W, C], one of the wanted size."""
@@ -91,9 +92,8 @@ class OwnData:
             DataError: one line that names the part and the item that cannot be used; the parts differ in shape or
                 classes; they do not fit into memory; or an image is another one on a second reading.
         """
-        test = None if need_train else self._part("test")
         train = self._part("train") if need_train else None
-        test = test or self._part("test")
+        test = self._part("test")
         first = train or test
         if test.images.shape[1:] != first.images.shape[1:]:
             raise self._error(
@@ -390,6 +390,8 @@ class _Told:
 def _find(name: str) -> Any:
     """The object that a name says, after its module was run."""
     place, _, attribute = name.rpartition(":")
+    # the code may import torchvision, also one made for another torch
+    declare_operators()
     if place.endswith(".py"):
         path = Path(place)
         if not path.is_file():

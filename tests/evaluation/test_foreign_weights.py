@@ -137,7 +137,7 @@ def test_accuracy_at_chance_is_doubted_with_likely_causes(tmp_path: Path, monkey
             "--weights: expected a file: wrn-10-1 as",
         ),
         (("{file}", "--weights", "{file}", *NAMED), "expected one of them"),
-        (("{dir}", *NAMED), "is a directory; a run has a model of its own"),
+        (("{dir}", *NAMED), "is a directory; of a run, which has the rest, it is given alone"),
         (("{dir}", "--weights-key", "net"), "--weights-key: says what model to make, and needs --model.name"),
         ((), "RUN_OR_CHECKPOINT: expected a path, or --model.name with --weights"),
         (
@@ -283,3 +283,60 @@ def test_what_the_hub_cannot_give_is_one_line(run: Path, tmp_path: Path, monkeyp
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(CheckpointError, match=r"not installed: pip install 'awp-engine\[hub\]'"):
         hub.fetched("hf://me/bare")
+
+
+# -- code of the user's
+
+NETS = """
+import torch
+from torch import nn
+
+class Norm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.full((1, 1, 1, 1), 0.25))
+        self.register_buffer("std", torch.full((1, 1, 1, 1), 0.5))
+
+    def forward(self, x):
+        return (x - self.mean) / self.std
+
+def plain(num_classes=10):
+    layers = nn.Conv2d(1, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, num_classes)
+    return nn.Sequential(*layers)
+
+def own(num_classes=10):
+    return nn.Sequential(Norm(), plain(num_classes))
+
+def trained():
+    torch.manual_seed(0)
+    return own()
+"""
+
+
+def test_code_of_the_users_makes_the_model(tmp_path: Path, monkeypatch, capsys) -> None:
+    """With a normalisation inside, or with that of the file in front of it: the same answers each time."""
+    (nets := tmp_path / "nets.py").write_text(NETS)
+    space: dict[str, Any] = {}
+    exec(NETS, space)
+    network = space["trained"]()
+    inner = {f"module.{name}": value for name, value in network[1].state_dict().items()}
+    torch.save({"state_dict": nn.DataParallel(network).state_dict()}, whole := tmp_path / "whole.pt")
+    torch.save({"net": inner | {"mu": network[0].mean, "sigma": network[0].std}}, bare := tmp_path / "bare.pt")
+    given = ("--data.name", "digits", "--epsilon", "1/5", "--norm", "linf", *QUICK, "--output", tmp_path / "out")
+    rights = []
+    for arguments, by in (
+        (("--model", f"{nets}:trained"), "the network's own"),
+        (("--model", f"{nets}:own", "--weights", whole), "the network's own"),
+        (("--model", f"{nets}:own", "--weights", bare), "the network's own"),
+        (("--model", f"{nets}:plain", "--weights", whole), "the file's"),
+        (("--model", f"{nets}:plain", "--weights", bare), "the file's"),
+    ):
+        # untrained: at chance, which makes it unreliable
+        assert run_command("evaluate", monkeypatch, *arguments, *given) == 3
+        found = report(tmp_path / "out")
+        rights.append([row["right"] for row in found["attacks"]])
+        origin = found["receipt"]["checkpoint"]
+        assert origin["normalisation_is"] == by
+        assert origin["code"] == {"file": "nets.py", "sha256": sha256_of(nets)}
+    assert rights == [rights[0]] * 5
+    capsys.readouterr()

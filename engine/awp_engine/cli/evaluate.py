@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from awp_engine.cli.command_line import OneLineParser, fail, thread_count, whole_number
-from awp_engine.cli.foreign import add_foreign, place, pop_foreign, require_foreign
+from awp_engine.cli.foreign import add_foreign, of_run, place, pop_foreign, require_foreign
 from awp_engine.config import ConfigError
 from awp_engine.files.text import printable
 
@@ -190,7 +190,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
     arguments["eot_draws"] = arguments.pop("eot") or EOT_DRAWS
     tell = functools.partial(show, per_class=arguments.pop("per_class"))
     foreign = pop_foreign(arguments)
-    if foreign["name"] is not None:
+    if foreign["name"] is not None and of_run([arguments["path"]]):
+        arguments["model"] = foreign["name"]
+    elif foreign["name"] is not None:
         from awp_engine.evaluation.foreign import Foreign
 
         # weights may stand in the place of a run

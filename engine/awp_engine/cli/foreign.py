@@ -65,8 +65,15 @@ def require_foreign(
                 parser.error(f"--{flag}: says what model to make, and needs --model.name; a run has its own")
     elif places and arguments.model_weights is not None:
         parser.error(f"--weights: given beside {places[0]}; expected one of them")
-    elif folders := [folder for folder in places if isinstance(folder, Path) and folder.is_dir()]:
-        parser.error(f"--model.name: {folders[0]} is a directory; a run has a model of its own: leave --model.name out")
+    elif of_run(places):
+        others = [name for name in vars(arguments) if name.startswith(_PREFIX) and name != "model_name"]
+        if any(getattr(arguments, name) != parser.get_default(name) for name in others):
+            parser.error(f"--model.name: {places[0]} is a directory; of a run, which has the rest, it is given alone")
+
+
+def of_run(places: Sequence[Path | str]) -> bool:
+    """Whether `--model.name` stands for the code of runs and their checkpoints, and not for a model of files."""
+    return any(isinstance(place, Path) and place.is_dir() for place in places)
 
 
 def pop_foreign(arguments: dict[str, Any]) -> dict[str, Any]:

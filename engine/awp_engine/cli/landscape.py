@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from awp_engine.cli.command_line import OneLineParser, fail, thread_count, whole_number
-from awp_engine.cli.foreign import add_foreign, place, pop_foreign, require_foreign
+from awp_engine.cli.foreign import add_foreign, of_run, place, pop_foreign, require_foreign
 from awp_engine.config import AttackConfig, Config, ConfigError, DataConfig, parse_amount
 from awp_engine.files.text import printable
 
@@ -141,13 +141,14 @@ def measure(arguments: argparse.Namespace) -> list[Path]:
         torch.set_num_threads(arguments.threads)
     device = choose_device(arguments.device)
     foreign = pop_foreign(vars(arguments))
-    if foreign["name"] is None:
+    if foreign["name"] is None or of_run(arguments.runs):
         runs = open_runs(
             [Path(run) for run in arguments.runs],
             which=arguments.checkpoint,
             device=device,
             data_name=arguments.data_name,
             data_root=None if arguments.data_root is None else Path(arguments.data_root),
+            model=foreign["name"],
         )
     else:
         runs = open_foreign(arguments.runs, Foreign(**foreign), _config(arguments), device)

@@ -216,6 +216,7 @@ def evaluate_checkpoint(
     path: Path | str | None,
     *,
     foreign: Foreign | None = None,
+    model: str | None = None,
     attacks: Sequence[str] = DEFAULT_ATTACKS,
     checkpoint: str = "best",
     epsilon: str | None = None,
@@ -253,6 +254,8 @@ def evaluate_checkpoint(
 
     Args:
         path: a run directory, one of its checkpoints, a .safetensors file, or hf://OWNER/NAME; None with `foreign`.
+        model: of a run, in place of the code that its weights name, which is not run because they say so; as
+            `load_model` takes it.
         foreign: in place of a run: how to make a model, and its weights.
         attacks: names, see `parse_attack`.
         checkpoint: of a run directory: best, last, or a checkpoint's name or path.
@@ -310,7 +313,7 @@ def evaluate_checkpoint(
     elif path is None:
         raise EvaluationError("RUN_OR_CHECKPOINT: expected a path, or --model.name with --weights")
     else:
-        subject = load_subject(path, which=checkpoint, device=place)
+        subject = load_subject(path, which=checkpoint, device=place, model=model)
     config = None if subject is None else subject.config
     weights = path if subject is None else subject.weights
     threat, step = _threat(config, weights, epsilon, norm, step_size)

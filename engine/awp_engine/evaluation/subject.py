@@ -66,7 +66,9 @@ def _chosen(path: Path, which: str) -> tuple[Path, Path]:
     return find_weights(inner)
 
 
-def load_subject(path: Path | str, *, which: str = "best", device: torch.device | str = "cpu") -> Subject:
+def load_subject(
+    path: Path | str, *, which: str = "best", device: torch.device | str = "cpu", model: str | None = None
+) -> Subject:
     """Finds and loads what is to be evaluated.
 
     Args:
@@ -74,6 +76,7 @@ def load_subject(path: Path | str, *, which: str = "best", device: torch.device 
         which: of a run directory: "best", the weights that it selected; "last", the newest checkpoint's; or a
             checkpoint's name or path.
         device: where to put the model.
+        model: in place of what the weights name, as `load_model` takes it.
 
     Raises:
         EvaluationError: no such checkpoint in the run directory.
@@ -83,7 +86,7 @@ def load_subject(path: Path | str, *, which: str = "best", device: torch.device 
     address, path = path if is_address(path) else None, fetched(path)
     source, weights = _chosen(path, which)
     name = source.stem if source.is_file() else source.name if is_weights(source) else "best"
-    model = load_model(source, device)
+    built = load_model(source, device, model)
     run_dir = _run_dir(path if path.is_dir() else path.parent)
     config = None if run_dir is None else load_config(run_dir / CONFIG_FILE)
     if address is not None:
@@ -99,7 +102,7 @@ def load_subject(path: Path | str, *, which: str = "best", device: torch.device 
     except OSError as error:
         raise CheckpointError(f"{weights}: cannot be read: {error.strerror}") from None
     return Subject(
-        model=model,
+        model=built,
         name=name,
         source=source,
         weights=weights,

@@ -120,6 +120,7 @@ def open_runs(
     device: torch.device,
     data_name: str | None = None,
     data_root: Path | None = None,
+    model: str | None = None,
 ) -> list[Run]:
     """Load all runs' weights and data.
 
@@ -129,6 +130,7 @@ def open_runs(
         device: where to put the models.
         data_name: data set in place of the runs' own; the code of a `file.py:factory` is run.
         data_root: its directory.
+        model: in place of what the weights name, as `load_model` takes it.
 
     Raises:
         CheckpointError, ConfigError, DataError: naming what is wrong; also if the runs' attacks differ.
@@ -151,10 +153,10 @@ def open_runs(
         given = {key: value for key, value in given.items() if value is not None}
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, **given))
         known = next((run.data for run in runs if run.config.data == config.data), None)
-        model = load_model(source, device)
-        data, _ = match_classes(model.class_names, load_data(config.data) if known is None else known, str(path))
+        built = load_model(source, device, model)
+        data, _ = match_classes(built.class_names, load_data(config.data) if known is None else known, str(path))
         sha256 = sha256_of(file)
-        runs.append(Run(label=label, path=path, file=file, sha256=sha256, config=config, model=model, data=data))
+        runs.append(Run(label=label, path=path, file=file, sha256=sha256, config=config, model=built, data=data))
     first = attack_facts(runs[0].config)
     for run in runs[1:]:
         for key, value in attack_facts(run.config).items():

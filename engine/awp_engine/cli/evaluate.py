@@ -60,7 +60,10 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
         "attack only if it is right without one too. Exit code 0: "
         "measured; 3: measured, with reasons not to believe it, which are named; 2 and 1: not measured, not written.",
         allow_abbrev=False,
-        common=("path", "attacks", "checkpoint", "norm", "epsilon", "limit", "batch_size", "device", "output"),
+        common=(
+            *("path", "attacks", "checkpoint", "norm", "epsilon", "limit", "device", "output"),
+            *("model_name", "model_weights", "data_name", "data_root"),
+        ),
     )
     add = parser.add_argument
     add(
@@ -68,7 +71,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
         type=place,
         nargs="?",
         metavar="RUN_OR_CHECKPOINT",
-        help="run directory, checkpoint, weights or hf://OWNER/NAME",
+        help="run directory, checkpoint or hf://OWNER/NAME",
     )
     add("--attacks", nargs="+", metavar="NAME", help="clean fgsm pgd20 cw if not given")
     add("--checkpoint", default="best", metavar="NAME", help="of a run: best, last, or a name or path")
@@ -81,10 +84,30 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
     add("--batch-size", type=whole_number, metavar="N", help="images a batch")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU if there is one")
     add("--threads", type=thread_count, help="CPU threads")
-    add("--data-name", "--data.name", help="data set, where it is not the run's own, and for weights of no run")
-    add("--data-root", "--data.root", type=Path, help="directory of the data set; its test part is enough")
-    add("--data-corruption", "--data.corruption", metavar="KIND", help="of cifar10-c, cifar100-c, imagenet-c, folder-c")
-    add("--data-severity", "--data.severity", type=whole_number, metavar="N", help="of the corruption, 1 to 5")
+    add("--data.name", "--data-name", dest="data_name", metavar="NAME", help="data set, where it is not the run's own")
+    add(
+        "--data.root",
+        "--data-root",
+        dest="data_root",
+        type=Path,
+        metavar="DIR",
+        help="its directory; the test part is enough",
+    )
+    add(
+        "--data.corruption",
+        "--data-corruption",
+        dest="data_corruption",
+        metavar="KIND",
+        help="of cifar10-c, cifar100-c, imagenet-c, folder-c",
+    )
+    add(
+        "--data.severity",
+        "--data-severity",
+        dest="data_severity",
+        type=whole_number,
+        metavar="N",
+        help="of the corruption, 1 to 5",
+    )
     add(
         "--transfer-to", type=Path, metavar="PATH", help="second run or checkpoint: do the attacked images fool it too?"
     )

@@ -13,7 +13,7 @@ from awp_engine.models import build_model
 # with the number of their examples
 DOCUMENTS = {
     "README.md": 2,
-    "docs/trained-models.md": 4,
+    "docs/trained-models.md": 5,
     "docs/own-trainer.md": 4,
     "docs/operations.md": 1,
     "docs/extend.md": 8,
@@ -28,6 +28,8 @@ def namespace(monkeypatch, tmp_path):
     torch.manual_seed(0)
     model = build_model("preact-resnet-digits", 10, (0.5,), (0.25,), width=4)
     model.class_names = tuple("0123456789")
+    theirs = build_model("preact-resnet-18", 10, (0.5,) * 3, (0.25,) * 3)
+    torch.save(theirs.state_dict(), "FILE.pt")
     monkeypatch.setattr(awp_engine, "load_model", lambda path, **given: model.eval(), raising=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x, y = images((4, 1, 8, 8)), torch.arange(4)

@@ -83,8 +83,8 @@ def model_tables(networks: Sequence[Network], gpu: Gpu) -> str:
     return "\n\n".join(
         [
             _networks_table(networks, gpu),
-            _weak_table(networks, gpu),
-            _strong_table(networks, gpu),
+            *(_weak_table(networks, gpu, cluster) for cluster in CLUSTERS),
+            *(_strong_table(networks, gpu, cluster) for cluster in CLUSTERS),
             _batch_norm_table(networks, gpu),
             _memory_table(networks),
         ]
@@ -92,8 +92,8 @@ def model_tables(networks: Sequence[Network], gpu: Gpu) -> str:
 
 
 def _networks_table(networks: Sequence[Network], gpu: Gpu) -> str:
-    headings = ["model", "parameters / tensors", "F, GFLOP", "kernels a step", "kept an image, fp16", "step, 1 GPU"]
-    headings += ["images/s, 1 GPU", "gradients, fp16"]
+    headings = ["model", "parameters / tensors", "F, GFLOP", "kernels a step", "kept an image", "step, 1 GPU"]
+    headings += ["images/s", "gradients"]
     rows = []
     for network in networks:
         seconds, count = step(network, BATCH, 1, gpu, CLUSTERS[0]).seconds, sum(network.parameters)
@@ -112,26 +112,22 @@ def _networks_table(networks: Sequence[Network], gpu: Gpu) -> str:
     return markdown(headings, rows)
 
 
-def _weak_table(networks: Sequence[Network], gpu: Gpu) -> str:
-    headings = [f"{BATCH} images a GPU", "network", "8 GPUs", "64", "1,024", "1,024, local ascent"]
-    headings += ["images/s, 1,024", "most is lost to"]
+def _weak_table(networks: Sequence[Network], gpu: Gpu, cluster: Cluster) -> str:
+    headings = [cluster.name, "8 GPUs", "64", "1,024", "1,024, local", "images/s, 1,024", "most is lost to"]
     rows = []
     for network in networks:
-        alone = step(network, BATCH, 1, gpu, CLUSTERS[0])
-        for cluster in CLUSTERS:
-            most = step(network, BATCH, 1024, gpu, cluster)
-            parts = {"gradients": most.gradients, "small all-reduces": most.small}
-            largest = max(parts, key=lambda part: parts[part])
-            rows.append(
-                [
-                    network.name,
-                    cluster.name,
-                    *(f"{weak_efficiency(network, BATCH, ranks, gpu, cluster):.1%}" for ranks in (8, 64, 1024)),
-                    f"{weak_efficiency(network, BATCH, 1024, gpu, cluster, ascent_sync='local'):.1%}",
-                    f"{1024 * BATCH / most.seconds:,.0f}",
-                    f"{largest}, {parts[largest] * 1e3:.1f} of {alone.seconds * 1e3:.1f} ms",
-                ]
-            )
+        alone, most = step(network, BATCH, 1, gpu, CLUSTERS[0]), step(network, BATCH, 1024, gpu, cluster)
+        parts = {"gradients": most.gradients, "small all-reduces": most.small}
+        largest = max(parts, key=lambda part: parts[part])
+        rows.append(
+            [
+                network.name,
+                *(f"{weak_efficiency(network, BATCH, ranks, gpu, cluster):.1%}" for ranks in (8, 64, 1024)),
+                f"{weak_efficiency(network, BATCH, 1024, gpu, cluster, ascent_sync='local'):.1%}",
+                f"{1024 * BATCH / most.seconds:,.0f}",
+                f"{largest}, {parts[largest] * 1e3:.1f} of {alone.seconds * 1e3:.1f} ms",
+            ]
+        )
     return markdown(headings, rows)
 
 
@@ -142,24 +138,21 @@ def useful_ranks(network: Network, global_batch: int, gpu: Gpu, cluster: Cluster
     return max(good)
 
 
-def _strong_table(networks: Sequence[Network], gpu: Gpu) -> str:
-    headings = ["GPUs at 80% (step; efficiency of twice as many, and what limits it)", "network"]
-    headings += [f"batch {global_batch:,}" for global_batch in GLOBAL_BATCHES]
+def _strong_table(networks: Sequence[Network], gpu: Gpu, cluster: Cluster) -> str:
+    headings = [cluster.name, *(f"batch {global_batch:,}" for global_batch in GLOBAL_BATCHES)]
     rows = []
     for network in networks:
-        for cluster in CLUSTERS:
-            cells = []
-            for global_batch in GLOBAL_BATCHES:
-                ranks = useful_ranks(network, global_batch, gpu, cluster)
-                alone = step(network, global_batch, 1, gpu, cluster)
-                now, more = (
-                    step(network, largest_share(global_batch, count), count, gpu, cluster)
-                    for count in (ranks, 2 * ranks)
-                )
-                efficiency = alone.seconds / (2 * ranks) / more.seconds
-                text = f"{ranks} ({now.seconds * 1e3:.1f} ms; {efficiency:.0%}, {limits(alone, 2 * ranks, more)})"
-                cells.append(text)
-            rows.append([network.name, cluster.name, *cells])
+        cells = []
+        for global_batch in GLOBAL_BATCHES:
+            ranks = useful_ranks(network, global_batch, gpu, cluster)
+            alone = step(network, global_batch, 1, gpu, cluster)
+            now, more = (
+                step(network, largest_share(global_batch, count), count, gpu, cluster) for count in (ranks, 2 * ranks)
+            )
+            efficiency = alone.seconds / (2 * ranks) / more.seconds
+            text = f"{ranks} ({now.seconds * 1e3:.1f} ms; {efficiency:.0%}, {limits(alone, 2 * ranks, more)})"
+            cells.append(text)
+        rows.append([network.name, *cells])
     return markdown(headings, rows)
 
 
@@ -181,7 +174,7 @@ def _batch_norm_table(networks: Sequence[Network], gpu: Gpu) -> str:
 
 def _memory_table(networks: Sequence[Network]) -> str:
     parts = list(memory(networks[0], BATCH, 8, sharded=False))
-    headings = [f"GB a GPU, {BATCH} images", *parts, "sum", "sum, FSDP2 over 8", "sum, FSDP2 over 1,024"]
+    headings = ["GB a GPU", *parts, "sum", "FSDP2 over 8", "over 1,024"]
     rows = []
     for network in networks:
         held = memory(network, BATCH, 8, sharded=False)

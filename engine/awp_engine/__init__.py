@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from awp_engine.cli.objects import evaluate, fit
     from awp_engine.models.trained import load_model
 
     __version__: str
 
-__all__ = ["load_model"]
+__all__ = ["evaluate", "fit", "load_model"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,6 +19,10 @@ def __getattr__(name: str) -> Any:
         from awp_engine.models.trained import load_model
 
         return load_model
+    if name in ("evaluate", "fit"):
+        from awp_engine.cli import objects
+
+        return getattr(objects, name)
     if name == "__version__":
         # awp_kernels holds that of both, and would import torch
         kernels = importlib.util.find_spec("awp_kernels")

@@ -68,7 +68,8 @@ def malformed(name: str) -> st.SearchStrategy[str]:
     elif name in AMOUNTS:
         wrong = st.sampled_from(NOT_NUMBERS) | st.text(alphabet="ab/.-e ", min_size=1, max_size=9)
     elif typing.get_origin(hint) is tuple:
-        wrong = st.sampled_from([text for text in NOT_NUMBERS if text])
+        # any text but the empty one is a pattern
+        wrong = st.just("") if str in typing.get_args(hint) else st.sampled_from([text for text in NOT_NUMBERS if text])
     elif name == "--preset":
         wrong = words.map(lambda text: "no such " + text)
     elif name in ("--model.name", "--data.name", "--data.class-weights"):

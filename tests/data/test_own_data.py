@@ -333,7 +333,7 @@ def test_mnist(tmp_path: Path, name: str, folder: str) -> None:
     for file in (tmp_path / folder).glob("train*"):
         file.unlink()
     assert len(load(name, tmp_path, need_train=False).test) == 10
-    with pytest.raises(DataError, match=rf"holds no train images of {name}; .*to get it: http"):
+    with pytest.raises(DataError, match=rf"holds no train images of {name}; .*to get it: awp data get"):
         load(name, tmp_path)
 
 

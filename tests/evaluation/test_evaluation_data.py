@@ -175,13 +175,13 @@ def test_code_that_a_runs_file_names_is_not_run(
     code.write_text(FACTORY)
     name = f"{code}:make"
     run = write_run(tmp_path / "run", DataConfig(name=name), ("a", "b", "c"))
-    with pytest.raises(EvaluationError, match="Python code that is not run because a file names it"):
+    with pytest.raises(EvaluationError, match="code that is not run because a file names it"):
         measured(run)
-    with pytest.raises(ConfigError, match="Python code that is not run because a file names it"):
+    with pytest.raises(ConfigError, match="code that is not run because a file names it"):
         open_runs([run], which=None, device=torch.device("cpu"))
     for arguments in (["--config", run / "config.json"], ["--config", run / "config.json", "--data.flip"]):
         assert run_command("train", monkeypatch, *arguments) == 2
-        assert "Python code that is not run because a file names it" in capsys.readouterr().err
+        assert "code that is not run because a file names it" in capsys.readouterr().err
     assert not ran.exists()
     done = measured(run, data_name=name)
     assert ran.exists()

@@ -15,6 +15,7 @@ DOCUMENTS = {
     "README.md": 2,
     "docs/trained-models.md": 5,
     "docs/own-trainer.md": 4,
+    "docs/python.md": 3,
     "docs/operations.md": 1,
     "docs/extend.md": 8,
 }
@@ -26,6 +27,8 @@ BLOCKS = {name: re.findall(r"```python\n(.*?)```", text, re.DOTALL) for name, te
 def namespace(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
+    theirs = build_model("preact-resnet-18", 10, (0.5,) * 3, (0.25,) * 3)
+    torch.save({"net": {f"module.{name}": value for name, value in theirs.state_dict().items()}}, "FILE.pt")
     model = build_model("preact-resnet-digits", 10, (0.5,), (0.25,), width=4)
     model.class_names = tuple("0123456789")
     theirs = build_model("preact-resnet-18", 10, (0.5,) * 3, (0.25,) * 3)
@@ -55,7 +58,17 @@ def test_documents_have_their_examples(name, count):
     assert "@@" not in TEXTS[name]
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
+def test_objects_of_python_are_trained_and_measured(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    place = {}
+    for block in BLOCKS["docs/python.md"]:
+        exec(block, place)
+    assert place["done"].measurement.images == 30
+    assert (tmp_path / "evaluation" / "evaluation.html").is_file()
+    assert place["model"].class_names == ("cat", "dog", "wolf")
+
+
+@pytest.mark.parametrize("name", DOCUMENTS.keys() - {"docs/python.md"})
 def test_examples_run_in_order(namespace, name):
     before = [p.detach().clone() for p in namespace["model"].parameters()]
     for block in BLOCKS[name]:

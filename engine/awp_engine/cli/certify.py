@@ -27,26 +27,51 @@ def parse(argv: Sequence[str] | None = None, prog: str = "certify.py") -> argpar
         prog=prog,
         description="Certifies a trained model on the test split by randomised smoothing (Cohen, Rosenfeld, Kolter, "
         "2019): the class that the network answers most often for an image plus Gaussian noise, and the radius in L2 "
-        "within which that answer cannot change. A network that was not trained on noisy images certifies little.",
-        epilog="The same command goes on where it was interrupted. An image takes N0 + N answers of the network.",
+        "within which that answer cannot change.",
+        epilog="A network that was not trained on noisy images certifies little. The same command goes on where it was "
+        "interrupted. An image takes N0 + N answers of the network.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
+        common=("path", "sigma", "images", "n", "checkpoint", "device", "output"),
     )
     hidden = argparse.SUPPRESS
     add = parser.add_argument
-    add("path", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run directory, a checkpoint or a .safetensors file")
-    add("--sigma", type=float, default=0.25, help="standard deviation of the noise, on pixels in [0, 1]")
-    add("--images", type=whole_number, default=100, help="their number, evenly spread over the test split")
+    add("path", type=Path, metavar="RUN_OR_CHECKPOINT", help="run directory, checkpoint or .safetensors file")
+    add("--sigma", type=float, metavar="X", default=0.25, help="standard deviation of the noise")
+    add(
+        "--limit",
+        "--images",
+        dest="images",
+        type=whole_number,
+        metavar="N",
+        default=100,
+        help="so many images of the test split",
+    )
     add("--n0", type=whole_number, default=100, help="noisy copies of an image that choose its class")
-    add("--n", type=whole_number, default=10_000, help="noisy copies that bound the class's probability")
+    add("--n", type=whole_number, default=10_000, help="noisy copies of an image")
     add("--alpha", type=float, default=0.001, help="probability that an image's certificate is wrong")
-    add("--checkpoint", default="best", metavar="best|last|NAME|PATH", help="which weights of a run directory")
+    add("--checkpoint", default="best", metavar="NAME", help="of a run: best, last, or a name or path")
     add("--seed", type=whole_number, default=hidden, help="of the noise; that of the run's own evaluation if not given")
     add("--batch-size", type=whole_number, default=hidden, help="noisy copies at a time")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU if there is one")
     add("--threads", type=thread_count, default=hidden, help="CPU threads")
-    add("--data-name", "--data.name", default=hidden, help="data set, for weights that belong to no run")
-    add("--data-root", "--data.root", type=Path, default=hidden, help="directory of the data set")
+    add(
+        "--data.name",
+        "--data-name",
+        dest="data_name",
+        metavar="NAME",
+        default=hidden,
+        help="data set, for weights that belong to no run",
+    )
+    add(
+        "--data.root",
+        "--data-root",
+        dest="data_root",
+        metavar="DIR",
+        type=Path,
+        default=hidden,
+        help="directory of the data set",
+    )
     add("--output", type=Path, metavar="DIR", default=hidden, help="of the report; RUN_DIR/evaluation if not given")
     return parser.parse_args(argv)
 

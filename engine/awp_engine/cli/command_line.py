@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import functools
 import os
@@ -123,9 +124,13 @@ class OneLineParser(argparse.ArgumentParser):
         formatter.add_usage(self.usage or " ".join(["%(prog)s", *named, "[flags]"]), [], [])
         formatter.add_text(self.description)
         hidden = self._hidden()
-        for title, group in (("", given), ("flags", [each for each in self._actions if each.option_strings])):
+        # of a flag's names the first one
+        flags = [copy.copy(action) for action in self._actions if action.option_strings and action not in hidden]
+        for action in flags:
+            action.option_strings = action.option_strings[: 2 if action.dest == "help" else 1]
+        for title, group in (("", given), ("flags", flags)):
             formatter.start_section(title or None)
-            formatter.add_arguments([action for action in group if action not in hidden])
+            formatter.add_arguments(group)
             formatter.end_section()
         if hidden:
             formatter.add_text(f"{self.prog} --help-all explains {len(hidden)} more flags.")
@@ -197,6 +202,7 @@ _DOES = "Trains an image classifier to withstand adversarial examples."
 _COMMON = {
     "data.name": ("NAME", "data set: digits, cifar10, folder, ..."),
     "data.root": ("DIR", "directory that holds it; the digits need none"),
+    "model.name": ("NAME", "or timm:NAME, net.py:make"),
     "run_dir": ("DIR", "for results; a run there goes on"),
     "epochs": ("N", "passes over the training images"),
     "method": ("NAME", "loss: at, trades, mart or rst"),

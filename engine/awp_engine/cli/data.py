@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from awp_engine.cli.command_line import OneLineParser, fail
 from awp_engine.config import ConfigError
+from awp_engine.config.data_sets import PUBLIC
 from awp_engine.distributed.signals import interrupted_code, interrupts
 from awp_engine.files.locking import LOCK, locked
 from awp_engine.files.text import one_line
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 # as `awp_engine.data.sets.scan_list` has it, which would import torch for --help
 LIST_NAME = "awp-scan.jsonl"
-# of `awp_engine.data.tools.get`, likewise
-PUBLIC = ("cifar10", "cifar100", "fashion-mnist", "mnist", "svhn", "tiny-imagenet")
 _SHOWN = 3
 
 

@@ -60,7 +60,10 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
         "attack only if it is right without one too. Exit code 0: "
         "measured; 3: measured, with reasons not to believe it, which are named; 2 and 1: not measured, not written.",
         allow_abbrev=False,
-        common=("path", "attacks", "checkpoint", "norm", "epsilon", "limit", "batch_size", "device", "output"),
+        common=(
+            *("path", "attacks", "checkpoint", "norm", "epsilon", "limit", "device", "output"),
+            *("model_name", "model_weights", "data_name", "data_root"),
+        ),
     )
     add = parser.add_argument
     add(
@@ -68,7 +71,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
         type=place,
         nargs="?",
         metavar="RUN_OR_CHECKPOINT",
-        help="run directory, checkpoint, weights or hf://OWNER/NAME",
+        help="run directory, checkpoint or hf://OWNER/NAME",
     )
     add("--attacks", nargs="+", metavar="NAME", help="clean fgsm pgd20 cw if not given")
     add("--checkpoint", default="best", metavar="NAME", help="of a run: best, last, or a name or path")
@@ -81,10 +84,30 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
     add("--batch-size", type=whole_number, metavar="N", help="images a batch")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU if there is one")
     add("--threads", type=thread_count, help="CPU threads")
-    add("--data-name", "--data.name", help="data set, where it is not the run's own, and for weights of no run")
-    add("--data-root", "--data.root", type=Path, help="directory of the data set; its test part is enough")
-    add("--data-corruption", "--data.corruption", metavar="KIND", help="of cifar10-c, cifar100-c, imagenet-c, folder-c")
-    add("--data-severity", "--data.severity", type=whole_number, metavar="N", help="of the corruption, 1 to 5")
+    add("--data.name", "--data-name", dest="data_name", metavar="NAME", help="data set, where it is not the run's own")
+    add(
+        "--data.root",
+        "--data-root",
+        dest="data_root",
+        type=Path,
+        metavar="DIR",
+        help="its directory; the test part is enough",
+    )
+    add(
+        "--data.corruption",
+        "--data-corruption",
+        dest="data_corruption",
+        metavar="KIND",
+        help="of cifar10-c, cifar100-c, imagenet-c, folder-c",
+    )
+    add(
+        "--data.severity",
+        "--data-severity",
+        dest="data_severity",
+        type=whole_number,
+        metavar="N",
+        help="of the corruption, 1 to 5",
+    )
     add(
         "--transfer-to", type=Path, metavar="PATH", help="second run or checkpoint: do the attacked images fool it too?"
     )
@@ -141,26 +164,27 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
 def show(done: "Evaluated", *, per_class: bool = False) -> None:
     """The results as tables, and what speaks against them."""
     from awp_engine.evaluation.results import RIGHT_MEANS
-    from awp_engine.observe.report import print_table
+    from awp_engine.observe.report import print_table, print_text
 
     print_table(done.measurement.table(), title=done.title)
-    print(f"right: {RIGHT_MEANS}")
+    print_text(f"right: {RIGHT_MEANS}")
     if alone := done.measurement.attacked_alone():
-        print(f"counted by the attacked image alone, as some papers do: {alone}")
+        print_text(f"counted by the attacked image alone, as some papers do: {alone}")
     if per_class:
         print_table(done.measurement.class_table(), title="accuracy of every class")
     if regional := done.measurement.regional_table():
         print_table(regional, title="regional attacks, means over the flipped images")
     if (report := done.measurement.gates) is not None:
-        print(f"gates, on {report.images} images")
-        for gate in report.gates:
-            # what a random model's gate measured is longer than a column of a table
-            print(f"  {'passed' if gate.passed else 'FAILED'}  {gate.name}: {gate.measured} (expected: {gate.bound})")
+        passed = [gate.name for gate in report.gates if gate.passed]
+        print_text(
+            f"gates, on {report.images} images: {len(passed)} of {len(report.gates)} passed; evaluation.html has what "
+            f"they measured: {'; '.join(passed) or 'none'}"
+        )
         for gate in report.gates:
             if not gate.passed:
-                print(f"FAILED {gate.name}: {gate.failure_means}")
+                print_text(f"FAILED {gate.name}: {gate.measured} (expected: {gate.bound}): {gate.failure_means}")
     for doubt in done.report["doubts"]:
-        print(f"UNRELIABLE: {doubt}")
+        print_text(f"UNRELIABLE: {doubt}")
     sys.stdout.flush()
 
 

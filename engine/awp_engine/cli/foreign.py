@@ -22,14 +22,14 @@ def add_foreign(parser: argparse.ArgumentParser) -> None:
         "--model",
         dest="model_name",
         metavar="NAME",
-        help="architecture, such as wrn-28-10, or FILE.py:FUNCTION that makes the module; this code is run",
+        help="in place of a run: wrn-28-10, net.py:make ...",
     )
     add(
         "--weights",
         dest="model_weights",
         type=place,
         metavar="FILE",
-        help=".safetensors, .pt, .pth, .bin or hf://OWNER/NAME; not needed where FUNCTION gives a trained module",
+        help="of that model: .safetensors, .pt, .pth, .bin",
     )
     add("--weights-key", dest="model_key", metavar="KEY", help="which weights of several in the file")
     add("--model.width", dest="model_width", type=int, metavar="N", help="channels of the first stage")

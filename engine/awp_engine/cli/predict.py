@@ -67,13 +67,14 @@ def parse(argv: Sequence[str] | None = None, prog: str = "predict.py") -> argpar
         epilog="Exit code 0: all files were classified; 1: some cannot be used, and are named with the reason; 2: none "
         "was classified.",
         allow_abbrev=False,
+        common=("path", "places", "out", "top", "checkpoint", "image_size", "device"),
     )
     add = parser.add_argument
-    add("path", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run directory, a checkpoint or a .safetensors file")
+    add("path", type=Path, metavar="RUN_OR_CHECKPOINT", help="run directory, checkpoint or .safetensors file")
     add("places", type=Path, nargs="+", metavar="FILE_OR_FOLDER", help="images, or folders with images in and below")
     add("--out", type=_output, metavar="FILE", help="write to this .csv or .jsonl file; else a table is printed")
     add("--top", type=_positive, default=1, metavar="N", help="the N most probable classes (1)")
-    add("--checkpoint", default="best", metavar="best|last|NAME|PATH", help="which weights of a run directory")
+    add("--checkpoint", default="best", metavar="NAME", help="of a run: best, last, or a name or path")
     add("--image-size", type=_side, metavar="N", help="resize images to NxN; as the run did if not given")
     add("--center-crop", type=_share, metavar="X", help="resize the central square of this part of the shorter side")
     add("--batch-size", type=_positive, default=64, help="images at a time (64)")

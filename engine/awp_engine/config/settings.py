@@ -239,6 +239,7 @@ class AwpConfig(Checked, section="awp."):
     def _check(self) -> None:
         whole = self.ascent == "exact" or (self.ascent_steps == 1 and self.c_min is None)
         self.require(whole, "ascent", "exact with --awp.ascent-steps > 1 or --awp.c-min")
+        self.require("" not in self.layers, "layers", "patterns of parameters' names, such as 'layer1.*'")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

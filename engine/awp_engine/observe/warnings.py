@@ -6,7 +6,7 @@ from typing import Any
 # a trained network's input gradient has next to no exact zeros; a quantised or saturated one consists of them
 _ZERO_GRADIENTS = 0.25
 # fewer are nothing to be told of
-_SOME_ZEROS = 0.01
+_SOME_ZEROS = 0.05
 # after the collapse held-out accuracy is near nothing; robust overfitting, however bad, left more than a third
 _COLLAPSE = 1 / 3
 _JUMP = 0.05

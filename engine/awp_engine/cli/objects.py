@@ -1,0 +1,174 @@
+"""Training and evaluating objects of Python, in a notebook or a script: a model and images in place of their names.
+
+They go to the same trainer and the same evaluation as on the command line, under names that config.json can hold:
+those of `model` and `data` in this module.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from awp_engine.config import Config, ConfigError
+from awp_engine.config.identity import from_flat, key_types, to_flat
+from awp_engine.config.presets import build_preset
+from awp_engine.config.schema import coerce, did_you_mean
+from awp_engine.evaluation.attacks import Norm
+from awp_engine.evaluation.foreign import Foreign
+from awp_engine.evaluation.run import DEFAULT_ATTACKS, Evaluated, evaluate_checkpoint
+from awp_engine.models import NormalizedClassifier
+from awp_engine.models.trained import load_model
+
+_MODEL, _DATA = f"{__name__}:model", f"{__name__}:data"
+_one_call = threading.Lock()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """What `fit` leaves.
+
+    Attributes:
+        model: the weights that were selected, in eval mode; takes images in [0, 1].
+        report: what report.json holds.
+        run_dir: the run directory.
+    """
+
+    model: NormalizedClassifier
+    report: dict[str, Any]
+    run_dir: Path
+
+
+def _no_model() -> nn.Module:
+    raise ConfigError(
+        "this run's model was given as an object of Python: give it again, to fit(...) to go on, or to "
+        "load_model(RUN, model=...)"
+    )
+
+
+# what a call is given, while it runs; looked up by the names above
+model: Callable[..., nn.Module] = _no_model
+data: Mapping[str, Any] = {}
+
+
+@contextlib.contextmanager
+def _given(of_model: Callable[..., nn.Module] | nn.Module, parts: Mapping[str, Any]) -> Iterator[None]:
+    global model, data
+    if not callable(of_model):
+        raise ConfigError(f"model: expected a module, or a function that makes one, got {type(of_model).__name__}")
+    with _one_call:
+        # it is built more than once, to be tried
+        model = functools.partial(copy.deepcopy, of_model) if isinstance(of_model, nn.Module) else of_model
+        data = parts
+        try:
+            yield
+        finally:
+            model, data = _no_model, {}
+
+
+def fit(
+    model: Callable[..., nn.Module] | nn.Module,
+    train: Any,
+    test: Any,
+    *,
+    run_dir: Path | str,
+    preset: str = "digits",
+    class_names: Sequence[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Fitted:
+    """Train a model that is a Python object on images that are Python objects, as `awp train` does.
+
+    The same call again goes on where it was stopped, or gives the results of a run that has ended.
+
+    Args:
+        model: a module, which is copied and starts from its own weights; or a function that makes one, called with
+            those of num_classes, in_chans and img_size that it takes. It gives logits of images that are normalised in
+            front of it by the training images' mean and deviation, unless it normalises them itself.
+        train: what images are learnt from, and the held-out ones: a data set of (image, label), or a pair of arrays,
+            as `--data.name FILE.py:NAME` takes them; uint8, or floating point in [0, 1].
+        test: images that are looked at once, at the end.
+        run_dir: where the results go.
+        preset: all other settings, as the first argument of `awp train`.
+        class_names: in the order of the labels, if the data have none.
+        settings: over the preset, by the names of the flags: {"attack.epsilon": "8/255", "epochs": 30}.
+
+    Raises:
+        ConfigError, DataError: one line that says what is wrong.
+        TrainingError: training cannot go on.
+        KeyboardInterrupt: after a checkpoint was written.
+    """
+    from awp_engine.cli.train import train as train_run
+    from awp_engine.distributed.ranks import joined
+    from awp_engine.distributed.signals import StoppedError, StopRequest, stop_requests
+
+    parts = {"train": train, "test": test, **({} if class_names is None else {"class_names": class_names})}
+    with _given(model, parts):
+        config = _config(preset, {**(settings or {}), "run_dir": run_dir, "model.name": _MODEL, "data.name": _DATA})
+        # Python gives signals to the main thread alone
+        main = threading.current_thread() is threading.main_thread()
+        stopping = stop_requests() if main else contextlib.nullcontext(StopRequest())
+        try:
+            with joined(config.device, config.distributed.timeout) as ranks, stopping as stop:
+                report = train_run(config, ranks, stop)[1]
+        except StoppedError as stopped:
+            raise KeyboardInterrupt(str(stopped)) from None
+        trained = load_model(config.resolved_run_dir, model=_MODEL)
+    return Fitted(model=trained, report=report, run_dir=config.resolved_run_dir)
+
+
+def _config(preset: str, settings: Mapping[str, Any]) -> Config:
+    known = key_types()
+    values = to_flat(build_preset(preset)) | {"model.width": None, "model.activation": "relu"}
+    for name, value in settings.items():
+        key = name.replace("-", "_")
+        if key not in known:
+            raise ConfigError(f"settings: unknown name {name!r}; {did_you_mean(key, known, 'awp train --help-all')}")
+        values[key] = coerce(known[key], str(value) if isinstance(value, Path) else value, key)
+    return from_flat(values)
+
+
+def evaluate(
+    model: nn.Module,
+    images: Any,
+    labels: Any,
+    *,
+    epsilon: str,
+    norm: Norm = "linf",
+    attacks: Sequence[str] = DEFAULT_ATTACKS,
+    class_names: Sequence[str] | None = None,
+    output: Path | str = "evaluation",
+    **more: Any,
+) -> Evaluated:
+    """Measure a module, as `awp evaluate` does, with the same checks, reports and receipt.
+
+    Args:
+        model: gives logits [N, classes] of images [N, C, H, W] in [0, 1]; it normalises them itself.
+        images: uint8, or floating point in [0, 1]: [N, C, H, W] tensors, or [N, H, W, C] arrays.
+        labels: whole numbers [N].
+        epsilon: radius of the ball, exact: "8/255".
+        norm: "linf", "l2" or "l1".
+        attacks: as `--attacks`.
+        class_names: in the order of the labels.
+        output: directory of the reports.
+        more: as `evaluate_checkpoint` takes it: limit, restarts, seed, batch_size, device, save_images and others.
+
+    Raises:
+        EvaluationError, ConfigError, DataError: one line that says what is wrong.
+    """
+    names = {} if class_names is None else {"class_names": class_names}
+    with _given(model, {"test": (images, labels), **names}):
+        return evaluate_checkpoint(
+            None,
+            foreign=Foreign(name=_MODEL, normalize="none"),
+            data_name=_DATA,
+            epsilon=epsilon,
+            norm=norm,
+            attacks=attacks,
+            output=Path(output),
+            **more,
+        )

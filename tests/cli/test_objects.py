@@ -1,0 +1,113 @@
+"""`awp_engine.fit` and `awp_engine.evaluate`: a model and images as objects of Python."""
+
+import json
+import threading
+
+import pytest
+import torch
+from samples import images
+from torch import nn
+
+import awp_engine
+from awp_engine.cli import objects
+from awp_engine.config import ConfigError
+from awp_engine.data import DataError
+
+QUICK = {"epochs": 2, "attack.steps": 2, "evaluation.steps": 2, "global-batch-size": 16, "log": ["none"]}
+
+
+def network(num_classes):
+    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 64, num_classes))
+
+
+@pytest.fixture
+def data():
+    x, y = images((60, 1, 8, 8)), torch.arange(60) % 3
+    return (x[:45], y[:45]), (x[45:], y[45:])
+
+
+def test_a_run_of_objects_is_trained_gone_on_with_and_loaded(data, tmp_path):
+    done = awp_engine.fit(network, *data, run_dir=tmp_path / "run", settings=QUICK, class_names=("a", "b", "c"))
+    assert done.report["epochs"] == 2
+    assert done.model.class_names == ("a", "b", "c")
+    assert json.loads((done.run_dir / "config.json").read_text())["attack"]["steps"] == 2
+    before = (done.run_dir / "report.json").stat().st_mtime_ns
+    # it has ended
+    again = awp_engine.fit(network, *data, run_dir=tmp_path / "run", settings=QUICK, class_names=("a", "b", "c"))
+    assert (done.run_dir / "report.json").stat().st_mtime_ns == before
+    x = data[1][0]
+    assert torch.equal(again.model(x), done.model(x))
+    with pytest.raises(awp_engine.checkpoint.CheckpointError, match="given as an object of Python: give it again"):
+        awp_engine.load_model(done.run_dir)
+    assert torch.equal(awp_engine.load_model(done.run_dir, model=network)(x), done.model(x))
+
+
+def test_another_thread_may_train(data, tmp_path):
+    done = []
+    settings = QUICK | {"epochs": 1}
+    thread = threading.Thread(
+        target=lambda: done.append(awp_engine.fit(network, *data, run_dir=tmp_path / "run", settings=settings))
+    )
+    thread.start()
+    thread.join()
+    assert done[0].report["epochs"] == 1
+
+
+def test_a_module_is_copied_and_starts_from_its_weights(data, tmp_path):
+    torch.manual_seed(3)
+    module = network(3)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    still = QUICK | {"optimizer.lr": 1e-30, "awp.gamma": 0.0, "optimizer.weight-decay": 0.0}
+    done = awp_engine.fit(module, *data, run_dir=tmp_path / "run", settings=still)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    torch.testing.assert_close(done.model.state_dict(), {f"network.{name}": value for name, value in before.items()})
+
+
+def test_a_module_is_measured_as_it_is(data, tmp_path):
+    x, y = data[1]
+    torch.manual_seed(3)
+    module = network(3)
+    done = awp_engine.evaluate(
+        module, x, y, epsilon="1/10", attacks=["clean", "pgd5"], output=tmp_path / "out", gates_limit=None
+    )
+    # images are held as bytes
+    x = (x * 255).round() / 255
+    assert done.measurement.clean == int((module(x).argmax(1) == y).sum())
+    assert done.report["receipt"]["epsilon"] == "1/10"
+    assert (tmp_path / "out" / "evaluation.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": 7}, "model: expected a module, or a function that makes one, got int"),
+        ({"settings": {"atack.steps": 2}}, "settings: unknown name 'atack.steps'; did you mean attack.steps"),
+        ({"settings": {"epochs": "many"}}, "--epochs: expected a whole number"),
+        ({"train": (torch.randn(9, 1, 8, 8), torch.arange(9) % 3)}, "train image 0 has values from"),
+        ({"preset": "digtis"}, "did you mean digits"),
+    ],
+)
+def test_what_is_wrong_is_one_line(data, tmp_path, change, message):
+    given = {"model": network, "train": data[0], "test": data[1], "run_dir": tmp_path / "run"} | change
+    with pytest.raises((ConfigError, DataError), match=message) as error:
+        awp_engine.fit(**given)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+    assert objects.data == {}
+
+
+def test_calls_of_two_threads_take_turns():
+    seen = []
+
+    def other():
+        with objects._given(network, {"test": 2}):
+            seen.append(objects.data)
+
+    with objects._given(network, {"test": 1}):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join(0.2)
+        assert objects.data == {"test": 1}
+        assert not seen
+    thread.join()
+    assert seen == [{"test": 2}]

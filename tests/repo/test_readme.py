@@ -31,8 +31,6 @@ def namespace(monkeypatch, tmp_path):
     torch.save({"net": {f"module.{name}": value for name, value in theirs.state_dict().items()}}, "FILE.pt")
     model = build_model("preact-resnet-digits", 10, (0.5,), (0.25,), width=4)
     model.class_names = tuple("0123456789")
-    theirs = build_model("preact-resnet-18", 10, (0.5,) * 3, (0.25,) * 3)
-    torch.save(theirs.state_dict(), "FILE.pt")
     monkeypatch.setattr(awp_engine, "load_model", lambda path, **given: model.eval(), raising=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x, y = images((4, 1, 8, 8)), torch.arange(4)

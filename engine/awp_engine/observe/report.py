@@ -23,6 +23,7 @@ from awp_engine.config import ConfigError
 from awp_engine.files.atomic import atomic_write_text, temporary_beside
 from awp_engine.files.text import json_text, printable
 from awp_engine.observe.drawing import BLUE, GREEN, GREY, VERMILION, plottable, save, tidy
+from awp_engine.observe.terminal import console_of
 
 REPORT = "report.json"
 CURVES = "learning_curves.png"
@@ -162,7 +163,7 @@ def print_table(rows: Sequence[Mapping[str, str]], title: str = "", console: Con
 
     Text is shown as it is: what is not printable by its escapes, and brackets as brackets.
     """
-    console = console or Console(highlight=False)
+    console = console or console_of(sys.stdout)
     title = printable(title)
     rows = [{printable(column): printable(text) for column, text in row.items()} for row in rows]
     columns = list(rows[0]) if rows else []

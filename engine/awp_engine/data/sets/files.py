@@ -220,12 +220,16 @@ def hint(part: Path) -> str:
         meant = "--data.name huggingface"
     elif (root / "manifest.json").is_file():
         meant = "--data.name webdataset or shards, as it was packed"
+    elif any(part.glob("*.np[yz]")):
+        meant = "--data.name shards"
     elif root.name in ("train", *TEST_PARTS) and (root.parent / part.name).is_dir():
         meant = shown(root.parent)
     elif not part.is_dir():
         with contextlib.suppress(OSError):
             inside = [entry for entry in root.iterdir() if (entry / part.name).is_dir()]
             meant = shown(inside[0]) if len(inside) == 1 else ""
+        if not meant and part.name in TEST_PARTS and has_class_folders(root / "train"):
+            return ": move some images of every class out of train into such folders"
         if not meant and has_class_folders(root):
             return (
                 f"; the class folders lie in {shown(root)} itself: move them into {shown(root / 'train')}, and some "
@@ -256,9 +260,9 @@ def _list_classes(part: Path, skip: frozenset[str], inside: str) -> Listing:
     with os.scandir(root) as entries:
         classes = sorted(entry.name for entry in entries if entry.name[0] != _DOT and entry.is_dir())
     if len(classes) < 2:
-        raise DataError(
-            f"{shown(root)} has {len(classes)} class folders; expected at least 2, each with its images{hint(part)}"
-        )
+        found = f"1 class folder, {shown(classes[0])}" if classes else "no class folders"
+        same = " and the same as in train" if part.name in TEST_PARTS else ""
+        raise DataError(f"{shown(root)} has {found}; expected at least 2{same}, each with its images{hint(part)}")
     skipped = {name for name in skip if name.startswith(listed_name(part.name) + "/")}
     counts: list[int] = []
 

@@ -106,6 +106,8 @@ def _loaded(
 ) -> LoadedWeights:
     if isinstance(source, Mapping):
         return _into(model, source, key)
+    if (inside := Path(source) / "model.safetensors").is_file():
+        raise CheckpointError(f"{source}: is a run directory; expected a file of weights: give {inside}")
     file = read_weights(Path(source))
     theirs = file.metadata.get("class_names")
     others = class_names is not None and theirs is not None and theirs != to_json(class_names)

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,6 +238,18 @@ def hint(part: Path) -> str:
     return f"; did you mean {meant}?" if meant else ""
 
 
+def require_classes(part: Path, found: Collection[str | bytes]) -> None:
+    """Refuse a part of an image folder with fewer than two class folders.
+
+    Raises:
+        DataError: naming the only one.
+    """
+    if len(found) < 2:
+        has = f"1 class folder, {shown(next(iter(found)))}" if found else "no class folders"
+        same = " and the same as in train" if part.name in TEST_PARTS else ""
+        raise DataError(f"{shown(part)} has {has}; expected at least 2{same}, each with its images{hint(part)}")
+
+
 def has_class_folders(folder: Path) -> bool:
     """Whether at least two folders in `folder` hold images."""
     with contextlib.suppress(OSError):
@@ -259,10 +271,7 @@ def _list_classes(part: Path, skip: frozenset[str], inside: str) -> Listing:
     root = os.fsencode(part)
     with os.scandir(root) as entries:
         classes = sorted(entry.name for entry in entries if entry.name[0] != _DOT and entry.is_dir())
-    if len(classes) < 2:
-        found = f"1 class folder, {shown(classes[0])}" if classes else "no class folders"
-        same = " and the same as in train" if part.name in TEST_PARTS else ""
-        raise DataError(f"{shown(root)} has {found}; expected at least 2{same}, each with its images{hint(part)}")
+    require_classes(part, classes)
     skipped = {name for name in skip if name.startswith(listed_name(part.name) + "/")}
     counts: list[int] = []
 

@@ -6,7 +6,10 @@ import contextlib
 import importlib.metadata
 import math
 import platform
+import shutil
 import subprocess
+import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -178,3 +181,9 @@ def print_table(rows: Sequence[Mapping[str, str]], title: str = "", console: Con
         padded = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
         lines.append("  ".join(padded).rstrip())
     print("\n".join(lines), file=console.file, flush=True)
+
+
+def print_text(text: str) -> None:
+    """Prints a line: on a terminal broken between words, elsewhere as it is."""
+    text = printable(text)
+    print(textwrap.fill(text, shutil.get_terminal_size().columns - 1) if sys.stdout.isatty() else text)

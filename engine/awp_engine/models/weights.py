@@ -378,7 +378,7 @@ def _hint(model: nn.Module, network: Network, unexpected: Sequence[str], documen
     if len(network.missing) > len(network.sources):
         return "; weights of another architecture?"
     if not network.missing and not unexpected:
-        return "; another width, or number of classes?"
+        return "; another width, size of images, or number of classes?"
     outside = unexpected and network.prefix and not any(name.startswith(network.prefix) for name in unexpected)
     return f"; --weights-key {network.prefix.rstrip('.')} takes {network.prefix}* alone" if outside else ""
 

@@ -230,6 +230,9 @@ def test_differences_are_paired_by_seed(study: Path) -> None:
     assert robust.values == pytest.approx((3, 5))
     assert (robust.mean, robust.spread) == pytest.approx((4, math.sqrt(2) / math.sqrt(2)))
     assert robust.text() == "+4.00 ± 1.00"
+    # whatever was named first, as a whole folder of runs names at-awp before at
+    (turned,) = sections(*sorted(study.glob("awp-*")), *sorted(study.glob("at-*")))
+    assert (turned.tables[-1].title, turned.tables[-1].rows) == (found.title, found.rows)
     assert "seeds 0 1" in found.notes[0]
 
 

@@ -141,7 +141,7 @@ def test_what_is_no_regular_file_is_refused_and_never_waited_for(tmp_path: Path)
         (lambda root: (root / "train" / "d").mkdir(), r"train/d has no image; expected \*.jpg"),
         (
             lambda root: [(root / "train" / n).rename(root / n) for n in "ab"],
-            r"train has 1 class folders; expected at lea",
+            r"train has 1 class folder, c; expected at lea",
         ),
     ],
 )

@@ -136,7 +136,9 @@ def test_a_factory_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (data.class_names, data.train.shape, len(data.test)) == (("dark", "light"), (1, 4, 4), 6)
     assert sys.modules["json"].__file__ != str(file)
     file.write_text("import beside_it\n\n\ndef make(split):\n    return beside_it.nothing[split]\n")
-    with pytest.raises(DataError, match=r"make: AttributeError: .*'nothing', json.py line 5; correct that code$"):
+    with pytest.raises(
+        DataError, match=r"make: AttributeError: .*'nothing', json.py line 5; correct that code or what it reads$"
+    ):
         load(f"{file}:make")
     file.write_text("def make(:\n")
     with pytest.raises(DataError, match="SyntaxError"):
@@ -278,7 +280,7 @@ REFUSED = {
     "one_part": "gives a mapping of 'train'; expected 'train' and 'test'",
     "three": "asks for a, b, c; expected a function",
     "raises": r"FileNotFoundError: \[Errno 2\] No such file: 'images.bin', test_own_data.py line",
-    "number": "is a int; expected a function",
+    "number": "is of type int; expected a function",
     "missing": "has no missing; expected the name of a factory",
     "tensors": "asks for a root: give --data.root",
 }

@@ -208,7 +208,7 @@ def test_a_lone_file_is_told_data_and_ball(run_dir, tmp_path):
     arguments = {"attacks": ["pgd2"], "limit": 20, "gates_limit": None}
     with pytest.raises(EvaluationError, match="--epsilon and --norm"):
         evaluate_checkpoint(lone, **arguments)
-    with pytest.raises(EvaluationError, match="--data-name"):
+    with pytest.raises(EvaluationError, match=r"give --data\.name"):
         evaluate_checkpoint(lone, epsilon="1/2", norm="l2", **arguments)
     done = evaluate_checkpoint(lone, epsilon="1/2", norm="l2", data_name="digits", **arguments)
     assert done.output == tmp_path / "mine-evaluation"

@@ -130,8 +130,11 @@ def test_accuracy_at_chance_is_doubted_with_likely_causes(tmp_path: Path, monkey
     [
         (("{file}",), "does not say what model its weights are of: give --model.name"),
         (("{file}", *NAMED), "give --epsilon and --norm, usually 8/255 and linf for CIFAR"),
-        (("{file}", "--model", "wrn-10-1", "--epsilon", "0", "--norm", "l2"), "give --data-name"),
-        (("{file}", *NAMED[:2], *NAMED[4:], "--epsilon", "0", "--norm", "l2"), "another width, or number of classes?"),
+        (("{file}", "--model", "wrn-10-1", "--epsilon", "0", "--norm", "l2"), "give --data.name"),
+        (
+            ("{file}", *NAMED[:2], *NAMED[4:], "--epsilon", "0", "--norm", "l2"),
+            "another width, size of images, or number of classes?",
+        ),
         (
             ("--model", "wrn-10-1", *NAMED[4:], "--epsilon", "0", "--norm", "l2"),
             "--weights: expected a file: wrn-10-1 as",

@@ -273,6 +273,8 @@ def test_the_header_of_our_own_file_has_the_normalisation(tmp_path: Path) -> Non
     model = build_model("wrn-10-1", 10, HALF, QUARTER).eval()
     assert load_pretrained(model, path).mean is None
     assert torch.equal(logits(model), expected(normalised=False))
+    with pytest.raises(CheckpointError, match=r"is a run directory; .*: give .*model\.safetensors$"):
+        load_pretrained(model, tmp_path)
 
 
 @pytest.mark.parametrize(

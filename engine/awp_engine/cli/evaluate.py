@@ -170,6 +170,8 @@ def show(done: "Evaluated", *, per_class: bool = False) -> None:
     print_text(f"right: {RIGHT_MEANS}")
     if alone := done.measurement.attacked_alone():
         print_text(f"counted by the attacked image alone, as some papers do: {alone}")
+    if (name := done.measurement.constant_class()) is not None:
+        print_text(f"only images of {name} are right, and all of them: does the model know anything but that class?")
     if per_class:
         print_table(done.measurement.class_table(), title="accuracy of every class")
     if regional := done.measurement.regional_table():

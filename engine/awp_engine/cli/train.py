@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from awp_engine.cli.command_line import command_again, fail, other_command, parse_train
 from awp_engine.config import Config, ConfigError
+from awp_engine.config.data_sets import is_own
 from awp_engine.config.identity import longer_flags, why_not_longer
 
 if TYPE_CHECKING:
@@ -92,7 +93,9 @@ def show(config: Config, trained: list[Trained], prog: str) -> None:
     print(f"results in {printable(str(run_dir))}")
     other = run_dir / "without-awp" if len(trained) > 1 else "OTHER_RUN"
     print("next:")
-    print("  " + printable(other_command(prog, "evaluate", run_dir, "--attacks", "clean", "pgd20", "autoattack")))
+    # code that a run's file names is not run
+    own = ("--data.name", config.data.name) if is_own(config.data.name) else ()
+    print("  " + printable(other_command(prog, "evaluate", run_dir, *own, "--attacks", "clean", "pgd20", "autoattack")))
     print("  " + printable(other_command(prog, "compare", run_dir, other)))
 
 

@@ -390,10 +390,12 @@ def _evaluated(settings: Sequence[Setting], condition: tuple, *, others_like_it:
 
 
 def _paired(settings: Sequence[Setting]) -> Table | None:
-    """The second of two settings minus the first one, over the seeds that both have."""
+    """The second of two settings minus the first one, or the one with AWP minus the one without, seed by seed."""
     if len(settings) != 2:
         return None
-    (base, other), attack = settings, _attack(settings[0].runs[0])
+    # stable: what was named first stays first where both have it, or none
+    base, other = sorted(settings, key=lambda setting: setting.runs[0].config.awp.enabled)
+    attack = _attack(base.runs[0])
     sides = [{run.config.seed: (run, result) for run, result in setting.finished} for setting in (base, other)]
     seeds = sorted(sides[0].keys() & sides[1].keys())
     if not seeds:

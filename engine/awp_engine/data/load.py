@@ -92,7 +92,8 @@ def data_loading(data: DataConfig, device: torch.device, root: Path | None = Non
         framing=Framing(size=data.image_size, least_area=least_area, central=data.center_crop),
         workers=data.workers,
         resident_share=data.resident_share,
-        skip=frozenset() if root is None else bad_files(root, data.bad_files, path=data.bad_list),
+        # a user's own code opens what it wants to: the list says nothing about that
+        skip=frozenset() if root is None or is_own(data.name) else bad_files(root, data.bad_files, path=data.bad_list),
     )
 
 

@@ -198,6 +198,12 @@ class Measurement:
             found += [f"gate failed: {gate.name}" for gate in self.gates.gates if not gate.passed]
         return found
 
+    def constant_class(self) -> str | None:
+        """The class that alone is ever right, and always; None where there is no such one among several."""
+        right = [row for row in self.per_class if row["clean"]]
+        alone = len(right) == 1 < len(self.per_class) and right[0]["clean"] == right[0]["images"]
+        return right[0]["class"] if alone else None
+
     def table(self) -> list[dict[str, str]]:
         """Rows of text for `report.print_table`."""
         transfers = any(row.transferable is not None for row in self.rows)

@@ -31,6 +31,7 @@ from awp_engine.data import (
     match_classes,
     source_names,
 )
+from awp_engine.data.sets.scan_list import LIST_NAME
 from awp_engine.device import choose_device
 from awp_engine.evaluation.accuracy import evaluation_seed, spread
 from awp_engine.evaluation.adaptive import EOT_DRAWS
@@ -144,7 +145,7 @@ def open_data(
     if name is None:
         if config is None:
             raise EvaluationError(
-                f"{weights}: belongs to no run whose config.json could say what it was trained on: give --data-name"
+                f"{weights}: belongs to no run whose config.json could say what it was trained on: give --data.name"
             )
         name = config.data.name
         if is_own(name):
@@ -162,6 +163,9 @@ def open_data(
         root = config.data.root if root is None and same else root
         # what was listed is of the run's own files
         settings = config.data if same else replace(config.data, bad_list=None)
+        if root is not None and root != config.data.root and not (root / LIST_NAME).exists():
+            # the run left out files of its own images; these were not scanned
+            settings = replace(settings, bad_files="refuse", bad_list=None)
         # of files only the test images are wanted
         loader = "auto" if name in (*source_names, *corrupted_names) else "resident"
         loading = replace(data_loading(settings, torch.device("cpu"), root), loader=loader, resident_share=0.0)

@@ -106,6 +106,8 @@ def _loaded(
 ) -> LoadedWeights:
     if isinstance(source, Mapping):
         return _into(model, source, key)
+    if (inside := Path(source) / "model.safetensors").is_file():
+        raise CheckpointError(f"{source}: is a run directory; expected a file of weights: give {inside}")
     file = read_weights(Path(source))
     theirs = file.metadata.get("class_names")
     others = class_names is not None and theirs is not None and theirs != to_json(class_names)
@@ -376,7 +378,7 @@ def _hint(model: nn.Module, network: Network, unexpected: Sequence[str], documen
     if len(network.missing) > len(network.sources):
         return "; weights of another architecture?"
     if not network.missing and not unexpected:
-        return "; another width, or number of classes?"
+        return "; another width, size of images, or number of classes?"
     outside = unexpected and network.prefix and not any(name.startswith(network.prefix) for name in unexpected)
     return f"; --weights-key {network.prefix.rstrip('.')} takes {network.prefix}* alone" if outside else ""
 

@@ -98,4 +98,10 @@ def write_results(
         )
         # the last one: where it is, the run is finished
         write_report(setup.run_dir, fields)
+        constant = int(torch.bincount(selection.test.labels).max()) / len(selection.test)
+        if best[0].clean <= constant:
+            say(
+                f"clean accuracy {best[0].clean:.2%} is no better than one answer for every image ({constant:.2%}), so "
+                "the other numbers mean little: more --epochs, more images, or a smaller --attack.epsilon"
+            )
     return fields

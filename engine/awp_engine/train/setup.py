@@ -16,6 +16,7 @@ from awp_engine.config.model_names import is_code
 from awp_engine.data import (
     Augmentation,
     Batches,
+    Dataset,
     class_weights,
     data_loading,
     label_notes,
@@ -191,6 +192,28 @@ def capture_step(config: Config, step: AwpStep) -> Step:
     return GraphedStep(step) if speed.cuda_graphs else step
 
 
+# fewer held-out images say little about which epoch is the best one
+_FEW_HELD_OUT = 30
+# beyond it no published network withstands attacks on colour images; 8/255 and 4/255 are usual
+_LARGE_EPSILON = 0.1
+
+
+def _doubts(config: Config, data: Dataset) -> list[str]:
+    """What a run had better not be started with, one line each."""
+    notes, attack, held_out = [], config.attack, len(data.held_out)
+    if attack.norm == "linf" and attack.epsilon_value > _LARGE_EPSILON and data.train.shape[0] == 3:
+        notes.append(
+            f"--attack.epsilon {attack.epsilon} is far more than colour images are usually attacked with: try "
+            "--attack.epsilon 8/255 --attack.step-size 2/255"
+        )
+    if 0 < held_out < _FEW_HELD_OUT:
+        notes.append(
+            f"only {held_out} held-out images choose the best epoch: --data.held-out-fraction takes more than "
+            f"{config.data.held_out_fraction:g}"
+        )
+    return notes
+
+
 class Setup:
     """All that a run trains with.
 
@@ -246,6 +269,7 @@ class Setup:
             ball(math.prod(data.train.shape), epsilon=attack.epsilon_value, norm=attack.norm, clip=(0.0, 1.0))
         except ValueError as error:
             raise ConfigError(f"--attack.{error}") from None
+        self.messages += _doubts(config, data)
         extra = None if config.data.extra is None else place_extra(load_extra(config.data.extra, like=data), loading)
         self._extra = extra
         self.fingerprints: dict[str, Any] = {

@@ -106,6 +106,12 @@ def label_notes(data: Dataset) -> list[str]:
         ("training images", "test images", [n for n, count in enumerate(counts) if count and not tested[n]]),
         ("a name", "images", [n for n, count in enumerate(counts) if not count and not tested[n]]),
     ):
+        if images and lacks == "images" and not data.named:
+            unused = ", ".join(map(str, images[:_SHOWN])) + (", ..." if len(images) > _SHOWN else "")
+            notes.append(
+                f"no image has the label {unused}: labels count from 0, so make them start there and leave no gap"
+            )
+            continue
         names = ", ".join(repr(data.class_names[number]) for number in images[:_SHOWN])
         if images:
             more = ", ..." if len(images) > _SHOWN else ""

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,18 +220,34 @@ def hint(part: Path) -> str:
         meant = "--data.name huggingface"
     elif (root / "manifest.json").is_file():
         meant = "--data.name webdataset or shards, as it was packed"
+    elif any(part.glob("*.np[yz]")):
+        meant = "--data.name shards"
     elif root.name in ("train", *TEST_PARTS) and (root.parent / part.name).is_dir():
         meant = shown(root.parent)
     elif not part.is_dir():
         with contextlib.suppress(OSError):
             inside = [entry for entry in root.iterdir() if (entry / part.name).is_dir()]
             meant = shown(inside[0]) if len(inside) == 1 else ""
+        if not meant and part.name in TEST_PARTS and has_class_folders(root / "train"):
+            return ": move some images of every class out of train into such folders"
         if not meant and has_class_folders(root):
             return (
                 f"; the class folders lie in {shown(root)} itself: move them into {shown(root / 'train')}, and some "
                 f"images of every class into {shown(root / 'test')}"
             )
     return f"; did you mean {meant}?" if meant else ""
+
+
+def require_classes(part: Path, found: Collection[str | bytes]) -> None:
+    """Refuse a part of an image folder with fewer than two class folders.
+
+    Raises:
+        DataError: naming the only one.
+    """
+    if len(found) < 2:
+        has = f"1 class folder, {shown(next(iter(found)))}" if found else "no class folders"
+        same = " and the same as in train" if part.name in TEST_PARTS else ""
+        raise DataError(f"{shown(part)} has {has}; expected at least 2{same}, each with its images{hint(part)}")
 
 
 def has_class_folders(folder: Path) -> bool:
@@ -255,10 +271,7 @@ def _list_classes(part: Path, skip: frozenset[str], inside: str) -> Listing:
     root = os.fsencode(part)
     with os.scandir(root) as entries:
         classes = sorted(entry.name for entry in entries if entry.name[0] != _DOT and entry.is_dir())
-    if len(classes) < 2:
-        raise DataError(
-            f"{shown(root)} has {len(classes)} class folders; expected at least 2, each with its images{hint(part)}"
-        )
+    require_classes(part, classes)
     skipped = {name for name in skip if name.startswith(listed_name(part.name) + "/")}
     counts: list[int] = []
 

@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import itertools
 import sys
+import sysconfig
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -142,7 +143,7 @@ class OwnData:
     def _call(self, split: str) -> Any:
         factory = self._factory
         if not callable(factory):
-            raise self._error(f"is a {type(factory).__name__}; {_HINT}")
+            raise self._error(f"is of type {type(factory).__name__}; {_HINT}")
         try:
             parameters = inspect.signature(factory).parameters.values()
         except (TypeError, ValueError):
@@ -194,13 +195,17 @@ class OwnData:
     def _pairs(self, source: Any, split: str, numbers: Sequence[int] | None = None) -> Iterator[tuple[Any, Any]]:
         """The items; those with these numbers where they can be had by number, else as many from the first on."""
         count = _length(source)
+        if count is None and not hasattr(source, "__iter__"):
+            raise self._error(f"{split} is of type {type(source).__name__}; {_ORDER}, by number or one after the other")
+        if count is not None:
+            for number in range(count) if numbers is None else numbers:
+                where = f"{split} item {number}"
+                with _Told(self._name, where):
+                    item = source[number]
+                yield self._pair(item, where)
+            return
         with _Told(self._name):
-            if count is None and not hasattr(source, "__iter__"):
-                raise self._error(f"{split} is a {type(source).__name__}; {_ORDER}, by number or one after the other")
-            if count is None:
-                items = enumerate(itertools.islice(source, None if numbers is None else len(numbers)))
-            else:
-                items = ((number, source[number]) for number in (range(count) if numbers is None else numbers))
+            items = enumerate(itertools.islice(source, None if numbers is None else len(numbers)))
             for number, item in items:
                 yield self._pair(item, f"{split} item {number}")
 
@@ -364,10 +369,15 @@ class _Memory:
 
 
 class _Told:
-    """A block in which the user's code runs: what it raises becomes one line with the place in that code."""
+    """A block in which the user's code runs: what it raises becomes one line with the place in that code.
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    Args:
+        name: of the data set.
+        where: the item that is asked for, if it is known.
+    """
+
+    def __init__(self, name: str, where: str = "") -> None:
+        self._name = f"{name}: {where}" if where else name
 
     def __enter__(self) -> None:
         return
@@ -379,11 +389,14 @@ class _Told:
         frames = [
             frame
             for frame in traceback.extract_tb(error.__traceback__)
-            if frame.filename != __file__ and not any(part in frame.filename for part in ("importlib", "-packages"))
+            if frame.filename != __file__
+            and not frame.filename.startswith((sysconfig.get_paths()["stdlib"], "<"))
+            and "-packages" not in frame.filename
         ]
         where = f", {Path(frames[-1].filename).name} line {frames[-1].lineno}" if frames else ""
         raise DataError(
-            f"--data.name {self._name}: {type(error).__name__}: {one_line(reason(error))}{where}; correct that code"
+            f"--data.name {self._name}: {type(error).__name__}: {one_line(reason(error))}{where}; correct that code "
+            "or what it reads"
         ) from error
 
 

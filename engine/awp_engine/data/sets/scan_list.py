@@ -210,8 +210,9 @@ def bad_files(
             )
         there.append(name)
     if there and policy == "refuse":
+        one = len(there) == 1
         raise DataError(
-            f"{len(there):,} unusable files are listed in {path}: first {there[0]} ({scan.bad[there[0]].kind}); "
-            f"remove them, or {remedy}"
+            f"{len(there):,} unusable {'file is' if one else 'files are'} listed in {path}: {'' if one else 'first '}"
+            f"{there[0]} ({scan.bad[there[0]].kind}); remove {'it' if one else 'them'}, or {remedy}"
         )
     return frozenset(there)

@@ -12,7 +12,16 @@ from typing import NamedTuple
 
 from awp_engine.data.dataset import DataError
 from awp_engine.data.loaders.workers import Died, process_all
-from awp_engine.data.sets.files import IMAGE_NAMES, SUFFIXES, TEST_PARTS, hint, listed_name, read_regular, shown
+from awp_engine.data.sets.files import (
+    IMAGE_NAMES,
+    SUFFIXES,
+    TEST_PARTS,
+    hint,
+    listed_name,
+    read_regular,
+    require_classes,
+    shown,
+)
 from awp_engine.data.sets.imagenet import is_tiny_imagenet, list_tiny_imagenet
 from awp_engine.data.sets.inspect import BadImageError, Header, check, decode
 from awp_engine.data.sets.scan_list import Bad, Scan, file_state
@@ -84,8 +93,7 @@ def list_files(root: Path) -> dict[str, Bad | None]:
     files: dict[str, Bad | None] = {}
     classes = {part: _list_part(root, part, files) for part in parts}
     for part, names in classes.items():
-        if len(names) < 2:
-            raise DataError(f"{root / part} has {len(names)} class folders; expected at least 2, each with its images")
+        require_classes(root / part, names)
     lacking: dict[str, Bad] = {}
     for part in parts[1:]:
         for name in classes[part] - classes["train"]:

@@ -1,0 +1,120 @@
+"""What a run tells somebody who has never made one, about settings and data that make its numbers worth little."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from awp_engine.cli.train import main
+from awp_engine.config import Config, DataConfig
+from awp_engine.data import DataError, label_notes, load_data
+from awp_engine.data.sets.scan_list import LIST_NAME
+from awp_engine.evaluation.results import Measurement
+from awp_engine.evaluation.run import open_data
+
+SMALL = ("--epochs", "1", "--model.width", "2", "--attack.steps", "1", "--evaluation.steps", "1", "--log", "none")
+FACTORY = """
+import numpy as np
+def make(root, split):
+    count = 30 if split == "train" else 12
+    return np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8), np.arange(count) % 3
+class Broken(list):
+    def __len__(self):
+        return 5
+    def __getitem__(self, number):
+        if number == 3:
+            raise OSError("truncated file")
+        return np.full((4, 4), number, np.uint8), number % 2
+def broken(root, split):
+    return Broken()
+def absent(root, split):
+    from pathlib import Path
+    return [(path, 0) for path in Path("nowhere").iterdir()]
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    (tmp_path / "own.py").write_text(FACTORY)
+    return tmp_path
+
+
+def test_a_run_says_what_makes_its_numbers_worth_little(own: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    # a list of unusable files is about class folders, and says nothing about what a user's own code opens
+    (own / LIST_NAME).write_text("not a list of a scan")
+    name, run = f"{own / 'own.py'}:make", own / "run"
+    main(
+        ["--data.name", name, "--data.root", str(own), "--run-dir", str(run), *SMALL, "--optimizer.lr", "1e-6"],
+        "awp train",
+    )
+    said = capfd.readouterr().out
+    assert "--attack.epsilon 0.2 is far more than colour images are usually attacked with" in said
+    assert "only 3 held-out images choose the best epoch" in said
+    # code that a file names is not run, so the command that comes next has to name it
+    assert f"awp evaluate {run} --data.name {name} --attacks" in said
+    clean = float(re.search(r"^AT-AWP +([0-9.]+)%", said, re.MULTILINE)[1])  # pyright: ignore[reportOptionalSubscript]
+    assert (clean <= 33.34) == ("no better than one answer for every image (33.33%)" in said)
+
+
+@pytest.mark.parametrize(
+    ("factory", "told"),
+    [
+        (
+            "broken",
+            r"broken: train item 3: OSError: truncated file, own.py line 11; correct that code or what it reads$",
+        ),
+        ("absent", r"absent: FileNotFoundError: .*nowhere.*, own.py line 17; correct"),
+    ],
+)
+def test_an_error_of_the_users_code_names_the_item_and_their_line(own: Path, factory: str, told: str) -> None:
+    with pytest.raises(DataError, match=told):
+        load_data(DataConfig(name=f"{own / 'own.py'}:{factory}", root=own))
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        (("train/a/1.png", "train/b/1.png", "test/a/1.png"), "test has 1 class folder, a; .* the same as in train"),
+        (
+            ("train/a/1.png", "train/b/1.png"),
+            "test is not a directory; .* move some images of every class out of train",
+        ),
+        (("train/all.npz", "test/all.npz"), "train has no class folders; .* did you mean --data.name shards"),
+    ],
+)
+def test_a_folder_that_lacks_something_says_what_to_do(tmp_path: Path, files: tuple[str, ...], told: str) -> None:
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_bytes(b"")
+    with pytest.raises(DataError, match=told):
+        load_data(DataConfig(name="folder", root=tmp_path))
+
+
+def test_labels_that_start_at_one_are_said(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+        np.savez(tmp_path / part / "all.npz", image=np.zeros((40, 4, 4, 3), np.uint8), label=np.arange(40) % 2 + 1)
+    (note,) = label_notes(load_data(DataConfig(name="shards", root=tmp_path)))
+    assert note == "no image has the label 0: labels count from 0, so make them start there and leave no gap"
+
+
+def test_images_elsewhere_need_no_scan_of_a_run_that_left_files_out(tmp_path: Path) -> None:
+    # the run's own folder is gone
+    run = Config(data=DataConfig(name="folder", root=tmp_path / "photos", image_size=8, bad_files="skip"))
+    for number, file in enumerate(("a/1.png", "a/2.png", "b/1.png", "b/2.png")):
+        path = tmp_path / "photos-c/fog/1" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 99, 99)).save(path)
+    assert len(open_data(run, "w", "folder-c", tmp_path / "photos-c", ("fog", 1)).test) == 4
+    assert len(open_data(run, "w", None, tmp_path / "photos-c/fog/1").test) == 4
+
+
+@pytest.mark.parametrize(("clean", "name"), [((3, 0, 0), "a"), ((2, 0, 0), None), ((3, 1, 0), None), ((0, 0, 0), None)])
+def test_a_model_that_knows_one_class_is_told(clean: tuple[int, ...], name: str | None) -> None:
+    rows = [{"class": c, "images": 3, "clean": right} for c, right in zip("abc", clean, strict=True)]
+    nothing: Any = dict.fromkeys(("rows", "worst_over", "pictures"), ()) | {"gates": None, "per_image": None}
+    found = Measurement(clean=sum(clean), not_finite=0, worst=0, images=9, per_class=rows, **nothing)
+    assert found.constant_class() == name

@@ -131,7 +131,7 @@ def test_export_takes_the_latest_sound_one_and_says_so(run_dir: Path, capsys: py
         (["export", "RUN/bare", "RUN/x.safetensors"], 1, "bare: holds no weights 'best_model'"),
         (["export", "RUN", "RUN/x.pt"], 2, "OUT.safetensors: expected a name that ends so"),
         (["export", "RUN", "RUN/there.safetensors"], 1, "there.safetensors: is there already"),
-        (["export", "RUN", "RUN/file/x.safetensors"], 2, "file: cannot be written to: is no directory"),
+        (["export", "RUN", "RUN/file/x.safetensors"], 2, "file: cannot be written to: it is a file, not a directory"),
     ],
 )
 def test_errors_are_one_line(

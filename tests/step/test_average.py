@@ -138,7 +138,7 @@ def epochs(*pairs: tuple[float, float | None]) -> list[dict]:
     ],
 )
 def test_catastrophic_overfitting_is_named(pairs, warned):
-    said = [text for text in monitor.warnings(epochs(*pairs)) if "catastrophic overfitting" in text]
+    said = [text for text in monitor.warnings(epochs(*pairs), 10) if "catastrophic overfitting" in text]
     assert bool(said) == warned
     if warned:
         assert "epoch 2" in said[0] or "epoch 1" in said[0]
@@ -147,14 +147,26 @@ def test_catastrophic_overfitting_is_named(pairs, warned):
 
 def test_masking_and_skipped_steps_are_named():
     history = [{"epoch": 4, "zero_gradients": 0.9, "skipped_steps": 3.0}]
-    said = monitor.warnings(history)
+    said = monitor.warnings(history, 10)
     assert any("gradient masking: 90%" in text for text in said)
     assert any("3 steps skipped in epoch 4" in text for text in said)
-    said = monitor.warnings([{"epoch": 4, "zero_gradients": 0.01, "nonfinite_gradients": 0.002}])
+    said = monitor.warnings([{"epoch": 4, "zero_gradients": 0.01, "nonfinite_gradients": 0.002}], 10)
     assert len(said) == 1
     assert "overflow in the attack: 0.002 of its input gradients were not finite in epoch 4" in said[0]
     fine = {"epoch": 4, "zero_gradients": 0.01, "nonfinite_gradients": 0.0, "skipped_steps": 0.0}
-    assert monitor.warnings([fine]) == []
+    assert monitor.warnings([fine], 10) == []
+
+
+def test_a_network_that_only_guesses_is_told_from_masking_and_once():
+    dead = [{"epoch": e, "zero_gradients": 0.9, "held_out_clean_accuracy": a} for e, a in ((2, 0.104), (3, None))]
+    said = monitor.warnings(dead[:1], 10)
+    assert len(said) == 1
+    assert "training has collapsed: without an attack 10% of held-out images" in said[0]
+    assert "--optimizer.lr" in said[0]
+    assert monitor.warnings(dead, 10) == []
+    # right far more often than by guessing: the gradient is hidden
+    masked = {"epoch": 2, "zero_gradients": 0.9, "held_out_clean_accuracy": 0.8}
+    assert "gradient masking: 90%" in monitor.warnings([masked], 10)[0]
 
 
 @pytest.mark.parametrize("of_a_twin", [False, True])

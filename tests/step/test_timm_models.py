@@ -367,6 +367,6 @@ def test_any_classifier_of_torchvisions_is_known_by_its_name(tmp_path: Path, mon
     file.parent.mkdir(parents=True)
     torch.save(published, file)
     started = build_model("torchvision:mobilenet_v3_small", 7, MEAN, STD, published=True)
-    assert started.notes == ("classifier.3 of 1000 classes replaced by a new one of 7",)
+    assert started.notes == ("its layer classifier.3, of 1000 classes, is replaced by a new one of 7",)
     assert torch.equal(started.network.features[0][0].weight, published["features.0.0.weight"])
     assert published_normalisation(started) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])

@@ -85,7 +85,7 @@ def test_a_longer_run_killed_before_its_first_checkpoint_goes_on(tmp_path: Path)
     [
         (
             "--optimizer.schedule cosine",
-            r"1 epochs and cannot be given 3: its learning rate falls over all epochs \(--op",
+            r"1 epochs and cannot be given 3: its learning rate falls over all epochs .*; give --epochs 1 to go on",
         ),
         (
             "--optimizer.milestones 0.5",

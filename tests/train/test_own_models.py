@@ -227,7 +227,7 @@ def test_names_are_told_apart() -> None:
 
 def test_another_number_of_classes_gets_a_new_last_layer() -> None:
     trainer = Trainer(config("net.py:seventeen"))
-    assert "net.py:seventeen: fc of 17 classes replaced by a new one of 10" in trainer.messages
+    assert "net.py:seventeen: its layer fc, of 17 classes, is replaced by a new one of 10" in trainer.messages
     assert trainer.model(IMAGES).shape == (3, 10)
 
 

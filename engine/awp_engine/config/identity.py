@@ -202,7 +202,7 @@ def _require_longer(saved: Config, given: Config, run_dir: Path) -> None:
     if reason is not None:
         raise ConfigError(
             f"--epochs: {run_dir} was begun with {saved.epochs} epochs and cannot be given {given.epochs}: {reason}; "
-            "choose another --run-dir for a new run"
+            f"give --epochs {saved.epochs} to go on with it, or another --run-dir for a new run"
         )
     before, now = (config.optimizer.milestone_epochs(config.epochs) for config in (saved, given))
     if saved.optimizer.schedule == "piecewise" and [m for m in before if m < saved.epochs] != [
@@ -212,20 +212,29 @@ def _require_longer(saved: Config, given: Config, run_dir: Path) -> None:
         raise ConfigError(f"--epochs: the rate of {run_dir} fell at other epochs; to train on give {flags}")
 
 
+def _differing(saved: Config, given: Config) -> str | None:
+    """The first key, of those that move the weights, in which two runs differ: data and model before their settings."""
+    before, now = _trajectory(saved), _trajectory(given)
+    keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    return min(keys, key=lambda key: (key not in ("model.name", "data.name"), key), default=None)
+
+
 def require_same_run(saved: Config, given: Config, run_dir: Path) -> None:
     """Refuses to go on with a run under other settings; more epochs are none where its schedule allows them.
 
     Raises:
         ConfigError: naming the first key that differs, with both values.
     """
-    if given.epochs > saved.epochs:
+    # the epochs are the reason only where nothing else differs: most often a new run was meant
+    others = dataclasses.replace(given, epochs=saved.epochs)
+    if given.epochs > saved.epochs and _differing(saved, others) in (None, "optimizer.milestones"):
         _require_longer(saved, given, run_dir)
         optimizer = dataclasses.replace(saved.optimizer, milestones=given.optimizer.milestones)
         saved = dataclasses.replace(saved, epochs=given.epochs, optimizer=optimizer)
-    before, now = _trajectory(saved), _trajectory(given)
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
-            raise ConfigError(
-                f"--run-dir: {run_dir} belongs to another configuration: {flag(key)} is {show(before.get(key))} there"
-                f" and {show(now.get(key))} here; give the same value or another --run-dir"
-            )
+    key = _differing(saved, given)
+    if key is not None:
+        before, now = (show(_trajectory(config).get(key)) for config in (saved, given))
+        raise ConfigError(
+            f"--run-dir: {run_dir} holds another run: {flag(key)} is {before} there and {now} here; give another "
+            "--run-dir for a new run, or the same value to go on with that one"
+        )

@@ -192,7 +192,9 @@ class AttackConfig(Checked, section="attack."):
 
     def _check(self) -> None:
         epsilon = parse_amount(self.epsilon)
-        self.require(self.norm != "linf" or epsilon <= 1, "epsilon", "at most 1 for linf, as pixels lie in [0, 1]")
+        if self.norm == "linf" and epsilon > 1:
+            hint = f" (did you mean {epsilon}/255?)" if epsilon <= 255 and epsilon.denominator == 1 else ""
+            self.require(False, "epsilon", f"at most 1 for linf, as pixels lie in [0, 1]{hint}")
         self.require(self.fast == "none" or self.norm == "linf", "fast", "none with --attack.norm l2")
         noise = "at most 1/2 with --attack.fast n-fgsm, whose noise reaches twice as far"
         self.require(self.fast != "n-fgsm" or epsilon <= Fraction(1, 2), "epsilon", noise)

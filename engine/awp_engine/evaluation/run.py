@@ -112,7 +112,8 @@ def _threat(
         )
     radius = _amount("epsilon", epsilon)
     if norm == "linf" and radius > 1:
-        raise EvaluationError(f"--epsilon: expected at most 1 for linf, as pixels lie in [0, 1], got {epsilon}")
+        hint = f" (did you mean {radius}/255?)" if radius <= 255 and radius.denominator == 1 else ""
+        raise EvaluationError(f"--epsilon: expected at most 1 for linf, as pixels lie in [0, 1]{hint}, got {epsilon}")
     if radius > _LARGEST_L2:
         raise EvaluationError(f"--epsilon: expected at most {_LARGEST_L2}, got {epsilon[:80]}")
     step = radius / 4 if step_size is None else _amount("step-size", step_size)
@@ -306,8 +307,6 @@ def evaluate_checkpoint(
         raise EvaluationError(f"--save-images: expected a whole number or all, got {show(save_images)}")
     if not eot_draws or any(not 1 <= number <= _MOST_DRAWS for number in eot_draws):
         raise EvaluationError(f"--eot: expected whole numbers from 1 to {_MOST_DRAWS}, got {show(list(eot_draws))}")
-    # before anything is read or measured
-    require_packages(wanted, gates_limit)
     if save_per_image == "parquet" and importlib.util.find_spec("pyarrow") is None:
         raise EvaluationError("--save-per-image: parquet needs the package pyarrow: pip install pyarrow, or take npz")
     place = choose_device(device)
@@ -318,6 +317,8 @@ def evaluate_checkpoint(
         raise EvaluationError("RUN_OR_CHECKPOINT: expected a path, or --model.name with --weights")
     else:
         subject = load_subject(path, which=checkpoint, device=place, model=model)
+    # before anything is measured; a path that is not there is the plainer mistake
+    require_packages(wanted, gates_limit)
     config = None if subject is None else subject.config
     weights = path if subject is None else subject.weights
     threat, step = _threat(config, weights, epsilon, norm, step_size)

@@ -115,7 +115,7 @@ def locked(directory: Path, name: str = LOCK) -> Iterator[None]:
         made = [place for place in (directory, *directory.parents) if not place.exists()]
         handle = _make_and_take(path)
     except OSError as error:
-        reason = "is no directory" if isinstance(error, FileExistsError) else error.strerror
+        reason = "it is a file, not a directory" if isinstance(error, FileExistsError) else error.strerror
         raise ConfigError(
             f"{error.filename or path}: cannot be written to: {reason}; choose another directory"
         ) from None

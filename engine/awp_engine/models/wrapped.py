@@ -160,7 +160,9 @@ def fitted(
             f"--model.name: {name} gives {found} logits, the data have {num_classes} classes, and which layer to "
             "replace is not clear; let the factory take num_classes"
         )
-    return last_layers(network, num_classes), [f"{old} of {found} classes replaced by a new one of {num_classes}"]
+    return last_layers(network, num_classes), [
+        f"its layer {old}, of {found} classes, is replaced by a new one of {num_classes}"
+    ]
 
 
 def _logits(network: nn.Module, channels: int, image_size: tuple[int, int] | None, name: str) -> int:

@@ -10,6 +10,25 @@ _SOME_ZEROS = 0.05
 # after the collapse held-out accuracy is near nothing; robust overfitting, however bad, left more than a third
 _COLLAPSE = 1 / 3
 _JUMP = 0.05
+# of accuracy by guessing: a network that answers alike for every image is right on the share of that class
+_GUESSING = 1.5
+
+
+def collapse(epochs: Sequence[Mapping[str, Any]], classes: int) -> str | None:
+    """A warning if the network has stopped looking at the image: it guesses, and has no gradient for an attack.
+
+    Args:
+        epochs: a run's metrics so far; held_out_clean_accuracy as it was last measured counts.
+        classes: of the data set.
+    """
+    accuracy = next((a for epoch in reversed(epochs) if (a := epoch.get("held_out_clean_accuracy")) is not None), None)
+    zeros = epochs[-1].get("zero_gradients")
+    if accuracy is None or accuracy * classes > _GUESSING or zeros is None or zeros < _SOME_ZEROS:
+        return None
+    return (
+        f"training has collapsed: without an attack {accuracy:.0%} of held-out images are right, which is no better "
+        f"than guessing; start again with a lower learning rate (--optimizer.lr) in a new --run-dir"
+    )
 
 
 def gradient_masking(epoch: Mapping[str, Any]) -> str | None:
@@ -73,8 +92,11 @@ def skipped_steps(epoch: Mapping[str, Any]) -> str | None:
     )
 
 
-def warnings(epochs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """All that is to be said after the last of `epochs`."""
-    last = epochs[-1]
-    said = [gradient_masking(last), nonfinite_gradients(last), catastrophic_overfitting(epochs), skipped_steps(last)]
+def warnings(epochs: Sequence[Mapping[str, Any]], classes: int) -> list[str]:
+    """All that is to be said after the last of `epochs`, on images of so many classes."""
+    last, collapsed = epochs[-1], collapse(epochs, classes)
+    # without a gradient because it has learnt nothing: no masking. Said once, not after every epoch.
+    repeated = collapsed is not None and len(epochs) > 1 and collapse(epochs[:-1], classes) is not None
+    first = gradient_masking(last) if collapsed is None else None if repeated else collapsed
+    said = [first, nonfinite_gradients(last), catastrophic_overfitting(epochs), skipped_steps(last)]
     return [text for text in said if text]

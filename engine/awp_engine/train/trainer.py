@@ -188,7 +188,7 @@ class Trainer(Setup):
             told = metrics | {"seconds": self.progress.seconds}
             self._log.end_epoch(epoch, told, best=self.progress.best_epoch == epoch)
         self._history.append({"epoch": epoch, **metrics})
-        for warning in warnings.warnings(self._history):
+        for warning in warnings.warnings(self._history, len(self.data.class_names)):
             self._say(f"warning: {warning}")
         if epoch % config.checkpoint_every == 0 or last or self._out_of_patience():
             self.state.save()

@@ -15,10 +15,13 @@ from awp_engine.evaluation.run import evaluate_checkpoint
 from awp_engine.observe.run_log import RunLog
 
 
-def test_grey_levels_are_recognised(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("flags", "meant"), [(["--attack.epsilon", "8"], "8/255"), (["--model.name", "resnet18"], "resnet-18")]
+)
+def test_what_was_meant_is_said(flags: list[str], meant: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse_train(["--attack.epsilon", "8"])
-    assert "did you mean 8/255?" in capsys.readouterr().err
+        parse_train(flags)
+    assert f"did you mean {meant}?" in capsys.readouterr().err
 
 
 def test_another_model_in_the_same_directory_is_named_before_its_epochs() -> None:

@@ -10,8 +10,11 @@ Source = Literal["built-in", "timm", "torchvision", "module", "file"]
 TIMM_MODELS = ("resnet-18", "resnet-50", "convnext-tiny", "convnext-tiny-convstem")
 """Built-in models for larger images, which need the package timm."""
 
+BUILT_IN = ("preact-resnet-18", "preact-resnet-digits", *TIMM_MODELS)
+"""Those whose names hold no numbers to choose."""
+
 EXPECTED = (
-    f"a built-in model (preact-resnet-18, preact-resnet-digits, {', '.join(TIMM_MODELS)}, wrn-DEPTH-WIDTH with DEPTH = "
+    f"a built-in model ({', '.join(BUILT_IN)}, wrn-DEPTH-WIDTH with DEPTH = "
     "6n + 4, such as wrn-34-10, or DeepMind's dm-wrn-DEPTH-WIDTH), timm:NAME, torchvision:NAME, package.module:factory "
     "or file.py:factory"
 )

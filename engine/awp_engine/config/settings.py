@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from awp_engine.config.data_sets import DATA_SETS, OWN, is_own, where_to_get
-from awp_engine.config.model_names import EXPECTED, Source, is_code, source_of
+from awp_engine.config.model_names import BUILT_IN, EXPECTED, Source, is_code, source_of
 from awp_engine.config.rules import require_combinations
 from awp_engine.config.schema import (
     Amount,
@@ -148,7 +148,9 @@ class ModelConfig(Checked, section="model."):
 
     def _check(self) -> None:
         source = source_of(self.name)
-        self.require(source is not None, "name", EXPECTED)
+        if source is None:
+            near = difflib.get_close_matches(self.name, BUILT_IN, n=1)
+            self.require(False, "name", f"{EXPECTED}; did you mean {near[0]}?" if near else EXPECTED)
         wide = self.name.startswith(("wrn-", "dm-wrn-"))
         self.require(not wide or self.width is None, "width", f"none with {self.name}, whose width is in its name")
         own = self.activation == "relu" or not self.name.startswith("convnext")

@@ -158,15 +158,20 @@ def test_masking_and_skipped_steps_are_named():
 
 
 def test_a_network_that_only_guesses_is_told_from_masking_and_once():
-    dead = [{"epoch": e, "zero_gradients": 0.9, "held_out_clean_accuracy": a} for e, a in ((2, 0.104), (3, None))]
+    dead = [
+        {"epoch": epoch, "loss": 2.31, "zero_gradients": 0.9, "held_out_clean_accuracy": accuracy}
+        for epoch, accuracy in ((2, 0.104), (3, None))
+    ]
     said = monitor.warnings(dead[:1], 10)
     assert len(said) == 1
     assert "training has collapsed: without an attack 10% of held-out images" in said[0]
     assert "--optimizer.lr" in said[0]
     assert monitor.warnings(dead, 10) == []
     # right far more often than by guessing: the gradient is hidden
-    masked = {"epoch": 2, "zero_gradients": 0.9, "held_out_clean_accuracy": 0.8}
+    masked = dead[0] | {"held_out_clean_accuracy": 0.8}
     assert "gradient masking: 90%" in monitor.warnings([masked], 10)[0]
+    saturated = dead[0] | {"loss": 300.0}
+    assert "gradient masking: 90%" in monitor.warnings([saturated], 10)[0]
 
 
 @pytest.mark.parametrize("of_a_twin", [False, True])

@@ -1,5 +1,6 @@
 """Warns of the ways in which adversarial training is known to go wrong."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,18 +13,23 @@ _COLLAPSE = 1 / 3
 _JUMP = 0.05
 # of accuracy by guessing: a network that answers alike for every image is right on the share of that class
 _GUESSING = 1.5
+# of the loss of equal logits; saturated ones, which hide a gradient, cost far more
+_EQUAL_LOGITS = 1.1
 
 
 def collapse(epochs: Sequence[Mapping[str, Any]], classes: int) -> str | None:
     """A warning if the network has stopped looking at the image: it guesses, and has no gradient for an attack.
 
     Args:
-        epochs: a run's metrics so far; held_out_clean_accuracy as it was last measured counts.
+        epochs: a run's metrics so far, with their loss; held_out_clean_accuracy as it was last measured counts.
         classes: of the data set.
     """
     accuracy = next((a for epoch in reversed(epochs) if (a := epoch.get("held_out_clean_accuracy")) is not None), None)
-    zeros = epochs[-1].get("zero_gradients")
+    zeros, loss = epochs[-1].get("zero_gradients"), epochs[-1].get("loss")
     if accuracy is None or accuracy * classes > _GUESSING or zeros is None or zeros < _SOME_ZEROS:
+        return None
+    # NaN is no such loss either
+    if loss is None or not loss <= _EQUAL_LOGITS * math.log(classes):
         return None
     return (
         f"training has collapsed: without an attack {accuracy:.0%} of held-out images are right, which is no better "

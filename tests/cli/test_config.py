@@ -511,7 +511,7 @@ def test_hash_covers_the_trajectory_only() -> None:
 def test_a_run_of_another_configuration_is_refused_by_key_and_values() -> None:
     base = Config()
     require_same_run(base, dataclasses.replace(base, compare_without_awp=True, run_dir=Path("x")), Path("r"))
-    with pytest.raises(ConfigError, match=r"^--run-dir: r belongs .* --attack\.epsilon is '1/5' there and '1/10' here"):
+    with pytest.raises(ConfigError, match=r"^--run-dir: r holds .* --attack\.epsilon is '1/5' there and '1/10' here"):
         require_same_run(base, Config(attack=AttackConfig(epsilon="0.1")), Path("r"))
     # images may lie elsewhere: they have fingerprints
     places = [DataConfig(name="folder", root=Path(a), extra=Path(f"{a}.npz")) for a in "ab"]

@@ -21,6 +21,7 @@ from awp_engine.attack import (
     summed_cross_entropy,
     summed_margin,
 )
+from awp_engine.config.schema import did_you_mean
 from awp_engine.data import Batch, Split, eval_batches
 from awp_engine.evaluation.accuracy import BlindImages
 from awp_engine.models.answers import predicted
@@ -38,6 +39,7 @@ NAMES = (
     "clean, fgsm, pgdN, cwN (cw is cw100), pgdN and cwN with -targeted, -random-target or -least-likely, square, "
     "autoattack, regional-SHAPE-PERCENT (square, frame, boxes, pixels)"
 )
+_EXAMPLES = ("clean", "fgsm", "pgd20", "cw100", "square", "autoattack", "regional-frame-28")
 _CW_STEPS = 100
 _RESTART = 7
 _TARGET = 8
@@ -186,7 +188,8 @@ def parse_attack(name: str) -> NamedAttack:
     if match := _REGIONAL.fullmatch(name):
         shape: Any = match[1]
         return NamedAttack(name=name, family="regional", shape=shape, percent=int(match[2]))
-    raise EvaluationError(f"--attacks: expected {NAMES}; got {name[:80]!r}")
+    near = did_you_mean(name[:80], _EXAMPLES, "")
+    raise EvaluationError(f"--attacks: expected {NAMES}; got {name[:80]!r}{near and f'; {near}'}")
 
 
 @contextlib.contextmanager

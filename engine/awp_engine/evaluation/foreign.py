@@ -148,9 +148,8 @@ def _made(foreign: Foreign, data: Dataset) -> tuple[NormalizedClassifier, str]:
             refit=foreign.weights is not None,
         )
     except ValueError as error:
-        raise EvaluationError(
-            f"--model.name: {str(error).removeprefix('model: ').removeprefix('--model.name: ')}"
-        ) from None
+        reason = str(error).removeprefix("model: ").removeprefix("--model.name: ")
+        raise EvaluationError(f"--model.name: {reason}") from None
     if by == "the data set's" and foreign.normalize == "auto" and normalises_itself(model):
         by = "the network's own"
         model.normalize_by_(*nothing)

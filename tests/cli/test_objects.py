@@ -1,5 +1,6 @@
 """`awp_engine.fit` and `awp_engine.evaluate`: a model and images as objects of Python."""
 
+import io
 import json
 import threading
 
@@ -156,3 +157,16 @@ def test_what_would_be_measured_wrongly_is_refused(data, tmp_path, model, labels
     x, y = data[1]
     with pytest.raises(EvaluationError, match=message):
         awp_engine.evaluate(model, x, y % labels, epsilon="1/10", attacks=["pgd5"], output=tmp_path, gates_limit=None)
+
+
+def test_a_notebook_shows_the_training_under_its_cell(data, tmp_path, monkeypatch):
+    class Cell(io.StringIO):
+        def fileno(self):
+            return terminal.fileno()
+
+    cell = Cell()
+    with (tmp_path / "terminal").open("w") as terminal:
+        monkeypatch.setattr("sys.stdout", cell)
+        awp_engine.fit(network, *data, run_dir=tmp_path / "run", settings=QUICK)
+    assert "measuring on 15 test images" in cell.getvalue()
+    assert not (tmp_path / "terminal").read_text()

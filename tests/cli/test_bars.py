@@ -1,6 +1,7 @@
 """Progress of what takes long: lines in a log, a bar on a terminal, nothing where it is quick."""
 
 import io
+import os
 import time
 
 import pytest
@@ -8,6 +9,7 @@ from rich.console import Console
 
 from awp_engine.files.text import duration
 from awp_engine.observe.bars import Bar, NoBar, Part
+from awp_engine.observe.terminal import console_of
 
 
 def console(terminal: bool) -> tuple[Console, io.StringIO]:
@@ -66,3 +68,11 @@ def test_parts_count_in_the_whole():
     with Part(whole, "square", 10) as part:
         part.set(12, 10)
     assert whole.done == 30
+
+
+def test_what_jupyter_sets_makes_no_terminal(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert not console_of(io.StringIO()).is_terminal
+    leader, follower = os.openpty()
+    with os.fdopen(leader), os.fdopen(follower, "w") as terminal:
+        assert console_of(terminal).is_terminal

@@ -23,6 +23,7 @@ TYPES = key_types()
 # of settings that accept few of their type's values, some that go together
 KNOWN = {
     "preset": st.sampled_from(sorted(PRESETS)),
+    "method": st.sampled_from(["at", "trades", "mart", "rst"]),
     "data.name": st.sampled_from(["digits", "cifar10", "mnist", "folder", "shards"]),
     "data.class_weights": st.sampled_from(["none", "balanced", "weights.json"]),
     "model.name": st.sampled_from(["preact-resnet-18", "wrn-34-10", "preact-resnet-digits"]),

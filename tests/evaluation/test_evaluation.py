@@ -520,7 +520,7 @@ def test_weights_that_answer_nan_are_told_and_exit_with_3(run_dir, tmp_path, mon
     assert run_command("evaluate", monkeypatch, broken, *QUICK, "--output", tmp_path / "out") == 3
     out = capsys.readouterr().out
     assert "UNRELIABLE: logits of 20 of 20 images are not finite; they count as wrong" in out
-    assert "right: right clean and attacked; an image that is wrong without an attack is not right under one" in out
+    assert "right: with and without the attack; an image that is wrong without one does not count as right" in out
     report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert report["unreliable"]
     assert [row["right"] for row in report["attacks"]] == [0, 0]

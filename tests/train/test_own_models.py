@@ -279,7 +279,7 @@ def test_layers_to_perturb_can_be_given() -> None:
 
 
 def test_the_documents_model_is_complete_and_short(here: Path) -> None:
-    text = (ROOT / "docs" / "training.md").read_text()
+    text = (ROOT / "docs" / "own-model.md").read_text()
     code = text.partition("A complete `net.py`:\n\n```python\n")[2].partition("```")[0]
     assert 0 < len(code.splitlines()) <= 20
     (here / "net.py").write_text(code)

@@ -298,12 +298,12 @@ def _parse(argv: Sequence[str], prog: str) -> Config:
             raise ConfigError(f"--preset: expected {name!r} as in {where}, got {preset!r}; give one of them")
     given |= {} if preset is None else {"preset": preset}
     asked = in_file | given
-    if is_code(str(in_file.get("model.name"))) and "model.name" not in given:
-        name = in_file["model.name"]
-        raise ConfigError(
-            f"--model.name: {file} asks for code of its own, {show(name)}, which is not run because a file says so; if "
-            "you trust it, give the name as a flag as well"
-        )
+    for key in ("model.name", "method"):
+        if is_code(str(in_file.get(key))) and key not in given:
+            raise ConfigError(
+                f"{flag(key)}: {file} asks for code of its own, {show(in_file[key])}, which is not run because a file "
+                "says so; if you trust it, give the name as a flag as well"
+            )
     try:
         values = to_flat(build_preset(asked.get("preset", DEFAULT)))
         if asked.get("model.name", values["model.name"]) != values["model.name"]:

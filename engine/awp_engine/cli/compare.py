@@ -41,13 +41,13 @@ def parse(argv: Sequence[str] | None = None, prog: str = "compare.py") -> argpar
 
 def show(sections: Sequence[Section]) -> None:
     """All tables as text, as wide as the terminal, and what is to be known about them."""
-    from rich.console import Console
     from rich.text import Text
 
     from awp_engine.compare.formats import fitted, text_rows
     from awp_engine.observe.report import print_table
+    from awp_engine.observe.terminal import console_of
 
-    console = Console(highlight=False)
+    console = console_of(sys.stdout)
     for number, table in enumerate(table for section in sections for table in section.tables):
         rows, title = text_rows(table), table.title
         if number:

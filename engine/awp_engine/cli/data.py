@@ -40,11 +40,11 @@ def _count(text: str) -> int:
 
 
 def _show(scan: Scan, root: Path, path: Path) -> None:
-    from rich.console import Console
     from rich.markup import escape
 
     from awp_engine.data.sets.scan_list import KINDS
     from awp_engine.observe.report import print_table
+    from awp_engine.observe.terminal import console_of
 
     for note in scan.notes:
         print(f"note: {one_line(note)}")
@@ -55,7 +55,7 @@ def _show(scan: Scan, root: Path, path: Path) -> None:
     by_kind: defaultdict[str, list[str]] = defaultdict(list)
     for name, (kind, _) in scan.bad.items():
         by_kind[kind].append(name)
-    console = Console(highlight=False)
+    console = console_of(sys.stdout)
     # Brackets in names are no colours.
     shown = escape if console.is_terminal else str
     rows = []

@@ -164,26 +164,27 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
 def show(done: "Evaluated", *, per_class: bool = False) -> None:
     """The results as tables, and what speaks against them."""
     from awp_engine.evaluation.results import RIGHT_MEANS
-    from awp_engine.observe.report import print_table
+    from awp_engine.observe.report import print_table, print_text
 
     print_table(done.measurement.table(), title=done.title)
-    print(f"right: {RIGHT_MEANS}")
+    print_text(f"right: {RIGHT_MEANS}")
     if alone := done.measurement.attacked_alone():
-        print(f"counted by the attacked image alone, as some papers do: {alone}")
+        print_text(f"counted by the attacked image alone, as some papers do: {alone}")
     if per_class:
         print_table(done.measurement.class_table(), title="accuracy of every class")
     if regional := done.measurement.regional_table():
         print_table(regional, title="regional attacks, means over the flipped images")
     if (report := done.measurement.gates) is not None:
-        print(f"gates, on {report.images} images")
-        for gate in report.gates:
-            # what a random model's gate measured is longer than a column of a table
-            print(f"  {'passed' if gate.passed else 'FAILED'}  {gate.name}: {gate.measured} (expected: {gate.bound})")
+        passed = [gate.name for gate in report.gates if gate.passed]
+        print_text(
+            f"gates, on {report.images} images: {len(passed)} of {len(report.gates)} passed; evaluation.html has what "
+            f"they measured: {'; '.join(passed) or 'none'}"
+        )
         for gate in report.gates:
             if not gate.passed:
-                print(f"FAILED {gate.name}: {gate.failure_means}")
+                print_text(f"FAILED {gate.name}: {gate.measured} (expected: {gate.bound}): {gate.failure_means}")
     for doubt in done.report["doubts"]:
-        print(f"UNRELIABLE: {doubt}")
+        print_text(f"UNRELIABLE: {doubt}")
     sys.stdout.flush()
 
 

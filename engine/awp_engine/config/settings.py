@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from awp_engine.config.data_sets import DATA_SETS, OWN, is_own, where_to_get
-from awp_engine.config.model_names import EXPECTED, Source, source_of
+from awp_engine.config.model_names import EXPECTED, Source, is_code, source_of
 from awp_engine.config.rules import require_combinations
 from awp_engine.config.schema import (
     Amount,
@@ -34,6 +34,7 @@ from awp_engine.config.schema import (
 )
 
 _PRESET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
+_METHODS = ("at", "trades", "mart", "rst")
 _Pixels = Annotated[int, Range("a whole number of pixels, 0 to 1024", ge=0, le=1024)]
 
 
@@ -355,8 +356,9 @@ class Config(Checked):
 
     preset: str = "digits"
     """Preset that the other settings start from; giving it as the first argument says the same."""
-    method: Literal["at", "trades", "mart", "rst"] = "at"
-    """Loss: cross-entropy on the attacked images, TRADES, MART, or TRADES with pseudo-labelled images (RST)."""
+    method: str = "at"
+    """Loss: at, cross-entropy on the attacked images; trades; mart; rst, TRADES with pseudo-labelled images; or an
+    Objective of your own: file.py:Class or package.module:Class."""
     beta: Annotated[float, Range("a finite number >= 0", ge=0)] = 6.0
     """Weight of the divergence between attacked and clean images: beta of TRADES and RST, lambda of MART."""
     label_smoothing: Fading = 0.0
@@ -406,6 +408,8 @@ class Config(Checked):
     """Train a second time without the weight perturbation, and show both in the table."""
 
     def _check(self) -> None:
+        known = self.method in _METHODS or is_code(self.method)
+        self.require(known, "method", f"{', '.join(_METHODS)}, or a class of your own, file.py:Class")
         named = _PRESET_NAME.fullmatch(self.preset) is not None
         self.require(named, "preset", "a name of small letters, digits and '-'")
         alone = "none" not in self.log or self.log == ("none",)
@@ -437,7 +441,8 @@ class Config(Checked):
     def title(self) -> str:
         """What is trained, in the field's words: "TRADES-AWP"."""
         perturbed = {"relative": "AWP", "absolute": "SAM", "elementwise": "ASAM"}[self.awp.scale]
-        return self.method.upper() + (f"-{perturbed}" if self.awp.enabled else "")
+        method = self.method.rpartition(":")[2] if is_code(self.method) else self.method.upper()
+        return method + (f"-{perturbed}" if self.awp.enabled else "")
 
     @property
     def resolved_run_dir(self) -> Path:

@@ -2,10 +2,12 @@
 
 import contextlib
 import functools
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -21,15 +23,18 @@ from awp_engine.attack import (
     summed_cross_entropy,
     summed_margin,
 )
+from awp_engine.config.model_names import is_code
 from awp_engine.config.schema import did_you_mean
 from awp_engine.data import Batch, Split, eval_batches
 from awp_engine.evaluation.accuracy import BlindImages
 from awp_engine.models.answers import predicted
 from awp_engine.models.batch_norm import layer_modes
+from awp_engine.models.factories import Code, load_factory
+from awp_engine.models.wrapped import told_in_one_line
 from awp_engine.observe.bars import Bar, NoBar
 from awp_kernels.philox import STREAM_UNIFORM, mix_seed, sample_words
 
-Family = Literal["clean", "fgsm", "pgd", "cw", "square", "autoattack", "regional"]
+Family = Literal["clean", "fgsm", "pgd", "cw", "square", "autoattack", "regional", "own"]
 Shape = Literal["square", "frame", "boxes", "pixels"]
 Target = Literal["targeted", "random-target", "least-likely"]
 Norm = Literal["linf", "l2", "l1"]
@@ -37,12 +42,13 @@ NORMS: dict[Norm, Literal["Linf", "L2", "L1"]] = {"linf": "Linf", "l2": "L2", "l
 """Norms of a ball, and what they are called in tables and by pyautoattack."""
 NAMES = (
     "clean, fgsm, pgdN, cwN (cw is cw100), pgdN and cwN with -targeted, -random-target or -least-likely, square, "
-    "autoattack, regional-SHAPE-PERCENT (square, frame, boxes, pixels)"
+    "autoattack, regional-SHAPE-PERCENT (square, frame, boxes, pixels), or a function of your own, file.py:attack"
 )
 _EXAMPLES = ("clean", "fgsm", "pgd20", "cw100", "square", "autoattack", "regional-frame-28")
 _CW_STEPS = 100
 _RESTART = 7
 _TARGET = 8
+_OWN = 9
 # as many as AutoAttack's targeted attacks try
 _TARGETS = 9
 _MANY_STEPS = 10
@@ -73,6 +79,7 @@ class NamedAttack:
         steps: of pgd and cw.
         target: which wrong class pgd and cw climb towards; None: away from the label.
         shape, percent: the region of a regional attack, and its share of the area.
+        function, code: of somebody's own attack: what it calls, and the file that is in.
     """
 
     name: str
@@ -81,6 +88,8 @@ class NamedAttack:
     target: Target | None = None
     shape: Shape | None = None
     percent: int = 0
+    function: Callable[..., Any] | None = None
+    code: Code | None = None
 
     @property
     def bounded(self) -> bool:
@@ -172,10 +181,11 @@ class Outcome:
 
 
 def parse_attack(name: str) -> NamedAttack:
-    """The attack that `name` stands for, such as pgd20, cw, or regional-frame-28.
+    """The attack that `name` stands for, such as pgd20, cw, regional-frame-28, or file.py:attack, whose code is run.
 
     Raises:
         EvaluationError: for any other name.
+        ConfigError: code that cannot be run, or has no such function.
     """
     if name == "cw" or name.startswith("cw-"):
         name = f"cw{_CW_STEPS}{name[2:]}"
@@ -188,6 +198,9 @@ def parse_attack(name: str) -> NamedAttack:
     if match := _REGIONAL.fullmatch(name):
         shape: Any = match[1]
         return NamedAttack(name=name, family="regional", shape=shape, percent=int(match[2]))
+    if is_code(name):
+        function, code = load_factory(name, flag="--attacks")
+        return NamedAttack(name=name.rpartition("/")[2], family="own", function=function, code=code)
     near = did_you_mean(name[:80], _EXAMPLES, "")
     raise EvaluationError(f"--attacks: expected {NAMES}; got {name[:80]!r}{near and f'; {near}'}")
 
@@ -441,3 +454,36 @@ def require_norm(attack: NamedAttack, threat: Threat) -> None:
     """Raises `EvaluationError` for an attack that there is not in this norm."""
     if threat.norm == "l1" and attack.family == "fgsm":
         raise EvaluationError("--attacks: fgsm has no L1 version here; use pgdN, cwN, square or autoattack")
+
+
+def own_attack(trial: Trial, attack: NamedAttack) -> Outcome:
+    """Runs somebody's own attack, `function(model, images, labels)`, batch by batch.
+
+    It is given those of epsilon, norm and seed that its signature names, and torch's global generator is seeded anew
+    for every batch. What it returns is judged as that of all attacks: the ball is checked by others.
+
+    Raises:
+        ConfigError: it raises an error.
+        EvaluationError: it returns no images of the same shape.
+    """
+    assert attack.function is not None
+    known = {"epsilon": float(trial.threat.epsilon), "norm": trial.threat.norm, "seed": trial.seed}
+    given = {name: known[name] for name in known.keys() & inspect.signature(attack.function).parameters.keys()}
+    done = []
+    with trial.bar(attack.name, len(trial.split)) as bar, torch.random.fork_rng(), torch.enable_grad():
+        for number, (x, y, *_) in enumerate(eval_batches(trial.split, trial.batch_size)):
+            torch.manual_seed(mix_seed(trial.seed, _OWN, number))
+            with told_in_one_line(attack.name, "the attack", "--attacks"):
+                x_adv = attack.function(trial.model, x.clone(), y.clone(), **given)
+            if not isinstance(x_adv, Tensor) or x_adv.shape != x.shape:
+                got = list(x_adv.shape) if isinstance(x_adv, Tensor) else type(x_adv).__name__
+                raise EvaluationError(
+                    f"--attacks: {attack.name} returned {got}; expected attacked images {list(x.shape)}"
+                )
+            x_adv = x_adv.detach().to(x)
+            holds = (trial.predict(x) == y) & (trial.predict(x_adv) == y)
+            done.append((x_adv, holds, torch.zeros_like(holds)))
+            bar.advance(len(x))
+    assert attack.code is not None
+    parameters = {"code": {"file": Path(attack.code.file).name, "sha256": attack.code.sha256}, **given}
+    return Outcome.of_batches(done, parameters=parameters)

@@ -12,7 +12,7 @@ from awp_engine.evaluation.gate import Gate
 from awp_engine.evaluation.gates import GateReport
 from awp_engine.evaluation.receipt import percent
 
-RIGHT_MEANS = "right clean and attacked; an image that is wrong without an attack is not right under one"
+RIGHT_MEANS = "with and without the attack; an image that is wrong without one does not count as right under it"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from awp_engine.evaluation.attacks import (
     gradient_attack,
     in_ball,
     measuring,
+    own_attack,
     perturbation_norms,
     predict,
     require_norm,
@@ -172,6 +173,8 @@ def measure(
     def run(attack: NamedAttack) -> Outcome:
         if attack.family == "regional":
             return regional_attack(trial, attack)
+        if attack.family == "own":
+            return own_attack(trial, attack)
         if names := _package_attacks(attack):
             return autoattack(trial, attacks=names, budget=budget, state_file=state_file(attack))
         return gradient_attack(trial, attack, step_size=step_size, restarts=restarts)

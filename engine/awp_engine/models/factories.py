@@ -26,6 +26,7 @@ from awp_engine.models.wrapped import WrappedClassifier, fitted, last_layers, to
 Size = tuple[int, int]
 Factory = Callable[..., Any]
 
+_FLAG = "--model.name"
 _SIZES = ("img_size", "image_size")
 _FETCH = "fetching the published weights (without a network give --model.pretrained FILE, or fill the cache before)"
 
@@ -43,7 +44,7 @@ class Code:
     sha256: str
 
 
-def read_code(path: Path) -> tuple[bytes, Code]:
+def read_code(path: Path, flag: str = _FLAG) -> tuple[bytes, Code]:
     """A file of code, and what tells it from others.
 
     Raises:
@@ -54,19 +55,20 @@ def read_code(path: Path) -> tuple[bytes, Code]:
         source = path.read_bytes()
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"--model.name: expected a Python file {path}, which cannot be read: {reason}") from None
+        raise ConfigError(f"{flag}: expected a Python file {path}, which cannot be read: {reason}") from None
     return source, Code(file=str(path), sha256=hashlib.sha256(source).hexdigest())
 
 
-def load_factory(name: str, root: Path | None = None) -> tuple[Factory, Code]:
+def load_factory(name: str, root: Path | None = None, flag: str = _FLAG) -> tuple[Factory, Code]:
     """The function or class that `file.py:factory` or `package.module:factory` names, and the file it is in.
 
     The file, or the module, is run. Other modules are found beside the file, or in the working directory.
 
     Args:
-        name: as given to `--model.name`.
+        name: as given to a flag.
         root: where a relative file lies, and modules are looked for before anywhere else; None: the working directory,
             where modules are looked for last.
+        flag: that gave the name, for messages.
 
     Raises:
         ConfigError: no such file, module or function, or the code raises an error.
@@ -75,25 +77,23 @@ def load_factory(name: str, root: Path | None = None) -> tuple[Factory, Code]:
     # the code may import timm or torchvision
     declare_operators()
     if source_of(name) == "file":
-        module, code = _run_file((root or Path.cwd()) / place, name)
+        module, code = _run_file((root or Path.cwd()) / place, name, flag)
     else:
         _add_to_path(Path.cwd() if root is None else root, first=root is not None)
-        with told_in_one_line(name, "its import"):
+        with told_in_one_line(name, "its import", flag):
             module = importlib.import_module(place)
         if module.__file__ is None:
-            raise ConfigError(f"--model.name: {name}: expected a module that is a file, got {place}")
-        code = read_code(Path(module.__file__))[1]
+            raise ConfigError(f"{flag}: {name}: expected a module that is a file, got {place}")
+        code = read_code(Path(module.__file__), flag)[1]
     try:
         factory = operator.attrgetter(attribute)(module)
     except AttributeError:
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         near = difflib.get_close_matches(attribute, public, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"--model.name: {code.file} has no {attribute}{hint}") from None
+        raise ConfigError(f"{flag}: {code.file} has no {attribute}{hint}") from None
     if isinstance(factory, nn.Module) or not callable(factory):
-        raise ConfigError(
-            f"--model.name: {name} is {type(factory).__name__}; expected a function or a class that makes the model"
-        )
+        raise ConfigError(f"{flag}: {name} is {type(factory).__name__}; expected a function or a class")
     return factory, code
 
 
@@ -103,8 +103,8 @@ def _add_to_path(directory: Path, *, first: bool = False) -> None:
         sys.path.insert(0 if first else len(sys.path), str(directory))
 
 
-def _run_file(path: Path, name: str) -> tuple[types.ModuleType, Code]:
-    source, code = read_code(path)
+def _run_file(path: Path, name: str, flag: str) -> tuple[types.ModuleType, Code]:
+    source, code = read_code(path, flag)
     path = Path(code.file)
     module_name = f"{path.stem}_{hashlib.sha256(code.file.encode(errors='surrogateescape')).hexdigest()[:8]}"
     module_name = f"{module_name}_{code.sha256[:8]}"
@@ -115,7 +115,7 @@ def _run_file(path: Path, name: str) -> tuple[types.ModuleType, Code]:
         # dataclasses and torch.compile look it up
         sys.modules[module_name] = module
         try:
-            with told_in_one_line(name, "its code"):
+            with told_in_one_line(name, "its code", flag):
                 exec(compile(source, code.file, "exec"), module.__dict__)
         except BaseException:
             del sys.modules[module_name]

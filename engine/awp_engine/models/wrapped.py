@@ -91,7 +91,7 @@ class WrappedClassifier(NormalizedClassifier):
 
 
 @contextlib.contextmanager
-def told_in_one_line(name: str, doing: str) -> Iterator[None]:
+def told_in_one_line(name: str, doing: str, flag: str = "--model.name") -> Iterator[None]:
     """A block of foreign code, whatever that raises: becomes a `ConfigError` that says what, and where."""
     try:
         yield
@@ -109,7 +109,7 @@ def told_in_one_line(name: str, doing: str) -> Iterator[None]:
                 where = f" ({code.co_filename}, line {trace.tb_lineno})"
             trace = trace.tb_next
         words = " ".join(str(error).split())[:300]
-        raise ConfigError(f"--model.name: {name}: {doing} raised {type(error).__name__}: {words}{where}") from error
+        raise ConfigError(f"{flag}: {name}: {doing} raised {type(error).__name__}: {words}{where}") from error
 
 
 def fitted(

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.text import Text
 
 from awp_engine.files.text import duration, printable
+from awp_engine.observe.terminal import console_of
 
 _QUIET_S = 5.0
 _LINES_S = 10.0
@@ -38,7 +39,7 @@ class Bar:
         interval: float = _LINES_S,
     ) -> None:
         self.label, self.total, self.done = label, total, 0
-        self._console = console or Console(stderr=True, highlight=False)
+        self._console = console or console_of(sys.stderr)
         self._quiet, self._interval = quiet, interval
         self._began = time.monotonic()
         # the first line after `quiet`, the next ones after `interval`

@@ -6,7 +6,10 @@ import contextlib
 import importlib.metadata
 import math
 import platform
+import shutil
 import subprocess
+import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from awp_engine.config import ConfigError
 from awp_engine.files.atomic import atomic_write_text, temporary_beside
 from awp_engine.files.text import json_text, printable
 from awp_engine.observe.drawing import BLUE, GREEN, GREY, VERMILION, plottable, save, tidy
+from awp_engine.observe.terminal import console_of
 
 REPORT = "report.json"
 CURVES = "learning_curves.png"
@@ -159,7 +163,7 @@ def print_table(rows: Sequence[Mapping[str, str]], title: str = "", console: Con
 
     Text is shown as it is: what is not printable by its escapes, and brackets as brackets.
     """
-    console = console or Console(highlight=False)
+    console = console or console_of(sys.stdout)
     title = printable(title)
     rows = [{printable(column): printable(text) for column, text in row.items()} for row in rows]
     columns = list(rows[0]) if rows else []
@@ -186,3 +190,9 @@ def as_text(rows: Sequence[Mapping[str, str]], title: str = "") -> str:
         padded = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
         lines.append("  ".join(padded).rstrip())
     return "\n".join(lines)
+
+
+def print_text(text: str) -> None:
+    """Prints a line: on a terminal broken between words, elsewhere as it is."""
+    text = printable(text)
+    print(textwrap.fill(text, shutil.get_terminal_size().columns - 1) if sys.stdout.isatty() else text)

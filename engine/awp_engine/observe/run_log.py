@@ -17,6 +17,7 @@ from awp_engine.files.text import duration, printable
 from awp_engine.observe import rows
 from awp_engine.observe.lane import Lane, write_line
 from awp_engine.observe.metrics import Metrics, MetricsFile
+from awp_engine.observe.terminal import console_of
 from awp_engine.observe.trackers import open_trackers
 
 _REDRAWS, _REDRAW_SECONDS = 4, 0.2
@@ -65,7 +66,7 @@ class RunLog:
             trackers: services that are given the numbers too, as `--log` names them.
         """
         self._total_epochs, self._interval, self._start_epoch = total_epochs, interval, start_epoch
-        self._console = console or Console(file=sys.stdout, highlight=False)
+        self._console = console or console_of(sys.stdout)
         self._warned: set[str] = set()
         self._warnings = Lane("warnings", lambda text: None)
         self._output = Lane("console", self._warn_once)

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from awp_engine.attack import Attack, fast_attack
 from awp_engine.attack.checks import ball
 from awp_engine.config import AttackConfig, Config, ConfigError, choose_speed, config_hash
+from awp_engine.config.model_names import is_code
 from awp_engine.data import (
     Augmentation,
     Batches,
@@ -26,6 +27,7 @@ from awp_engine.device import choose_convolutions, choose_device
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.sharding import gather, shard
 from awp_engine.models.batch_norm import synchronize
+from awp_engine.models.factories import load_factory
 from awp_engine.observe.throughput import forward_flops
 from awp_engine.observe.trackers import require_trackers
 from awp_engine.optim.average import WeightAverage
@@ -259,6 +261,9 @@ class Setup:
             self.messages.append(
                 f"class weights from {min(weights):.4g} to {max(weights):.4g}, mean 1 over the training images"
             )
+        if is_code(config.method):
+            # so does another loss
+            self.fingerprints["method_code"] = load_factory(config.method, flag="--method")[1].sha256
         loaders = [data.loader, "" if extra is None else extra.loader]
         given = [self.config_hash, *map(str, self.fingerprints.values()), *loaders]
         self.ranks.require_equal(given, "configuration and data", self.device)

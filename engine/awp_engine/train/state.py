@@ -188,6 +188,11 @@ class RunState:
                 f"--data.class-weights: {self._setup.run_dir} was trained with other weights than "
                 f"{self._setup.config.data.class_weights} has now; restore the file or choose another --run-dir"
             )
+        if others - {"config_hash"} == {"method_code"}:
+            raise ConfigError(
+                f"--run-dir: {self._setup.run_dir} was trained by other code of --method {self._setup.config.method}; "
+                "restore that file or choose another"
+            )
         if others - {"config_hash"}:
             data, names = self._setup.data, described(found.state, found.path).class_names
             other = difference(data.class_names, names) if names is not None and data.named else ""

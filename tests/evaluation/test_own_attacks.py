@@ -1,0 +1,98 @@
+"""Attacks of somebody's own, `--attacks file.py:function`, and those of torchattacks through one."""
+
+import json
+from pathlib import Path
+
+import pytest
+from commands import run_command
+from digits_model import clean_model, write_run
+
+CODE = """
+import torch
+
+
+
+def nothing(model, images, labels):
+    return images
+
+
+def noise(model, images, labels, epsilon, norm, seed):
+    assert norm == "linf" and seed == 5 and not model.training
+    return (images + epsilon * (2 * torch.rand_like(images) - 1)).clamp(0, 1)
+
+
+def too_far(model, images, labels):
+    return 1 - images
+
+
+def fewer(model, images, labels):
+    return images[1:]
+
+
+def broken(model, images, labels):
+    return images + missing
+
+
+def momentum(model, images, labels, epsilon):
+    import torchattacks
+
+    return torchattacks.MIFGSM(model, eps=epsilon, steps=5)(images, labels)
+"""
+QUICK = ("--limit", "30", "--no-gates", "--seed", "5", "--epsilon", "0.2", "--norm", "linf")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "mine.py").write_text(CODE)
+    return write_run(folder / "run", clean_model()), folder / "mine.py"
+
+
+def rows(out: Path) -> dict[str, dict]:
+    return {row["attack"]: row for row in json.loads((out / "evaluation.json").read_text())["attacks"]}
+
+
+def test_they_are_measured_as_all_others_are(place, tmp_path, monkeypatch, capsys):
+    run, code = place
+    names = ["clean", "pgd5", *(f"{code}:{name}" for name in ("nothing", "noise", "momentum"))]
+    options = (*QUICK, "--output", tmp_path, "--save-images", "all", "--save-per-image")
+    assert run_command("evaluate", monkeypatch, run, "--attacks", *names, *options) == 0
+    found = rows(tmp_path)
+    assert list(found) == ["clean", "pgd5", "mine.py:nothing", "mine.py:noise", "mine.py:momentum"]
+    assert found["mine.py:nothing"]["right"] == found["clean"]["right"]
+    assert found["mine.py:momentum"]["right"] < found["mine.py:noise"]["right"] <= found["clean"]["right"]
+    assert 0.15 < found["mine.py:noise"]["largest"] <= 0.2 + 1e-5
+    assert len(found["mine.py:noise"]["parameters"]["code"]["sha256"]) == 64
+    assert len(list(tmp_path.glob("images-*mine.py:noise.safetensors"))) == 1
+    first = found["mine.py:noise"]["largest"]
+    # the same noise
+    assert run_command("evaluate", monkeypatch, run, "--attacks", *names, *options, "--again") == 0
+    assert rows(tmp_path)["mine.py:noise"]["largest"] == first
+    # another attack of the same name is another question
+    code.write_text(CODE.replace("return images\n", "return images.flip(0)\n", 1))
+    assert run_command("evaluate", monkeypatch, run, "--attacks", *names, *options) == 3
+    assert "read again" not in capsys.readouterr().out
+    code.write_text(CODE)
+
+
+def test_one_that_leaves_the_ball_is_found_out(place, tmp_path, monkeypatch, capsys):
+    run, code = place
+    assert run_command("evaluate", monkeypatch, run, "--attacks", f"{code}:too_far", *QUICK, "--output", tmp_path) == 3
+    assert "UNRELIABLE: mine.py:too_far: attacked images left the ball" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fewer", "--attacks: mine.py:fewer returned [29, 1, 8, 8]; expected attacked images [30, 1, 8, 8]"),
+        ("broken", "--attacks: mine.py:broken: the attack raised NameError: name 'missing' is not defined ("),
+        ("nois", "--attacks: "),
+    ],
+)
+def test_what_is_wrong_is_one_line(place, tmp_path, monkeypatch, capsys, name, message):
+    run, code = place
+    assert run_command("evaluate", monkeypatch, run, "--attacks", f"{code}:{name}", *QUICK, "--output", tmp_path) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "evaluation.json").exists()

@@ -1,5 +1,6 @@
 """`awp_engine.fit` and `awp_engine.evaluate`: a model and images as objects of Python."""
 
+import io
 import json
 import threading
 
@@ -12,6 +13,7 @@ import awp_engine
 from awp_engine.cli import objects
 from awp_engine.config import ConfigError
 from awp_engine.data import DataError
+from awp_engine.evaluation.attacks import EvaluationError
 
 QUICK = {"epochs": 2, "attack.steps": 2, "evaluation.steps": 2, "global-batch-size": 16, "log": ["none"]}
 
@@ -111,3 +113,60 @@ def test_calls_of_two_threads_take_turns():
         assert not seen
     thread.join()
     assert seen == [{"test": 2}]
+
+
+def test_a_trained_model_is_measured_with_its_own_normalisation(data, tmp_path):
+    x, y = data[1]
+    done = awp_engine.fit(network, *data, run_dir=tmp_path / "run", settings=QUICK)
+    assert done.model.mean.abs().max() > 0.1
+    with torch.no_grad():
+        expected = done.model((x * 255).round() / 255).argmax(1)
+    measured = awp_engine.evaluate(
+        done.model,
+        *(x, y),
+        epsilon="1/10",
+        attacks=["clean"],
+        output=tmp_path / "out",
+        gates_limit=None,
+        save_per_image="npz",
+    )
+    assert torch.equal(measured.measurement.per_image.attacks["clean"].predictions, expected)
+    assert measured.report["receipt"]["normalisation"]["mean"] == done.model.mean.flatten().tolist()
+    gone_on = awp_engine.fit(
+        done.model, *((part[0][:30], part[1][:30]) for part in data), run_dir=tmp_path / "on", settings=QUICK
+    )
+    assert torch.equal(gone_on.model.mean, done.model.mean)
+    lines = str(measured).splitlines()
+    assert lines[2].split()[:2] == ["clean", f"{100 * int((expected == y).sum()) / len(y):.2f}%"]
+
+
+class Probabilities(nn.Module):
+    def forward(self, x):
+        return x.flatten(1)[:, :3].softmax(1)
+
+
+@pytest.mark.parametrize(
+    ("model", "labels", "message"),
+    [
+        # never a new last layer, whose weights nobody has trained
+        (network(3), 2, "has 3 classes, .* 2; if these are images of some of its classes, name all 3 in class_names"),
+        (Probabilities(), 3, "model: expected logits, got rows of probabilities"),
+    ],
+)
+def test_what_would_be_measured_wrongly_is_refused(data, tmp_path, model, labels, message):
+    x, y = data[1]
+    with pytest.raises(EvaluationError, match=message):
+        awp_engine.evaluate(model, x, y % labels, epsilon="1/10", attacks=["pgd5"], output=tmp_path, gates_limit=None)
+
+
+def test_a_notebook_shows_the_training_under_its_cell(data, tmp_path, monkeypatch):
+    class Cell(io.StringIO):
+        def fileno(self):
+            return terminal.fileno()
+
+    cell = Cell()
+    with (tmp_path / "terminal").open("w") as terminal:
+        monkeypatch.setattr("sys.stdout", cell)
+        awp_engine.fit(network, *data, run_dir=tmp_path / "run", settings=QUICK)
+    assert "measuring on 15 test images" in cell.getvalue()
+    assert not (tmp_path / "terminal").read_text()

@@ -129,8 +129,15 @@ def test_accuracy_at_chance_is_doubted_with_likely_causes(tmp_path: Path, monkey
     ("arguments", "message"),
     [
         (("{file}",), "does not say what model its weights are of: give --model.name"),
-        (("{file}", *NAMED), "give --epsilon and --norm, usually 8/255 and linf for CIFAR"),
-        (("{file}", "--model", "wrn-10-1", "--epsilon", "0", "--norm", "l2"), "give --data.name"),
+        (("{file}", *NAMED), "give --norm, --epsilon; usual are linf and 8/255 for CIFAR"),
+        (("{file}", "--model", "wrn-10-1", "--epsilon", "0", "--norm", "l2"), "measure it: give --data.name\n"),
+        (
+            ("--model", "nets.py:make", "--weights", "{file}", *NAMED[4:], "--epsilon", "0", "--norm", "l2"),
+            "error: --model.name: expected a Python file",
+        ),
+        (("{file}", *NAMED, "--epsilon", "0", "--norm", "l2", "--attacks", "autoatack"), "did you mean autoattack?"),
+        (("{pointer}", *NAMED, "--epsilon", "0", "--norm", "l2"), "git lfs pull fetches them"),
+        (("{page}", *NAMED, "--epsilon", "0", "--norm", "l2"), "a file that begins with b'<!DOCTYPE html>"),
         (
             ("{file}", *NAMED[:2], *NAMED[4:], "--epsilon", "0", "--norm", "l2"),
             "another width, size of images, or number of classes?",
@@ -152,7 +159,10 @@ def test_accuracy_at_chance_is_doubted_with_likely_causes(tmp_path: Path, monkey
     ],
 )
 def test_what_is_wrong_is_one_line(arguments, message, file: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    places = {"{file}": file, "{dir}": tmp_path}
+    pointer, page = tmp_path / "pointer.pt", tmp_path / "page.pt"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\n")
+    page.write_text("<!DOCTYPE html><html></html>")
+    places = {"{file}": file, "{dir}": tmp_path, "{pointer}": pointer, "{page}": page}
     assert run_command("evaluate", monkeypatch, *(places.get(argument, argument) for argument in arguments)) == 2
     error = capsys.readouterr().err
     assert message in error

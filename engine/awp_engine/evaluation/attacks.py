@@ -24,6 +24,7 @@ from awp_engine.attack import (
     summed_margin,
 )
 from awp_engine.config.model_names import is_code
+from awp_engine.config.schema import did_you_mean
 from awp_engine.data import Batch, Split, eval_batches
 from awp_engine.evaluation.accuracy import BlindImages
 from awp_engine.models.answers import predicted
@@ -43,6 +44,7 @@ NAMES = (
     "clean, fgsm, pgdN, cwN (cw is cw100), pgdN and cwN with -targeted, -random-target or -least-likely, square, "
     "autoattack, regional-SHAPE-PERCENT (square, frame, boxes, pixels), or a function of your own, file.py:attack"
 )
+_EXAMPLES = ("clean", "fgsm", "pgd20", "cw100", "square", "autoattack", "regional-frame-28")
 _CW_STEPS = 100
 _RESTART = 7
 _TARGET = 8
@@ -199,7 +201,8 @@ def parse_attack(name: str) -> NamedAttack:
     if is_code(name):
         function, code = load_factory(name, flag="--attacks")
         return NamedAttack(name=name.rpartition("/")[2], family="own", function=function, code=code)
-    raise EvaluationError(f"--attacks: expected {NAMES}; got {name[:80]!r}")
+    near = did_you_mean(name[:80], _EXAMPLES, "")
+    raise EvaluationError(f"--attacks: expected {NAMES}; got {name[:80]!r}{near and f'; {near}'}")
 
 
 @contextlib.contextmanager

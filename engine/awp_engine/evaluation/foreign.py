@@ -22,6 +22,7 @@ from awp_engine.models.hub import fetched
 from awp_engine.models.layers import Activation
 from awp_engine.models.trained import find_weights
 from awp_engine.models.weights import normalises_itself, rounded
+from awp_engine.models.wrapped import WrappedClassifier
 
 # images of a quick look at clean accuracy, and how many say something
 _LOOK, _ENOUGH = 500, 100
@@ -82,6 +83,7 @@ def load_foreign(
     notes = [f"{foreign.name}: {note}" for note in getattr(model, "notes", ())]
     key, metadata = "", {}
     if foreign.weights is None:
+        notes.append(f"weights: those that {foreign.name} makes, as no --weights were given")
         # what the code gives has no file
         sha256 = content_hash(packable(model.state_dict()), {})
         weights = Path(foreign.name.rpartition(":")[0])
@@ -143,12 +145,18 @@ def _made(foreign: Foreign, data: Dataset) -> tuple[NormalizedClassifier, str]:
             width=foreign.width,
             activation=foreign.activation,
             image_size=(data.test.shape[1], data.test.shape[2]),
+            refit=foreign.weights is not None,
         )
     except ValueError as error:
-        raise EvaluationError(f"--model.name: {str(error).removeprefix('model: ')}") from None
+        reason = str(error).removeprefix("model: ").removeprefix("--model.name: ")
+        raise EvaluationError(f"--model.name: {reason}") from None
     if by == "the data set's" and foreign.normalize == "auto" and normalises_itself(model):
         by = "the network's own"
         model.normalize_by_(*nothing)
+    came_with = model.came_with if isinstance(model, WrappedClassifier) else None
+    if came_with is not None and by != "as given" and foreign.normalize != "data":
+        by = "the network's own"
+        model.normalize_by_(*came_with)
     return model, by
 
 
@@ -186,12 +194,14 @@ def look_at_accuracy(subject: Subject, data: Dataset, device: torch.device, batc
     if subject.origin is None or len(split) < _ENOUGH:
         return []
     model, found = subject.model, []
+    unloaded = subject.weights.suffix == ".py"
     right = _right(model, split, device, batch_size)
     if right < _CHANCE / model.num_classes:
         found.append(
             f"clean accuracy {right:.1%} on {len(split)} images is that of guessing; likely causes: another "
             "normalisation (--model.mean, --model.std, --model.normalize), another variant of the architecture "
             "(--model.activation, a factory of your own), or classes in another order"
+            + (", or weights that were never loaded (--weights)" if unloaded else "")
         )
     if subject.origin["normalisation_is"] == "the data set's":
         mean, std = model.mean.clone(), model.std.clone()

@@ -40,7 +40,7 @@ from awp_engine.evaluation.autoattack import STANDARD_BUDGET, Budget
 from awp_engine.evaluation.finished import code_digest, read_finished, sealed
 from awp_engine.evaluation.foreign import Foreign, load_foreign, look_at_accuracy
 from awp_engine.evaluation.receipt import make_receipt, split_hash
-from awp_engine.evaluation.results import Measurement
+from awp_engine.evaluation.results import RIGHT_MEANS, Measurement
 from awp_engine.evaluation.robustbench import Publication, model_info
 from awp_engine.evaluation.saved import Form, image_saver
 from awp_engine.evaluation.saved import save_per_image as write_per_image
@@ -52,7 +52,7 @@ from awp_engine.files.text import json_text, printable
 from awp_engine.models.class_names import difference
 from awp_engine.models.hub import is_address
 from awp_engine.observe.bars import Bar, NoBar
-from awp_engine.observe.report import prepare_output
+from awp_engine.observe.report import as_text, prepare_output
 
 JSON, PAGE, LEADERBOARD = "evaluation.json", "evaluation.html", "robustbench.json"
 DEFAULT_ATTACKS = ("clean", "fgsm", "pgd20", "cw")
@@ -79,6 +79,12 @@ class Evaluated:
     output: Path
     title: str
 
+    def __str__(self) -> str:
+        """The table, and what speaks against the numbers, as `awp evaluate` prints them."""
+        table = as_text(self.measurement.table(), title=self.title)
+        doubts = [f"UNRELIABLE: {printable(doubt)}" for doubt in self.report["doubts"]]
+        return "\n".join([table, f"right: {RIGHT_MEANS}", *doubts, f"reports in {printable(str(self.output))}"])
+
 
 def _amount(name: str, text: str) -> Fraction:
     try:
@@ -95,6 +101,7 @@ def _threat(
     epsilon: str | None,
     norm: Norm | None,
     step_size: str | None,
+    data_name: str | None,
 ) -> tuple[Threat, Fraction]:
     """The ball that was asked for, or else the run's own; a step goes with its ball, else it is epsilon / 4."""
     if config is not None:
@@ -105,11 +112,15 @@ def _threat(
             step_size = config.evaluation.step_size
         epsilon = config.attack.epsilon if epsilon is None else epsilon
         norm = norm or config.attack.norm
-    elif epsilon is None or norm is None:
-        raise EvaluationError(
-            f"{weights}: belongs to no run whose config.json could say it: give --epsilon and --norm, usually "
-            "8/255 and linf for CIFAR, 4/255 and linf for ImageNet"
-        )
+    else:
+        given = {"--data.name": data_name, "--norm": norm, "--epsilon": epsilon}
+        missing = [flag for flag, value in given.items() if value is None]
+        if missing or epsilon is None or norm is None:
+            usual = "; usual are linf and 8/255 for CIFAR, linf and 4/255 for ImageNet"
+            raise EvaluationError(
+                f"{weights}: no run's config.json says how to measure it: give {', '.join(missing)}"
+                + (usual if missing != ["--data.name"] else "")
+            )
     radius = _amount("epsilon", epsilon)
     if norm == "linf" and radius > 1:
         hint = f" (did you mean {radius}/255?)" if radius <= 255 and radius.denominator == 1 else ""
@@ -214,6 +225,9 @@ def require_fit(subject: Subject, dataset: Dataset, device: torch.device, what: 
             if count > classes and count % classes == 0
             else ""
         )
+        # images of one's own, whose classes are counted by their labels
+        if count > classes and not dataset.named:
+            hint += f"; if these are images of some of its classes, name all {count} in class_names"
         raise EvaluationError(f"{what}: has {count} classes, {dataset.name} {classes}{hint}")
 
 
@@ -321,7 +335,7 @@ def evaluate_checkpoint(
     require_packages(wanted, gates_limit)
     config = None if subject is None else subject.config
     weights = path if subject is None else subject.weights
-    threat, step = _threat(config, weights, epsilon, norm, step_size)
+    threat, step = _threat(config, weights, epsilon, norm, step_size, data_name)
     for attack in wanted:
         require_norm(attack, threat)
     found = open_data(config, weights, data_name, data_root, (data_corruption, data_severity))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from awp_engine.attack import checks
 from awp_engine.data import eval_batches
 from awp_engine.evaluation.accuracy import spread
 from awp_engine.evaluation.adaptive import EOT_DRAWS, varying
@@ -89,6 +90,16 @@ def _pictures(attack: NamedAttack, x: Tensor, y: Tensor, clean: Tensor, outcome:
     )
 
 
+def _require_logits(trial: Trial, images: Tensor, labels: Tensor) -> None:
+    with torch.no_grad():
+        logits = trial.model(images.to(trial.whole[0].device))
+    try:
+        # on the host, where a refusal can be caught
+        checks.outputs(logits.cpu(), labels.cpu(), len(images))
+    except ValueError as error:
+        raise EvaluationError(str(error)) from None
+
+
 def require_packages(attacks: Sequence[NamedAttack], gates_limit: int | None) -> None:
     """Raises `EvaluationError` where a package is missing that the attacks or the gates need."""
     if gates_limit is not None or any(map(_package_attacks, attacks)):
@@ -129,7 +140,7 @@ def measure(
         attacked: is given every attack's name, images [N, C, H, W], and their predicted classes.
 
     Raises:
-        EvaluationError: no attacks, no images, or something that an attack cannot do.
+        EvaluationError: no attacks, no images, probabilities for logits, or something that an attack cannot do.
     """
     model, images = trial.model, len(trial.split)
     if not images:
@@ -186,6 +197,8 @@ def measure(
 
         few = spread(trial.split, _LOOKED_AT)
         looked_at = next(eval_batches(few, len(few)))
+        if gates_limit is not None or any(attack.family != "clean" for attack in attacks):
+            _require_logits(trial, looked_at.images, looked_at.labels)
         random = int(varying(trial, looked_at.images, looked_at.labels).sum())
         if random:
             trial.say(

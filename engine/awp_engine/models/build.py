@@ -30,6 +30,7 @@ def build_model(
     activation: Activation = "relu",
     image_size: tuple[int, int] | None = None,
     published: bool = False,
+    refit: bool = True,
 ) -> NormalizedClassifier:
     """Builds a freshly initialised classifier of images in [0, 1].
 
@@ -46,6 +47,8 @@ def build_model(
         activation: "relu" or "silu"; ConvNeXt has GELU of its own and takes "relu" alone.
         image_size: (height, width), for models that are made for one, such as a ViT; built-in ones take any.
         published: with the weights that timm or torchvision publish, and a new last layer for other classes.
+        refit: whether code of one's own that gives another number of logits gets a new last layer; not where its
+            own weights are what is measured.
 
     Raises:
         ValueError: unknown name or activation, a width for a WideResNet, or an argument out of range.
@@ -58,7 +61,7 @@ def build_model(
         if source in ("timm", "torchvision"):
             build = build_timm if source == "timm" else build_torchvision
             return build(name, num_classes, mean, std, image_size, published=published)
-        return build_by_factory(load_factory(name)[0], name, num_classes, mean, std, image_size)
+        return build_by_factory(load_factory(name)[0], name, num_classes, mean, std, image_size, refit=refit)
     if name == "preact-resnet-18":
         return PreActResNet(num_classes, mean, std, width=64 if width is None else width, activation=activation)
     if name == "preact-resnet-digits":

@@ -124,7 +124,14 @@ def _run_file(path: Path, name: str, flag: str) -> tuple[types.ModuleType, Code]
 
 
 def build_by_factory(
-    factory: Factory, name: str, num_classes: int, mean: Sequence[float], std: Sequence[float], image_size: Size | None
+    factory: Factory,
+    name: str,
+    num_classes: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    image_size: Size | None,
+    *,
+    refit: bool = True,
 ) -> WrappedClassifier:
     """The classifier that a function or class makes.
 
@@ -151,10 +158,15 @@ def build_by_factory(
         network = factory(**given)
     if not isinstance(network, nn.Module):
         raise ConfigError(f"--model.name: {name} returned {type(network).__name__}; expected a torch.nn.Module")
+    came_with = None
     if isinstance(network, WrappedClassifier):
+        # names of weights stay as they are
+        came_with = tuple(network.mean.flatten().tolist()), tuple(network.std.flatten().tolist())
         network = network.network
     sized, asked = not given.keys().isdisjoint(_SIZES), "num_classes" in given
-    return wrap(network, name, num_classes, mean, std, image_size, sized=sized, asked=asked)
+    wrapped = wrap(network, name, num_classes, mean, std, image_size, sized=sized, asked=asked, refit=refit)
+    wrapped.came_with = came_with
+    return wrapped
 
 
 def wrap(
@@ -167,12 +179,16 @@ def wrap(
     *,
     sized: bool = False,
     asked: bool = False,
+    refit: bool = True,
 ) -> WrappedClassifier:
     """A module of one's own as a classifier of so many classes.
 
-    `sized`: it was made for images of that size alone; `asked`: and for so many classes.
+    `sized`: it was made for images of that size alone; `asked`: and for so many classes; `refit`: as `build_model`.
     """
-    heads, notes = fitted(network, num_classes, len(mean), name=name, image_size=image_size, asked=asked)
+    if refit:
+        heads, notes = fitted(network, num_classes, len(mean), name=name, image_size=image_size, asked=asked)
+    else:
+        heads, notes = last_layers(network, num_classes), []
     size = image_size if sized else None
     return WrappedClassifier(network, num_classes, mean, std, name=name, image_size=size, heads=heads, notes=notes)
 

@@ -277,7 +277,7 @@ def _divided(
 
 def _taken(network: Network, alternatives: Sequence[str]) -> str:
     """Which weights, in words."""
-    where = f"weights of {network.key!r}" if network.key else "weights of the file's own dictionary"
+    where = f"weights of {network.key!r}" if network.key else "weights at the top of the file"
     prefix = f", names without {network.prefix!r}" if network.prefix else ""
     kind = ", an average over training" if network.averaged == 0 else ""
     other = f"; also there, and not taken: {_some(alternatives)} (--weights-key chooses)" if alternatives else ""
@@ -385,7 +385,7 @@ def _hint(model: nn.Module, network: Network, unexpected: Sequence[str], documen
 
 def _some(names: Sequence[str], shown: int = _SHOWN) -> str:
     rest = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(name or "the file's own dictionary" for name in names[:shown]) + rest
+    return ", ".join(name or "the top of the file" for name in names[:shown]) + rest
 
 
 def _describe(kind: str, names: Sequence[str]) -> list[str]:

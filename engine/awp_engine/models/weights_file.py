@@ -18,6 +18,8 @@ from awp_engine.files.text import one_line, shortened
 
 # a zip file, or a pickle of protocol 2 and above
 _SAVED_BY_TORCH = (b"PK\x03\x04", b"\x80")
+# what git leaves where it did not fetch a large file
+_LFS = b"version https://git-lfs"
 _ASKED_FOR = re.compile(r"Unsupported global: GLOBAL (\S+) was not")
 # the reason, in torch's long messages
 _SAID = re.compile(r"(?:error: |source\. )((?:Trying|Unsupported|Can only|Only|Detected).+?)(?: Check the|$)")
@@ -89,6 +91,14 @@ def read_weights(path: Path) -> WeightsFile:
     payload = read_file(Path(os.path.realpath(path)))
     sha256 = hashlib.sha256(payload).hexdigest()
     if not payload.startswith(_SAVED_BY_TORCH):
+        if payload.startswith(_LFS):
+            raise CheckpointError(f"{path}: a Git LFS pointer in place of the weights; git lfs pull fetches them")
+        # of a .safetensors file its parser says more
+        if path.suffix != ".safetensors" and payload and payload[8:9] != b"{":
+            raise CheckpointError(
+                f"{path}: expected weights as torch.save or safetensors write them, got a file that begins with "
+                f"{payload[:16]!r}; was it downloaded whole?"
+            )
         tensors, metadata = read_model(path)
         return WeightsFile(document=tensors, metadata=metadata, sha256=sha256)
     document, inert = _unpickled(payload, path)

@@ -31,8 +31,11 @@ class WrappedClassifier(NormalizedClassifier):
         autocast_dtype: what `torch.autocast` has the network compute in; None: as it is.
         takes_channels_last: whether it computes in that memory format; of code of one's own not known before it is
             tried.
+        came_with: mean and deviation of the classifier of this class that a factory gave, whose network this one took
+            over; None: it gave another module.
     """
 
+    came_with: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     autocast_dtype: torch.dtype | None = None
 
     def __init__(

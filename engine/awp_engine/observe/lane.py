@@ -1,6 +1,7 @@
 """A thread of its own for what may block or fail: a disk, a terminal that nobody reads."""
 
 import functools
+import io
 import os
 import queue
 import threading
@@ -71,8 +72,11 @@ class Lane:
 def write_line(file: TextIO, text: str) -> None:
     """A line that is not buffered: a write that never returns would keep the lock, and the interpreter from exiting."""
     try:
-        handle = file.fileno()
+        # a notebook's stream has the handle of the kernel's terminal, which nobody looks at
+        handle = file.fileno() if isinstance(file, io.TextIOWrapper) else None
     except OSError:
+        handle = None
+    if handle is None:
         print(text, file=file, flush=True)
         return
     rest = f"{text}\n".encode(errors="replace")

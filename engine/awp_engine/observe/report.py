@@ -176,12 +176,20 @@ def print_table(rows: Sequence[Mapping[str, str]], title: str = "", console: Con
             table.add_row(*(Text(row[column]) for column in columns))
         console.print(table)
         return
+    print(as_text(rows, title), file=console.file, flush=True)
+
+
+def as_text(rows: Sequence[Mapping[str, str]], title: str = "") -> str:
+    """Rows as `print_table` takes them, as aligned text."""
+    title = printable(title)
+    rows = [{printable(column): printable(text) for column, text in row.items()} for row in rows]
+    columns = list(rows[0]) if rows else []
     widths = [max(len(column), *(len(row[column]) for row in rows)) for column in columns]
     lines = [title] if title else []
     for cells in [columns, *([row[column] for column in columns] for row in rows)]:
         padded = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
         lines.append("  ".join(padded).rstrip())
-    print("\n".join(lines), file=console.file, flush=True)
+    return "\n".join(lines)
 
 
 def print_text(text: str) -> None:

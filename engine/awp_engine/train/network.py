@@ -125,6 +125,8 @@ def _normalisation(
             mean, std, whose = *of_weights, f"those that {settings.pretrained} was trained with"
         elif published is not None and len(published[0]) == channels:
             mean, std, whose = *published, f"those of the published weights of {settings.name}"
+        elif isinstance(model, WrappedClassifier) and model.came_with is not None and settings.normalize != "data":
+            mean, std, whose = *model.came_with, "those of the model that was given"
         elif of_model is not None:
             within = f"mean {_shown(of_model.mean)}, deviation {_shown(of_model.std)}"
             return *none, f"{settings.name} normalises images by itself, in {of_model.where} ({within})"

@@ -140,10 +140,7 @@ def test_accuracy_at_chance_is_doubted_with_likely_causes(tmp_path: Path, monkey
         (("{page}", *NAMED, "--epsilon", "0", "--norm", "l2"), "a file that begins with b'<!DOCTYPE html>"),
         (
             ("{file}", *NAMED[:2], *NAMED[4:], "--epsilon", "0", "--norm", "l2"),
-            (
-                ("{file}", *NAMED[:2], *NAMED[4:], "--epsilon", "0", "--norm", "l2"),
-                "another width, size of images, or number of classes?",
-            ),
+            "another width, size of images, or number of classes?",
         ),
         (
             ("--model", "wrn-10-1", *NAMED[4:], "--epsilon", "0", "--norm", "l2"),

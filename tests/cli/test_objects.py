@@ -170,3 +170,36 @@ def test_a_notebook_shows_the_training_under_its_cell(data, tmp_path, monkeypatc
         awp_engine.fit(network, *data, run_dir=tmp_path / "run", settings=QUICK)
     assert "measuring on 15 test images" in cell.getvalue()
     assert not (tmp_path / "terminal").read_text()
+
+
+class Signed(nn.Module):
+    """Two of these differ in a plain attribute alone."""
+
+    def __init__(self, sign):
+        super().__init__()
+        self.inner, self.sign = network(3), sign
+
+    def forward(self, x):
+        return self.sign * self.inner(x)
+
+
+def test_no_report_of_another_object_is_read_again(data, tmp_path):
+    x, y = data[1]
+    torch.manual_seed(1)
+    one, other = Signed(1.0), Signed(-1.0)
+    other.load_state_dict(one.state_dict())
+    given = {"epsilon": "1/10", "attacks": ["clean"], "output": tmp_path, "gates_limit": None}
+    right = [awp_engine.evaluate(model, x, y, **given).measurement.clean for model in (one, other)]
+    x = (x * 255).round() / 255
+    assert right == [int((model(x).argmax(1) == y).sum()) for model in (one, other)]
+    assert right[0] != right[1]
+
+
+def test_an_ended_run_of_other_images_is_refused(data, tmp_path):
+    settings = QUICK | {"epochs": 1}
+    awp_engine.fit(network, *data, run_dir=tmp_path / "run", settings=settings)
+    (x, y), test = data
+    with pytest.raises(ConfigError, match="has ended, and was of other images"):
+        awp_engine.fit(network, (x.flip(0), y), test, run_dir=tmp_path / "run", settings=settings)
+    with pytest.raises(ConfigError, match="has ended, and was of other images"):
+        awp_engine.fit(network, (x, y), (test[0].flip(0), test[1]), run_dir=tmp_path / "run", settings=settings)

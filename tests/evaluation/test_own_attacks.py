@@ -21,6 +21,12 @@ def noise(model, images, labels, epsilon, norm, seed):
     return (images + epsilon * (2 * torch.rand_like(images) - 1)).clamp(0, 1)
 
 
+def careless(model, images, labels):
+    model.train()
+    model(images)
+    return images
+
+
 def too_far(model, images, labels):
     return 1 - images
 
@@ -44,8 +50,8 @@ QUICK = ("--limit", "30", "--no-gates", "--seed", "5", "--epsilon", "0.2", "--no
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
-    (folder / "mine.py").write_text(CODE)
-    return write_run(folder / "run", clean_model()), folder / "mine.py"
+    (folder / "strikes.py").write_text(CODE)
+    return write_run(folder / "run", clean_model()), folder / "strikes.py"
 
 
 def rows(out: Path) -> dict[str, dict]:
@@ -54,20 +60,22 @@ def rows(out: Path) -> dict[str, dict]:
 
 def test_they_are_measured_as_all_others_are(place, tmp_path, monkeypatch, capsys):
     run, code = place
-    names = ["clean", "pgd5", *(f"{code}:{name}" for name in ("nothing", "noise", "momentum"))]
+    names = ["clean", *(f"{code}:{name}" for name in ("careless", "nothing", "noise", "momentum")), "pgd5"]
     options = (*QUICK, "--output", tmp_path, "--save-images", "all", "--save-per-image")
     assert run_command("evaluate", monkeypatch, run, "--attacks", *names, *options) == 0
     found = rows(tmp_path)
-    assert list(found) == ["clean", "pgd5", "mine.py:nothing", "mine.py:noise", "mine.py:momentum"]
-    assert found["mine.py:nothing"]["right"] == found["clean"]["right"]
-    assert found["mine.py:momentum"]["right"] < found["mine.py:noise"]["right"] <= found["clean"]["right"]
-    assert 0.15 < found["mine.py:noise"]["largest"] <= 0.2 + 1e-5
-    assert len(found["mine.py:noise"]["parameters"]["code"]["sha256"]) == 64
-    assert len(list(tmp_path.glob("images-*mine.py:noise.safetensors"))) == 1
-    first = found["mine.py:noise"]["largest"]
+    assert list(found)[1:] == [*(f"strikes.py:{name}" for name in ("careless", "nothing", "noise", "momentum")), "pgd5"]
+    # it has left nothing behind
+    assert found["strikes.py:careless"]["right"] == found["clean"]["right"]
+    assert found["strikes.py:nothing"]["right"] == found["clean"]["right"]
+    assert found["strikes.py:momentum"]["right"] < found["strikes.py:noise"]["right"] <= found["clean"]["right"]
+    assert 0.15 < found["strikes.py:noise"]["largest"] <= 0.2 + 1e-5
+    assert len(found["strikes.py:noise"]["parameters"]["code"]["sha256"]) == 64
+    assert len(list(tmp_path.glob("images-*strikes.py:noise.safetensors"))) == 1
+    first = found["strikes.py:noise"]["largest"]
     # the same noise
     assert run_command("evaluate", monkeypatch, run, "--attacks", *names, *options, "--again") == 0
-    assert rows(tmp_path)["mine.py:noise"]["largest"] == first
+    assert rows(tmp_path)["strikes.py:noise"]["largest"] == first
     # another attack of the same name is another question
     code.write_text(CODE.replace("return images\n", "return images.flip(0)\n", 1))
     assert run_command("evaluate", monkeypatch, run, "--attacks", *names, *options) == 3
@@ -78,14 +86,14 @@ def test_they_are_measured_as_all_others_are(place, tmp_path, monkeypatch, capsy
 def test_one_that_leaves_the_ball_is_found_out(place, tmp_path, monkeypatch, capsys):
     run, code = place
     assert run_command("evaluate", monkeypatch, run, "--attacks", f"{code}:too_far", *QUICK, "--output", tmp_path) == 3
-    assert "UNRELIABLE: mine.py:too_far: attacked images left the ball" in capsys.readouterr().out
+    assert "UNRELIABLE: strikes.py:too_far: attacked images left the ball" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("fewer", "--attacks: mine.py:fewer returned [29, 1, 8, 8]; expected attacked images [30, 1, 8, 8]"),
-        ("broken", "--attacks: mine.py:broken: the attack raised NameError: name 'missing' is not defined ("),
+        ("fewer", "--attacks: strikes.py:fewer returned [29, 1, 8, 8]; expected attacked images [30, 1, 8, 8]"),
+        ("broken", "--attacks: strikes.py:broken: the attack raised NameError: name 'missing' is not defined ("),
         ("nois", "--attacks: "),
     ],
 )
@@ -96,3 +104,11 @@ def test_what_is_wrong_is_one_line(place, tmp_path, monkeypatch, capsys, name, m
     assert message in err
     assert err.count("\n") == 1
     assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_two_of_one_name_are_refused(place, tmp_path, monkeypatch, capsys):
+    run, code = place
+    (tmp_path / "strikes.py").write_text(CODE)
+    names = f"{code}:noise", f"{tmp_path / 'strikes.py'}:noise"
+    assert run_command("evaluate", monkeypatch, run, "--attacks", *names, *QUICK, "--output", tmp_path / "out") == 2
+    assert "two are called strikes.py:noise" in capsys.readouterr().err

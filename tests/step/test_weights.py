@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from awp_engine import checkpoint
-from awp_engine.checkpoint import CheckpointError
+from awp_engine.checkpoint import CheckpointError, export_model
 from awp_engine.models import NormalizedClassifier, build_model, load_pretrained, load_weights
+from awp_engine.models.factories import wrap
 from awp_engine.models.trained import ModelDescription
 
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.4])
@@ -504,3 +505,25 @@ def test_torchscript_is_told_apart(tmp_path: Path) -> None:
     torch.jit.script(nn.Linear(2, 2)).save(path := tmp_path / "program.pt")
     with pytest.raises(CheckpointError, match="a TorchScript program, not weights"):
         load_weights(network(2), path)
+
+
+def test_a_header_says_what_stands_in_front_of_the_network_and_not_in_it(tmp_path: Path) -> None:
+    class Normalising(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.tensor([0.3]).view(1, 1, 1, 1))
+            self.register_buffer("std", torch.tensor([0.2]).view(1, 1, 1, 1))
+            self.fc = nn.Linear(64, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(((x - self.mean) / self.std).flatten(1))
+
+    trained = wrap(Normalising(), "own", 3, (0.0,), (1.0,), (8, 8))
+    described = ModelDescription(
+        name="own.py:make", num_classes=3, mean=(0.0,), std=(1.0,), width=None, activation="relu"
+    )
+    export_model(tmp_path / "own.safetensors", trained.state_dict(), described.to_metadata())
+    fresh = wrap(Normalising(), "own", 3, (0.5,), (0.5,), (8, 8))
+    load_weights(fresh, tmp_path / "own.safetensors")
+    x = torch.rand(2, 1, 8, 8)
+    assert torch.equal(fresh(x), trained(x))

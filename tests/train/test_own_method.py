@@ -38,8 +38,8 @@ TINY = [word for name, value in TINY.items() for word in (f"--{name}", str(value
 
 @pytest.fixture
 def code(tmp_path):
-    (tmp_path / "mine.py").write_text(CODE)
-    return tmp_path / "mine.py"
+    (tmp_path / "pairing.py").write_text(CODE)
+    return tmp_path / "pairing.py"
 
 
 def train(*arguments):

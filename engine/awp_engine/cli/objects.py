@@ -13,14 +13,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from awp_engine.config import Config, ConfigError
 from awp_engine.config.identity import from_flat, key_types, to_flat
 from awp_engine.config.presets import build_preset
 from awp_engine.config.schema import coerce, did_you_mean
+from awp_engine.data import load_data
+from awp_engine.device import full_precision
+from awp_engine.evaluation.accuracy import spread
 from awp_engine.evaluation.attacks import Norm
 from awp_engine.evaluation.foreign import Foreign
+from awp_engine.evaluation.receipt import split_hash
 from awp_engine.evaluation.run import DEFAULT_ATTACKS, Evaluated, evaluate_checkpoint
 from awp_engine.models import NormalizedClassifier
 from awp_engine.models.trained import load_model
@@ -114,11 +119,25 @@ def fit(
         stopping = stop_requests() if main else contextlib.nullcontext(StopRequest())
         try:
             with joined(config.device, config.distributed.timeout) as ranks, stopping as stop:
-                report = train_run(config, ranks, stop)[1]
+                _, report, ended = train_run(config, ranks, stop)
         except StoppedError as stopped:
             raise KeyboardInterrupt(str(stopped)) from None
+        if ended:
+            _require_same(report, config)
+            print(f"{config.resolved_run_dir} has ended before: these are its results", flush=True)
         trained = load_model(config.resolved_run_dir, model=_MODEL)
     return Fitted(model=trained, report=report, run_dir=config.resolved_run_dir)
+
+
+def _require_same(report: Mapping[str, Any], config: Config) -> None:
+    """Refuses results of other images than those that are given."""
+    given = load_data(config.data)
+    before = report["data"].get("data_fingerprint"), report["data"].get("test_sha256")
+    test = spread(given.test, config.evaluation.test_limit)
+    if before != (given.fingerprint, split_hash(test)):
+        raise ConfigError(
+            f"run_dir: the run in {config.resolved_run_dir} has ended, and was of other images; choose another run_dir"
+        )
 
 
 def _config(preset: str, settings: Mapping[str, Any]) -> Config:
@@ -161,14 +180,34 @@ def evaluate(
         EvaluationError, ConfigError, DataError: one line that says what is wrong.
     """
     names = {} if class_names is None else {"class_names": class_names}
-    with _given(model, {"test": (images, labels), **names}):
+    # torch makes these attributes at run time
+    flags: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # pyright: ignore[reportAttributeAccessIssue]
+    before = [flag.fp32_precision for flag in flags]
+    full_precision()
+    try:
+        return _evaluated(model, {"test": (images, labels), **names}, epsilon, norm, attacks, Path(output), **more)
+    finally:
+        for flag, precision in zip(flags, before, strict=True):
+            flag.fp32_precision = precision
+
+
+def _evaluated(
+    model: nn.Module,
+    parts: Mapping[str, Any],
+    epsilon: str,
+    norm: Norm,
+    attacks: Sequence[str],
+    output: Path,
+    **more: Any,
+) -> Evaluated:
+    with _given(model, parts):
         return evaluate_checkpoint(
             None,
-            foreign=Foreign(name=_MODEL, normalize="none"),
+            foreign=Foreign(name=_MODEL, normalize="none", is_object=True),
             data_name=_DATA,
             epsilon=epsilon,
             norm=norm,
             attacks=attacks,
-            output=Path(output),
+            output=output,
             **more,
         )

@@ -206,7 +206,8 @@ def _evaluation(path: Path, weights_sha256: Callable[[], str | None]) -> Evaluat
     if not report.flag("finished"):
         return None
     name = report.text("receipt.checkpoint.name")
-    if name == "best" and report.text("receipt.checkpoint.file") == WEIGHTS:
+    if name == "best":
+        # also of the best weights so far, while the run still trained
         now = weights_sha256()
         if now is not None and now != report.text("receipt.checkpoint.sha256"):
             raise _FileError(f"of other weights than {WEIGHTS} holds now")

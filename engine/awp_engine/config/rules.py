@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
+from awp_engine.config.model_names import is_code
 from awp_engine.config.schema import ConfigError, parse_amount
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def choose_speed(config: Config, *, cuda: bool, ranks: int) -> Speed:
         "--awp.c-min": config.awp.c_min is not None,
         # nor is it known what another's forward pass does
         f"--model.name {config.model.name}": config.model.source != "built-in",
+        f"--method {config.method}": is_code(config.method),
     }
     hindrance = next((name for name, holds in hindrances.items() if holds), None)
     if config.cuda_graphs is True and hindrance is not None:

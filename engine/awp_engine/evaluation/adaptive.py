@@ -20,6 +20,7 @@ from awp_engine.evaluation.accuracy import spread
 from awp_engine.evaluation.attacks import Trial, ascend, folded
 from awp_engine.evaluation.gate import SLACK, Gate, share
 from awp_engine.evaluation.surrogate import surrogate
+from awp_engine.files.text import first_line
 from awp_kernels.philox import STREAM_UNIFORM, mix_seed, sample_words
 
 DRAWS = 5
@@ -231,7 +232,7 @@ def _hidden_gate(trial: Trial, held: Tensor, black: int) -> tuple[Gate, dict[str
         applies = bool(found.used or found.modules)
     except RuntimeError as error:
         # the identity does not fit what it stands for
-        through, found, applies, reason = None, None, False, str(error).splitlines()[0]
+        through, found, applies, reason = None, None, False, first_line(error)
     if through is not None and applies:
         adapted = replace(trial, model=through)
         bpda_held = held.clone()

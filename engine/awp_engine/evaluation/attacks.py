@@ -27,6 +27,7 @@ from awp_engine.config.model_names import is_code
 from awp_engine.config.schema import did_you_mean
 from awp_engine.data import Batch, Split, eval_batches
 from awp_engine.evaluation.accuracy import BlindImages
+from awp_engine.files.text import first_line
 from awp_engine.models.answers import predicted
 from awp_engine.models.batch_norm import layer_modes
 from awp_engine.models.factories import Code, load_factory
@@ -246,7 +247,7 @@ def connected(trial: Trial) -> Trial:
         try:
             torch.autograd.grad(logits.sum(), x, allow_unused=True)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise EvaluationError(
                 f"the model has no gradient that an attack could follow: {reason}; detach() that part, so that the "
                 "gates can look through it"
@@ -473,7 +474,11 @@ def own_attack(trial: Trial, attack: NamedAttack) -> Outcome:
     with trial.bar(attack.name, len(trial.split)) as bar, torch.random.fork_rng(), torch.enable_grad():
         for number, (x, y, *_) in enumerate(eval_batches(trial.split, trial.batch_size)):
             torch.manual_seed(mix_seed(trial.seed, _OWN, number))
-            with told_in_one_line(attack.name, "the attack", "--attacks"):
+            # one that ends by model.train() would spoil all that comes after it
+            with (
+                layer_modes(trial.model, "eval"),
+                told_in_one_line(attack.name, "the attack", "--attacks"),
+            ):
                 x_adv = attack.function(trial.model, x.clone(), y.clone(), **given)
             if not isinstance(x_adv, Tensor) or x_adv.shape != x.shape:
                 got = list(x_adv.shape) if isinstance(x_adv, Tensor) else type(x_adv).__name__

@@ -1,5 +1,6 @@
 """Models that no run describes: made by name or by somebody's code, with anybody's weights."""
 
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from awp_engine.config.model_names import is_code
 from awp_engine.data import Dataset, Split, StreamedSplit, eval_batches
 from awp_engine.evaluation.accuracy import spread
 from awp_engine.evaluation.attacks import EvaluationError
-from awp_engine.evaluation.subject import Subject
+from awp_engine.evaluation.subject import Subject, code_of
 from awp_engine.models import NormalizedClassifier, build_model, load_weights
 from awp_engine.models.answers import predicted
 from awp_engine.models.class_names import from_json
@@ -45,6 +46,7 @@ class Foreign:
         mean, std: of images in [0, 1], one value a channel, or one for all; None where `normalize` says it.
         normalize: "data": by the data set's statistics; "model" or "none": not in front of the network; "auto": by what
             the file holds, else as given, else not where the network does it itself, else by the data set's.
+        is_object: whether the model was given as an object of Python, under that name for this call alone.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Foreign:
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     normalize: Literal["auto", "data", "model", "none"] = "auto"
+    is_object: bool = False
 
 
 def load_foreign(
@@ -103,7 +106,7 @@ def load_foreign(
     for note in notes:
         say(note)
     origin: dict[str, Any] = {"model": foreign.name, "key": key, "normalisation_is": by, "notes": notes}
-    if runs_code:
+    if runs_code and not foreign.is_object:
         # made before, so it is there
         code = load_factory(foreign.name)[1]
         origin["code"] = {"file": Path(code.file).name, "sha256": code.sha256}
@@ -116,6 +119,8 @@ def load_foreign(
         run_dir=None,
         config=None,
         origin=origin,
+        # no file holds an object's code, so nothing of an earlier call is believed
+        made_by=secrets.token_hex(16) if foreign.is_object else code_of(model),
     )
 
 

@@ -21,6 +21,7 @@ from awp_engine.data.sets.inspect import check, decode
 from awp_engine.data.sets.sources import open_source
 from awp_engine.evaluation.attacks import EvaluationError
 from awp_engine.evaluation.subject import Subject
+from awp_engine.files.text import first_line
 
 _SIDES = {"digits": 8, "mnist": 28, "fashion-mnist": 28, "cifar10": 32, "cifar100": 32, "svhn": 32}
 _DOT = b"."
@@ -240,7 +241,7 @@ def _classify(model: nn.Module, pixels: torch.Tensor, top: int) -> list[tuple[tu
         logits = model(images)
     except RuntimeError as error:
         shape = "x".join(map(str, images.shape[1:]))
-        raise EvaluationError(f"the model cannot classify {shape} images: {str(error).splitlines()[0]}") from None
+        raise EvaluationError(f"the model cannot classify {shape} images: {first_line(error)}") from None
     # in fp64, and stable: classes that tie come in their order
     probabilities = logits.double().softmax(1).cpu()
     sorted_, classes = probabilities.sort(dim=1, descending=True, stable=True)

@@ -48,7 +48,7 @@ from awp_engine.evaluation.subject import Subject, load_subject
 from awp_engine.evaluation.suite import measure, require_packages
 from awp_engine.files.atomic import atomic_write_text, replace_file
 from awp_engine.files.locking import locked
-from awp_engine.files.text import json_text, printable
+from awp_engine.files.text import first_line, json_text, printable
 from awp_engine.models.class_names import difference
 from awp_engine.models.hub import is_address
 from awp_engine.observe.bars import Bar, NoBar
@@ -214,7 +214,7 @@ def require_fit(subject: Subject, dataset: Dataset, device: torch.device, what: 
             logits = subject.model(image)
     except RuntimeError as error:
         shape = "x".join(map(str, image.shape[1:]))
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise EvaluationError(f"{what}: cannot classify {dataset.name}'s {shape} images: {reason}") from None
     if logits.shape[1] != len(dataset.class_names):
         count, classes = logits.shape[1], len(dataset.class_names)
@@ -309,6 +309,9 @@ def evaluate_checkpoint(
         OSError: a report cannot be written.
     """
     wanted = [parse_attack(name) for name in dict.fromkeys(attacks)]
+    names = [attack.name for attack in wanted]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise EvaluationError(f"--attacks: two are called {twice}, also in the reports; rename one of the files")
     counts = {"restarts": restarts, "batch-size": batch_size, "limit": limit, "gates-limit": gates_limit}
     for name, value in counts.items():
         if value is not None and not 1 <= value <= _MOST:
@@ -408,8 +411,7 @@ def evaluate_checkpoint(
     if second is not None:
         receipt["transfer_to"] = {"name": second.name, "file": second.weights.name, "sha256": second.sha256}
     # the same weights make another model with another activation or normalisation
-    code = (subject.origin or {}).get("code")
-    layers = hashlib.sha256(f"{subject.model}{receipt['normalisation']}{code or ''}".encode()).hexdigest()
+    layers = hashlib.sha256(f"{subject.model}{receipt['normalisation']}{subject.made_by}".encode()).hexdigest()
     question = {
         "weights": subject.sha256,
         "layers": layers,

@@ -11,7 +11,7 @@ from awp_engine.checkpoint import CheckpointError
 from awp_engine.config import Config, load_config
 from awp_engine.evaluation.attacks import EvaluationError
 from awp_engine.files.digest import sha256_of
-from awp_engine.models import NormalizedClassifier
+from awp_engine.models import NormalizedClassifier, WrappedClassifier
 from awp_engine.models.hub import SCHEME, fetched, is_address
 from awp_engine.models.trained import CHECKPOINTS, CONFIG_FILE, find_weights, is_weights, load_model
 
@@ -32,6 +32,7 @@ class Subject:
         architecture: its name, with the width where that was chosen.
         run_dir: of the run it belongs to, if there is one.
         config: of that run.
+        made_by: what tells code that made the model from other code; empty for built-in models.
         origin: of weights from elsewhere: the model's name, which weights of the file, and what the user was told.
     """
 
@@ -44,6 +45,13 @@ class Subject:
     config: Config | None
     source: Path | None = None
     origin: Mapping[str, Any] | None = None
+    made_by: str = ""
+
+
+def code_of(model: NormalizedClassifier) -> str:
+    """SHA-256 of the file whose code made a model; empty where this package, timm or torchvision did."""
+    code = model.code if isinstance(model, WrappedClassifier) else None
+    return "" if code is None else code.sha256
 
 
 def _run_dir(place: Path) -> Path | None:
@@ -110,4 +118,5 @@ def load_subject(
         architecture=architecture,
         run_dir=run_dir,
         config=config,
+        made_by=code_of(built),
     )

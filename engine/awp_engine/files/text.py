@@ -26,6 +26,11 @@ def reason(error: object) -> str:
     return one_line(str(error)) or type(error).__name__
 
 
+def first_line(error: object) -> str:
+    """Of what an exception says; its type where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def shortened(text: str, most: int) -> str:
     """At most `most` characters: of a longer text the beginning and the end.
 

@@ -61,7 +61,10 @@ def build_model(
         if source in ("timm", "torchvision"):
             build = build_timm if source == "timm" else build_torchvision
             return build(name, num_classes, mean, std, image_size, published=published)
-        return build_by_factory(load_factory(name)[0], name, num_classes, mean, std, image_size, refit=refit)
+        factory, code = load_factory(name)
+        built = build_by_factory(factory, name, num_classes, mean, std, image_size, refit=refit)
+        built.code = code
+        return built
     if name == "preact-resnet-18":
         return PreActResNet(num_classes, mean, std, width=64 if width is None else width, activation=activation)
     if name == "preact-resnet-digits":

@@ -4,7 +4,6 @@
 same user trained by the same code: see `awp_engine.models.trained`.
 """
 
-import dataclasses
 import difflib
 import hashlib
 import importlib
@@ -21,7 +20,7 @@ from torch import nn
 from awp_engine.config import ConfigError
 from awp_engine.config.model_names import source_of
 from awp_engine.models.import_timm import declare_operators, import_timm, import_torchvision
-from awp_engine.models.wrapped import WrappedClassifier, fitted, last_layers, told_in_one_line
+from awp_engine.models.wrapped import Code, WrappedClassifier, fitted, last_layers, told_in_one_line
 
 Size = tuple[int, int]
 Factory = Callable[..., Any]
@@ -29,19 +28,6 @@ Factory = Callable[..., Any]
 _FLAG = "--model.name"
 _SIZES = ("img_size", "image_size")
 _FETCH = "fetching the published weights (without a network give --model.pretrained FILE, or fill the cache before)"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Code:
-    """The file that a factory is in.
-
-    Attributes:
-        file: absolute.
-        sha256: of its bytes.
-    """
-
-    file: str
-    sha256: str
 
 
 def read_code(path: Path, flag: str = _FLAG) -> tuple[bytes, Code]:

@@ -21,7 +21,7 @@ from awp_engine.checkpoint.layout import MANIFEST
 from awp_engine.config import ConfigError
 from awp_engine.config.model_names import is_code, source_of
 from awp_engine.files.user_key import KeyFileError, key_path, user_key
-from awp_engine.models import NormalizedClassifier, build_model, load_public_state_dict
+from awp_engine.models import NormalizedClassifier, WrappedClassifier, build_model, load_public_state_dict
 from awp_engine.models.class_names import from_json, to_json
 from awp_engine.models.factories import Code, Factory, build_by_factory, load_factory, read_code, wrap
 from awp_engine.models.hub import fetched
@@ -256,10 +256,12 @@ def _by_name(description: ModelDescription, name: str, code: Code | None = None)
     factory, found = load_factory(name, root)
     if code is not None and found != code:
         raise ConfigError(f"--model.name: {name} is now found in {found.file}, not in {code.file}")
-    return _by_factory(given, factory)
+    built = _by_factory(given, factory)
+    built.code = found
+    return built
 
 
-def _by_factory(description: ModelDescription, factory: Factory) -> NormalizedClassifier:
+def _by_factory(description: ModelDescription, factory: Factory) -> WrappedClassifier:
     given = (description.num_classes, description.mean, description.std, description.image_size)
     return build_by_factory(factory, description.name, *given)
 

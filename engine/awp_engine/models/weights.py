@@ -197,8 +197,11 @@ def _into(
         notes.append(f"stored as {', '.join(sorted(floats))}")
     if network.deepmind:
         notes.append("DeepMind's WideResNet; the file does not say its activation: published ones have silu (swish)")
-    statistics = _statistics(_beside(network, document) | network.rest, notes) or described
-    buffers = [] if statistics is None else _normalise(model, own, statistics, notes)
+    statistics = _statistics(_beside(network, document) | network.rest, notes)
+    # a header's are those in front of the network, whatever that holds itself
+    in_front = statistics is None
+    statistics = statistics or described
+    buffers = [] if statistics is None else _normalise(model, own, statistics, notes, in_front=in_front)
     mean, std = statistics or (None, None)
     with torch.no_grad():
         model.load_state_dict({name: own[name] if name in kept else v for name, v in network.taken.items()})
@@ -321,11 +324,13 @@ def _normalise(
     own: Mapping[str, Tensor],
     statistics: _Statistics,
     notes: list[str],
+    *,
+    in_front: bool,
 ) -> list[tuple[Tensor, Tensor]]:
     """The model's buffers that the file's mean and std belong into, with their values; says what they were."""
     said = "mean {}, std {}".format(*map(rounded, statistics))
-    inside = pairs(own)
-    if not inside and normalises_itself(model):
+    inside = {} if in_front else pairs(own)
+    if not in_front and not inside and normalises_itself(model):
         notes.append(f"normalisation in the file: {said}; not taken, as the network normalises by numbers of its own")
         return []
     if isinstance(model, NormalizedClassifier) and not inside:

@@ -1,6 +1,7 @@
 """Any classifier as one of this package's: with images normalised in front of it, and a last layer that fits."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,19 @@ from awp_engine.models.layouts import PAIRS
 
 # sides to try a module on that is given no size
 _SIDES = (32, 224, 28)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Code:
+    """The file that a factory is in.
+
+    Attributes:
+        file: absolute.
+        sha256: of its bytes.
+    """
+
+    file: str
+    sha256: str
 
 
 class WrappedClassifier(NormalizedClassifier):
@@ -28,6 +42,7 @@ class WrappedClassifier(NormalizedClassifier):
         notes: what a user should be told of how it was made.
 
     Attributes:
+        code: of somebody's own model, the file that made it.
         autocast_dtype: what `torch.autocast` has the network compute in; None: as it is.
         takes_channels_last: whether it computes in that memory format; of code of one's own not known before it is
             tried.
@@ -37,6 +52,7 @@ class WrappedClassifier(NormalizedClassifier):
 
     came_with: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     autocast_dtype: torch.dtype | None = None
+    code: Code | None = None
 
     def __init__(
         self,

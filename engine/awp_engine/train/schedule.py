@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from awp_engine.attack import Attack
 from awp_engine.config import Config
+from awp_engine.config.model_names import is_code
 from awp_engine.optim.learning_rate import learning_rate
 from awp_engine.step.values import Phase
 from awp_kernels.philox import mix_seed
@@ -42,9 +43,10 @@ class Schedule:
         return attack.fast != "none" and (attack.fast_epochs is None or epoch <= attack.fast_epochs)
 
     def layer_seed(self, epoch: int, step: int) -> int | None:
-        """Of dropout and the like in that step; built-in models have none."""
+        """Of dropout and the like in that step; built-in models and methods have none."""
         config = self.config
-        return None if config.model.source == "built-in" else mix_seed(config.seed, epoch, step, _LAYER_NOISE)
+        drawn = config.model.source != "built-in" or is_code(config.method)
+        return mix_seed(config.seed, epoch, step, _LAYER_NOISE) if drawn else None
 
     def __call__(self, epoch: int, step: int) -> Phase:
         """The phase of that step."""

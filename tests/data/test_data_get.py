@@ -236,7 +236,7 @@ def test_what_goes_wrong_is_one_line_and_leaves_nothing(small, tmp_path, capsys,
     assert "invalid choice: 'cifar'" in refused(capsys, "cifar", place)
     assert not place.exists()
     place.write_bytes(b"")
-    assert "is no directory" in refused(capsys, "svhn", place, *mirror)
+    assert "is a file, not a directory" in refused(capsys, "svhn", place, *mirror)
     # MNIST's files have the names of Fashion-MNIST's
     other = tmp_path / "other" / "train_32x32.mat"
     other.parent.mkdir()

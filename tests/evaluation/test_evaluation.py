@@ -206,7 +206,7 @@ def test_a_lone_file_is_told_data_and_ball(run_dir, tmp_path):
     lone = tmp_path / "mine.safetensors"
     lone.write_bytes((run_dir / "model.safetensors").read_bytes())
     arguments = {"attacks": ["pgd2"], "limit": 20, "gates_limit": None}
-    with pytest.raises(EvaluationError, match="--epsilon and --norm"):
+    with pytest.raises(EvaluationError, match=r"give --data\.name, --norm, --epsilon"):
         evaluate_checkpoint(lone, **arguments)
     with pytest.raises(EvaluationError, match=r"give --data\.name"):
         evaluate_checkpoint(lone, epsilon="1/2", norm="l2", **arguments)

@@ -1,7 +1,7 @@
 # docker build -t awp-engine .                                  for NVIDIA GPUs: CUDA code for sm_80, sm_90a and sm_100
 # docker build -t awp-engine --build-arg BASE=ubuntu:24.04 \
 #   --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .     for CPUs alone
-# docker run --rm --gpus all --shm-size 8g -v "$PWD/runs:/work/runs" awp-engine awp train
+# docker run --rm --gpus all --shm-size 8g -v "$PWD/runs:/workspace/runs" awp-engine awp train
 ARG BASE=nvidia/cuda:13.0.2-devel-ubuntu24.04
 FROM ${BASE}
 
@@ -21,5 +21,5 @@ RUN pip install --no-cache-dir --no-build-isolation '/src[train,eval,timm]' torc
     --extra-index-url ${TORCH_INDEX} \
     && rm -rf /src && python -m awp_kernels
 
-WORKDIR /work
+WORKDIR /workspace
 CMD ["awp"]

@@ -41,6 +41,7 @@ from awp_engine.data.split import Split, StreamedSplit
 dataset_names, corrupted_names = tuple(DATA_SETS), tuple(CORRUPTED)
 # the hold-out is the same for every run, so that runs of different seeds can be compared
 _HOLD_OUT_SEED = 0
+_Part = Split | StreamedSplit
 # of the images that cannot be used, in a message
 _SHOWN = 6
 # of the free memory, what a user's own data may fill
@@ -278,8 +279,7 @@ def _from_source(
         full, source.class_names, held_out_fraction=held_out_fraction, seed=seed, train_limit=train_limit
     )
     used = full.select(rows)
-    framing = "" if loading.framing.size is None else f"{loading.framing.central:.6g}"
-    digest = streamed_fingerprint(used, source.class_names, framing)
+    digest = streamed_fingerprint(used, source.class_names, _framing_key(loading))
     if loader == "resident":
         parts = [train, held_out, test]
         try:
@@ -287,19 +287,7 @@ def _from_source(
         except DataError as error:
             raise _with_others(error, parts, loading) from None
     mean, std = source.statistics or _statistics(train, held_out, sampled(used))
-    return Dataset(
-        name=name,
-        train=train,
-        held_out=held_out,
-        test=test,
-        class_names=source.class_names,
-        named=source.named,
-        mean=mean,
-        std=std,
-        fingerprint=digest,
-        loader=loader,
-        notes=source.notes,
-    )
+    return _of_source(name, source, (train, held_out, test), (mean, std), digest, loader)
 
 
 def _from_test(name: str, source: Source, loading: Loading) -> Dataset:
@@ -308,15 +296,32 @@ def _from_test(name: str, source: Source, loading: Loading) -> Dataset:
     loader = loading.choose(source.test, len(source.test), shape)
     ids = torch.arange(len(source.test))
     test = _streamed(source.test, source.test_labels, ids, shape, loading, loader)
-    framing = "" if loading.framing.size is None else f"{loading.framing.central:.6g}"
-    digest = streamed_fingerprint(test, source.class_names, framing)
+    digest = streamed_fingerprint(test, source.class_names, _framing_key(loading))
     mean, std = source.statistics or channel_statistics([test.select(sampled(test)).resident().images])
     test = test.resident() if loader == "resident" else test
     none = test.select(ids[:0])
+    return _of_source(name, source, (none, none, test), (mean, std), digest, loader)
+
+
+def _framing_key(loading: Loading) -> str:
+    """What the fingerprint holds of how images are framed."""
+    return "" if loading.framing.size is None else f"{loading.framing.central:.6g}"
+
+
+def _of_source(
+    name: str,
+    source: Source,
+    parts: tuple[_Part, _Part, _Part],
+    statistics: Statistics,
+    digest: str,
+    loader: LoaderName,
+) -> Dataset:
+    train, held_out, test = parts
+    mean, std = statistics
     return Dataset(
         name=name,
-        train=none,
-        held_out=none,
+        train=train,
+        held_out=held_out,
         test=test,
         class_names=source.class_names,
         named=source.named,

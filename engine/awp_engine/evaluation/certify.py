@@ -20,7 +20,7 @@ from awp_engine.data import eval_batches, match_classes
 from awp_engine.device import choose_device
 from awp_engine.evaluation.accuracy import evaluation_seed, spread
 from awp_engine.evaluation.attacks import EvaluationError, Threat, Trial, measuring, predict
-from awp_engine.evaluation.receipt import make_receipt, split_hash
+from awp_engine.evaluation.receipt import data_papers, make_receipt
 from awp_engine.evaluation.run import open_data, output_of, put_report, require_fit
 from awp_engine.evaluation.smoothing import Certificate, Smoothing, certify
 from awp_engine.evaluation.subject import load_subject
@@ -201,21 +201,8 @@ def certify_checkpoint(
     trial = Trial(model=subject.model, split=split, threat=nowhere, seed=seed, batch_size=batch_size)
     receipt = make_receipt(
         trial,
-        checkpoint={
-            "name": subject.name,
-            "file": subject.weights.name,
-            "sha256": subject.sha256,
-            "architecture": subject.architecture,
-        },
-        data={
-            "name": dataset.name,
-            "split": "test",
-            "images_in_split": len(dataset.test),
-            "sha256_of_split": split_hash(dataset.test),
-            "limit": images,
-            "chosen": "all" if images is None else "evenly spread",
-            "class_names": labels,
-        },
+        checkpoint=subject.papers(),
+        data=data_papers(dataset, images, labels),
         step_size=Fraction(0),
     )
     receipt = {key: value for key, value in receipt.items() if key not in _OF_A_BALL}
@@ -223,8 +210,7 @@ def certify_checkpoint(
     receipt |= {"smoothing": asdict(smoothing), "largest_radius": smoothing.largest_radius}
     question = {
         "weights": subject.sha256,
-        # the same weights make another model with another activation or normalisation
-        "layers": hashlib.sha256(f"{subject.model}{receipt['normalisation']}".encode()).hexdigest(),
+        "layers": subject.layers(receipt["normalisation"]),
         "images": receipt["data"]["sha256_of_these_images"],
         "smoothing": asdict(smoothing),
         "numbers": [seed, batch_size, place.type],

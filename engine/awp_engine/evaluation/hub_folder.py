@@ -10,6 +10,7 @@ from typing import Any
 
 from awp_engine.checkpoint import CheckpointError, export_model, read_file
 from awp_engine.config import Config, to_json
+from awp_engine.config.model_names import is_code
 from awp_engine.evaluation.attacks import EvaluationError
 from awp_engine.evaluation.subject import Subject, load_subject
 from awp_engine.files.atomic import atomic_write_text
@@ -179,7 +180,7 @@ def model_card(
         "",
     ]
     # which is not run because a file says so
-    code = ":" in description.name and not description.name.startswith(("timm:", "torchvision:"))
+    code = is_code(description.name)
     own = f', model="{printable(description.name)}"' if code else ""
     lines += [f'model = load_model("hf://{repository}"{own})  # maps images in [0, 1] to logits', "```", ""]
     lines += [f"    awp evaluate hf://{repository} --data.root DIR --attacks clean pgd20 autoattack", ""]

@@ -10,9 +10,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from awp_engine.data import Split, StreamedSplit
+from awp_engine.data import Dataset, Split, StreamedSplit
 from awp_engine.evaluation.attacks import Trial
 from awp_engine.observe.report import source_commit, versions
+
+
+def data_papers(dataset: Dataset, limit: int | None, class_names: str) -> dict[str, Any]:
+    """What a receipt says of the images.
+
+    Args:
+        dataset: whose test split is measured.
+        limit: how many of its images, evenly spread; None for all.
+        class_names: how they compare with the model's.
+    """
+    return {
+        "name": dataset.name,
+        "split": "test",
+        "images_in_split": len(dataset.test),
+        "sha256_of_split": split_hash(dataset.test),
+        "limit": limit,
+        "chosen": "all" if limit is None else "evenly spread",
+        "class_names": class_names,
+    }
 
 
 def split_hash(split: Split | StreamedSplit) -> str:

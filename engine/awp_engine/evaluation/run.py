@@ -39,7 +39,7 @@ from awp_engine.evaluation.attacks import EvaluationError, Norm, Threat, Trial, 
 from awp_engine.evaluation.autoattack import STANDARD_BUDGET, Budget
 from awp_engine.evaluation.finished import code_digest, read_finished, sealed
 from awp_engine.evaluation.foreign import Foreign, load_foreign, look_at_accuracy
-from awp_engine.evaluation.receipt import make_receipt, split_hash
+from awp_engine.evaluation.receipt import data_papers, make_receipt
 from awp_engine.evaluation.results import RIGHT_MEANS, Measurement
 from awp_engine.evaluation.robustbench import Publication, model_info
 from awp_engine.evaluation.saved import Form, image_saver
@@ -389,29 +389,13 @@ def evaluate_checkpoint(
     )
     receipt = make_receipt(
         trial,
-        checkpoint={
-            "name": subject.name,
-            "file": subject.weights.name,
-            "sha256": subject.sha256,
-            "architecture": subject.architecture,
-            **(subject.origin or {}),
-            **_training(subject),
-        },
-        data={
-            "name": dataset.name,
-            "split": "test",
-            "images_in_split": len(dataset.test),
-            "sha256_of_split": split_hash(dataset.test),
-            "limit": limit,
-            "chosen": "all" if limit is None else "evenly spread",
-            "class_names": labels,
-        },
+        checkpoint={**subject.papers(), **_training(subject)},
+        data=data_papers(dataset, limit, labels),
         step_size=step,
     )
     if second is not None:
         receipt["transfer_to"] = {"name": second.name, "file": second.weights.name, "sha256": second.sha256}
-    # the same weights make another model with another activation or normalisation
-    layers = hashlib.sha256(f"{subject.model}{receipt['normalisation']}{subject.made_by}".encode()).hexdigest()
+    layers = subject.layers(receipt["normalisation"])
     question = {
         "weights": subject.sha256,
         "layers": layers,

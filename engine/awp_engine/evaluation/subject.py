@@ -1,5 +1,6 @@
 """What is to be evaluated: weights, where they came from, and the run they belong to."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +47,15 @@ class Subject:
     source: Path | None = None
     origin: Mapping[str, Any] | None = None
     made_by: str = ""
+
+    def papers(self) -> dict[str, Any]:
+        """What a receipt says of the weights."""
+        told = {"name": self.name, "file": self.weights.name, "sha256": self.sha256, "architecture": self.architecture}
+        return {**told, **(self.origin or {})}
+
+    def layers(self, normalisation: object) -> str:
+        """SHA-256: the same weights make another model with another activation, normalisation or code."""
+        return hashlib.sha256(f"{self.model}{normalisation}{self.made_by}".encode()).hexdigest()
 
 
 def code_of(model: NormalizedClassifier) -> str:

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import own_models
@@ -30,8 +32,8 @@ from awp_engine.config import (
 from awp_engine.config.model_names import source_of
 from awp_engine.evaluation.subject import load_subject
 from awp_engine.models import WrappedClassifier, build_model
-from awp_engine.models.factories import read_code
 from awp_engine.models.trained import MODEL_FILE, ModelDescription
+from awp_engine.models.user_code import code_of
 from awp_engine.train.trainer import Trainer
 
 IMAGES = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -47,11 +49,14 @@ SMALL = Config(
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The working directory, with the file of models in it."""
     shutil.copy(own_models.__file__, tmp_path / "net.py")
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    with pytest.MonkeyPatch.context() as patch:
+        # else a later test would import the net.py of an earlier one
+        patch.setattr(sys, "path", [*sys.path])
+        yield tmp_path
 
 
 def config(name: str, **changes) -> Config:
@@ -127,8 +132,8 @@ def test_code_is_run_for_nobody_but_who_trained_by_it(here: Path, monkeypatch: p
     (here / "net.py").write_text((here / "net.py").read_text() + "# changed\n")
     with pytest.raises(CheckpointError, match=r"net\.py has changed since"):
         load_model("run")
-    # the user names it: it goes on, and says so
-    assert any("net.py has changed since" in line for line in Trainer(config("net.py:Net")).messages)
+    with pytest.raises(ConfigError, match=r"run was trained by other code of --model\.name net\.py:Net; restore"):
+        Trainer(config("net.py:Net"))
 
 
 @pytest.mark.parametrize("name", ["evil.py:Net", "evil:Net"])
@@ -138,8 +143,8 @@ def test_a_file_that_names_code_runs_none(here: Path, name: str, seal: str | Non
     model = build_model("net.py:Net", 10, [0.5], [0.5])
     fields = {"name": name, "num_classes": 10, "mean": [0.5], "std": [0.5], "width": None, "activation": "relu"}
     if seal is not None:
-        evil = read_code(here / "evil.py")[1]
-        mine = ModelDescription(**{**fields, "name": "net.py:Net"}, code=read_code(here / "net.py")[1]).sealed()
+        evil = code_of(here / "evil.py")
+        mine = ModelDescription(**{**fields, "name": "net.py:Net"}, code=code_of(here / "net.py")).sealed()
         assert mine.is_sealed()
         fields |= {"code": dataclasses.asdict(evil), "seal": mine.seal if seal.startswith("of") else seal}
     export_model(here / "evil.safetensors", model.state_dict(), {"model": json.dumps(fields)})
@@ -188,7 +193,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(name: str,
 
 def test_other_refusals(here: Path) -> None:
     (here / "wrong.py").write_text("import torch\n\n1 / 0\n")
-    assert "its code raised ZeroDivisionError: division by zero (" in refusal("wrong.py:Net")
+    assert "its import raised ZeroDivisionError: division by zero (" in refusal("wrong.py:Net")
     assert f"{here / 'wrong.py'}, line 3)" in refusal("wrong.py:Net")
     assert "expected a Python file" in refusal("none.py:Net")
     assert "No module named 'none'" in refusal("none:Net")

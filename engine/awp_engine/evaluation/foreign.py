@@ -18,7 +18,6 @@ from awp_engine.evaluation.subject import Subject, code_of
 from awp_engine.models import NormalizedClassifier, build_model, load_weights
 from awp_engine.models.answers import predicted
 from awp_engine.models.class_names import from_json
-from awp_engine.models.factories import load_factory
 from awp_engine.models.hub import fetched
 from awp_engine.models.layers import Activation
 from awp_engine.models.trained import find_weights
@@ -106,9 +105,8 @@ def load_foreign(
     for note in notes:
         say(note)
     origin: dict[str, Any] = {"model": foreign.name, "key": key, "normalisation_is": by, "notes": notes}
-    if runs_code and not foreign.is_object:
-        # made before, so it is there
-        code = load_factory(foreign.name)[1]
+    code = None if foreign.is_object else getattr(model, "code", None)
+    if code is not None:
         origin["code"] = {"file": Path(code.file).name, "sha256": code.sha256}
     return Subject(
         model=model,

@@ -1,112 +1,21 @@
-"""Modules by name: timm's, torchvision's, and those of a function of one's own, whose file is written down.
-
-`load_factory` runs code. It is called with names that the user gave, and with those of a file whose seal shows that the
-same user trained by the same code: see `awp_engine.models.trained`.
-"""
+"""Modules by name: timm's, torchvision's, and those that a function of one's own makes."""
 
 import difflib
-import hashlib
-import importlib
 import inspect
-import operator
-import sys
-import types
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from awp_engine.config import ConfigError
-from awp_engine.config.model_names import source_of
-from awp_engine.models.import_timm import declare_operators, import_timm, import_torchvision
-from awp_engine.models.wrapped import Code, WrappedClassifier, fitted, last_layers, told_in_one_line
+from awp_engine.models.import_timm import import_timm, import_torchvision
+from awp_engine.models.user_code import Factory, told_in_one_line
+from awp_engine.models.wrapped import WrappedClassifier, fitted, last_layers
 
 Size = tuple[int, int]
-Factory = Callable[..., Any]
 
-_FLAG = "--model.name"
 _SIZES = ("img_size", "image_size")
 _FETCH = "fetching the published weights (without a network give --model.pretrained FILE, or fill the cache before)"
-
-
-def read_code(path: Path, flag: str = _FLAG) -> tuple[bytes, Code]:
-    """A file of code, and what tells it from others.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
-    try:
-        path = path.resolve()
-        source = path.read_bytes()
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{flag}: expected a Python file {path}, which cannot be read: {reason}") from None
-    return source, Code(file=str(path), sha256=hashlib.sha256(source).hexdigest())
-
-
-def load_factory(name: str, root: Path | None = None, flag: str = _FLAG) -> tuple[Factory, Code]:
-    """The function or class that `file.py:factory` or `package.module:factory` names, and the file it is in.
-
-    The file, or the module, is run. Other modules are found beside the file, or in the working directory.
-
-    Args:
-        name: as given to a flag.
-        root: where a relative file lies, and modules are looked for before anywhere else; None: the working directory,
-            where modules are looked for last.
-        flag: that gave the name, for messages.
-
-    Raises:
-        ConfigError: no such file, module or function, or the code raises an error.
-    """
-    place, _, attribute = name.rpartition(":")
-    # the code may import timm or torchvision
-    declare_operators()
-    if source_of(name) == "file":
-        module, code = _run_file((root or Path.cwd()) / place, name, flag)
-    else:
-        _add_to_path(Path.cwd() if root is None else root, first=root is not None)
-        with told_in_one_line(name, "its import", flag):
-            module = importlib.import_module(place)
-        if module.__file__ is None:
-            raise ConfigError(f"{flag}: {name}: expected a module that is a file, got {place}")
-        code = read_code(Path(module.__file__), flag)[1]
-    try:
-        factory = operator.attrgetter(attribute)(module)
-    except AttributeError:
-        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        near = difflib.get_close_matches(attribute, public, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"{flag}: {code.file} has no {attribute}{hint}") from None
-    if isinstance(factory, nn.Module) or not callable(factory):
-        raise ConfigError(f"{flag}: {name} is {type(factory).__name__}; expected a function or a class")
-    return factory, code
-
-
-def _add_to_path(directory: Path, *, first: bool = False) -> None:
-    # else at the end: nothing there may replace what this package imports later
-    if first or str(directory) not in sys.path:
-        sys.path.insert(0 if first else len(sys.path), str(directory))
-
-
-def _run_file(path: Path, name: str, flag: str) -> tuple[types.ModuleType, Code]:
-    source, code = read_code(path, flag)
-    path = Path(code.file)
-    module_name = f"{path.stem}_{hashlib.sha256(code.file.encode(errors='surrogateescape')).hexdigest()[:8]}"
-    module_name = f"{module_name}_{code.sha256[:8]}"
-    if module_name not in sys.modules:
-        _add_to_path(path.parent)
-        module = types.ModuleType(module_name)
-        module.__file__ = code.file
-        # dataclasses and torch.compile look it up
-        sys.modules[module_name] = module
-        try:
-            with told_in_one_line(name, "its code", flag):
-                exec(compile(source, code.file, "exec"), module.__dict__)
-        except BaseException:
-            del sys.modules[module_name]
-            raise
-    return sys.modules[module_name], code
 
 
 def build_by_factory(

@@ -1,8 +1,6 @@
 """Any classifier as one of this package's: with images normalised in front of it, and a last layer that fits."""
 
-import contextlib
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,22 +9,10 @@ from torch import Tensor, nn
 from awp_engine.config import ConfigError
 from awp_engine.models.layers import NormalizedClassifier, NormalizedImages
 from awp_engine.models.layouts import PAIRS
+from awp_engine.models.user_code import Code, told_in_one_line
 
 # sides to try a module on that is given no size
 _SIDES = (32, 224, 28)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Code:
-    """The file that a factory is in.
-
-    Attributes:
-        file: absolute.
-        sha256: of its bytes.
-    """
-
-    file: str
-    sha256: str
 
 
 class WrappedClassifier(NormalizedClassifier):
@@ -42,7 +28,7 @@ class WrappedClassifier(NormalizedClassifier):
         notes: what a user should be told of how it was made.
 
     Attributes:
-        code: of somebody's own model, the file that made it.
+        code: of somebody's own model, what made it.
         autocast_dtype: what `torch.autocast` has the network compute in; None: as it is.
         takes_channels_last: whether it computes in that memory format; of code of one's own not known before it is
             tried.
@@ -104,28 +90,6 @@ class WrappedClassifier(NormalizedClassifier):
             for name, layer in layers.items()
             for own, _ in layer.named_parameters(recurse=False)
         )
-
-
-@contextlib.contextmanager
-def told_in_one_line(name: str, doing: str, flag: str = "--model.name") -> Iterator[None]:
-    """A block of foreign code, whatever that raises: becomes a `ConfigError` that says what, and where."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:
-        trace, where = error.__traceback__, ""
-        while trace is not None:
-            code = trace.tb_frame.f_code
-            # the last line that is not torch's or this package's, whose own the user does not look at
-            if (
-                not any(f"/{package}/" in code.co_filename for package in ("torch", "importlib", "awp_engine"))
-                and code.co_filename[0] != "<"
-            ):
-                where = f" ({code.co_filename}, line {trace.tb_lineno})"
-            trace = trace.tb_next
-        words = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{flag}: {name}: {doing} raised {type(error).__name__}: {words}{where}") from error
 
 
 def fitted(

@@ -10,15 +10,15 @@ import torch
 from awp_engine.attack import checks
 from awp_engine.checkpoint import read_model
 from awp_engine.config import Config, ConfigError, ModelConfig
-from awp_engine.config.model_names import is_code
 from awp_engine.data import Dataset
 from awp_engine.device import fast_memory_format
 from awp_engine.files.user_key import KeyFileError
 from awp_engine.models import NormalizedClassifier, WrappedClassifier, build_model, load_pretrained
 from awp_engine.models.batch_norm import layer_modes
-from awp_engine.models.factories import load_factory, published_normalisation
+from awp_engine.models.factories import published_normalisation
 from awp_engine.models.trained import ModelDescription, described
-from awp_engine.models.wrapped import own_normalisation, told_in_one_line
+from awp_engine.models.user_code import told_in_one_line
+from awp_engine.models.wrapped import own_normalisation
 from awp_engine.step.precision import Precision, frozen_view
 
 
@@ -84,7 +84,7 @@ def build_network(config: Config, data: Dataset, device: torch.device, precision
         activation=settings.activation,
         class_names=class_names,
         image_size=(size[0], size[1]) if isinstance(model, WrappedClassifier) else None,
-        code=load_factory(settings.name)[1] if is_code(settings.name) else None,
+        code=model.code if isinstance(model, WrappedClassifier) else None,
     )
     if description.code is not None:
         try:

@@ -27,8 +27,9 @@ from awp_engine.data import (
 from awp_engine.device import choose_convolutions, choose_device
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.sharding import gather, shard
+from awp_engine.files.digest import sha256_of
 from awp_engine.models.batch_norm import synchronize
-from awp_engine.models.factories import load_factory
+from awp_engine.models.user_code import is_own, load_code
 from awp_engine.observe.throughput import forward_flops
 from awp_engine.observe.trackers import require_trackers
 from awp_engine.optim.average import WeightAverage
@@ -214,6 +215,24 @@ def _doubts(config: Config, data: Dataset) -> list[str]:
     return notes
 
 
+def made_by(config: Config) -> dict[str, str]:
+    """SHA-256 of what somebody brought to a run: of the code of model, data and method, which was run, and of files."""
+    model, data = config.model, config.data
+    named = {
+        "model": (model.name, "--model.name"),
+        "data": (data.name, "--data.name"),
+        "method": (config.method, "--method"),
+    }
+    codes = {part: load_code(*given)[1] for part, given in named.items() if is_code(given[0])}
+    # objects of Python are under a name of this package's own
+    found = {part: code.sha256 for part, code in codes.items() if is_own(code.file)}
+    if data.class_weights not in ("none", "balanced"):
+        found["class_weights"] = sha256_of(Path(data.class_weights))
+    if model.pretrained is not None and not model.published:
+        found["pretrained"] = sha256_of(model.pretrained)
+    return found
+
+
 class Setup:
     """All that a run trains with.
 
@@ -246,6 +265,8 @@ class Setup:
         choose_convolutions(self.device, deterministic=config.deterministic)
         torch.manual_seed(mix_seed(config.seed))
         self._build_model()
+        self.made_by = made_by(config)
+        ranks.require_equal([f"{part} {digest}" for part, digest in self.made_by.items()], "own code", self.device)
         if ranks.is_first:
             prepare_run_dir(config)
         self._build_batches()
@@ -285,9 +306,6 @@ class Setup:
             self.messages.append(
                 f"class weights from {min(weights):.4g} to {max(weights):.4g}, mean 1 over the training images"
             )
-        if is_code(config.method):
-            # so does another loss
-            self.fingerprints["method_code"] = load_factory(config.method, flag="--method")[1].sha256
         loaders = [data.loader, "" if extra is None else extra.loader]
         given = [self.config_hash, *map(str, self.fingerprints.values()), *loaders]
         self.ranks.require_equal(given, "configuration and data", self.device)

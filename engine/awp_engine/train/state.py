@@ -135,6 +135,7 @@ class RunState:
                     **dataclasses.asdict(progress),
                     "ranks": self._ranks.world,
                     **self._identity,
+                    "made_by": self._setup.made_by,
                     **self._setup.description.to_metadata(),
                 }
                 best = checkpoint.checkpoint_name(progress.best_epoch) if progress.best_epoch else None
@@ -169,10 +170,6 @@ class RunState:
             raise CheckpointError(f"{where}: lacks what this run needs, or has it in another shape: {error}") from error
         if found is not None:
             messages.append(f"going on after {self.progress}, from {found.path}")
-            code = self._setup.description.code
-            before = None if code is None else described(found.state, found.path).code
-            if code is not None and (before is None or before.sha256 != code.sha256):
-                messages.append(f"{code.file} has changed since: the model goes on by the new code")
         if state["ranks"] != self._ranks.world:
             messages.append(
                 f"{state['ranks']} ranks before, {self._ranks.world} now: images and noise are the same; sums differ "
@@ -188,11 +185,16 @@ class RunState:
                 f"--data.class-weights: {self._setup.run_dir} was trained with other weights than "
                 f"{self._setup.config.data.class_weights} has now; restore the file or choose another --run-dir"
             )
-        if others - {"config_hash"} == {"method_code"}:
-            raise ConfigError(
-                f"--run-dir: {self._setup.run_dir} was trained by other code of --method {self._setup.config.method}; "
-                "restore that file or choose another"
-            )
+        made_by, config = self._setup.made_by, self._setup.config
+        # earlier versions wrote none
+        before = found.state.get("made_by", made_by)
+        for part, what in (
+            ("model", f"trained by other code of --model.name {config.model.name}"),
+            ("method", f"trained by other code of --method {config.method}"),
+            ("pretrained", f"begun with other weights than --model.pretrained {config.model.pretrained} has now"),
+        ):
+            if before.get(part) != made_by.get(part):
+                raise ConfigError(f"--run-dir: {self._setup.run_dir} was {what}; restore them or choose another")
         if others - {"config_hash"}:
             data, names = self._setup.data, described(found.state, found.path).class_names
             other = difference(data.class_names, names) if names is not None and data.named else ""

@@ -10,6 +10,7 @@ functions, as far as they lead to files of the user's own.
 import ast
 import contextlib
 import dataclasses
+import difflib
 import functools
 import hashlib
 import importlib
@@ -146,8 +147,9 @@ def load_code(name: str, flag: str, *, root: Path | None = None) -> tuple[Any, C
 def _run_file(path: Path, flag: str) -> tuple[types.ModuleType, Code]:
     path = path.resolve()
     if not path.is_file():
-        near = did_you_mean(path.name, [other.name for other in path.parent.glob("*.py")], "")
-        raise ConfigError(f"{flag}: expected a Python file {path}, which is not there{near and f'; {near}'}")
+        near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.py")], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{flag}: expected a Python file {path}, which is not there{hint}")
     _add_to_path(path.parent)
     _forget_changed(_closure(path, flag=flag))
     name = f"{path.stem}_{_sha256(os.fsencode(path))[:8]}"
@@ -198,9 +200,12 @@ def _add_to_path(directory: Path) -> None:
 def _forget_changed(files: Mapping[str, str]) -> None:
     """Lets files run anew, all of them, where one has changed since it was run."""
     if any(_ran.get(file, sha256) != sha256 for file, sha256 in files.items()):
-        for name, module in [*sys.modules.items()]:
-            if getattr(module, "__dict__", {}).get("__file__") in files and name != "__main__":
-                del sys.modules[name]
+        held = {name: getattr(module, "__dict__", {}).get("__file__") for name, module in [*sys.modules.items()]}
+        gone = tuple(name for name, file in held.items() if file in files and name != "__main__")
+        for name in held:
+            # a folder without an __init__.py has no file
+            if name in gone or name.startswith(tuple(f"{package}." for package in gone)):
+                sys.modules.pop(name)
         for file in files:
             _ran.pop(file, None)
 
@@ -295,12 +300,13 @@ def _find(name: str, root: Path) -> tuple[str | None, Sequence[str] | None]:
     held = getattr(sys.modules.get(name), "__dict__", None)
     if held is not None:
         return held.get("__file__"), held.get("__path__")
-    parent = name.rpartition(".")[0]
+    parent, _, last = name.rpartition(".")
     places = _find(parent, root)[1] if parent else [*sys.path, str(root)]
-    spec = None if places is None else PathFinder.find_spec(name, list(places))
+    spec = None if places is None else PathFinder.find_spec(last, list(places))
     if spec is None:
         return None, None
-    return spec.origin if spec.has_location else None, spec.submodule_search_locations
+    inside = spec.submodule_search_locations
+    return spec.origin if spec.has_location else None, None if inside is None else list(inside)
 
 
 def _require_beside(name: str, file: str, path: Path, root: Path, flag: str) -> None:

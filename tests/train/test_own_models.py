@@ -9,6 +9,7 @@ import own_models
 import pytest
 import torch
 from places import ROOT
+from ranks import run_ranks
 from test_resume import resumed_everywhere
 
 from awp_engine import load_model
@@ -153,11 +154,15 @@ def test_a_file_that_names_code_runs_none(here: Path, name: str, seal: str | Non
     assert parse_train(["--config", "evil.json", "--model.name", name]).model.name == name
 
 
-def test_dropout_repeats_its_bits_after_an_interruption(here: Path) -> None:
+@pytest.mark.parametrize("world", [1, 2])
+def test_dropout_repeats_its_bits_after_an_interruption(here: Path, world: int) -> None:
     changed = dataclasses.replace(
-        config("net.py:Attention", epochs=2), checkpoint_steps=1, keep_checkpoints=100, global_batch_size=20
+        config(f"{own_models.__file__}:Attention", epochs=2), checkpoint_steps=1, keep_checkpoints=100
     )
-    compared, wrong = resumed_everywhere(0, 1, here, changed, 2)
+    if world == 1:
+        compared, wrong = resumed_everywhere(0, 1, here, changed, 2)
+    else:
+        compared, wrong = run_ranks(resumed_everywhere, world, here, changed, 2, timeout=300)[0]
     assert compared >= 2
     assert not wrong
 

@@ -99,8 +99,8 @@ class Passes:
         """Begin a step on images like `x`: without gradients of the one before.
 
         The first one makes the pass after which torch orders DDP's buckets anew, and with them the order of sums. Were
-        it a step's own, a run that goes on would sum its first step in another order than one that never stopped. It draws
-        nothing from the generators that the step's dropout does.
+        it a step's own, a run that goes on would sum its first step in another order than one that never stopped. What
+        its dropout draws is no part of the step either.
         """
         if not self._warm:
             for reducer in self._reducers.values():

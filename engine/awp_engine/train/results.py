@@ -15,6 +15,7 @@ from awp_engine.observe.metrics import read_metrics
 from awp_engine.observe.report import CURVES, plot_learning_curves, write_report
 from awp_engine.observe.throughput import matmul_ceiling, peak_memory
 from awp_engine.train.cost import forward_units
+from awp_engine.train.inputs import model_code
 from awp_engine.train.progress import Progress
 from awp_engine.train.selection import Selection
 from awp_engine.train.setup import Setup
@@ -82,7 +83,12 @@ def write_results(
         },
         "device": torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else "cpu",
         "ranks": setup.ranks.world,
-        "data": {"name": setup.data.name, **setup.fingerprints},
+        "data": {
+            "name": setup.data.name,
+            **setup.fingerprints,
+            "test_fingerprint": setup.data.test_fingerprint,
+            "model_code": model_code(config),
+        },
         "config_hash": setup.config_hash,
     }
     if setup.ranks.is_first:

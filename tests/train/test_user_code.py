@@ -11,10 +11,11 @@ from test_own_models import config, refusal, trained
 
 from awp_engine import load_model
 from awp_engine.checkpoint import CheckpointError, export_model, read_model
-from awp_engine.config import ConfigError
+from awp_engine.config import ConfigError, DataConfig
 from awp_engine.files.digest import sha256_of
 from awp_engine.models.trained import MODEL_FILE, described
 from awp_engine.models.user_code import Code, code_of, load_code
+from awp_engine.observe.report import REPORT
 from awp_engine.train.trainer import Trainer
 
 FILES = {
@@ -220,18 +221,37 @@ def test_a_run_goes_on_and_loads_by_all_of_its_code_alone(here: Path) -> None:
     assert load_model("alone.safetensors").name == "mine.py:make"
 
 
-def test_weights_to_start_from_are_part_of_a_run(here: Path) -> None:
-    write(here, OWN)
+def test_a_report_says_what_made_the_run(here: Path) -> None:
+    """Files and code of the user; a run that goes on says so of the weights that it has started from."""
+    data = "import numpy as np\nimport sizes\n\n\ndef images(split):\n    pixels = np.random.default_rng(0)"
+    data += ".integers(0, 256, (60, 8, 8), np.uint8)\n    return pixels, np.arange(60) % sizes.CLASSES\n"
+    method = (
+        "from awp_engine.step.objectives import AdversarialTraining\n\n\nclass Same(AdversarialTraining):\n    pass\n"
+    )
+    files = {"photos.py": data, "sizes.py": "CLASSES = 10\n", "same.py": method, "w.json": json.dumps([1.0] * 10)}
+    write(here, OWN | files)
     trained("mine.py:make")
-    (here / "run" / MODEL_FILE).rename("start.safetensors")
+    start = here / "start.safetensors"
+    (here / "run" / MODEL_FILE).rename(start)
     (here / "run").rename("before")
-    pretrained = {"pretrained": Path("start.safetensors")}
-    trained("mine.py:make", model=pretrained)
-    made_by = json.loads((here / "run" / "report.json").read_text())["made_by"]
-    assert made_by["pretrained"] == sha256_of(here / "start.safetensors")
-    (here / "run" / MODEL_FILE).replace("start.safetensors")
-    with pytest.raises(ConfigError, match=r"was begun with other weights than --model\.pretrained start\.safetensors"):
-        Trainer(config("mine.py:make", model=pretrained))
+    settings = config(
+        "mine.py:make",
+        model={"pretrained": start},
+        data=DataConfig(name="photos.py:images", class_weights="w.json"),
+        method="same.py:Same",
+    )
+    Trainer(settings).run()
+    made_by = json.loads((here / "run" / REPORT).read_text())["made_by"]
+    assert made_by == {
+        "model": code_of(here / "mine.py").sha256,
+        "data": code_of(here / "photos.py").sha256,
+        "method": sha256_of(here / "same.py"),
+        "class_weights": sha256_of(here / "w.json"),
+        "pretrained": sha256_of(start),
+    }
+    (here / "run" / REPORT).unlink()
+    start.unlink()
+    assert Trainer(settings).made_by == made_by
 
 
 def test_two_of_one_name_in_a_run_are_refused_before_it_begins(here: Path) -> None:

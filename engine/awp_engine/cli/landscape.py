@@ -122,7 +122,7 @@ def measure(arguments: argparse.Namespace) -> list[Path]:
 
     import torch
 
-    from awp_engine.device import choose_device, fast_memory_format
+    from awp_engine.device import choose_device, fast_memory_format, full_precision
     from awp_engine.evaluation import evaluation_attack
     from awp_engine.evaluation.foreign import Foreign
     from awp_engine.files.locking import locked
@@ -139,6 +139,7 @@ def measure(arguments: argparse.Namespace) -> list[Path]:
         raise ConfigError(str(error)) from None
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+    full_precision()
     device = choose_device(arguments.device)
     foreign = pop_foreign(vars(arguments))
     if foreign["name"] is None or of_run(arguments.runs):

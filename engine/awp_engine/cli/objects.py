@@ -20,14 +20,11 @@ from awp_engine.config import Config, ConfigError
 from awp_engine.config.identity import from_flat, key_types, to_flat
 from awp_engine.config.presets import build_preset
 from awp_engine.config.schema import coerce, did_you_mean
-from awp_engine.data import load_data
 from awp_engine.device import full_precision
-from awp_engine.evaluation.accuracy import spread
 from awp_engine.evaluation.attacks import Norm
 from awp_engine.evaluation.foreign import Foreign
-from awp_engine.evaluation.receipt import split_hash
 from awp_engine.evaluation.run import DEFAULT_ATTACKS, Evaluated, evaluate_checkpoint
-from awp_engine.models import NormalizedClassifier
+from awp_engine.models import NormalizedClassifier, WrappedClassifier
 from awp_engine.models.trained import load_model
 
 _MODEL, _DATA = f"{__name__}:model", f"{__name__}:data"
@@ -123,21 +120,9 @@ def fit(
         except StoppedError as stopped:
             raise KeyboardInterrupt(str(stopped)) from None
         if ended:
-            _require_same(report, config)
             print(f"{config.resolved_run_dir} has ended before: these are its results", flush=True)
         trained = load_model(config.resolved_run_dir, model=_MODEL)
     return Fitted(model=trained, report=report, run_dir=config.resolved_run_dir)
-
-
-def _require_same(report: Mapping[str, Any], config: Config) -> None:
-    """Refuses results of other images than those that are given."""
-    given = load_data(config.data)
-    before = report["data"].get("data_fingerprint"), report["data"].get("test_sha256")
-    test = spread(given.test, config.evaluation.test_limit)
-    if before != (given.fingerprint, split_hash(test)):
-        raise ConfigError(
-            f"run_dir: the run in {config.resolved_run_dir} has ended, and was of other images; choose another run_dir"
-        )
 
 
 def _config(preset: str, settings: Mapping[str, Any]) -> Config:
@@ -203,7 +188,10 @@ def _evaluated(
     with _given(model, parts):
         return evaluate_checkpoint(
             None,
-            foreign=Foreign(name=_MODEL, normalize="none", is_object=True),
+            # one of this package's has its own in front of it, others do it inside
+            foreign=Foreign(
+                name=_MODEL, normalize="model" if isinstance(model, WrappedClassifier) else "none", is_object=True
+            ),
             data_name=_DATA,
             epsilon=epsilon,
             norm=norm,

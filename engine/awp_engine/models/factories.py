@@ -9,6 +9,7 @@ from torch import nn
 
 from awp_engine.config import ConfigError
 from awp_engine.models.import_timm import import_timm, import_torchvision
+from awp_engine.models.normalisation import find_normaliser
 from awp_engine.models.user_code import Factory, told_in_one_line
 from awp_engine.models.wrapped import WrappedClassifier, fitted, last_layers
 
@@ -85,7 +86,9 @@ def wrap(
     else:
         heads, notes = last_layers(network, num_classes), []
     size = image_size if sized else None
-    return WrappedClassifier(network, num_classes, mean, std, name=name, image_size=size, heads=heads, notes=notes)
+    wrapped = WrappedClassifier(network, num_classes, mean, std, name=name, image_size=size, heads=heads, notes=notes)
+    wrapped.normaliser = find_normaliser(network, len(mean), image_size)
+    return wrapped
 
 
 def build_timm(
@@ -167,15 +170,3 @@ def build_torchvision(
         notes += more
     size = None if made_for is None else image_size
     return WrappedClassifier(network, num_classes, mean, std, name=name, image_size=size, heads=heads, notes=notes)
-
-
-def published_normalisation(model: WrappedClassifier) -> tuple[Sequence[float], Sequence[float]] | None:
-    """Mean and deviation that the published weights of a timm or torchvision model expect; None of other models."""
-    if model.name.startswith("timm:"):
-        config = getattr(model.network, "pretrained_cfg", None) or {}
-        return (config["mean"], config["std"]) if "mean" in config and "std" in config else None
-    if model.name.startswith("torchvision:"):
-        weights = import_torchvision().models.get_model_weights(model.name.removeprefix("torchvision:"))
-        transforms: Any = weights["DEFAULT"].transforms()
-        return transforms.mean, transforms.std
-    return None

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from test_own_models import config, refusal, trained
 
 from awp_engine import load_model
 from awp_engine.checkpoint import CheckpointError, export_model, read_model
-from awp_engine.config import ConfigError, DataConfig
+from awp_engine.config import ConfigError, DataConfig, load_config
+from awp_engine.evaluation.hub_folder import export_folder
+from awp_engine.evaluation.run import evaluate_checkpoint
 from awp_engine.files.digest import sha256_of
 from awp_engine.models.trained import MODEL_FILE, described
 from awp_engine.models.user_code import Code, code_of, load_code
@@ -235,10 +238,10 @@ def test_a_report_says_what_made_the_run(here: Path) -> None:
     (here / "run" / MODEL_FILE).rename(start)
     (here / "run").rename("before")
     settings = config(
-        "mine.py:make",
+        f"{here}/mine.py:make",
         model={"pretrained": start},
-        data=DataConfig(name="photos.py:images", class_weights="w.json"),
-        method="same.py:Same",
+        data=DataConfig(name=f"{here}/photos.py:images", class_weights=f"{here}/w.json"),
+        method=f"{here}/same.py:Same",
     )
     Trainer(settings).run()
     made_by = json.loads((here / "run" / REPORT).read_text())["made_by"]
@@ -249,9 +252,35 @@ def test_a_report_says_what_made_the_run(here: Path) -> None:
         "class_weights": sha256_of(here / "w.json"),
         "pretrained": sha256_of(start),
     }
+    evaluate_checkpoint(
+        Path("run"), attacks=["clean"], gates_limit=None, limit=20, data_name=f"{here}/photos.py:images"
+    )
+    require_folder_without_paths(here, start)
     (here / "run" / REPORT).unlink()
     start.unlink()
     assert Trainer(settings).made_by == made_by
+
+
+def require_folder_without_paths(here: Path, start: Path) -> None:
+    """What `awp export --hub` writes of the run says nothing of where its files were."""
+    written = export_folder(here / "run", here / "hub")
+    assert {path.name for path in written} == {"README.md", "config.json", "model.safetensors", "learning_curves.png"}
+    text = {path.name: path.read_bytes() for path in written}
+    for place in {str(here), str(here.resolve()), here.name, str(Path.home())} - {"/"}:
+        assert not [name for name, content in text.items() if place.encode() in content]
+    shown = load_config(here / "hub" / "config.json")
+    assert (shown.model.name, shown.data.name, shown.method) == ("mine.py:make", "photos.py:images", "same.py:Same")
+    assert (shown.model.pretrained, shown.data.class_weights) == (Path(start.name), "w.json")
+    assert b"# mine.py:make, Same-AWP on photos.py:images" in text["README.md"]
+    own, public = load_model("run"), load_model(here / "hub" / MODEL_FILE, model="mine.py:make")
+    assert all(torch.equal(value, public.state_dict()[name]) for name, value in own.state_dict().items())
+    # a run of somebody's may have a link to a file of the user's in place of its curves
+    (here / "secret").write_text("key")
+    (here / "run" / "learning_curves.png").unlink()
+    (here / "run" / "learning_curves.png").symlink_to(here / "secret")
+    with pytest.raises(CheckpointError, match=r"learning_curves\.png: cannot be read: is a link"):
+        export_folder(here / "run", here / "other")
+    assert not (here / "other").exists()
 
 
 def test_two_of_one_name_in_a_run_are_refused_before_it_begins(here: Path) -> None:

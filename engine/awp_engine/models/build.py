@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from awp_engine.config.model_names import TIMM_MODELS, source_of
-from awp_engine.models.factories import build_by_factory, build_timm, build_torchvision
+from awp_engine.models.factories import build_by_factory, build_from_package
 from awp_engine.models.layers import Activation, NormalizedClassifier
 from awp_engine.models.preact_resnet import PreActBlock, PreActResNet
 from awp_engine.models.timm_models import TimmClassifier, TimmConvNeXt, TimmResNet
@@ -60,8 +60,7 @@ def build_model(
         if width is not None or activation != "relu":
             raise ValueError(f"width and activation: not for {name}; leave them out")
         if source in ("timm", "torchvision"):
-            build = build_timm if source == "timm" else build_torchvision
-            return build(name, num_classes, mean, std, image_size, published=published)
+            return build_from_package(name, num_classes, mean, std, image_size, published=published)
         built = build_by_factory(load_factory(name)[0], name, num_classes, mean, std, image_size, refit=refit)
         # the call may have imported more
         built.code = load_factory(name)[1]

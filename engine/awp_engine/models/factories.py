@@ -91,7 +91,7 @@ def wrap(
     return wrapped
 
 
-def build_timm(
+def build_from_package(
     name: str,
     num_classes: int,
     mean: Sequence[float],
@@ -100,55 +100,46 @@ def build_timm(
     *,
     published: bool = False,
 ) -> WrappedClassifier:
-    """`timm:NAME`, freshly initialised or with the published weights; a ViT and the like for images of that size.
+    """`timm:NAME` or `torchvision:NAME`, freshly initialised or with the published weights.
+
+    A ViT and the like is made for images of that size.
 
     Raises:
-        ConfigError: no such model, timm cannot be imported, or the weights cannot be had.
+        ConfigError: no such model, its package cannot be imported, the weights cannot be had, or the images do not fit.
     """
-    timm, inner = import_timm(), name.removeprefix("timm:")
-    known = timm.list_models()
-    if inner.partition(".")[0] not in known:
-        near = difflib.get_close_matches(inner, known, n=3)
-        hint = f"did you mean {', '.join(f'timm:{other}' for other in near)}?" if near else "see timm.list_models()"
-        raise ConfigError(f"--model.name: timm {timm.__version__} has no model {inner!r}; {hint}")
-    settings: dict[str, Any] = {"num_classes": num_classes, "in_chans": len(mean)}
-    # models without published weights have none
-    config = timm.get_pretrained_cfg(inner)
-    made_for = tuple(config.input_size[1:]) if config is not None and config.fixed_input_size else None
-    notes = []
+    package, _, inner = name.partition(":")
+    make = _of_timm if package == "timm" else _of_torchvision
+    network, made_for, notes = make(name, inner, num_classes, len(mean), image_size, published)
     if image_size is not None and made_for not in (None, image_size):
-        settings["img_size"] = image_size
-        notes.append(f"made for images of {image_size[0]}x{image_size[1]} pixels")
-    with told_in_one_line(name, _FETCH if published else "timm"):
-        network = timm.create_model(inner, pretrained=published, **settings)
-    heads = last_layers(network, num_classes)
-    size = None if made_for is None else image_size
+        notes = [f"made for images of {image_size[0]}x{image_size[1]} pixels", *notes]
+    size, heads = None if made_for is None else image_size, last_layers(network, num_classes)
     return WrappedClassifier(network, num_classes, mean, std, name=name, image_size=size, heads=heads, notes=notes)
 
 
-def build_torchvision(
-    name: str,
-    num_classes: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    image_size: Size | None,
-    *,
-    published: bool = False,
-) -> WrappedClassifier:
-    """`torchvision:NAME`, as `build_timm`.
+def _of_timm(
+    name: str, inner: str, num_classes: int, channels: int, image_size: Size | None, published: bool
+) -> tuple[nn.Module, Size | None, list[str]]:
+    """The network, the size of images that it is usually for if it takes one alone, and what to tell the user."""
+    timm = import_timm()
+    _require_known(name, timm.list_models(), f"timm {timm.__version__} has no model", "timm.list_models()")
+    # models without published weights have none
+    config = timm.get_pretrained_cfg(inner)
+    made_for = tuple(config.input_size[1:]) if config is not None and config.fixed_input_size else None
+    sized = {} if image_size is None or made_for in (None, image_size) else {"img_size": image_size}
+    with told_in_one_line(name, _FETCH if published else "timm"):
+        network = timm.create_model(inner, pretrained=published, num_classes=num_classes, in_chans=channels, **sized)
+    return network, made_for, []
 
-    Raises:
-        ConfigError: no such model, torchvision cannot be imported, or the weights cannot be had.
-    """
-    models, inner = import_torchvision().models, name.removeprefix("torchvision:")
+
+def _of_torchvision(
+    name: str, inner: str, num_classes: int, channels: int, image_size: Size | None, published: bool
+) -> tuple[nn.Module, Size | None, list[str]]:
+    """As `_of_timm`."""
+    models = import_torchvision().models
     known = models.list_models(module=models)
-    if inner not in known:
-        near = difflib.get_close_matches(inner, known, n=3)
-        hint = f"did you mean {', '.join(f'torchvision:{x}' for x in near)}?" if near else f"it has {', '.join(known)}"
-        raise ConfigError(f"--model.name: torchvision has no classifier {inner!r}; {hint}")
-    if len(mean) != 3:
-        raise ConfigError(f"--model.name: {name} takes images of 3 channels, the data have {len(mean)}; timm takes any")
-    notes: list[str] = []
+    _require_known(name, known, "torchvision has no classifier", "torchvision.models.list_models()")
+    if channels != 3:
+        raise ConfigError(f"--model.name: {name} takes images of 3 channels, the data have {channels}; timm takes any")
     weights: Any = models.get_model_weights(inner)["DEFAULT"] if published else None
     settings: dict[str, Any] = {"num_classes": num_classes if weights is None else len(weights.meta["categories"])}
     if inner in ("googlenet", "inception_v3"):
@@ -156,17 +147,23 @@ def build_torchvision(
         settings |= {"aux_logits": False, "init_weights": True}
     with told_in_one_line(name, "torchvision"):
         network = models.get_model(inner, weights=None, **settings)
-        made_for = getattr(network, "image_size", None)
-        if made_for is not None and image_size is not None and (made_for, made_for) != image_size:
+        side = getattr(network, "image_size", None)
+        if side is not None and image_size not in (None, (side, side)):
             if image_size[0] != image_size[1]:
                 raise ConfigError(f"--model.name: {name} takes square images, the data have {image_size}")
             network = models.get_model(inner, weights=None, image_size=image_size[0], **settings)
-            notes.append(f"made for images of {image_size[0]}x{image_size[1]} pixels")
-    heads = last_layers(network, num_classes)
+    made_for, notes = None if side is None else (side, side), []
     if weights is not None:
         with told_in_one_line(name, _FETCH):
             network.load_state_dict(weights.get_state_dict(check_hash=True, weights_only=True))
-        heads, more = fitted(network, num_classes, len(mean), name=name, image_size=image_size)
-        notes += more
-    size = None if made_for is None else image_size
-    return WrappedClassifier(network, num_classes, mean, std, name=name, image_size=size, heads=heads, notes=notes)
+        notes = fitted(network, num_classes, channels, name=name, image_size=image_size)[1]
+    return network, made_for, notes
+
+
+def _require_known(name: str, known: Sequence[str], lacks: str, otherwise: str) -> None:
+    package, _, inner = name.partition(":")
+    # what follows the dot names weights
+    if inner.partition(".")[0] not in known:
+        near = ", ".join(f"{package}:{other}" for other in difflib.get_close_matches(inner, known, n=3))
+        hint = f"did you mean {near}?" if near else f"see {otherwise}"
+        raise ConfigError(f"--model.name: {lacks} {inner!r}; {hint}")

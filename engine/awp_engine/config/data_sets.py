@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from awp_engine.config.model_names import is_code
 
 _CIFAR = "https://www.cs.toronto.edu/~kriz"
 
@@ -38,12 +38,11 @@ CORRUPTED: dict[str, str] = {
 """The same for corrupted test sets, which are only evaluated on."""
 
 OWN = "package.module:factory or file.py:factory"
-_OWN = re.compile(r"(?:.*\.py|[^\W\d]\w*(?:\.[^\W\d]\w*)*):[^\W\d]\w*(?:\.[^\W\d]\w*)*")
 
 
 def is_own(name: str) -> bool:
     """Whether a data set's name is that of Python code: `OWN`."""
-    return _OWN.fullmatch(name) is not None
+    return is_code(name)
 
 
 def where_to_get(name: str) -> str:

@@ -233,10 +233,10 @@ def _built_by_code(description: ModelDescription, path: Path) -> NormalizedClass
     name, code, why = description.name, description.code, "it was not trained by you on this machine"
     if code is not None and description.is_sealed():
         try:
-            now = code_of(Path(code.file), name.rpartition(":")[0] if source_of(name) == "module" else "")
+            module = name.rpartition(":")[0] if source_of(name) == "module" else ""
             if changed := code.changed():
-                why = f"{changed} has changed since"
-            elif new := now.new(code):
+                why = f"{changed} has changed since" if Path(changed).exists() else f"{changed} is no longer there"
+            elif new := code_of(Path(code.file), module).new(code):
                 why = f"it imports {new}, which its seal says nothing of"
             else:
                 return _by_name(description, name, code)

@@ -21,6 +21,7 @@ import sys
 import sysconfig
 import traceback
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -94,7 +95,7 @@ def told_in_one_line(
         raise
     # a script that ends by sys.exit() would end the command without a word
     except (Exception, SystemExit) as raised:
-        frames = [frame for frame in traceback.extract_tb(raised.__traceback__) if is_own(frame.filename)]
+        frames = [frame for frame in traceback.extract_tb(raised.__traceback__) if is_own_file(frame.filename)]
         where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
         words = f"{type(raised).__name__}: {one_line(str(raised))[:300]}{where}"
         raise error(f"{flag}: {name}: {doing} raised {words}") from raised
@@ -174,9 +175,9 @@ def _run_module(name: str, flag: str, root: Path, *, first: bool) -> tuple[types
     if file is not None:
         _forget_changed(_closure(Path(file), name, flag))
     module = importlib.import_module(name)
-    if module.__file__ is None:
+    if (file := getattr(module, "__file__", None)) is None:
         raise ConfigError(f"{flag}: {name}: expected a module that is a file")
-    return module, _remembered(Path(module.__file__), name, flag)
+    return module, _remembered(Path(file), name, flag)
 
 
 def _import_from(name: str, root: Path) -> None:
@@ -261,28 +262,13 @@ def _closure(path: Path, module: str = "", flag: str = "--model.name") -> dict[s
 
 def _imports(source: bytes, path: Path, package: str, root: Path, flag: str) -> Iterator[tuple[str, str]]:
     """The files of the user's own that a file's text imports, each with the package that it is in."""
-    try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError):
-        # it cannot be run either
-        return
-    names: list[str] = []
-    computed = False
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            with contextlib.suppress(ImportError):
-                base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
-                names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
-        elif isinstance(node, ast.Name | ast.Attribute):
-            computed |= (node.id if isinstance(node, ast.Name) else node.attr) in _COMPUTED
-    for name in dict.fromkeys(names):
+    names, computed = _imported_names(source, package)
+    for name in names:
         parts = name.split(".")
         for count in range(1, len(parts) + 1):
             inner = ".".join(parts[:count])
             file, places = _find(inner, root)
-            if file is not None and is_own(file):
+            if file is not None and is_own_file(file):
                 if count == 1 and root in path.parents:
                     _require_beside(inner, file, path, root, flag)
                 yield file, inner if places is not None else inner.rpartition(".")[0]
@@ -293,6 +279,31 @@ def _imports(source: bytes, path: Path, package: str, root: Path, flag: str) -> 
         for other in path.parent.rglob("*.py") if inside else path.parent.glob("*.py"):
             below = other.parent.relative_to(path.parent).parts
             yield str(other), ".".join((package, *below)) if package else ""
+
+
+@functools.lru_cache(maxsize=4096)
+def _imported_names(source: bytes, package: str) -> tuple[tuple[str, ...], bool]:
+    """The modules, and what may be one, that a text imports, and whether it computes names of others."""
+    names: list[str] = []
+    computed = False
+    try:
+        with warnings.catch_warnings():
+            # it says so when it is run
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError):
+        # it cannot be run either
+        return (), False
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            with contextlib.suppress(ImportError):
+                base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+                names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Name | ast.Attribute):
+            computed |= (node.id if isinstance(node, ast.Name) else node.attr) in _COMPUTED
+    return tuple(dict.fromkeys(names)), computed
 
 
 def _find(name: str, root: Path) -> tuple[str | None, Sequence[str] | None]:
@@ -316,7 +327,7 @@ def _require_beside(name: str, file: str, path: Path, root: Path, flag: str) -> 
             raise ConfigError(f"{flag}: `import {name}` in {path} gives {file}, and not {beside}; rename one of them")
 
 
-def is_own(file: str) -> bool:
+def is_own_file(file: str) -> bool:
     """Whether a file is the user's: of no installed package, and not Python's or this package's."""
     if file.startswith("<") or {"site-packages", "dist-packages"} & {*Path(file).parts}:
         return False

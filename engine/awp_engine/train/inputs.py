@@ -10,7 +10,7 @@ from awp_engine.config.model_names import is_code
 from awp_engine.data import Dataset, class_weights, load_data, load_extra
 from awp_engine.files.digest import sha256_of
 from awp_engine.models.class_names import difference
-from awp_engine.models.user_code import is_own, load_code
+from awp_engine.models.user_code import is_own_file, load_code
 
 _FLAGS = {"model": "--model.name", "data": "--data.name", "method": "--method"}
 
@@ -29,7 +29,7 @@ def code_digests(config: Config) -> dict[str, str]:
     named = {"model": config.model.name, "data": config.data.name, "method": config.method}
     codes = {part: load_code(name, _FLAGS[part])[1] for part, name in named.items() if is_code(name)}
     # objects that `fit` was given are under names of this package
-    return {part: code.sha256 for part, code in codes.items() if is_own(code.file)}
+    return {part: code.sha256 for part, code in codes.items() if is_own_file(code.file)}
 
 
 def made_by(config: Config, before: Mapping[str, Any] | None) -> dict[str, str]:

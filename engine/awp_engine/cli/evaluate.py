@@ -201,9 +201,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
     from awp_engine.device import full_precision
     from awp_engine.distributed.signals import interrupted_code, interrupts
     from awp_engine.evaluation.adaptive import EOT_DRAWS
+    from awp_engine.evaluation.asked import DEFAULT_ATTACKS
     from awp_engine.evaluation.attacks import EvaluationError
     from awp_engine.evaluation.robustbench import Publication
-    from awp_engine.evaluation.run import DEFAULT_ATTACKS, evaluate_checkpoint
+    from awp_engine.evaluation.run import evaluate_checkpoint
     from awp_engine.observe.bars import Bar
 
     if (threads := arguments.pop("threads")) is not None:

@@ -168,7 +168,8 @@ class StateFile:
                 kept under another name.
             check: raises ValueError for a state that cannot be.
         """
-        remove_leftovers(self.path.parent, "autoattack-")
+        # not those of other ranks, which may be on other machines
+        remove_leftovers(self.path.parent, self.path.stem)
         # a link that leads nowhere is something too
         if not os.path.lexists(self.path):
             self._name_others(say)
@@ -201,6 +202,9 @@ class StateFile:
             try:
                 identity = json.loads(read_file(other, limit=_NOTE_BYTES))["identity"]
                 differing = [key for key, value in self.identity.items() if identity.get(key) != value]
+                # another rank's of this evaluation
+                if differing == ["rank"]:
+                    continue
             except (CheckpointError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 differing = ["what it says of itself"]
             say(f"autoattack: {other.with_suffix('.safetensors').name} is left alone: other {', '.join(differing)}")

@@ -27,7 +27,7 @@ from awp_engine.files.signed import Signer
 from awp_engine.files.text import json_text
 from awp_engine.files.user_key import KeyFileError
 from awp_engine.observe.bars import Bar, NoBar
-from awp_engine.observe.report import versions
+from awp_engine.observe.report import prepare_output, versions
 
 JSON = "certification.json"
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -198,6 +198,7 @@ def certify_checkpoint(
     receipt["versions"] |= versions("scipy")
     receipt |= {"smoothing": asdict(smoothing), "largest_radius": smoothing.largest_radius}
     question = target.identity(receipt) | {"smoothing": asdict(smoothing)}
+    prepare_output(target.output)
     reports = Reports(target.output, (target.dataset.name, len(split), f"sigma{smoothing.sigma:g}"), question)
     with locked(target.output), measuring(subject.model):
         saved = Progress(target.output, question, split.ids.tolist(), say)

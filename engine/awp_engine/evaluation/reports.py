@@ -19,7 +19,6 @@ from awp_engine.files.atomic import atomic_write_text
 from awp_engine.files.signed import Signer
 from awp_engine.files.text import json_text
 from awp_engine.files.user_key import KeyFileError
-from awp_engine.observe.report import prepare_output
 
 _BYTES = 1 << 27
 
@@ -38,16 +37,12 @@ class Reports:
     """The reports of one measurement: each under a name that no other question has, and as the newest of its kind.
 
     Args:
-        directory: made if it is missing.
+        directory: an existing one.
         parts: what the name says of the measurement.
         question: all that was asked for.
-
-    Raises:
-        ConfigError: the directory cannot be written.
     """
 
     def __init__(self, directory: Path, parts: Iterable[object], question: Mapping[str, Any]) -> None:
-        prepare_output(directory)
         digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:8]
         self.directory = directory
         self.name = "-".join([*(re.sub(r"[^A-Za-z0-9]+", "_", str(part)) for part in parts), digest])

@@ -11,6 +11,7 @@ from typing import Any
 
 from awp_engine.data import Dataset, match_classes
 from awp_engine.device import choose_device
+from awp_engine.distributed.ranks import Ranks
 from awp_engine.evaluation.asked import AttacksAsked, require_ball
 from awp_engine.evaluation.attacks import EvaluationError, Threat, Trial
 from awp_engine.evaluation.foreign import look_at_accuracy
@@ -19,7 +20,8 @@ from awp_engine.evaluation.receipt import data_papers, make_receipt
 from awp_engine.evaluation.reports import Reports, sealed
 from awp_engine.evaluation.results import RIGHT_MEANS, Measurement
 from awp_engine.evaluation.robustbench import Publication, model_info
-from awp_engine.evaluation.saved import image_saver, save_per_image
+from awp_engine.evaluation.saved import ImageSaver, save_per_image
+from awp_engine.evaluation.shares import ONE_RANK, Shares
 from awp_engine.evaluation.subject import Subject, load_subject
 from awp_engine.evaluation.suite import measure, require_packages
 from awp_engine.files.atomic import atomic_write_text, replace_file
@@ -27,7 +29,7 @@ from awp_engine.files.locking import locked
 from awp_engine.files.text import json_text, printable
 from awp_engine.models.class_names import difference
 from awp_engine.observe.bars import Bar, NoBar
-from awp_engine.observe.report import as_text
+from awp_engine.observe.report import as_text, prepare_output
 
 JSON, PARTIAL, PAGE, LEADERBOARD = "evaluation.json", "evaluation.partial.json", "evaluation.html", "robustbench.json"
 
@@ -61,6 +63,7 @@ def evaluate_checkpoint(
     say: Callable[[str], None] = lambda _: None,
     bar: Callable[[str, int], Bar] = NoBar,
     tell: Callable[[Evaluated], None] = lambda _: None,
+    ranks: Ranks = ONE_RANK,
     **asked: Any,
 ) -> Evaluated:
     """Measures a checkpoint on the test split, and writes evaluation.json, evaluation.html and what was asked for.
@@ -74,6 +77,7 @@ def evaluate_checkpoint(
         say: is told what was found, one line at a time.
         bar: makes what shows how far an attack is, from a label and the units of work.
         tell: is given the result before anything is written.
+        ranks: that share the images, see `sharing`; the first one says, tells and writes.
         asked: the other fields of `AttacksAsked`, such as attacks, epsilon, limit and output.
 
     Raises:
@@ -81,7 +85,10 @@ def evaluate_checkpoint(
         OSError: a report cannot be written.
     """
     ask = AttacksAsked(path=path, **asked)
-    device = choose_device(ask.device)
+    device = choose_device(ask.device, ranks.local_rank)
+    say_own = say
+    if not ranks.is_first:
+        say, tell, bar = lambda _: None, lambda _: None, NoBar
     subject = ask.subject(device)
     # before anything is measured; a path that is not there is the plainer mistake
     require_packages(ask.named, ask.gates_limit)
@@ -99,9 +106,15 @@ def evaluate_checkpoint(
         bar=bar,
         classes=len(target.dataset.class_names),
     )
-    evaluation = _Evaluation(ask, target, trial, step_size, second, tell)
+    shares = Shares(ranks, len(target.split), device, say_own)
+    if ranks.is_first:
+        prepare_output(target.output)
+    evaluation = _Evaluation(ask, target, trial, step_size, second, shares, tell)
+    if not ranks.is_first:
+        return evaluation.shared()
     with locked(target.output):
         earlier = evaluation.reports.rename(JSON, again=ask.again)
+        shares.gather(earlier)
         return evaluation.measured() if earlier is None else evaluation.read_again(earlier)
 
 
@@ -115,15 +128,17 @@ class _Evaluation:
         trial: Trial,
         step_size: Fraction,
         second: Subject | None,
+        shares: Shares,
         tell: Callable[[Evaluated], None],
     ) -> None:
         self.ask, self.target, self.trial, self.step_size, self.second = ask, target, trial, step_size, second
-        self.tell = tell
+        self.shares, self.tell = shares, tell
         self.receipt = make_receipt(
             trial,
             checkpoint={**target.subject.papers(), **_training(target.subject)},
             data=data_papers(target.dataset, ask.limit, target.class_names),
             step_size=step_size,
+            ranks=shares.ranks.world,
         )
         if second is not None:
             self.receipt["transfer_to"] = {"name": second.name, "file": second.weights.name, "sha256": second.sha256}
@@ -135,7 +150,9 @@ class _Evaluation:
             "transfer_to": None if second is None else second.sha256,
             "saved": [ask.save_images, ask.save_per_image],
             "eot": list(ask.eot_draws),
+            "ranks": shares.ranks.world,
         }
+        shares.require_equal(question, "the model, the images, the versions and what is asked")
         parts = target.dataset.name, len(target.split), trial.threat.norm, trial.threat.epsilon
         self.reports = Reports(target.output, parts, question)
 
@@ -151,30 +168,21 @@ class _Evaluation:
         self._put_leaderboard(done.measurement)
         return done
 
+    def shared(self) -> Evaluated:
+        """The first rank's answer, after this one's part of the attacks."""
+        report = self.shares.gather(None)[0]
+        if report is None:
+            self._measure()
+            report = self.shares.gather(None)[0]
+        return self._told(Measurement.from_dict(report), report)
+
     def measured(self) -> Evaluated:
         """The answer by attacks."""
         ask, target = self.ask, self.target
         doubts = look_at_accuracy(target.subject, target.dataset, target.device, target.batch_size)
         for doubt in doubts:
             self.trial.say(f"WARNING: {doubt}")
-        keep = None
-        if ask.save_images is not None:
-            keep = image_saver(self.trial, target.output, self.reports.name, ask.save_images)
-        measurement = measure(
-            self.trial,
-            ask.named,
-            step_size=self.step_size,
-            restarts=ask.restarts,
-            gates_limit=ask.gates_limit,
-            second=None if self.second is None else self.second.model,
-            budget=ask.budget,
-            states=target.output,
-            identity=self.identity,
-            class_names=target.dataset.class_names,
-            eot_draws=ask.eot_draws,
-            so_far=self._put_partial,
-            **({} if keep is None else {"attacked": keep}),
-        )
+        measurement = self._measure()
         resumed = {row.attack: row.resumed for row in measurement.rows if row.resumed is not None}
         receipt = {**self.receipt, **({"resumed": resumed} if resumed else {})}
         report = {"finished": True, "receipt": receipt, **measurement.to_dict()}
@@ -187,7 +195,30 @@ class _Evaluation:
             save_per_image(self.reports.path(f"per-image.{ask.save_per_image}"), measurement.per_image, receipt)
         self._put_leaderboard(measurement)
         self.reports.put(PAGE, _page(target.subject, target.dataset, self.trial.threat, done))
+        self.shares.gather(done.report)
         return done
+
+    def _measure(self) -> Measurement:
+        ask, saver = self.ask, None
+        if ask.save_images is not None:
+            saver = ImageSaver(self.trial, self.target.output, self.reports.name, ask.save_images)
+        return measure(
+            self.trial,
+            ask.named,
+            step_size=self.step_size,
+            restarts=ask.restarts,
+            gates_limit=ask.gates_limit,
+            second=None if self.second is None else self.second.model,
+            budget=ask.budget,
+            states=self.target.output,
+            identity=self.identity,
+            again=ask.again,
+            class_names=self.target.dataset.class_names,
+            eot_draws=ask.eot_draws,
+            so_far=self._put_partial if self.shares.is_first else lambda _: None,
+            saver=saver,
+            shares=self.shares,
+        )
 
     def _told(self, measurement: Measurement, report: dict[str, Any]) -> Evaluated:
         threat, images = self.trial.threat, len(self.target.split)

@@ -199,11 +199,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
     from awp_engine.checkpoint import CheckpointError
     from awp_engine.data import DataError
     from awp_engine.device import full_precision
+    from awp_engine.distributed.ranks import errors_told
     from awp_engine.distributed.signals import interrupted_code, interrupts
     from awp_engine.evaluation.adaptive import EOT_DRAWS
+    from awp_engine.evaluation.asked import DEFAULT_ATTACKS
     from awp_engine.evaluation.attacks import EvaluationError
     from awp_engine.evaluation.robustbench import Publication
-    from awp_engine.evaluation.run import DEFAULT_ATTACKS, evaluate_checkpoint
+    from awp_engine.evaluation.run import evaluate_checkpoint
+    from awp_engine.evaluation.shares import sharing
     from awp_engine.observe.bars import Bar
 
     if (threads := arguments.pop("threads")) is not None:
@@ -227,9 +230,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
     if arguments.pop("no_gates"):
         arguments["gates_limit"] = None
     try:
-        # what is left has the names of its arguments
-        given = arguments | {"say": lambda line: print(line, flush=True), "bar": Bar, "tell": tell}
-        done = interrupts()(evaluate_checkpoint)(**given)
+        with errors_told(), interrupts(), sharing(arguments["device"]) as ranks:
+            # what is left has the names of its arguments
+            given = arguments | {"say": lambda line: print(line, flush=True), "bar": Bar, "tell": tell}
+            done = evaluate_checkpoint(**given, ranks=ranks)
     except (ConfigError, DataError, CheckpointError, EvaluationError) as error:
         fail(str(error), prog=prog)
     except torch.OutOfMemoryError:
@@ -242,6 +246,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
             "command again goes on with autoattack where it was"
         )
         fail(resume, code=interrupted_code(interrupt), prog=prog)
+    if not ranks.is_first:
+        return
     print(f"reports in {printable(str(done.output))}")
     if done.report["unreliable"]:
         raise SystemExit(UNRELIABLE)

@@ -21,9 +21,10 @@ from awp_engine.config.identity import from_flat, key_types, to_flat
 from awp_engine.config.presets import build_preset
 from awp_engine.config.schema import coerce, did_you_mean
 from awp_engine.device import full_precision
+from awp_engine.evaluation.asked import DEFAULT_ATTACKS
 from awp_engine.evaluation.attacks import Norm
 from awp_engine.evaluation.foreign import Foreign
-from awp_engine.evaluation.run import DEFAULT_ATTACKS, Evaluated, evaluate_checkpoint
+from awp_engine.evaluation.run import Evaluated, evaluate_checkpoint
 from awp_engine.models import NormalizedClassifier, WrappedClassifier
 from awp_engine.models.trained import load_model
 

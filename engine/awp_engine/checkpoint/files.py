@@ -12,9 +12,10 @@ from io import BufferedReader
 from pathlib import Path
 
 from awp_engine.files.atomic import disk
+from awp_engine.files.errors import UserError
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint that could not be written, or is not what was written; the message is one line with the path."""
 
 

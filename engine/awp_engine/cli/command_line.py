@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import functools
 import os
@@ -69,25 +68,6 @@ def other_command(prog: str, name: str, *arguments: object) -> str:
     return shlex.join([*start, *map(str, arguments)])
 
 
-def whole_number(text: str) -> int:
-    """An argument's value, as `type=` of an argparse flag."""
-    try:
-        number = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {show(text)}") from None
-    if abs(number) >= 2**63:
-        raise argparse.ArgumentTypeError(f"expected a whole number below 2^63, got {show(number)}")
-    return number
-
-
-def thread_count(text: str) -> int:
-    """The same for a number of threads: the system starts as many as it is told, until it has no room for another."""
-    number = whole_number(text)
-    if not 1 <= number <= 1024:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 1024, got {number}")
-    return number
-
-
 class _Help(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> None:
         assert isinstance(parser, OneLineParser)
@@ -104,7 +84,7 @@ class OneLineParser(argparse.ArgumentParser):
     """
 
     def __init__(self, *, common: Sequence[str] | None = None, **arguments: Any) -> None:
-        super().__init__(**arguments, add_help=False)
+        super().__init__(**{"allow_abbrev": False} | arguments, add_help=False)
         self._common = common
         add = functools.partial(self.add_argument, action=_Help, nargs=0, default=argparse.SUPPRESS)
         add("-h", "--help", help="the most used flags" if common else "this text")
@@ -112,7 +92,8 @@ class OneLineParser(argparse.ArgumentParser):
 
     def _hidden(self) -> list[argparse.Action]:
         shown = None if self._common is None else {"help", "help_all", *self._common}
-        return [] if shown is None else [action for action in self._actions if action.dest not in shown]
+        known = [action for action in self._actions if action.help != argparse.SUPPRESS]
+        return [] if shown is None else [action for action in known if action.dest not in shown]
 
     def short_help(self) -> str:
         """What --help shows: the common arguments, in few lines."""
@@ -124,10 +105,7 @@ class OneLineParser(argparse.ArgumentParser):
         formatter.add_usage(self.usage or " ".join(["%(prog)s", *named, "[flags]"]), [], [])
         formatter.add_text(self.description)
         hidden = self._hidden()
-        # of a flag's names the first one
-        flags = [copy.copy(action) for action in self._actions if action.option_strings and action not in hidden]
-        for action in flags:
-            action.option_strings = action.option_strings[: 2 if action.dest == "help" else 1]
+        flags = [action for action in self._actions if action.option_strings and action not in hidden]
         for title, group in (("", given), ("flags", flags)):
             formatter.start_section(title or None)
             formatter.add_arguments(group)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from awp_engine.data.order import random_order_key
 from awp_engine.data.split import Split, StreamedSplit
+from awp_engine.files.errors import UserError
 from awp_kernels.philox import mix_seed
 
 _STREAM_HOLD_OUT = 4
@@ -22,7 +23,7 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of images in [0, 1], one value a channel each."""
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """A data set cannot be had as asked; the message is one line with the file, what was expected and what to do."""
 
 

@@ -27,6 +27,7 @@ from awp_engine.config.model_names import is_code
 from awp_engine.config.schema import did_you_mean
 from awp_engine.data import Batch, Split, eval_batches
 from awp_engine.evaluation.accuracy import BlindImages
+from awp_engine.files.errors import UserError
 from awp_engine.files.text import first_line
 from awp_engine.models.answers import predicted
 from awp_engine.models.batch_norm import layer_modes
@@ -66,7 +67,7 @@ _TARGET_MEANS: dict[Target, str] = {
 }
 
 
-class EvaluationError(ValueError):
+class EvaluationError(UserError, ValueError):
     """An evaluation that cannot be made as asked; the message is one line that says what to do."""
 
 
@@ -188,6 +189,7 @@ def parse_attack(name: str) -> NamedAttack:
         EvaluationError: for any other name.
         ConfigError: code that cannot be run, or has no such function.
     """
+    given = name
     if name == "cw" or name.startswith("cw-"):
         name = f"cw{_CW_STEPS}{name[2:]}"
     if name in ("clean", "fgsm", "square", "autoattack"):
@@ -202,8 +204,10 @@ def parse_attack(name: str) -> NamedAttack:
     if is_code(name):
         function, code = load_factory(name, flag="--attacks")
         return NamedAttack(name=name.rpartition("/")[2], family="own", function=function, code=code)
-    near = did_you_mean(name[:80], _EXAMPLES, "")
-    raise EvaluationError(f"--attacks: expected {NAMES}; got {name[:80]!r}{near and f'; {near}'}")
+    # PGD-20 and pgd_20 are pgd20
+    joined = re.sub(r"(pgd|cw)[^0-9a-z]", r"\1", given[:80].lower())
+    near = f"did you mean {joined}?" if _STEPPED.fullmatch(joined) else did_you_mean(joined, _EXAMPLES, "")
+    raise EvaluationError(f"--attacks: expected {NAMES}; got {given[:80]!r}{near and f'; {near}'}")
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from awp_engine.data import eval_batches, match_classes
 from awp_engine.device import choose_device
 from awp_engine.evaluation.accuracy import evaluation_seed, spread
 from awp_engine.evaluation.attacks import EvaluationError, Threat, Trial, measuring, predict
+from awp_engine.evaluation.foreign import Foreign, load_foreign
 from awp_engine.evaluation.receipt import data_papers, make_receipt
 from awp_engine.evaluation.run import open_data, output_of, put_report, require_fit
 from awp_engine.evaluation.smoothing import Certificate, Smoothing, certify
@@ -141,11 +142,13 @@ def summary(certificates: Sequence[Certificate], radii: Iterable[float] = RADII)
 
 
 def certify_checkpoint(
-    path: Path | str,
+    path: Path | str | None,
     smoothing: Smoothing,
     *,
     checkpoint: str = "best",
-    images: int | None = 100,
+    foreign: Foreign | None = None,
+    model: str | None = None,
+    limit: int | None = 100,
     seed: int | None = None,
     batch_size: int | None = None,
     device: str = "auto",
@@ -161,10 +164,12 @@ def certify_checkpoint(
     Every image is saved when it is done, so that the same call goes on after a kill, to the same report.
 
     Args:
-        path: a run directory, one of its checkpoints, or a .safetensors file.
+        path: a run directory, one of its checkpoints, a .safetensors file, or hf://OWNER/NAME; None with `foreign`.
         smoothing: how.
         checkpoint: of a run directory: best, last, or a checkpoint's name or path.
-        images: their number, evenly spread; None for all.
+        foreign: in place of a run: how to make a model, and its weights.
+        model: of a run, in place of the code that its weights name; as `load_model` takes it.
+        limit: their number, evenly spread; None for all.
         seed: of all noise; if not given, the one that the run's own evaluation uses.
         batch_size: noisy copies at a time.
         device: auto, cpu or cuda.
@@ -179,18 +184,24 @@ def certify_checkpoint(
         EvaluationError, ConfigError, DataError, CheckpointError: one line that says what is wrong.
         OSError: the report cannot be written.
     """
-    path = Path(path)
-    for name, value in {"images": images, "batch-size": batch_size}.items():
+    for name, value in {"limit": limit, "batch-size": batch_size}.items():
         if value is not None and not 1 <= value <= _MOST:
             raise EvaluationError(f"--{name}: expected a whole number from 1 to {_MOST}, got {show(value)}")
     if seed is not None and not 0 <= seed < 2**63:
         raise EvaluationError(f"--seed: expected a whole number in [0, 2^63), got {seed}")
     place = choose_device(device)
-    subject = load_subject(path, which=checkpoint, device=place)
-    found = open_data(subject.config, subject.weights, data_name, data_root)
+    if foreign is None:
+        if path is None:
+            raise EvaluationError("RUN_OR_CHECKPOINT: expected a path, or --model.name with --weights")
+        subject = load_subject(path, which=checkpoint, device=place, model=model)
+        found = open_data(subject.config, subject.weights, data_name, data_root)
+    else:
+        path = foreign.weights or foreign.name
+        found = open_data(None, path, data_name, data_root)
+        subject = load_foreign(foreign, found, place, say)
     dataset, labels = match_classes(subject.model.class_names, found, str(path))
     require_fit(subject, dataset, place, str(path))
-    split = spread(dataset.test, images).resident().to(place)
+    split = spread(dataset.test, limit).resident().to(place)
     config = subject.config
     seed = evaluation_seed(0 if config is None else config.seed) if seed is None else seed
     batch_size = batch_size or (_BATCH_SIZE if config is None else config.evaluation.batch_size)
@@ -202,7 +213,7 @@ def certify_checkpoint(
     receipt = make_receipt(
         trial,
         checkpoint=subject.papers(),
-        data=data_papers(dataset, images, labels),
+        data=data_papers(dataset, limit, labels),
         step_size=Fraction(0),
     )
     receipt = {key: value for key, value in receipt.items() if key not in _OF_A_BALL}

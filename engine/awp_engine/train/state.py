@@ -13,8 +13,9 @@ from awp_engine.checkpoint import CheckpointError
 from awp_engine.config import ConfigError
 from awp_engine.distributed.replicas import check_replicas
 from awp_engine.distributed.sharding import gather, is_sharded, scatter_
+from awp_engine.files.run_places import CHECKPOINTS
 from awp_engine.models.class_names import difference
-from awp_engine.models.trained import CHECKPOINTS, described
+from awp_engine.models.trained import described
 from awp_engine.optim.optimizer import allocate_optimizer_tensors, optimizer_tensors
 from awp_engine.train.progress import Progress
 from awp_engine.train.run_dir import known_hashes

@@ -10,10 +10,10 @@ from samples import images
 from torch import nn
 
 import awp_engine
-from awp_engine.cli import objects
 from awp_engine.config import ConfigError
 from awp_engine.data import DataError
 from awp_engine.evaluation.attacks import EvaluationError
+from awp_engine.models.given import given, given_data
 
 QUICK = {"epochs": 2, "attack.steps": 2, "evaluation.steps": 2, "global-batch-size": 16, "log": ["none"]}
 
@@ -90,26 +90,27 @@ def test_a_module_is_measured_as_it_is(data, tmp_path):
     ],
 )
 def test_what_is_wrong_is_one_line(data, tmp_path, change, message):
-    given = {"model": network, "train": data[0], "test": data[1], "run_dir": tmp_path / "run"} | change
+    parts = {"model": network, "train": data[0], "test": data[1], "run_dir": tmp_path / "run"} | change
     with pytest.raises((ConfigError, DataError), match=message) as error:
-        awp_engine.fit(**given)
+        awp_engine.fit(**parts)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
-    assert objects.data == {}
+    with pytest.raises(ConfigError, match="given as objects of Python"):
+        given_data()
 
 
 def test_calls_of_two_threads_take_turns():
     seen = []
 
     def other():
-        with objects._given(network, {"test": 2}):
-            seen.append(objects.data)
+        with given(network, {"test": 2}):
+            seen.append(given_data())
 
-    with objects._given(network, {"test": 1}):
+    with given(network, {"test": 1}):
         thread = threading.Thread(target=other)
         thread.start()
         thread.join(0.2)
-        assert objects.data == {"test": 1}
+        assert given_data() == {"test": 1}
         assert not seen
     thread.join()
     assert seen == [{"test": 2}]

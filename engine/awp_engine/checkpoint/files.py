@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
 
+from awp_engine.config.errors import UserError
 from awp_engine.files.atomic import disk
-from awp_engine.files.errors import UserError
 
 
 class CheckpointError(UserError, RuntimeError):

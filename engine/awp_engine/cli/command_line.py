@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from awp_engine.config import Config, ConfigError, expectation, flag, show
-from awp_engine.config.data_sets import is_own
+from awp_engine.config.data_sets import is_given, is_own
 from awp_engine.config.identity import from_flat, key_types, load_settings, to_flat
-from awp_engine.config.model_names import is_code
+from awp_engine.config.model_names import is_code, source_of
 from awp_engine.config.presets import DEFAULT, PRESETS, build_preset
 from awp_engine.config.schema import Word, coerce, did_you_mean, fields, help_texts, is_switch
 from awp_engine.files.text import one_line
@@ -265,6 +265,9 @@ def _parse(argv: Sequence[str], prog: str) -> Config:
     file = given.pop("config", None)
     in_file = {} if file is None else load_settings(file)
     own = in_file.get("data.name", "")
+    objects = {"data.name": is_given(own), "model.name": source_of(in_file.get("model.name", "")) == "object"}
+    if key := next((key for key, is_object in objects.items() if is_object and key not in given), None):
+        raise ConfigError(f"{file}: {key} is an object of Python, which awp_engine.fit takes; give {flag(key)}")
     if is_own(own) and "data.name" not in given:
         raise ConfigError(
             f"{file}: data.name is {own}, Python code that is not run because a file names it: if you trust it, give "

@@ -11,8 +11,8 @@ from typing import Any
 
 from awp_engine.cli.command_line import fail
 from awp_engine.config import ConfigError
+from awp_engine.config.errors import UserError
 from awp_engine.distributed.signals import interrupted_code, interrupts
-from awp_engine.files.errors import UserError
 
 # far beyond use, within what torch counts with
 _MOST = 2**31 - 1

@@ -41,9 +41,18 @@ OWN = "package.module:factory or file.py:factory"
 _OWN = re.compile(r"(?:.*\.py|[^\W\d]\w*(?:\.[^\W\d]\w*)*):[^\W\d]\w*(?:\.[^\W\d]\w*)*")
 
 
+GIVEN_IMAGES = "given-images"
+"""Images that were given to `awp_engine.fit` or `awp_engine.evaluate` as objects of Python."""
+
+
+def is_given(name: str) -> bool:
+    """Whether a data set's name is `GIVEN_IMAGES`, or what they are called in earlier runs."""
+    return name in (GIVEN_IMAGES, "awp_engine.cli.objects:data")
+
+
 def is_own(name: str) -> bool:
-    """Whether a data set's name is that of Python code: `OWN`."""
-    return _OWN.fullmatch(name) is not None
+    """Whether a data set's name is that of Python code, `OWN`, or of objects."""
+    return is_given(name) or _OWN.fullmatch(name) is not None
 
 
 def where_to_get(name: str) -> str:

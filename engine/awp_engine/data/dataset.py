@@ -8,9 +8,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from awp_engine.config.errors import UserError
 from awp_engine.data.order import random_order_key
 from awp_engine.data.split import Split, StreamedSplit
-from awp_engine.files.errors import UserError
 from awp_kernels.philox import mix_seed
 
 _STREAM_HOLD_OUT = 4

@@ -23,11 +23,11 @@ from awp_engine.attack import (
     summed_cross_entropy,
     summed_margin,
 )
+from awp_engine.config.errors import UserError
 from awp_engine.config.model_names import is_code
 from awp_engine.config.schema import did_you_mean
 from awp_engine.data import Batch, Split, eval_batches
 from awp_engine.evaluation.accuracy import BlindImages
-from awp_engine.files.errors import UserError
 from awp_engine.files.text import first_line
 from awp_engine.models.answers import predicted
 from awp_engine.models.batch_norm import layer_modes

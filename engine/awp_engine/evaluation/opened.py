@@ -10,6 +10,8 @@ from awp_engine.data import Dataset, Framing, Loading, Split, load_dataset, sour
 from awp_engine.evaluation.attacks import EvaluationError
 from awp_engine.evaluation.foreign import Foreign, load_foreign
 from awp_engine.evaluation.subject import Subject, load_subject
+from awp_engine.models import WrappedClassifier
+from awp_engine.models.trained import ModelDescription
 
 _MOST_CLASSES = 10**6
 _NAMES_BYTES = 1 << 24
@@ -77,7 +79,18 @@ def open_model(
     if data_name is None and None not in (own, named) and own != named:
         raise EvaluationError(f"--model.classes: {what} has names of its own, which are others; give a number")
     subject.model.class_names = own or named
-    return replace(subject, image_size=data.test.shape[1:])
+    size = data.test.shape[1:]
+    description = ModelDescription(
+        name=foreign.name,
+        num_classes=subject.model.num_classes,
+        mean=tuple(subject.model.mean.flatten().tolist()),
+        std=tuple(subject.model.std.flatten().tolist()),
+        width=foreign.width,
+        activation=foreign.activation,
+        class_names=subject.model.class_names,
+        image_size=size if isinstance(subject.model, WrappedClassifier) else None,
+    )
+    return replace(subject, image_size=size, description=description)
 
 
 def _data_set(name: str, root: Path | None, image_size: int | None) -> Dataset:

@@ -19,7 +19,6 @@ import torch
 
 from awp_engine.attack.checks import ball
 from awp_engine.config import Config, parse_amount, show
-from awp_engine.config.data_sets import is_own
 from awp_engine.data import (
     Dataset,
     Framing,
@@ -44,7 +43,7 @@ from awp_engine.evaluation.results import RIGHT_MEANS, Measurement
 from awp_engine.evaluation.robustbench import Publication, model_info
 from awp_engine.evaluation.saved import Form, image_saver
 from awp_engine.evaluation.saved import save_per_image as write_per_image
-from awp_engine.evaluation.subject import Subject, load_subject
+from awp_engine.evaluation.subject import Subject, load_subject, require_named_data
 from awp_engine.evaluation.suite import measure, require_packages
 from awp_engine.files.atomic import atomic_write_text, replace_file
 from awp_engine.files.locking import locked
@@ -160,11 +159,7 @@ def open_data(
                 f"{weights}: belongs to no run whose config.json could say what it was trained on: give --data.name"
             )
         name = config.data.name
-        if is_own(name):
-            raise EvaluationError(
-                f"{weights}: the images of its run come from {name}, code that is not run because a file names it: "
-                f"if you trust it, give --data.name {name}"
-            )
+        require_named_data(config, weights)
     if name not in corrupted_names and corruption != (None, None):
         raise EvaluationError(
             f"--data.corruption and --data.severity go with --data.name {' or '.join(corrupted_names)}, got {name}"

@@ -10,13 +10,13 @@ import torch
 
 from awp_engine.checkpoint import CheckpointError
 from awp_engine.config import Config, load_config
-from awp_engine.config.data_sets import is_own
+from awp_engine.config.data_sets import is_given, is_own
 from awp_engine.evaluation.attacks import EvaluationError
 from awp_engine.files.digest import sha256_of
 from awp_engine.files.run_places import CHECKPOINTS, CONFIG_FILE, run_dir_of
 from awp_engine.models import NormalizedClassifier, WrappedClassifier
 from awp_engine.models.hub import SCHEME, fetched, is_address
-from awp_engine.models.trained import find_weights, is_weights, load_model
+from awp_engine.models.trained import ModelDescription, find_weights, is_weights, load_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,7 @@ class Subject:
         run_dir: of the run it belongs to, if there is one.
         config: of that run.
         image_size: (height, width) of the images that a model of no run is for, where that is known.
+        description: how to build the model again, where no run's file says it.
         made_by: what tells code that made the model from other code; empty for built-in models.
         origin: of weights from elsewhere: the model's name, which weights of the file, and what the user was told.
     """
@@ -47,6 +48,7 @@ class Subject:
     source: Path | None = None
     origin: Mapping[str, Any] | None = None
     image_size: tuple[int, int] | None = None
+    description: ModelDescription | None = None
     made_by: str = ""
 
     def papers(self) -> dict[str, Any]:
@@ -68,6 +70,11 @@ def code_of(model: NormalizedClassifier) -> str:
 def require_named_data(config: Config, what: Path | str) -> None:
     """Refuses images that come from code of a run, which is not run because its file says so."""
     name = config.data.name
+    if is_given(name):
+        raise EvaluationError(
+            f"{what}: the images of its run were given as objects of Python: give --data.name and --data.root, or "
+            "measure it by awp_engine.evaluate"
+        )
     if is_own(name):
         raise EvaluationError(
             f"{what}: the images of its run come from {name}, code that is not run because a file names it: if you "

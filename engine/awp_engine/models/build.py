@@ -7,6 +7,7 @@ from torch import nn
 
 from awp_engine.config.model_names import TIMM_MODELS, source_of
 from awp_engine.models.factories import build_by_factory, build_timm, build_torchvision, load_factory
+from awp_engine.models.given import given_model
 from awp_engine.models.layers import Activation, NormalizedClassifier
 from awp_engine.models.preact_resnet import PreActBlock, PreActResNet
 from awp_engine.models.timm_models import TimmClassifier, TimmConvNeXt, TimmResNet
@@ -61,7 +62,7 @@ def build_model(
         if source in ("timm", "torchvision"):
             build = build_timm if source == "timm" else build_torchvision
             return build(name, num_classes, mean, std, image_size, published=published)
-        factory, code = load_factory(name)
+        factory, code = (given_model(), None) if source == "object" else load_factory(name)
         built = build_by_factory(factory, name, num_classes, mean, std, image_size, refit=refit)
         built.code = code
         return built

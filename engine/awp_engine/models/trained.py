@@ -25,6 +25,7 @@ from awp_engine.files.user_key import KeyFileError, key_path, user_key
 from awp_engine.models import NormalizedClassifier, WrappedClassifier, build_model, load_public_state_dict
 from awp_engine.models.class_names import from_json, to_json
 from awp_engine.models.factories import Code, Factory, build_by_factory, load_factory, read_code, wrap
+from awp_engine.models.given import AGAIN
 from awp_engine.models.hub import fetched
 
 
@@ -309,6 +310,8 @@ def load_model(
     weights, _, description, path = read_trained(run_or_checkpoint)
     if model is not None:
         built = _by_user(description, model)
+    elif source_of(description.name) == "object":
+        raise CheckpointError(f"{path}: its model {AGAIN}")
     elif is_code(description.name):
         built = _built_by_code(description, path)
     else:

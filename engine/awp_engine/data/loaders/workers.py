@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any, NamedTuple, TypeVar
 
-from awp_engine.files.errors import UserError
+from awp_engine.config.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -20,9 +20,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from awp_engine.config.data_sets import is_given
 from awp_engine.data.dataset import DataError, RawDataset
 from awp_engine.data.sets.files import evenly
 from awp_engine.files.text import one_line, reason
+from awp_engine.models.given import given_data
 from awp_engine.models.import_timm import declare_operators
 
 Fit = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
@@ -81,7 +83,7 @@ class OwnData:
     ) -> None:
         self._name, self._root, self._fit, self._available, self._say = name, root, fit, available, say
         with _Told(name):
-            self._factory = _find(name)
+            self._factory = given_data() if is_given(name) else _find(name)
 
     def read(self, *, need_train: bool = True) -> RawDataset:
         """Reads both parts, a sample of each twice.

@@ -177,7 +177,7 @@ def test_a_killed_certification_goes_on_to_the_same_bits(run_dir, tmp_path):
     said = []
 
     def go(name: str, **more) -> dict:
-        done = certify_checkpoint(run_dir, SMOOTHING, images=6, output=tmp_path / name, say=said.append, **more)
+        done = certify_checkpoint(run_dir, SMOOTHING, limit=6, output=tmp_path / name, say=said.append, **more)
         written = json.loads((done.output / "certification.json").read_text())
         assert written == done.report
         return written
@@ -263,8 +263,8 @@ def test_the_command_prints_the_table_and_refuses_in_one_line(run_dir, tmp_path,
         ("--n0", 0): "--n0: expected a whole number from 1",
         ("--alpha", 0.5): "--alpha: expected a probability",
         ("--images", 0): "--images: expected a whole number from 1",
-        ("--data-name", "cifar10"): "--data.root is required for cifar10",
-        ("--seed", -1): "--seed: expected a whole number in",
+        ("--data.name", "cifar10"): "--data.root is required for cifar10",
+        ("--seed", -1): "--seed: expected a whole number >= 0",
     }.items():
         assert run_command("certify", monkeypatch, run_dir, *wrong) == 2
         errors = capsys.readouterr().err.splitlines()

@@ -118,7 +118,13 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the program as `fail` does."""
-        fail(f"{message}; {'--help-all' if self._hidden() else '--help'} lists the flags", prog=self.prog, once=True)
+        hint = f"{'--help-all' if self._hidden() else '--help'} lists the flags"
+        if (given := message.removeprefix("unrecognized arguments: ")) != message:
+            flag, shown = given.split()[0], [action for action in self._actions if action.help != argparse.SUPPRESS]
+            known = [name for action in shown for name in action.option_strings]
+            longer = next((name for name in known if name.startswith(flag)), None)
+            hint = f"did you mean {longer}?" if longer else did_you_mean(flag, known, hint)
+        fail(f"{message}; {hint}", prog=self.prog, once=True)
 
 
 def _off(name: str) -> str:

@@ -18,7 +18,7 @@ from awp_engine.checkpoint import export_model
 from awp_engine.config import Config, EvaluationConfig, ModelConfig, to_json
 from awp_engine.evaluation.certify import Progress, certify_checkpoint, summary
 from awp_engine.evaluation.smoothing import Certificate, Smoothing, certify, count_answers, lower_bound
-from awp_engine.models.trained import CONFIG_FILE, MODEL_FILE
+from awp_engine.files.run_places import CONFIG_FILE, MODEL_FILE
 from awp_engine.observe.bars import NoBar
 from awp_kernels.philox import mix_seed, normals
 

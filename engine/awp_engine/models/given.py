@@ -18,7 +18,10 @@ from awp_engine.models.wrapped import WrappedClassifier
 
 Factory = Callable[..., Any]
 
-AGAIN = "was given as an object of Python: give it again, to fit(...) to go on, or to load_model(RUN, model=...)"
+AGAIN = (
+    "was given as an object of Python: give it again, to fit(...) to go on, or to load_model(RUN, model=...); or name "
+    "code that makes it: --model.name file.py:factory"
+)
 
 _one_call = threading.Lock()
 _model: Factory | None = None

@@ -84,7 +84,7 @@ class OneLineParser(argparse.ArgumentParser):
     """
 
     def __init__(self, *, common: Sequence[str] | None = None, **arguments: Any) -> None:
-        super().__init__(**{"allow_abbrev": False} | arguments, add_help=False)
+        super().__init__(**arguments, allow_abbrev=False, add_help=False)
         self._common = common
         add = functools.partial(self.add_argument, action=_Help, nargs=0, default=argparse.SUPPRESS)
         add("-h", "--help", help="the most used flags" if common else "this text")

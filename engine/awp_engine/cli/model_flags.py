@@ -77,14 +77,17 @@ def of_run(places: Sequence[Path | str]) -> bool:
 
 def named_model(arguments: Mapping[str, Any], place: Path | str | None) -> dict[str, Any]:
     """Which model: the arguments path, checkpoint, model and foreign of what measures one."""
-    fields = {name.removeprefix(_PREFIX): value for name, value in arguments.items() if name.startswith(_PREFIX)}
+    fields: dict[str, Any] = {
+        name.removeprefix(_PREFIX): value for name, value in arguments.items() if name.startswith(_PREFIX)
+    }
     asked = {"path": place, "checkpoint": arguments["checkpoint"], "model": None, "foreign": None}
     if fields["name"] is None or (place is not None and of_run([place])):
         return asked | {"model": fields["name"]}
     from awp_engine.evaluation.foreign import Foreign
 
     # weights may stand in the place of a run
-    return asked | {"path": None, "foreign": Foreign(**fields | {"weights": fields["weights"] or place})}
+    fields["weights"] = fields["weights"] or place
+    return asked | {"path": None, "foreign": Foreign(**fields)}
 
 
 def is_model(place: Path | str) -> bool:

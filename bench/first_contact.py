@@ -268,9 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from awp_engine.cli.command_line import OneLineParser
     from awp_engine.files.text import json_text
 
-    parser = OneLineParser(
-        prog=_PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = OneLineParser(prog=_PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--seconds", type=float, default=70.0, help="for all of it")
     parser.add_argument("--hangs", type=float, default=30.0, help="seconds after which a check hangs")

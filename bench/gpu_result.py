@@ -148,9 +148,7 @@ def table(found: Found) -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, read, print, write."""
-    parser = OneLineParser(
-        prog=_PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = OneLineParser(prog=_PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, metavar="OUT")
     parser.add_argument("--result", type=Path, help="file that keeps all of it")
     arguments = parser.parse_args(argv)

@@ -74,9 +74,7 @@ def draw(result: Result, out: Path) -> list[Path]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, read, draw, print."""
-    parser = OneLineParser(
-        prog=_PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = OneLineParser(prog=_PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, metavar="RESULT.json")
     parser.add_argument("--out", type=Path, help="directory for the plots; none draws none")
     parser.add_argument("--result", type=Path, help="file that keeps all results")

@@ -27,9 +27,7 @@ _MOST_IN_SHARD = 10_000
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = OneLineParser(
-        prog=_PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = OneLineParser(prog=_PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="folder data set")
     parser.add_argument("--batch-size", type=int, default=128, help="images a batch")
     parser.add_argument("--workers", type=int, default=2, help="threads or processes that decode")

@@ -83,9 +83,7 @@ class Statistics:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = OneLineParser(
-        prog=_PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = OneLineParser(prog=_PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="folder data set")
     parser.add_argument("--seeds", type=int, default=2, help="runs of each loader")
     parser.add_argument("--json", type=Path, help="where results are written")

@@ -33,9 +33,7 @@ _TRAIN = Path(__file__).resolve().parents[2] / "engine" / "train.py"
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = OneLineParser(
-        prog=_PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = OneLineParser(prog=_PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="folder data set of 32x32 images")
     parser.add_argument("--images", type=int, default=2_000_000, help="generated ones")
     parser.add_argument("--steps", type=int, default=200)

@@ -102,9 +102,7 @@ def normalisation(channels: int, size: int, device: str) -> dict[str, dict[str, 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, measure, print, write."""
-    parser = OneLineParser(
-        prog="rates.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = OneLineParser(prog="rates.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="file for the results")
     arguments = parser.parse_args(argv)

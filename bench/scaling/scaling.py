@@ -429,9 +429,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         SystemExit: 2 after one line that names what is wrong.
     """
-    parser = OneLineParser(
-        prog=_PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = OneLineParser(prog=_PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", action="store_true", help="time gloo's all-reduce and JPEG decoding here")
     parser.add_argument("--measure-training", action="store_true", help="time training steps here; takes minutes")
     parser.add_argument("--ranks", type=int, nargs="*", default=[2], help="of --measure-training: 2, 4, both or none")

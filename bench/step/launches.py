@@ -195,7 +195,7 @@ def step_launches(name: str, *, fused: bool, steps: int = 10) -> Counter[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Count, print."""
     form = argparse.RawDescriptionHelpFormatter
-    parser = OneLineParser(prog=_PROG, description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser = OneLineParser(prog=_PROG, description=__doc__, formatter_class=form)
     parser.add_argument("--all", action="store_true", help="every operation by name as well")
     arguments = parser.parse_args(argv)
     rows, named = [], []

@@ -70,9 +70,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         SystemExit: 2 after one line that names what is wrong.
     """
-    parser = OneLineParser(
-        prog=_PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = OneLineParser(prog=_PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", default="wrn-34-10", help="preact-resnet-18, preact-resnet-digits or wrn-DEPTH-WIDTH"
     )

@@ -85,9 +85,7 @@ def measure(settings: Settings, steps: int) -> tuple[dict[str, Any], str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, measure, print, write."""
-    parser = OneLineParser(
-        prog="where.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = OneLineParser(prog="where.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="wrn-34-10", help="a name of bench/step/step.py's")
     parser.add_argument("--batch-size", type=int, default=128, help="images a step")
     parser.add_argument("--method", choices=("at", "at-awp", "trades-awp"), default="at-awp")

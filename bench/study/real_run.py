@@ -285,9 +285,7 @@ def conduct(arguments: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse; conduct both, or train one."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    parser = OneLineParser(
-        prog=_PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = OneLineParser(prog=_PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, metavar="DATA", help="folder or archive of train/<class>/ and test/<class>/")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--seconds", type=float, default=390.0, help="for all of it")

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from awp_engine.cli.objects import evaluate, fit
     from awp_engine.models.trained import load_model
+    from awp_engine.objects import evaluate, fit
 
     __version__: str
 
@@ -20,7 +20,7 @@ def __getattr__(name: str) -> Any:
 
         return load_model
     if name in ("evaluate", "fit"):
-        from awp_engine.cli import objects
+        from awp_engine import objects
 
         return getattr(objects, name)
     if name == "__version__":

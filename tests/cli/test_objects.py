@@ -6,14 +6,20 @@ import threading
 
 import pytest
 import torch
+from commands import run_command
 from samples import images
 from torch import nn
 
 import awp_engine
-from awp_engine.cli import objects
-from awp_engine.config import ConfigError
+from awp_engine.checkpoint import CheckpointError, export_model, read_model
+from awp_engine.cli.command_line import parse_train
+from awp_engine.compare.read import read_run
+from awp_engine.config import ConfigError, load_config
+from awp_engine.config.model_names import source_of
 from awp_engine.data import DataError
 from awp_engine.evaluation.attacks import EvaluationError
+from awp_engine.evaluation.subject import require_named_data
+from awp_engine.models.given import given, given_data, name_of
 
 QUICK = {"epochs": 2, "attack.steps": 2, "evaluation.steps": 2, "global-batch-size": 16, "log": ["none"]}
 
@@ -42,6 +48,60 @@ def test_a_run_of_objects_is_trained_gone_on_with_and_loaded(data, tmp_path):
     with pytest.raises(awp_engine.checkpoint.CheckpointError, match="given as an object of Python: give it again"):
         awp_engine.load_model(done.run_dir)
     assert torch.equal(awp_engine.load_model(done.run_dir, model=network)(x), done.model(x))
+
+
+class Wide(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(64, 3))
+
+
+@pytest.fixture
+def run(data, tmp_path):
+    awp_engine.fit(network, *data, run_dir=tmp_path / "run", settings=QUICK | {"epochs": 1})
+    return tmp_path / "run"
+
+
+def test_two_models_are_two_settings(run, data, tmp_path):
+    done = awp_engine.fit(Wide(), *data, run_dir=tmp_path / "wide", settings=QUICK | {"epochs": 1})
+    configs = [load_config(place / "config.json") for place in (run, done.run_dir)]
+    assert [config.model.name for config in configs] == ["given(test_objects.network)", "given(test_objects.Wide)"]
+    assert [config.data.name for config in configs] == ["given-images"] * 2
+    first, second = (read_run(place).settings for place in (run, done.run_dir))
+    assert [key for key in first if first[key] != second[key]] == ["model.name"]
+    # what goes on with a trained model has the name of the class inside it
+    assert name_of(done.model) == configs[1].model.name
+    assert source_of(name_of(lambda: 0)) == source_of(name_of(Signed(1.0))) == "object"
+
+
+@pytest.mark.parametrize(
+    ("model", "images"),
+    [
+        ("given(test_objects.network)", "given-images"),
+        # of earlier runs
+        ("awp_engine.cli.objects:model", "awp_engine.cli.objects:data"),
+        # of a stranger, who would like it to be imported
+        ("given(os.abort)", "given-images"),
+    ],
+)
+def test_names_of_objects_load_nothing(run, data, model, images, tmp_path, monkeypatch, capsys):
+    config = (run / "config.json").read_text()
+    (run / "config.json").write_text(
+        config.replace("given(test_objects.network)", model).replace("given-images", images)
+    )
+    weights, metadata = read_model(run / "model.safetensors")
+    metadata |= {"model": metadata["model"].replace("given(test_objects.network)", model)}
+    export_model(run / "model.safetensors", weights, metadata)
+    with pytest.raises(CheckpointError, match="given as an object of Python: give it again"):
+        awp_engine.load_model(run)
+    assert awp_engine.load_model(run, model=network)(data[1][0]).shape == (15, 3)
+    assert run_command("evaluate", monkeypatch, run) == 2
+    with pytest.raises(EvaluationError, match=r"its run were given as objects of Python: give --data\.name"):
+        require_named_data(load_config(run / "config.json"), run)
+    with pytest.raises(SystemExit):
+        parse_train(["--config", str(run / "config.json"), "--run-dir", str(tmp_path / "new")])
+    first, second = capsys.readouterr().err.splitlines()[-2:]
+    assert "its model was given as an object of Python" in first
+    assert "data.name is an object of Python, which awp_engine.fit takes; give --data.name" in second
 
 
 def test_another_thread_may_train(data, tmp_path):
@@ -90,26 +150,27 @@ def test_a_module_is_measured_as_it_is(data, tmp_path):
     ],
 )
 def test_what_is_wrong_is_one_line(data, tmp_path, change, message):
-    given = {"model": network, "train": data[0], "test": data[1], "run_dir": tmp_path / "run"} | change
+    parts = {"model": network, "train": data[0], "test": data[1], "run_dir": tmp_path / "run"} | change
     with pytest.raises((ConfigError, DataError), match=message) as error:
-        awp_engine.fit(**given)
+        awp_engine.fit(**parts)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
-    assert objects.data == {}
+    with pytest.raises(ConfigError, match="given as objects of Python"):
+        given_data()
 
 
 def test_calls_of_two_threads_take_turns():
     seen = []
 
     def other():
-        with objects._given(network, {"test": 2}):
-            seen.append(objects.data)
+        with given(network, {"test": 2}):
+            seen.append(given_data())
 
-    with objects._given(network, {"test": 1}):
+    with given(network, {"test": 1}):
         thread = threading.Thread(target=other)
         thread.start()
         thread.join(0.2)
-        assert objects.data == {"test": 1}
+        assert given_data() == {"test": 1}
         assert not seen
     thread.join()
     assert seen == [{"test": 2}]

@@ -18,7 +18,7 @@ from awp_engine.checkpoint import export_model
 from awp_engine.config import Config, EvaluationConfig, ModelConfig, to_json
 from awp_engine.evaluation.certify import Progress, certify_checkpoint, summary
 from awp_engine.evaluation.smoothing import Certificate, Smoothing, certify, count_answers, lower_bound
-from awp_engine.models.trained import CONFIG_FILE, MODEL_FILE
+from awp_engine.files.run_places import CONFIG_FILE, MODEL_FILE
 from awp_engine.observe.bars import NoBar
 from awp_kernels.philox import mix_seed, normals
 
@@ -177,7 +177,7 @@ def test_a_killed_certification_goes_on_to_the_same_bits(run_dir, tmp_path):
     said = []
 
     def go(name: str, **more) -> dict:
-        done = certify_checkpoint(run_dir, SMOOTHING, images=6, output=tmp_path / name, say=said.append, **more)
+        done = certify_checkpoint(run_dir, SMOOTHING, limit=6, output=tmp_path / name, say=said.append, **more)
         written = json.loads((done.output / "certification.json").read_text())
         assert written == done.report
         return written
@@ -262,9 +262,9 @@ def test_the_command_prints_the_table_and_refuses_in_one_line(run_dir, tmp_path,
         ("--n", 9): "--n: expected at least 10 copies, or nothing can be certified at alpha 0.001",
         ("--n0", 0): "--n0: expected a whole number from 1",
         ("--alpha", 0.5): "--alpha: expected a probability",
-        ("--images", 0): "--limit: expected a whole number from 1",
-        ("--data-name", "cifar10"): "--data.root is required for cifar10",
-        ("--seed", -1): "--seed: expected a whole number in",
+        ("--images", 0): "--images: expected a whole number from 1",
+        ("--data.name", "cifar10"): "--data.root is required for cifar10",
+        ("--seed", -1): "--seed: expected a whole number >= 0",
     }.items():
         assert run_command("certify", monkeypatch, run_dir, *wrong) == 2
         errors = capsys.readouterr().err.splitlines()

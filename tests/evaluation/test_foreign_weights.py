@@ -132,9 +132,9 @@ def test_accuracy_at_chance_is_doubted_with_likely_causes(tmp_path: Path, monkey
     [
         (("{file}",), "does not say what model its weights are of: give --model.name"),
         (("{file}", *NAMED), "give --norm, --epsilon; usual are linf and 8/255 for CIFAR"),
-        (("{file}", "--model", "wrn-10-1", "--epsilon", "0", "--norm", "l2"), "measure it: give --data.name\n"),
+        (("{file}", "--model.name", "wrn-10-1", "--epsilon", "0", "--norm", "l2"), "measure it: give --data.name\n"),
         (
-            ("--model", "nets.py:make", "--weights", "{file}", *NAMED[4:], "--epsilon", "0", "--norm", "l2"),
+            ("--model.name", "nets.py:make", "--weights", "{file}", *NAMED[4:], "--epsilon", "0", "--norm", "l2"),
             "error: --model.name: expected a Python file",
         ),
         (("{file}", *NAMED, "--epsilon", "0", "--norm", "l2", "--attacks", "autoatack"), "did you mean autoattack?"),
@@ -145,7 +145,7 @@ def test_accuracy_at_chance_is_doubted_with_likely_causes(tmp_path: Path, monkey
             "another width, size of images, or number of classes?",
         ),
         (
-            ("--model", "wrn-10-1", *NAMED[4:], "--epsilon", "0", "--norm", "l2"),
+            ("--model.name", "wrn-10-1", *NAMED[4:], "--epsilon", "0", "--norm", "l2"),
             "--weights: expected a file: wrn-10-1 as",
         ),
         (("{file}", "--weights", "{file}", *NAMED), "expected one of them"),
@@ -340,11 +340,11 @@ def test_code_of_the_users_makes_the_model(tmp_path: Path, monkeypatch, capsys) 
     given = ("--data.name", "digits", "--epsilon", "1/5", "--norm", "linf", *QUICK, "--output", tmp_path / "out")
     rights = []
     for arguments, by in (
-        (("--model", f"{nets}:trained"), "the network's own"),
-        (("--model", f"{nets}:own", "--weights", whole), "the network's own"),
-        (("--model", f"{nets}:own", "--weights", bare), "the network's own"),
-        (("--model", f"{nets}:plain", "--weights", whole), "the file's"),
-        (("--model", f"{nets}:plain", "--weights", bare), "the file's"),
+        (("--model.name", f"{nets}:trained"), "the network's own"),
+        (("--model.name", f"{nets}:own", "--weights", whole), "the network's own"),
+        (("--model.name", f"{nets}:own", "--weights", bare), "the network's own"),
+        (("--model.name", f"{nets}:plain", "--weights", whole), "the file's"),
+        (("--model.name", f"{nets}:plain", "--weights", bare), "the file's"),
     ):
         # untrained: at chance, which makes it unreliable
         assert run_command("evaluate", monkeypatch, *arguments, *given) == 3

@@ -21,7 +21,8 @@ from awp_engine.config import Config, DataConfig, ModelConfig, to_json
 from awp_engine.data import data_loading, eval_batches, load_dataset
 from awp_engine.evaluation.predict import find_images, find_intake, predict_files
 from awp_engine.evaluation.subject import load_subject
-from awp_engine.models.trained import CONFIG_FILE, MODEL_FILE, ModelDescription
+from awp_engine.files.run_places import CONFIG_FILE, MODEL_FILE
+from awp_engine.models.trained import ModelDescription
 
 
 def write_run(path: Path, model: ModelDescription, data: DataConfig) -> Path:

@@ -16,6 +16,7 @@ PICTURE = structure.ROOT / "docs" / "architecture.svg"
 # one line each for what does not fit into the name
 WINGS = {
     "cli": ("awp train, evaluate,", "landscape, data, checkpoint"),
+    "objects": ("fit and evaluate, for", "notebooks and scripts"),
     "train": ("the loop, its setup and", "state, selection"),
     "compare": ("runs side by side:", "tables, curves, a page"),
     "landscape": ("loss around the weights,", "flatness"),

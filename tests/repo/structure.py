@@ -17,9 +17,9 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
-# from top to bottom: a wing imports from lower floors; `device` is a module
+# from top to bottom: a wing imports from lower floors; `device` and `objects` are modules
 FLOORS = (
-    ("cli",),
+    ("cli", "objects"),
     ("train", "landscape", "compare"),
     ("evaluation",),
     ("step", "data"),

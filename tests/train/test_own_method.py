@@ -44,9 +44,9 @@ def code(tmp_path):
 
 
 def train(*arguments):
-    from awp_engine.cli.train import train as train_run
     from awp_engine.distributed.ranks import Ranks
     from awp_engine.distributed.signals import StopRequest
+    from awp_engine.train.run import train as train_run
 
     return train_run(parse_train([*map(str, arguments), *TINY]), Ranks(), StopRequest())
 

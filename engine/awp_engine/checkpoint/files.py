@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
 
+from awp_engine.config.errors import UserError
 from awp_engine.files.atomic import disk
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint that could not be written, or is not what was written; the message is one line with the path."""
 
 

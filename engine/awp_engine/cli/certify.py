@@ -3,11 +3,11 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from awp_engine.cli.command_line import OneLineParser, fail, thread_count, whole_number
-from awp_engine.config import ConfigError
+from awp_engine.cli.command_line import OneLineParser, fail
+from awp_engine.cli.frame import Defaults, add_alias, add_shared, ending, prepare, whole_number
+from awp_engine.cli.model_flags import PLACE, add_model, named_model, place, require_model, rest_of
 from awp_engine.files.text import printable
 
 if TYPE_CHECKING:
@@ -30,50 +30,22 @@ def parse(argv: Sequence[str] | None = None, prog: str = "certify.py") -> argpar
         "within which that answer cannot change.",
         epilog="A network that was not trained on noisy images certifies little. The same command goes on where it was "
         "interrupted. An image takes N0 + N answers of the network.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-        common=("path", "sigma", "images", "n", "checkpoint", "device", "output"),
+        formatter_class=Defaults,
+        common=("path", "sigma", "limit", "n", "checkpoint", "device", "output", "model_name", "model_weights"),
     )
-    hidden = argparse.SUPPRESS
     add = parser.add_argument
-    add("path", type=Path, metavar="RUN_OR_CHECKPOINT", help="run directory, checkpoint or .safetensors file")
+    add("path", type=place, nargs="?", metavar="RUN_OR_CHECKPOINT", help=PLACE)
     add("--sigma", type=float, metavar="X", default=0.25, help="standard deviation of the noise")
-    add(
-        "--limit",
-        "--images",
-        dest="images",
-        type=whole_number,
-        metavar="N",
-        default=100,
-        help="so many images of the test split",
-    )
-    add("--n0", type=whole_number, default=100, help="noisy copies of an image that choose its class")
-    add("--n", type=whole_number, default=10_000, help="noisy copies of an image")
+    add_shared(parser, "limit", default=100)
+    add_alias(parser, "--images", "limit")
+    add("--n0", type=whole_number(), default=100, help="noisy copies of an image that choose its class")
+    add("--n", type=whole_number(), default=10_000, help="noisy copies of an image")
     add("--alpha", type=float, default=0.001, help="probability that an image's certificate is wrong")
-    add("--checkpoint", default="best", metavar="NAME", help="of a run: best, last, or a name or path")
-    add("--seed", type=whole_number, default=hidden, help="of the noise; that of the run's own evaluation if not given")
-    add("--batch-size", type=whole_number, default=hidden, help="noisy copies at a time")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU if there is one")
-    add("--threads", type=thread_count, default=hidden, help="CPU threads")
-    add(
-        "--data.name",
-        "--data-name",
-        dest="data_name",
-        metavar="NAME",
-        default=hidden,
-        help="data set, for weights that belong to no run",
-    )
-    add(
-        "--data.root",
-        "--data-root",
-        dest="data_root",
-        metavar="DIR",
-        type=Path,
-        default=hidden,
-        help="directory of the data set",
-    )
-    add("--output", type=Path, metavar="DIR", default=hidden, help="of the report; RUN_DIR/evaluation if not given")
-    return parser.parse_args(argv)
+    add_model(parser)
+    add_shared(parser, "seed", "batch-size", "device", "threads", "data.name", "data.root", "output")
+    arguments = parser.parse_args(argv)
+    require_model(parser, arguments, [] if arguments.path is None else [arguments.path])
+    return arguments
 
 
 def show(done: "Certified") -> None:
@@ -107,45 +79,29 @@ def show(done: "Certified") -> None:
 
 def main(argv: Sequence[str] | None = None, prog: str = "certify.py") -> None:
     """Parse, build, run, close."""
-    arguments = vars(parse(argv, prog))
+    given = vars(parse(argv, prog))
+    prepare(given.pop("threads"))
 
-    import torch
-
-    from awp_engine.checkpoint import CheckpointError
-    from awp_engine.data import DataError
-    from awp_engine.device import full_precision
-    from awp_engine.distributed.signals import interrupted_code, interrupts
-    from awp_engine.evaluation.attacks import EvaluationError
     from awp_engine.evaluation.certify import certify_checkpoint
     from awp_engine.evaluation.smoothing import Smoothing
     from awp_engine.observe.bars import Bar
 
-    if (threads := arguments.pop("threads", None)) is not None:
-        torch.set_num_threads(threads)
-    full_precision()
-    given = {name: arguments.pop(name) for name in ("sigma", "n0", "n", "alpha")}
     try:
-        smoothing = Smoothing(**given)
+        smoothing = Smoothing(**{name: given.pop(name) for name in ("sigma", "n0", "n", "alpha")})
     except ValueError as error:
         fail(f"--{error}", prog=prog)
-    try:
-        with interrupts():
-            # what is left has the names of its arguments
-            done = certify_checkpoint(
-                **arguments,
-                smoothing=smoothing,
-                say=lambda line: print(printable(line), flush=True),
-                bars=Bar,
-                tell=show,
-            )
-    except (ConfigError, DataError, CheckpointError, EvaluationError) as error:
-        fail(str(error), prog=prog)
-    except torch.OutOfMemoryError:
-        fail("the device has too little memory for such batches: give a smaller --batch-size", code=1, prog=prog)
-    except OSError as error:
-        fail(f"{error.filename or arguments['path']}: {error.strerror or error}", code=1, prog=prog)
-    except KeyboardInterrupt as interrupt:
-        fail("interrupted; the same command goes on where it was", code=interrupted_code(interrupt), prog=prog)
+    with ending(
+        prog,
+        interrupted="interrupted; the same command goes on where it was",
+        place=given["output"] or given["path"],
+    ):
+        done = certify_checkpoint(
+            **named_model(given, given["path"]) | rest_of(given),
+            smoothing=smoothing,
+            say=lambda line: print(printable(line), flush=True),
+            bars=Bar,
+            tell=show,
+        )
     print(f"report in {printable(str(done.output))}")
 
 

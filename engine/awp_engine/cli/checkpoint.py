@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from awp_engine.cli.command_line import OneLineParser, fail
-from awp_engine.config import ConfigError
-from awp_engine.distributed.signals import interrupted_code, interrupts
+from awp_engine.cli.command_line import OneLineParser
+from awp_engine.cli.frame import ending
 from awp_engine.files.locking import LOCK, locked
+from awp_engine.files.run_places import CHECKPOINTS
 from awp_engine.files.text import printable
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ def _found(place: Path) -> list[Path]:
     """The checkpoints that `place` means, oldest first."""
     from awp_engine.checkpoint import CheckpointError, names, position
     from awp_engine.checkpoint.layout import MANIFEST
-    from awp_engine.models.trained import CHECKPOINTS
 
     try:
         if (place / MANIFEST).exists() or (position(place.name) is not None and place.is_dir()):
@@ -174,22 +173,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "awp checkpoint") -> int
     if arguments.command == "export" and arguments.output.suffix != ".safetensors":
         parser.error(f"OUT.safetensors: expected a name that ends so, got {str(arguments.output)!r}")
 
-    from awp_engine.checkpoint import CheckpointError
-
-    try:
-        with interrupts():
-            if arguments.command == "verify":
-                return _verify(arguments.place)
-            if arguments.command == "list":
-                return _list(arguments.place)
-            # of that one file: the directory may be anyone's
-            with locked(arguments.output.parent, f"{LOCK}-{arguments.output.name}"):
-                return _export(arguments.place, arguments.output, arguments.weights)
-    except ConfigError as error:
-        fail(str(error), prog=prog)
-    except CheckpointError as error:
-        fail(str(error), code=1, prog=prog)
-    except OSError as error:
-        fail(f"{error.filename or arguments.place}: {error.strerror or error}", code=1, prog=prog)
-    except KeyboardInterrupt as interrupt:
-        fail(f"{arguments.command} was interrupted", code=interrupted_code(interrupt), prog=prog)
+    interrupted = f"{arguments.command} was interrupted"
+    with ending(prog, interrupted=interrupted, unusable=1, place=arguments.place):
+        if arguments.command == "verify":
+            return _verify(arguments.place)
+        if arguments.command == "list":
+            return _list(arguments.place)
+        # of that one file: the directory may be anyone's
+        with locked(arguments.output.parent, f"{LOCK}-{arguments.output.name}"):
+            return _export(arguments.place, arguments.output, arguments.weights)

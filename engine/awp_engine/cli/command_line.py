@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import functools
 import os
@@ -15,9 +14,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from awp_engine.config import Config, ConfigError, expectation, flag, show
-from awp_engine.config.data_sets import is_own
+from awp_engine.config.data_sets import is_given, is_own
 from awp_engine.config.identity import from_flat, key_types, load_settings, to_flat
-from awp_engine.config.model_names import is_code
+from awp_engine.config.model_names import is_code, source_of
 from awp_engine.config.presets import DEFAULT, PRESETS, build_preset
 from awp_engine.config.schema import Word, coerce, did_you_mean, fields, help_texts, is_switch
 from awp_engine.files.text import one_line
@@ -69,25 +68,6 @@ def other_command(prog: str, name: str, *arguments: object) -> str:
     return shlex.join([*start, *map(str, arguments)])
 
 
-def whole_number(text: str) -> int:
-    """An argument's value, as `type=` of an argparse flag."""
-    try:
-        number = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {show(text)}") from None
-    if abs(number) >= 2**63:
-        raise argparse.ArgumentTypeError(f"expected a whole number below 2^63, got {show(number)}")
-    return number
-
-
-def thread_count(text: str) -> int:
-    """The same for a number of threads: the system starts as many as it is told, until it has no room for another."""
-    number = whole_number(text)
-    if not 1 <= number <= 1024:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 1024, got {number}")
-    return number
-
-
 class _Help(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> None:
         assert isinstance(parser, OneLineParser)
@@ -104,7 +84,7 @@ class OneLineParser(argparse.ArgumentParser):
     """
 
     def __init__(self, *, common: Sequence[str] | None = None, **arguments: Any) -> None:
-        super().__init__(**arguments, add_help=False)
+        super().__init__(**arguments, allow_abbrev=False, add_help=False)
         self._common = common
         add = functools.partial(self.add_argument, action=_Help, nargs=0, default=argparse.SUPPRESS)
         add("-h", "--help", help="the most used flags" if common else "this text")
@@ -112,7 +92,8 @@ class OneLineParser(argparse.ArgumentParser):
 
     def _hidden(self) -> list[argparse.Action]:
         shown = None if self._common is None else {"help", "help_all", *self._common}
-        return [] if shown is None else [action for action in self._actions if action.dest not in shown]
+        known = [action for action in self._actions if action.help != argparse.SUPPRESS]
+        return [] if shown is None else [action for action in known if action.dest not in shown]
 
     def short_help(self) -> str:
         """What --help shows: the common arguments, in few lines."""
@@ -124,10 +105,7 @@ class OneLineParser(argparse.ArgumentParser):
         formatter.add_usage(self.usage or " ".join(["%(prog)s", *named, "[flags]"]), [], [])
         formatter.add_text(self.description)
         hidden = self._hidden()
-        # of a flag's names the first one
-        flags = [copy.copy(action) for action in self._actions if action.option_strings and action not in hidden]
-        for action in flags:
-            action.option_strings = action.option_strings[: 2 if action.dest == "help" else 1]
+        flags = [action for action in self._actions if action.option_strings and action not in hidden]
         for title, group in (("", given), ("flags", flags)):
             formatter.start_section(title or None)
             formatter.add_arguments(group)
@@ -140,7 +118,13 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the program as `fail` does."""
-        fail(f"{message}; {'--help-all' if self._hidden() else '--help'} lists the flags", prog=self.prog, once=True)
+        hint = f"{'--help-all' if self._hidden() else '--help'} lists the flags"
+        if (given := message.removeprefix("unrecognized arguments: ")) != message:
+            flag, shown = given.split()[0], [action for action in self._actions if action.help != argparse.SUPPRESS]
+            known = [name for action in shown for name in action.option_strings]
+            longer = next((name for name in known if name.startswith(flag)), None)
+            hint = f"did you mean {longer}?" if longer else did_you_mean(flag, known, hint)
+        fail(f"{message}; {hint}", prog=self.prog, once=True)
 
 
 def _off(name: str) -> str:
@@ -287,6 +271,9 @@ def _parse(argv: Sequence[str], prog: str) -> Config:
     file = given.pop("config", None)
     in_file = {} if file is None else load_settings(file)
     own = in_file.get("data.name", "")
+    objects = {"data.name": is_given(own), "model.name": source_of(in_file.get("model.name", "")) == "object"}
+    if key := next((key for key, is_object in objects.items() if is_object and key not in given), None):
+        raise ConfigError(f"{file}: {key} is an object of Python, which awp_engine.fit takes; give {flag(key)}")
     if is_own(own) and "data.name" not in given:
         raise ConfigError(
             f"{file}: data.name is {own}, Python code that is not run because a file names it: if you trust it, give "

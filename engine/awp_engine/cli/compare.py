@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from awp_engine.cli.command_line import OneLineParser, fail
-from awp_engine.config import ConfigError
+from awp_engine.cli.command_line import OneLineParser
+from awp_engine.cli.frame import add_shared, ending
 from awp_engine.files.text import printable
 
 if TYPE_CHECKING:
@@ -30,12 +29,11 @@ def parse(argv: Sequence[str] | None = None, prog: str = "compare.py") -> argpar
         "two settings, of the second minus the first. Runs that differ in their seed alone are one row, with mean and "
         "standard deviation. Runs that were measured on other images or by another attack get a table of their own. "
         "Nothing is trained or measured: it reads what `train` and `evaluate` wrote.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="run directories, directories of runs, or patterns such as 'runs/at-*'")
     add("--format", choices=FORMATS, default="text", help="of the tables that are printed (text)")
-    add("--output", type=Path, metavar="DIR", help="also write compare.html, compare.json and curves.png there")
+    add_shared(parser, "output", help="also write compare.html, compare.json and curves.png there")
     return parser.parse_args(argv)
 
 
@@ -71,7 +69,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "compare.py") -> None:
     def warn(line: str) -> None:
         print(f"{prog}: {line}", file=sys.stderr)
 
-    try:
+    with ending(prog, place=arguments.output):
         if arguments.output is not None:
             prepare_output(arguments.output)
         runs, left_out = read_runs(arguments.runs)
@@ -88,12 +86,6 @@ def main(argv: Sequence[str] | None = None, prog: str = "compare.py") -> None:
 
             for path in write(arguments.output, sections, left_out, warn):
                 warn(f"wrote {printable(str(path))}")
-    except ConfigError as error:
-        fail(str(error), prog=prog)
-    except OSError as error:
-        fail(f"{error.filename}: {error.strerror or error}", code=1, prog=prog)
-    except KeyboardInterrupt:
-        fail("interrupted", code=130, prog=prog)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from awp_engine.cli.command_line import OneLineParser, fail
-from awp_engine.config import ConfigError
+from awp_engine.cli.command_line import OneLineParser
+from awp_engine.cli.frame import ending, whole_number
 from awp_engine.config.data_sets import PUBLIC
-from awp_engine.distributed.signals import interrupted_code, interrupts
 from awp_engine.files.locking import LOCK, locked
 from awp_engine.files.text import one_line
 
@@ -31,12 +30,6 @@ def _size(text: str) -> int:
     if not match or int(match[1]) == 0:
         raise argparse.ArgumentTypeError(f"expected a number of bytes such as 256M or 1G, got {text!r}")
     return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]]
-
-
-def _count(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,4}", text) or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 9999, got {text!r}")
-    return int(text)
 
 
 def _show(scan: Scan, root: Path, path: Path) -> None:
@@ -159,9 +152,8 @@ def _parser(prog: str) -> OneLineParser:
         place = "the shards" if name == "verify" else "image folder with train/<class>/ and test/<class>/ (or val)"
         command.add_argument("place", type=Path, metavar="OUT" if name == "verify" else "DIR", help=place)
         if name != "verify":
-            command.add_argument(
-                "--workers", type=_count, default=workers or 1, metavar="N", help="processes (default: one a core)"
-            )
+            text = "processes (default: one a core)"
+            command.add_argument("--workers", type=whole_number(1, 9999), default=workers or 1, metavar="N", help=text)
         if name == "scan":
             command.add_argument("--out", type=Path, metavar="FILE", help=f"the list (default: DIR/{LIST_NAME})")
             command.add_argument("--skip-pixels", action="store_true", help="read headers alone, decode nothing")
@@ -195,23 +187,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "awp data") -> int:
     """
     arguments = _parser(prog).parse_args(argv)
 
-    from awp_engine.data.dataset import DataError
-    from awp_engine.data.loaders.workers import WorkerError
-
     command = {"scan": _scan, "pack": _pack, "verify": _verify, "get": _get}[arguments.command]
     # A scan says by 1 that there are bad files, and nothing else.
     code = 2 if arguments.command == "scan" else 1
-    try:
-        with interrupts():
-            return command(arguments)
-    except ConfigError as error:
-        fail(str(error), prog=prog)
-    except (DataError, WorkerError) as error:
-        fail(str(error), code=code, prog=prog)
-    except OSError as error:
-        place = error.filename or getattr(arguments, "out", None) or arguments.place
-        fail(f"{place}: {error.strerror or error}", code=code, prog=prog)
-    except KeyboardInterrupt as interrupt:
-        code = interrupted_code(interrupt)
-        kept = "the same command goes on where it ended" if arguments.command == "get" else "nothing was written"
-        fail(f"{arguments.command} was interrupted; {kept}", code=code, prog=prog)
+    kept = "the same command goes on where it ended" if arguments.command == "get" else "nothing was written"
+    interrupted = f"{arguments.command} was interrupted; {kept}"
+    place = getattr(arguments, "out", None) or arguments.place
+    with ending(prog, interrupted=interrupted, unusable=code, failed=code, place=place):
+        return command(arguments)

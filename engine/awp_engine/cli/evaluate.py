@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from awp_engine.cli.command_line import OneLineParser, fail, thread_count, whole_number
-from awp_engine.cli.foreign import add_foreign, of_run, place, pop_foreign, require_foreign
-from awp_engine.config import ConfigError
+from awp_engine.cli.command_line import OneLineParser
+from awp_engine.cli.frame import add_shared, ending, prepare, whole_number
+from awp_engine.cli.model_flags import PLACE, add_model, named_model, place, require_model, rest_of
 from awp_engine.files.text import printable
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def _counts(text: str) -> tuple[int, ...]:
 
 
 def _images(text: str) -> int:
-    return 0 if text == "all" else whole_number(text)
+    return 0 if text == "all" else whole_number()(text)
 
 
 def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argparse.Namespace:
@@ -59,65 +59,29 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
         "evaluation-DATA-IMAGES-NORM-EPSILON-HASH, the hash of all that was asked for. An image counts as right under "
         "attack only if it is right without one too. Exit code 0: "
         "measured; 3: measured, with reasons not to believe it, which are named; 2 and 1: not measured, not written.",
-        allow_abbrev=False,
         common=(
             *("path", "attacks", "checkpoint", "norm", "epsilon", "limit", "device", "output"),
             *("model_name", "model_weights", "data_name", "data_root"),
         ),
     )
     add = parser.add_argument
-    add(
-        "path",
-        type=place,
-        nargs="?",
-        metavar="RUN_OR_CHECKPOINT",
-        help="run directory, checkpoint or hf://OWNER/NAME",
-    )
+    add("path", type=place, nargs="?", metavar="RUN_OR_CHECKPOINT", help=PLACE)
     add("--attacks", nargs="+", metavar="NAME", help="clean fgsm pgd20 cw if not given")
-    add("--checkpoint", default="best", metavar="NAME", help="of a run: best, last, or a name or path")
+    add_model(parser)
     add("--epsilon", metavar="X", help="radius of the ball on pixels in [0, 1]: 8/255")
     add("--norm", choices=("linf", "l2", "l1"), help="norm of the ball")
     add("--step-size", help="step of pgd and cw; the run's own in its own ball, else epsilon / 4")
-    add("--restarts", type=whole_number, default=1, help="random starts of pgd and cw; an image must hold in all")
-    add("--limit", type=whole_number, metavar="N", help="test on N images, evenly spread over the split")
-    add("--seed", type=whole_number, help="of all noise; the one of the run's own evaluation if not given")
-    add("--batch-size", type=whole_number, metavar="N", help="images a batch")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU if there is one")
-    add("--threads", type=thread_count, help="CPU threads")
-    add("--data.name", "--data-name", dest="data_name", metavar="NAME", help="data set, where it is not the run's own")
-    add(
-        "--data.root",
-        "--data-root",
-        dest="data_root",
-        type=Path,
-        metavar="DIR",
-        help="its directory; the test part is enough",
-    )
-    add(
-        "--data.corruption",
-        "--data-corruption",
-        dest="data_corruption",
-        metavar="KIND",
-        help="of cifar10-c, cifar100-c, imagenet-c, folder-c",
-    )
-    add(
-        "--data.severity",
-        "--data-severity",
-        dest="data_severity",
-        type=whole_number,
-        metavar="N",
-        help="of the corruption, 1 to 5",
-    )
+    add("--restarts", type=whole_number(), default=1, help="random starts of pgd and cw; an image must hold in all")
+    add_shared(parser, "limit", "seed", "batch-size", "device", "threads", "data.name", "data.root")
+    text = "of cifar10-c, cifar100-c, imagenet-c, folder-c"
+    add("--data.corruption", dest="data_corruption", metavar="KIND", help=text)
+    severity = whole_number(1, 5)
+    add("--data.severity", dest="data_severity", type=severity, metavar="N", help="of the corruption, 1 to 5")
     add(
         "--transfer-to", type=Path, metavar="PATH", help="second run or checkpoint: do the attacked images fool it too?"
     )
-    add(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="for reports; RUN/evaluation if not given",
-    )
-    add("--gates-limit", type=whole_number, default=200, metavar="N", help="images of the sanity gates (200)")
+    add_shared(parser, "output")
+    add("--gates-limit", type=whole_number(), default=200, metavar="N", help="images of the sanity gates (200)")
     add("--no-gates", action="store_true", help="leave out the sanity gates, and the curves they are read from")
     add(
         "--eot",
@@ -142,7 +106,6 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
         help="write every attack's images, N of them evenly spread, as images-NAME-ATTACK.safetensors",
     )
     add("--again", action="store_true", help="measure, though the same was measured before")
-    add_foreign(parser)
     group = parser.add_argument_group("RobustBench", "writes robustbench.json, its model_info format; needs autoattack")
     group.add_argument("--robustbench", action="store_true", help="write it")
     group.add_argument("--link", default="", help="of the paper")
@@ -155,9 +118,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
     )
     group.add_argument("--additional-data", action="store_true", help="other images than the training set were used")
     arguments = parser.parse_args(argv)
-    if arguments.path is None and arguments.model_name is None:
-        parser.error("RUN_OR_CHECKPOINT: expected a path, or --model.name with --weights")
-    require_foreign(parser, arguments, [] if arguments.path is None else [arguments.path])
+    require_model(parser, arguments, [] if arguments.path is None else [arguments.path])
     return arguments
 
 
@@ -192,60 +153,34 @@ def show(done: "Evaluated", *, per_class: bool = False) -> None:
 
 def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
     """Parse, build, run, close."""
-    arguments = vars(parse(argv, prog))
+    given = vars(parse(argv, prog))
+    prepare(given.pop("threads"))
 
-    import torch
-
-    from awp_engine.checkpoint import CheckpointError
-    from awp_engine.data import DataError
-    from awp_engine.device import full_precision
     from awp_engine.distributed.ranks import errors_told
-    from awp_engine.distributed.signals import interrupted_code, interrupts
     from awp_engine.evaluation.adaptive import EOT_DRAWS
     from awp_engine.evaluation.asked import DEFAULT_ATTACKS
-    from awp_engine.evaluation.attacks import EvaluationError
     from awp_engine.evaluation.robustbench import Publication
     from awp_engine.evaluation.run import evaluate_checkpoint
     from awp_engine.evaluation.shares import sharing
     from awp_engine.observe.bars import Bar
 
-    if (threads := arguments.pop("threads")) is not None:
-        torch.set_num_threads(threads)
-    full_precision()
-    publication = Publication(**{field.name: arguments.pop(field.name) for field in dataclasses.fields(Publication)})
-    if arguments.pop("robustbench"):
-        arguments["publication"] = publication
-    arguments["attacks"] = arguments["attacks"] or DEFAULT_ATTACKS
-    arguments["eot_draws"] = arguments.pop("eot") or EOT_DRAWS
-    tell = functools.partial(show, per_class=arguments.pop("per_class"))
-    foreign = pop_foreign(arguments)
-    if foreign["name"] is not None and of_run([arguments["path"]]):
-        arguments["model"] = foreign["name"]
-    elif foreign["name"] is not None:
-        from awp_engine.evaluation.foreign import Foreign
-
-        # weights may stand in the place of a run
-        foreign["weights"] = foreign["weights"] or arguments["path"]
-        arguments |= {"path": None, "foreign": Foreign(**foreign)}
-    if arguments.pop("no_gates"):
-        arguments["gates_limit"] = None
-    try:
-        with errors_told(), interrupts(), sharing(arguments["device"]) as ranks:
-            # what is left has the names of its arguments
-            given = arguments | {"say": lambda line: print(line, flush=True), "bar": Bar, "tell": tell}
-            done = evaluate_checkpoint(**given, ranks=ranks)
-    except (ConfigError, DataError, CheckpointError, EvaluationError) as error:
-        fail(str(error), prog=prog)
-    except torch.OutOfMemoryError:
-        fail("the device has too little memory for such batches: give a smaller --batch-size", code=1, prog=prog)
-    except OSError as error:
-        fail(f"{error.filename or arguments['path']}: {error.strerror or error}", code=1, prog=prog)
-    except KeyboardInterrupt as interrupt:
-        resume = (
-            "interrupted; finished attacks are in evaluation-*.partial.json of the output directory, and the same "
-            "command again goes on with autoattack where it was"
-        )
-        fail(resume, code=interrupted_code(interrupt), prog=prog)
+    asked = named_model(given, given["path"]) | rest_of(given)
+    publication = Publication(**{field.name: asked.pop(field.name) for field in dataclasses.fields(Publication)})
+    if asked.pop("robustbench"):
+        asked["publication"] = publication
+    asked["attacks"] = asked["attacks"] or DEFAULT_ATTACKS
+    asked["eot_draws"] = asked.pop("eot") or EOT_DRAWS
+    if asked.pop("no_gates"):
+        asked["gates_limit"] = None
+    tell = functools.partial(show, per_class=asked.pop("per_class"))
+    resume = (
+        "interrupted; finished attacks are in evaluation-*.partial.json of the output directory, and the same "
+        "command again goes on with autoattack where it was"
+    )
+    ended = ending(prog, interrupted=resume, place=given["output"] or given["path"])
+    with ended, errors_told(), sharing(given["device"]) as ranks:
+        say = functools.partial(print, flush=True)
+        done = evaluate_checkpoint(**asked, say=say, bar=Bar, tell=tell, ranks=ranks)
     if not ranks.is_first:
         return
     print(f"reports in {printable(str(done.output))}")

@@ -1,13 +1,49 @@
 """`awp export RUN_OR_CHECKPOINT --hub DIR`: a trained model for others."""
 
+from __future__ import annotations
+
 import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from awp_engine.cli.command_line import OneLineParser, fail
-from awp_engine.config import ConfigError
+from awp_engine.cli.command_line import OneLineParser, other_command
+from awp_engine.cli.frame import ending
+from awp_engine.cli.model_flags import PLACE, add_described, add_model, described, named_model, place, require_model
 from awp_engine.files.text import printable
+
+if TYPE_CHECKING:
+    from awp_engine.evaluation.subject import Subject
+
+
+def write_state_dict(path: Path, subject: Subject, prog: str) -> None:
+    """Writes the network's weights as `torch.save` does, and says what they are to be measured with elsewhere."""
+    import numpy as np
+    import torch
+
+    from awp_engine.files.atomic import replace_file
+    from awp_engine.models.trained import read_trained
+
+    model = subject.model
+    assert subject.source is not None or subject.description is not None
+    description = subject.description or read_trained(subject.source)[2]
+    torch.save(model.state_dict(), content := io.BytesIO())
+    replace_file(path, content.getvalue())
+    again: list[Any] = ["--model.name", description.name, "--weights", path]
+    if description.width is not None:
+        again += ["--model.width", description.width]
+    if description.activation != "relu":
+        again += ["--model.activation", description.activation]
+    for name, buffer in (("mean", model.mean), ("std", model.std)):
+        # as few digits as give the same number in fp32
+        again += [f"--model.{name}", *buffer.flatten().cpu().numpy().astype(np.float32)]
+    config = subject.config
+    again += ["--data.name", "NAME" if config is None else config.data.name, "--data.root", "DIR"]
+    again += ["--norm", "linf" if config is None else config.attack.norm]
+    again += ["--epsilon", "8/255" if config is None else config.attack.epsilon]
+    print("its network takes images normalised by that mean and deviation:")
+    print("  " + printable(other_command(prog, "evaluate", *again)))
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "awp export") -> None:
@@ -19,11 +55,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "awp export") -> None:
     parser = OneLineParser(
         prog=prog,
         description="Writes a trained model for others. `awp checkpoint export` writes other weights of a checkpoint.",
-        allow_abbrev=False,
+        common=("path", "checkpoint", "hub", "repository", "state_dict", "model_name", "model_weights"),
     )
     add = parser.add_argument
-    add("path", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run directory, a checkpoint or a .safetensors file")
-    add("--checkpoint", default="best", metavar="best|last|NAME", help="which weights of a run directory")
+    add("path", type=place, nargs="?", metavar="RUN_OR_CHECKPOINT", help=PLACE)
     add(
         "--hub",
         type=Path,
@@ -38,47 +73,32 @@ def main(argv: Sequence[str] | None = None, prog: str = "awp export") -> None:
         metavar="FILE.pt",
         help="a state dict for torch.load, by the names of the public code; images must be normalised before it",
     )
+    add_model(parser)
+    add_described(parser)
     arguments = parser.parse_args(argv)
+    require_model(parser, arguments, [] if arguments.path is None else [arguments.path])
     if arguments.hub is None and arguments.state_dict is None:
         parser.error("--hub or --state-dict: expected one of them, for what is to be written")
     if arguments.state_dict is not None and os.path.lexists(arguments.state_dict):
         parser.error(f"--state-dict: {arguments.state_dict} is there already; choose another name")
+    if arguments.model_name is None and arguments.image_size is not None:
+        parser.error("--image-size: goes with --model.name; a run says how large its images were")
 
-    import torch
-
-    from awp_engine.checkpoint import CheckpointError
-    from awp_engine.distributed.signals import interrupted_code, interrupts
-    from awp_engine.evaluation.attacks import EvaluationError
     from awp_engine.evaluation.hub_folder import export_folder
-    from awp_engine.evaluation.subject import load_subject
-    from awp_engine.files.atomic import replace_file
+    from awp_engine.evaluation.opened import open_model
+
+    def say(line: str) -> None:
+        print(printable(line), flush=True)
 
     written: list[Path] = []
-    try:
-        with interrupts():
-            if arguments.hub is not None:
-                written += export_folder(
-                    arguments.path,
-                    arguments.hub,
-                    which=arguments.checkpoint,
-                    repository=arguments.repository,
-                    say=lambda line: print(printable(line)),
-                )
-            if arguments.state_dict is not None:
-                subject = load_subject(arguments.path, which=arguments.checkpoint)
-                mean, std = (buffer.flatten().tolist() for buffer in (subject.model.mean, subject.model.std))
-                torch.save(subject.model.state_dict(), content := io.BytesIO())
-                replace_file(arguments.state_dict, content.getvalue())
-                print(f"the state dict's network takes images normalised by mean {mean} and std {std}")
-                written.append(arguments.state_dict)
-    except (ConfigError, EvaluationError) as error:
-        fail(str(error), prog=prog)
-    except CheckpointError as error:
-        fail(str(error), code=1, prog=prog)
-    except OSError as error:
-        fail(f"{error.filename or arguments.path}: cannot be written: {error.strerror}", code=1, prog=prog)
-    except KeyboardInterrupt as interrupt:
-        fail("interrupted", code=interrupted_code(interrupt), prog=prog)
+    with ending(prog, place=arguments.hub or arguments.state_dict):
+        asked = named_model(vars(arguments), arguments.path) | described(vars(arguments))
+        subject = open_model(**asked, say=say)
+        if arguments.hub is not None:
+            written += export_folder(subject, arguments.hub, repository=arguments.repository, say=say)
+        if arguments.state_dict is not None:
+            write_state_dict(arguments.state_dict, subject, prog)
+            written.append(arguments.state_dict)
     print("\n".join(f"wrote {printable(str(path))}" for path in written))
     if arguments.hub is not None:
         print(f"upload it: hf upload {arguments.repository} {printable(str(arguments.hub))}")

@@ -10,8 +10,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from awp_engine.cli.command_line import OneLineParser, fail, thread_count, whole_number
-from awp_engine.cli.foreign import add_foreign, of_run, place, pop_foreign, require_foreign
+from awp_engine.cli.command_line import OneLineParser
+from awp_engine.cli.frame import Defaults, add_alias, add_shared, ending, prepare, whole_number
+from awp_engine.cli.model_flags import PLACE, add_model, named_model, of_run, place, require_model
 from awp_engine.config import AttackConfig, Config, ConfigError, DataConfig, parse_amount
 from awp_engine.files.text import printable
 
@@ -34,69 +35,47 @@ def numbers(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(f"expected numbers separated by commas, got {text!r}") from None
 
 
-class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
 def parse(argv: Sequence[str] | None = None, prog: str = "landscape.py") -> argparse.Namespace:
     """The arguments; ends the program with one line for what is wrong with them."""
     parser = OneLineParser(
         prog=prog,
         description="Draws the robust loss around trained weights and measures its flatness.",
         epilog=__doc__ and __doc__.partition("\n\n")[2],
-        formatter_class=_Defaults,
-        common=("runs", "mode", "output", "checkpoint", "split", "images", "device"),
+        formatter_class=Defaults,
+        common=("runs", "mode", "output", "checkpoint", "split", "limit", "device", "model_name"),
     )
     add = parser.add_argument
-    add(
-        "runs",
-        metavar="RUN",
-        type=place,
-        nargs="*",
-        help="run directory, checkpoint or .safetensors file of one; any weights with --model.name",
-    )
+    text = f"{PLACE}; any weights with --model.name"
+    add("runs", metavar="RUN", type=place, nargs="*", help=text)
     add("--mode", type=modes, default="1d", help="some of 1d,2d,flatness")
-    add("--output", type=Path, metavar="DIR", help="RUN/landscape if not given")
-    add("--checkpoint", choices=("best", "last"), help="weights of a run directory; best if not given")
+    add_shared(parser, "output", help="RUN/landscape if not given")
+    add_model(parser)
     add("--split", choices=("train", "held-out", "test"), default="test", help="images to measure on")
-    add("--limit", "--images", dest="images", type=whole_number, metavar="N", default=1000, help="their number")
-    add("--data.name", dest="data_name", metavar="NAME", help="data set, where it is not the runs' own")
-    add("--data.root", dest="data_root", metavar="DIR", help="its directory")
-    add("--steps", type=whole_number, default=10, help="steps of PGD")
-    add("--restarts", type=whole_number, default=1, help="attacks an image, of which the worst counts")
-    add("--seed", type=whole_number, default=0, help="of directions, starting points and intervals")
-    add("--batch-size", type=whole_number, default=128, help="images a batch; worst-case flatness steps once for each")
-    add("--points", type=whole_number, default=21, help="1d: points a curve, an odd number")
+    add_shared(parser, "limit", default=1000)
+    add_alias(parser, "--images", "limit")
+    add_shared(parser, "data.name", "data.root")
+    add("--steps", type=whole_number(), default=10, help="steps of PGD")
+    add("--restarts", type=whole_number(), default=1, help="attacks an image, of which the worst counts")
+    add_shared(parser, "seed", default=0, help="of directions, starting points and intervals")
+    add_shared(parser, "batch-size", default=128, help="images a batch; worst-case flatness steps once for each")
+    add("--points", type=whole_number(), default=21, help="1d: points a curve, an odd number")
     add("--radius", type=float, default=1.0, help="1d, 2d: reach along random directions, relative to filters' norms")
     add("--adversarial-radius", type=float, default=0.02, help="1d, 2d: reach along the gradient, relative to layers'")
-    add("--directions", type=whole_number, default=1, help="1d: random directions")
-    add("--points-2d", type=whole_number, default=11, help="2d: points a side, an odd number")
+    add("--directions", type=whole_number(), default=1, help="1d: random directions")
+    add("--points-2d", type=whole_number(), default=11, help="2d: points a side, an odd number")
     add("--plane", choices=("random", "adversarial"), default="random", help="2d: horizontal direction")
     add("--average-xi", type=numbers, default="0.5", help="flatness: relative radii of the average case")
-    add("--draws", type=whole_number, default=10, help="flatness: random v of the average case")
+    add("--draws", type=whole_number(), default=10, help="flatness: random v of the average case")
     add("--worst-xi", type=numbers, default="0.003", help="flatness: relative radii of the worst case")
-    add("--epochs", type=whole_number, default=20, help="flatness: passes over the images in the worst case")
-    add("--attempts", type=whole_number, default=3, help="flatness: random starts in the worst case (paper: 10)")
-    add("--threads", type=thread_count, help="threads; as many as PyTorch takes if not given")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-    add_foreign(parser)
+    add("--epochs", type=whole_number(), default=20, help="flatness: passes over the images in the worst case")
+    add("--attempts", type=whole_number(), default=3, help="flatness: random starts in the worst case (paper: 10)")
+    add_shared(parser, "threads", "device")
     add("--epsilon", metavar="X", help="with --model.name: radius of the ball, such as 8/255")
     add("--norm", choices=("linf", "l2"), default="linf", help="with --model.name: of the ball")
     arguments = parser.parse_args(argv)
-    require_foreign(parser, arguments, arguments.runs)
-    if arguments.model_weights is not None:
-        arguments.runs = [arguments.model_weights]
-    if not arguments.runs:
-        parser.error("RUN: expected at least one, got none")
+    require_model(parser, arguments, arguments.runs)
     if arguments.model_name is None and arguments.epsilon is not None:
         parser.error("--epsilon: for weights of no run, with --model.name; a run has its own")
-    for name in ("images", "steps", "batch_size"):
-        value = getattr(arguments, name)
-        if value < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected a whole number >= 1, got {value}")
-    if not 0 <= arguments.seed < 2**63:
-        parser.error(f"--seed: expected a whole number in [0, 2^63), got {arguments.seed}")
     return arguments
 
 
@@ -104,14 +83,13 @@ def _config(arguments: argparse.Namespace) -> Config:
     """The settings that a run would have, of what was said about other weights."""
     if arguments.data_name is None or arguments.epsilon is None:
         raise ConfigError("--model.name: needs --data.name and --epsilon too, which a run has; 8/255 is usual on CIFAR")
-    root = None if arguments.data_root is None else Path(arguments.data_root)
     try:
         quarter = parse_amount(arguments.epsilon) / 4
     except ValueError:
         raise ConfigError(
             f"--epsilon: expected a fraction or number such as 8/255, got {arguments.epsilon!r}"
         ) from None
-    data = DataConfig(name=arguments.data_name, root=root)
+    data = DataConfig(name=arguments.data_name, root=arguments.data_root)
     attack = AttackConfig(norm=arguments.norm, epsilon=arguments.epsilon, step_size=str(quarter))
     return Config(data=data, attack=attack)
 
@@ -122,9 +100,8 @@ def measure(arguments: argparse.Namespace) -> list[Path]:
 
     import torch
 
-    from awp_engine.device import choose_device, fast_memory_format, full_precision
+    from awp_engine.device import choose_device, fast_memory_format
     from awp_engine.evaluation import evaluation_attack
-    from awp_engine.evaluation.foreign import Foreign
     from awp_engine.files.locking import locked
     from awp_engine.landscape import measure as measuring
     from awp_engine.landscape.files import Receipt, output_directory, write
@@ -137,23 +114,23 @@ def measure(arguments: argparse.Namespace) -> list[Path]:
         settings = measuring.Settings(**{field.name: getattr(arguments, field.name) for field in fields})
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    full_precision()
     device = choose_device(arguments.device)
-    foreign = pop_foreign(vars(arguments))
-    if foreign["name"] is None or of_run(arguments.runs):
+    # one run makes all of them runs
+    first = sorted(arguments.runs, key=lambda run: not of_run([run]))[:1]
+    asked = named_model(vars(arguments), *(first or [None]))
+    if asked["foreign"] is None:
         runs = open_runs(
-            [Path(run) for run in arguments.runs],
+            arguments.runs,
             which=arguments.checkpoint,
             device=device,
             data_name=arguments.data_name,
-            data_root=None if arguments.data_root is None else Path(arguments.data_root),
-            model=foreign["name"],
+            data_root=arguments.data_root,
+            model=asked["model"],
         )
     else:
-        runs = open_foreign(arguments.runs, Foreign(**foreign), _config(arguments), device)
-    images = common_images(runs, arguments.split, arguments.images).to(device)
+        files = arguments.runs or [file for file in [asked["foreign"].weights] if file is not None]
+        runs = open_foreign(files, asked["foreign"], _config(arguments), device)
+    images = common_images(runs, arguments.split, arguments.limit).to(device)
     output = output_directory(arguments.output, arguments.runs)
     layout = torch.contiguous_format
     for run in runs:
@@ -187,21 +164,10 @@ def measure(arguments: argparse.Namespace) -> list[Path]:
 def main(argv: Sequence[str] | None = None, prog: str = "landscape.py") -> None:
     """Parse, build, run, close."""
     arguments = parse(argv, prog)
-
-    from awp_engine.checkpoint import CheckpointError
-    from awp_engine.data import DataError
-    from awp_engine.distributed.signals import interrupted_code, interrupts
-    from awp_engine.evaluation.attacks import EvaluationError
-
-    try:
-        with interrupts():
-            written = measure(arguments)
-    except (ConfigError, DataError, CheckpointError, EvaluationError) as error:
-        fail(str(error), prog=prog)
-    except OSError as error:
-        fail(f"{error.filename}: cannot be written: {error.strerror}", code=1, prog=prog)
-    except KeyboardInterrupt as interrupt:
-        fail("interrupted; modes that were finished are written", code=interrupted_code(interrupt), prog=prog)
+    prepare(arguments.threads)
+    place = arguments.output or next(iter(arguments.runs), None)
+    with ending(prog, interrupted="interrupted; modes that were finished are written", place=place):
+        written = measure(arguments)
     print("\n".join(f"wrote {printable(str(path))}" for path in written))
 
 

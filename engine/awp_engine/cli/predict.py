@@ -9,8 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from awp_engine.cli.command_line import OneLineParser, fail, thread_count, whole_number
-from awp_engine.config import ConfigError
+from awp_engine.cli.command_line import OneLineParser
+from awp_engine.cli.frame import Defaults, add_shared, ending, prepare, share, whole_number
+from awp_engine.cli.model_flags import (
+    PLACE,
+    add_described,
+    add_model,
+    described,
+    is_model,
+    named_model,
+    place,
+    require_model,
+)
 from awp_engine.files.text import json_text, printable
 
 if TYPE_CHECKING:
@@ -18,29 +28,6 @@ if TYPE_CHECKING:
 
 # of files that cannot be used, by name where all of them stand in the output
 _SHOWN = 10
-
-
-def _positive(text: str) -> int:
-    number = whole_number(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {number}")
-    return number
-
-
-def _side(text: str) -> int:
-    number = whole_number(text)
-    if not 1 <= number <= 4096:
-        raise argparse.ArgumentTypeError(f"expected a whole number of pixels, 1 to 4096, got {number}")
-    return number
-
-
-def _share(text: str) -> float:
-    try:
-        if 0 < float(text) <= 1:
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"expected a number more than 0 and at most 1, got {text[:80]!r}")
 
 
 def _output(text: str) -> Path:
@@ -66,21 +53,31 @@ def parse(argv: Sequence[str] | None = None, prog: str = "predict.py") -> argpar
         "trained on, by the config.json of its run.",
         epilog="Exit code 0: all files were classified; 1: some cannot be used, and are named with the reason; 2: none "
         "was classified.",
-        allow_abbrev=False,
-        common=("path", "places", "out", "top", "checkpoint", "image_size", "device"),
+        formatter_class=Defaults,
+        common=("places", "out", "top", "checkpoint", "model_name", "model_weights", "image_size", "device"),
+        usage="%(prog)s RUN_OR_CHECKPOINT FILE_OR_FOLDER ... [flags]",
     )
     add = parser.add_argument
-    add("path", type=Path, metavar="RUN_OR_CHECKPOINT", help="run directory, checkpoint or .safetensors file")
-    add("places", type=Path, nargs="+", metavar="FILE_OR_FOLDER", help="images, or folders with images in and below")
+    text = f"{PLACE}; then images, or folders with images in and below"
+    add("places", type=place, nargs="+", metavar="RUN_OR_CHECKPOINT FILE_OR_FOLDER", help=text)
     add("--out", type=_output, metavar="FILE", help="write to this .csv or .jsonl file; else a table is printed")
-    add("--top", type=_positive, default=1, metavar="N", help="the N most probable classes (1)")
-    add("--checkpoint", default="best", metavar="NAME", help="of a run: best, last, or a name or path")
-    add("--image-size", type=_side, metavar="N", help="resize images to NxN; as the run did if not given")
-    add("--center-crop", type=_share, metavar="X", help="resize the central square of this part of the shorter side")
-    add("--batch-size", type=_positive, default=64, help="images at a time (64)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU if there is one")
-    add("--threads", type=thread_count, help="CPU threads")
-    return parser.parse_args(argv)
+    add("--top", type=whole_number(), default=1, metavar="N", help="the N most probable classes")
+    add_model(parser)
+    add_described(parser)
+    add("--center-crop", type=share, metavar="X", help="resize the central square of this part of the shorter side")
+    add_shared(parser, "batch-size", default=64)
+    add_shared(parser, "device", "threads")
+    arguments = parser.parse_args(argv)
+    first, *rest = arguments.places
+    if arguments.model_name is None or (arguments.model_weights is None and is_model(first)):
+        arguments.path, arguments.places = first, rest
+    else:
+        arguments.path = None
+    require_model(parser, arguments, [] if arguments.path is None else [arguments.path])
+    if not arguments.places:
+        parser.error("FILE_OR_FOLDER: expected images, or folders of images, behind the model; got none")
+    arguments.places = [Path(file) for file in arguments.places]
+    return arguments
 
 
 def _rows(found: "Sequence[Prediction]", names: Sequence[str], top: int) -> list[dict[str, str]]:
@@ -88,11 +85,11 @@ def _rows(found: "Sequence[Prediction]", names: Sequence[str], top: int) -> list
     rows = []
     for prediction in found:
         row = {"file": prediction.file}
-        for place in range(top):
-            known = place < len(prediction.classes)
-            end = "" if place == 0 else f" {place + 1}"
-            row[f"class{end}"] = names[prediction.classes[place]] if known else ""
-            row[f"probability{end}"] = f"{prediction.probabilities[place]:.6f}" if known else ""
+        for rank in range(top):
+            known = rank < len(prediction.classes)
+            end = "" if rank == 0 else f" {rank + 1}"
+            row[f"class{end}"] = names[prediction.classes[rank]] if known else ""
+            row[f"probability{end}"] = f"{prediction.probabilities[rank]:.6f}" if known else ""
         rows.append(row | {"error": printable(prediction.error)})
     return rows
 
@@ -121,15 +118,20 @@ def _predict(arguments: argparse.Namespace, prog: str) -> "list[Prediction]":
     """Classifies, and writes or prints what was found."""
     from awp_engine.device import choose_device
     from awp_engine.evaluation.attacks import EvaluationError
+    from awp_engine.evaluation.opened import open_model
     from awp_engine.evaluation.predict import find_images, find_intake, predict_files
-    from awp_engine.evaluation.subject import load_subject
     from awp_engine.files.atomic import atomic_write_text
     from awp_engine.observe.bars import Bar
     from awp_engine.observe.report import print_table
 
     files = find_images(arguments.places)
     device = choose_device(arguments.device)
-    subject = load_subject(arguments.path, which=arguments.checkpoint, device=device)
+    subject = open_model(
+        **named_model(vars(arguments), arguments.path),
+        **described(vars(arguments)),
+        device=device,
+        say=lambda line: print(printable(line), flush=True),
+    )
     classes = subject.model.num_classes
     if arguments.top > classes:
         raise EvaluationError(f"--top: expected at most {classes}, the classes of the model, got {arguments.top}")
@@ -170,29 +172,11 @@ def _predict(arguments: argparse.Namespace, prog: str) -> "list[Prediction]":
 def main(argv: Sequence[str] | None = None, prog: str = "predict.py") -> None:
     """Parse, build, run, close."""
     arguments = parse(argv, prog)
-
-    import torch
-
-    from awp_engine.checkpoint import CheckpointError
-    from awp_engine.data import DataError
-    from awp_engine.device import full_precision
-    from awp_engine.distributed.signals import interrupted_code, interrupts
-    from awp_engine.evaluation.attacks import EvaluationError
-
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    full_precision()
-    try:
-        with interrupts():
-            found = _predict(arguments, prog)
-    except (ConfigError, DataError, CheckpointError, EvaluationError) as error:
-        fail(str(error), prog=prog)
-    except torch.OutOfMemoryError:
-        fail("the device has too little memory for such batches: give a smaller --batch-size", prog=prog)
-    except OSError as error:
-        fail(f"{error.filename or arguments.out or arguments.path}: {error.strerror or error}", prog=prog)
-    except KeyboardInterrupt as interrupt:
-        fail("interrupted; nothing was written", code=interrupted_code(interrupt), prog=prog)
+    prepare(arguments.threads)
+    place = arguments.out or arguments.path
+    # 1 says that some files cannot be used, and nothing else
+    with ending(prog, interrupted="interrupted; nothing was written", failed=2, place=place):
+        found = _predict(arguments, prog)
     if any(prediction.error for prediction in found):
         raise SystemExit(1)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import sys
 from typing import TYPE_CHECKING
@@ -17,26 +16,14 @@ if TYPE_CHECKING:
 
     from awp_engine.distributed.ranks import Ranks
     from awp_engine.distributed.signals import StopRequest
-
-# the method, the fields of report.json, and whether the run had ended before
-Trained = tuple[str, dict, bool]
-
-
-def train(config: Config, ranks: Ranks, stop: StopRequest) -> Trained:
-    """Train in a run directory that no other process trains in; of a run that has ended only read the report."""
-    from awp_engine.device import choose_device
-    from awp_engine.files.locking import locked
-    from awp_engine.train.run_dir import finished_report
-    from awp_engine.train.trainer import Trainer
-
-    with locked(config.resolved_run_dir) if ranks.is_first else contextlib.nullcontext():
-        report = finished_report(config) if ranks.is_first else None
-        report = ranks.broadcast_json(report, choose_device(config.device, ranks.local_rank))
-        return config.title, report or Trainer(config, ranks, stop).run(), report is not None
+    from awp_engine.train.run import Trained
 
 
 def rows(config: Config, ranks: Ranks, stop: StopRequest) -> Iterator[Trained]:
     """Train, and train again without the weight perturbation if that was asked for."""
+    # which imports torch
+    from awp_engine.train.run import train
+
     yield train(config, ranks, stop)
     if config.compare_without_awp:
         without = dataclasses.replace(

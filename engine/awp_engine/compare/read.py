@@ -15,11 +15,12 @@ from typing import Any
 
 from awp_engine.config import Config, ConfigError, config_hash, decisive, load_config, parse_amount, show
 from awp_engine.files.digest import sha256_of
+from awp_engine.files.run_places import CONFIG_FILE as CONFIG
+from awp_engine.files.run_places import MODEL_FILE as WEIGHTS
 from awp_engine.files.text import one_line, printable, shortened
 from awp_engine.observe.metrics import read_metrics
 from awp_engine.observe.report import REPORT
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # far more than reports take
 _MOST_BYTES = 1 << 24
 # runs/STUDY/METHOD/SEED, and the run that --compare-without-awp leaves below another

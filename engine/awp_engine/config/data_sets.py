@@ -40,9 +40,18 @@ CORRUPTED: dict[str, str] = {
 OWN = "package.module:factory or file.py:factory"
 
 
+GIVEN_IMAGES = "given-images"
+"""Images that were given to `awp_engine.fit` or `awp_engine.evaluate` as objects of Python."""
+
+
+def is_given(name: str) -> bool:
+    """Whether a data set's name is `GIVEN_IMAGES`, or what they are called in earlier runs."""
+    return name in (GIVEN_IMAGES, "awp_engine.cli.objects:data")
+
+
 def is_own(name: str) -> bool:
-    """Whether a data set's name is that of Python code: `OWN`."""
-    return is_code(name)
+    """Whether a data set's name is that of Python code, `OWN`, or of objects."""
+    return is_given(name) or is_code(name)
 
 
 def where_to_get(name: str) -> str:

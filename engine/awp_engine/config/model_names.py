@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-Source = Literal["built-in", "timm", "torchvision", "module", "file"]
+Source = Literal["built-in", "timm", "torchvision", "object", "module", "file"]
 
 TIMM_MODELS = ("resnet-18", "resnet-50", "convnext-tiny", "convnext-tiny-convstem")
 """Built-in models for larger images, which need the package timm."""
@@ -25,6 +25,8 @@ _FORMS: dict[Source, re.Pattern[str]] = {
     # the part after the dot names weights
     "timm": re.compile(r"timm:\w+(?:\.\w+)?"),
     "torchvision": re.compile(r"torchvision:\w+"),
+    # of Python; and what all of them were called in earlier runs
+    "object": re.compile(r"given\([\w.<>]+\)|awp_engine\.cli\.objects:model"),
     "file": re.compile(rf"[^\0]+\.py:{_DOTTED}"),
     "module": re.compile(rf"{_DOTTED}:{_DOTTED}"),
 }

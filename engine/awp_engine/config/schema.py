@@ -19,13 +19,15 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+from awp_engine.config.errors import UserError
+
 _DECIMAL = r"(?:[0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})(?:[eE][+-]?[0-9]{1,2})?"
 _AMOUNT = re.compile(rf"{_DECIMAL}|[0-9]{{1,20}}/[0-9]{{1,20}}")
 # what fp32 holds, and room for a factor
 _FLOAT_LIMIT = 1e30
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A setting that cannot be used; the message is one line that names it as its flag."""
 
 

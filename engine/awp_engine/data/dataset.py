@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from awp_engine.config.errors import UserError
 from awp_engine.data.order import random_order_key
 from awp_engine.data.split import Split, StreamedSplit
 from awp_kernels.philox import mix_seed
@@ -22,7 +23,7 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of images in [0, 1], one value a channel each."""
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """A data set cannot be had as asked; the message is one line with the file, what was expected and what to do."""
 
 

@@ -23,6 +23,7 @@ from awp_engine.attack import (
     summed_cross_entropy,
     summed_margin,
 )
+from awp_engine.config.errors import UserError
 from awp_engine.config.model_names import is_code
 from awp_engine.config.schema import did_you_mean
 from awp_engine.data import Batch, Split, eval_batches
@@ -65,7 +66,7 @@ _TARGET_MEANS: dict[Target, str] = {
 }
 
 
-class EvaluationError(ValueError):
+class EvaluationError(UserError, ValueError):
     """An evaluation that cannot be made as asked; the message is one line that says what to do."""
 
 
@@ -191,6 +192,7 @@ def parse_attack(name: str) -> NamedAttack:
         EvaluationError: for any other name.
         ConfigError: code that cannot be run, or has no such function.
     """
+    given = name
     if name == "cw" or name.startswith("cw-"):
         name = f"cw{_CW_STEPS}{name[2:]}"
     if name in ("clean", "fgsm", "square", "autoattack"):
@@ -205,8 +207,10 @@ def parse_attack(name: str) -> NamedAttack:
     if is_code(name):
         function, code = load_factory(name, "--attacks")
         return NamedAttack(name=name.rpartition("/")[2], family="own", function=function, code=code)
-    near = did_you_mean(name[:80], _EXAMPLES, "")
-    raise EvaluationError(f"--attacks: expected {NAMES}; got {name[:80]!r}{near and f'; {near}'}")
+    # PGD-20 and pgd_20 are pgd20
+    joined = re.sub(r"(pgd|cw)[^0-9a-z]", r"\1", given[:80].lower())
+    near = f"did you mean {joined}?" if _STEPPED.fullmatch(joined) else did_you_mean(joined, _EXAMPLES, "")
+    raise EvaluationError(f"--attacks: expected {NAMES}; got {given[:80]!r}{near and f'; {near}'}")
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from awp_engine.data import eval_batches
 from awp_engine.device import choose_device
 from awp_engine.evaluation.asked import Asked
 from awp_engine.evaluation.attacks import Threat, Trial, measuring, predict
+from awp_engine.evaluation.foreign import Foreign
 from awp_engine.evaluation.prepare import prepare
 from awp_engine.evaluation.receipt import data_papers, make_receipt
 from awp_engine.evaluation.reports import Reports
@@ -133,11 +134,13 @@ def summary(certificates: Sequence[Certificate], radii: Iterable[float] = RADII)
 
 
 def certify_checkpoint(
-    path: Path | str,
+    path: Path | str | None,
     smoothing: Smoothing,
     *,
     checkpoint: str = "best",
-    images: int | None = 100,
+    foreign: Foreign | None = None,
+    model: str | None = None,
+    limit: int | None = 100,
     seed: int | None = None,
     batch_size: int | None = None,
     device: str = "auto",
@@ -153,10 +156,12 @@ def certify_checkpoint(
     Every image is saved when it is done, so that the same call goes on after a kill, to the same report.
 
     Args:
-        path: a run directory, one of its checkpoints, or a .safetensors file.
+        path: a run directory, one of its checkpoints, a .safetensors file, or hf://OWNER/NAME; None with `foreign`.
         smoothing: how.
         checkpoint: of a run directory: best, last, or a checkpoint's name or path.
-        images: their number, evenly spread; None for all.
+        foreign: in place of a run: how to make a model, and its weights.
+        model: of a run, in place of the code that its weights name; as `load_model` takes it.
+        limit: their number, evenly spread; None for all.
         seed: of all noise; if not given, the one that the run's own evaluation uses.
         batch_size: noisy copies at a time.
         device: auto, cpu or cuda.
@@ -173,8 +178,10 @@ def certify_checkpoint(
     """
     asked = Asked(
         path=path,
+        foreign=foreign,
+        model=model,
         checkpoint=checkpoint,
-        limit=images,
+        limit=limit,
         seed=seed,
         batch_size=batch_size,
         device=device,
@@ -191,7 +198,7 @@ def certify_checkpoint(
     receipt = make_receipt(
         Trial(model=subject.model, split=split, threat=nowhere, seed=seed, batch_size=batch_size),
         checkpoint=subject.papers(),
-        data=data_papers(target.dataset, images, target.class_names),
+        data=data_papers(target.dataset, limit, target.class_names),
         step_size=Fraction(0),
     )
     receipt = {key: value for key, value in receipt.items() if key not in _OF_A_BALL}

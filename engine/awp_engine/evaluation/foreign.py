@@ -73,7 +73,7 @@ def load_foreign(
         CheckpointError: weights that cannot be read, or are not of this model.
         ConfigError: the model cannot be made.
     """
-    runs_code = is_code(foreign.name)
+    runs_code = foreign.is_object or is_code(foreign.name)
     if foreign.weights is None and not runs_code:
         raise EvaluationError(
             f"--weights: expected a file: {foreign.name} as it is made has random weights, got nothing"

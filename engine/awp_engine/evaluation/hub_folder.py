@@ -15,7 +15,7 @@ from awp_engine.config import Config, to_json
 from awp_engine.config.identity import from_flat, key_types, to_flat
 from awp_engine.config.model_names import is_code
 from awp_engine.evaluation.attacks import EvaluationError
-from awp_engine.evaluation.subject import Subject, load_subject
+from awp_engine.evaluation.subject import Subject
 from awp_engine.files.atomic import atomic_write_text, replace_file
 from awp_engine.files.text import printable
 from awp_engine.models.hub import SETTINGS, WEIGHTS
@@ -40,10 +40,9 @@ _LARGEST_PICTURE = 1 << 26
 
 
 def export_folder(
-    path: Path,
+    subject: Subject,
     folder: Path,
     *,
-    which: str = "best",
     repository: str = "OWNER/NAME",
     say: Callable[[str], None] = lambda _: None,
 ) -> list[Path]:
@@ -55,9 +54,8 @@ def export_folder(
     file, are refused.
 
     Args:
-        path: a run directory, one of its checkpoints, or a .safetensors file of this program.
+        subject: the model, as `open_model` gives it.
         folder: to be made, or empty.
-        which: of a run directory, as `load_subject` takes it.
         repository: where it will be, for the card.
         say: is told what is left to do, one line at a time.
 
@@ -66,14 +64,17 @@ def export_folder(
 
     Raises:
         EvaluationError: the folder holds something.
-        CheckpointError, ConfigError: the model cannot be loaded, or a file of the run is a link.
+        CheckpointError, ConfigError: the weights cannot be read, or a file of the run is a link.
         OSError: a file cannot be written.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise EvaluationError(f"--hub: {folder} is there already, and not an empty folder; choose another")
-    subject = load_subject(path, which=which)
-    assert subject.source is not None
-    weights, metadata, description, read = read_trained(subject.source)
+    if subject.description is not None:
+        weights, description, read = subject.model.state_dict(), subject.description, None
+        metadata: Mapping[str, Any] = description.to_metadata()
+    else:
+        assert subject.source is not None
+        weights, metadata, description, read = read_trained(subject.source)
     held = json.loads(str(metadata["model"]))
     shown = {key: value for key, value in held.items() if key not in _PRIVATE} | {"name": _bare(held["name"])}
     plain = {key: str(metadata[key]) for key in ("epoch", "config_hash", "class_names") if key in metadata}
@@ -223,6 +224,8 @@ def _facts(description: ModelDescription, subject: Subject) -> list[str]:
         f"{description.activation}",
         f"Images: in [0, 1]; the model normalises them by mean {mean} and deviation {std}",
     ]
+    if subject.origin is not None:
+        facts.append(f"Weights: those of {printable(subject.weights.name)}, SHA-256 {subject.sha256}")
     if subject.config is not None:
         config = subject.config
         ball = f"{config.attack.norm} epsilon {config.attack.epsilon}"

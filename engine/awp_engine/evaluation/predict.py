@@ -116,8 +116,8 @@ def find_intake(subject: Subject, *, image_size: int | None = None, center_crop:
         return Intake(channels=channels, height=size, width=size, framing=framing, note=note)
     if center_crop is not None:
         raise EvaluationError("--center-crop: goes with --image-size, or with a run that resized its images")
-    # models of somebody's own code may say it themselves
-    made_for = getattr(subject.model, "image_size", None)
+    # models of somebody's own code, and their data, may say it themselves
+    made_for = getattr(subject.model, "image_size", None) or subject.image_size
     if made_for is not None:
         height, width = made_for
     elif data is not None:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from awp_engine.config import Config
-from awp_engine.config.data_sets import is_own
 from awp_engine.data import (
     Dataset,
     Framing,
@@ -27,7 +26,7 @@ from awp_engine.evaluation.asked import Asked
 from awp_engine.evaluation.attacks import EvaluationError
 from awp_engine.evaluation.foreign import load_foreign
 from awp_engine.evaluation.reports import code_digest
-from awp_engine.evaluation.subject import Subject
+from awp_engine.evaluation.subject import Subject, require_named_data
 from awp_engine.files.text import first_line
 from awp_engine.models.hub import is_address
 
@@ -137,11 +136,7 @@ def open_data(
                 f"{weights}: belongs to no run whose config.json could say what it was trained on: give --data.name"
             )
         name = config.data.name
-        if is_own(name):
-            raise EvaluationError(
-                f"{weights}: the images of its run come from {name}, code that is not run because a file names it: "
-                f"if you trust it, give --data.name {name}"
-            )
+        require_named_data(config, weights)
     if name not in corrupted_names and corruption != (None, None):
         raise EvaluationError(
             f"--data.corruption and --data.severity go with --data.name {' or '.join(corrupted_names)}, got {name}"

@@ -10,14 +10,13 @@ import torch
 
 from awp_engine.checkpoint import CheckpointError
 from awp_engine.config import Config, load_config
+from awp_engine.config.data_sets import is_given, is_own
 from awp_engine.evaluation.attacks import EvaluationError
 from awp_engine.files.digest import sha256_of
+from awp_engine.files.run_places import CHECKPOINTS, CONFIG_FILE, run_dir_of
 from awp_engine.models import NormalizedClassifier, WrappedClassifier
 from awp_engine.models.hub import SCHEME, fetched, is_address
-from awp_engine.models.trained import CHECKPOINTS, CONFIG_FILE, find_weights, is_weights, load_model
-
-# a checkpoint lies two levels below its run
-_LEVELS_UP = 3
+from awp_engine.models.trained import ModelDescription, find_weights, is_weights, load_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +32,8 @@ class Subject:
         architecture: its name, with the width where that was chosen.
         run_dir: of the run it belongs to, if there is one.
         config: of that run.
+        image_size: (height, width) of the images that a model of no run is for, where that is known.
+        description: how to build the model again, where no run's file says it.
         made_by: what tells code that made the model from other code; empty for built-in models.
         origin: of weights from elsewhere: the model's name, which weights of the file, and what the user was told.
     """
@@ -46,6 +47,8 @@ class Subject:
     config: Config | None
     source: Path | None = None
     origin: Mapping[str, Any] | None = None
+    image_size: tuple[int, int] | None = None
+    description: ModelDescription | None = None
     made_by: str = ""
 
     def papers(self) -> dict[str, Any]:
@@ -64,16 +67,30 @@ def code_of(model: NormalizedClassifier) -> str:
     return "" if code is None else code.sha256
 
 
-def _run_dir(place: Path) -> Path | None:
-    """The nearest directory, from `place` on up, with a run's config.json."""
-    place = place.resolve()
-    nearest = [place, *place.parents][: _LEVELS_UP + 1]
-    return next((directory for directory in nearest if (directory / CONFIG_FILE).is_file()), None)
+def require_named_data(config: Config, what: Path | str) -> None:
+    """Refuses images that come from code of a run, which is not run because its file says so."""
+    name = config.data.name
+    if is_given(name):
+        raise EvaluationError(
+            f"{what}: the images of its run were given as objects of Python: give --data.name and --data.root, or "
+            "measure it by awp_engine.evaluate"
+        )
+    if is_own(name):
+        raise EvaluationError(
+            f"{what}: the images of its run come from {name}, code that is not run because a file names it: if you "
+            f"trust it, give --data.name {name}"
+        )
 
 
 def _chosen(path: Path, which: str) -> tuple[Path, Path]:
     """As `find_weights`, where `which` may also be a checkpoint's name or a path."""
-    if which in ("best", "last") or is_weights(path):
+    if is_weights(path):
+        if which != "best":
+            raise EvaluationError(
+                f"{path}: --checkpoint {which} chooses within a run directory; leave it out for {path.name}"
+            )
+        return find_weights(path)
+    if which in ("best", "last"):
         return find_weights(path, which)
     named = path / CHECKPOINTS / which
     inner = named if named.is_dir() else Path(which)
@@ -105,7 +122,7 @@ def load_subject(
     source, weights = _chosen(path, which)
     name = source.stem if source.is_file() else source.name if is_weights(source) else "best"
     built = load_model(source, device, model)
-    run_dir = _run_dir(path if path.is_dir() else path.parent)
+    run_dir = run_dir_of(path)
     config = None if run_dir is None else load_config(run_dir / CONFIG_FILE)
     if address is not None:
         # images lie elsewhere here, and a cache is no place for reports

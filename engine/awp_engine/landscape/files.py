@@ -16,12 +16,12 @@ from awp_engine.config import ConfigError
 from awp_engine.data import Split
 from awp_engine.files.atomic import atomic_write_text
 from awp_engine.files.digest import sha256_of
+from awp_engine.files.run_places import CONFIG_FILE
 from awp_engine.files.text import json_text
 from awp_engine.landscape.bootstrap import LEVEL, RESAMPLES
 from awp_engine.landscape.measure import Measurement, Mode, Settings
 from awp_engine.landscape.plots import plot_curves, plot_flatness, plot_surfaces
 from awp_engine.landscape.runs import Run, attack_facts
-from awp_engine.models.trained import CONFIG_FILE
 from awp_engine.observe.drawing import attempt, save
 from awp_engine.observe.report import prepare_output, print_table, source_commit, versions
 
@@ -91,17 +91,18 @@ class Receipt:
         )
 
 
-def output_directory(given: Path | None, runs: Sequence[Path]) -> Path:
+def output_directory(given: Path | None, runs: Sequence[Path | str]) -> Path:
     """Make the output directory: the one given, or `landscape` in the only run; files can be written there.
 
     Raises:
         ConfigError: none was given for several runs or for a file, or it cannot be written.
     """
-    if given is None and (len(runs) > 1 or not (runs[0] / CONFIG_FILE).is_file()):
-        raise ConfigError("--output: expected a directory for the figures, unless there is a single run directory")
-    output = runs[0] / "landscape" if given is None else given
-    prepare_output(output)
-    return output
+    if given is None:
+        if len(runs) != 1 or isinstance(runs[0], str) or not (runs[0] / CONFIG_FILE).is_file():
+            raise ConfigError("--output: expected a directory for the figures, unless there is a single run directory")
+        given = runs[0] / "landscape"
+    prepare_output(given)
+    return given
 
 
 def _span(entry: dict[str, Any]) -> str:

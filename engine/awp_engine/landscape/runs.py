@@ -1,29 +1,28 @@
 """The runs that a figure compares: their weights, and what they must have in common."""
 
-import dataclasses
+import functools
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from awp_engine.checkpoint import CheckpointError
-from awp_engine.config import Config, ConfigError, config_hash, load_config, parse_amount
-from awp_engine.config.data_sets import is_own
+from awp_engine.config import Config, ConfigError, config_hash, parse_amount
 from awp_engine.data import DataError, Dataset, Split, load_data, match_classes, shown
 from awp_engine.evaluation.accuracy import spread
 from awp_engine.evaluation.foreign import Foreign, load_foreign
-from awp_engine.files.digest import sha256_of
+from awp_engine.evaluation.subject import Subject, load_subject, require_named_data
+from awp_engine.files.run_places import CONFIG_FILE
+from awp_engine.files.text import printable
 from awp_engine.models.class_names import difference
-from awp_engine.models.trained import CONFIG_FILE, find_weights, is_weights, load_model
 
 SPLITS = {"train": "train", "held-out": "held_out", "test": "test"}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """One model to look at.
 
@@ -39,7 +38,7 @@ class Run:
     """
 
     label: str
-    path: Path
+    path: Path | str
     file: Path
     sha256: str
     config: Config
@@ -59,30 +58,64 @@ class Run:
         }
 
 
-def find_config(path: Path) -> Config:
-    """The configuration of the run that `path`, its directory, checkpoint or weights, belongs to.
-
-    Raises:
-        ConfigError: there is no config.json in it or in the two folders above, or it is not one.
-    """
-    folders = [path, *path.resolve().parents[:2]] if path.is_dir() else list(path.resolve().parents[:3])
-    for folder in folders:
-        if (folder / CONFIG_FILE).is_file():
-            return load_config(folder / CONFIG_FILE)
-    raise ConfigError(
-        f"{path}: expected a run directory, or weights inside one: no {CONFIG_FILE} here or in the folders above, "
-        "which says what images and which attack to measure with; others' weights need --model.name"
-    )
-
-
-def _labels(paths: Sequence[Path]) -> list[str]:
+def _labels(paths: Sequence[Path | str]) -> list[str]:
     # names need not be UTF-8, which a safetensors file's keys are
-    names = [shown(os.fsencode(path.resolve().name)) for path in paths]
+    names = [shown(os.fsencode(path if isinstance(path, str) else path.resolve().name)) for path in paths]
     whole = [shown(os.fsencode(path)) for path in paths]
     labels = [name if names.count(name) == 1 else path for name, path in zip(names, whole, strict=True)]
     if len(set(labels)) != len(labels):
         raise ConfigError(f"RUN: {next(x for x in labels if labels.count(x) > 1)} is given twice; give each run once")
     return labels
+
+
+def open_runs(
+    paths: Sequence[Path | str],
+    *,
+    which: str = "best",
+    device: torch.device,
+    data_name: str | None = None,
+    data_root: Path | None = None,
+    model: str | None = None,
+) -> list[Run]:
+    """Load all runs' weights and data.
+
+    Args:
+        paths: of the runs, their checkpoints or weights, or hf://OWNER/NAME.
+        which: of a run directory: best, last, or a checkpoint's name or path.
+        device: where to put the models.
+        data_name: data set in place of the runs' own; the code of a `file.py:factory` is run.
+        data_root: its directory.
+        model: in place of what the weights name, as `load_model` takes it.
+
+    Raises:
+        EvaluationError, CheckpointError, ConfigError, DataError: naming what is wrong; also if the runs' attacks
+            differ.
+    """
+    runs: list[Run] = []
+    for label, path in zip(_labels(paths), paths, strict=True):
+        subject = load_subject(path, which=which, device=device, model=model)
+        if subject.config is None:
+            raise ConfigError(
+                f"{path}: belongs to no run whose {CONFIG_FILE} says what images and which attack to measure with; "
+                "give weights inside a run directory, or --model.name NAME with the weights, --data.name and --epsilon"
+            )
+        config = subject.config
+        if data_name is None:
+            require_named_data(config, path)
+        given = {"name": data_name, "root": data_root}
+        given = {key: value for key, value in given.items() if value is not None}
+        config = replace(config, data=replace(config.data, **given))
+        known = next((run.data for run in runs if run.config.data == config.data), None)
+        runs.append(_run(label, path, subject, config, load_data(config.data) if known is None else known))
+    first = attack_facts(runs[0].config)
+    for run in runs[1:]:
+        for key, value in attack_facts(run.config).items():
+            if value != first[key]:
+                raise ConfigError(
+                    f"{run.path}: its attack has {key} {value}, that of {runs[0].path} has {first[key]}; "
+                    "losses under different attacks do not compare: give runs of one attack"
+                )
+    return runs
 
 
 def open_foreign(paths: Sequence[Path | str], foreign: Foreign, config: Config, device: torch.device) -> list[Run]:
@@ -93,79 +126,29 @@ def open_foreign(paths: Sequence[Path | str], foreign: Foreign, config: Config, 
     """
     data = load_data(config.data)
     runs = []
-    for label, path in zip(_labels([Path(path) for path in paths]), paths, strict=True):
-        subject = load_foreign(replace(foreign, weights=path), data, device)
-        for note in (subject.origin or {})["notes"]:
-            print(f"{label}: {note}", flush=True)
-        assert subject.origin is not None
-        runs.append(
-            Run(
-                label=label,
-                path=Path(path),
-                file=subject.weights,
-                sha256=subject.sha256,
-                config=config,
-                model=subject.model,
-                data=match_classes(subject.model.class_names, data, str(path))[0],
-                origin=subject.origin,
-            )
-        )
+    # code may give a trained model without a file
+    for label, path in zip(_labels(paths), paths, strict=True) if paths else [(foreign.name, None)]:
+        say = functools.partial(_say, label)
+        subject = load_foreign(replace(foreign, weights=path), data, device, say)
+        runs.append(_run(label, path or foreign.name, subject, config, data))
     return runs
 
 
-def open_runs(
-    paths: Sequence[Path],
-    *,
-    which: str | None,
-    device: torch.device,
-    data_name: str | None = None,
-    data_root: Path | None = None,
-    model: str | None = None,
-) -> list[Run]:
-    """Load all runs' weights and data.
+def _say(label: str, note: str) -> None:
+    print(printable(f"{label}: {note}"), flush=True)
 
-    Args:
-        paths: of the runs.
-        which: checkpoint of a run directory; None: the best.
-        device: where to put the models.
-        data_name: data set in place of the runs' own; the code of a `file.py:factory` is run.
-        data_root: its directory.
-        model: in place of what the weights name, as `load_model` takes it.
 
-    Raises:
-        CheckpointError, ConfigError, DataError: naming what is wrong; also if the runs' attacks differ.
-    """
-    runs: list[Run] = []
-    for label, path in zip(_labels(paths), paths, strict=True):
-        if which is not None and is_weights(path):
-            raise CheckpointError(
-                f"{path}: --checkpoint {which} chooses within a run directory; leave it out for {path.name}"
-            )
-        # first, as a path that does not exist has neither
-        source, file = find_weights(path, which or "best")
-        config = find_config(path)
-        if data_name is None and is_own(config.data.name):
-            raise ConfigError(
-                f"{path}: its images come from {config.data.name}, Python code that is not run because a file names it"
-                f": if you trust it, give --data.name {config.data.name}"
-            )
-        given = {"name": data_name, "root": data_root}
-        given = {key: value for key, value in given.items() if value is not None}
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, **given))
-        known = next((run.data for run in runs if run.config.data == config.data), None)
-        built = load_model(source, device, model)
-        data, _ = match_classes(built.class_names, load_data(config.data) if known is None else known, str(path))
-        sha256 = sha256_of(file)
-        runs.append(Run(label=label, path=path, file=file, sha256=sha256, config=config, model=built, data=data))
-    first = attack_facts(runs[0].config)
-    for run in runs[1:]:
-        for key, value in attack_facts(run.config).items():
-            if value != first[key]:
-                raise ConfigError(
-                    f"{run.path}: its attack has {key} {value}, that of {runs[0].path} has {first[key]}; "
-                    "losses under different attacks do not compare: give runs of one attack"
-                )
-    return runs
+def _run(label: str, path: Path | str, subject: Subject, config: Config, data: Dataset) -> Run:
+    return Run(
+        label=label,
+        path=path,
+        file=subject.weights,
+        sha256=subject.sha256,
+        config=config,
+        model=subject.model,
+        data=match_classes(subject.model.class_names, data, str(path))[0],
+        origin=subject.origin,
+    )
 
 
 def attack_facts(config: Config) -> dict[str, str]:

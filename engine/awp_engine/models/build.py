@@ -7,6 +7,7 @@ from torch import nn
 
 from awp_engine.config.model_names import TIMM_MODELS, source_of
 from awp_engine.models.factories import build_by_factory, build_from_package
+from awp_engine.models.given import given_model
 from awp_engine.models.layers import Activation, NormalizedClassifier
 from awp_engine.models.preact_resnet import PreActBlock, PreActResNet
 from awp_engine.models.timm_models import TimmClassifier, TimmConvNeXt, TimmResNet
@@ -61,9 +62,10 @@ def build_model(
             raise ValueError(f"width and activation: not for {name}; leave them out")
         if source in ("timm", "torchvision"):
             return build_from_package(name, num_classes, mean, std, image_size, published=published)
-        built = build_by_factory(load_factory(name)[0], name, num_classes, mean, std, image_size, refit=refit)
+        factory = given_model() if source == "object" else load_factory(name)[0]
+        built = build_by_factory(factory, name, num_classes, mean, std, image_size, refit=refit)
         # the call may have imported more
-        built.code = load_factory(name)[1]
+        built.code = None if source == "object" else load_factory(name)[1]
         return built
     if name == "preact-resnet-18":
         return PreActResNet(num_classes, mean, std, width=64 if width is None else width, activation=activation)

@@ -8,10 +8,11 @@ import re
 from pathlib import Path
 
 from awp_engine.checkpoint import CheckpointError
+from awp_engine.files.run_places import CONFIG_FILE, MODEL_FILE
 from awp_engine.files.text import one_line, shortened
 
 SCHEME = "hf://"
-WEIGHTS, SETTINGS = "model.safetensors", "config.json"
+WEIGHTS, SETTINGS = MODEL_FILE, CONFIG_FILE
 _ADDRESS = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 

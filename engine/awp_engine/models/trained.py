@@ -19,18 +19,15 @@ from awp_engine.checkpoint import CheckpointError
 from awp_engine.checkpoint.layout import MANIFEST
 from awp_engine.config import ConfigError
 from awp_engine.config.model_names import is_code, source_of
+from awp_engine.files.run_places import CHECKPOINTS, FOREIGN, MODEL_FILE
 from awp_engine.files.signed import Signer
 from awp_engine.files.user_key import KeyFileError, key_path
 from awp_engine.models import NormalizedClassifier, WrappedClassifier, build_model, load_public_state_dict
 from awp_engine.models.class_names import from_json, to_json
 from awp_engine.models.factories import build_by_factory, wrap
+from awp_engine.models.given import AGAIN
 from awp_engine.models.hub import fetched
 from awp_engine.models.user_code import Code, Factory, code_of, load_factory
-
-MODEL_FILE = "model.safetensors"
-CHECKPOINTS = "checkpoints"
-CONFIG_FILE = "config.json"
-_FOREIGN = (".pt", ".pth", ".bin", ".tar", ".ckpt", ".pkl")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,7 +145,8 @@ def described(metadata: Mapping[str, Any], path: Path) -> ModelDescription:
     except (TypeError, ValueError, KeyError, RecursionError):
         raise CheckpointError(
             f"{path}: expected weights written by this program, with the model's description in the header; say what "
-            "model these are of: --model.name, or awp_engine.models.load_weights(build_model(...), FILE)"
+            "model these are of: --model.name NAME --weights FILE, or "
+            "awp_engine.models.load_weights(build_model(...), FILE)"
         ) from None
 
 
@@ -163,10 +161,10 @@ def _group(loaded: checkpoint.Checkpoint, group: str) -> tuple[Mapping[str, Tens
 def _weights(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any], Path]:
     """Weights, what holds their description, and the file they came from."""
     if path.is_file():
-        if path.suffix in _FOREIGN:
+        if path.suffix in FOREIGN:
             raise CheckpointError(
-                f"{path}: such a file does not say what model its weights are of: give --model.name (awp evaluate, awp "
-                "landscape), or use awp_engine.models.load_weights(build_model(...), FILE)"
+                f"{path}: such a file does not say what model its weights are of: give --model.name NAME "
+                "--weights FILE in place of a run, or use awp_engine.models.load_weights(build_model(...), FILE)"
             )
         tensors, metadata = checkpoint.read_model(path)
         return tensors, metadata, path
@@ -319,6 +317,8 @@ def load_model(
     weights, _, description, path = read_trained(run_or_checkpoint)
     if model is not None:
         built = _by_user(description, model)
+    elif source_of(description.name) == "object":
+        raise CheckpointError(f"{path}: its model {AGAIN}")
     elif is_code(description.name):
         built = _built_by_code(description, path)
     else:

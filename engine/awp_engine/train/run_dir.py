@@ -7,11 +7,10 @@ from typing import Any
 from awp_engine.config import Config, ConfigError, config_hash, load_config, require_same_run, to_json
 from awp_engine.files.atomic import TEMPORARY, atomic_write_text
 from awp_engine.files.locking import LOCK
-from awp_engine.models.trained import MODEL_FILE
+from awp_engine.files.run_places import CONFIG_FILE, MODEL_FILE
 from awp_engine.observe.report import REPORT
 from awp_engine.train.inputs import require_same_as_reported
 
-CONFIG = "config.json"
 # of the settings before the run was given more epochs
 _BEFORE = "config-{}-epochs.json"
 
@@ -22,7 +21,7 @@ def require_own_run_dir(config: Config) -> None:
     Raises:
         ConfigError: the directory holds another run.
     """
-    saved = config.resolved_run_dir / CONFIG
+    saved = config.resolved_run_dir / CONFIG_FILE
     try:
         if saved.exists():
             require_same_run(load_config(saved), config, config.resolved_run_dir)
@@ -41,7 +40,7 @@ def prepare_run_dir(config: Config) -> None:
         ConfigError: the directory holds something else, or cannot be written.
     """
     run_dir = config.resolved_run_dir
-    saved = run_dir / CONFIG
+    saved = run_dir / CONFIG_FILE
     try:
         if saved.exists():
             return
@@ -66,7 +65,7 @@ def record_settings(config: Config) -> str | None:
         ConfigError: the directory cannot be written.
     """
     run_dir = config.resolved_run_dir
-    saved = run_dir / CONFIG
+    saved = run_dir / CONFIG_FILE
     before = load_config(saved)
     if before.epochs == config.epochs:
         return None
@@ -81,7 +80,7 @@ def record_settings(config: Config) -> str | None:
 def known_hashes(config: Config) -> set[str]:
     """Of the settings that checkpoints of this run may have been written under: these, and with fewer epochs."""
     run_dir, found = config.resolved_run_dir, {config_hash(config)}
-    for path in (run_dir / CONFIG, *run_dir.glob(_BEFORE.format("*"))):
+    for path in (run_dir / CONFIG_FILE, *run_dir.glob(_BEFORE.format("*"))):
         with contextlib.suppress(ConfigError):
             before = load_config(path)
             require_same_run(before, config, run_dir)
@@ -97,9 +96,9 @@ def finished_report(config: Config) -> dict[str, Any] | None:
         DataError: the images cannot be had.
     """
     run_dir = config.resolved_run_dir
-    if not all((run_dir / name).is_file() for name in (CONFIG, REPORT, MODEL_FILE)):
+    if not all((run_dir / name).is_file() for name in (CONFIG_FILE, REPORT, MODEL_FILE)):
         return None
-    require_same_run(load_config(run_dir / CONFIG), config, run_dir)
+    require_same_run(load_config(run_dir / CONFIG_FILE), config, run_dir)
     try:
         report = json.loads((run_dir / REPORT).read_bytes())
         pgd = f"pgd{config.evaluation.steps}_accuracy"

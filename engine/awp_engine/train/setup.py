@@ -27,8 +27,9 @@ from awp_engine.data import (
 from awp_engine.device import choose_convolutions, choose_device
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.sharding import gather, shard
+from awp_engine.files.run_places import CHECKPOINTS
 from awp_engine.models.batch_norm import synchronize
-from awp_engine.models.trained import CHECKPOINTS, described
+from awp_engine.models.trained import described
 from awp_engine.observe.throughput import forward_flops
 from awp_engine.observe.trackers import require_trackers
 from awp_engine.optim.average import WeightAverage

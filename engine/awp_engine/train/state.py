@@ -12,7 +12,7 @@ from awp_engine import checkpoint
 from awp_engine.checkpoint import CheckpointError
 from awp_engine.distributed.replicas import check_replicas
 from awp_engine.distributed.sharding import gather, is_sharded, scatter_
-from awp_engine.models.trained import CHECKPOINTS
+from awp_engine.files.run_places import CHECKPOINTS
 from awp_engine.optim.optimizer import allocate_optimizer_tensors, optimizer_tensors
 from awp_engine.train.progress import Progress
 from awp_engine.train.setup import Setup

@@ -13,6 +13,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any, NamedTuple, TypeVar
 
+from awp_engine.config.errors import UserError
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -20,7 +22,7 @@ Result = TypeVar("Result")
 LIMIT = 120.0
 
 
-class WorkerError(RuntimeError):
+class WorkerError(UserError, RuntimeError):
     """Processes cannot be started; the message is one line."""
 
 

@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from awp_engine.config import ConfigError
+from awp_engine.config.data_sets import is_given
 from awp_engine.data.dataset import DataError, RawDataset
 from awp_engine.data.sets.files import evenly
+from awp_engine.models.given import given_data
 from awp_engine.models.user_code import load_code, told_in_one_line
 
 Fit = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
@@ -78,7 +80,7 @@ class OwnData:
     ) -> None:
         self._name, self._root, self._fit, self._available, self._say = name, root, fit, available, say
         try:
-            self._factory, _ = load_code(name, "--data.name")
+            self._factory = given_data() if is_given(name) else load_code(name, "--data.name")[0]
         except ConfigError as error:
             raise DataError(str(error)) from error
 

@@ -1,15 +1,12 @@
 """Training and evaluating objects of Python, in a notebook or a script: a model and images in place of their names.
 
-They go to the same trainer and the same evaluation as on the command line, under names that config.json can hold:
-those of `model` and `data` in this module.
+They go to the same trainer and the same evaluation as on the command line, under the names of `models/given.py`.
 """
 
 import contextlib
-import copy
 import dataclasses
-import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +14,21 @@ import torch
 from torch import nn
 
 from awp_engine.config import Config, ConfigError
+from awp_engine.config.data_sets import GIVEN_IMAGES
 from awp_engine.config.identity import from_flat, key_types, to_flat
 from awp_engine.config.presets import build_preset
 from awp_engine.config.schema import coerce, did_you_mean
 from awp_engine.device import full_precision
+from awp_engine.distributed.ranks import joined
+from awp_engine.distributed.signals import StoppedError, StopRequest, stop_requests
 from awp_engine.evaluation.asked import DEFAULT_ATTACKS
 from awp_engine.evaluation.attacks import Norm
 from awp_engine.evaluation.foreign import Foreign
 from awp_engine.evaluation.run import Evaluated, evaluate_checkpoint
 from awp_engine.models import NormalizedClassifier, WrappedClassifier
+from awp_engine.models.given import given, name_of
 from awp_engine.models.trained import load_model
-
-_MODEL, _DATA = f"{__name__}:model", f"{__name__}:data"
-_one_call = threading.Lock()
+from awp_engine.train.run import train as train_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,33 +44,6 @@ class Fitted:
     model: NormalizedClassifier
     report: dict[str, Any]
     run_dir: Path
-
-
-def _no_model() -> nn.Module:
-    raise ConfigError(
-        "this run's model was given as an object of Python: give it again, to fit(...) to go on, or to "
-        "load_model(RUN, model=...)"
-    )
-
-
-# what a call is given, while it runs; looked up by the names above
-model: Callable[..., nn.Module] = _no_model
-data: Mapping[str, Any] = {}
-
-
-@contextlib.contextmanager
-def _given(of_model: Callable[..., nn.Module] | nn.Module, parts: Mapping[str, Any]) -> Iterator[None]:
-    global model, data
-    if not callable(of_model):
-        raise ConfigError(f"model: expected a module, or a function that makes one, got {type(of_model).__name__}")
-    with _one_call:
-        # it is built more than once, to be tried
-        model = functools.partial(copy.deepcopy, of_model) if isinstance(of_model, nn.Module) else of_model
-        data = parts
-        try:
-            yield
-        finally:
-            model, data = _no_model, {}
 
 
 def fit(
@@ -105,13 +77,10 @@ def fit(
         TrainingError: training cannot go on.
         KeyboardInterrupt: after a checkpoint was written.
     """
-    from awp_engine.cli.train import train as train_run
-    from awp_engine.distributed.ranks import joined
-    from awp_engine.distributed.signals import StoppedError, StopRequest, stop_requests
-
     parts = {"train": train, "test": test, **({} if class_names is None else {"class_names": class_names})}
-    with _given(model, parts):
-        config = _config(preset, {**(settings or {}), "run_dir": run_dir, "model.name": _MODEL, "data.name": _DATA})
+    with given(model, parts) as make:
+        names = {"model.name": name_of(model), "data.name": GIVEN_IMAGES}
+        config = _config(preset, {**(settings or {}), "run_dir": run_dir, **names})
         # Python gives signals to the main thread alone
         main = threading.current_thread() is threading.main_thread()
         stopping = stop_requests() if main else contextlib.nullcontext(StopRequest())
@@ -122,7 +91,7 @@ def fit(
             raise KeyboardInterrupt(str(stopped)) from None
         if ended:
             print(f"{config.resolved_run_dir} has ended before: these are its results", flush=True)
-        trained = load_model(config.resolved_run_dir, model=_MODEL)
+        trained = load_model(config.resolved_run_dir, model=make)
     return Fitted(model=trained, report=report, run_dir=config.resolved_run_dir)
 
 
@@ -186,14 +155,16 @@ def _evaluated(
     output: Path,
     **more: Any,
 ) -> Evaluated:
-    with _given(model, parts):
+    with given(model, parts):
         return evaluate_checkpoint(
             None,
             # one of this package's has its own in front of it, others do it inside
             foreign=Foreign(
-                name=_MODEL, normalize="model" if isinstance(model, WrappedClassifier) else "none", is_object=True
+                name=name_of(model),
+                normalize="model" if isinstance(model, WrappedClassifier) else "none",
+                is_object=True,
             ),
-            data_name=_DATA,
+            data_name=GIVEN_IMAGES,
             epsilon=epsilon,
             norm=norm,
             attacks=attacks,

@@ -14,6 +14,8 @@ _FIND = """() => {
   const all = [...body.querySelectorAll('*')], short = e => e.outerHTML.slice(0, 80), found = [];
   // what scrolls within a box of its own may be as wide as it likes
   const boxed = e => e !== body && (getComputedStyle(e).overflowX !== 'visible' || boxed(e.parentElement));
+  for (const e of all.filter(e => e.scrollWidth > e.clientWidth + 1 && /auto|scroll/.test(getComputedStyle(e).overflowX)))
+    found.push(`scrolls sideways: ${short(e)}`);
   if (root.scrollWidth > width) found.push(`wider than the window by ${root.scrollWidth - width}`);
   for (const e of all.filter(e => e.getBoundingClientRect().right > width + 0.5 && !boxed(e.parentElement)).slice(0, 3))
     found.push(`sticks out: ${short(e)}`);

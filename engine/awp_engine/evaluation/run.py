@@ -83,7 +83,8 @@ class Evaluated:
         """The table, and what speaks against the numbers, as `awp evaluate` prints them."""
         table = as_text(self.measurement.table(), title=self.title)
         doubts = [f"UNRELIABLE: {printable(doubt)}" for doubt in self.report["doubts"]]
-        return "\n".join([table, f"right: {RIGHT_MEANS}", *doubts, f"reports in {printable(str(self.output))}"])
+        found = [] if self.measurement.stronger is None else [f"robust accuracy: {self.measurement.stronger}"]
+        return "\n".join([*found, table, f"right: {RIGHT_MEANS}", *doubts, f"reports in {printable(str(self.output))}"])
 
 
 def _amount(name: str, text: str) -> Fraction:

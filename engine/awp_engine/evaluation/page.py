@@ -163,7 +163,8 @@ def render_page(
     """
     receipt = report["receipt"]
     subject = receipt["checkpoint"].get("method") or receipt["checkpoint"].get("architecture") or "a model"
-    title = f"Evaluation of {own_title(subject)}: {own_title(receipt['data']['name'])}, {receipt['norm']} epsilon {receipt['epsilon']}"
+    on = f"{own_title(receipt['data']['name'])}, {receipt['norm']} epsilon {receipt['epsilon']}"
+    title = f"Evaluation of {own_title(subject)}: {on}"
     sections = [_headline(report)]
     if report["doubts"]:
         doubts = listed([f"Unreliable: {doubt}" for doubt in report["doubts"]])

@@ -196,7 +196,7 @@ def test_a_killed_certification_goes_on_to_the_same_bits(run_dir, tmp_path):
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        go("killed", bars=Interrupted)
+        go("killed", bar=Interrupted)
     (saved,) = (tmp_path / "killed").glob("certify-*.jsonl")
     assert not list((tmp_path / "killed").glob("*.json"))
     assert len(saved.read_text().splitlines()) == 3

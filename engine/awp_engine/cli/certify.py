@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "certify.py") -> None:
                 **arguments,
                 smoothing=smoothing,
                 say=lambda line: print(printable(line), flush=True),
-                bars=Bar,
+                bar=Bar,
                 tell=show,
             )
     except (ConfigError, DataError, CheckpointError, EvaluationError) as error:

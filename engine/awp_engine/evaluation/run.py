@@ -51,7 +51,7 @@ from awp_engine.files.locking import locked
 from awp_engine.files.text import first_line, json_text, printable
 from awp_engine.models.class_names import difference
 from awp_engine.models.hub import is_address
-from awp_engine.observe.bars import Bar, NoBar
+from awp_engine.observe.bars import MakeBar, NoBar
 from awp_engine.observe.report import as_text, prepare_output
 
 JSON, PAGE, LEADERBOARD = "evaluation.json", "evaluation.html", "robustbench.json"
@@ -261,7 +261,7 @@ def evaluate_checkpoint(
     save_images: int | None = None,
     save_per_image: Form | None = None,
     again: bool = False,
-    bar: Callable[[str, int], Bar] = NoBar,
+    bar: MakeBar = NoBar,
     tell: Callable[[Evaluated], None] = lambda _: None,
 ) -> Evaluated:
     """Measures a checkpoint on the test split, and writes evaluation.json, evaluation.html and what was asked for.

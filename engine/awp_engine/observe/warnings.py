@@ -16,18 +16,19 @@ _JUMP = 0.05
 _GUESSING, _POINTS = 1.5, 0.05
 # of accuracy by guessing, what shows that a network knew more
 _KNEW = 1.5
-# epochs in which nothing moves: after a fall, and where there was none, since hard tasks begin slowly
+# epochs at chance: after a fall, and where there was none, since hard tasks begin slowly
 _FALLEN, _NEVER_ROSE = 2, 5
-_STILL = 0.01
 # of the loss of equal logits; saturated ones, which hide a gradient, cost far more
 _EQUAL_LOGITS = 1.1
+# of the same: less shows that something is learnt
+_NOTHING = 0.98
 
 
 def collapse(epochs: Sequence[Mapping[str, Any]], classes: int) -> str | None:
     """A warning if the network answers alike for every image: it guesses, clean and attacked, at the loss of guessing.
 
-    At once where the attack finds no gradient either. Else after two epochs with such a loss, which does not move any
-    more, if the network knew more before; after five if it has never learnt anything, as hard tasks begin slowly.
+    At once where the attack finds no gradient either. Else after two such epochs if the network knew more before, and
+    after five if it never did, as hard tasks begin slowly.
 
     Args:
         epochs: a run's metrics so far, with their loss; held_out_clean_accuracy as it was last measured counts.
@@ -45,17 +46,15 @@ def collapse(epochs: Sequence[Mapping[str, Any]], classes: int) -> str | None:
         return guessed and accuracy is not None and accuracy <= guessing
 
     last = list(itertools.takewhile(lambda pair: stuck(*pair), zip(reversed(epochs), reversed(clean), strict=True)))
-    if not last:
-        return None
     knew = any(accuracy is not None and accuracy > _KNEW * guessing for accuracy in clean)
-    losses = [epoch["loss"] for epoch, _ in last[: _FALLEN if knew else _NEVER_ROSE]]
-    still = len(losses) == (_FALLEN if knew else _NEVER_ROSE) and max(losses) - min(losses) <= _STILL * uniform
-    if not still and (epochs[-1].get("zero_gradients") or 0.0) < _SOME_ZEROS:
+    nothing = itertools.takewhile(lambda pair: pair[0]["loss"] >= _NOTHING * uniform, last)
+    for_long = len(list(nothing)) >= (_FALLEN if knew else _NEVER_ROSE)
+    if not last or not (for_long or (epochs[-1].get("zero_gradients") or 0.0) >= _SOME_ZEROS):
         return None
     return (
-        f"training has collapsed: without an attack {clean[-1]:.0%} of held-out images are right, which is no better "
-        f"than guessing, and the loss of {losses[0]:.2f} is that of guessing, too; start again in a new --run-dir with "
-        "a smaller --optimizer.lr, --awp.gamma or --attack.epsilon, or with a warm-up (--optimizer.warmup 5)"
+        f"training has collapsed: without an attack {clean[-1]:.0%} of held-out images are right, no better than "
+        f"guessing, and the loss of {epochs[-1]['loss']:.2f} is that of guessing, too; start again in a new --run-dir "
+        "with a smaller --optimizer.lr, --awp.gamma or --attack.epsilon, or a longer --optimizer.warmup or --awp.warmup"
     )
 
 

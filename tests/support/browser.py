@@ -64,9 +64,9 @@ class Browser:
     def show(self, page: Path, width: int, scheme: str = "light") -> Shown:
         """Opens a file in a window of this width, in the light or dark scheme.
 
-        Problems are what sticks out of the window or scrolls sideways, words broken over two lines, low contrast, missing
-        headings and
-        texts, errors and warnings of the console, scripts that fail, and requests for anything else.
+        Problems are what sticks out of the window or scrolls sideways, words broken over two lines, low contrast,
+        missing headings and texts, errors and warnings of the console, scripts that fail, and requests for anything
+        else.
         """
         told: list[str] = []
         asked: list[str] = []

@@ -439,9 +439,8 @@ def _problems(path: Path, entry: PackedFile) -> list[str]:
         if size != entry.bytes:
             return [f"{path}: has {size:,} bytes, expected {entry.bytes:,}"]
         with path.open("rb") as file:
-            return (
-                [] if hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256 else [f"{path}: SHA-256 differs"]
-            )
+            same = hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256
+        return [] if same else [f"{path}: SHA-256 differs"]
     except OSError as error:
         return [f"{path}: cannot be read: {error.strerror}"]
 

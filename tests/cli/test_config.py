@@ -439,6 +439,9 @@ def test_switches_that_may_be_left_to_the_run() -> None:
 
 
 ADAMW, COUNTED = OptimizerConfig(kind="adamw"), AwpConfig(c_min=1.7)
+FREE, FREE_AT_FIRST = (
+    {"attack": AttackConfig(fast="free", fast_epochs=epochs), "awp": AwpConfig(gamma=0.0)} for epochs in (None, 2)
+)
 UNMEASURED = "torch.compile off (auto: not measured yet)"
 
 
@@ -451,10 +454,13 @@ UNMEASURED = "torch.compile off (auto: not measured yet)"
         ({}, False, 2, False, False, None),
         ({"optimizer": ADAMW}, True, 1, False, False, f"CUDA graphs off (auto: --optimizer.kind adamw), {UNMEASURED}"),
         ({"awp": COUNTED}, True, 1, False, False, f"CUDA graphs off (auto: --awp.c-min), {UNMEASURED}"),
+        (FREE, True, 1, False, False, f"CUDA graphs off (auto: --attack.fast free), {UNMEASURED}"),
+        (FREE_AT_FIRST, True, 1, True, False, f"CUDA graphs on (auto: one rank), {UNMEASURED}"),
         ({"cuda_graphs": True}, True, 1, True, False, f"CUDA graphs on (as told), {UNMEASURED}"),
         ({"cuda_graphs": True}, True, 2, None, None, "several ranks"),
         ({"cuda_graphs": True}, False, 1, None, None, "no CUDA device"),
         ({"cuda_graphs": True, "awp": COUNTED}, True, 1, None, None, "--awp.c-min"),
+        ({"cuda_graphs": True} | FREE, True, 1, None, None, "--attack.fast free"),
         ({"cuda_graphs": False}, True, 1, False, False, f"CUDA graphs off (as told), {UNMEASURED}"),
         ({"cuda_graphs": False}, False, 4, False, False, "CUDA graphs off (as told)"),
         ({"compile": True}, True, 1, True, True, "CUDA graphs on (auto: one rank), torch.compile on (as told)"),

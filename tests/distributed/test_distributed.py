@@ -17,15 +17,18 @@ from awp_engine.config import (
     Config,
     DataConfig,
     DistributedConfig,
+    ModelConfig,
     OptimizerConfig,
     PrecisionConfig,
 )
 from awp_engine.data import Augmentation, Split, batch_sizes, train_batches
+from awp_engine.data.loaders import choose
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.sharding import gather
 from awp_engine.models import build_model
 from awp_engine.optim.average import WeightAverage
 from awp_engine.optim.optimizer import set_learning_rate
+from awp_engine.train.setup import Setup
 
 EVAL_ATTACK = AttackConfig(steps=2, bn_mode="eval", epsilon="0.2", step_size="0.1")
 BASE = Config(
@@ -161,3 +164,16 @@ def test_ranks_train_what_one_rank_trains(world: int, names: list[str]) -> None:
         worst[name] = max(float((found[key].double() - value.double()).abs().max()) for key, value in expected.items())
     print({name: f"{value:.1e}" for name, value in worst.items()})
     assert max(worst.values()) < 1e-9, worst
+
+
+def _another_loader(rank, world):
+    """The second rank has less memory, as where the first one has read its images already."""
+    choose.free_memory = lambda device: [2**20, 8][rank]
+    data = DataConfig(loader="auto", pad=0, train_limit=20)
+    config = Config(device="cpu", data=data, model=ModelConfig(width=2))
+    return Setup(config, Ranks(rank=rank, world=world)).data.loader
+
+
+def test_all_ranks_come_to_one_loader(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert run_ranks(_another_loader, 2) == ["torch", "torch"]

@@ -30,6 +30,13 @@ def _one_is_missing(rank, world):
         distributed.barrier()
 
 
+def _each_waits_for_the_other(rank, world):
+    if rank == 0:
+        distributed.barrier()
+    else:
+        distributed.recv(torch.zeros(1), 0)
+
+
 def test_ranks_compute_together_and_return():
     results = run_ranks(_sum, 2, 0.5)
     assert [result[:3] for result in results] == [(0, 2, 1), (1, 2, 1)]
@@ -41,9 +48,10 @@ def test_ranks_compute_together_and_return():
     [
         (_one_fails, 60, r"(?s)rank 1 of 2 raised.*the one that failed"),
         (_one_dies, 60, "rank 1 died, exit code 7"),
-        (_one_is_missing, 3, r"(?s)rank 0 not done after 3 s.*barrier"),
+        (_one_is_missing, 6, r"(?s)not done after 6 s\nrank 0: .* in barrier"),
+        (_each_waits_for_the_other, 6, r"(?s)not done after 6 s\nrank 0: .* in barrier.*rank 1: .* in recv"),
     ],
-    ids=["raises", "dies", "hangs"],
+    ids=["raises", "dies", "hangs", "deadlock"],
 )
 def test_what_goes_wrong_on_a_rank_is_reported(function, timeout, message):
     with pytest.raises(AssertionError, match=message):

@@ -11,9 +11,10 @@ from awp_engine.config import AttackConfig, AverageConfig, AwpConfig, Config, Op
 from awp_engine.models import build_model
 from awp_engine.optim.average import WeightAverage
 from awp_engine.optim.optimizer import build_optimizer, set_learning_rate
-from awp_engine.step.cuda_graph import GraphedStep
+from awp_engine.step.cuda_graph import CaptureError, GraphedStep
 from awp_engine.step.objectives import build_objective
 from awp_engine.step.precision import Precision, WorkingModels
+from awp_engine.step.values import Phase
 from awp_engine.train import setup
 from awp_kernels import AdversarialWeightPerturbation
 
@@ -56,6 +57,19 @@ def test_a_step_that_cannot_be_captured_is_refused():
         GraphedStep(step.step)
     options = AwpConfig(gamma=0.005, c_min=1.7)
     assert not build_step("cpu", Precision(), options=options)[1].step.capturable
+
+
+def test_a_capture_that_fails_says_in_one_line_how_to_go_on(monkeypatch):
+    def fail():
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", fail)
+    graphed = GraphedStep.__new__(GraphedStep)
+    graphed.step = build_step("cpu", Precision())[1].step
+    with pytest.raises(CaptureError) as failed:
+        graphed._capture((), Phase(attack=setup.training_attack(AttackConfig())))
+    expected = "a step cannot be captured (CUDA out of memory.); start again with --no-cuda-graphs"
+    assert str(failed.value) == expected
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

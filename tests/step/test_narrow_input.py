@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from awp_engine.attack import pgd, summed_cross_entropy
+from awp_engine.attack import Attack, pgd, summed_cross_entropy
 from awp_engine.models import NormalizedImages, build_model
 from awp_engine.models.batch_norm import batch_norm_mode
 from awp_engine.models.layers import Head, NormalizedClassifier, Stem
@@ -108,6 +108,24 @@ def test_the_attack_is_the_plain_one_in_fp64(norm, masked, bn_mode):
     assert len(found[0]) == 2 + SETTINGS["steps"]
     for ours, expected in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_what_nobody_observes_is_not_computed():
+    """The gradient for the images, which takes a division: a training step looks at the last one alone."""
+    model, seen = narrow(model_of(), torch.bfloat16), []
+    divided = []
+
+    class Divided(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            divided.extend([func] if func is torch.ops.aten.div.Tensor and args[0].shape == X.shape else [])
+            return func(*args, **kwargs or {})
+
+    with Divided():
+        attack = Attack(start="uniform", **SETTINGS)
+        attack(model, X, Y, observe=lambda step, gradient: seen.append(step), observe_from=SETTINGS["steps"] - 1)
+    assert seen == [SETTINGS["steps"] - 1]
+    # the first images are normalised by one, too
+    assert len(divided) == 2
 
 
 def looped(model, x, start, *, norm, steps, epsilon, step_size):

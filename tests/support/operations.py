@@ -543,6 +543,8 @@ def clear_of_the_kink(arguments: Arguments) -> Arguments:
 def _bn_defined(arguments: Arguments, dtype: torch.dtype) -> Results:
     vectors = torch.promote_types(dtype, torch.float32)  # parameters and statistics stay in fp32
     tensors = mapped(arguments, lambda t: t.detach().clone().to(dtype if t.ndim == 4 else vectors))
+    # torch's gradient of silu is wrong for gradients with odd strides of dimensions of size 1
+    tensors |= {name: tensors[name].contiguous() for name in ("grad", "grad_z") if name in tensors}
     # what is normalised is the sum as it is stored
     results = _normalised(**tensors, normalise=_plain_bn_act, stored=arguments["x"].dtype)
     return results | {"running_mean": [tensors["running_mean"]], "running_var": [tensors["running_var"]]}

@@ -16,6 +16,8 @@ from typing import Any
 
 # the server that children are forked from imports these once and computes nothing: OpenMP has no threads there to lose
 _PRELOADED = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "awp_kernels"]
+# seconds; pytest ends a test after 300, without the stacks of its processes
+_LONGEST = 270
 
 
 def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout: float = 60) -> list[Any]:
@@ -27,12 +29,13 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout
         function: of a module that can be imported; it and its arguments are pickled.
         world: number of ranks.
         arguments: the same for all ranks.
-        timeout: seconds until all ranks are killed.
+        timeout: seconds until all ranks are killed, 270 at most.
 
     Raises:
         AssertionError: a rank raised (with its traceback: the first one's, as others may fail for want of it), died, or
-            is not done in time (with its stack).
+            is not done in time (with the stacks of all that are not: each may wait for another one).
     """
+    assert timeout <= _LONGEST, f"timeout: expected at most {_LONGEST} s, got {timeout:g}"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     payload = pickle.dumps((function, arguments, dict(os.environ)))
@@ -59,24 +62,20 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout
 
 
 def _collect(name: str, pipes: list, processes: list, directory: Path, timeout: float) -> list[Any]:
-    # ranks end by themselves at the timeout, but not if they are stopped
-    deadline = time.monotonic() + timeout + 10
+    deadline = time.monotonic() + timeout
     results: dict[int, Any] = {}
     while len(results) < len(pipes):
         waiting: dict[Any, int] = {pipes[rank]: rank for rank in range(len(pipes)) if rank not in results}
         ready = connection.wait(list(waiting), max(deadline - time.monotonic(), 0))
         if not ready:
-            raise AssertionError(f"{name}: ranks {sorted(waiting.values())} are stopped: not done after {timeout:g} s")
+            stacks = "\n".join(f"rank {rank}: {_stack(directory, rank)}" for rank in waiting.values())
+            raise AssertionError(f"{name}: not done after {timeout:g} s\n{stacks}")
         for pipe in [pipe for pipe in waiting if pipe in ready]:
             rank = waiting[pipe]
             try:
                 done, value = pickle.loads(pipe.recv_bytes())
             except (EOFError, ConnectionResetError):
                 processes[rank].join()
-                path = directory / f"stack{rank}"
-                stack = path.read_text() if path.exists() else ""
-                if stack:
-                    raise AssertionError(f"{name}: rank {rank} not done after {timeout:g} s\n{stack}") from None
                 raise AssertionError(f"{name}: rank {rank} died, exit code {processes[rank].exitcode}") from None
             if not done:
                 raise AssertionError(f"{name}: rank {rank} of {len(pipes)} raised\n{value}")
@@ -84,9 +83,20 @@ def _collect(name: str, pipes: list, processes: list, directory: Path, timeout: 
     return [results[rank] for rank in range(len(pipes))]
 
 
+def _stack(directory: Path, rank: int) -> str:
+    """What a rank that is late writes by itself."""
+    path = directory / f"stack{rank}"
+    for _ in range(20):
+        time.sleep(0.5)
+        if path.exists() and (stack := path.read_text()):
+            return stack
+    return "writes no stack, so it is stopped"
+
+
 def _child(rank: int, world: int, directory: str, payload: bytes, pipe: Any, timeout: float) -> None:
     with (Path(directory) / f"stack{rank}").open("w") as stack:
-        faulthandler.dump_traceback_later(timeout, exit=True, file=stack)
+        # a rank that ended would break the connections of those that wait for it
+        faulthandler.dump_traceback_later(timeout, file=stack)
         try:
             message = True, _call(rank, world, directory, payload, timeout)
         except BaseException:

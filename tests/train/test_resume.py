@@ -133,7 +133,7 @@ def test_resume_at_a_step_ends_bit_equal(tmp_path, config, world, every) -> None
     if world == 1:
         compared, wrong = resumed_everywhere(0, 1, tmp_path, config, every)
     else:
-        compared, wrong = run_ranks(resumed_everywhere, world, tmp_path, config, every, timeout=500)[0]
+        compared, wrong = run_ranks(resumed_everywhere, world, tmp_path, config, every, timeout=270)[0]
     print(f"{compared - len(wrong)}/{compared} bit-equal")
     assert compared == -(-20 // every)
     assert not wrong

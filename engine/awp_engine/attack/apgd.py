@@ -43,6 +43,7 @@ def apgd(
     loss_scale: float = 1.0,
     nonfinite: Literal["raise", "ignore"] = "raise",
     observe: Callable[[int, Tensor], None] | None = None,
+    observe_from: int = 0,
 ) -> Tensor:
     """Attack a batch by Auto-PGD: momentum 0.75, steps of 2 epsilon that are halved where they no longer pay.
 
@@ -69,6 +70,7 @@ def apgd(
         loss_scale: lifts 16-bit gradients out of underflow; the steps ignore it.
         nonfinite: what a loss or gradient that is not finite does, as for `pgd`.
         observe: called with every step's number (from 0) and gradient, [N, C, H, W], before the step is taken.
+        observe_from: the first step that it is called for.
 
     Returns:
         The point of the highest loss of each sample, detached, in x's dtype (at least fp32) and memory format.
@@ -116,7 +118,7 @@ def apgd(
         for step in range(steps):
             assert gradient is not None
             assert best_gradient is not None
-            if observe is not None:
+            if observe is not None and step >= observe_from:
                 observe(step, gradient)
             direction = gradient.to(clean.dtype)
             if norm == "linf":

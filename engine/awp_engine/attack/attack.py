@@ -72,6 +72,7 @@ class Attack:
         loss_scale: float = 1.0,
         shared: Sequence[nn.Parameter] = (),
         observe: Callable[[int, Tensor], None] | None = None,
+        observe_from: int = 0,
     ) -> Tensor:
         """The attacked images of a batch; a gradient that is not finite moves nothing, and `observe` is told of it.
 
@@ -86,6 +87,7 @@ class Attack:
             loss_scale: factor on what is climbed, against underflow.
             shared: parameters that get gradients from the last pass, see `pgd`. Not for apgd.
             observe: called with every step's number and gradient, see `pgd`.
+            observe_from: the first step that it is called for.
 
         Raises:
             ValueError: as `pgd`; a loss or shared parameters with apgd, which climbs cross-entropy.
@@ -121,6 +123,7 @@ class Attack:
             seed=self.seed if seed is None else seed,
             nonfinite="ignore",
             observe=observe,
+            observe_from=observe_from,
         )
 
 

@@ -40,6 +40,7 @@ def pgd(
     shared: Sequence[nn.Parameter] = (),
     nonfinite: Literal["raise", "ignore"] = "raise",
     observe: Callable[[int, Tensor], None] | None = None,
+    observe_from: int = 0,
 ) -> Tensor:
     """Attack a batch: `steps` normalised ascent steps on the loss, each projected onto the ball and clipped to `clip`.
 
@@ -75,6 +76,7 @@ def pgd(
         nonfinite: what a gradient that is not finite does: "raise", or "ignore", which leaves such pixels (l2: images)
             where they are in that step, and takes a batch with NaN in x.
         observe: called with every step's number (from 0) and gradient, [N, C, H, W], before the step is taken.
+        observe_from: the first step that it is called for.
 
     Returns:
         The attacked images, detached, in x's dtype (at least fp32) and memory format.
@@ -123,11 +125,12 @@ def pgd(
             )
             for parameter, gradient in zip(parameters, weight_gradients, strict=True):
                 parameter.grad = gradient if scale == 1 or gradient is None else gradient / scale
-            if observe is not None or nonfinite == "raise":
+            watched = observe is not None and step >= observe_from
+            if watched or nonfinite == "raise":
                 # that for the images, in their precision
                 gradient = of_inputs if narrow is None else of_inputs[:, : clean.shape[1]] / narrow.std
                 gradient = gradient if scale == 1 else gradient / scale
-                if observe is not None:
+                if watched:
                     observe(step, gradient)
                 if nonfinite == "raise":
                     checks.finite(climbed.detach(), gradient if mask is None else gradient.where(mask, 0), step)

@@ -101,6 +101,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
     from awp_engine.distributed.ranks import errors_told, joined
     from awp_engine.distributed.replicas import DivergenceError
     from awp_engine.distributed.signals import INTERRUPTED, StoppedError, stop_requests
+    from awp_engine.step.cuda_graph import CaptureError
     from awp_engine.train.trainer import TrainingError
 
     resume = f"to go on: {command_again(prog, argv)}"
@@ -117,7 +118,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
                     show(config, trained, prog)
     except (ConfigError, DataError) as error:
         fail(str(error), prog=prog)
-    except (CheckpointError, TrainingError, DivergenceError) as error:
+    except (CaptureError, CheckpointError, TrainingError, DivergenceError) as error:
         fail(str(error), code=1, prog=prog)
     except StoppedError as stopped:
         fail(f"{stopped}; {resume}", code=stopped.code, prog=prog, once=True)

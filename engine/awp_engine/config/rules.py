@@ -68,6 +68,8 @@ def choose_speed(config: Config, *, cuda: bool, ranks: int) -> Speed:
         # nor is it known what another's forward pass does
         f"--model.name {config.model.name}": config.model.source != "built-in",
         f"--method {config.method}": is_code(config.method),
+        # its replays are not captured, and no other step is taken
+        "--attack.fast free": config.attack.fast == "free" and _always_fast(config),
     }
     hindrance = next((name for name, holds in hindrances.items() if holds), None)
     if config.cuda_graphs is True and hindrance is not None:
@@ -87,10 +89,15 @@ def choose_speed(config: Config, *, cuda: bool, ranks: int) -> Speed:
     return Speed(graphs, compiles, ", ".join(parts) or None)
 
 
+def _always_fast(config: Config) -> bool:
+    """Whether every epoch has the cheap attack."""
+    attack = config.attack
+    return attack.fast != "none" and (attack.fast_epochs is None or attack.fast_epochs >= config.epochs)
+
+
 def _require_attack(config: Config) -> None:
     attack, evaluation = config.attack, config.evaluation
-    always_fast = attack.fast != "none" and (attack.fast_epochs is None or attack.fast_epochs >= config.epochs)
-    if attack.kind == "pgd" and not always_fast:
+    if attack.kind == "pgd" and not _always_fast(config):
         _require_reach(config, "attack.step_size", attack.step_size, attack.steps)
     if evaluation.step_size is not None:
         _require_reach(config, "evaluation.step_size", evaluation.step_size, evaluation.steps)

@@ -5,8 +5,14 @@ from torch import Tensor
 
 from awp_engine.attack import Attack
 from awp_engine.distributed.batch import Batch
+from awp_engine.files.text import first_line
 from awp_engine.step.awp_step import AwpStep
 from awp_engine.step.values import Phase, StepResult
+
+
+class CaptureError(RuntimeError):
+    """A step that a CUDA graph cannot hold; the message is one line that says why and what to do."""
+
 
 # steps of each kind that are taken one by one first: libraries choose their algorithms and allocate in them
 _WARM_UP = 3
@@ -51,6 +57,7 @@ class GraphedStep:
 
         Raises:
             ValueError: the batch has more images.
+            CaptureError: the step cannot be captured after all, for want of memory or as it waits for the device.
         """
         if batch.whole_size != len(batch.images):
             raise ValueError(
@@ -93,8 +100,13 @@ class GraphedStep:
     def _capture(self, inputs: tuple[Tensor, ...], phase: Phase) -> tuple[torch.cuda.CUDAGraph, StepResult]:
         """Capturing computes nothing; gradients of the steps before would be kept alive by the graph."""
         self.step.passes.clear_gradients()
-        graph = torch.cuda.CUDAGraph()
-        # threads that load and pin batches meanwhile are not in it, and may allocate
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            result = self._take(inputs, phase)
+        try:
+            graph = torch.cuda.CUDAGraph()
+            # threads that load and pin batches meanwhile are not in it, and may allocate
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                result = self._take(inputs, phase)
+        except RuntimeError as error:
+            raise CaptureError(
+                f"a step cannot be captured ({first_line(error)}); start again with --no-cuda-graphs"
+            ) from error
         return graph, result

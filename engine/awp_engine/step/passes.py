@@ -187,8 +187,7 @@ class Passes:
 
         def look(step: int, gradient: Tensor) -> None:
             nonlocal marks
-            if step == attack.steps - 1:
-                marks = marks + gradient_marks(gradient, x)
+            marks = marks + gradient_marks(gradient, x)
 
         attacked = []
         with self.models.held():
@@ -196,7 +195,8 @@ class Passes:
                 before = [parameter.grad for parameter in shared]
                 piece = batch.part(rows)
                 model = self._runner(self.models.attack, piece.images)
-                attacked.append(self.attack_whole(attack, model, piece, start[rows], shared=shared, observe=look))
+                given = {"shared": shared, "observe": look, "observe_from": attack.steps - 1}
+                attacked.append(self.attack_whole(attack, model, piece, start[rows], **given))
                 for parameter, gradient in zip(shared, before, strict=True):
                     if gradient is not None and parameter.grad is not None:
                         parameter.grad += gradient

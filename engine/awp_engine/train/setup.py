@@ -271,7 +271,7 @@ class Setup:
 
     def _load_data(self) -> None:
         config, attack = self.config, self.config.attack
-        loading = data_loading(config.data, self.device)
+        loading = data_loading(config.data, self.device).agreed(self.ranks)
         data = self.data = load_data(config.data, loading, self._announce)
         self.messages += [*data.notes, *label_notes(data)]
         try:
@@ -280,8 +280,10 @@ class Setup:
         except ValueError as error:
             raise ConfigError(f"--attack.{error}") from None
         self.messages += _doubts(config, data)
-        extra = None if config.data.extra is None else place_extra(load_extra(config.data.extra, like=data), loading)
-        self._extra = extra
+        self._extra = extra = None
+        if config.data.extra is not None:
+            images = load_extra(config.data.extra, like=data)
+            self._extra = extra = place_extra(images, loading.agreed(self.ranks))
         self.fingerprints = fingerprints(config, data, None if extra is None else extra.fingerprint)
         self._class_weights = None
         if (weights := self.fingerprints.get("class_weights")) is not None:

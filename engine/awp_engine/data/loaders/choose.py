@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -19,6 +19,7 @@ from awp_engine.data.sets.files import evenly
 from awp_engine.data.sets.inspect import Header, check
 from awp_engine.data.sets.store import EncodedImages, ImageArrays
 from awp_engine.data.split import Loader, Split
+from awp_engine.distributed.ranks import Ranks
 
 LoaderName = Literal["auto", "resident", "dali", "torch"]
 _MOST_WORKERS = 16
@@ -36,6 +37,7 @@ class Loading:
         framing: how images of files become images of one size.
         workers: threads or processes that decode; None takes one a core, shared among the ranks of a machine.
         resident_share: part of the device's free memory that auto fills with images.
+        free: bytes of that memory; None: as `free_memory` finds them once it is to be chosen. See `agreed`.
         skip: files to leave out, as a scan lists them.
     """
 
@@ -44,12 +46,21 @@ class Loading:
     framing: Framing = field(default_factory=Framing)
     workers: int | None = None
     resident_share: float = 0.25
+    free: int | None = None
     skip: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         # without its number it is not the device of any tensor
         if self.device == torch.device("cuda"):
             object.__setattr__(self, "device", torch.device("cuda", torch.cuda.current_device()))
+
+    def agreed(self, ranks: Ranks) -> "Loading":
+        """With the least free memory of all ranks, which all have to call it before they read images.
+
+        Each that has read its images leaves less to the others of its machine: some would come to another loader.
+        """
+        free = torch.tensor([free_memory(self.device)], device=self.device)
+        return replace(self, free=int(ranks.gather(free).min()))
 
     def choose(self, store: EncodedImages | ImageArrays, images: int, shape: tuple[int, int, int]) -> LoaderName:
         """The loader that auto stands for.
@@ -77,7 +88,8 @@ class Loading:
         if self.loader != "auto":
             return self.loader
         in_bytes = images * shape[0] * shape[1] * shape[2]
-        if not random_windows and in_bytes <= self.resident_share * free_memory(self.device):
+        free = free_memory(self.device) if self.free is None else self.free
+        if not random_windows and in_bytes <= self.resident_share * free:
             return "resident"
         return "dali" if isinstance(store, EncodedImages) and dali_problem() is None else "torch"
 

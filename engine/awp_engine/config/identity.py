@@ -56,6 +56,7 @@ ADDED: dict[str, Any] = {
     "model.mean": [],
     "model.std": [],
     "awp.layers": [],
+    "optimizer.layer_decay": 1.0,
 }
 
 

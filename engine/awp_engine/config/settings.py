@@ -273,6 +273,9 @@ class OptimizerConfig(Checked, section="optimizer."):
     """Largest norm of the whole gradient; a longer one is scaled down to it; none means no clipping."""
     decay_all: bool = True
     """Apply weight decay to biases and normalisation weights as well, as the papers do."""
+    layer_decay: Annotated[float, Range("a number > 0, at most 1", gt=0, le=1)] = 1.0
+    """Each layer learns at this times the rate of the layer after it, the last one at the full rate (BEiT); 1: all do.
+    For fine-tuning: 0.65 to 0.9 are usual."""
 
     def _check(self) -> None:
         plain = self.kind == "sgd" or not self.nesterov

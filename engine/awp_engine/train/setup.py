@@ -28,6 +28,7 @@ from awp_engine.device import choose_convolutions, choose_device
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.sharding import gather, shard
 from awp_engine.models.batch_norm import synchronize
+from awp_engine.models.depth import layer_numbers
 from awp_engine.models.factories import load_factory
 from awp_engine.observe.throughput import forward_flops
 from awp_engine.observe.trackers import require_trackers
@@ -152,7 +153,9 @@ def build_step(
         raise ConfigError(f"--awp.{'layers' if awp.layers else 'gamma'}: {error}") from None
     return AwpStep(
         models=models,
-        optimizer=build_optimizer(model, config.optimizer, working=models.updated),
+        optimizer=build_optimizer(
+            model, config.optimizer, working=models.updated, layers=layers_with_rates(config, model)
+        ),
         objective=build_objective(config.method, beta=config.beta, label_smoothing=config.label_smoothing),
         awp=perturbation,
         ascent=Ascent(kind=awp.ascent, steps=awp.ascent_steps, c_min=awp.c_min, sync=config.distributed.ascent_sync),
@@ -164,6 +167,15 @@ def build_step(
         micro_batch_size=config.micro_batch_size,
         largest_batch=largest_batch,
     )
+
+
+def layers_with_rates(config: Config, model: nn.Module) -> dict[str, int] | None:
+    """The layer of every parameter, where each layer has a learning rate of its own; else None.
+
+    Raises:
+        ConfigError: a model that does not say which layers it has.
+    """
+    return None if config.optimizer.layer_decay == 1 else layer_numbers(model, config.model.name)
 
 
 def require_ranks(config: Config, ranks: Ranks) -> None:
@@ -310,6 +322,10 @@ class Setup:
         self.messages += built.messages
         # before the run directory is made
         choice(self.model, self.config.awp.layers)
+        if (layers := layers_with_rates(self.config, self.model)) is not None:
+            count, optimizer = max(layers.values()) + 1, self.config.optimizer
+            lowest = optimizer.lr * optimizer.layer_decay ** (count - 1)
+            self.messages.append(f"learning rates from {lowest:.3g} to {optimizer.lr:.3g} over {count} layers")
 
     def _build_batches(self) -> None:
         config, data, extra = self.config, self.data, self._extra

@@ -30,6 +30,7 @@ _FREE_ON_RESUME = frozenset(
         "data.loader",
         "data.resident_share",
         "data.workers",
+        "model.checkpoint_activations",
         "keep_checkpoints",
         "keep_every",
         "checkpoint_every",
@@ -57,6 +58,7 @@ ADDED: dict[str, Any] = {
     "model.std": [],
     "awp.layers": [],
     "optimizer.layer_decay": 1.0,
+    "model.checkpoint_activations": False,
 }
 
 

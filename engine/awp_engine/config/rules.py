@@ -68,6 +68,7 @@ def choose_speed(config: Config, *, cuda: bool, ranks: int) -> Speed:
         # nor is it known what another's forward pass does
         f"--model.name {config.model.name}": config.model.source != "built-in",
         f"--method {config.method}": is_code(config.method),
+        "--model.checkpoint-activations": config.model.checkpoint_activations,
     }
     hindrance = next((name for name, holds in hindrances.items() if holds), None)
     if config.cuda_graphs is True and hindrance is not None:
@@ -123,6 +124,11 @@ def _require_step(config: Config) -> None:
             config.require_value("attack.kind", "pgd", f"with --method {config.method}: apgd climbs cross-entropy")
         if config.awp.enabled:
             config.require_value("awp.ascent", "exact", "with --attack.kind apgd, whose last pass has no gradient")
+    if config.model.checkpoint_activations:
+        reason = "with --model.checkpoint-activations"
+        config.require(config.compile is not True, "compile", f"auto or false {reason}")
+        config.require_value("distributed.strategy", "ddp", reason)
+        config.require_value("distributed.sync_batch_norm", False, f"{reason}: ranks would exchange them twice")
     if config.optimizer.kind == "adamw":
         config.require(config.cuda_graphs is not True, "cuda_graphs", "auto or false with --optimizer.kind adamw")
 

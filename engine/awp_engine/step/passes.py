@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -255,11 +255,24 @@ class Passes:
                 scale = part * self.ranks.world
                 lifted = mean if scale == 1 else mean * scale
                 lifted = lifted if followed is None else lifted * followed
-                (lifted if self.loss_scale is None else lifted * self.loss_scale.value).backward()
+                with self._statistics_held() if update_statistics else contextlib.nullcontext():
+                    (lifted if self.loss_scale is None else lifted * self.loss_scale.value).backward()
             labels = y[rows] if y.ndim == 1 else y[rows].argmax(1)
             loss = loss + mean.detach() * part
             correct = correct + (predicted(logits.detach()) == labels).to(x.dtype).mean() * part
         return loss, correct, below
+
+    @contextlib.contextmanager
+    def _statistics_held(self) -> Iterator[None]:
+        """A block of a backward pass: what it computes anew of a checkpointed model moves no statistics again."""
+        if not getattr(self.models.model, "checkpointed", False):
+            yield
+            return
+        self.models.settle_()
+        moved = Statistics(self.models.statistics)
+        yield
+        self.models.settle_()
+        moved.restore_()
 
     def descend(
         self, x_adv: Tensor, batch: Batch, share: RankShare, followed: Tensor | None = None

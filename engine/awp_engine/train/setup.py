@@ -28,6 +28,7 @@ from awp_engine.device import choose_convolutions, choose_device
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.sharding import gather, shard
 from awp_engine.models.batch_norm import synchronize
+from awp_engine.models.checkpointing import checkpoint_activations_
 from awp_engine.models.depth import layer_numbers
 from awp_engine.models.factories import load_factory
 from awp_engine.observe.throughput import forward_flops
@@ -320,6 +321,8 @@ class Setup:
         self.model: nn.Module = built.model
         self.description, self._memory_format = built.description, built.memory_format
         self.messages += built.messages
+        if self.config.model.checkpoint_activations:
+            checkpoint_activations_(built.model, self.data.train.shape, self.config.model.name)
         # before the run directory is made
         choice(self.model, self.config.awp.layers)
         if (layers := layers_with_rates(self.config, self.model)) is not None:

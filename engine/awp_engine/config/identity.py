@@ -57,6 +57,8 @@ ADDED: dict[str, Any] = {
     "model.mean": [],
     "model.std": [],
     "awp.layers": [],
+    "attack.noise": 0.0,
+    "attack.noise_samples": 1,
     "optimizer.layer_decay": 1.0,
     "model.checkpoint_activations": False,
 }

@@ -68,6 +68,8 @@ def choose_speed(config: Config, *, cuda: bool, ranks: int) -> Speed:
         # nor is it known what another's forward pass does
         f"--model.name {config.model.name}": config.model.source != "built-in",
         f"--method {config.method}": is_code(config.method),
+        # a graph would replay one noise
+        "--attack.noise": config.attack.noise > 0,
         "--model.checkpoint-activations": config.model.checkpoint_activations,
     }
     hindrance = next((name for name, holds in hindrances.items() if holds), None)
@@ -119,6 +121,9 @@ def _require_step(config: Config) -> None:
     size = config.global_batch_size
     both = config.data.extra is None or 0 < own_images(size, config.data.extra_fraction) < size
     config.require(both, "data.extra_fraction", f"a part that gives a batch of {size} images of both kinds")
+    if config.attack.kind == "none" or config.attack.noise:
+        like = "at, or a class of your own, with --attack.kind none or --attack.noise"
+        config.require(config.method == "at" or is_code(config.method), "method", like)
     if config.attack.kind == "apgd":
         if config.method in ("trades", "rst"):
             config.require_value("attack.kind", "pgd", f"with --method {config.method}: apgd climbs cross-entropy")

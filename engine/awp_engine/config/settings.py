@@ -174,8 +174,9 @@ class ModelConfig(Checked, section="model."):
 class AttackConfig(Checked, section="attack."):
     """Projected gradient descent that makes the training images."""
 
-    kind: Literal["pgd", "apgd"] = "pgd"
-    """Steps of one length, or Auto-PGD (Croce, Hein 2020), which chooses its own, for AT and MART."""
+    kind: Literal["pgd", "apgd", "none"] = "pgd"
+    """Steps of one length; Auto-PGD (Croce, Hein 2020), which chooses its own, for AT and MART; or no attack: epsilon
+    is then that of the evaluation alone."""
     norm: Literal["linf", "l2"] = "linf"
     """Norm of the ball around an image."""
     epsilon: Amount = "0.2"
@@ -194,6 +195,11 @@ class AttackConfig(Checked, section="attack."):
     """Epochs of the cheap attack before the full one; none means all."""
     replays: Count = 8
     """Updates that --attack.fast free makes from one batch."""
+    noise: Annotated[float, Range("a number from 0 to 10", ge=0, le=10)] = 0.0
+    """Deviation of Gaussian noise on the images that are trained on, unclipped, for awp certify: with --attack.kind
+    none (Cohen 2019), or under an attack (SmoothAdv, Salman 2019); 0: no noise."""
+    noise_samples: Count = 1
+    """Noisy copies of each image: the weights learn from all, and the attack climbs against their mean probability."""
 
     def _check(self) -> None:
         epsilon = parse_amount(self.epsilon)
@@ -203,11 +209,19 @@ class AttackConfig(Checked, section="attack."):
         self.require(self.fast == "none" or self.norm == "linf", "fast", "none with --attack.norm l2")
         noise = "at most 1/2 with --attack.fast n-fgsm, whose noise reaches twice as far"
         self.require(self.fast != "n-fgsm" or epsilon <= Fraction(1, 2), "epsilon", noise)
+        alone = self.fast == "none" or (self.kind != "none" and self.noise == 0)
+        self.require(alone, "fast", "none with --attack.kind none or --attack.noise")
+        self.require(self.noise > 0 or self.noise_samples == 1, "noise_samples", "1 without --attack.noise")
 
     @property
     def epsilon_value(self) -> float:
         """epsilon, on pixels in [0, 1]."""
         return float(parse_amount(self.epsilon))
+
+    @property
+    def training_epsilon(self) -> float:
+        """epsilon_value, or 0 where training does not attack."""
+        return 0.0 if self.kind == "none" else self.epsilon_value
 
     @property
     def step_size_value(self) -> float:
@@ -452,6 +466,10 @@ class Config(Checked):
         """What is trained, in the field's words: "TRADES-AWP"."""
         perturbed = {"relative": "AWP", "absolute": "SAM", "elementwise": "ASAM"}[self.awp.scale]
         method = self.method.rpartition(":")[2] if is_code(self.method) else self.method.upper()
+        if self.attack.noise and not is_code(self.method):
+            method = "SmoothAdv" if self.attack.training_epsilon else "Noise"
+        elif self.attack.kind == "none" and not is_code(self.method):
+            method = "Standard"
         return method + (f"-{perturbed}" if self.awp.enabled else "")
 
     @property

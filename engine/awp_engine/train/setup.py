@@ -82,7 +82,7 @@ def choose_precision(config: Config, device: torch.device) -> Precision:
             raise ConfigError(
                 "--precision.attack: expected that of ascent and descent with --distributed.strategy fsdp"
             )
-    if config.attack.epsilon_value == 0:
+    if config.attack.training_epsilon == 0:
         # no attack, and no copy for it
         chosen["attack"] = chosen["descent"]
     return Precision(**chosen)
@@ -91,8 +91,8 @@ def choose_precision(config: Config, device: torch.device) -> Precision:
 def training_attack(settings: AttackConfig) -> Attack:
     """How training attacks, but for the epochs of a cheap attack."""
     return Attack(
-        kind=settings.kind,
-        epsilon=settings.epsilon_value,
+        kind="apgd" if settings.kind == "apgd" else "pgd",
+        epsilon=settings.training_epsilon,
         step_size=settings.step_size_value,
         steps=settings.steps,
         norm=settings.norm,

@@ -359,6 +359,9 @@ class Setup:
         self.optimizer = self.awp_step.update.optimizer
         if self.awp_step.awp is not None:
             self.messages.append(perturbed_message(config.title, self.awp_step.awp))
+        if attack.noise:
+            copies = "a noisy copy" if attack.noise_samples == 1 else f"{attack.noise_samples} noisy copies"
+            self.messages.append(f"{copies} of every training image, for awp certify --sigma {attack.noise:g}")
         self.step = capture_step(config, self.awp_step)
         self.free = None
         if attack.fast == "free":

@@ -408,8 +408,9 @@ class Config(Checked):
     """Most images that a rank computes at once; gradients of the pieces are added up. None means its whole share."""
     deterministic: bool = False
     """Use only operations that give the same bits every time; slower on a GPU."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes a GPU if there is one."""
+    device: Literal["auto", "cpu", "cuda", "xpu", "npu", "hpu", "mtia", "mps"] = "auto"
+    """Where to train; auto takes a CUDA GPU if there is one. The others are torch's names of further accelerators, on
+    which the project has never run; they have to compute in fp64, which mps cannot."""
     compile: Switch = "auto"
     """Compile the model's passes by torch.compile, which takes minutes; results then differ by rounding. auto: off."""
     cuda_graphs: Switch = "auto"

@@ -2,6 +2,7 @@
 
 import torch
 
+from awp_engine.device import device_name
 from awp_engine.files.text import printable, shortened
 from awp_engine.train.setup import Setup
 from awp_kernels._backend import backend_for, problem
@@ -16,7 +17,7 @@ def banner(setup: Setup) -> list[str]:
     ball = f"{config.attack.norm} epsilon {config.attack.epsilon}"
     what = f"{config.title} of {{}} ({parameters} parameters) on {config.data.name}, {ball}"
     first = what.format(shortened(config.model.name, max(COLUMNS - len(what) + 2, 12)))
-    operations, why = _operations(setup.device.type)
+    operations, why = operations(setup.device.type)
     second = f"{_device(setup)}, {_precision(setup)}, {operations}"
     where = f"run directory {setup.run_dir}"
     lines = [first, *([f"{second}; {where}"] if len(second) + 2 + len(where) <= COLUMNS else [second, where])]
@@ -25,8 +26,8 @@ def banner(setup: Setup) -> list[str]:
 
 def _device(setup: Setup) -> str:
     ranks = setup.ranks.world
-    if setup.device.type == "cuda":
-        name = torch.cuda.get_device_name(setup.device)
+    if setup.device.type != "cpu":
+        name = device_name(setup.device)
         return name if ranks == 1 else f"{ranks} x {name}"
     threads = torch.get_num_threads()
     each = f"{threads} thread{'s' * (threads > 1)}"
@@ -44,7 +45,7 @@ def _precision(setup: Setup) -> str:
     return attack if attack == descent else f"{descent}, attack {attack}"
 
 
-def _operations(device: str) -> tuple[str, str | None]:
+def operations(device: str) -> tuple[str, str | None]:
     """Which operations serve the step, and why those made for this device do not."""
     names = {"cpp": "C++", "cuda": "CUDA", "triton": "Triton"}
     backend = backend_for(device, {torch.float32}, operation="perturb")
@@ -52,6 +53,8 @@ def _operations(device: str) -> tuple[str, str | None]:
         return f"{names[backend]} operations", None
     own = "cuda" if device == "cuda" else "cpp"
     why = problem(own, device)
+    if device not in ("cpu", "cuda"):
+        return "plain PyTorch", f"device {device}: the project has never run on one; compare with --device cpu first"
     if why is None:
         return "plain PyTorch, as AWP_BACKEND says", None
     return f"plain PyTorch: the {names[own]} library was not built", f"slower than it could be: {why}"

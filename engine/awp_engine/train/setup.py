@@ -64,13 +64,15 @@ def choose_precision(config: Config, device: torch.device) -> Precision:
     for part in PARTS:
         name = getattr(config.precision, part)
         if name == "fp16" and not cuda:
-            raise ConfigError(f"--precision.{part}: expected fp32 or bf16 on the CPU, got 'fp16'")
+            where = "the CPU" if device.type == "cpu" else device.type
+            raise ConfigError(f"--precision.{part}: expected fp32 or bf16 on {where}, got 'fp16'")
         if name != "auto":
             chosen[part] = _DTYPES[name]
         elif cuda:
             chosen[part] = None if sharpness_aware and part != "attack" else torch.float16
         else:
-            chosen[part] = torch.bfloat16 if part == "attack" and has_fast_bfloat16() else None
+            fast = part == "attack" and device.type == "cpu" and has_fast_bfloat16()
+            chosen[part] = torch.bfloat16 if fast else None
     if config.awp.enabled and config.awp.ascent == "shared":
         # the ascent's gradient comes out of the attack's last pass
         chosen["attack"] = chosen["ascent"]
@@ -246,6 +248,8 @@ class Setup:
         self.run_dir: Path = config.resolved_run_dir
         self.config_hash = config_hash(config)
         self.device = choose_device(config.device, ranks.local_rank)
+        if ranks.world > 1 and self.device.type not in ("cpu", "cuda"):
+            raise ConfigError(f"--device: expected cpu or cuda with several ranks, got {self.device.type}")
         # before data are read and the run directory is made
         self.precision = choose_precision(config, self.device)
         self.sharded = config.distributed.strategy == "fsdp"

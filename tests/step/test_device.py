@@ -6,7 +6,7 @@ import torch
 from awp_engine.config import Config, ConfigError, PrecisionConfig
 from awp_engine.device import choose_device, device_name
 from awp_engine.step.precision import Precision
-from awp_engine.train.banner import operations
+from awp_engine.train.banner import operations_on
 from awp_engine.train.setup import choose_precision
 
 XPU = torch.device("xpu", 0)
@@ -29,7 +29,7 @@ def test_another_device_computes_in_fp32_by_plain_pytorch_and_says_so():
     assert choose_precision(Config(), XPU) == Precision()
     with pytest.raises(ConfigError, match=r"^--precision\.ascent: expected fp32 or bf16 on xpu, got 'fp16'"):
         choose_precision(Config(precision=PrecisionConfig(ascent="fp16")), XPU)
-    by, warning = operations("xpu")
+    by, warning = operations_on("xpu")
     assert by == "plain PyTorch"
     assert warning is not None
     assert warning.startswith("device xpu: the project has never run on one")

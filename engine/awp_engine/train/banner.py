@@ -17,7 +17,7 @@ def banner(setup: Setup) -> list[str]:
     ball = f"{config.attack.norm} epsilon {config.attack.epsilon}"
     what = f"{config.title} of {{}} ({parameters} parameters) on {config.data.name}, {ball}"
     first = what.format(shortened(config.model.name, max(COLUMNS - len(what) + 2, 12)))
-    operations, why = operations(setup.device.type)
+    operations, why = operations_on(setup.device.type)
     second = f"{_device(setup)}, {_precision(setup)}, {operations}"
     where = f"run directory {setup.run_dir}"
     lines = [first, *([f"{second}; {where}"] if len(second) + 2 + len(where) <= COLUMNS else [second, where])]
@@ -45,7 +45,7 @@ def _precision(setup: Setup) -> str:
     return attack if attack == descent else f"{descent}, attack {attack}"
 
 
-def operations(device: str) -> tuple[str, str | None]:
+def operations_on(device: str) -> tuple[str, str | None]:
     """Which operations serve the step, and why those made for this device do not."""
     names = {"cpp": "C++", "cuda": "CUDA", "triton": "Triton"}
     backend = backend_for(device, {torch.float32}, operation="perturb")

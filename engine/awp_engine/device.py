@@ -7,16 +7,33 @@ from awp_engine.config import ConfigError
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device that `--device` asks for; auto takes a GPU if there is one, the one of the rank's number.
+    """The device that `--device` asks for; auto takes a CUDA GPU if there is one, the one of the rank's number.
 
     Raises:
-        ConfigError: cuda was asked for and there is none.
+        ConfigError: the device that was asked for is not there, or has no fp64.
     """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device: expected a machine with a CUDA device for 'cuda', found none; use --device cpu")
-    if name == "cpu" or not torch.cuda.is_available():
+    found = torch.accelerator.current_accelerator(check_available=True)
+    kind = "cpu" if found is None else found.type
+    if name == "cpu" or (name == "auto" and kind != "cuda"):
         return torch.device("cpu")
-    return torch.device("cuda", local_rank)
+    if name not in ("auto", kind):
+        what = "a CUDA device" if name == "cuda" else f"a device of torch's kind {name}"
+        other = "none" if found is None else kind
+        raise ConfigError(f"--device: expected a machine with {what} for '{name}', found {other}; use --device cpu")
+    device = torch.device(kind, local_rank)
+    try:
+        torch.zeros((), dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError) as error:
+        if kind == "cuda":
+            raise
+        why = " ".join(str(error).split())
+        raise ConfigError(f"--device: expected a device with fp64, for norms and rates, got {name} ({why})") from None
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """What a report calls it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def fast_memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:

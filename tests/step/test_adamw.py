@@ -261,6 +261,6 @@ def test_a_step_writes_the_working_copy_anew_and_skips_whole():
 
 
 def test_resume_at_a_step_ends_bit_equal(tmp_path):
-    optimizer = dataclasses.replace(ADAMW, lr=0.002, clip_norm=1.0)
+    optimizer = dataclasses.replace(ADAMW, lr=0.002, clip_norm=1.0, layer_decay=0.8)
     config = dataclasses.replace(AWP_EMA, optimizer=optimizer, global_batch_size=20)
     assert resumed_everywhere(0, 1, tmp_path, config, 3) == (2, [])

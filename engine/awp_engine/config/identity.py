@@ -30,6 +30,7 @@ _FREE_ON_RESUME = frozenset(
         "data.loader",
         "data.resident_share",
         "data.workers",
+        "model.checkpoint_activations",
         "keep_checkpoints",
         "keep_every",
         "checkpoint_every",
@@ -56,6 +57,10 @@ ADDED: dict[str, Any] = {
     "model.mean": [],
     "model.std": [],
     "awp.layers": [],
+    "attack.noise": 0.0,
+    "attack.noise_samples": 1,
+    "optimizer.layer_decay": 1.0,
+    "model.checkpoint_activations": False,
 }
 
 

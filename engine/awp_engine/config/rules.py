@@ -70,6 +70,9 @@ def choose_speed(config: Config, *, cuda: bool, ranks: int) -> Speed:
         f"--method {config.method}": is_code(config.method),
         # its replays are not captured, and no other step is taken
         "--attack.fast free": config.attack.fast == "free" and _always_fast(config),
+        # a graph would replay one noise
+        "--attack.noise": config.attack.noise > 0,
+        "--model.checkpoint-activations": config.model.checkpoint_activations,
     }
     hindrance = next((name for name, holds in hindrances.items() if holds), None)
     if config.cuda_graphs is True and hindrance is not None:
@@ -125,11 +128,19 @@ def _require_step(config: Config) -> None:
     size = config.global_batch_size
     both = config.data.extra is None or 0 < own_images(size, config.data.extra_fraction) < size
     config.require(both, "data.extra_fraction", f"a part that gives a batch of {size} images of both kinds")
+    if config.attack.kind == "none" or config.attack.noise:
+        like = "at, or a class of your own, with --attack.kind none or --attack.noise"
+        config.require(config.method == "at" or is_code(config.method), "method", like)
     if config.attack.kind == "apgd":
         if config.method in ("trades", "rst"):
             config.require_value("attack.kind", "pgd", f"with --method {config.method}: apgd climbs cross-entropy")
         if config.awp.enabled:
             config.require_value("awp.ascent", "exact", "with --attack.kind apgd, whose last pass has no gradient")
+    if config.model.checkpoint_activations:
+        reason = "with --model.checkpoint-activations"
+        config.require(config.compile is not True, "compile", f"auto or false {reason}")
+        config.require_value("distributed.strategy", "ddp", reason)
+        config.require_value("distributed.sync_batch_norm", False, f"{reason}: ranks would exchange them twice")
     if config.optimizer.kind == "adamw":
         config.require(config.cuda_graphs is not True, "cuda_graphs", "auto or false with --optimizer.kind adamw")
 

@@ -133,6 +133,9 @@ class ModelConfig(Checked, section="model."):
     """Mean of every channel, on pixels in [0, 1]; nothing means as --model.normalize says."""
     std: tuple[float, ...] = ()
     """Deviation of every channel, likewise."""
+    checkpoint_activations: bool = False
+    """Keep the inputs of the model's blocks alone, and compute what is inside anew in backward passes: the same
+    numbers with less memory, in up to half more time."""
 
     @property
     def source(self) -> Source:
@@ -171,8 +174,9 @@ class ModelConfig(Checked, section="model."):
 class AttackConfig(Checked, section="attack."):
     """Projected gradient descent that makes the training images."""
 
-    kind: Literal["pgd", "apgd"] = "pgd"
-    """Steps of one length, or Auto-PGD (Croce, Hein 2020), which chooses its own, for AT and MART."""
+    kind: Literal["pgd", "apgd", "none"] = "pgd"
+    """Steps of one length; Auto-PGD (Croce, Hein 2020), which chooses its own, for AT and MART; or no attack: epsilon
+    is then that of the evaluation alone."""
     norm: Literal["linf", "l2"] = "linf"
     """Norm of the ball around an image."""
     epsilon: Amount = "0.2"
@@ -191,6 +195,11 @@ class AttackConfig(Checked, section="attack."):
     """Epochs of the cheap attack before the full one; none means all."""
     replays: Count = 8
     """Updates that --attack.fast free makes from one batch."""
+    noise: Annotated[float, Range("a number from 0 to 10", ge=0, le=10)] = 0.0
+    """Deviation of Gaussian noise on the images that are trained on, unclipped, for awp certify: with --attack.kind
+    none (Cohen 2019), or under an attack (SmoothAdv, Salman 2019); 0: no noise."""
+    noise_samples: Count = 1
+    """Noisy copies of each image: the weights learn from all, and the attack climbs against their mean probability."""
 
     def _check(self) -> None:
         epsilon = parse_amount(self.epsilon)
@@ -200,11 +209,19 @@ class AttackConfig(Checked, section="attack."):
         self.require(self.fast == "none" or self.norm == "linf", "fast", "none with --attack.norm l2")
         noise = "at most 1/2 with --attack.fast n-fgsm, whose noise reaches twice as far"
         self.require(self.fast != "n-fgsm" or epsilon <= Fraction(1, 2), "epsilon", noise)
+        alone = self.fast == "none" or (self.kind != "none" and self.noise == 0)
+        self.require(alone, "fast", "none with --attack.kind none or --attack.noise")
+        self.require(self.noise > 0 or self.noise_samples == 1, "noise_samples", "1 without --attack.noise")
 
     @property
     def epsilon_value(self) -> float:
         """epsilon, on pixels in [0, 1]."""
         return float(parse_amount(self.epsilon))
+
+    @property
+    def training_epsilon(self) -> float:
+        """epsilon_value, or 0 where training does not attack."""
+        return 0.0 if self.kind == "none" else self.epsilon_value
 
     @property
     def step_size_value(self) -> float:
@@ -273,6 +290,9 @@ class OptimizerConfig(Checked, section="optimizer."):
     """Largest norm of the whole gradient; a longer one is scaled down to it; none means no clipping."""
     decay_all: bool = True
     """Apply weight decay to biases and normalisation weights as well, as the papers do."""
+    layer_decay: Annotated[float, Range("a number > 0, at most 1", gt=0, le=1)] = 1.0
+    """Each layer learns at this times the rate of the layer after it, the last one at the full rate (BEiT); 1: all do.
+    For fine-tuning: 0.65 to 0.9 are usual."""
 
     def _check(self) -> None:
         plain = self.kind == "sgd" or not self.nesterov
@@ -388,8 +408,9 @@ class Config(Checked):
     """Most images that a rank computes at once; gradients of the pieces are added up. None means its whole share."""
     deterministic: bool = False
     """Use only operations that give the same bits every time; slower on a GPU."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes a GPU if there is one."""
+    device: Literal["auto", "cpu", "cuda", "xpu", "npu", "hpu", "mtia", "mps"] = "auto"
+    """Where to train; auto takes a CUDA GPU if there is one. The others are torch's names of further accelerators, on
+    which the project has never run; they have to compute in fp64, which mps cannot."""
     compile: Switch = "auto"
     """Compile the model's passes by torch.compile, which takes minutes; results then differ by rounding. auto: off."""
     cuda_graphs: Switch = "auto"
@@ -446,6 +467,10 @@ class Config(Checked):
         """What is trained, in the field's words: "TRADES-AWP"."""
         perturbed = {"relative": "AWP", "absolute": "SAM", "elementwise": "ASAM"}[self.awp.scale]
         method = self.method.rpartition(":")[2] if is_code(self.method) else self.method.upper()
+        if self.attack.noise and not is_code(self.method):
+            method = "SmoothAdv" if self.attack.training_epsilon else "Noise"
+        elif self.attack.kind == "none" and not is_code(self.method):
+            method = "Standard"
         return method + (f"-{perturbed}" if self.awp.enabled else "")
 
     @property

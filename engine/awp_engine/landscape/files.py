@@ -14,6 +14,7 @@ from awp_engine.attack import Attack
 from awp_engine.checkpoint import CheckpointError, export_model
 from awp_engine.config import ConfigError
 from awp_engine.data import Split
+from awp_engine.device import device_name
 from awp_engine.files.atomic import atomic_write_text
 from awp_engine.files.digest import sha256_of
 from awp_engine.files.run_places import CONFIG_FILE
@@ -73,7 +74,7 @@ class Receipt:
                 "resamples": RESAMPLES,
                 "method": "bootstrap percentiles over images, and over rows if several",
             },
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "device": device_name(device),
             "threads": torch.get_num_threads(),
             "seconds": self.seconds,
             "versions": versions(),

@@ -1,12 +1,13 @@
 """What both families of networks share."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from awp_kernels import (
     add_bn_act,
@@ -187,12 +188,14 @@ class NormalizedClassifier(nn.Module):
         num_classes: number of logits.
         class_names: of the logits, in their order, where the weights that were loaded say so.
         input_dtype: what normalised images are rounded to, see `narrow_input_`; None: not at all.
+        checkpointed: whether blocks compute their activations anew, see `checkpoint_activations_`.
     """
 
     mean: Tensor
     std: Tensor
     input_dtype: torch.dtype | None = None
     class_names: tuple[str, ...] | None = None
+    checkpointed = False
 
     def __init__(self, num_classes: int, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -241,6 +244,17 @@ class NormalizedClassifier(nn.Module):
             return values
         filled = filled_up(values.to(self.input_dtype), -self.mean.shape[1] % 8)
         return filled.contiguous(memory_format=torch.channels_last)
+
+    def through(self, blocks: Iterable[nn.Module], x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Blocks of a residual network one after the other: what the last one gives, see `PreActBlock`."""
+        residual = None
+        for block in blocks:
+            if self.checkpointed:
+                # nothing in them is drawn at random
+                x, residual = checkpoint(block, x, residual, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, residual = block(x, residual)
+        return x, residual
 
     @property
     def classifier_names(self) -> tuple[str, ...]:

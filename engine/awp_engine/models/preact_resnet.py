@@ -96,8 +96,6 @@ class PreActResNet(NormalizedClassifier):
 
     def forward(self, images: Tensor | NormalizedImages) -> Tensor:
         """Logits [N, num_classes] of images [N, C, H, W] in [0, 1]."""
-        x, residual = self.conv1(self.normalize(images)), None
-        for stage in range(self.num_stages):
-            for block in self.get_submodule(f"layer{stage + 1}").children():
-                x, residual = block(x, residual)
-        return self.linear(pre_activated(self.bn, x, residual)[1])
+        stages = (self.get_submodule(f"layer{stage + 1}") for stage in range(self.num_stages))
+        blocks = [block for stage in stages for block in stage.children()]
+        return self.linear(pre_activated(self.bn, *self.through(blocks, self.conv1(self.normalize(images))))[1])

@@ -122,8 +122,6 @@ class WideResNet(NormalizedClassifier):
 
     def forward(self, images: Tensor | NormalizedImages) -> Tensor:
         """Logits [N, num_classes] of images [N, C, H, W] in [0, 1]."""
-        x, residual = self.conv1(self.normalize(images)), None
-        for stage in (self.block1, self.block2, self.block3):
-            for block in stage.get_submodule("layer").children():
-                x, residual = block(x, residual)
-        return self.fc(pre_activated(self.bn1, x, residual)[1])
+        stages = (self.block1, self.block2, self.block3)
+        blocks = [block for stage in stages for block in stage.get_submodule("layer").children()]
+        return self.fc(pre_activated(self.bn1, *self.through(blocks, self.conv1(self.normalize(images))))[1])

@@ -31,24 +31,25 @@ def forward_flops(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second of a large square matrix product, the best of a few; takes about 0.2 s."""
-    size = 8192 if device.type == "cuda" else 1024
+    on_cpu = device.type == "cpu"
+    size = 1024 if on_cpu else 8192
     a = torch.rand(size, size, device=device).to(dtype)
     out = torch.empty_like(a)
     best, began = 0.0, time.perf_counter()
     while time.perf_counter() - began < 0.2 or best == 0.0:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if not on_cpu:
+            torch.accelerator.synchronize(device)
         start = time.perf_counter()
         torch.mm(a, a, out=out)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if not on_cpu:
+            torch.accelerator.synchronize(device)
         best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: of the GPU's memory by tensors, or of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    """Most bytes held so far: of the device's memory by tensors, or of the process."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device)
     # kilobytes on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

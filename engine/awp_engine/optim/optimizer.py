@@ -1,6 +1,6 @@
 """The optimizer that a configuration describes, and its state in a checkpoint."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
 import torch
@@ -15,27 +15,46 @@ Optimizer: TypeAlias = SGD | AdamW
 _MOMENTUM, _ADAMW = "momentum_buffer", ("exp_avg", "exp_avg_sq", "step")
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, *, working: nn.Module | None = None) -> Optimizer:
-    """SGD or AdamW over all parameters of `model`, in one or two launches a step.
+def build_optimizer(
+    model: nn.Module,
+    config: OptimizerConfig,
+    *,
+    working: nn.Module | None = None,
+    layers: Mapping[str, int] | None = None,
+) -> Optimizer:
+    """SGD or AdamW over all parameters of `model`, in one or two launches a step for every learning rate.
 
     Args:
         model: its parameters are stepped.
         config: kind, rate, momentum and decay.
         working: a working copy of `model`, whose gradients are taken where it has any, and which gets the new weights.
+        layers: the layer of every parameter, see `layer_numbers`, for rates by layer; None: all learn at one rate.
+
+    Source: the rates by layer are those of Bao et al.: BEiT: BERT Pre-Training of Image Transformers, ICLR 2022.
     """
     parameters = dict(model.named_parameters())
-    # biases and normalisation weights are the parameters of one dimension
-    groups = [[p for p in parameters.values() if p.ndim > 1], [p for p in parameters.values() if p.ndim <= 1]]
-    decays = [config.weight_decay, config.weight_decay if config.decay_all else 0.0]
-    parts = [{"params": group, "weight_decay": decay} for group, decay in zip(groups, decays, strict=True) if group]
-    copies = {} if working is None else dict(working.named_parameters())
-    copied = {p: copies[name] for name, p in parameters.items() if name in copies and copies[name] is not p}
     # on the device, where a captured step reads it; the fused kernel of AdamW reads fp32 alone there
     dtype = torch.float64 if config.kind == "sgd" else torch.float32
-    lr = torch.tensor(config.lr, dtype=dtype, device=next(iter(parameters.values())).device)
+    device = next(iter(parameters.values())).device
+    numbers = dict.fromkeys(parameters, 0) if layers is None else layers
+    parts = []
+    for layer in sorted(set(numbers.values())):
+        scale = config.layer_decay ** (max(numbers.values()) - layer)
+        lr = torch.tensor(config.lr * scale, dtype=dtype, device=device)
+        own = [p for name, p in parameters.items() if numbers[name] == layer]
+        # biases and normalisation weights are the parameters of one dimension
+        groups = [[p for p in own if p.ndim > 1], [p for p in own if p.ndim <= 1]]
+        decays = [config.weight_decay, config.weight_decay if config.decay_all else 0.0]
+        parts += [
+            {"params": group, "weight_decay": decay, "lr": lr, "lr_scale": scale}
+            for group, decay in zip(groups, decays, strict=True)
+            if group
+        ]
+    copies = {} if working is None else dict(working.named_parameters())
+    copied = {p: copies[name] for name, p in parameters.items() if name in copies and copies[name] is not p}
     if config.kind == "adamw":
-        return AdamW(parts, lr=lr, beta1=config.momentum, beta2=config.beta2, working=copied)
-    return SGD(parts, lr=lr, momentum=config.momentum, nesterov=config.nesterov, working=copied)
+        return AdamW(parts, lr=config.lr, beta1=config.momentum, beta2=config.beta2, working=copied)
+    return SGD(parts, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, working=copied)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -68,9 +87,10 @@ def allocate_optimizer_tensors(model: nn.Module, optimizer: Optimizer, names: It
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Set the rate of all groups, in place where it is a tensor."""
+    """Set the rate of all groups, times their `lr_scale` where they have one; in place where it is a tensor."""
     for group in optimizer.param_groups:
+        rate = lr * group.get("lr_scale", 1.0)
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
+            group["lr"].fill_(rate)
         else:
-            group["lr"] = lr
+            group["lr"] = rate

@@ -67,7 +67,8 @@ class GraphedStep:
         start = self.step.prepare(batch, phase)
         kind = (phase.perturb and self.step.awp is not None, phase.attack)
         given = (batch.images, batch.labels, batch.ids, start)
-        if self.step.passes.largest_batch not in (None, len(batch.images)):
+        # a graph would replay one noise
+        if phase.noise is not None or self.step.passes.largest_batch not in (None, len(batch.images)):
             return self._plainly(given, phase)
         if self._inputs is None:
             self._inputs = tuple(torch.empty_like(tensor) for tensor in given)

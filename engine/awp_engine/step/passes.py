@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from awp_engine.distributed.share import rank_share
 from awp_engine.models import WrappedClassifier
 from awp_engine.models.answers import predicted
 from awp_engine.models.batch_norm import Statistics, batch_norm_mode
+from awp_engine.step.noise import Noise, Smoothed
 from awp_engine.step.objectives import Objective
 from awp_engine.step.precision import LossScale, WorkingModels
 from awp_engine.step.values import Phase
@@ -65,6 +66,7 @@ class Passes:
 
     Attributes:
         loss_scale: of ascent and descent where one of them is in fp16, else None.
+        noise: of the step that runs, on the images that the weights are trained by; or None.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Passes:
         several = ranks.world > 1 and not models.sharded
         self._reducers = {id(module): _reducer(module) for module in reduced} if several else {}
         self._warm = not self._reducers
+        self.noise: Noise | None = None
 
     def begin(self, x: Tensor) -> None:
         """Begin a step on images like `x`: without gradients of the one before.
@@ -111,9 +114,19 @@ class Passes:
         self.clear_gradients()
 
     def seed(self, phase: Phase) -> None:
-        """Have what layers draw from torch's global generator depend on the step and the rank alone."""
+        """Take a step's noise; what layers draw from torch's global generator depends on step and rank alone."""
+        self.noise = phase.noise
         if phase.layer_seed is not None:
             torch.manual_seed(mix_seed(phase.layer_seed, self.ranks.rank))
+
+    @property
+    def copies(self) -> int:
+        """How often an image is trained on in a step."""
+        return 1 if self.noise is None else self.noise.copies
+
+    def noisy(self, x_adv: Tensor, ids: Tensor, number: int) -> Tensor:
+        """What the weights are trained by: attacked images, or copy `number` of them under the step's noise."""
+        return x_adv if self.noise is None else self.noise.added(x_adv, ids, number)
 
     def clear_gradients(self) -> None:
         """Drop the gradients of all models."""
@@ -156,6 +169,8 @@ class Passes:
         self, attack: Attack, model: nn.Module, batch: Batch, start: Tensor | None = None, **given: Any
     ) -> Tensor:
         """The attacked images of a batch: climbs the objective's loss on `model`; `given` are arguments of `attack`."""
+        if self.noise is not None:
+            model = Smoothed(model, self.noise, batch.ids)
         # the step ignores it
         scale = HALF_SCALE if self.models.precision.attack == torch.float16 else 1.0
         loss: Loss | None = None
@@ -230,22 +245,27 @@ class Passes:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the mean loss in the parameters of `model`, over all ranks if `averaged`, times `followed`.
 
+        With noise it is the mean over all noisy copies.
+
         Returns:
             The mean loss, the part of right answers, and how many losses lie below c_min; of this rank's images.
         """
         x, y = batch.images, batch.labels
         reducer = self._reducers.get(id(model)) if averaged else None
         loss, correct, below = (x.new_zeros(()) for _ in range(3))
-        for index, (rows, part) in enumerate(share.pieces):
+        copies = range(self.copies)
+        parts = [(rows, number, part / len(copies)) for rows, part in share.pieces for number in copies]
+        for index, (rows, number, part) in enumerate(parts):
             called = self._runner(reducer or model, x[rows])
-            last = index == len(share.pieces) - 1
+            last = index == len(parts) - 1
             if self.models.sharded:
                 model.set_requires_gradient_sync(last)  # pyright: ignore[reportCallIssue]
             with (
                 batch_norm_mode(model, update_statistics=update_statistics, synchronized=not share.undivided),
                 contextlib.nullcontext() if last or reducer is None else reducer.no_sync(),
             ):
-                losses, logits = self.objective.losses(called, x_adv[rows], x[rows], y[rows])
+                noisy = self.noisy(x_adv[rows], batch.ids[rows], number)
+                losses, logits = self.objective.losses(called, noisy, x[rows], y[rows])
                 if c_min is not None:
                     counted = losses.detach() < c_min
                     below += counted.sum()
@@ -257,11 +277,24 @@ class Passes:
                 scale = part * self.ranks.world
                 lifted = mean if scale == 1 else mean * scale
                 lifted = lifted if followed is None else lifted * followed
-                (lifted if self.loss_scale is None else lifted * self.loss_scale.value).backward()
+                with self._statistics_held() if update_statistics else contextlib.nullcontext():
+                    (lifted if self.loss_scale is None else lifted * self.loss_scale.value).backward()
             labels = y[rows] if y.ndim == 1 else y[rows].argmax(1)
             loss = loss + mean.detach() * part
             correct = correct + (predicted(logits.detach()) == labels).to(x.dtype).mean() * part
         return loss, correct, below
+
+    @contextlib.contextmanager
+    def _statistics_held(self) -> Iterator[None]:
+        """A block of a backward pass: what it computes anew of a checkpointed model moves no statistics again."""
+        if not getattr(self.models.model, "checkpointed", False):
+            yield
+            return
+        self.models.settle_()
+        moved = Statistics(self.models.statistics)
+        yield
+        self.models.settle_()
+        moved.restore_()
 
     def descend(
         self, x_adv: Tensor, batch: Batch, share: RankShare, followed: Tensor | None = None

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from awp_engine.attack import Attack
 from awp_engine.distributed.batch import Batch
+from awp_engine.step.noise import Noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +20,7 @@ class Phase:
         perturb: whether the weights are perturbed.
         free: whether one pass serves image and weights; see `FreeStep`.
         lr: learning rate; None leaves it as it is.
+        noise: on the images that the weights are trained by, or None.
         layer_seed: of what layers draw from torch's global generator, such as dropout; None leaves that as it is.
     """
 
@@ -27,6 +29,7 @@ class Phase:
     perturb: bool = True
     free: bool = False
     lr: float | None = None
+    noise: Noise | None = None
     layer_seed: int | None = None
 
 

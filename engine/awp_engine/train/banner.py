@@ -2,6 +2,7 @@
 
 import torch
 
+from awp_engine.device import device_name
 from awp_engine.files.text import path_end, printable
 from awp_engine.train.setup import Setup
 from awp_kernels._backend import backend_for, problem
@@ -20,7 +21,7 @@ def banner(setup: Setup) -> list[str]:
     method, about = f"{config.title} of ", f" ({parameters} parameters)"
     model = method + path_end(config.model.name, COLUMNS - len(method) - len(about)) + about
     data = f"on {path_end(config.data.name, COLUMNS - len(f'on , {ball}'))}, {ball}"
-    operations, why = _operations(setup.device.type)
+    operations, why = operations_on(setup.device.type)
     device = f"{_device(setup)}, {_precision(setup)}, {operations}"
     lines = [*_together(model, " ", data), *_together(device, "; ", f"run directory {setup.run_dir}")]
     return [printable(line) for line in (*lines, *([] if why is None else [why]))]
@@ -34,8 +35,8 @@ def _together(first: str, between: str, second: str) -> list[str]:
 
 def _device(setup: Setup) -> str:
     ranks = setup.ranks.world
-    if setup.device.type == "cuda":
-        name = torch.cuda.get_device_name(setup.device)
+    if setup.device.type != "cpu":
+        name = device_name(setup.device)
         return name if ranks == 1 else f"{ranks} x {name}"
     threads = torch.get_num_threads()
     each = f"{threads} thread{'s' * (threads > 1)}"
@@ -53,7 +54,7 @@ def _precision(setup: Setup) -> str:
     return attack if attack == descent else f"{descent}, attack {attack}"
 
 
-def _operations(device: str) -> tuple[str, str | None]:
+def operations_on(device: str) -> tuple[str, str | None]:
     """Which operations serve the step, and why those made for this device do not."""
     names = {"cpp": "C++", "cuda": "CUDA", "triton": "Triton"}
     backend = backend_for(device, {torch.float32}, operation="perturb")
@@ -61,6 +62,8 @@ def _operations(device: str) -> tuple[str, str | None]:
         return f"{names[backend]} operations", None
     own = "cuda" if device == "cuda" else "cpp"
     why = problem(own, device)
+    if device not in ("cpu", "cuda"):
+        return "plain PyTorch", f"device {device}: the project has never run on one; compare with --device cpu first"
     if why is None:
         return "plain PyTorch, as AWP_BACKEND says", None
     return f"plain PyTorch: the {names[own]} library was not built", f"slower than it could be: {why}"

@@ -12,7 +12,7 @@ def forward_units(config: Config, *, cheap: bool = False) -> float:
         config: the run's.
         cheap: with the cheap attack of the first epochs: one step, or none of its own in free training.
     """
-    steps = config.attack.steps if config.attack.epsilon_value > 0 else 0
+    steps = config.attack.steps if config.attack.training_epsilon > 0 else 0
     if cheap:
         steps = min(steps, 0 if config.attack.fast == "free" else 1)
     # AT passes attacked images alone, the others clean ones as well
@@ -26,4 +26,4 @@ def forward_units(config: Config, *, cheap: bool = False) -> float:
         ascent = 1.0 / config.awp.every
     else:
         ascent = training * config.awp.ascent_steps / config.awp.every
-    return attack + ascent + training
+    return (attack + ascent + training) * config.attack.noise_samples

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from awp_engine import checkpoint
+from awp_engine.device import device_name
 from awp_engine.evaluation import Accuracy
 from awp_engine.evaluation.receipt import split_hash
 from awp_engine.files.run_places import MODEL_FILE
@@ -80,7 +81,7 @@ def write_results(
             "steps": config.evaluation.steps,
             "step_size": config.evaluation_step_size,
         },
-        "device": torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else "cpu",
+        "device": device_name(setup.device),
         "ranks": setup.ranks.world,
         "data": {
             "name": setup.data.name,

@@ -6,11 +6,13 @@ from awp_engine.attack import Attack
 from awp_engine.config import Config
 from awp_engine.config.model_names import is_code
 from awp_engine.optim.learning_rate import learning_rate
+from awp_engine.step.noise import Noise
 from awp_engine.step.values import Phase
 from awp_kernels.philox import mix_seed
 
 _ATTACK_NOISE = 1
 _LAYER_NOISE = 4
+_SMOOTHING_NOISE = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,11 @@ class Schedule:
         drawn = config.model.source != "built-in" or is_code(config.method)
         return mix_seed(config.seed, epoch, step, _LAYER_NOISE) if drawn else None
 
+    def noise(self, epoch: int) -> Noise | None:
+        """That on the images of `epoch`."""
+        attack, seed = self.config.attack, mix_seed(self.config.seed, epoch, _SMOOTHING_NOISE)
+        return Noise(sigma=attack.noise, copies=attack.noise_samples, seed=seed) if attack.noise else None
+
     def __call__(self, epoch: int, step: int) -> Phase:
         """The phase of that step."""
         config, cheap = self.config, self.is_cheap(epoch)
@@ -57,5 +64,6 @@ class Schedule:
             perturb=epoch > config.awp.warmup and self.number(epoch, step) % config.awp.every == 0,
             free=cheap and config.attack.fast == "free",
             lr=self.lr(epoch, step),
+            noise=self.noise(epoch),
             layer_seed=self.layer_seed(epoch, step),
         )

@@ -77,7 +77,9 @@ class Selection:
                     for rows, _ in passes.share(len(batch.images), batch.whole_size).pieces:
                         piece = batch.part(rows)
                         x_adv = passes.attack_whole(attack, model, piece, seed=seed)
-                        passes.objective.losses(model, x_adv, piece.images, piece.labels)
+                        for number in range(passes.copies):
+                            noisy = passes.noisy(x_adv, piece.ids, number)
+                            passes.objective.losses(model, noisy, piece.images, piece.labels)
                 yield
                 seen += batch.whole_size
                 if seen >= config.average.bn_images:

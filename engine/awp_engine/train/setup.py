@@ -29,6 +29,8 @@ from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.sharding import gather, shard
 from awp_engine.files.run_places import CHECKPOINTS
 from awp_engine.models.batch_norm import synchronize
+from awp_engine.models.checkpointing import checkpoint_activations_
+from awp_engine.models.depth import layer_numbers
 from awp_engine.models.trained import described
 from awp_engine.observe.throughput import forward_flops
 from awp_engine.observe.trackers import require_trackers
@@ -64,13 +66,15 @@ def choose_precision(config: Config, device: torch.device) -> Precision:
     for part in PARTS:
         name = getattr(config.precision, part)
         if name == "fp16" and not cuda:
-            raise ConfigError(f"--precision.{part}: expected fp32 or bf16 on the CPU, got 'fp16'")
+            where = "the CPU" if device.type == "cpu" else device.type
+            raise ConfigError(f"--precision.{part}: expected fp32 or bf16 on {where}, got 'fp16'")
         if name != "auto":
             chosen[part] = _DTYPES[name]
         elif cuda:
             chosen[part] = None if sharpness_aware and part != "attack" else torch.float16
         else:
-            chosen[part] = torch.bfloat16 if part == "attack" and has_fast_bfloat16() else None
+            fast = part == "attack" and device.type == "cpu" and has_fast_bfloat16()
+            chosen[part] = torch.bfloat16 if fast else None
     if config.awp.enabled and config.awp.ascent == "shared":
         # the ascent's gradient comes out of the attack's last pass
         chosen["attack"] = chosen["ascent"]
@@ -82,7 +86,7 @@ def choose_precision(config: Config, device: torch.device) -> Precision:
             raise ConfigError(
                 "--precision.attack: expected that of ascent and descent with --distributed.strategy fsdp"
             )
-    if config.attack.epsilon_value == 0:
+    if config.attack.training_epsilon == 0:
         # no attack, and no copy for it
         chosen["attack"] = chosen["descent"]
     return Precision(**chosen)
@@ -91,8 +95,8 @@ def choose_precision(config: Config, device: torch.device) -> Precision:
 def training_attack(settings: AttackConfig) -> Attack:
     """How training attacks, but for the epochs of a cheap attack."""
     return Attack(
-        kind=settings.kind,
-        epsilon=settings.epsilon_value,
+        kind="apgd" if settings.kind == "apgd" else "pgd",
+        epsilon=settings.training_epsilon,
         step_size=settings.step_size_value,
         steps=settings.steps,
         norm=settings.norm,
@@ -154,7 +158,9 @@ def build_step(
         raise ConfigError(f"--awp.{'layers' if awp.layers else 'gamma'}: {error}") from None
     return AwpStep(
         models=models,
-        optimizer=build_optimizer(model, config.optimizer, working=models.updated),
+        optimizer=build_optimizer(
+            model, config.optimizer, working=models.updated, layers=layers_with_rates(config, model)
+        ),
         objective=build_objective(config.method, beta=config.beta, label_smoothing=config.label_smoothing),
         awp=perturbation,
         ascent=Ascent(kind=awp.ascent, steps=awp.ascent_steps, c_min=awp.c_min, sync=config.distributed.ascent_sync),
@@ -166,6 +172,15 @@ def build_step(
         micro_batch_size=config.micro_batch_size,
         largest_batch=largest_batch,
     )
+
+
+def layers_with_rates(config: Config, model: nn.Module) -> dict[str, int] | None:
+    """The layer of every parameter, where each layer has a learning rate of its own; else None.
+
+    Raises:
+        ConfigError: a model that does not say which layers it has.
+    """
+    return None if config.optimizer.layer_decay == 1 else layer_numbers(model, config.model.name)
 
 
 def require_ranks(config: Config, ranks: Ranks) -> None:
@@ -241,6 +256,8 @@ class Setup:
         self.run_dir: Path = config.resolved_run_dir
         self.config_hash = config_hash(config)
         self.device = choose_device(config.device, ranks.local_rank)
+        if ranks.world > 1 and self.device.type not in ("cpu", "cuda"):
+            raise ConfigError(f"--device: expected cpu or cuda with several ranks, got {self.device.type}")
         # before data are read and the run directory is made
         self.precision = choose_precision(config, self.device)
         self.sharded = config.distributed.strategy == "fsdp"
@@ -328,8 +345,14 @@ class Setup:
         self.model: nn.Module = built.model
         self.description, self._memory_format = built.description, built.memory_format
         self.messages += built.messages
+        if self.config.model.checkpoint_activations:
+            checkpoint_activations_(built.model, self.data.train.shape, self.config.model.name)
         # before the run directory is made
         choice(self.model, self.config.awp.layers)
+        if (layers := layers_with_rates(self.config, self.model)) is not None:
+            count, optimizer = max(layers.values()) + 1, self.config.optimizer
+            lowest = optimizer.lr * optimizer.layer_decay ** (count - 1)
+            self.messages.append(f"learning rates from {lowest:.3g} to {optimizer.lr:.3g} over {count} layers")
 
     def _find_code(self) -> None:
         """What made this run; after the model was built, whose code may have imported more then."""
@@ -369,6 +392,9 @@ class Setup:
         self.optimizer = self.awp_step.update.optimizer
         if self.awp_step.awp is not None:
             self.messages.append(perturbed_message(config.title, self.awp_step.awp))
+        if attack.noise:
+            copies = "a noisy copy" if attack.noise_samples == 1 else f"{attack.noise_samples} noisy copies"
+            self.messages.append(f"{copies} of every training image, for awp certify --sigma {attack.noise:g}")
         self.step = capture_step(config, self.awp_step)
         self.free = None
         if attack.fast == "free":

@@ -180,9 +180,9 @@ def default_workers() -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that nobody uses: of a GPU, or of this machine by its ranks."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    """Bytes that nobody uses: of the device, or of this machine by its ranks."""
+    if device.type != "cpu":
+        return torch.accelerator.get_memory_info(device)[0]
     pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:  # noqa: PTH123

@@ -80,6 +80,24 @@ def whole_number(text: str) -> int:
     return number
 
 
+def side(text: str) -> int:
+    """The same for the side of an image, in pixels."""
+    number = whole_number(text)
+    if not 1 <= number <= 4096:
+        raise argparse.ArgumentTypeError(f"expected a whole number of pixels, 1 to 4096, got {number}")
+    return number
+
+
+def share(text: str) -> float:
+    """The same for a part of something."""
+    try:
+        if 0 < float(text) <= 1:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected a number more than 0 and at most 1, got {text[:80]!r}")
+
+
 def thread_count(text: str) -> int:
     """The same for a number of threads: the system starts as many as it is told, until it has no room for another."""
     number = whole_number(text)

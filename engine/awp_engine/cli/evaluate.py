@@ -3,17 +3,19 @@
 import argparse
 import dataclasses
 import functools
+import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from awp_engine.cli.command_line import OneLineParser, fail, thread_count, whole_number
+from awp_engine.cli.command_line import OneLineParser, fail, share, side, thread_count, whole_number
 from awp_engine.cli.foreign import add_foreign, of_run, place, pop_foreign, require_foreign
 from awp_engine.config import ConfigError
 from awp_engine.files.text import printable
 
 if TYPE_CHECKING:
+    from awp_engine.evaluation.corruptions import Corrupted
     from awp_engine.evaluation.run import Evaluated
 
 # measured and written, but with a reason not to believe it
@@ -38,6 +40,26 @@ def _counts(text: str) -> tuple[int, ...]:
 
 def _images(text: str) -> int:
     return 0 if text == "all" else whole_number(text)
+
+
+# what goes with --data.corruption all
+_OF_CORRUPTIONS = (
+    *("path", "checkpoint", "limit", "batch_size", "device", "threads", "output", "again", "no_gates"),
+    *("data_name", "data_root", "data_corruption", "data_severity", "data_image_size", "data_center_crop"),
+)
+
+
+def _require_corruptions(parser: OneLineParser, arguments: argparse.Namespace) -> None:
+    if arguments.attacks == ["clean"]:
+        arguments.attacks = None
+    for name, value in vars(arguments).items():
+        known = name in _OF_CORRUPTIONS or name.startswith("model_")
+        if not known and value not in (None, parser.get_default(name)):
+            flag = f"--{name.replace('_', '-')}"
+            parser.error(
+                f"--data.corruption all: measures clean accuracy alone, without {flag}; leave that out, or name one "
+                "kind and --data.severity"
+            )
 
 
 def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argparse.Namespace:
@@ -98,7 +120,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
         "--data-corruption",
         dest="data_corruption",
         metavar="KIND",
-        help="of cifar10-c, cifar100-c, imagenet-c, folder-c",
+        help="of cifar10-c, cifar100-c, imagenet-c, folder-c; all: clean accuracy by kind, and the mean error",
     )
     add(
         "--data.severity",
@@ -107,6 +129,10 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
         type=whole_number,
         metavar="N",
         help="of the corruption, 1 to 5",
+    )
+    add("--data.image-size", dest="data_image_size", type=side, metavar="N", help="resize images of files to NxN")
+    add(
+        "--data.center-crop", dest="data_center_crop", type=share, metavar="X", help="share of the shorter side to take"
     )
     add(
         "--transfer-to", type=Path, metavar="PATH", help="second run or checkpoint: do the attacked images fool it too?"
@@ -155,10 +181,25 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
     )
     group.add_argument("--additional-data", action="store_true", help="other images than the training set were used")
     arguments = parser.parse_args(argv)
+    if arguments.data_center_crop is not None and arguments.data_image_size is None:
+        parser.error("--data.center-crop: goes with --data.image-size")
+    if arguments.data_corruption == "all":
+        _require_corruptions(parser, arguments)
     if arguments.path is None and arguments.model_name is None:
         parser.error("RUN_OR_CHECKPOINT: expected a path, or --model.name with --weights")
     require_foreign(parser, arguments, [] if arguments.path is None else [arguments.path])
     return arguments
+
+
+def show_corruptions(done: "Corrupted") -> None:
+    """The errors by kind, and what is to be known about them."""
+    from awp_engine.observe.report import print_table, print_text
+
+    print_table(done.table(), title=done.title)
+    for note in done.report["notes"]:
+        print_text(note)
+    for doubt in done.report["doubts"]:
+        print_text(f"UNRELIABLE: {doubt}")
 
 
 def show(done: "Evaluated", *, per_class: bool = False) -> None:
@@ -197,7 +238,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
     import torch
 
     from awp_engine.checkpoint import CheckpointError
-    from awp_engine.data import DataError
+    from awp_engine.data import DataError, Framing
     from awp_engine.device import full_precision
     from awp_engine.distributed.signals import interrupted_code, interrupts
     from awp_engine.evaluation.adaptive import EOT_DRAWS
@@ -226,10 +267,20 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
         arguments |= {"path": None, "foreign": Foreign(**foreign)}
     if arguments.pop("no_gates"):
         arguments["gates_limit"] = None
+    size, share_of_side = arguments.pop("data_image_size"), arguments.pop("data_center_crop")
+    if size is not None:
+        arguments["data_framing"] = Framing(size=size, central=share_of_side or 1.0)
+    measure: Callable[..., Evaluated | Corrupted] = evaluate_checkpoint
+    if arguments["data_corruption"] == "all":
+        from awp_engine.evaluation.corruptions import evaluate_corruptions
+
+        measure, tell = evaluate_corruptions, show_corruptions
+        names = inspect.signature(evaluate_corruptions).parameters
+        arguments = {name: value for name, value in arguments.items() if name in names}
     try:
         # what is left has the names of its arguments
         given = arguments | {"say": lambda line: print(line, flush=True), "bar": Bar, "tell": tell}
-        done = interrupts()(evaluate_checkpoint)(**given)
+        done = interrupts()(measure)(**given)
     except (ConfigError, DataError, CheckpointError, EvaluationError) as error:
         fail(str(error), prog=prog)
     except torch.OutOfMemoryError:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from awp_engine.cli.command_line import OneLineParser, fail, thread_count, whole_number
+from awp_engine.cli.command_line import OneLineParser, fail, share, side, thread_count, whole_number
 from awp_engine.config import ConfigError
 from awp_engine.files.text import json_text, printable
 
@@ -25,22 +25,6 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {number}")
     return number
-
-
-def _side(text: str) -> int:
-    number = whole_number(text)
-    if not 1 <= number <= 4096:
-        raise argparse.ArgumentTypeError(f"expected a whole number of pixels, 1 to 4096, got {number}")
-    return number
-
-
-def _share(text: str) -> float:
-    try:
-        if 0 < float(text) <= 1:
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"expected a number more than 0 and at most 1, got {text[:80]!r}")
 
 
 def _output(text: str) -> Path:
@@ -75,8 +59,8 @@ def parse(argv: Sequence[str] | None = None, prog: str = "predict.py") -> argpar
     add("--out", type=_output, metavar="FILE", help="write to this .csv or .jsonl file; else a table is printed")
     add("--top", type=_positive, default=1, metavar="N", help="the N most probable classes (1)")
     add("--checkpoint", default="best", metavar="NAME", help="of a run: best, last, or a name or path")
-    add("--image-size", type=_side, metavar="N", help="resize images to NxN; as the run did if not given")
-    add("--center-crop", type=_share, metavar="X", help="resize the central square of this part of the shorter side")
+    add("--image-size", type=side, metavar="N", help="resize images to NxN; as the run did if not given")
+    add("--center-crop", type=share, metavar="X", help="resize the central square of this part of the shorter side")
     add("--batch-size", type=_positive, default=64, help="images at a time (64)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU if there is one")
     add("--threads", type=thread_count, help="CPU threads")

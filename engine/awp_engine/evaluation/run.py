@@ -28,9 +28,12 @@ from awp_engine.data import (
     eval_batches,
     load_corrupted,
     load_dataset,
+    load_shifted,
     match_classes,
+    shifted_names,
     source_names,
 )
+from awp_engine.data.loaders.choose import Loading
 from awp_engine.data.sets.scan_list import LIST_NAME
 from awp_engine.device import choose_device
 from awp_engine.evaluation.accuracy import evaluation_seed, spread
@@ -39,6 +42,7 @@ from awp_engine.evaluation.attacks import EvaluationError, Norm, Threat, Trial, 
 from awp_engine.evaluation.autoattack import STANDARD_BUDGET, Budget
 from awp_engine.evaluation.finished import code_digest, read_finished, sealed
 from awp_engine.evaluation.foreign import Foreign, load_foreign, look_at_accuracy
+from awp_engine.evaluation.own_classes import among_own_classes
 from awp_engine.evaluation.receipt import data_papers, make_receipt
 from awp_engine.evaluation.results import RIGHT_MEANS, Measurement
 from awp_engine.evaluation.robustbench import Publication, model_info
@@ -141,6 +145,7 @@ def open_data(
     name: str | None,
     root: Path | None,
     corruption: tuple[str | None, int | None] = (None, None),
+    framing: Framing | None = None,
 ) -> Dataset:
     """The test images that a name, or else the settings of a run, stand for.
 
@@ -150,6 +155,7 @@ def open_data(
         name: of the data set.
         root: its directory.
         corruption: kind and severity, of a set of corrupted images.
+        framing: how images of files become images of one size; None: as the run does it, else as they are.
 
     Raises:
         EvaluationError, DataError: one line that says what is wrong.
@@ -169,7 +175,9 @@ def open_data(
         raise EvaluationError(
             f"--data.corruption and --data.severity go with --data.name {' or '.join(corrupted_names)}, got {name}"
         )
-    loading = None
+    of_files = name in (*source_names, *corrupted_names, *shifted_names)
+    # only the test images are wanted of files
+    loading = Loading(loader="auto" if of_files else "resident", resident_share=0.0)
     if config is not None:
         same = name == config.data.name
         root = config.data.root if root is None and same else root
@@ -178,11 +186,14 @@ def open_data(
         if root is not None and root != config.data.root and not (root / LIST_NAME).exists():
             # the run left out files of its own images; these were not scanned
             settings = replace(settings, bad_files="refuse", bad_list=None)
-        # of files only the test images are wanted
-        loader = "auto" if name in (*source_names, *corrupted_names) else "resident"
-        loading = replace(data_loading(settings, torch.device("cpu"), root), loader=loader, resident_share=0.0)
-        if not same and name not in (*source_names, *corrupted_names):
+        own = data_loading(settings, torch.device("cpu"), root)
+        loading = replace(own, loader=loading.loader, resident_share=0.0)
+        if not same and not of_files:
             loading = replace(loading, framing=Framing())
+    if framing is not None:
+        loading = replace(loading, framing=framing)
+    if name in shifted_names:
+        return load_shifted(name, root=root, loading=loading)
     if name in corrupted_names:
         return load_corrupted(name, root=root, kind=corruption[0], severity=corruption[1], loading=loading)
     return load_dataset(name, root=root, held_out_fraction=0.0, seed=0, loading=loading, need_train=False)
@@ -251,6 +262,7 @@ def evaluate_checkpoint(
     data_root: Path | None = None,
     data_corruption: str | None = None,
     data_severity: int | None = None,
+    data_framing: Framing | None = None,
     transfer_to: Path | None = None,
     output: Path | None = None,
     publication: Publication | None = None,
@@ -291,6 +303,7 @@ def evaluate_checkpoint(
         data_root: its directory; a test part alone is enough.
         data_corruption: of a corrupted test set: its kind.
         data_severity: 1 to 5.
+        data_framing: see `open_data`.
         transfer_to: a second run, checkpoint or file, on which every attack's images are tried.
         output: directory of the reports; RUN_DIR/evaluation if not given.
         publication: write RobustBench's description, robustbench.json; needs autoattack.
@@ -341,14 +354,16 @@ def evaluate_checkpoint(
     threat, step = _threat(config, weights, epsilon, norm, step_size, data_name)
     for attack in wanted:
         require_norm(attack, threat)
-    found = open_data(config, weights, data_name, data_root, (data_corruption, data_severity))
+    found = open_data(config, weights, data_name, data_root, (data_corruption, data_severity), data_framing)
     for note in found.notes:
         say(note)
     if foreign is not None:
         subject = load_foreign(foreign, found, place, say)
     assert subject is not None
-    dataset, labels = match_classes(subject.model.class_names, found, str(path))
-    require_fit(subject, dataset, place, str(path))
+    whole, labels = match_classes(subject.model.class_names, found, str(path))
+    require_fit(subject, whole, place, str(path))
+    subject, dataset, alone = among_own_classes(subject, whole)
+    labels += alone
     try:
         # what every attack of the ball would refuse
         values = math.prod(dataset.test.shape)
@@ -362,12 +377,13 @@ def evaluate_checkpoint(
     if second is not None:
         what = f"--transfer-to {transfer_to}"
         others = match_classes(second.model.class_names, found, what)[0].class_names
-        if others != dataset.class_names:
+        if others != whole.class_names:
             raise EvaluationError(
-                f"{what}: its classes are not those of {path}: {difference(others, dataset.class_names)}; give a model "
+                f"{what}: its classes are not those of {path}: {difference(others, whole.class_names)}; give a model "
                 "of the same classes in the same order"
             )
-        require_fit(second, dataset, place, what)
+        require_fit(second, whole, place, what)
+        second = among_own_classes(second, whole)[0]
     split = spread(dataset.test, limit).resident().to(place)
     if seed is None:
         seed = evaluation_seed(0 if config is None else config.seed)

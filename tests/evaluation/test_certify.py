@@ -262,7 +262,7 @@ def test_the_command_prints_the_table_and_refuses_in_one_line(run_dir, tmp_path,
         ("--n", 9): "--n: expected at least 10 copies, or nothing can be certified at alpha 0.001",
         ("--n0", 0): "--n0: expected a whole number from 1",
         ("--alpha", 0.5): "--alpha: expected a probability",
-        ("--images", 0): "--images: expected a whole number from 1",
+        ("--images", 0): "--limit: expected a whole number from 1",
         ("--data-name", "cifar10"): "--data.root is required for cifar10",
         ("--seed", -1): "--seed: expected a whole number in",
     }.items():

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import functools
-import inspect
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -242,9 +241,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
     from awp_engine.device import full_precision
     from awp_engine.distributed.signals import interrupted_code, interrupts
     from awp_engine.evaluation.adaptive import EOT_DRAWS
+    from awp_engine.evaluation.asked import DEFAULT_ATTACKS, Asked
     from awp_engine.evaluation.attacks import EvaluationError
     from awp_engine.evaluation.robustbench import Publication
-    from awp_engine.evaluation.run import DEFAULT_ATTACKS, evaluate_checkpoint
+    from awp_engine.evaluation.run import evaluate_checkpoint
     from awp_engine.observe.bars import Bar
 
     if (threads := arguments.pop("threads")) is not None:
@@ -275,7 +275,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
         from awp_engine.evaluation.corruptions import evaluate_corruptions
 
         measure, tell = evaluate_corruptions, show_corruptions
-        names = inspect.signature(evaluate_corruptions).parameters
+        names = {field.name for field in dataclasses.fields(Asked)} | {"again"}
         arguments = {name: value for name, value in arguments.items() if name in names}
     try:
         # what is left has the names of its arguments

@@ -25,8 +25,8 @@ _MOST_BYTES = 1 << 24
 # runs/STUDY/METHOD/SEED, and the run that --compare-without-awp leaves below another
 _DEEPEST = 4
 _LONGEST = 200
-# what receipts call the model of evaluate() in Python
-_OBJECT = "awp_engine.cli.objects:model"
+# what receipts call the model of evaluate() in Python, and called it in earlier versions
+_OBJECTS = ("awp_engine.objects:model", "awp_engine.cli.objects:model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,7 +250,7 @@ def _measured(path: Path) -> Measured:
         key: report.optional_text(f"receipt.checkpoint.{key}") for key in ("architecture", "file", "run", "method")
     }
     model, where = about["architecture"] or "weights", about["file"]
-    if model == _OBJECT:
+    if model in _OBJECTS:
         model, where = "a model", "given as an object of Python"
     if about["run"] is not None:
         model, where = about["method"] or model, f"{about['run']}, {evaluation.weights}"

@@ -83,11 +83,17 @@ def write_onnx(
 
 def _exported(model: NormalizedClassifier, images: Tensor, metadata: Mapping[str, str]) -> bytes:
     batch = ({0: torch.export.Dim("batch")},)
-    names = {"input_names": ["images"], "output_names": ["logits"]}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.onnx.export(model, (images,), dynamo=True, dynamic_shapes=batch, verbose=False, **names)
+            program = torch.onnx.export(
+                model,
+                (images,),
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes=batch,
+                verbose=False,
+            )
     # whatever a model of somebody's own code brings
     except Exception as error:
         reason = " ".join(str(error).split())[:300]

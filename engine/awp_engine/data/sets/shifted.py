@@ -27,7 +27,7 @@ def imagenet_wnids() -> tuple[str, ...]:
         ConfigError: timm, which has the list, is missing or broken.
     """
     import_timm()
-    from timm.data import ImageNetInfo
+    from timm.data.imagenet_info import ImageNetInfo
 
     return tuple(ImageNetInfo("imagenet-1k").label_names())
 

@@ -168,6 +168,8 @@ TESTED = [
     "pytest-timeout",
     "pytest-xdist>=3",
     "hypothesis>=6",
+    "adversarial-robustness-toolbox>=1.20",
+    "foolbox>=3.3.4",
     "onnxruntime",
     "onnxscript",
     "playwright",

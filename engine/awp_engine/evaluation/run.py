@@ -401,7 +401,7 @@ def evaluate_checkpoint(
         "layers": layers,
         "images": receipt["data"]["sha256_of_these_images"],
         "ball": [str(threat.epsilon), threat.norm, str(step)],
-        "attacks": [(attack.name, None if attack.code is None else attack.code.sha256) for attack in wanted],
+        "attacks": [(attack.name, attack.package if attack.code is None else attack.code.sha256) for attack in wanted],
         "numbers": [seed, batch_size, restarts, gates_limit, asdict(budget)],
         "transfer_to": None if second is None else second.sha256,
         "saved": [save_images, save_per_image],

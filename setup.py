@@ -168,6 +168,8 @@ TESTED = [
     "pytest-timeout",
     "pytest-xdist>=3",
     "hypothesis>=6",
+    "adversarial-robustness-toolbox>=1.20",
+    "foolbox>=3.3.4",
     "playwright",
     "torchattacks==3.5.1",
     "triton>=3.6; platform_system == 'Linux'",

@@ -1,6 +1,7 @@
-"""Attacks of somebody's own, `--attacks file.py:function`, and those of torchattacks through one."""
+"""Attacks of somebody's own, `--attacks file.py:function`, and those of Foolbox, torchattacks and ART by name."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,52 @@ def test_two_of_one_name_are_refused(place, tmp_path, monkeypatch, capsys):
     names = f"{code}:noise", f"{tmp_path / 'strikes.py'}:noise"
     assert run_command("evaluate", monkeypatch, run, "--attacks", *names, *QUICK, "--output", tmp_path / "out") == 2
     assert "two are called strikes.py:noise" in capsys.readouterr().err
+
+
+def test_attacks_of_other_libraries_by_name(place, tmp_path, monkeypatch, capsys):
+    run, _ = place
+    names = [
+        "foolbox:LinfPGD,steps=10",
+        "foolbox:HopSkipJumpAttack,steps=1,initial_gradient_eval_steps=10",
+        "torchattacks:MIFGSM",
+        "torchattacks:DeepFool,steps=5",
+        "art:ProjectedGradientDescent,max_iter=10",
+        "art:DeepFool,max_iter=10",
+    ]
+    options = (*QUICK, "--output", tmp_path)
+    assert run_command("evaluate", monkeypatch, run, "--attacks", "clean", "pgd10", *names, *options) in (0, 3)
+    found = rows(tmp_path)
+    clean, ours = found.pop("clean")["right"], found.pop("pgd10")["right"]
+    for name in names:
+        assert found[name]["right"] <= clean
+        assert found[name]["in_ball"]
+        assert re.fullmatch(r"[a-z-]+ [0-9.]+", found[name]["parameters"]["package"])
+    for name in (names[0], names[2], names[4]):
+        # steps that cross the ball, unlike their own
+        assert found[name]["largest"] == pytest.approx(0.2, abs=1e-5)
+        assert abs(found[name]["right"] - ours) <= 2
+    # they look for the nearest image of another class, in L2, and some of that is too far
+    outside = [name for name in names if found[name]["details"]["outside"]]
+    assert outside == ["torchattacks:DeepFool,steps=5", "art:DeepFool,max_iter=10"]
+    assert "torchattacks:DeepFool,steps=5: found outside the ball" in capsys.readouterr().out
+    # the same draws
+    before = found["foolbox:LinfPGD,steps=10"]["largest"], found["art:DeepFool,max_iter=10"]["largest"]
+    assert run_command("evaluate", monkeypatch, run, "--attacks", names[0], names[-1], *options, "--again") in (0, 3)
+    assert tuple(row["largest"] for row in rows(tmp_path).values()) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("foolbox:LinfDeepFol", "has no attack LinfDeepFol; did you mean LinfDeepFoolAttack?"),
+        ("foolbox:LinfPGD,stps=5", "LinfProjectedGradientDescentAttack takes no stps; did you mean steps?"),
+        ("foolbox:L2DeepFoolAttack", "L2DeepFoolAttack is an attack in L2, the ball is of linf"),
+        ("art:EvasionAttack", "has no attack EvasionAttack"),
+    ],
+)
+def test_what_is_wrong_with_their_names_is_one_line(place, tmp_path, monkeypatch, capsys, name, message):
+    run, _ = place
+    assert run_command("evaluate", monkeypatch, run, "--attacks", name, *QUICK, "--output", tmp_path) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1

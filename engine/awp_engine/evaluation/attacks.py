@@ -28,6 +28,7 @@ from awp_engine.config.model_names import is_code
 from awp_engine.config.schema import did_you_mean
 from awp_engine.data import Batch, Split, eval_batches
 from awp_engine.evaluation.accuracy import BlindImages
+from awp_engine.evaluation.libraries import find_attack
 from awp_engine.files.text import first_line
 from awp_engine.models.answers import predicted
 from awp_engine.models.batch_norm import layer_modes
@@ -43,7 +44,8 @@ NORMS: dict[Norm, Literal["Linf", "L2", "L1"]] = {"linf": "Linf", "l2": "L2", "l
 """Norms of a ball, and what they are called in tables and by pyautoattack."""
 NAMES = (
     "clean, fgsm, pgdN, cwN (cw is cw100), pgdN and cwN with -targeted, -random-target or -least-likely, square, "
-    "autoattack, regional-SHAPE-PERCENT (square, frame, boxes, pixels), or a function of your own, file.py:attack"
+    "autoattack, regional-SHAPE-PERCENT (square, frame, boxes, pixels), foolbox:NAME, torchattacks:NAME, art:NAME, "
+    "or a function of your own, file.py:attack"
 )
 _EXAMPLES = ("clean", "fgsm", "pgd20", "cw100", "square", "autoattack", "regional-frame-28")
 _CW_STEPS = 100
@@ -81,6 +83,7 @@ class NamedAttack:
         target: which wrong class pgd and cw climb towards; None: away from the label.
         shape, percent: the region of a regional attack, and its share of the area.
         function, code: of somebody's own attack: what it calls, and what tells it from others.
+        package: of a library's attack, with its version.
     """
 
     name: str
@@ -91,6 +94,7 @@ class NamedAttack:
     percent: int = 0
     function: Callable[..., Any] | None = None
     code: Code | None = None
+    package: str = ""
 
     @property
     def bounded(self) -> bool:
@@ -204,6 +208,12 @@ def parse_attack(name: str) -> NamedAttack:
     if match := _REGIONAL.fullmatch(name):
         shape: Any = match[1]
         return NamedAttack(name=name, family="regional", shape=shape, percent=int(match[2]))
+    try:
+        found = find_attack(name)
+    except ValueError as error:
+        raise EvaluationError(f"--attacks: {error}") from None
+    if found is not None:
+        return NamedAttack(name=name, family="own", function=found[0], package=found[1])
     if is_code(name):
         function, code = load_factory(name, "--attacks")
         return NamedAttack(name=name.rpartition("/")[2], family="own", function=function, code=code)
@@ -467,6 +477,27 @@ def require_norm(attack: NamedAttack, threat: Threat) -> None:
         raise EvaluationError("--attacks: fgsm has no L1 version here; use pgdN, cwN, square or autoattack")
 
 
+def _by_library(trial: Trial, attack: NamedAttack, x: Tensor, y: Tensor) -> tuple[Tensor, int]:
+    """What a library's attack finds in the ball for the images that are right without it, and how much lies outside.
+
+    Some attacks look for the nearest image of another class, however far that is.
+    """
+    assert attack.function is not None
+    right = trial.predict(x) == y
+    if not right.any():
+        return x, 0
+    tried = x[right]
+    threat = trial.threat
+    found = attack.function(trial.model, tried.clone(), y[right], epsilon=float(threat.epsilon), norm=threat.norm)
+    if not isinstance(found, Tensor) or found.shape != tried.shape:
+        return found, 0
+    found = found.detach().to(tried)
+    near = in_ball(found, tried, threat)
+    x_adv = x.clone()
+    x_adv[right] = torch.where(near.view(-1, 1, 1, 1), found, tried)
+    return x_adv, int((~near).sum())
+
+
 def own_attack(trial: Trial, attack: NamedAttack) -> Outcome:
     """Runs somebody's own attack, `function(model, images, labels)`, batch by batch.
 
@@ -480,16 +511,17 @@ def own_attack(trial: Trial, attack: NamedAttack) -> Outcome:
     assert attack.function is not None
     known = {"epsilon": float(trial.threat.epsilon), "norm": trial.threat.norm, "seed": trial.seed}
     given = {name: known[name] for name in known.keys() & inspect.signature(attack.function).parameters.keys()}
-    done = []
+    done, outside = [], 0
     with trial.bar(attack.name, len(trial.split)) as bar, torch.random.fork_rng(), torch.enable_grad():
         for number, (x, y, *_) in enumerate(eval_batches(trial.split, trial.batch_size)):
             torch.manual_seed(mix_seed(trial.seed, _OWN, number))
             # one that ends by model.train() would spoil all that comes after it
-            with (
-                layer_modes(trial.model, "eval"),
-                told_in_one_line(attack.name, "the attack", "--attacks"),
-            ):
-                x_adv = attack.function(trial.model, x.clone(), y.clone(), **given)
+            with layer_modes(trial.model, "eval"), told_in_one_line(attack.name, "the attack", "--attacks"):
+                if attack.package:
+                    x_adv, far = _by_library(trial, attack, x, y)
+                    outside += far
+                else:
+                    x_adv = attack.function(trial.model, x.clone(), y.clone(), **given)
             if not isinstance(x_adv, Tensor) or x_adv.shape != x.shape:
                 got = list(x_adv.shape) if isinstance(x_adv, Tensor) else type(x_adv).__name__
                 raise EvaluationError(
@@ -499,6 +531,8 @@ def own_attack(trial: Trial, attack: NamedAttack) -> Outcome:
             holds = (trial.predict(x) == y) & (trial.predict(x_adv) == y)
             done.append((x_adv, holds, torch.zeros_like(holds)))
             bar.advance(len(x))
-    assert attack.code is not None
+    if attack.code is None:
+        parameters = {"package": attack.package, **given}
+        return Outcome.of_batches(done, parameters=parameters, details={"outside": outside})
     parameters = {"code": {"file": Path(attack.code.file).name, "sha256": attack.code.sha256}, **given}
     return Outcome.of_batches(done, parameters=parameters)

@@ -147,7 +147,7 @@ class _Evaluation:
         self.identity = target.identity(self.receipt)
         question = self.identity | {
             "ball": [str(trial.threat.epsilon), trial.threat.norm, str(step_size)],
-            "attacks": [(attack.name, None if attack.code is None else attack.code.sha256) for attack in ask.named],
+            "attacks": [(one.name, one.package if one.code is None else one.code.sha256) for one in ask.named],
             "numbers": [ask.restarts, ask.gates_limit, asdict(ask.budget)],
             "transfer_to": None if second is None else second.sha256,
             "saved": [ask.save_images, ask.save_per_image],

@@ -283,6 +283,8 @@ def measure(
                 )
             )
             trial.say(f"{attack.name}: {percent(rows[-1].right, images)}% of {images} right, {rows[-1].seconds:.1f} s")
+            if outside := rows[-1].details.get("outside"):
+                trial.say(f"{attack.name}: found outside the ball, where nothing counts: {outside} images")
             if attack.family != "clean":
                 shown = _shown(y, clean, after)
                 pictures.append(

@@ -71,13 +71,13 @@ def cuda_left_out(archs: str | None) -> str | None:
     return None
 
 
-class CMakeBuild(build_ext):
+class _CMakeBuild(build_ext):
     """Runs CMake where setuptools would call the compiler."""
 
-    def get_ext_filename(self, fullname: str) -> str:  # noqa: D102
+    def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"
 
-    def build_extension(self, ext: Extension) -> None:  # noqa: D102
+    def build_extension(self, ext: Extension) -> None:
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
         library.parent.mkdir(parents=True, exist_ok=True)
         asked = os.environ.get("AWP_CUDA_ARCHS")
@@ -113,7 +113,7 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
         shutil.copy2(build / "libawp_kernels.so", library)
 
-    def get_outputs(self) -> list[str]:  # noqa: D102
+    def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if Path(path).exists()]
 
     def copy_extensions_to_source(self) -> None:
@@ -145,7 +145,7 @@ def oldest_linux(library: Path) -> str | None:
     return None
 
 
-class PlatformWheel(bdist_wheel):
+class _PlatformWheel(bdist_wheel):
     """One wheel a platform: the library is on torch's stable ABI and knows no Python."""
 
     def run(self) -> None:
@@ -153,7 +153,7 @@ class PlatformWheel(bdist_wheel):
         shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)  # type: ignore[attr-defined]
         super().run()
 
-    def get_tag(self) -> tuple[str, str, str]:  # noqa: D102
+    def get_tag(self) -> tuple[str, str, str]:
         platform = super().get_tag()[2]
         library = self.get_finalized_command("build_ext").get_ext_fullpath("awp_kernels.libawp_kernels")  # type: ignore[attr-defined]
         tag = oldest_linux(Path(library))
@@ -210,5 +210,5 @@ if __name__ == "__main__":
     setup(
         ext_modules=[Extension("awp_kernels.libawp_kernels", sources=[])],
         extras_require=EXTRAS,
-        cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
+        cmdclass={"build_ext": _CMakeBuild, "bdist_wheel": _PlatformWheel},
     )

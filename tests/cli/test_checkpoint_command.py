@@ -25,7 +25,7 @@ DESCRIPTION = ModelDescription(
 def run_dir(tmp_path: Path) -> Path:
     """Three checkpoints of a small model, whose weights tell epochs and groups apart."""
     torch.manual_seed(0)
-    model = DESCRIPTION.build().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    model = DESCRIPTION.build().to(memory_format=torch.channels_last)
     for epoch, step in ((1, 0), (2, 0), (2, 5)):
         live = {name: tensor + epoch + step for name, tensor in model.state_dict().items()}
         best = {name: tensor + 100 for name, tensor in live.items()}

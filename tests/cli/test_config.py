@@ -196,8 +196,8 @@ def test_the_evaluations_step_fits_the_ball_as_well() -> None:
 BAD = {
     "--attack.epsilon": lambda: AttackConfig(epsilon="1.01"),
     "--attack.steps": lambda: AttackConfig(steps=0),
-    "--attack.norm": lambda: AttackConfig(norm="l1"),  # pyright: ignore[reportArgumentType]
-    "--attack.bn-mode": lambda: AttackConfig(bn_mode="x"),  # pyright: ignore[reportArgumentType]
+    "--attack.norm": lambda: AttackConfig(norm="l1"),
+    "--attack.bn-mode": lambda: AttackConfig(bn_mode="x"),
     "--awp.gamma": lambda: AwpConfig(gamma=float("nan")),
     "--awp.warmup": lambda: AwpConfig(warmup=-1),
     "--data.held-out-fraction": lambda: DataConfig(held_out_fraction=1),
@@ -220,9 +220,9 @@ BAD = {
     "--attack.fast": lambda: Config(attack=AttackConfig(fast="free"), awp=AwpConfig(gamma=0.01)),
     "--attack.fast-epochs": lambda: AttackConfig(fast_epochs=0),
     "--attack.replays": lambda: AttackConfig(replays=0),
-    "--attack.start": lambda: AttackConfig(start="x"),  # pyright: ignore[reportArgumentType]
+    "--attack.start": lambda: AttackConfig(start="x"),
     "--awp.every": lambda: AwpConfig(every=0),
-    "--awp.scale": lambda: AwpConfig(scale="x"),  # pyright: ignore[reportArgumentType]
+    "--awp.scale": lambda: AwpConfig(scale="x"),
     "--awp.ascent": lambda: AwpConfig(ascent="shared", c_min=1.7),
     "--awp.ascent-steps": lambda: AwpConfig(ascent_steps=0),
     "--awp.c-min": lambda: AwpConfig(c_min=0.0),
@@ -237,7 +237,7 @@ BAD = {
     "--seed": lambda: Config(seed=-1),
     "--cuda-graphs": lambda: Config(optimizer=OptimizerConfig(kind="adamw"), cuda_graphs=True),
     "--compile": lambda: Config(compile=True, distributed=DistributedConfig(strategy="fsdp")),
-    "--global-batch-size": lambda: Config(global_batch_size="3"),  # pyright: ignore[reportArgumentType]
+    "--global-batch-size": lambda: Config(global_batch_size="3"),
     "--log-interval": lambda: Config(log_interval=float("inf")),
     "--keep-checkpoints": lambda: Config(keep_checkpoints=0),
     "--preset": lambda: Config(preset="../x"),
@@ -259,7 +259,7 @@ def test_l2_epsilon_may_exceed_one() -> None:
 
 def test_configurations_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Config().seed = 1  # pyright: ignore[reportAttributeAccessIssue]
+        Config().seed = 1
 
 
 def without(key: str) -> str:
@@ -435,7 +435,7 @@ def test_switches_that_may_be_left_to_the_run() -> None:
         assert (from_json(old).cuda_graphs, from_json(old).compile) == (value, value)
     for wrong in (1, 0, None, "on", "true"):
         with pytest.raises(ConfigError, match=r"--compile: expected one of auto, true, false, got "):
-            Config(compile=wrong)  # pyright: ignore[reportArgumentType]
+            Config(compile=wrong)
 
 
 ADAMW, COUNTED = OptimizerConfig(kind="adamw"), AwpConfig(c_min=1.7)

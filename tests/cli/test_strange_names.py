@@ -90,7 +90,7 @@ def test_tables_show_text_as_it_is(terminal: bool) -> None:
     print_table([{name: name, "b": "1"} for name in NAMES[:1]], title=NAMES[3], console=console)
     print_table([{"run": name, "[bold]": "1"} for name in NAMES], title="[/]", console=console)
     file.flush()
-    text = file.buffer.getvalue().decode()  # pyright: ignore[reportAttributeAccessIssue]
+    text = file.buffer.getvalue().decode()
     for name in [*NAMES, "[bold]"]:
         assert printable(name) in text
     assert "\x1b[31m" not in text
@@ -109,7 +109,7 @@ def test_every_entry_is_in_the_legend(tmp_path: Path) -> None:
     assert [drawable(name) for name in NAMES[:2]] == NAMES[:2]
     assert drawable("猫") == r"\u732b"
     assert len(set(map(drawable, ("x" * 99 + "1", "x" * 99 + "2")))) == 2
-    save(axes.figure, tmp_path / "legend.png")  # pyright: ignore[reportArgumentType]
+    save(axes.figure, tmp_path / "legend.png")
     assert [path.name for path in tmp_path.iterdir()] == ["legend.png"]
 
 
@@ -223,7 +223,7 @@ def test_a_run_goes_on_over_a_spoiled_log(tmp_path: Path) -> None:
     assert [strict_loads(line)["epoch"] for line in lines] == [2, 3, 4]
     assert strict_loads(lines[0])["lr"] is None
     assert plot_learning_curves(tmp_path, read_metrics(tmp_path), 2).exists()
-    assert r"a\nb \udcff" in console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert r"a\nb \udcff" in console.file.getvalue()
 
 
 def test_checkpoints_hold_no_nan(tmp_path: Path) -> None:

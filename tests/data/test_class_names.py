@@ -216,7 +216,7 @@ def config(root: Path, run_dir: Path, name: str = "folder") -> Config:
         epochs=1,
         global_batch_size=9,
         device="cpu",
-        data=DataConfig(name=name, root=root, pad=0, flip=False, held_out_fraction=0.2),  # pyright: ignore[reportArgumentType]
+        data=DataConfig(name=name, root=root, pad=0, flip=False, held_out_fraction=0.2),
         model=ModelConfig(width=1),
         attack=AttackConfig(steps=1),
         evaluation=EvaluationConfig(steps=1),

@@ -66,7 +66,7 @@ def test_sound_files_are_read_as_pillow_reads_them(key: str) -> None:
     content = sound()[key]
     image = Image.open(io.BytesIO(content))
     header = check(content, key, suffix="." + str(image.format).lower())
-    assert header == Header(image.format, *image.size, image.mode, False)  # pyright: ignore[reportArgumentType]
+    assert header == Header(image.format, *image.size, image.mode, False)
     array = decode(content, key)
     assert array.dtype == np.uint8
     assert array.ndim == 3

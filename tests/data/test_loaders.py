@@ -401,7 +401,7 @@ def test_what_a_gpu_reads_is_held_until_it_was_read() -> None:
             waited.append(self.number)
 
     in_use = deque((batches.pop(0), Read(number)) for number in range(4))
-    let_go(in_use, 2)  # pyright: ignore[reportArgumentType]
+    let_go(in_use, 2)
     assert waited == [0, 1]
     assert [one() is None for one in held] == [True, True, False, False]
 

@@ -12,7 +12,7 @@ import threading
 
 import pytest
 from kill_runs import FAULTY, RANKS, SMALL, TRAIN, Torchrun, differences, ranks, store_server, undisturbed_ranks
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import TCPStore
 
 from awp_engine.distributed.ranks import _agree
 
@@ -110,7 +110,11 @@ def test_a_rank_that_hangs_is_named_with_its_stack(tmp_path):
     both, store = hanging(tmp_path, "2")
     assert [run.end() for run in both] == [1, 1]
     store.kill()
-    assert re.search(r"error: no progress for 2 s because of rank 1 \(runs, process \d+ on ", both[0].said())
+    named = (
+        r"error: no progress for 2 s because of rank 1 \(runs, process \d+ on .*\), last seen in .*; rank 0 waits in "
+    )
+    assert re.search(named, both[0].said())
+    assert re.search(r"stacks of rank 0, in .*:(?s:.*) in all_reduce", both[0].said())
     assert "in fault_on_purpose" in both[1].said()
     assert "in fault_on_purpose" not in both[0].said()
 

@@ -273,4 +273,4 @@ def test_the_command_prints_the_table_and_refuses_in_one_line(run_dir, tmp_path,
         assert len(errors) == 1
         assert words in errors[0]
     with pytest.raises(dataclasses.FrozenInstanceError):
-        SMOOTHING.n = 5  # pyright: ignore[reportAttributeAccessIssue]
+        SMOOTHING.n = 5

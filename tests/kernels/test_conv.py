@@ -474,7 +474,7 @@ def test_misuse_names_the_argument(message):
 
 def test_products_are_one_of_two():
     with pytest.raises(ValueError, match="products: expected one of fp32, bf16"):
-        conv3x3(*samples(1, 3, 4, 4, 4)[:2], products="fp16")  # pyright: ignore[reportArgumentType]
+        conv3x3(*samples(1, 3, 4, 4, 4)[:2], products="fp16")
 
 
 def test_what_the_kernel_does_not_serve_goes_to_torch():

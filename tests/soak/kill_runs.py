@@ -451,7 +451,7 @@ def signal_runs(count: int, seed: int, directory: Path, tell: Callable[[str], No
 
 def _serve(pipe: Any) -> None:
     """A child: the store that torchrun keeps for its ranks."""
-    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+    from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True)
     pipe.send(store.port)

@@ -36,7 +36,7 @@ ADAMW = OptimizerConfig(kind="adamw", lr=0.01, momentum=0.8, beta2=0.95, weight_
 def network(dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(20, 4))
-    return net.to(dtype).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return net.to(dtype).to(memory_format=torch.channels_last)
 
 
 def gradients(net: nn.Module, step: int) -> list[torch.Tensor]:

@@ -97,7 +97,7 @@ def test_trains_in_both_precisions_and_layouts(name: str, activation: Any) -> No
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     assert images.grad is not None
 
-    other = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    other = model.to(memory_format=torch.channels_last)
     torch.testing.assert_close(other(images.detach().to(memory_format=torch.channels_last)), logits)
     torch.testing.assert_close(model.float()(images.detach().float()).double(), logits, rtol=1e-3, atol=1e-3)
 

@@ -277,7 +277,7 @@ def test_wrong_settings_are_named():
     with pytest.raises(ConfigError, match=r"--model\.activation: expected relu.*GELU"):
         ModelConfig(name="convnext-tiny", activation="silu")
     assert ModelConfig(name="resnet-50", activation="silu").pretrained is None
-    assert ModelConfig(name="convnext-tiny-convstem", pretrained="a/b").pretrained == Path("a/b")  # pyright: ignore
+    assert ModelConfig(name="convnext-tiny-convstem", pretrained="a/b").pretrained == Path("a/b")
     with pytest.raises(ValueError, match="width: 7; expected a multiple of 2"):
         build_model("convnext-tiny", 10, MEAN, STD, width=7)
     with pytest.raises(ValueError, match="activation: 'silu' given for convnext-tiny"):

@@ -64,7 +64,7 @@ def public_step(
     **attack: float,
 ) -> "OrderedDict[str, Tensor]":
     """One training step, in the model's own mode; returns the unit perturbation."""
-    x_adv = public_attack(model, x, y, start, **attack)  # type: ignore[arg-type]
+    x_adv = public_attack(model, x, y, start, **attack)
     differences = awp.calculate(x_adv, y)
     awp.add(differences, +1)
     loss = F.cross_entropy(model(x_adv), y)

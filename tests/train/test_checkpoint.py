@@ -120,7 +120,7 @@ def test_bad_groups_states_and_keep_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="best: expected a checkpoint's name"):
         Retention(best="../x")
     with pytest.raises(ValueError, match="retention: expected a Retention, got 2"):
-        save(tmp_path, "x", {}, {}, 2)  # pyright: ignore[reportArgumentType]
+        save(tmp_path, "x", {}, {}, 2)
     assert list(tmp_path.iterdir()) == []
 
 

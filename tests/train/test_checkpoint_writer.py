@@ -171,7 +171,7 @@ def test_what_cannot_be_saved_is_refused_at_once(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="state: expected what JSON holds"):
             writer.save("epoch-1", groups(1), {"a": torch.ones(1)}, Retention())
         with pytest.raises(ValueError, match="retention: expected a Retention, got 2"):
-            writer.save("epoch-1", groups(1), {}, 2)  # pyright: ignore[reportArgumentType]
+            writer.save("epoch-1", groups(1), {}, 2)
         assert writer.wait() is None
     assert list(tmp_path.iterdir()) == []
 

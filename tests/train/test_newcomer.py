@@ -55,7 +55,7 @@ def test_a_run_says_what_makes_its_numbers_worth_little(own: Path, capfd: pytest
     assert "only 3 held-out images choose the best epoch" in said
     # code that a file names is not run, so the command that comes next has to name it
     assert f"awp evaluate {run} --data.name {name} --attacks" in said
-    clean = float(re.search(r"^AT-AWP +([0-9.]+)%", said, re.MULTILINE)[1])  # pyright: ignore[reportOptionalSubscript]
+    clean = float(re.search(r"^AT-AWP +([0-9.]+)%", said, re.MULTILINE)[1])
     assert (clean <= 33.34) == ("no better than one answer for every image (33.33%)" in said)
 
 

@@ -167,7 +167,7 @@ class Terminal(io.TextIOWrapper):
 
     def __init__(self) -> None:
         self._master, slave = pty.openpty()
-        super().__init__(io.FileIO(slave, "w"), encoding="utf-8", write_through=True)  # pyright: ignore[reportArgumentType]
+        super().__init__(io.FileIO(slave, "w"), encoding="utf-8", write_through=True)
         self.seen = b""
         self._reader = threading.Thread(target=self._read)
         self._reader.start()

@@ -125,13 +125,13 @@ def pgd(
             )
             for parameter, gradient in zip(parameters, weight_gradients, strict=True):
                 parameter.grad = gradient if scale == 1 or gradient is None else gradient / scale
-            watched = observe is not None and step >= observe_from
-            if watched or nonfinite == "raise":
+            watcher = observe if step >= observe_from else None
+            if watcher is not None or nonfinite == "raise":
                 # that for the images, in their precision
                 gradient = of_inputs if narrow is None else of_inputs[:, : clean.shape[1]] / narrow.std
                 gradient = gradient if scale == 1 else gradient / scale
-                if watched:
-                    observe(step, gradient)
+                if watcher is not None:
+                    watcher(step, gradient)
                 if nonfinite == "raise":
                     checks.finite(climbed.detach(), gradient if mask is None else gradient.where(mask, 0), step)
             inputs = inputs.detach()

@@ -119,11 +119,16 @@ class _Watchdog:
             f"{now[rank]['host']}), last seen in {now[rank]['part']}"
             for rank in guilty
         )
+        waiting: dict[str, list[str]] = {}
+        for rank in sorted(set(range(self._ranks.world)) - set(guilty)):
+            waiting.setdefault(now[rank]["part"], []).append(str(rank))
+        told += "".join(f"; rank {', '.join(ranks)} waits in {part}" for part, ranks in waiting.items())
         error = HangError(f"no progress for {self._timeout:g} s because of {told}; start again to go on")
         if self._ranks.rank == min(set(range(self._ranks.world)) - set(guilty), default=guilty[0]):
             print(f"train.py: error: {error}", file=sys.stderr, flush=True)
-        if self._ranks.rank in guilty:
-            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        # of those that wait as well: where ranks wait for each other, the one that is behind need not be to blame
+        print(f"train.py: stacks of rank {self._ranks.rank}, in {self._part}:", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         try:
             raise error
         except HangError:

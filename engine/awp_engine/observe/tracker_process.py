@@ -61,7 +61,7 @@ class Service:
         """End the service's run; `done`: the training came to its end."""
 
 
-class Wandb(Service):
+class _Wandb(Service):
     """Weights & Biases; online, or offline as WANDB_MODE or `wandb offline` says."""
 
     @staticmethod
@@ -91,24 +91,24 @@ class Wandb(Service):
         )
         self.identity = {"run": self._run.id, "where": self._run.url or str(Path(self._run.dir).parent)}
 
-    def log(self, epoch: int, values: dict[str, float]) -> None:  # noqa: D102
+    def log(self, epoch: int, values: dict[str, float]) -> None:
         self._run.log(values, step=epoch)
 
-    def finish(self, epoch: int, values: dict[str, float], files: Sequence[Path]) -> None:  # noqa: D102
+    def finish(self, epoch: int, values: dict[str, float], files: Sequence[Path]) -> None:
         self._run.summary.update(values)
         images = {path.stem: self._wandb.Image(str(path)) for path in files if path.suffix == ".png"}
         if images:
             self._run.log(images, step=epoch)
 
-    def close(self, *, done: bool) -> None:  # noqa: D102
+    def close(self, *, done: bool) -> None:
         self._run.finish(exit_code=0 if done else 1)
 
 
-class Mlflow(Service):
+class _Mlflow(Service):
     """MLflow: at MLFLOW_TRACKING_URI, or in the run directory: a database, or files where mlflow-skinny has none."""
 
     @staticmethod
-    def check() -> str | None:  # noqa: D102
+    def check() -> str | None:
         import_module("mlflow")
         return None
 
@@ -140,24 +140,24 @@ class Mlflow(Service):
     def _param(key: str, value: object) -> Any:
         return import_module("mlflow.entities").Param(key, str(value))
 
-    def log(self, epoch: int, values: dict[str, float]) -> None:  # noqa: D102
+    def log(self, epoch: int, values: dict[str, float]) -> None:
         kind, now = import_module("mlflow.entities").Metric, time.time_ns() // 10**6
         self._client.log_batch(self._run, [kind(name, value, now, epoch) for name, value in values.items()])
 
-    def finish(self, epoch: int, values: dict[str, float], files: Sequence[Path]) -> None:  # noqa: D102
+    def finish(self, epoch: int, values: dict[str, float], files: Sequence[Path]) -> None:
         self.log(epoch, values)
         for path in files:
             self._client.log_artifact(self._run, str(path))
 
-    def close(self, *, done: bool) -> None:  # noqa: D102
+    def close(self, *, done: bool) -> None:
         self._client.set_terminated(self._run, "FINISHED" if done else "KILLED")
 
 
-class Trackio(Service):
+class _Trackio(Service):
     """Trackio, in its own place on this machine (TRACKIO_DIR), where `trackio show` finds all runs."""
 
     @staticmethod
-    def check() -> str | None:  # noqa: D102
+    def check() -> str | None:
         import_module("trackio")
         return None
 
@@ -179,18 +179,18 @@ class Trackio(Service):
         )
         self.identity = {"run": name, "where": f"project {project} in {trackio.TRACKIO_DIR}"}
 
-    def log(self, epoch: int, values: dict[str, float]) -> None:  # noqa: D102
+    def log(self, epoch: int, values: dict[str, float]) -> None:
         self._trackio.log(values, step=epoch)
 
-    def finish(self, epoch: int, values: dict[str, float], files: Sequence[Path]) -> None:  # noqa: D102
+    def finish(self, epoch: int, values: dict[str, float], files: Sequence[Path]) -> None:
         images = {path.stem: self._trackio.Image(path) for path in files if path.suffix == ".png"}
         self._trackio.log({**values, **images}, step=epoch)
 
-    def close(self, *, done: bool) -> None:  # noqa: D102
+    def close(self, *, done: bool) -> None:
         self._trackio.finish()
 
 
-SERVICES = {"wandb": Wandb, "mlflow": Mlflow, "trackio": Trackio}
+SERVICES = {"wandb": _Wandb, "mlflow": _Mlflow, "trackio": _Trackio}
 
 
 def _answers(service: Any, do: Callable[[Any, dict[str, Any]], dict[str, Any]]) -> None:

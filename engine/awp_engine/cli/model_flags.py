@@ -38,14 +38,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add_field("width", type=whole_number(), metavar="N", help="channels of the first stage")
     add_field("activation", choices=("relu", "silu"), default="relu", help="relu or silu")
     for name, what in (("mean", "mean"), ("std", "standard deviation")):
-        text = f"{what} of every channel, on pixels in [0, 1]; what the file holds goes first"
+        text = f"{what} of every channel, on pixels in [0, 1], whatever the file holds"
         add_field(name, type=float, nargs="+", metavar="X", help=text)
     add_field(
         "normalize",
         choices=("auto", "data", "model", "none"),
         default="auto",
-        help="by the data set's mean and deviation, by the network itself, or not; auto: as the file or the flags say, "
-        "else by the network where it does, else the data set's",
+        help="by the data set's mean and deviation, the model's own, or not; auto: as the file says, else as published "
+        "weights of that name expect, else the model's own, else the data set's",
     )
 
 

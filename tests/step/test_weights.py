@@ -22,6 +22,7 @@ from awp_engine.checkpoint import CheckpointError, export_model
 from awp_engine.models import NormalizedClassifier, build_model, load_pretrained, load_weights
 from awp_engine.models.factories import wrap
 from awp_engine.models.trained import ModelDescription
+from awp_engine.models.weights_file import read_weights
 
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.4])
 HALF, QUARTER = (0.5,) * 3, (0.25,) * 3
@@ -499,6 +500,15 @@ def test_damaged_files(content: bytes, message: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message) as raised:
         load_weights(network(2), path)
     assert "\n" not in str(raised.value)
+
+
+def test_headers_of_any_length_are_told_from_a_pickle(tmp_path: Path) -> None:
+    first = set()
+    for filling in range(0, 256, 8):
+        save_file({"weight": torch.ones(2)}, tmp_path / "w.safetensors", {"filling": "x" * filling})
+        first.add((tmp_path / "w.safetensors").read_bytes()[0])
+        assert torch.equal(read_weights(tmp_path / "w.safetensors").document["weight"], torch.ones(2))
+    assert 0x80 in first
 
 
 def test_torchscript_is_told_apart(tmp_path: Path) -> None:

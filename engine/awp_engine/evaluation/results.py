@@ -87,6 +87,7 @@ class PerImage:
     Attributes:
         ids, labels: int64 [N].
         clean: predicted classes without an attack, int64 [N].
+        top5: whether the label is among the five largest logits without an attack, bool [N]; None for few classes.
         attacks: by name, in their order.
     """
 
@@ -94,6 +95,7 @@ class PerImage:
     labels: Tensor
     clean: Tensor
     attacks: Mapping[str, Answers]
+    top5: Tensor | None = None
 
     @property
     def worst(self) -> Tensor:
@@ -127,6 +129,8 @@ class PerImage:
         """
         broken = torch.full_like(self.labels, -1)
         columns = {"id": self.ids, "label": self.labels, "clean_prediction": self.clean}
+        if self.top5 is not None:
+            columns["clean_top5"] = self.top5
         for number, found in reversed(list(enumerate(self.attacks.values()))):
             broken[~found.held] = number
         for name, found in self.attacks.items():
@@ -146,6 +150,7 @@ class Measurement:
         rows: in the order of the attacks.
         clean: images right without an attack.
         not_finite: images whose logits are not finite without an attack: wrong.
+        top5: images whose label is among the five largest logits without an attack; None for fewer than 10 classes.
         worst: images right under every attack of the ball.
         worst_over: the names of those.
         images: how many there are.
@@ -168,6 +173,7 @@ class Measurement:
     per_class: Sequence[Mapping[str, Any]]
     per_image: PerImage | None
     random: int = 0
+    top5: int | None = None
 
     def doubts(self) -> list[str]:
         """Why not to believe the numbers, in words; empty where nothing speaks against them."""
@@ -222,6 +228,9 @@ class Measurement:
             if transfers:
                 line["transfer"] = f"{percent(row.transferred or 0, row.transferable)}%" if row.transferable else "-"
             lines.append(line)
+        if self.top5 is not None:
+            share = {"accuracy": f"{percent(self.top5, self.images)}%", "right": f"{self.top5}/{self.images}"}
+            lines.append(dict.fromkeys(lines[0], "") | {"attack": "top-5 without an attack"} | share)
         worst: dict[str, str] = dict.fromkeys(lines[0], "") | {
             "attack": "worst of " + ", ".join(self.worst_over),
             "accuracy": f"{percent(self.worst, self.images)}%",
@@ -275,7 +284,12 @@ class Measurement:
             "unreliable": bool(doubts),
             "doubts": doubts,
             "right_means": RIGHT_MEANS,
-            "clean": {"right": self.clean, "images": self.images, "not_finite": self.not_finite},
+            "clean": {
+                "right": self.clean,
+                "images": self.images,
+                "not_finite": self.not_finite,
+                **({} if self.top5 is None else {"top5": self.top5, "top5_percent": percent(self.top5, self.images)}),
+            },
             "random": self.random,
             "attacks": rows,
             "robust_to_all": worst | {"accuracy_percent": percent(self.worst, self.images)},
@@ -303,6 +317,7 @@ class Measurement:
             per_class=report["per_class"],
             per_image=None,
             random=report["random"],
+            top5=report["clean"].get("top5"),
         )
 
 

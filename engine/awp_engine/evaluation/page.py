@@ -36,7 +36,7 @@ def _top(receipt: Mapping[str, Any]) -> str:
     """What was measured, in a few lines."""
     weights, data, known = receipt["checkpoint"], receipt["data"], receipt["versions"] | {"commit": receipt["commit"]}
     kind = weights.get("architecture") or "not named"
-    kind_of = receipt["precision"]["computes_in"]
+    precision = receipt["precision"]["computes_in"]
     limited = "" if data["images"] == data["images_in_split"] else f", of {data['images_in_split']:,}"
     rows = {"run": "none: these weights came without a config.json"}
     if "run" in weights:
@@ -50,7 +50,7 @@ def _top(receipt: Mapping[str, Any]) -> str:
         "weights": f"{weights['name']} ({weights['file']}), SHA-256 {weights['sha256']}",
         "data": f"{data['name']}, {data['split']} split, {data['images']:,} images{limited}",
         "ball": f"{receipt['norm']}, epsilon {receipt['epsilon']}",
-        **({} if kind_of == "fp32" else {"precision": f"{kind_of}: all numbers are those of the model rounded so"}),
+        **({} if precision == "fp32" else {"precision": f"{precision}: all numbers are those of the model rounded so"}),
         "date": receipt["date"].replace("T", " "),
         "versions": ", ".join(f"{name} {version}" for name, version in known.items() if version is not None),
     }

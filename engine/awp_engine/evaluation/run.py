@@ -79,7 +79,7 @@ def evaluate_checkpoint(
         bar: makes what shows how far an attack is, from a label and the units of work.
         tell: is given the result before anything is written.
         ranks: that share the images, see `sharing`; the first one says, tells and writes.
-        asked: the other fields of `AttacksAsked`, such as attacks, epsilon, limit and output.
+        asked: the other fields of `Asked` and `AttacksAsked`, such as limit, output, attacks and epsilon.
 
     Raises:
         EvaluationError, ConfigError, DataError, CheckpointError: one line that says what is wrong.

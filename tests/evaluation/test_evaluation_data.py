@@ -28,7 +28,7 @@ from awp_engine.evaluation.foreign import Foreign
 from awp_engine.evaluation.run import Evaluated, evaluate_checkpoint
 from awp_engine.landscape.runs import open_runs
 from awp_engine.models.import_timm import import_timm
-from awp_engine.models.trained import MODEL_FILE, ModelDescription, load_model
+from awp_engine.models.trained import MODEL_FILE, ModelDescription
 
 ROWS, SEVERITIES = 10_000, 5
 

@@ -11,7 +11,7 @@ import pytest
 from digits_model import description, write_run
 from places import ENGINE
 from ranks import run_ranks
-from torch.distributed import FileStore
+from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
 
 from awp_engine.checkpoint import read_model
 from awp_engine.distributed.ranks import Ranks

@@ -221,6 +221,7 @@ def _receipt() -> dict:
         "parameters": 650,
         "norm": "linf",
         "epsilon": "1/20",
+        "precision": {"computes_in": "fp32"},
         "date": "2026-11-30T00:00:00+00:00",
         "versions": {},
         "commit": None,

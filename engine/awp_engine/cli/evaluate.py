@@ -93,6 +93,12 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
     add("--norm", choices=("linf", "l2", "l1"), help="norm of the ball")
     add("--step-size", help="step of pgd and cw; the run's own in its own ball, else epsilon / 4")
     add("--restarts", type=whole_number(), default=1, help="random starts of pgd and cw; an image must hold in all")
+    add(
+        "--precision",
+        choices=("fp32", "bf16", "fp16"),
+        default="fp32",
+        help="what the model computes in; 16 bits are faster on a GPU, and measure the rounded model",
+    )
     add_shared(parser, "limit", "seed", "batch-size", "device", "threads", "data.name", "data.root")
     text = "of cifar10-c, cifar100-c, imagenet-c, folder-c; all: clean accuracy by kind, and the mean error"
     add("--data.corruption", dest="data_corruption", metavar="KIND", help=text)

@@ -85,9 +85,10 @@ def varying(trial: Trial, x: Tensor, y: Tensor, draws: int = DRAWS) -> Tensor:
                 logits, gradient = _gradient(trial.model, part, own)
                 # a gradient that is not finite has a gate of its own
                 moved = (gradient - first_gradient).flatten(1).norm(dim=1)
-                differs |= moved > _REPEATED_GRADIENT * first_gradient.flatten(1).norm(dim=1)
+                same_to = max(_REPEATED_GRADIENT, 4 * trial.rounding)
+                differs |= moved > same_to * first_gradient.flatten(1).norm(dim=1)
             same = (first == logits) | (first.isnan() & logits.isnan())
-            allowed = (first - logits).abs() <= _REPEATED * first.abs().amax(1, keepdim=True)
+            allowed = (first - logits).abs() <= max(_REPEATED, trial.rounding) * first.abs().amax(1, keepdim=True)
             differs |= ~(same | allowed).all(1)
         found.append(differs)
     return torch.cat(found)
@@ -181,7 +182,7 @@ def _random_gate(trial: Trial, x_adv: Tensor, white: int, eot_draws: Sequence[in
     gate = Gate(
         name="the model answers alike every time",
         measured=measured,
-        bound=f"none, to {_REPEATED:g} of the largest logit",
+        bound=f"none, to {max(_REPEATED, trial.rounding):g} of the largest logit",
         passed=count == 0,
         failure_means="the model is random: attacks must average over its answers (EOT), and AutoAttack's standard "
         "version does not",
@@ -216,7 +217,7 @@ def hidden_share(trial: Trial) -> tuple[int, int]:
         moved = x.clone().flatten(1)
         old = moved.gather(1, place.unsqueeze(1))
         moved.scatter_(1, place.unsqueeze(1), torch.where(old > 0.5, old - length, old + length).clamp(0, 1))
-        effect = (trial.model(moved.view_as(x)) - logits).abs().amax(1) > _REPEATED * scale
+        effect = (trial.model(moved.view_as(x)) - logits).abs().amax(1) > max(_REPEATED, trial.rounding) * scale
         hidden += int((effect & denied.gather(1, place.unsqueeze(1)).squeeze(1)).sum())
     return hidden, places.numel()
 

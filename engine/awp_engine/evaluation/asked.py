@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -17,6 +18,7 @@ from awp_engine.evaluation.adaptive import EOT_DRAWS
 from awp_engine.evaluation.attacks import EvaluationError, NamedAttack, Norm, Threat, parse_attack, require_norm
 from awp_engine.evaluation.autoattack import STANDARD_BUDGET, Budget
 from awp_engine.evaluation.foreign import Foreign
+from awp_engine.evaluation.precision import PrecisionName
 from awp_engine.evaluation.robustbench import Publication
 from awp_engine.evaluation.saved import Form
 from awp_engine.evaluation.subject import Subject, load_subject
@@ -107,6 +109,8 @@ class AttacksAsked(Asked):
         norm: "linf", "l2" or "l1".
         step_size: of pgd and cw, exact; the run's own in its own ball, else epsilon / 4.
         restarts: of pgd and cw.
+        precision: what the model computes in, without attack and under it; 16 bits are faster on a GPU, and the numbers
+            are then those of the rounded model.
         gates_limit: images of the gates; None leaves them out.
         transfer_to: a second run, checkpoint or file, on which every attack's images are tried.
         publication: write RobustBench's description, robustbench.json; needs autoattack.
@@ -123,6 +127,7 @@ class AttacksAsked(Asked):
     norm: Norm | None = None
     step_size: str | None = None
     restarts: int = 1
+    precision: PrecisionName = "fp32"
     gates_limit: int | None = 200
     transfer_to: Path | None = None
     publication: Publication | None = None
@@ -137,6 +142,9 @@ class AttacksAsked(Asked):
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise EvaluationError(f"--attacks: two are called {twice}, also in the reports; rename one of the files")
         super().__post_init__()
+        if self.precision not in get_args(PrecisionName):
+            names = ", ".join(get_args(PrecisionName))
+            raise EvaluationError(f"--precision: expected one of {names}, got {show(self.precision)}")
         require_counts({"restarts": self.restarts, "gates-limit": self.gates_limit})
         if self.publication is not None and "autoattack" not in self.attacks:
             raise EvaluationError("--robustbench: its description needs autoattack; add it to --attacks")

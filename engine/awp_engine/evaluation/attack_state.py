@@ -25,11 +25,11 @@ from awp_engine.files.signed import Signer
 from awp_engine.files.text import one_line
 from awp_engine.models.answers import NO_CLASS, predicted
 
+# of the largest logit: how far another order of summation may move an image across the boundary that FAB stops at
+_ROUNDING = 1e-3
 _TENSORS = ("x_adv", "robust", "begun")
 _NOTE = re.compile(r"autoattack-[0-9a-f]{16}\.json")
 _NOTE_BYTES = 1 << 20
-# of the largest logit: how far another order of summation may move an image across the boundary that FAB stops at
-_ROUNDING = 1e-3
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -98,15 +98,15 @@ class AttackState:
         same = (self.x_adv == x).flatten(1).all(1)
         if not bool(same[self.robust].all()):
             raise ValueError("images that withstood all attacks are changed")
-        clean = _margins(trial, x)
+        clean, rounding = _margins(trial, x), max(_ROUNDING, trial.rounding)
         fallen = ~self.robust & ~same
         # what is wrong clean was never attacked
-        attacked, undecided = self.robust | fallen, clean.abs() <= _ROUNDING
+        attacked, undecided = self.robust | fallen, clean.abs() <= rounding
         if not torch.equal((clean > 0) | undecided, attacked | undecided) or (
             abs(self.counts["clean"] - int(attacked.sum())) > int(undecided.sum())
         ):
             raise ValueError("flags are not those of the clean images")
-        if bool((_margins(trial, self.x_adv)[fallen] > _ROUNDING).any()):
+        if bool((_margins(trial, self.x_adv)[fallen] > rounding).any()):
             raise ValueError("attacked images that are said to be wrong are right")
 
 

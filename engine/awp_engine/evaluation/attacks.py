@@ -30,7 +30,7 @@ from awp_engine.data import Batch, Split, eval_batches
 from awp_engine.evaluation.accuracy import BlindImages
 from awp_engine.evaluation.libraries import find_attack
 from awp_engine.files.text import first_line
-from awp_engine.models.answers import predicted
+from awp_engine.models.answers import NO_CLASS, predicted
 from awp_engine.models.batch_norm import layer_modes
 from awp_engine.models.user_code import Code, load_factory, told_in_one_line
 from awp_engine.observe.bars import MakeBar, NoBar
@@ -129,6 +129,7 @@ class Trial:
         say: is told what was found, one line at a time.
         bar: makes what shows how far an attack is, from a label and the units of work.
         classes: of the data, where the model may have more logits: those of c, c + classes, ... stand for class c.
+        rounding: of the largest logit: how far another order of summation may move a logit in 16 bits; 0 for fp32.
     """
 
     model: nn.Module
@@ -139,6 +140,7 @@ class Trial:
     say: Callable[[str], None] = lambda _: None
     bar: MakeBar = NoBar
     classes: int | None = None
+    rounding: float = 0.0
 
     @functools.cached_property
     def whole(self) -> Batch:
@@ -279,6 +281,18 @@ def predict(model: nn.Module, images: Tensor, batch_size: int, classes: int | No
     parts = images.split(batch_size) if len(images) else ()
     none = torch.empty(0, dtype=torch.int64, device=images.device)
     return torch.cat([none, *(predicted(folded(model(part), classes)) for part in parts)])
+
+
+@torch.no_grad()
+def in_top5(trial: Trial, images: Tensor, labels: Tensor) -> Tensor:
+    """Whether a label [N] is among the five largest logits, bool [N]; not where logits are not finite."""
+    found = [torch.zeros(0, dtype=torch.bool, device=images.device)]
+    for part, own in zip(images.split(trial.batch_size), labels.split(trial.batch_size), strict=True):
+        if len(part):
+            logits = folded(trial.model(part), trial.classes)
+            among = (logits.topk(5, 1).indices == own.unsqueeze(1)).any(1)
+            found.append(among & (predicted(logits) != NO_CLASS))
+    return torch.cat(found)
 
 
 def folded(logits: Tensor, classes: int | None) -> Tensor:

@@ -64,6 +64,7 @@ def _top(receipt: Mapping[str, Any]) -> str:
     """What was measured, in a few lines."""
     weights, data, known = receipt["checkpoint"], receipt["data"], receipt["versions"] | {"commit": receipt["commit"]}
     kind = own_title(weights.get("architecture") or "not named")
+    precision = receipt["precision"]["computes_in"]
     limited = "" if data["images"] == data["images_in_split"] else f", of {data['images_in_split']:,}"
     rows = {"run": "none: these weights came without a config.json"}
     if "run" in weights:
@@ -77,6 +78,7 @@ def _top(receipt: Mapping[str, Any]) -> str:
         "weights": f"{weights['name']} ({weights['file']}), SHA-256 {weights['sha256']}",
         "data": f"{own_title(data['name'])}, {data['split']} split, {data['images']:,} images{limited}",
         "ball": f"{receipt['norm']}, epsilon {receipt['epsilon']}",
+        **({} if precision == "fp32" else {"precision": f"{precision}: all numbers are those of the model rounded so"}),
         "date": receipt["date"].replace("T", " "),
         "versions": ", ".join(f"{name} {version}" for name, version in known.items() if version is not None),
     }

@@ -80,6 +80,7 @@ class Target:
             "seed": self.seed,
             "batch_size": self.batch_size,
             "device": self.device.type,
+            "precision": receipt["precision"],
             "versions": receipt["versions"],
             "code": code_digest(),
         }

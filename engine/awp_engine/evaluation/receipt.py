@@ -62,12 +62,12 @@ def _normalisation(model: nn.Module) -> dict[str, Any]:
     return {"where": "inside the model"} | {name: buffers[name].flatten().tolist() for name in ("mean", "std")}
 
 
-def _precision(model: nn.Module) -> dict[str, Any]:
+def _precision(model: nn.Module, computes_in: str) -> dict[str, Any]:
     kinds = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
     return {
         "weights": sorted(kinds),
         "images": "float32",
-        "autocast": torch.is_autocast_enabled(),
+        "computes_in": computes_in,
         "matmul": torch.backends.cuda.matmul.fp32_precision,
         # torch makes this attribute at run time
         "convolution": torch.backends.cudnn.conv.fp32_precision,  # pyright: ignore[reportAttributeAccessIssue]
@@ -75,7 +75,13 @@ def _precision(model: nn.Module) -> dict[str, Any]:
 
 
 def make_receipt(
-    trial: Trial, *, checkpoint: Mapping[str, Any], data: Mapping[str, Any], step_size: Fraction, ranks: int = 1
+    trial: Trial,
+    *,
+    checkpoint: Mapping[str, Any],
+    data: Mapping[str, Any],
+    step_size: Fraction,
+    ranks: int = 1,
+    precision: str = "fp32",
 ) -> dict[str, Any]:
     """Everything but the attacks' own parameters, as JSON holds it.
 
@@ -85,6 +91,7 @@ def make_receipt(
         data: name of the data, and hash and size of the whole test split.
         step_size: of pgd and cw.
         ranks: that share the images.
+        precision: what the model computes in.
     """
     model, split, threat, device = trial.model, trial.split, trial.threat, trial.split.device
     return {
@@ -98,7 +105,7 @@ def make_receipt(
         "step_size": str(step_size),
         "normalisation": _normalisation(model),
         "batch_norm": "eval: running statistics",
-        "precision": _precision(model),
+        "precision": _precision(model, precision),
         "seed": trial.seed,
         "batch_size": trial.batch_size,
         "ranks": ranks,

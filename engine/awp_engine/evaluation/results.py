@@ -90,6 +90,7 @@ class PerImage:
     Attributes:
         ids, labels: int64 [N].
         clean: predicted classes without an attack, int64 [N].
+        top5: whether the label is among the five largest logits without an attack, bool [N]; None for few classes.
         attacks: by name, in their order.
     """
 
@@ -97,6 +98,7 @@ class PerImage:
     labels: Tensor
     clean: Tensor
     attacks: Mapping[str, Answers]
+    top5: Tensor | None = None
 
     @property
     def worst(self) -> Tensor:
@@ -130,6 +132,8 @@ class PerImage:
         """
         broken = torch.full_like(self.labels, -1)
         columns = {"id": self.ids, "label": self.labels, "clean_prediction": self.clean}
+        if self.top5 is not None:
+            columns["clean_top5"] = self.top5
         for number, found in reversed(list(enumerate(self.attacks.values()))):
             broken[~found.held] = number
         for name, found in self.attacks.items():
@@ -149,6 +153,7 @@ class Measurement:
         rows: in the order of the attacks.
         clean: images right without an attack.
         not_finite: images whose logits are not finite without an attack: wrong.
+        top5: images whose label is among the five largest logits without an attack; None for fewer than 10 classes.
         worst: images right under every attack of the ball.
         worst_over: the names of those.
         images: how many there are.
@@ -171,6 +176,7 @@ class Measurement:
     per_class: Sequence[Mapping[str, Any]]
     per_image: PerImage | None
     random: int = 0
+    top5: int | None = None
 
     def doubts(self) -> list[str]:
         """Why not to believe the numbers, in words; empty where nothing speaks against them."""
@@ -238,6 +244,9 @@ class Measurement:
             if transfers:
                 line["transfer"] = f"{percent(row.transferred or 0, row.transferable)}%" if row.transferable else "-"
             lines.append(line)
+        if self.top5 is not None:
+            share = {"accuracy": f"{percent(self.top5, self.images)}%", "right": f"{self.top5}/{self.images}"}
+            lines.append(dict.fromkeys(lines[0], "") | {"attack": "top-5 without an attack"} | share)
         worst: dict[str, str] = dict.fromkeys(lines[0], "") | {
             # what is right under an attack is right without one
             "attack": "worst of " + ", ".join([name for name in self.worst_over if name != "clean"] or ["clean"]),
@@ -295,6 +304,9 @@ class Measurement:
             "confidence_interval": interval(self.worst, self.images),
         }
         clean = {"right": self.clean, "images": self.images, "not_finite": self.not_finite}
+        clean["confidence_interval"] = interval(self.clean, self.images)
+        if self.top5 is not None:
+            clean |= {"top5": self.top5, "top5_percent": percent(self.top5, self.images)}
         doubts = self.doubts()
         return {
             "unreliable": bool(doubts),
@@ -302,7 +314,7 @@ class Measurement:
             "stronger_attack": None if self.stronger is None else self.stronger.to_dict(),
             "right_means": RIGHT_MEANS,
             "confidence_interval_means": INTERVAL_MEANS,
-            "clean": clean | {"confidence_interval": interval(self.clean, self.images)},
+            "clean": clean,
             "random": self.random,
             "attacks": rows,
             "robust_to_all": worst,
@@ -330,6 +342,7 @@ class Measurement:
             per_class=report["per_class"],
             per_image=None,
             random=report["random"],
+            top5=report["clean"].get("top5"),
         )
 
 

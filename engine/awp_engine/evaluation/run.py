@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from awp_engine.evaluation.asked import AttacksAsked, require_ball
 from awp_engine.evaluation.attacks import EvaluationError, Threat, Trial
 from awp_engine.evaluation.foreign import look_at_accuracy
 from awp_engine.evaluation.own_classes import among_own_classes
+from awp_engine.evaluation.precision import ROUNDING, lowered, require_precision
 from awp_engine.evaluation.prepare import Target, prepare, require_fit
 from awp_engine.evaluation.receipt import data_papers, make_receipt
 from awp_engine.evaluation.reports import Reports, sealed
@@ -80,7 +81,7 @@ def evaluate_checkpoint(
         bar: makes what shows how far an attack is, from a label and the units of work.
         tell: is given the result before anything is written.
         ranks: that share the images, see `sharing`; the first one says, tells and writes.
-        asked: the other fields of `AttacksAsked`, such as attacks, epsilon, limit and output.
+        asked: the other fields of `Asked` and `AttacksAsked`, such as limit, output, attacks and epsilon.
 
     Raises:
         EvaluationError, ConfigError, DataError, CheckpointError: one line that says what is wrong.
@@ -88,6 +89,7 @@ def evaluate_checkpoint(
     """
     ask = AttacksAsked(path=path, **asked)
     device = choose_device(ask.device, ranks.local_rank)
+    require_precision(ask.precision, device)
     say_own = say
     if not ranks.is_first:
         say, tell, bar = lambda _: None, lambda _: None, NoBar
@@ -133,7 +135,7 @@ class _Evaluation:
         shares: Shares,
         tell: Callable[[Evaluated], None],
     ) -> None:
-        self.ask, self.target, self.trial, self.step_size, self.second = ask, target, trial, step_size, second
+        self.ask, self.target, self.step_size, self.second = ask, target, step_size, second
         self.shares, self.tell = shares, tell
         self.receipt = make_receipt(
             trial,
@@ -141,7 +143,11 @@ class _Evaluation:
             data=data_papers(target.dataset, ask.limit, target.class_names),
             step_size=step_size,
             ranks=shares.ranks.world,
+            precision=ask.precision,
         )
+        # the receipt is of the model's own weights
+        model = lowered(trial.model, ask.precision)
+        self.trial = replace(trial, model=model, rounding=0.0 if ask.precision == "fp32" else ROUNDING)
         if second is not None:
             self.receipt["transfer_to"] = {"name": second.name, "file": second.weights.name, "sha256": second.sha256}
         self.identity = target.identity(self.receipt)
@@ -210,7 +216,7 @@ class _Evaluation:
             step_size=self.step_size,
             restarts=ask.restarts,
             gates_limit=ask.gates_limit,
-            second=None if self.second is None else self.second.model,
+            second=None if self.second is None else lowered(self.second.model, ask.precision),
             budget=ask.budget,
             states=self.target.output,
             identity=self.identity,
@@ -225,6 +231,8 @@ class _Evaluation:
     def _told(self, measurement: Measurement, report: dict[str, Any]) -> Evaluated:
         threat, images = self.trial.threat, len(self.target.split)
         title = f"{self.target.dataset.name} test split, {threat.norm} epsilon {threat.epsilon}, {images} images"
+        if self.ask.precision != "fp32":
+            title += f", computed in {self.ask.precision}"
         done = Evaluated(measurement=measurement, report=report, output=self.target.output, title=title)
         self.tell(done)
         return done
@@ -239,7 +247,7 @@ class _Evaluation:
     def _put_leaderboard(self, measurement: Measurement) -> None:
         if self.ask.publication is not None:
             data = self.target.dataset.name
-            info = _leaderboard(self.ask.publication, data, self.trial, measurement, self.ask.limit)
+            info = _leaderboard(self.ask, self.ask.publication, data, self.trial, measurement)
             self.reports.put(LEADERBOARD, json_text(info, indent=2))
 
 
@@ -283,13 +291,14 @@ def _page(subject: Subject, dataset: Dataset, threat: Threat, done: Evaluated) -
 
 
 def _leaderboard(
-    publication: Publication, dataset: str, trial: Trial, measurement: Measurement, limit: int | None
+    ask: AttacksAsked, publication: Publication, dataset: str, trial: Trial, measurement: Measurement
 ) -> dict[str, Any]:
     autoattack = next(row for row in measurement.rows if row.attack == "autoattack")
     more = {
         "the gates were not run": measurement.gates is None,
         "it is not AutoAttack's standard version": autoattack.parameters["version"] != "standard",
-        f"only {measurement.images} images were measured": limit is not None,
+        f"only {measurement.images} images were measured": ask.limit is not None,
+        f"the model computed in {ask.precision}": ask.precision != "fp32",
     }
     doubts = [*measurement.doubts(), *(reason for reason, holds in more.items() if holds)]
     if doubts:

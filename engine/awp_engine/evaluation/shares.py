@@ -14,6 +14,8 @@ from awp_engine.distributed.ranks import Ranks, joined
 # until ranks that came at the same time have to give up on each other; as of a training run
 _TIMEOUT_S = 600.0
 _POLL_S = 0.05
+# between two words on who is waited for
+_WORD_S = 600.0
 
 
 ONE_RANK = Ranks()
@@ -61,11 +63,16 @@ class Shares:
         store = self.ranks.store
         assert store is not None
         self._meetings += 1
+        word = time.monotonic() + _WORD_S
         names = [f"meeting {self._meetings}, rank {rank}" for rank in range(self.ranks.world)]
         try:
             store.set(names[self.ranks.rank], "here")
             while not store.check(names):
                 time.sleep(_POLL_S)
+                if self.is_first and time.monotonic() > word:
+                    missing = [str(rank) for rank, name in enumerate(names) if not store.check([name])]
+                    self._say(f"waiting for the images of ranks {', '.join(missing)}")
+                    word += _WORD_S
         except RuntimeError as error:
             raise KeyboardInterrupt from error
 

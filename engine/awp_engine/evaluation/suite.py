@@ -25,6 +25,7 @@ from awp_engine.evaluation.attacks import (
     connected,
     gradient_attack,
     in_ball,
+    in_top5,
     measuring,
     own_attack,
     perturbation_norms,
@@ -50,6 +51,8 @@ from awp_engine.files.user_key import KeyFileError
 from awp_engine.models.answers import NO_CLASS
 
 _PICTURES = 10
+# from which on a place among the first five says something
+_MANY_CLASSES = 10
 # of the first look, before any attack
 _LOOKED_AT = 50
 
@@ -204,6 +207,9 @@ def measure(
         worst = clean == y
         with torch.no_grad():
             classes = int(model(next(eval_batches(trial.split, 1)).images).shape[1])
+        top5 = None
+        if (trial.classes or classes) >= _MANY_CLASSES:
+            top5 = shares.whole(in_top5(own, x, own.whole.labels)).cpu()
         # before hours of other attacks
         for attack in attacks:
             require_norm(attack, trial.threat)
@@ -223,7 +229,7 @@ def measure(
             )
 
         def measured(gates: GateReport | None) -> Measurement:
-            per_image = PerImage(ids=ids.cpu(), labels=y.cpu(), clean=clean.cpu(), attacks=dict(answers))
+            per_image = PerImage(ids=ids.cpu(), labels=y.cpu(), clean=clean.cpu(), attacks=dict(answers), top5=top5)
             return Measurement(
                 rows=tuple(rows),
                 clean=int((clean == y).sum()),
@@ -236,6 +242,7 @@ def measure(
                 per_class=per_image.by_class(class_names),
                 per_image=per_image,
                 random=random,
+                top5=None if top5 is None else int(top5.sum()),
             )
 
         for attack in attacks:

@@ -19,7 +19,7 @@ from awp_engine.compare.formats import fitted, formatted, text_rows
 from awp_engine.compare.page import write
 from awp_engine.compare.read import read_run, read_runs
 from awp_engine.compare.table import Difference, Section, Statistic, compare
-from awp_engine.config import AttackConfig, ConfigError, EvaluationConfig, OptimizerConfig
+from awp_engine.config import AttackConfig, ConfigError, EvaluationConfig, ModelConfig, OptimizerConfig
 
 
 def sections(*runs: Path) -> list[Section]:
@@ -140,6 +140,15 @@ def test_runs_by_other_files_are_another_row(tmp_path: Path, key: str, name: str
     assert [(row[name], row["seeds"]) for row in rows] == [("11" * 6, "2"), ("22" * 6, "1")]
     assert "own method" not in rows[0]
     assert f"{name}: two different files" in notes(tmp_path)
+
+
+def test_models_that_fit_was_given_are_told_apart_by_their_weights(tmp_path: Path) -> None:
+    for seed, shape in enumerate(([8, 3], [8, 3], [16, 3])):
+        run = write_finished(tmp_path / f"{seed}", seed=seed, model=ModelConfig(name="awp_engine.cli.objects:model"))
+        header = json.dumps({"__metadata__": {"seed": f"{seed}"}, "w": {"shape": shape, "dtype": "F32"}}).encode()
+        (run / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert [row["seeds"] for row in table(tmp_path)] == ["2", "1"]
+    assert "told apart by the names and shapes of their weights alone" in notes(tmp_path)
 
 
 def test_runs_of_earlier_versions_do_not_say_by_which_file(tmp_path: Path) -> None:

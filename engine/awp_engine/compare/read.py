@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import glob
+import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ _MOST_BYTES = 1 << 24
 # runs/STUDY/METHOD/SEED, and the run that --compare-without-awp leaves below another
 _DEEPEST = 4
 _LONGEST = 200
-# what receipts call the model of evaluate() in Python, and called it in earlier versions
-_OBJECTS = ("awp_engine.objects:model", "awp_engine.cli.objects:model")
+# the model's name in runs of fit() and receipts of evaluate(), now and in earlier versions
+OBJECTS = ("awp_engine.objects:model", "awp_engine.cli.objects:model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +253,7 @@ def _measured(path: Path) -> Measured:
         key: report.optional_text(f"receipt.checkpoint.{key}") for key in ("architecture", "file", "run", "method")
     }
     model, where = about["architecture"] or "weights", about["file"]
-    if model in _OBJECTS:
+    if model in OBJECTS:
         model, where = "a model", "given as an object of Python"
     if about["run"] is not None:
         model, where = about["method"] or model, f"{about['run']}, {evaluation.weights}"
@@ -314,6 +315,18 @@ def _evaluations(run_dir: Path) -> tuple[list[Evaluation], list[str]]:
     return found, list(dict.fromkeys(notes))
 
 
+def _tensors_sha256(path: Path) -> str | None:
+    """Of the names and shapes in a safetensors file; None if there is none."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size)) if size <= _MOST_BYTES else None
+        shapes = {name: about["shape"] for name, about in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
+
+
 def read_run(path: Path) -> Run:
     """Reads one run directory.
 
@@ -333,6 +346,9 @@ def read_run(path: Path) -> Run:
             result = _result(path / REPORT, config)
         except _FileError as error:
             notes.append(f"{name}: {REPORT} is not used: {error}")
+    if result is not None and config.model.name in OBJECTS and (tensors := _tensors_sha256(path / WEIGHTS)):
+        # no file holds the code of an object
+        result = replace(result, made_by={**result.made_by, "model": tensors})
     evaluations, problems = _evaluations(path)
     return Run(
         name=name,

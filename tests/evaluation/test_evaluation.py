@@ -187,6 +187,23 @@ def test_the_page_has_a_table_of_classes(reported, classes):
     assert "<script" not in page
 
 
+def test_the_page_begins_with_the_number_to_believe(reported):
+    from awp_engine.evaluation.page import render_page
+
+    _, report, page = reported
+    worst = f"{report['robust_to_all']['accuracy_percent']}%"
+    low, high = report["robust_to_all"]["confidence_interval"]
+    assert f'<b class="">{worst}</b>Robust accuracy<br>' in page
+    assert f"{low:.1%} to {high:.1%} with 95% confidence; 60 images, under each of fgsm, pgd5, cw5" in page
+    stronger = {"attack": "BPDA", "right": 6, "images": 50, "accuracy": 0.12, "confidence_interval": [0.045, 0.243]}
+    receipt = report["receipt"] | {"data": report["receipt"]["data"] | {"name": "/home/me/photos.py:make"}}
+    changed = {"stronger_attack": stronger, "unreliable": True, "receipt": receipt}
+    page = render_page({**report, **changed}, [[{"attack": "a"}]], [])
+    assert page.index("≤ 12.0%") < page.index(f'<b class="bad">{worst}</b>Unreliable') < page.index("Clean accuracy")
+    assert "4.5% to 24.3% with 95% confidence; 50 images, under BPDA" in page
+    assert "<title>Evaluation of AT-AWP: photos.py:make, linf" in page
+
+
 def test_checkpoints_can_be_chosen(run_dir, tmp_path):
     arguments = {"attacks": ["clean"], "limit": 60, "gates_limit": None, "output": tmp_path / "out"}
     best = evaluate_checkpoint(run_dir, **arguments)

@@ -174,7 +174,7 @@ def show(done: "Evaluated", *, per_class: bool = False) -> None:
 
     measurement = done.measurement
     if measurement.stronger is not None:
-        print_text(f"ROBUST ACCURACY {measurement.stronger}. The attacks of the table cannot break this model.")
+        print_text(f"ROBUST ACCURACY {measurement.stronger}. The numbers of the table are too high.")
     print_table(measurement.table(), title=done.title)
     alone = measurement.attacked_alone()
     print_text("right: with and without the attack" + (f"; by the attacked image alone: {alone}" if alone else ""))
@@ -186,11 +186,9 @@ def show(done: "Evaluated", *, per_class: bool = False) -> None:
     if measurement.gates is not None:
         passed = sum(gate.passed for gate in gates)
         print_text(f"checks of the evaluation: {passed} of {len(gates)} passed, on {measurement.gates.images} images")
-    failed = {f"gate failed: {gate.name}": gate for gate in gates if not gate.passed}
+    means = {f"gate failed: {gate.name}": f": {gate.failure_means}" for gate in gates}
     for doubt in done.report["doubts"]:
-        gate = failed.get(doubt)
-        more = "" if gate is None else f": {gate.measured}: {gate.failure_means}"
-        print_text(f"UNRELIABLE: {doubt}{more}")
+        print_text(f"UNRELIABLE: {doubt}{means.get(doubt, '')}")
     sys.stdout.flush()
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +14,12 @@ from image_folders import picture
 from numpy.lib.format import open_memmap
 from PIL import Image
 
-from awp_engine import checkpoint
+from awp_engine import checkpoint, load_model
 from awp_engine.config import AttackConfig, Config, ConfigError, DataConfig, ModelConfig, to_json
 from awp_engine.data import DataError, load_corrupted, load_dataset
 from awp_engine.data.sets.cifar import CIFAR10, cifar_in, read_cifar
 from awp_engine.evaluation.attacks import EvaluationError
+from awp_engine.evaluation.foreign import Foreign
 from awp_engine.evaluation.run import Evaluated, evaluate_checkpoint
 from awp_engine.landscape.runs import open_runs
 from awp_engine.models.trained import MODEL_FILE, ModelDescription
@@ -47,7 +49,7 @@ def write_run(run_dir: Path, data: DataConfig, class_names: tuple[str, ...]) -> 
     return run_dir
 
 
-def measured(run: Path, **given) -> Evaluated:
+def measured(run: Path | None, **given) -> Evaluated:
     return evaluate_checkpoint(run, attacks=["clean"], gates_limit=None, **given)
 
 
@@ -87,6 +89,35 @@ def test_a_test_part_alone_is_enough(folder_run: tuple[Path, Path], tmp_path: Pa
         load_dataset("folder", root=tmp_path / "three", held_out_fraction=0.0, seed=0)
 
 
+def test_test_images_do_not_say_how_weights_want_them_normalised(folder_run: tuple[Path, Path], tmp_path: Path) -> None:
+    run, root = folder_run
+    torch.save(load_model(run).state_dict(), tmp_path / "w.pt")
+    (tmp_path / "own.py").write_text(FACTORY)
+    shutil.copytree(root / "valid", tmp_path / "alone" / "test")
+
+    def foreign(name: str, place: Path | None, **more: Any) -> Evaluated:
+        made = Foreign(name="preact-resnet-18", weights=tmp_path / "w.pt", width=2, **more)
+        given = {"epsilon": "1/5", "norm": "linf", "data_name": name, "data_root": place}
+        return measured(None, foreign=made, output=tmp_path / "out", **given)
+
+    for name, place in ((f"{tmp_path / 'own.py'}:make", None), ("folder", tmp_path / "alone")):
+        for normalize in ("auto", "data"):
+            with pytest.raises(ConfigError, match=r"^--model\.mean: .* has no training images .*normalize none$"):
+                foreign(name, place, normalize=normalize)
+        receipt = foreign(name, place, mean=(0.5,), std=(0.25,)).report["receipt"]
+        assert receipt["normalisation"]["mean"] == [0.5] * 3
+    # with a training part it does not depend on the images that are measured
+    means = []
+    for _ in range(2):
+        means.append(foreign("folder", root).report["receipt"]["normalisation"]["mean"])
+        shutil.rmtree(root / "valid")
+        write_folder(root / "valid", "abc", 6, 50)
+    assert means[0] == means[1] == pytest.approx(load_dataset("folder", root=root, held_out_fraction=0.0, seed=0).mean)
+    # as ImageNet's do not either, whatever lies there
+    data = load_dataset("imagenet", root=tmp_path / "alone", held_out_fraction=0.0, seed=0, need_train=False)
+    assert (data.mean, data.of_test) == ((0.485, 0.456, 0.406), False)
+
+
 def test_corrupted_folders_by_kind_and_severity(folder_run: tuple[Path, Path], tmp_path: Path) -> None:
     run, root = folder_run
     for severity, shade in (("1", 0), ("3", 255)):
@@ -120,6 +151,7 @@ def test_cifar_c(tmp_path: Path) -> None:
     np.save(tmp_path / "labels.npy", np.arange(SEVERITIES * ROWS) % 10)
     data = load_corrupted("cifar10-c", root=tmp_path, kind="fog", severity=3)
     assert (len(data.train), len(data.test), data.class_names) == (0, ROWS, CIFAR10.class_names)
+    assert (data.mean, data.std, data.of_test) == (CIFAR10.mean, CIFAR10.std, False)
     assert data.test.resident().images[0].unique().tolist() == [7]
     assert int(data.test.resident().images[-1, 2, 0, 1]) == 9
     assert data.test.labels[:12].tolist() == [*range(10), 0, 1]

@@ -19,6 +19,7 @@ from torch import nn
 
 from awp_engine import load_model
 from awp_engine.checkpoint import CheckpointError, read_model
+from awp_engine.cli import landscape
 from awp_engine.config import load_config
 from awp_engine.data import eval_batches
 from awp_engine.evaluation.foreign import Foreign, look_at_accuracy
@@ -189,6 +190,17 @@ def test_the_landscape_of_others_weights(tmp_path: Path, file: Path, monkeypatch
     assert "config_hash" not in entry
     assert run_command("landscape", monkeypatch, file, *NAMED, *few) == 2
     assert "needs --data.name and --epsilon too" in capsys.readouterr().err
+
+
+def test_a_landscape_is_measured_in_full_precision(tmp_path: Path, file: Path) -> None:
+    few = ("--images", "4", "--points", "3", "--steps", "1", "--output", tmp_path / "out")
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        landscape.measure(landscape.parse([*map(str, (file, *NAMED, "--epsilon", "0.2", *few))]))
+        assert matmul.fp32_precision == "ieee"
+    finally:
+        matmul.fp32_precision = before
 
 
 # -- the Hub

@@ -41,15 +41,15 @@ def add_foreign(parser: argparse.ArgumentParser) -> None:
             type=float,
             nargs="+",
             metavar="X",
-            help=f"{what} of every channel, on pixels in [0, 1]; what the file holds goes first",
+            help=f"{what} of every channel, on pixels in [0, 1], whatever the file holds",
         )
     add(
         "--model.normalize",
         dest="model_normalize",
         choices=("auto", "data", "model", "none"),
         default="auto",
-        help="by the data set's mean and deviation, by the network itself, or not; auto: as the file or the flags say, "
-        "else by the network where it does, else the data set's",
+        help="by the data set's mean and deviation, the model's own, or not; auto: as the file says, else as published "
+        "weights of that name expect, else the model's own, else the data set's",
     )
 
 

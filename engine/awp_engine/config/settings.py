@@ -128,7 +128,7 @@ class ModelConfig(Checked, section="model."):
     classes); or timm, torchvision: the published weights of a model of theirs."""
     normalize: Literal["auto", "data", "model", "none"] = "auto"
     """Mean and deviation that images are normalised by: the data set's, the model's own or none; auto: the given ones,
-    else those of published weights, else none where the model normalises by itself, else the data set's."""
+    else those of the weights to start from, else none where the model normalises by itself, else the data set's."""
     mean: tuple[float, ...] = ()
     """Mean of every channel, on pixels in [0, 1]; nothing means as --model.normalize says."""
     std: tuple[float, ...] = ()

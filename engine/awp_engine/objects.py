@@ -23,10 +23,11 @@ from awp_engine.device import full_precision
 from awp_engine.distributed.ranks import joined
 from awp_engine.distributed.signals import StoppedError, StopRequest, stop_requests
 from awp_engine.evaluation.accuracy import spread
+from awp_engine.evaluation.asked import DEFAULT_ATTACKS
 from awp_engine.evaluation.attacks import Norm
 from awp_engine.evaluation.foreign import Foreign
 from awp_engine.evaluation.receipt import split_hash
-from awp_engine.evaluation.run import DEFAULT_ATTACKS, Evaluated, evaluate_checkpoint
+from awp_engine.evaluation.run import Evaluated, evaluate_checkpoint
 from awp_engine.models import NormalizedClassifier
 from awp_engine.models.given import given, name_of
 from awp_engine.models.trained import load_model

@@ -25,10 +25,12 @@ from awp_engine.data import eval_batches
 from awp_engine.evaluation import spread
 from awp_engine.evaluation.attacks import EvaluationError, Threat, Trial, measuring, parse_attack
 from awp_engine.evaluation.autoattack import Budget
+from awp_engine.evaluation.certify import certify_checkpoint
 from awp_engine.evaluation.gates import run_gates
 from awp_engine.evaluation.receipt import percent, split_hash
 from awp_engine.evaluation.robustbench import Publication, leaderboard_epsilon, model_info
 from awp_engine.evaluation.run import evaluate_checkpoint
+from awp_engine.evaluation.smoothing import Smoothing
 from awp_engine.evaluation.suite import measure
 from awp_engine.observe.report import print_table
 
@@ -236,11 +238,30 @@ def test_autoattack_with_leaderboard_file(run_dir, tmp_path):
     assert info["autoattack_acc"] == info["reported"] == percent(autoattack.right, 24)
     assert info["unreliable"]
     assert any("marked unreliable" in line and "only 24 images" in line for line in lines)
-    # started again it goes on from the saved, finished state
-    lines.clear()
-    again = evaluate_checkpoint(run_dir, say=lines.append, again=True, **arguments)
-    assert any(line.startswith("autoattack: going on with the result, of a state begun at ") for line in lines)
-    assert [row.right for row in again.measurement.rows] == [row.right for row in done.measurement.rows]
+    # where the report was lost, it goes on from the saved, finished state; --again measures anew, and saves it
+    (report,) = tmp_path.glob("evaluation-*.json")
+    report.unlink()
+    for again, words in ((False, "autoattack: going on with the result, of a state begun at "), (True, "after square")):
+        lines.clear()
+        repeated = evaluate_checkpoint(run_dir, say=lines.append, again=again, **arguments)
+        assert any(words in line for line in lines)
+        assert ("resumed" in repeated.report["receipt"]) != again
+        assert [row.right for row in repeated.measurement.rows] == [row.right for row in done.measurement.rows]
+
+
+@pytest.mark.parametrize("what", ["evaluate", "certify"])
+def test_nothing_of_other_code_is_gone_on_from(run_dir, tmp_path, monkeypatch, what):
+    said = []
+    for code in ("one", "other"):
+        monkeypatch.setattr("awp_engine.evaluation.prepare.code_digest", lambda code=code: code)
+        common = {"gates_limit": None, "limit": 3, "attacks": ["square"], "budget": Budget(queries=2)}
+        if what == "evaluate":
+            done = evaluate_checkpoint(run_dir, output=tmp_path, say=said.append, **common)
+        else:
+            done = certify_checkpoint(run_dir, Smoothing(n0=2, n=20), images=1, output=tmp_path, say=said.append)
+        assert "resumed" not in done.report["receipt"]
+    assert not [line for line in said if "going on" in line or "before" in line]
+    assert len(list(tmp_path.glob("autoattack-*.json" if what == "evaluate" else "certify-*"))) == 2
 
 
 def test_leaderboard_spelling():
@@ -547,11 +568,14 @@ def test_a_downloaded_state_is_not_believed(run_dir, tmp_path):
         {"identity": metadata["identity"], "progress": json.dumps(progress)},
     )
     lines: list[str] = []
-    arguments["again"] = True
+    for report in tmp_path.glob("evaluation-*.json"):
+        report.unlink()
     done = evaluate_checkpoint(run_dir, say=lines.append, **arguments)
     assert lines[0].startswith(f"autoattack: starting anew: {state}: this saved state is not believed: lacks 'code'")
     assert [row.right for row in done.measurement.rows] == [row.right for row in honest.measurement.rows]
     assert "resumed" not in done.report["receipt"]
+    for report in tmp_path.glob("evaluation-*.json"):
+        report.unlink()
     again = evaluate_checkpoint(run_dir, **arguments)
     resumed = again.report["receipt"]["resumed"]["autoattack"]
     assert (resumed["file"], resumed["from"]) == (state.name, "the result")

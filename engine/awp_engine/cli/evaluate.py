@@ -156,9 +156,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
     given = vars(parse(argv, prog))
     prepare(given.pop("threads"))
 
+    from awp_engine.distributed.ranks import errors_told
     from awp_engine.evaluation.adaptive import EOT_DRAWS
+    from awp_engine.evaluation.asked import DEFAULT_ATTACKS
     from awp_engine.evaluation.robustbench import Publication
-    from awp_engine.evaluation.run import DEFAULT_ATTACKS, evaluate_checkpoint
+    from awp_engine.evaluation.run import evaluate_checkpoint
+    from awp_engine.evaluation.shares import sharing
     from awp_engine.observe.bars import Bar
 
     asked = named_model(given, given["path"]) | rest_of(given)
@@ -174,8 +177,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
         "interrupted; finished attacks are in evaluation-*.partial.json of the output directory, and the same "
         "command again goes on with autoattack where it was"
     )
-    with ending(prog, interrupted=resume, place=given["output"] or given["path"]):
-        done = evaluate_checkpoint(**asked, say=lambda line: print(line, flush=True), bar=Bar, tell=tell)
+    with (
+        ending(prog, interrupted=resume, place=given["output"] or given["path"]),
+        errors_told(),
+        sharing(given["device"]) as ranks,
+    ):
+        done = evaluate_checkpoint(**asked, say=lambda line: print(line, flush=True), bar=Bar, tell=tell, ranks=ranks)
+    if not ranks.is_first:
+        return
     print(f"reports in {printable(str(done.output))}")
     if done.report["unreliable"]:
         raise SystemExit(UNRELIABLE)

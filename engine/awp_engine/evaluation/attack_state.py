@@ -7,7 +7,6 @@ be checked is checked as well, from the images, by `AttackState.require_sound`.
 
 import dataclasses
 import hashlib
-import hmac
 import json
 import os
 import re
@@ -22,8 +21,8 @@ from torch import Tensor
 from awp_engine.checkpoint import CheckpointError, content_hash, export_model, read_file, read_model
 from awp_engine.evaluation.attacks import Trial, folded, in_ball
 from awp_engine.files.atomic import atomic_write_text, remove_leftovers
+from awp_engine.files.signed import Signer
 from awp_engine.files.text import one_line
-from awp_engine.files.user_key import user_key
 from awp_engine.models.answers import NO_CLASS, predicted
 
 _TENSORS = ("x_adv", "robust", "begun")
@@ -123,6 +122,10 @@ def _margins(trial: Trial, images: Tensor) -> Tensor:
     return torch.cat(margins)
 
 
+def _content(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    return content_hash(tensors, {name: metadata[name] for name in ("identity", "progress")})
+
+
 class StateFile:
     """The saved state of one evaluation, named by a hash of all that its result depends on.
 
@@ -135,14 +138,10 @@ class StateFile:
     """
 
     def __init__(self, directory: Path, identity: Mapping[str, Any]) -> None:
-        self._key = user_key()
+        self._signer = Signer("autoattack")
         self.identity = json.loads(json.dumps(identity))
         key = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
         self.path = directory / f"autoattack-{key[:16]}.safetensors"
-
-    def _code(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-        told = {name: metadata[name] for name in ("identity", "progress")}
-        return hmac.digest(self._key, content_hash(tensors, told).encode(), "sha256").hex()
 
     def save(self, state: AttackState) -> None:
         """Replaces the file, so that a kill at any moment leaves the old state or the new one.
@@ -153,7 +152,7 @@ class StateFile:
         progress = {name: getattr(state, name) for name in ("attack", "batch", "counts", "warnings", "started")}
         tensors = {name: getattr(state, name).cpu().contiguous() for name in _TENSORS}
         metadata = {"identity": json.dumps(self.identity), "progress": json.dumps(progress)}
-        export_model(self.path, tensors, metadata | {"code": self._code(tensors, metadata)})
+        export_model(self.path, tensors, metadata | {"code": self._signer.code(_content(tensors, metadata))})
         text = json.dumps({"identity": self.identity, "progress": progress}, indent=2)
         try:
             # for people, and for naming what differs; the state itself is the one file above
@@ -169,7 +168,8 @@ class StateFile:
                 kept under another name.
             check: raises ValueError for a state that cannot be.
         """
-        remove_leftovers(self.path.parent, "autoattack-")
+        # not those of other ranks, which may be on other machines
+        remove_leftovers(self.path.parent, self.path.stem)
         # a link that leads nowhere is something too
         if not os.path.lexists(self.path):
             self._name_others(say)
@@ -177,8 +177,7 @@ class StateFile:
         try:
             tensors, metadata = read_model(self.path)
             # before anything in it is looked at
-            code = self._code(tensors, metadata)
-            if not hmac.compare_digest(code.encode(), metadata["code"].encode()):
+            if not self._signer.made(metadata["code"], _content(tensors, metadata)):
                 raise ValueError("was not written by this user's runs, or was changed since")
             if json.loads(metadata["identity"]) != self.identity:
                 raise ValueError("belongs to another evaluation")
@@ -203,6 +202,9 @@ class StateFile:
             try:
                 identity = json.loads(read_file(other, limit=_NOTE_BYTES))["identity"]
                 differing = [key for key, value in self.identity.items() if identity.get(key) != value]
+                # another rank's of this evaluation
+                if differing == ["rank"]:
+                    continue
             except (CheckpointError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 differing = ["what it says of itself"]
             say(f"autoattack: {other.with_suffix('.safetensors').name} is left alone: other {', '.join(differing)}")

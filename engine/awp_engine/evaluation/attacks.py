@@ -121,8 +121,8 @@ class Trial:
         split: the samples.
         threat: the ball.
         seed: of all noise.
-        batch_size: images a batch; changes no result beyond rounding, but those of pyautoattack, which draws random
-            numbers for a batch.
+        batch_size: images a batch; changes no result beyond rounding, but those of pyautoattack and of attacks of
+            one's own, which draw random numbers for a batch.
         say: is told what was found, one line at a time.
         bar: makes what shows how far an attack is, from a label and the units of work.
         classes: of the data, where the model may have more logits: those of c, c + classes, ... stand for class c.
@@ -139,8 +139,10 @@ class Trial:
 
     @functools.cached_property
     def whole(self) -> Batch:
-        """All samples as one batch."""
-        return next(eval_batches(self.split, len(self.split)))
+        """All samples as one batch, of none where there are none."""
+        split = self.split
+        nothing = Batch(torch.empty(0, *split.shape, device=split.device), split.labels, split.ids, 0)
+        return next(eval_batches(split, max(len(split), 1)), nothing)
 
     def within(self, epsilon: Fraction) -> Self:
         """The same in another ball."""
@@ -165,7 +167,8 @@ class Outcome:
         blind: bool [N], would be right too, but a gradient of the attack was not finite: not counted as right.
         resumed: where a saved state was gone on from; None where there was none.
         parameters: the attack's, for the receipt.
-        details: what else it measured.
+        details: what else it measured, of these images; those of parts of a split are `added`.
+        concluded: of added details, what the report says.
     """
 
     x_adv: Tensor
@@ -173,10 +176,11 @@ class Outcome:
     blind: Tensor
     parameters: dict[str, Any]
     details: dict[str, Any] = field(default_factory=dict)
+    concluded: Callable[[dict[str, Any]], dict[str, Any]] = lambda details: details
     resumed: dict[str, Any] | None = None
 
     @classmethod
-    def of_batches(cls, batches: Iterable[tuple[Tensor, Tensor, Tensor]], **facts: dict[str, Any]) -> Self:
+    def of_batches(cls, batches: Iterable[tuple[Tensor, Tensor, Tensor]], **facts: Any) -> Self:
         """Of attacked images, which hold, and for which a gradient was not finite, batch by batch."""
         x_adv, holds, unseen = (torch.cat(parts) for parts in zip(*batches, strict=True))
         return cls(x_adv=x_adv, held=holds & ~unseen, blind=holds & unseen, **facts)
@@ -243,7 +247,7 @@ def connected(trial: Trial) -> Trial:
     Raises:
         EvaluationError: a part of the model has no derivative in PyTorch at all.
     """
-    x = trial.whole.images[:1].clone().requires_grad_()
+    x = next(eval_batches(trial.split, 1)).images.requires_grad_()
     with torch.enable_grad():
         logits = trial.model(x)
         if not logits.requires_grad:
@@ -262,7 +266,10 @@ def connected(trial: Trial) -> Trial:
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, batch_size: int, classes: int | None = None) -> Tensor:
     """Predicted classes, int64 [N], of fp32 images [N, C, H, W] in [0, 1]; -1 where logits are not finite."""
-    return torch.cat([predicted(folded(model(part), classes)) for part in images.split(batch_size)])
+    # layers may not take a batch of none
+    parts = images.split(batch_size) if len(images) else ()
+    none = torch.empty(0, dtype=torch.int64, device=images.device)
+    return torch.cat([none, *(predicted(folded(model(part), classes)) for part in parts)])
 
 
 def folded(logits: Tensor, classes: int | None) -> Tensor:

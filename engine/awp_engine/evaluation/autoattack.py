@@ -211,6 +211,7 @@ def autoattack(
     attacks: Sequence[str] = STANDARD,
     budget: Budget = STANDARD_BUDGET,
     state_file: StateFile | None = None,
+    again: bool = False,
 ) -> Outcome:
     """Runs AutoAttack's standard version; equal to the last sample to `AutoAttack.run_standard_evaluation`.
 
@@ -224,6 +225,7 @@ def autoattack(
         attacks: in this order, out of the standard ones.
         budget: how long they go on.
         state_file: where to save, and to go on from.
+        again: go on from no state that is finished.
 
     Raises:
         EvaluationError: the package is missing, or cannot attack such images or so few classes.
@@ -239,7 +241,7 @@ def autoattack(
             saved.to(x.device).require_sound(trial, attacks)
 
         state, resumed = None if state_file is None else state_file.load(trial.say, check), None
-        if state_file is None or state is None:
+        if state_file is None or state is None or (again and state.attack == len(attacks)):
             _check_model(guarded, attacks, package)
             right = trial.predict(x) == y
             state = AttackState(x_adv=x.clone(), robust=right, begun=right.clone(), counts={"clean": int(right.sum())})
@@ -257,11 +259,6 @@ def autoattack(
             trial.say(f"autoattack: going on with {where}")
         passes = [_passes(name, package, budget) for name in attacks]
         _run(trial, guarded, package, dict(zip(attacks, passes, strict=True)), state, state_file, flags)
-    square_gain = state.counts.get("fab-t", 0) - state.counts.get("square", 0)
-    if "fab-t" in state.counts and square_gain > 0.002 * len(x):
-        state.warnings.append(
-            f"the black-box Square attack broke {square_gain} images that the gradient attacks did not"
-        )
     parameters = {
         "package": f"pyautoattack {importlib.metadata.version('pyautoattack')}",
         "version": "standard" if tuple(attacks) == STANDARD and budget == STANDARD_BUDGET else "custom",
@@ -276,9 +273,20 @@ def autoattack(
         held=state.robust,
         blind=torch.zeros_like(state.robust),
         parameters=parameters,
-        details={"right_after": state.counts, "warnings": state.warnings},
+        details={"images": len(x), "right_after": state.counts, "warnings": state.warnings},
+        concluded=_concluded,
         resumed=resumed,
     )
+
+
+def _concluded(details: dict[str, Any]) -> dict[str, Any]:
+    """With a warning where the attack without gradients found much."""
+    images, right, warnings = details["images"], details["right_after"], details["warnings"]
+    gain = right.get("fab-t", 0) - right["square"] if "square" in right else 0
+    if "fab-t" in right and gain > 0.002 * images:
+        told = f"the black-box Square attack broke {gain} images that the gradient attacks did not"
+        warnings = [*warnings, told]
+    return {"right_after": right, "warnings": warnings}
 
 
 def _run(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import hmac
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -15,27 +13,24 @@ from typing import Any
 import torch
 
 from awp_engine.checkpoint import read_file
-from awp_engine.config import show
-from awp_engine.data import eval_batches, match_classes
+from awp_engine.data import eval_batches
 from awp_engine.device import choose_device
-from awp_engine.evaluation.accuracy import evaluation_seed, spread
-from awp_engine.evaluation.attacks import EvaluationError, Threat, Trial, measuring, predict
-from awp_engine.evaluation.foreign import Foreign, load_foreign
+from awp_engine.evaluation.asked import Asked
+from awp_engine.evaluation.attacks import Threat, Trial, measuring, predict
+from awp_engine.evaluation.prepare import prepare
 from awp_engine.evaluation.receipt import data_papers, make_receipt
-from awp_engine.evaluation.run import open_data, output_of, put_report, require_fit
+from awp_engine.evaluation.reports import Reports
 from awp_engine.evaluation.smoothing import Certificate, Smoothing, certify
-from awp_engine.evaluation.subject import load_subject
 from awp_engine.files.atomic import atomic_write_text
 from awp_engine.files.locking import locked
+from awp_engine.files.signed import Signer
 from awp_engine.files.text import json_text
-from awp_engine.files.user_key import KeyFileError, user_key
+from awp_engine.files.user_key import KeyFileError
 from awp_engine.observe.bars import Bar, NoBar
 from awp_engine.observe.report import prepare_output, versions
 
 JSON = "certification.json"
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
-_BATCH_SIZE = 512
-_MOST = 2**31 - 1
 _STATE_BYTES = 2**30
 _OF_A_BALL = ("epsilon", "epsilon_as_float", "norm", "step_size")
 
@@ -74,21 +69,21 @@ class Progress:
         self._question, self._ids, self._say = json.dumps(question, sort_keys=True), ids, say
         self.path = directory / f"certify-{hashlib.sha256(self._question.encode()).hexdigest()[:16]}.jsonl"
         try:
-            self._key: bytes | None = user_key()
+            self._signer: Signer | None = Signer(f"certificates\n{self._question}")
         except KeyFileError as error:
-            self._key = None
+            self._signer = None
             say(f"no progress will be saved: {error}")
 
     def load(self) -> list[Certificate]:
         """What was saved, in order; the file then holds nothing else."""
-        if self._key is None or not self.path.exists():
+        if self._signer is None or not self.path.exists():
             return []
         found: list[Certificate] = []
         lines = read_file(self.path, limit=_STATE_BYTES).decode(errors="replace").splitlines(keepends=True)
         for line in lines:
             try:
                 entry = json.loads(line)
-                if not hmac.compare_digest(self._code(entry["image"]), entry["code"]):
+                if not self._signer.made(entry["code"], json.dumps(entry["image"], sort_keys=True)):
                     raise ValueError("was not written by this user's runs, or was changed since")
                 certificate = Certificate(**entry["image"])
                 if certificate.id != self._ids[len(found)]:
@@ -104,20 +99,16 @@ class Progress:
 
     def add(self, certificate: Certificate) -> None:
         """Saves one more."""
-        if self._key is None:
+        if self._signer is None:
             return
         image = asdict(certificate)
+        code = self._signer.code(json.dumps(image, sort_keys=True))
         try:
             with self.path.open("a") as file:
-                file.write(json.dumps({"image": image, "code": self._code(image)}) + "\n")
+                file.write(json.dumps({"image": image, "code": code}) + "\n")
         except OSError as error:
-            self._key = None
+            self._signer = None
             self._say(f"{self.path}: cannot be written, certifying goes on unsaved: {error.strerror}")
-
-    def _code(self, image: Mapping[str, Any]) -> str:
-        assert self._key is not None
-        told = f"{self._question}\n{json.dumps(image, sort_keys=True)}"
-        return hmac.digest(self._key, told.encode(), "sha256").hex()
 
 
 def summary(certificates: Sequence[Certificate], radii: Iterable[float] = RADII) -> dict[str, Any]:
@@ -145,19 +136,11 @@ def certify_checkpoint(
     path: Path | str | None,
     smoothing: Smoothing,
     *,
-    checkpoint: str = "best",
-    foreign: Foreign | None = None,
-    model: str | None = None,
     limit: int | None = 100,
-    seed: int | None = None,
-    batch_size: int | None = None,
-    device: str = "auto",
-    data_name: str | None = None,
-    data_root: Path | None = None,
-    output: Path | None = None,
     say: Callable[[str], None] = lambda _: None,
     bars: type[Bar] = NoBar,
     tell: Callable[[Certified], None] = lambda _: None,
+    **asked: Any,
 ) -> Certified:
     """Certifies images of the test split, and writes certification.json, also under a name of its own.
 
@@ -166,69 +149,37 @@ def certify_checkpoint(
     Args:
         path: a run directory, one of its checkpoints, a .safetensors file, or hf://OWNER/NAME; None with `foreign`.
         smoothing: how.
-        checkpoint: of a run directory: best, last, or a checkpoint's name or path.
-        foreign: in place of a run: how to make a model, and its weights.
-        model: of a run, in place of the code that its weights name; as `load_model` takes it.
-        limit: their number, evenly spread; None for all.
-        seed: of all noise; if not given, the one that the run's own evaluation uses.
-        batch_size: noisy copies at a time.
-        device: auto, cpu or cuda.
-        data_name: the data set; the run's own if not given.
-        data_root: its directory.
-        output: directory of the report; RUN_DIR/evaluation if not given.
+        limit: images, evenly spread; None for all.
         say: is told what a user should know, a line at a time.
         bars: shows how many of the noisy copies were classified.
         tell: is given the result before anything is written.
+        asked: the other fields of `Asked`, such as foreign, data_name and output; a batch is of noisy copies.
 
     Raises:
         EvaluationError, ConfigError, DataError, CheckpointError: one line that says what is wrong.
         OSError: the report cannot be written.
     """
-    for name, value in {"limit": limit, "batch-size": batch_size}.items():
-        if value is not None and not 1 <= value <= _MOST:
-            raise EvaluationError(f"--{name}: expected a whole number from 1 to {_MOST}, got {show(value)}")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise EvaluationError(f"--seed: expected a whole number in [0, 2^63), got {seed}")
-    place = choose_device(device)
-    if foreign is None:
-        if path is None:
-            raise EvaluationError("RUN_OR_CHECKPOINT: expected a path, or --model.name with --weights")
-        subject = load_subject(path, which=checkpoint, device=place, model=model)
-        found = open_data(subject.config, subject.weights, data_name, data_root)
-    else:
-        path = foreign.weights or foreign.name
-        found = open_data(None, path, data_name, data_root)
-        subject = load_foreign(foreign, found, place, say)
-    dataset, labels = match_classes(subject.model.class_names, found, str(path))
-    require_fit(subject, dataset, place, str(path))
-    split = spread(dataset.test, limit).resident().to(place)
-    config = subject.config
-    seed = evaluation_seed(0 if config is None else config.seed) if seed is None else seed
-    batch_size = batch_size or (_BATCH_SIZE if config is None else config.evaluation.batch_size)
-    output = output or output_of(path, subject)
-    prepare_output(output)
+    ask = Asked(path=path, limit=limit, **asked)
+    place = choose_device(ask.device)
+    target = prepare(ask, ask.subject(place), place, say)
+    subject, split = target.subject, target.split
     # a certificate has no ball of its own: the receipt's is left out
     nowhere = Threat(epsilon=Fraction(0), norm="l2")
-    trial = Trial(model=subject.model, split=split, threat=nowhere, seed=seed, batch_size=batch_size)
+    seed, batch_size = target.seed, target.batch_size
     receipt = make_receipt(
-        trial,
+        Trial(model=subject.model, split=split, threat=nowhere, seed=seed, batch_size=batch_size),
         checkpoint=subject.papers(),
-        data=data_papers(dataset, limit, labels),
+        data=data_papers(target.dataset, limit, target.class_names),
         step_size=Fraction(0),
     )
     receipt = {key: value for key, value in receipt.items() if key not in _OF_A_BALL}
     receipt["versions"] |= versions("scipy")
     receipt |= {"smoothing": asdict(smoothing), "largest_radius": smoothing.largest_radius}
-    question = {
-        "weights": subject.sha256,
-        "layers": subject.layers(receipt["normalisation"]),
-        "images": receipt["data"]["sha256_of_these_images"],
-        "smoothing": asdict(smoothing),
-        "numbers": [seed, batch_size, place.type],
-        "torch": receipt["versions"]["torch"],
-    }
-    with locked(output), measuring(subject.model):
-        saved = Progress(output, question, split.ids.tolist(), say)
+    question = target.identity(receipt) | {"smoothing": asdict(smoothing)}
+    prepare_output(target.output)
+    reports = Reports(target.output, (target.dataset.name, len(split), f"sigma{smoothing.sigma:g}"), question)
+    with locked(target.output), measuring(subject.model):
+        saved = Progress(target.output, question, split.ids.tolist(), say)
         certificates = saved.load()
         if certificates:
             receipt["resumed"] = {"images": len(certificates)}
@@ -260,11 +211,8 @@ def certify_checkpoint(
             **summary(certificates),
             "images_certified": [asdict(found) for found in certificates],
         }
-        title = f"{dataset.name} test split, {len(split)} images, sigma {smoothing.sigma:g}, n {smoothing.n:,}"
-        result = Certified(report=report, output=output, title=f"{title}, alpha {smoothing.alpha:g}")
+        title = f"{target.dataset.name} test split, {len(split)} images, sigma {smoothing.sigma:g}, n {smoothing.n:,}"
+        result = Certified(report=report, output=target.output, title=f"{title}, alpha {smoothing.alpha:g}")
         tell(result)
-        digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:8]
-        parts = (dataset.name, len(split), f"sigma{smoothing.sigma:g}")
-        name = "-".join([*(re.sub(r"[^A-Za-z0-9]+", "_", str(part)) for part in parts), digest])
-        put_report(output, name, JSON, json_text(report, indent=2))
+        reports.put(JSON, json_text(report, indent=2))
         return result

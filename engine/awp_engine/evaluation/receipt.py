@@ -75,7 +75,7 @@ def _precision(model: nn.Module) -> dict[str, Any]:
 
 
 def make_receipt(
-    trial: Trial, *, checkpoint: Mapping[str, Any], data: Mapping[str, Any], step_size: Fraction
+    trial: Trial, *, checkpoint: Mapping[str, Any], data: Mapping[str, Any], step_size: Fraction, ranks: int = 1
 ) -> dict[str, Any]:
     """Everything but the attacks' own parameters, as JSON holds it.
 
@@ -84,6 +84,7 @@ def make_receipt(
         checkpoint: where the weights came from, with their SHA-256.
         data: name of the data, and hash and size of the whole test split.
         step_size: of pgd and cw.
+        ranks: that share the images.
     """
     model, split, threat, device = trial.model, trial.split, trial.threat, trial.split.device
     return {
@@ -100,6 +101,7 @@ def make_receipt(
         "precision": _precision(model),
         "seed": trial.seed,
         "batch_size": trial.batch_size,
+        "ranks": ranks,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "threads": torch.get_num_threads(),
         "versions": versions("pyautoattack", "safetensors"),

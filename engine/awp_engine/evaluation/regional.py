@@ -112,7 +112,8 @@ def regional_attack(trial: Trial, attack: NamedAttack, *, step_size: Fraction = 
     """Step by step x <- clip(x - step * sign(d CE(f(x), target) / dx) * mask), until the prediction is not the label.
 
     The target is the wrong class with the largest logit on the clean image. Images that the model gets wrong clean are
-    left alone. `details` holds how many were flipped and, over those, the mean L0, L2 and Linf and number of steps.
+    left alone. Concluded, `details` hold how many were flipped and, over those, the mean L0, L2 and Linf and number of
+    steps.
 
     Args:
         trial: what is attacked; its ball bounds nothing here.
@@ -163,11 +164,16 @@ def regional_attack(trial: Trial, attack: NamedAttack, *, step_size: Fraction = 
             done.append((x_adv, holds, blind))
             bar.set(len(done) * steps, batches * steps)
     flipped_steps = torch.cat(taken)
-    details: dict[str, Any] = {"flipped": len(flipped_steps)}
-    if len(flipped_steps):
-        details |= {name: torch.cat([part[name] for part in norms]).mean().item() for name in ("L0", "L2", "Linf")}
-        details["L0_share"] = details["L0"] / (height * width)
-        details["steps"] = flipped_steps.double().mean().item()
+    details: dict[str, Any] = {"flipped": len(flipped_steps), "steps": flipped_steps.double().sum().item()}
+    details |= {name: torch.cat([part[name] for part in norms]).sum().item() for name in ("L0", "L2", "Linf")}
+
+    def means(sums: dict[str, Any]) -> dict[str, Any]:
+        flipped = sums["flipped"]
+        if not flipped:
+            return {"flipped": 0}
+        found = {name: sums[name] / flipped for name in ("L0", "L2", "Linf", "steps")}
+        return {"flipped": flipped, **found, "L0_share": found["L0"] / (height * width)}
+
     parameters = {
         "region": attack.shape,
         "percent": attack.percent,
@@ -176,4 +182,4 @@ def regional_attack(trial: Trial, attack: NamedAttack, *, step_size: Fraction = 
         "target": "wrong class with the largest clean logit",
         "bound": "the region and [0, 1] alone, no epsilon",
     }
-    return Outcome.of_batches(done, parameters=parameters, details=details)
+    return Outcome.of_batches(done, parameters=parameters, details=details, concluded=means)

@@ -2,7 +2,8 @@
 
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,34 +20,40 @@ from awp_engine.files.text import json_text
 Form = Literal["npz", "parquet"]
 
 
-def image_saver(trial: Trial, directory: Path, name: str, count: int) -> Callable[[str, Tensor, Tensor], None]:
-    """What takes an attack's name, images and predictions, and writes images-NAME-ATTACK.safetensors at once.
+class ImageSaver:
+    """Writes an attack's images at once, as images-NAME-ATTACK.safetensors.
 
     In the file, for `count` images at even distances, or all for 0: `x` and `x_adv`, fp32 [N, C, H, W] in [0, 1];
-    `labels`, `ids` and `predictions`, of x_adv, int64 [N]. For clean there is nothing to write.
+    `labels`, `ids` and `predictions`, of x_adv, int64 [N].
 
     Args:
         trial: whose images they are.
         directory: that exists.
         name: of the evaluation.
         count: images of every attack.
-    """
-    x, y, ids, _ = trial.whole
-    some = min(count or len(y), len(y))
-    rows = torch.arange(some, device=y.device) * len(y) // some
 
-    def save(attack: str, x_adv: Tensor, predictions: Tensor) -> None:
-        if attack == "clean":
-            return
+    Attributes:
+        rows: the places of those among all, int64 [N].
+    """
+
+    def __init__(self, trial: Trial, directory: Path, name: str, count: int) -> None:
+        self._trial, self._directory, self._name = trial, directory, name
+        images = len(trial.split)
+        some = min(count or images, images)
+        self.rows = torch.arange(some, device=trial.split.device) * images // some
+
+    def save(self, attack: str, x_adv: Tensor, predictions: Tensor) -> None:
+        """Writes attacked images of `rows`, fp32 [N, C, H, W], and their predicted classes."""
+        trial = self._trial
+        x, y, ids, _ = replace(trial, split=trial.split.select(self.rows)).whole
         columns = {"x": x, "x_adv": x_adv.float(), "labels": y, "ids": ids, "predictions": predictions}
-        tensors = {key: column[rows].cpu().contiguous() for key, column in columns.items()}
+        tensors = {key: column.cpu().contiguous() for key, column in columns.items()}
         facts = {"attack": attack, "epsilon": str(trial.threat.epsilon), "norm": trial.threat.norm}
+        path = self._directory / f"images-{self._name}-{attack}.safetensors"
         try:
-            export_model(directory / f"images-{name}-{attack}.safetensors", tensors, {"images": json_text(facts)})
+            export_model(path, tensors, {"images": json_text(facts)})
         except CheckpointError as error:
             trial.say(f"{attack}: its images could not be saved, measuring goes on: {error}")
-
-    return save
 
 
 def save_per_image(path: Path, found: PerImage, facts: Mapping[str, Any]) -> None:

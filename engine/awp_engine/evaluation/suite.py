@@ -44,6 +44,8 @@ from awp_engine.evaluation.gates import GateReport, run_gates
 from awp_engine.evaluation.receipt import percent
 from awp_engine.evaluation.regional import regional_attack
 from awp_engine.evaluation.results import Answers, Measurement, PerImage, Pictures, Row
+from awp_engine.evaluation.saved import ImageSaver
+from awp_engine.evaluation.shares import ONE_RANK, Shares, added
 from awp_engine.files.user_key import KeyFileError
 from awp_engine.models.answers import NO_CLASS
 
@@ -70,7 +72,8 @@ def _ball_gate(rows: Sequence[Row], threat: Threat) -> Gate:
     )
 
 
-def _pictures(attack: NamedAttack, x: Tensor, y: Tensor, clean: Tensor, outcome: Outcome, after: Tensor) -> Pictures:
+def _shown(y: Tensor, clean: Tensor, after: Tensor) -> Tensor:
+    """The places of images worth a picture."""
     # one of every class before the second of any; those that were right before and are not any more come first
     same = ((clean != y) | (after == y)).long()
     order = torch.argsort(same, stable=True)
@@ -79,20 +82,19 @@ def _pictures(attack: NamedAttack, x: Tensor, y: Tensor, clean: Tensor, outcome:
     first = (counts.cumsum(0) - counts)[labels[by_class]]
     # how many of its class come before it
     earlier = torch.empty_like(labels).scatter(0, by_class, torch.arange(len(y), device=y.device) - first)
-    order = order[torch.argsort(2 * earlier + same[order], stable=True)][:_PICTURES]
-    return Pictures(
-        attack=attack.name,
-        clean=x[order].cpu(),
-        attacked=outcome.x_adv[order].float().cpu(),
-        labels=tuple(y[order].tolist()),
-        clean_predictions=tuple(clean[order].tolist()),
-        predictions=tuple(after[order].tolist()),
-    )
+    return order[torch.argsort(2 * earlier + same[order], stable=True)][:_PICTURES]
+
+
+def _resumed(ranks: Sequence[Mapping[str, Any] | None]) -> Mapping[str, Any] | None:
+    """From where which rank went on."""
+    if len(ranks) == 1:
+        return ranks[0]
+    return {f"rank {rank}": state for rank, state in enumerate(ranks) if state is not None} or None
 
 
 def _require_logits(trial: Trial, images: Tensor, labels: Tensor) -> None:
     with torch.no_grad():
-        logits = trial.model(images.to(trial.whole[0].device))
+        logits = trial.model(images)
     try:
         # on the host, where a refusal can be caught
         checks.outputs(logits.cpu(), labels.cpu(), len(images))
@@ -117,10 +119,12 @@ def measure(
     budget: Budget = STANDARD_BUDGET,
     states: Path | None = None,
     identity: Mapping[str, Any] | None = None,
+    again: bool = False,
     class_names: Sequence[str] = (),
     eot_draws: Sequence[int] = EOT_DRAWS,
     so_far: Callable[[Measurement], None] = lambda _: None,
-    attacked: Callable[[str, Tensor, Tensor], None] = lambda name, x_adv, predictions: None,
+    saver: ImageSaver | None = None,
+    shares: Shares | None = None,
 ) -> Measurement:
     """Runs the attacks one after the other, and the gates; the model is left as it was.
 
@@ -133,26 +137,28 @@ def measure(
         second: another classifier of the same images; every attack's images are tried on it.
         budget: of autoattack and square.
         states: directory where autoattack and square save their progress, to go on from.
-        identity: what identifies weights and samples there; needed with `states`.
+        identity: what identifies weights, samples and code there; needed with `states`.
+        again: go on from no state that is finished.
         class_names: of the labels, for the report.
         eot_draws: see `run_gates`.
         so_far: is given what was measured after every attack.
-        attacked: is given every attack's name, images [N, C, H, W], and their predicted classes.
+        saver: writes every attack's images.
+        shares: of the ranks that attack together, each its own images; the first one's result is the whole one.
 
     Raises:
         EvaluationError: no attacks, no images, probabilities for logits, or something that an attack cannot do.
     """
     model, images = trial.model, len(trial.split)
+    shares = shares or Shares(ONE_RANK, images, trial.split.device, trial.say)
     if not images:
         raise EvaluationError("split: expected at least one image, got none")
     if not attacks:
         raise EvaluationError("--attacks: expected at least one name, got none")
     if states is not None and not identity:
         raise ValueError("identity: needed with states, to tell one evaluation's progress from another's")
-    x, y, ids, _ = trial.whole
     require_packages(attacks, gates_limit)
 
-    def state_file(attack: NamedAttack) -> StateFile | None:
+    def state_file(own: Trial, attack: NamedAttack) -> StateFile | None:
         if states is None:
             return None
         depends = {
@@ -161,33 +167,43 @@ def measure(
             "norm": trial.threat.norm,
             "seed": trial.seed,
             "batch_size": trial.batch_size,
+            "ranks": shares.ranks.world,
+            "rank": shares.ranks.rank,
             "attacks": list(_package_attacks(attack)),
             "budget": asdict(budget),
         }
         try:
             return StateFile(states, depends)
         except KeyFileError as error:
-            trial.say(f"{attack.name}: goes on without saving its progress: {error}")
+            own.say(f"{attack.name}: goes on without saving its progress: {error}")
             return None
 
-    def run(attack: NamedAttack) -> Outcome:
+    def run(own: Trial, attack: NamedAttack) -> Outcome:
+        if not len(own.split):
+            nothing = own.whole.labels.bool()
+            return Outcome(x_adv=own.whole.images, held=nothing, blind=nothing, parameters={})
         if attack.family == "regional":
-            return regional_attack(trial, attack)
+            return regional_attack(own, attack)
         if attack.family == "own":
-            return own_attack(trial, attack)
+            return own_attack(own, attack)
         if names := _package_attacks(attack):
-            return autoattack(trial, attacks=names, budget=budget, state_file=state_file(attack))
-        return gradient_attack(trial, attack, step_size=step_size, restarts=restarts)
+            state = state_file(own, attack)
+            return autoattack(own, attacks=names, budget=budget, state_file=state, again=again)
+        return gradient_attack(own, attack, step_size=step_size, restarts=restarts)
 
     rows, pictures = [], []
     answers: dict[str, Answers] = {}
     with measuring(model), measuring(second if second is not None else nn.Identity()):
         trial = connected(trial)
-        clean = trial.predict(x)
-        second_right = None if second is None else predict(second, x, trial.batch_size) == y
+        own = trial
+        if shares.ranks.world > 1:
+            own = replace(trial, split=trial.split.select(shares.rows), say=shares.say)
+        x, y, ids = own.whole.images, trial.split.labels, trial.split.ids
+        right_on_second = None if second is None else predict(second, x, trial.batch_size) == own.whole.labels
+        clean = shares.whole(own.predict(x))
         worst = clean == y
         with torch.no_grad():
-            classes = int(model(x[:1]).shape[1])
+            classes = int(model(next(eval_batches(trial.split, 1)).images).shape[1])
         # before hours of other attacks
         for attack in attacks:
             require_norm(attack, trial.threat)
@@ -224,46 +240,69 @@ def measure(
 
         for attack in attacks:
             began = time.monotonic()
-            outcome = run(attack)
+            outcome = run(own, attack)
             seconds = time.monotonic() - began
-            if attack.bounded:
-                worst &= outcome.held
-            after = trial.predict(outcome.x_adv)
-            transferred, transferable = None, None
-            if second is not None and second_right is not None:
-                candidates = (clean == y) & ~outcome.held & ~outcome.blind & second_right
-                transferable = int(candidates.sum())
-                transferred = int((candidates & (predict(second, outcome.x_adv, trial.batch_size) != y)).sum())
-            distance = perturbation_norms(outcome.x_adv, x)[NORMS[trial.threat.norm]]
-            answers[attack.name] = Answers(
-                predictions=after.cpu(), held=outcome.held.cpu(), largest=distance.cpu(), bounded=attack.bounded
+            x_adv, after = outcome.x_adv, own.predict(outcome.x_adv)
+            told = shares.gather(
+                {
+                    "seconds": seconds,
+                    "fits": bool(in_ball(x_adv, x, trial.threat).all()),
+                    "details": outcome.details,
+                    "resumed": outcome.resumed,
+                }
             )
-            fits = bool(in_ball(outcome.x_adv, x, trial.threat).all())
+            held, blind, after = shares.whole(outcome.held), shares.whole(outcome.blind), shares.whole(after)
+            distance = shares.whole(perturbation_norms(x_adv, x)[NORMS[trial.threat.norm]])
+            if attack.bounded:
+                worst &= held
+            transferred, transferable = None, None
+            if second is not None and right_on_second is not None:
+                candidates = (clean == y) & ~held & ~blind & shares.whole(right_on_second)
+                fooled = predict(second, x_adv, trial.batch_size) != own.whole.labels
+                transferable = int(candidates.sum())
+                transferred = int((candidates & shares.whole(fooled)).sum())
+            answers[attack.name] = Answers(
+                predictions=after.cpu(), held=held.cpu(), largest=distance.cpu(), bounded=attack.bounded
+            )
             rows.append(
                 Row(
                     attack=attack.name,
-                    right=int(outcome.held.sum()),
+                    right=int(held.sum()),
                     right_attacked=int((after == y).sum()),
                     not_finite=int(((clean == NO_CLASS) | (after == NO_CLASS)).sum()),
-                    blind=int(outcome.blind.sum()),
+                    blind=int(blind.sum()),
                     images=images,
-                    seconds=seconds,
+                    seconds=max(each["seconds"] for each in told),
                     largest=distance.max().item(),
-                    in_ball=fits if attack.bounded else None,
+                    in_ball=all(each["fits"] for each in told) if attack.bounded else None,
                     transferred=transferred,
                     transferable=transferable,
                     parameters=outcome.parameters,
-                    details=outcome.details,
-                    resumed=outcome.resumed,
+                    details=outcome.concluded(added([each["details"] for each in told])),
+                    resumed=_resumed([each["resumed"] for each in told]),
                 )
             )
-            trial.say(f"{attack.name}: {percent(rows[-1].right, images)}% of {images} right, {seconds:.1f} s")
+            trial.say(f"{attack.name}: {percent(rows[-1].right, images)}% of {images} right, {rows[-1].seconds:.1f} s")
             if attack.family != "clean":
-                pictures.append(_pictures(attack, x, y, clean, outcome, after))
-            attacked(attack.name, outcome.x_adv, after)
+                shown = _shown(y, clean, after)
+                pictures.append(
+                    Pictures(
+                        attack=attack.name,
+                        clean=shares.whole(x, shown).cpu(),
+                        attacked=shares.whole(x_adv, shown).float().cpu(),
+                        labels=tuple(y[shown].tolist()),
+                        clean_predictions=tuple(clean[shown].tolist()),
+                        predictions=tuple(after[shown].tolist()),
+                    )
+                )
+                if saver is not None:
+                    kept = shares.whole(x_adv, saver.rows)
+                    if shares.is_first:
+                        saver.save(attack.name, kept, after[saver.rows])
             so_far(measured(None))
         gates = None
-        if gates_limit is not None:
+        # they are few images, and what the others wait for
+        if gates_limit is not None and shares.is_first:
             gates = run_gates(replace(trial, split=spread(trial.split, gates_limit)), eot_draws=eot_draws)
             gates = replace(gates, gates=(*gates.gates, _ball_gate(rows, trial.threat)))
         return measured(gates)

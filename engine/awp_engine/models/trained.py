@@ -6,7 +6,6 @@ unchanged, or where the caller gives the model.
 """
 
 import dataclasses
-import hmac
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,7 +20,8 @@ from awp_engine.checkpoint.layout import MANIFEST
 from awp_engine.config import ConfigError
 from awp_engine.config.model_names import is_code, source_of
 from awp_engine.files.run_places import CHECKPOINTS, FOREIGN, MODEL_FILE
-from awp_engine.files.user_key import KeyFileError, key_path, user_key
+from awp_engine.files.signed import Signer
+from awp_engine.files.user_key import KeyFileError, key_path
 from awp_engine.models import NormalizedClassifier, WrappedClassifier, build_model, load_public_state_dict
 from awp_engine.models.class_names import from_json, to_json
 from awp_engine.models.factories import Code, Factory, build_by_factory, load_factory, read_code, wrap
@@ -63,15 +63,13 @@ class ModelDescription:
         Raises:
             KeyFileError: there is no key, and none can be made.
         """
-        return dataclasses.replace(self, seal=self._seal(user_key()))
+        return dataclasses.replace(self, seal=Signer(_SEALED).code(self._text()))
 
     def is_sealed(self) -> bool:
         """Whether the seal is this user's."""
         try:
             # a user without a key has sealed nothing
-            return (
-                self.seal is not None and key_path().exists() and hmac.compare_digest(self._seal(user_key()), self.seal)
-            )
+            return key_path().exists() and Signer(_SEALED).made(self.seal, self._text())
         except (KeyFileError, OSError):
             return False
 
@@ -86,12 +84,12 @@ class ModelDescription:
         # as versions that did not know them wrote it
         return {key: value for key, value in fields.items() if value is not None or key not in _LATER}
 
-    def _seal(self, key: bytes) -> str:
-        text = json.dumps(dataclasses.replace(self, seal=None)._fields(), sort_keys=True)
-        return hmac.digest(key, f"model description\n{text}".encode(), "sha256").hex()
+    def _text(self) -> str:
+        return json.dumps(dataclasses.replace(self, seal=None)._fields(), sort_keys=True)
 
 
 _LATER = ("image_size", "code", "seal")
+_SEALED = "model description"
 
 
 def _numbers(value: object) -> bool:

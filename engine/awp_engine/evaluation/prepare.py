@@ -1,0 +1,194 @@
+"""What every measurement of a trained model begins with: the model, its images, and where the reports go."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from awp_engine.config import Config
+from awp_engine.data import (
+    Dataset,
+    Framing,
+    Split,
+    corrupted_names,
+    data_loading,
+    eval_batches,
+    load_corrupted,
+    load_dataset,
+    match_classes,
+    source_names,
+)
+from awp_engine.data.sets.scan_list import LIST_NAME
+from awp_engine.evaluation.accuracy import evaluation_seed, spread
+from awp_engine.evaluation.asked import Asked
+from awp_engine.evaluation.attacks import EvaluationError
+from awp_engine.evaluation.foreign import load_foreign
+from awp_engine.evaluation.reports import code_digest
+from awp_engine.evaluation.subject import Subject, require_named_data
+from awp_engine.files.text import first_line
+from awp_engine.models.hub import is_address
+
+_BATCH_SIZE = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What is measured.
+
+    Attributes:
+        subject: the model and its papers.
+        found: the data as their files have it.
+        dataset: the same, with the classes in the model's order.
+        class_names: how the names of both compare.
+        split: the images that are measured, on `device`.
+        device: where to compute.
+        seed: of all noise.
+        batch_size: images a batch.
+        output: directory of the reports, which may not exist yet.
+    """
+
+    subject: Subject
+    found: Dataset
+    dataset: Dataset
+    class_names: str
+    split: Split
+    device: torch.device
+    seed: int
+    batch_size: int
+    output: Path
+
+    def identity(self, receipt: dict[str, Any]) -> dict[str, Any]:
+        """What every number depends on, whatever is measured."""
+        return {
+            "weights": self.subject.sha256,
+            "layers": self.subject.layers(receipt["normalisation"]),
+            "images": receipt["data"]["sha256_of_these_images"],
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "device": self.device.type,
+            "versions": receipt["versions"],
+            "code": code_digest(),
+        }
+
+
+def prepare(asked: Asked, subject: Subject | None, device: torch.device, say: Callable[[str], None]) -> Target:
+    """Opens the images, and makes sure that the model can classify them.
+
+    Args:
+        asked: for what.
+        subject: as `asked.subject` gives it.
+        device: where to compute.
+        say: is told what a user should know, a line at a time.
+
+    Raises:
+        EvaluationError, ConfigError, DataError, CheckpointError: one line that says what is wrong.
+    """
+    config = None if subject is None else subject.config
+    weights = asked.place if subject is None else subject.weights
+    corruption = asked.data_corruption, asked.data_severity
+    found = open_data(config, weights, asked.data_name, asked.data_root, corruption)
+    for note in found.notes:
+        say(note)
+    if subject is None:
+        assert asked.foreign is not None
+        subject = load_foreign(asked.foreign, found, device, say)
+    dataset, class_names = match_classes(subject.model.class_names, found, str(asked.place))
+    require_fit(subject, dataset, device, str(asked.place))
+    if class_names != "the same":
+        say(f"class names: {class_names}")
+    return Target(
+        subject=subject,
+        found=found,
+        dataset=dataset,
+        class_names=class_names,
+        split=spread(dataset.test, asked.limit).resident().to(device),
+        device=device,
+        seed=evaluation_seed(0 if config is None else config.seed) if asked.seed is None else asked.seed,
+        batch_size=asked.batch_size or (_BATCH_SIZE if config is None else config.evaluation.batch_size),
+        output=asked.output or _output_of(asked.place, subject),
+    )
+
+
+def open_data(
+    config: Config | None,
+    weights: Path | str,
+    name: str | None,
+    root: Path | None,
+    corruption: tuple[str | None, int | None] = (None, None),
+) -> Dataset:
+    """The test images that a name, or else the settings of a run, stand for.
+
+    Args:
+        config: of the run, if there is one.
+        weights: what is measured, for messages.
+        name: of the data set.
+        root: its directory.
+        corruption: kind and severity, of a set of corrupted images.
+
+    Raises:
+        EvaluationError, DataError: one line that says what is wrong.
+    """
+    if name is None:
+        if config is None:
+            raise EvaluationError(
+                f"{weights}: belongs to no run whose config.json could say what it was trained on: give --data.name"
+            )
+        name = config.data.name
+        require_named_data(config, weights)
+    if name not in corrupted_names and corruption != (None, None):
+        raise EvaluationError(
+            f"--data.corruption and --data.severity go with --data.name {' or '.join(corrupted_names)}, got {name}"
+        )
+    loading = None
+    if config is not None:
+        same = name == config.data.name
+        root = config.data.root if root is None and same else root
+        # what was listed is of the run's own files
+        settings = config.data if same else replace(config.data, bad_list=None)
+        if root is not None and root != config.data.root and not (root / LIST_NAME).exists():
+            # the run left out files of its own images; these were not scanned
+            settings = replace(settings, bad_files="refuse", bad_list=None)
+        # of files only the test images are wanted
+        loader = "auto" if name in (*source_names, *corrupted_names) else "resident"
+        loading = replace(data_loading(settings, torch.device("cpu"), root), loader=loader, resident_share=0.0)
+        if not same and name not in (*source_names, *corrupted_names):
+            loading = replace(loading, framing=Framing())
+    if name in corrupted_names:
+        return load_corrupted(name, root=root, kind=corruption[0], severity=corruption[1], loading=loading)
+    return load_dataset(name, root=root, held_out_fraction=0.0, seed=0, loading=loading, need_train=False)
+
+
+def _output_of(path: Path | str, subject: Subject) -> Path:
+    """Where the reports go if nothing else is said."""
+    if subject.run_dir is not None:
+        return subject.run_dir / ("evaluation" if subject.name == "best" else f"evaluation-{subject.name}")
+    if is_address(path):
+        return Path(f"{subject.name}-evaluation")
+    return Path(path).parent / f"{Path(path).stem}-evaluation"
+
+
+def require_fit(subject: Subject, dataset: Dataset, device: torch.device, what: str) -> None:
+    """Refuses images that the model cannot take, and another number of classes."""
+    image = next(eval_batches(dataset.test.select(torch.arange(1)), 1)).images.to(device)
+    try:
+        with torch.no_grad():
+            logits = subject.model(image)
+    except RuntimeError as error:
+        shape = "x".join(map(str, image.shape[1:]))
+        reason = first_line(error)
+        raise EvaluationError(f"{what}: cannot classify {dataset.name}'s {shape} images: {reason}") from None
+    if logits.shape[1] != len(dataset.class_names):
+        count, classes = logits.shape[1], len(dataset.class_names)
+        # dummy classes: attacks on all of them would be led aside
+        hint = (
+            f"; if {count // classes} logits stand for each class, wrap the model so that it returns "
+            f"logits.unflatten(1, (-1, {classes})).amax(1)"
+            if count > classes and count % classes == 0
+            else ""
+        )
+        # images of one's own, whose classes are counted by their labels
+        if count > classes and not dataset.named:
+            hint += f"; if these are images of some of its classes, name all {count} in class_names"
+        raise EvaluationError(f"{what}: has {count} classes, {dataset.name} {classes}{hint}")

@@ -260,7 +260,7 @@ def test_an_ended_run_of_other_images_is_refused(data, tmp_path):
     settings = QUICK | {"epochs": 1}
     awp_engine.fit(network, *data, run_dir=tmp_path / "run", settings=settings)
     (x, y), test = data
-    with pytest.raises(ConfigError, match="has ended, and was of other images"):
+    with pytest.raises(ConfigError, match="was trained on other images"):
         awp_engine.fit(network, (x.flip(0), y), test, run_dir=tmp_path / "run", settings=settings)
-    with pytest.raises(ConfigError, match="has ended, and was of other images"):
+    with pytest.raises(ConfigError, match="has ended, and was measured on other test images"):
         awp_engine.fit(network, (x, y), (test[0].flip(0), test[1]), run_dir=tmp_path / "run", settings=settings)

@@ -102,7 +102,9 @@ def test_a_guessed_normalisation_is_said(tmp_path: Path) -> None:
     for normalize in ("auto", "none"):
         foreign = Foreign(name="preact-resnet-digits", weights=path, width=WIDTH, normalize=normalize)
         receipt = evaluate_checkpoint(None, foreign=foreign, say=told.append, **given).report["receipt"]
-        said = any(line.startswith("NORMALISATION: nothing says which, so it is that of digits, mean") for line in told)
+        said = any(
+            line.startswith("NORMALISATION: nothing says which, so images are normalised by mean 0.3") for line in told
+        )
         assert said is (normalize == "auto")
         by = {"auto": "the data set's", "none": "none, as given"}[normalize]
         assert receipt["checkpoint"]["normalisation_is"] == by

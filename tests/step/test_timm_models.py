@@ -30,8 +30,8 @@ from awp_engine.models import (
     timm_names,
 )
 from awp_engine.models.batch_norm import batch_norm_mode, layers, synchronize
-from awp_engine.models.factories import published_normalisation
 from awp_engine.models.import_timm import import_timm, import_torchvision
+from awp_engine.models.normalisation import published_normalisation
 from awp_engine.models.trained import MODEL_FILE, ModelDescription, load_model
 from awp_engine.observe.throughput import forward_flops
 from awp_engine.step.precision import working_copy

@@ -270,10 +270,10 @@ def test_the_header_of_our_own_file_has_the_normalisation(tmp_path: Path) -> Non
     model = build_model("wrn-10-1", 10, HALF, QUARTER).eval()
     load_weights(model, path)
     assert torch.equal(logits(model), expected(normalised=True))
-    # a run that starts from them normalises by its own data
+    # and of a run that starts from it
     model = build_model("wrn-10-1", 10, HALF, QUARTER).eval()
-    assert load_pretrained(model, path).mean is None
-    assert torch.equal(logits(model), expected(normalised=False))
+    assert load_pretrained(model, path).in_front
+    assert torch.equal(logits(model), expected(normalised=True))
     with pytest.raises(CheckpointError, match=r"is a run directory; .*: give .*model\.safetensors$"):
         load_pretrained(model, tmp_path)
 

@@ -5,6 +5,8 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, weight_norm
 
+from awp_engine.models.factories import wrap
+
 
 class HandNorm(nn.Module):
     """A batch normalisation that assigns its statistics anew, and is no BatchNorm of torch's."""
@@ -105,6 +107,43 @@ class Normalizing(Net):
 
     def forward(self, x):
         return super().forward((x - self.mean) / 0.5)
+
+
+class Misnamed(Net):
+    """Holds a mean and a deviation of something else."""
+
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.register_buffer("mean", torch.tensor(0.25))
+        self.register_buffer("std", torch.tensor(0.5))
+
+    def forward(self, x):
+        return (super().forward(x) - self.mean) / self.std
+
+
+def given(num_classes):
+    """One of the package's, with its normalisation in front of it."""
+    return wrap(Net(num_classes), "given", num_classes, [0.25], [0.5], (8, 8))
+
+
+class Counting(Net):
+    """A buffer that training changes, which may be in no checkpoint."""
+
+    def __init__(self, num_classes, persistent=False):
+        super().__init__(num_classes)
+        self.register_buffer("seen", torch.zeros(()), persistent=persistent)
+        self.register_buffer("table", None, persistent=False)
+
+    def forward(self, x):
+        if self.table is None:
+            self.table = torch.ones(8, 8)
+        if self.training:
+            self.seen += x.mean()
+        return super().forward(x * self.table + self.seen)
+
+
+def counting_in_checkpoints(num_classes):
+    return Counting(num_classes, persistent=True)
 
 
 class Broken(Net):

@@ -7,6 +7,7 @@ import torch
 
 from awp_engine.cli.command_line import parse_train
 from awp_engine.config import ConfigError
+from awp_engine.files.digest import sha256_of
 from awp_engine.step.objectives import Mart, build_objective
 
 CODE = """
@@ -54,9 +55,10 @@ def test_a_run_by_it_is_that_of_the_method_it_equals(code, tmp_path):
     title, own, _ = train("--method", f"{code}:Same", "--run-dir", tmp_path / "own")
     assert title == "Same-AWP"
     _, built_in, _ = train("--run-dir", tmp_path / "at")
-    differ = {"seconds", "method", "config_hash", "data"}
+    differ = {"seconds", "method", "config_hash", "made_by"}
     assert {k: v for k, v in own.items() if k not in differ} == {k: v for k, v in built_in.items() if k not in differ}
     assert own["method"] == f"{code}:Same"
+    assert (own["made_by"], built_in["made_by"]) == ({"method": sha256_of(code)}, {})
 
 
 def test_another_loss_of_the_same_name_is_another_run(code, tmp_path):

@@ -3,12 +3,15 @@
 import dataclasses
 import json
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import own_models
 import pytest
 import torch
 from places import ROOT
+from ranks import run_ranks
 from test_resume import resumed_everywhere
 
 from awp_engine import load_model
@@ -28,10 +31,16 @@ from awp_engine.config import (
     to_json,
 )
 from awp_engine.config.model_names import source_of
+from awp_engine.data import load_data
+from awp_engine.evaluation.foreign import Foreign, load_foreign
 from awp_engine.evaluation.subject import load_subject
 from awp_engine.models import WrappedClassifier, build_model
-from awp_engine.models.factories import read_code
 from awp_engine.models.trained import MODEL_FILE, ModelDescription
+from awp_engine.models.user_code import code_of
+from awp_engine.observe.report import REPORT
+from awp_engine.step.precision import Precision
+from awp_engine.train.network import build_network
+from awp_engine.train.run_dir import finished_report
 from awp_engine.train.trainer import Trainer
 
 IMAGES = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -47,11 +56,14 @@ SMALL = Config(
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The working directory, with the file of models in it."""
     shutil.copy(own_models.__file__, tmp_path / "net.py")
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    with pytest.MonkeyPatch.context() as patch:
+        # else a later test would import the net.py of an earlier one
+        patch.setattr(sys, "path", [*sys.path])
+        yield tmp_path
 
 
 def config(name: str, **changes) -> Config:
@@ -127,8 +139,8 @@ def test_code_is_run_for_nobody_but_who_trained_by_it(here: Path, monkeypatch: p
     (here / "net.py").write_text((here / "net.py").read_text() + "# changed\n")
     with pytest.raises(CheckpointError, match=r"net\.py has changed since"):
         load_model("run")
-    # the user names it: it goes on, and says so
-    assert any("net.py has changed since" in line for line in Trainer(config("net.py:Net")).messages)
+    with pytest.raises(ConfigError, match=r"run was trained by other code of --model\.name net\.py:Net; restore"):
+        Trainer(config("net.py:Net"))
 
 
 @pytest.mark.parametrize("name", ["evil.py:Net", "evil:Net"])
@@ -138,8 +150,8 @@ def test_a_file_that_names_code_runs_none(here: Path, name: str, seal: str | Non
     model = build_model("net.py:Net", 10, [0.5], [0.5])
     fields = {"name": name, "num_classes": 10, "mean": [0.5], "std": [0.5], "width": None, "activation": "relu"}
     if seal is not None:
-        evil = read_code(here / "evil.py")[1]
-        mine = ModelDescription(**{**fields, "name": "net.py:Net"}, code=read_code(here / "net.py")[1]).sealed()
+        evil = code_of(here / "evil.py")
+        mine = ModelDescription(**{**fields, "name": "net.py:Net"}, code=code_of(here / "net.py")).sealed()
         assert mine.is_sealed()
         fields |= {"code": dataclasses.asdict(evil), "seal": mine.seal if seal.startswith("of") else seal}
     export_model(here / "evil.safetensors", model.state_dict(), {"model": json.dumps(fields)})
@@ -153,11 +165,15 @@ def test_a_file_that_names_code_runs_none(here: Path, name: str, seal: str | Non
     assert parse_train(["--config", "evil.json", "--model.name", name]).model.name == name
 
 
-def test_dropout_repeats_its_bits_after_an_interruption(here: Path) -> None:
+@pytest.mark.parametrize("world", [1, 2])
+def test_dropout_repeats_its_bits_after_an_interruption(here: Path, world: int) -> None:
     changed = dataclasses.replace(
-        config("net.py:Attention", epochs=2), checkpoint_steps=1, keep_checkpoints=100, global_batch_size=20
+        config(f"{own_models.__file__}:Attention", epochs=2), checkpoint_steps=1, keep_checkpoints=100
     )
-    compared, wrong = resumed_everywhere(0, 1, here, changed, 2)
+    if world == 1:
+        compared, wrong = resumed_everywhere(0, 1, here, changed, 2)
+    else:
+        compared, wrong = run_ranks(resumed_everywhere, world, here, changed, 2, timeout=300)[0]
     assert compared >= 2
     assert not wrong
 
@@ -188,7 +204,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(name: str,
 
 def test_other_refusals(here: Path) -> None:
     (here / "wrong.py").write_text("import torch\n\n1 / 0\n")
-    assert "its code raised ZeroDivisionError: division by zero (" in refusal("wrong.py:Net")
+    assert "its import raised ZeroDivisionError: division by zero (" in refusal("wrong.py:Net")
     assert f"{here / 'wrong.py'}, line 3)" in refusal("wrong.py:Net")
     assert "expected a Python file" in refusal("none.py:Net")
     assert "No module named 'none'" in refusal("none:Net")
@@ -252,6 +268,133 @@ def test_what_normalises_images_is_chosen_and_said(name: str, given: dict, expec
     torch.testing.assert_close(trainer.model.eval()(IMAGES), plain((IMAGES - mean) / std))
 
 
+DIGITS, NOTHING, GIVEN, BESIDE, HEADER = ("digits",), (0.0, 1.0), (0.25, 0.5), (0.4, 0.2), (0.6, 0.8)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "flags", "expected", "whose"),
+    [
+        ("net.py:Net", "bare", {}, DIGITS, "the data set's"),
+        ("net.py:Net", "beside", {}, BESIDE, "the file's"),
+        ("net.py:Net", "header", {}, HEADER, "the file's"),
+        ("net.py:Net", "beside", {"mean": (0.25,), "std": (0.5,)}, GIVEN, "as given"),
+        ("net.py:Net", "header", {"mean": (0.25,), "std": (0.5,)}, GIVEN, "as given"),
+        ("net.py:Net", "beside", {"normalize": "none"}, NOTHING, "none, as given"),
+        ("net.py:Net", "header", {"normalize": "data"}, DIGITS, "the data set's"),
+        ("net.py:Normalizing", "bare", {}, NOTHING, "the network's own"),
+        ("net.py:Normalizing", "header", {}, HEADER, "the file's"),
+        ("net.py:Normalizing", "header", {"normalize": "model"}, NOTHING, "the network's own"),
+        ("net.py:Normalizing", "bare", {"normalize": "data"}, DIGITS, "the data set's"),
+        ("net.py:Misnamed", "bare", {}, DIGITS, "the data set's"),
+        ("net.py:Misnamed", "beside", {}, BESIDE, "the file's"),
+        ("net.py:given", "bare", {}, GIVEN, "the network's own"),
+        ("net.py:given", "beside", {}, BESIDE, "the file's"),
+        ("net.py:given", "bare", {"normalize": "model"}, GIVEN, "the network's own"),
+        ("net.py:given", "bare", {"normalize": "none"}, NOTHING, "none, as given"),
+        ("preact-resnet-digits", "bare", {}, DIGITS, "the data set's"),
+        ("preact-resnet-digits", "beside", {}, BESIDE, "the file's"),
+        ("preact-resnet-digits", "header", {}, HEADER, "the file's"),
+        ("preact-resnet-digits", "header", {"mean": (0.25,), "std": (0.5,)}, GIVEN, "as given"),
+    ],
+)
+def test_training_and_measuring_choose_one_normalisation(
+    here: Path, name: str, file: str, flags: dict, expected: tuple, whose: str
+) -> None:
+    data, cpu, width = load_data(DataConfig()), torch.device("cpu"), 2 if name.startswith("preact") else None
+    if expected == DIGITS:
+        expected = (data.mean[0], data.std[0])
+    weights = build_model(name, 10, data.mean, data.std, width=width, image_size=(8, 8)).state_dict()
+    path = here / ("w.safetensors" if file == "header" else "w.pt")
+    if file == "header":
+        fields = {"name": name, "num_classes": 10, "mean": [0.6], "std": [0.8], "width": width, "activation": "relu"}
+        export_model(path, weights, {"model": json.dumps(fields)})
+    else:
+        beside = {} if file == "bare" else {"mu": torch.tensor([0.4]), "sigma": torch.tensor([0.2])}
+        torch.save(weights | beside, path)
+    trains = build_network(config(name, model={"pretrained": path, "width": width, **flags}), data, cpu, Precision())
+    foreign = load_foreign(Foreign(name=name, weights=path, width=width, **flags), data, cpu)
+    for model in (trains.model, foreign.model):
+        torch.testing.assert_close([model.mean.item(), model.std.item()], [*expected])
+    torch.testing.assert_close([*trains.description.mean, *trains.description.std], [*expected])
+    assert foreign.origin is not None
+    assert foreign.origin["normalisation_is"] == whose
+    assert any(message in foreign.origin["notes"][-1] for message in trains.messages)
+    torch.testing.assert_close(foreign.model(IMAGES), trains.model.eval()(IMAGES))
+
+
+@pytest.mark.parametrize("change", ["removed", "other"])
+def test_a_run_goes_on_without_the_weights_it_started_from(here: Path, change: str) -> None:
+    start = here / "start.safetensors"
+    for mean in (0.25, 0.75):
+        fields = {"name": "x", "num_classes": 10, "mean": [mean], "std": [0.5], "width": None, "activation": "relu"}
+        weights = build_model("net.py:Net", 10, [0.5], [0.5], image_size=(8, 8)).state_dict()
+        export_model(here / f"{mean}.safetensors", weights, {"model": json.dumps(fields)})
+    shutil.copy(here / "0.25.safetensors", start)
+    settings = dataclasses.replace(config("net.py:Net", model={"pretrained": start}), epochs=2, run_dir=here / "whole")
+    Trainer(settings).run()
+    (here / "run" / "checkpoints").mkdir(parents=True)
+    for name in ("config.json", "metrics.jsonl", "checkpoints/epoch-1"):
+        copy = shutil.copytree if (here / "whole" / name).is_dir() else shutil.copy
+        copy(here / "whole" / name, here / "run" / name)
+    start.unlink()
+    if change == "other":
+        shutil.copy(here / "0.75.safetensors", start)
+    trainer = Trainer(dataclasses.replace(settings, run_dir=here / "run"))
+    assert trainer.progress.epoch == 1
+    assert trainer.description.mean == (0.25,)
+    assert trainer.model.mean.item() == 0.25
+    trainer.run()
+    whole, resumed = (read_model(here / run / MODEL_FILE) for run in ("whole", "run"))
+    assert whole[1]["model"] == resumed[1]["model"]
+    assert all(torch.equal(value, resumed[0][name]) for name, value in whole[0].items())
+    # a run that has not begun needs it
+    start.unlink(missing_ok=True)
+    with pytest.raises(CheckpointError, match=r"start\.safetensors"):
+        Trainer(dataclasses.replace(settings, run_dir=here / "new"))
+
+
+def test_a_finished_run_of_other_code_or_images_is_not_taken_for_this_one(here: Path) -> None:
+    (here / "own.py").write_text(OWN_DATA)
+    settings = config("net.py:Net", data=DataConfig(name="own.py:data"), evaluation=EvaluationConfig(steps=1))
+    report = Trainer(settings).run()
+    assert finished_report(settings) == json.loads((here / "run" / REPORT).read_text())
+    net = (here / "net.py").read_text()
+    (here / "net.py").write_text(net + "# changed\n")
+    with pytest.raises(ConfigError, match=r"was trained by other code of --model\.name net\.py:Net; restore"):
+        finished_report(settings)
+    (here / "net.py").write_text(net)
+    for part, told in (("train", "was trained on other images"), ("test", "was measured on other test images")):
+        (here / "own.py").write_text(OWN_DATA.replace(f"# {part}", "images = 255 - images"))
+        with pytest.raises(ConfigError, match=told):
+            finished_report(settings)
+    # reports of earlier versions say less
+    del report["data"]["test_fingerprint"], report["made_by"]
+    (here / "run" / REPORT).write_text(json.dumps(report))
+    (here / "net.py").write_text(net + "# changed\n")
+    assert finished_report(settings) is not None
+
+
+OWN_DATA = """
+import numpy as np
+
+def data(split):
+    images = np.random.default_rng(0 if split == "train" else 1).integers(0, 256, (60, 8, 8), np.uint8)
+    if split == "train":
+        pass
+        # train
+    else:
+        pass
+        # test
+    return images, np.arange(60) % 10
+"""
+
+
+def test_a_buffer_that_training_changes_has_to_be_in_checkpoints() -> None:
+    told = "its buffer seen changes in training, and is registered with persistent=False"
+    assert told in refusal("net.py:Counting")
+    assert Trainer(config("net.py:counting_in_checkpoints")).messages
+
+
 def test_weights_of_other_classes_and_their_normalisation_serve_as_a_start(here: Path) -> None:
     before = trained("net.py:Net", model={"mean": (0.25,), "std": (0.5,)}).model.state_dict()
     tensors, metadata = read_model(here / "run" / MODEL_FILE)
@@ -263,7 +406,7 @@ def test_weights_of_other_classes_and_their_normalisation_serve_as_a_start(here:
     trainer = Trainer(config("net.py:Net", model={"pretrained": Path("three.safetensors")}))
     told = "\n".join(trainer.messages)
     assert "new, for 10 classes: network.fc.weight, network.fc.bias" in told
-    assert "mean 0.25, deviation 0.5: those that three.safetensors was trained with" in told
+    assert "images are normalised by mean 0.25, deviation 0.5: those that three.safetensors was trained with" in told
     after = trainer.model.state_dict()
     assert [name for name in before if not torch.equal(before[name].cpu(), after[name])] == [
         "network.fc.weight",

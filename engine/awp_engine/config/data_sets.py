@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from awp_engine.config.model_names import is_code
 
 _CIFAR = "https://www.cs.toronto.edu/~kriz"
 
@@ -38,7 +38,6 @@ CORRUPTED: dict[str, str] = {
 """The same for corrupted test sets, which are only evaluated on."""
 
 OWN = "package.module:factory or file.py:factory"
-_OWN = re.compile(r"(?:.*\.py|[^\W\d]\w*(?:\.[^\W\d]\w*)*):[^\W\d]\w*(?:\.[^\W\d]\w*)*")
 
 
 GIVEN_IMAGES = "given-images"
@@ -52,7 +51,7 @@ def is_given(name: str) -> bool:
 
 def is_own(name: str) -> bool:
     """Whether a data set's name is that of Python code, `OWN`, or of objects."""
-    return is_given(name) or _OWN.fullmatch(name) is not None
+    return is_given(name) or is_code(name)
 
 
 def where_to_get(name: str) -> str:

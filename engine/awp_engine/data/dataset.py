@@ -39,7 +39,8 @@ class Dataset:
         test: read once, after training.
         class_names: one a label.
         named: whether the files name their classes; if not, `class_names` are the labels' numbers.
-        mean, std: one value a channel, of images in [0, 1].
+        mean, std: one value a channel, of images in [0, 1]; customary ones, or those of the training images.
+        of_test: for want of both they are the test images'.
         fingerprint: SHA-256, hexadecimal, of the training part that is used (train and held out, in file order) and the
             class names; so of the whole training part, however much is held out, unless a limit leaves some of it out.
         loader: what makes its batches: "resident", "dali" or "torch".
@@ -57,6 +58,8 @@ class Dataset:
     loader: str = "resident"
     named: bool = True
     notes: tuple[str, ...] = ()
+    of_test: bool = False
+    test_fingerprint: str = ""
 
     @property
     def first_extra_id(self) -> int:
@@ -118,6 +121,8 @@ def prepare(
         mean=mean,
         std=std,
         fingerprint=fingerprint(used, raw.class_names),
+        of_test=not train_count and raw.statistics is None,
+        test_fingerprint=fingerprint(test, raw.class_names),
     )
 
 

@@ -279,15 +279,15 @@ def _from_source(
         full, source.class_names, held_out_fraction=held_out_fraction, seed=seed, train_limit=train_limit
     )
     used = full.select(rows)
-    digest = streamed_fingerprint(used, source.class_names, _framing_key(loading))
+    digests = [streamed_fingerprint(part, source.class_names, _framing_key(loading)) for part in (used, test)]
     if loader == "resident":
         parts = [train, held_out, test]
         try:
             train, held_out, test = (split.resident() for split in parts)
         except DataError as error:
             raise _with_others(error, parts, loading) from None
-    mean, std = source.statistics or _statistics(train, held_out, sampled(used))
-    return _of_source(name, source, (train, held_out, test), (mean, std), digest, loader)
+    statistics = source.statistics or _statistics(train, held_out, sampled(used))
+    return _of_source(name, source, (train, held_out, test), statistics, digests, loader)
 
 
 def _from_test(name: str, source: Source, loading: Loading) -> Dataset:
@@ -297,10 +297,11 @@ def _from_test(name: str, source: Source, loading: Loading) -> Dataset:
     ids = torch.arange(len(source.test))
     test = _streamed(source.test, source.test_labels, ids, shape, loading, loader)
     digest = streamed_fingerprint(test, source.class_names, _framing_key(loading))
-    mean, std = source.statistics or channel_statistics([test.select(sampled(test)).resident().images])
+    statistics = source.statistics or channel_statistics([test.select(sampled(test)).resident().images])
     test = test.resident() if loader == "resident" else test
     none = test.select(ids[:0])
-    return _of_source(name, source, (none, none, test), (mean, std), digest, loader)
+    data = _of_source(name, source, (none, none, test), statistics, [digest, digest], loader)
+    return replace(data, of_test=source.statistics is None)
 
 
 def _framing_key(loading: Loading) -> str:
@@ -313,11 +314,11 @@ def _of_source(
     source: Source,
     parts: tuple[_Part, _Part, _Part],
     statistics: Statistics,
-    digest: str,
+    digests: list[str],
     loader: LoaderName,
 ) -> Dataset:
     train, held_out, test = parts
-    mean, std = statistics
+    (mean, std), (digest, test_digest) = statistics, digests
     return Dataset(
         name=name,
         train=train,
@@ -328,6 +329,7 @@ def _of_source(
         mean=mean,
         std=std,
         fingerprint=digest,
+        test_fingerprint=test_digest,
         loader=loader,
         notes=source.notes,
     )

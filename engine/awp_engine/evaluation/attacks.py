@@ -31,8 +31,7 @@ from awp_engine.evaluation.accuracy import BlindImages
 from awp_engine.files.text import first_line
 from awp_engine.models.answers import predicted
 from awp_engine.models.batch_norm import layer_modes
-from awp_engine.models.factories import Code, load_factory
-from awp_engine.models.wrapped import told_in_one_line
+from awp_engine.models.user_code import Code, load_factory, told_in_one_line
 from awp_engine.observe.bars import Bar, NoBar
 from awp_kernels.philox import STREAM_UNIFORM, mix_seed, sample_words
 
@@ -81,7 +80,7 @@ class NamedAttack:
         steps: of pgd and cw.
         target: which wrong class pgd and cw climb towards; None: away from the label.
         shape, percent: the region of a regional attack, and its share of the area.
-        function, code: of somebody's own attack: what it calls, and the file that is in.
+        function, code: of somebody's own attack: what it calls, and what tells it from others.
     """
 
     name: str
@@ -206,7 +205,7 @@ def parse_attack(name: str) -> NamedAttack:
         shape: Any = match[1]
         return NamedAttack(name=name, family="regional", shape=shape, percent=int(match[2]))
     if is_code(name):
-        function, code = load_factory(name, flag="--attacks")
+        function, code = load_factory(name, "--attacks")
         return NamedAttack(name=name.rpartition("/")[2], family="own", function=function, code=code)
     # PGD-20 and pgd_20 are pgd20
     joined = re.sub(r"(pgd|cw)[^0-9a-z]", r"\1", given[:80].lower())

@@ -18,12 +18,10 @@ from awp_engine.evaluation.subject import Subject, code_of
 from awp_engine.models import NormalizedClassifier, build_model, load_weights
 from awp_engine.models.answers import predicted
 from awp_engine.models.class_names import from_json
-from awp_engine.models.factories import load_factory
 from awp_engine.models.hub import fetched
 from awp_engine.models.layers import Activation
+from awp_engine.models.normalisation import choose_normalisation
 from awp_engine.models.trained import find_weights
-from awp_engine.models.weights import normalises_itself, rounded
-from awp_engine.models.wrapped import WrappedClassifier
 
 # images of a quick look at clean accuracy, and how many say something
 _LOOK, _ENOUGH = 500, 100
@@ -44,8 +42,7 @@ class Foreign:
         key: which weights of the file.
         width, activation: as `build_model` takes them.
         mean, std: of images in [0, 1], one value a channel, or one for all; None where `normalize` says it.
-        normalize: "data": by the data set's statistics; "model" or "none": not in front of the network; "auto": by what
-            the file holds, else as given, else not where the network does it itself, else by the data set's.
+        normalize: see `choose_normalisation`; nothing but "auto" beside a mean.
         is_object: whether the model was given as an object of Python, under that name for this call alone.
     """
 
@@ -81,34 +78,56 @@ def load_foreign(
         raise EvaluationError(
             f"--weights: expected a file: {foreign.name} as it is made has random weights, got nothing"
         )
-    model, by = _made(foreign, data)
+    model = _made(foreign, data)
     # such as a last layer that was replaced
     notes = [f"{foreign.name}: {note}" for note in getattr(model, "notes", ())]
-    key, metadata = "", {}
+    key, metadata, file, source = "", {}, None, foreign.name
     if foreign.weights is None:
         notes.append(f"weights: those that {foreign.name} makes, as no --weights were given")
         # what the code gives has no file
         sha256 = content_hash(packable(model.state_dict()), {})
         weights = Path(foreign.name.rpartition(":")[0])
     else:
-        weights = fetched(foreign.weights)
+        weights, source = fetched(foreign.weights), str(foreign.weights)
         # of a run, those that it selected
         weights = find_weights(weights)[1] if weights.is_dir() else weights
         loaded = load_weights(model, weights, key=foreign.key)
         assert loaded.sha256 is not None
         sha256, key, metadata = loaded.sha256, loaded.key, loaded.metadata
         notes += loaded.notes
-        by = "the file's" if loaded.mean is not None and not normalises_itself(model) else by
+        if loaded.mean is not None and loaded.std is not None and loaded.in_front:
+            file = loaded.mean, loaded.std
+    normalisation = choose_normalisation(
+        model,
+        foreign.name,
+        data.name,
+        normalize=foreign.normalize,
+        given=_given(foreign),
+        file=file,
+        source=source,
+        data=None if data.of_test else (data.mean, data.std),
+    )
+    model.normalize_by_(normalisation.mean, normalisation.std)
     model = model.to(device).eval()
     if "class_names" in metadata:
         model.class_names = _class_names(metadata["class_names"], model.num_classes, weights)
-    notes += _said(foreign, model, data, by)
+    notes.append(normalisation.words)
+    if normalisation.is_guess:
+        notes[-1] = (
+            f"NORMALISATION: nothing says which, so {normalisation.words}; where the weights were trained with "
+            "another, accuracies are wrong without an error: --model.mean and --model.std give it, --model.normalize "
+            "none leaves it out"
+        )
     for note in notes:
         say(note)
-    origin: dict[str, Any] = {"model": foreign.name, "key": key, "normalisation_is": by, "notes": notes}
-    if runs_code and not foreign.is_object:
-        # made before, so it is there
-        code = load_factory(foreign.name)[1]
+    origin: dict[str, Any] = {
+        "model": foreign.name,
+        "key": key,
+        "normalisation_is": normalisation.whose,
+        "notes": notes,
+    }
+    code = None if foreign.is_object else getattr(model, "code", None)
+    if code is not None:
         origin["code"] = {"file": Path(code.file).name, "sha256": code.sha256}
     return Subject(
         model=model,
@@ -124,29 +143,23 @@ def load_foreign(
     )
 
 
-def _made(foreign: Foreign, data: Dataset) -> tuple[NormalizedClassifier, str]:
-    """The model, and whose its normalisation is."""
-    channels = len(data.mean)
-    by, mean, std = "the data set's", data.mean, data.std
-    if foreign.mean is not None or foreign.std is not None:
-        if foreign.mean is None or foreign.std is None:
-            raise EvaluationError("--model.mean and --model.std: expected both or none")
-        if foreign.normalize != "auto":
-            raise EvaluationError("--model.normalize: expected nothing beside --model.mean")
-        if {len(foreign.mean), len(foreign.std)} - {1, channels}:
-            raise EvaluationError(f"--model.mean and --model.std: expected 1 or {channels} numbers each")
-        by = "as given"
-        mean, std = (tuple(given) * (channels // len(given)) for given in (foreign.mean, foreign.std))
-    nothing = (0.0,) * channels, (1.0,) * channels
-    if foreign.normalize in ("model", "none"):
-        by = "none, as given" if foreign.normalize == "none" else "the network's own"
-        mean, std = nothing
+def _given(foreign: Foreign) -> tuple[Sequence[float], Sequence[float]] | None:
+    if foreign.mean is None and foreign.std is None:
+        return None
+    if foreign.mean is None or foreign.std is None:
+        raise EvaluationError("--model.mean and --model.std: expected both or none")
+    if foreign.normalize != "auto":
+        raise EvaluationError("--model.normalize: expected nothing beside --model.mean")
+    return foreign.mean, foreign.std
+
+
+def _made(foreign: Foreign, data: Dataset) -> NormalizedClassifier:
     try:
-        model = build_model(
+        return build_model(
             foreign.name,
             len(data.class_names),
-            mean,
-            std,
+            data.mean,
+            data.std,
             width=foreign.width,
             activation=foreign.activation,
             image_size=(data.test.shape[1], data.test.shape[2]),
@@ -155,31 +168,6 @@ def _made(foreign: Foreign, data: Dataset) -> tuple[NormalizedClassifier, str]:
     except ValueError as error:
         reason = str(error).removeprefix("model: ").removeprefix("--model.name: ")
         raise EvaluationError(f"--model.name: {reason}") from None
-    if by == "the data set's" and foreign.normalize == "auto" and normalises_itself(model):
-        by = "the network's own"
-        model.normalize_by_(*nothing)
-    came_with = model.came_with if isinstance(model, WrappedClassifier) else None
-    if came_with is not None and by != "as given" and foreign.normalize != "data":
-        by = "the network's own"
-        model.normalize_by_(*came_with)
-    return model, by
-
-
-def _said(foreign: Foreign, model: NormalizedClassifier, data: Dataset, by: str) -> list[str]:
-    """What the user is told of normalisation."""
-    mean, std = (rounded(buffer.flatten().tolist()) for buffer in (model.mean, model.std))
-    notes = []
-    if by == "the data set's" and foreign.normalize == "auto":
-        notes.append(
-            f"NORMALISATION: nothing says which, so it is that of {data.name}, mean {mean}, std {std}; where the "
-            "weights were trained with another, accuracies are wrong without an error: --model.mean and --model.std "
-            "give it, --model.normalize none leaves it out"
-        )
-    elif by == "the network's own":
-        notes.append("normalisation: the network's own; images go into it as they are, in [0, 1]")
-    elif by != "the file's":
-        notes.append(f"normalisation, {by}: mean {mean}, std {std}")
-    return notes
 
 
 def _class_names(text: str, num_classes: int, path: Path) -> tuple[str, ...]:
@@ -208,7 +196,7 @@ def look_at_accuracy(subject: Subject, data: Dataset, device: torch.device, batc
             "(--model.activation, a factory of your own), or classes in another order"
             + (", or weights that were never loaded (--weights)" if unloaded else "")
         )
-    if subject.origin["normalisation_is"] == "the data set's":
+    if subject.origin["normalisation_is"] in ("the data set's", "the published weights'"):
         mean, std = model.mean.clone(), model.std.clone()
         try:
             model.mean.zero_()
@@ -219,8 +207,8 @@ def look_at_accuracy(subject: Subject, data: Dataset, device: torch.device, batc
             model.std.copy_(std)
         if bare > right + _BETTER:
             found.append(
-                f"clean accuracy is {right:.1%} with the normalisation of {data.name}, a guess, and {bare:.1%} "
-                "without any: if the weights were trained without, give --model.normalize none"
+                f"clean accuracy is {right:.1%} by {subject.origin['normalisation_is']} normalisation, a guess, and "
+                f"{bare:.1%} without any: if the weights were trained without, give --model.normalize none"
             )
     return found
 

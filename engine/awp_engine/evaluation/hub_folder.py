@@ -2,18 +2,21 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import time
+import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from awp_engine.checkpoint import CheckpointError, export_model, read_file
 from awp_engine.config import Config, to_json
+from awp_engine.config.identity import from_flat, key_types, to_flat
 from awp_engine.config.model_names import is_code
 from awp_engine.evaluation.attacks import EvaluationError
 from awp_engine.evaluation.subject import Subject
-from awp_engine.files.atomic import atomic_write_text
+from awp_engine.files.atomic import atomic_write_text, replace_file
 from awp_engine.files.text import printable
 from awp_engine.models.hub import SETTINGS, WEIGHTS
 from awp_engine.models.trained import ModelDescription, read_trained
@@ -30,7 +33,10 @@ _DATA_SETS = {
 }
 # of the description, what is about this machine
 _PRIVATE = frozenset({"code", "seal"})
+# settings whose type is text
+_MAY_BE_PATHS = {"model.name", "data.name", "data.class_weights", "method"}
 _MANY_CLASSES = 20
+_LARGEST_PICTURE = 1 << 26
 
 
 def export_folder(
@@ -42,8 +48,10 @@ def export_folder(
 ) -> list[Path]:
     """Writes what `huggingface_hub.upload_folder` takes: model.safetensors, config.json, README.md, learning curves.
 
-    The settings are the run's, without paths of this machine. The card's accuracies are those of the run's newest
-    evaluation, where that is of these very weights.
+    The settings are the run's. Files, those of code too, are named without their directories, so that nobody learns
+    how this machine is laid out. The card's accuracies are those of the run's newest evaluation, where that is of these
+    very weights. A link to weights is the user's own, and followed; curves that are a link, which could lead to any
+    file, are refused.
 
     Args:
         subject: the model, as `open_model` gives it.
@@ -56,7 +64,7 @@ def export_folder(
 
     Raises:
         EvaluationError: the folder holds something.
-        CheckpointError: the weights cannot be read.
+        CheckpointError: the weights cannot be read, or a file of the run is a link.
         OSError: a file cannot be written.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -68,36 +76,50 @@ def export_folder(
         assert subject.source is not None
         weights, metadata, description, read = read_trained(subject.source)
     held = json.loads(str(metadata["model"]))
+    shown = {key: value for key, value in held.items() if key not in _PRIVATE} | {"name": _bare(held["name"])}
     plain = {key: str(metadata[key]) for key in ("epoch", "config_hash", "class_names") if key in metadata}
     report, measured = _report(subject, say)
+    curves = None if subject.run_dir is None else subject.run_dir / CURVES
+    picture = None if curves is None or not os.path.lexists(curves) else read_file(curves, limit=_LARGEST_PICTURE)
+    public = dataclasses.replace(subject, config=None if subject.config is None else without_paths(subject.config))
+    card = model_card(
+        dataclasses.replace(description, name=shown["name"]),
+        public,
+        report,
+        measured,
+        repository,
+        curves=picture is not None,
+    )
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / WEIGHTS]
-    if read == subject.weights and not held.keys() & _PRIVATE:
+    if read == subject.weights and shown == held:
         # the very file that was measured
         shutil.copyfile(subject.weights, folder / WEIGHTS)
     else:
-        shown = {key: value for key, value in held.items() if key not in _PRIVATE}
         export_model(folder / WEIGHTS, weights, {"model": json.dumps(shown)} | plain)
-    if subject.config is not None:
+    if public.config is not None:
         written.append(folder / SETTINGS)
-        atomic_write_text(folder / SETTINGS, to_json(without_paths(subject.config)))
-    curves = None if subject.run_dir is None else subject.run_dir / CURVES
-    if curves is not None and curves.is_file():
+        atomic_write_text(folder / SETTINGS, to_json(public.config))
+    if picture is not None:
         written.append(folder / CURVES)
-        shutil.copyfile(curves, folder / CURVES)
+        replace_file(folder / CURVES, picture)
     written.append(folder / CARD)
-    card = model_card(description, subject, report, measured, repository, curves=folder / CURVES in written)
     atomic_write_text(folder / CARD, card)
     say(f"no license is named: add one to the head of {folder / CARD}, such as license: apache-2.0")
     return written
 
 
+def _bare(text: str) -> str:
+    """A path, or file.py:NAME, without directories."""
+    return text.rpartition("/")[2]
+
+
 def without_paths(config: Config) -> Config:
-    """Settings that say nothing of the machine."""
-    data = dataclasses.replace(config.data, root=None, extra=None, bad_list=None)
-    published = str(config.model.pretrained) in ("timm", "torchvision")
-    model = config.model if published else dataclasses.replace(config.model, pretrained=None)
-    return dataclasses.replace(config, run_dir=None, data=data, model=model)
+    """Settings that say nothing of the machine: of files their names alone, of other places nothing."""
+    values, kinds = to_flat(config), key_types()
+    places = {key for key, kind in kinds.items() if Path in (kind, *typing.get_args(kind))}
+    values |= {key: _bare(values[key]) for key in places | _MAY_BE_PATHS if values[key] is not None}
+    return from_flat(values | {"run_dir": None, "data.root": None})
 
 
 def _report(subject: Subject, say: Callable[[str], None]) -> tuple[Mapping[str, Any] | None, str]:
@@ -224,13 +246,13 @@ def _rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _accuracies(report: Mapping[str, Any] | None, measured: str) -> list[str]:
     if report is None:
         return ["Not measured."]
-    receipt = report["receipt"]
+    receipt, data = report["receipt"], _bare(report["receipt"]["data"]["name"])
     versions = ", ".join(f"{name} {version}" for name, version in receipt["versions"].items() if version is not None)
     ball = f"{receipt['norm']} epsilon {receipt['epsilon']}"
     gates = {None: "not run", True: "passed", False: "FAILED"}[(report["gates"] or {}).get("passed")]
     of = f"{receipt['data']['images']:,} of {receipt['data']['images_in_split']:,} images"
     return [
-        f"On {of} of the test split of {receipt['data']['name']}, {ball}, measured by `awp evaluate` on {measured} "
+        f"On {of} of the test split of {data}, {ball}, measured by `awp evaluate` on {measured} "
         f"({versions}), on weights whose file has the SHA-256 {receipt['checkpoint']['sha256']}. An image counts as "
         f"right under attack only if it is right without one too. Sanity gates: {gates}.",
         "",
@@ -246,7 +268,8 @@ def _index(title: str, report: Mapping[str, Any]) -> dict[str, Any]:
     """Results as the Hub reads them."""
     receipt = report["receipt"]
     ball = f"{receipt['norm']} epsilon {receipt['epsilon']}"
-    data = {"name": receipt["data"]["name"], "type": receipt["data"]["name"], "split": "test"}
+    name = _bare(receipt["data"]["name"])
+    data = {"name": name, "type": name, "split": "test"}
     metrics = [
         {
             "type": "accuracy",

@@ -62,7 +62,7 @@ class Subject:
 
 
 def code_of(model: NormalizedClassifier) -> str:
-    """SHA-256 of the file whose code made a model; empty where this package, timm or torchvision did."""
+    """SHA-256 of the code that made a model; empty where this package, timm or torchvision did."""
     code = model.code if isinstance(model, WrappedClassifier) else None
     return "" if code is None else code.sha256
 

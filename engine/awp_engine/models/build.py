@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from torch import nn
 
 from awp_engine.config.model_names import TIMM_MODELS, source_of
-from awp_engine.models.factories import build_by_factory, build_timm, build_torchvision, load_factory
+from awp_engine.models.factories import build_by_factory, build_from_package
 from awp_engine.models.given import given_model
 from awp_engine.models.layers import Activation, NormalizedClassifier
 from awp_engine.models.preact_resnet import PreActBlock, PreActResNet
 from awp_engine.models.timm_models import TimmClassifier, TimmConvNeXt, TimmResNet
+from awp_engine.models.user_code import load_factory
 from awp_engine.models.wide_resnet import WideBlock, WideResNet
 
 model_names = ("preact-resnet-18", "preact-resnet-digits", "wrn-28-10", "wrn-34-10", "wrn-70-16")
@@ -60,11 +61,12 @@ def build_model(
         if width is not None or activation != "relu":
             raise ValueError(f"width and activation: not for {name}; leave them out")
         if source in ("timm", "torchvision"):
-            build = build_timm if source == "timm" else build_torchvision
-            return build(name, num_classes, mean, std, image_size, published=published)
-        factory, code = (given_model(), None) if source == "object" else load_factory(name)
-        built = build_by_factory(factory, name, num_classes, mean, std, image_size, refit=refit)
-        built.code = code
+            return build_from_package(name, num_classes, mean, std, image_size, published=published)
+        if source == "object":
+            return build_by_factory(given_model(), name, num_classes, mean, std, image_size, refit=refit)
+        built = build_by_factory(load_factory(name)[0], name, num_classes, mean, std, image_size, refit=refit)
+        # the call may have imported more
+        built.code = load_factory(name)[1]
         return built
     if name == "preact-resnet-18":
         return PreActResNet(num_classes, mean, std, width=64 if width is None else width, activation=activation)

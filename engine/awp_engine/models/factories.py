@@ -1,112 +1,22 @@
-"""Modules by name: timm's, torchvision's, and those of a function of one's own, whose file is written down.
-
-`load_factory` runs code. It is called with names that the user gave, and with those of a file whose seal shows that the
-same user trained by the same code: see `awp_engine.models.trained`.
-"""
+"""Modules by name: timm's, torchvision's, and those that a function of one's own makes."""
 
 import difflib
-import hashlib
-import importlib
 import inspect
-import operator
-import sys
-import types
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from awp_engine.config import ConfigError
-from awp_engine.config.model_names import source_of
-from awp_engine.models.import_timm import declare_operators, import_timm, import_torchvision
-from awp_engine.models.wrapped import Code, WrappedClassifier, fitted, last_layers, told_in_one_line
+from awp_engine.models.import_timm import import_timm, import_torchvision
+from awp_engine.models.normalisation import find_normaliser
+from awp_engine.models.user_code import Factory, told_in_one_line
+from awp_engine.models.wrapped import WrappedClassifier, fitted, last_layers
 
 Size = tuple[int, int]
-Factory = Callable[..., Any]
 
-_FLAG = "--model.name"
 _SIZES = ("img_size", "image_size")
 _FETCH = "fetching the published weights (without a network give --model.pretrained FILE, or fill the cache before)"
-
-
-def read_code(path: Path, flag: str = _FLAG) -> tuple[bytes, Code]:
-    """A file of code, and what tells it from others.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
-    try:
-        path = path.resolve()
-        source = path.read_bytes()
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{flag}: expected a Python file {path}, which cannot be read: {reason}") from None
-    return source, Code(file=str(path), sha256=hashlib.sha256(source).hexdigest())
-
-
-def load_factory(name: str, root: Path | None = None, flag: str = _FLAG) -> tuple[Factory, Code]:
-    """The function or class that `file.py:factory` or `package.module:factory` names, and the file it is in.
-
-    The file, or the module, is run. Other modules are found beside the file, or in the working directory.
-
-    Args:
-        name: as given to a flag.
-        root: where a relative file lies, and modules are looked for before anywhere else; None: the working directory,
-            where modules are looked for last.
-        flag: that gave the name, for messages.
-
-    Raises:
-        ConfigError: no such file, module or function, or the code raises an error.
-    """
-    place, _, attribute = name.rpartition(":")
-    # the code may import timm or torchvision
-    declare_operators()
-    if source_of(name) == "file":
-        module, code = _run_file((root or Path.cwd()) / place, name, flag)
-    else:
-        _add_to_path(Path.cwd() if root is None else root, first=root is not None)
-        with told_in_one_line(name, "its import", flag):
-            module = importlib.import_module(place)
-        if module.__file__ is None:
-            raise ConfigError(f"{flag}: {name}: expected a module that is a file, got {place}")
-        code = read_code(Path(module.__file__), flag)[1]
-    try:
-        factory = operator.attrgetter(attribute)(module)
-    except AttributeError:
-        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        near = difflib.get_close_matches(attribute, public, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"{flag}: {code.file} has no {attribute}{hint}") from None
-    if isinstance(factory, nn.Module) or not callable(factory):
-        raise ConfigError(f"{flag}: {name} is {type(factory).__name__}; expected a function or a class")
-    return factory, code
-
-
-def _add_to_path(directory: Path, *, first: bool = False) -> None:
-    # else at the end: nothing there may replace what this package imports later
-    if first or str(directory) not in sys.path:
-        sys.path.insert(0 if first else len(sys.path), str(directory))
-
-
-def _run_file(path: Path, name: str, flag: str) -> tuple[types.ModuleType, Code]:
-    source, code = read_code(path, flag)
-    path = Path(code.file)
-    module_name = f"{path.stem}_{hashlib.sha256(code.file.encode(errors='surrogateescape')).hexdigest()[:8]}"
-    module_name = f"{module_name}_{code.sha256[:8]}"
-    if module_name not in sys.modules:
-        _add_to_path(path.parent)
-        module = types.ModuleType(module_name)
-        module.__file__ = code.file
-        # dataclasses and torch.compile look it up
-        sys.modules[module_name] = module
-        try:
-            with told_in_one_line(name, "its code", flag):
-                exec(compile(source, code.file, "exec"), module.__dict__)
-        except BaseException:
-            del sys.modules[module_name]
-            raise
-    return sys.modules[module_name], code
 
 
 def build_by_factory(
@@ -176,10 +86,12 @@ def wrap(
     else:
         heads, notes = last_layers(network, num_classes), []
     size = image_size if sized else None
-    return WrappedClassifier(network, num_classes, mean, std, name=name, image_size=size, heads=heads, notes=notes)
+    wrapped = WrappedClassifier(network, num_classes, mean, std, name=name, image_size=size, heads=heads, notes=notes)
+    wrapped.normaliser = find_normaliser(network, len(mean), image_size)
+    return wrapped
 
 
-def build_timm(
+def build_from_package(
     name: str,
     num_classes: int,
     mean: Sequence[float],
@@ -188,55 +100,46 @@ def build_timm(
     *,
     published: bool = False,
 ) -> WrappedClassifier:
-    """`timm:NAME`, freshly initialised or with the published weights; a ViT and the like for images of that size.
+    """`timm:NAME` or `torchvision:NAME`, freshly initialised or with the published weights.
+
+    A ViT and the like is made for images of that size.
 
     Raises:
-        ConfigError: no such model, timm cannot be imported, or the weights cannot be had.
+        ConfigError: no such model, its package cannot be imported, the weights cannot be had, or the images do not fit.
     """
-    timm, inner = import_timm(), name.removeprefix("timm:")
-    known = timm.list_models()
-    if inner.partition(".")[0] not in known:
-        near = difflib.get_close_matches(inner, known, n=3)
-        hint = f"did you mean {', '.join(f'timm:{other}' for other in near)}?" if near else "see timm.list_models()"
-        raise ConfigError(f"--model.name: timm {timm.__version__} has no model {inner!r}; {hint}")
-    settings: dict[str, Any] = {"num_classes": num_classes, "in_chans": len(mean)}
+    package, _, inner = name.partition(":")
+    make = _of_timm if package == "timm" else _of_torchvision
+    network, made_for, notes = make(name, inner, num_classes, len(mean), image_size, published)
+    if image_size is not None and made_for not in (None, image_size):
+        notes = [f"made for images of {image_size[0]}x{image_size[1]} pixels", *notes]
+    size, heads = None if made_for is None else image_size, last_layers(network, num_classes)
+    return WrappedClassifier(network, num_classes, mean, std, name=name, image_size=size, heads=heads, notes=notes)
+
+
+def _of_timm(
+    name: str, inner: str, num_classes: int, channels: int, image_size: Size | None, published: bool
+) -> tuple[nn.Module, Size | None, list[str]]:
+    """The network, the size of images that it is usually for if it takes one alone, and what to tell the user."""
+    timm = import_timm()
+    _require_known(name, timm.list_models(), f"timm {timm.__version__} has no model", "timm.list_models()")
     # models without published weights have none
     config = timm.get_pretrained_cfg(inner)
     made_for = tuple(config.input_size[1:]) if config is not None and config.fixed_input_size else None
-    notes = []
-    if image_size is not None and made_for not in (None, image_size):
-        settings["img_size"] = image_size
-        notes.append(f"made for images of {image_size[0]}x{image_size[1]} pixels")
+    sized = {} if image_size is None or made_for in (None, image_size) else {"img_size": image_size}
     with told_in_one_line(name, _FETCH if published else "timm"):
-        network = timm.create_model(inner, pretrained=published, **settings)
-    heads = last_layers(network, num_classes)
-    size = None if made_for is None else image_size
-    return WrappedClassifier(network, num_classes, mean, std, name=name, image_size=size, heads=heads, notes=notes)
+        network = timm.create_model(inner, pretrained=published, num_classes=num_classes, in_chans=channels, **sized)
+    return network, made_for, []
 
 
-def build_torchvision(
-    name: str,
-    num_classes: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    image_size: Size | None,
-    *,
-    published: bool = False,
-) -> WrappedClassifier:
-    """`torchvision:NAME`, as `build_timm`.
-
-    Raises:
-        ConfigError: no such model, torchvision cannot be imported, or the weights cannot be had.
-    """
-    models, inner = import_torchvision().models, name.removeprefix("torchvision:")
+def _of_torchvision(
+    name: str, inner: str, num_classes: int, channels: int, image_size: Size | None, published: bool
+) -> tuple[nn.Module, Size | None, list[str]]:
+    """As `_of_timm`."""
+    models = import_torchvision().models
     known = models.list_models(module=models)
-    if inner not in known:
-        near = difflib.get_close_matches(inner, known, n=3)
-        hint = f"did you mean {', '.join(f'torchvision:{x}' for x in near)}?" if near else f"it has {', '.join(known)}"
-        raise ConfigError(f"--model.name: torchvision has no classifier {inner!r}; {hint}")
-    if len(mean) != 3:
-        raise ConfigError(f"--model.name: {name} takes images of 3 channels, the data have {len(mean)}; timm takes any")
-    notes: list[str] = []
+    _require_known(name, known, "torchvision has no classifier", "torchvision.models.list_models()")
+    if channels != 3:
+        raise ConfigError(f"--model.name: {name} takes images of 3 channels, the data have {channels}; timm takes any")
     weights: Any = models.get_model_weights(inner)["DEFAULT"] if published else None
     settings: dict[str, Any] = {"num_classes": num_classes if weights is None else len(weights.meta["categories"])}
     if inner in ("googlenet", "inception_v3"):
@@ -244,29 +147,23 @@ def build_torchvision(
         settings |= {"aux_logits": False, "init_weights": True}
     with told_in_one_line(name, "torchvision"):
         network = models.get_model(inner, weights=None, **settings)
-        made_for = getattr(network, "image_size", None)
-        if made_for is not None and image_size is not None and (made_for, made_for) != image_size:
+        side = getattr(network, "image_size", None)
+        if side is not None and image_size not in (None, (side, side)):
             if image_size[0] != image_size[1]:
                 raise ConfigError(f"--model.name: {name} takes square images, the data have {image_size}")
             network = models.get_model(inner, weights=None, image_size=image_size[0], **settings)
-            notes.append(f"made for images of {image_size[0]}x{image_size[1]} pixels")
-    heads = last_layers(network, num_classes)
+    made_for, notes = None if side is None else (side, side), []
     if weights is not None:
         with told_in_one_line(name, _FETCH):
             network.load_state_dict(weights.get_state_dict(check_hash=True, weights_only=True))
-        heads, more = fitted(network, num_classes, len(mean), name=name, image_size=image_size)
-        notes += more
-    size = None if made_for is None else image_size
-    return WrappedClassifier(network, num_classes, mean, std, name=name, image_size=size, heads=heads, notes=notes)
+        notes = fitted(network, num_classes, channels, name=name, image_size=image_size)[1]
+    return network, made_for, notes
 
 
-def published_normalisation(model: WrappedClassifier) -> tuple[Sequence[float], Sequence[float]] | None:
-    """Mean and deviation that the published weights of a timm or torchvision model expect; None of other models."""
-    if model.name.startswith("timm:"):
-        config = getattr(model.network, "pretrained_cfg", None) or {}
-        return (config["mean"], config["std"]) if "mean" in config and "std" in config else None
-    if model.name.startswith("torchvision:"):
-        weights = import_torchvision().models.get_model_weights(model.name.removeprefix("torchvision:"))
-        transforms: Any = weights["DEFAULT"].transforms()
-        return transforms.mean, transforms.std
-    return None
+def _require_known(name: str, known: Sequence[str], lacks: str, otherwise: str) -> None:
+    package, _, inner = name.partition(":")
+    # what follows the dot names weights
+    if inner.partition(".")[0] not in known:
+        near = ", ".join(f"{package}:{other}" for other in difflib.get_close_matches(inner, known, n=3))
+        hint = f"did you mean {near}?" if near else f"see {otherwise}"
+        raise ConfigError(f"--model.name: {lacks} {inner!r}; {hint}")

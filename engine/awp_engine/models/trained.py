@@ -1,8 +1,8 @@
 """Trained models from what a run leaves.
 
-What a file says is never run. Weights of a model of somebody's own code name it, with the SHA-256 of its file and a
-seal: an HMAC by the key of the user who trained. That code is run where the seal is this user's and the file is
-unchanged, or where the caller gives the model.
+What a file says is never run. Weights of a model of somebody's own code name it, with the SHA-256 of its files and a
+seal: an HMAC by the key of the user who trained. That code is run where the seal is this user's and all of the files
+are unchanged, or where the caller gives the model.
 """
 
 import dataclasses
@@ -24,9 +24,10 @@ from awp_engine.files.signed import Signer
 from awp_engine.files.user_key import KeyFileError, key_path
 from awp_engine.models import NormalizedClassifier, WrappedClassifier, build_model, load_public_state_dict
 from awp_engine.models.class_names import from_json, to_json
-from awp_engine.models.factories import Code, Factory, build_by_factory, load_factory, read_code, wrap
+from awp_engine.models.factories import build_by_factory, wrap
 from awp_engine.models.given import AGAIN
 from awp_engine.models.hub import fetched
+from awp_engine.models.user_code import Code, Factory, code_of, load_factory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class ModelDescription:
 
     Attributes:
         image_size: (height, width) that a model of others is made for; None of built-in ones.
-        code: the file of the factory that makes the model, if one does.
+        code: of the factory that makes the model, if one does.
         seal: `sealed`'s.
     """
 
@@ -81,6 +82,8 @@ class ModelDescription:
     def _fields(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self)
         del fields["class_names"]
+        if self.code is not None and not self.code.files:
+            del fields["code"]["files"]
         # as versions that did not know them wrote it
         return {key: value for key, value in fields.items() if value is not None or key not in _LATER}
 
@@ -97,11 +100,10 @@ def _numbers(value: object) -> bool:
 
 
 def _code(value: object) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.keys() == {"file", "sha256"}
-        and all(isinstance(text, str) for text in value.values())
-    )
+    if not isinstance(value, dict) or value.keys() - {"files"} != {"file", "sha256"}:
+        return False
+    pairs = [[value["file"], value["sha256"]], *value.get("files", ())]
+    return all(isinstance(pair, list) and [type(text) for text in pair] == [str, str] for pair in pairs)
 
 
 _FIELDS: dict[str, Callable[[object], bool]] = {
@@ -133,7 +135,8 @@ def described(metadata: Mapping[str, Any], path: Path) -> ModelDescription:
             raise ValueError("not a description")
         fields |= {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
         if "code" in fields:
-            fields["code"] = Code(**fields["code"])
+            files = tuple(map(tuple, fields["code"].pop("files", ())))
+            fields["code"] = Code(**fields["code"], files=files)
         description = ModelDescription(**fields)
         if "class_names" not in metadata:
             return description
@@ -226,8 +229,12 @@ def _built_by_code(description: ModelDescription, path: Path) -> NormalizedClass
     name, code, why = description.name, description.code, "it was not trained by you on this machine"
     if code is not None and description.is_sealed():
         try:
-            why = f"{code.file} has changed since"
-            if read_code(Path(code.file))[1] == code:
+            module = name.rpartition(":")[0] if source_of(name) == "module" else ""
+            if changed := code.changed():
+                why = f"{changed} has changed since" if Path(changed).exists() else f"{changed} is no longer there"
+            elif new := code_of(Path(code.file), module).new(code):
+                why = f"it imports {new}, which its seal says nothing of"
+            else:
                 return _by_name(description, name, code)
         except ConfigError as error:
             raise CheckpointError(f"{path}: {error}") from None
@@ -249,11 +256,13 @@ def _by_name(description: ModelDescription, name: str, code: Code | None = None)
         up = place.count(".") + (Path(code.file).name == "__init__.py") if source_of(name) == "module" else 0
         root = Path(code.file).parents[up]
         name = name if source_of(name) == "module" else f"{code.file}:{name.rpartition(':')[2]}"
-    factory, found = load_factory(name, root)
-    if code is not None and found != code:
-        raise ConfigError(f"--model.name: {name} is now found in {found.file}, not in {code.file}")
-    built = _by_factory(given, factory)
-    built.code = found
+    built = _by_factory(given, load_factory(name, root=root)[0])
+    # the call may have imported more
+    built.code = load_factory(name, root=root)[1]
+    if code is not None and built.code.file != code.file:
+        raise ConfigError(f"--model.name: {name} is now found in {built.code.file}, not in {code.file}")
+    if code is not None and built.code != code:
+        raise ConfigError(f"--model.name: {name} imports other files than when it was trained: {built.code.new(code)}")
     return built
 
 

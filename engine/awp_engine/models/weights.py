@@ -14,9 +14,10 @@ from awp_engine.checkpoint import CheckpointError
 from awp_engine.models.class_names import to_json
 from awp_engine.models.layers import NormalizedClassifier
 from awp_engine.models.layouts import Network, networks, pairs, state_dicts
+from awp_engine.models.normalisation import shown
 from awp_engine.models.weights_file import read_weights
 from awp_engine.models.wide_resnet import WideResNet
-from awp_engine.models.wrapped import WrappedClassifier, own_normalisation
+from awp_engine.models.wrapped import WrappedClassifier
 
 # parts of a training module beside its network
 _MEASURES = re.compile(r"(?:^|[._])(?:criterion|loss|loss_fn|metrics?|acc|accuracy)(?:[._]|$)")
@@ -31,6 +32,7 @@ class LoadedWeights:
     Attributes:
         notes: for the user: what was taken, what was left out, and the normalisation.
         mean, std: of images in [0, 1], one value a channel, where the file holds them.
+        in_front: whether these are now what the model normalises images by in front of its network.
         key: of the dictionary that held the weights; empty where the file is that dictionary.
         stripped: what stood before the model's names, such as "module.".
         left_out: names in that dictionary that were not needed.
@@ -42,6 +44,7 @@ class LoadedWeights:
     notes: list[str]
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    in_front: bool = False
     key: str = ""
     stripped: str = ""
     left_out: tuple[str, ...] = ()
@@ -111,8 +114,6 @@ def _loaded(
     file = read_weights(Path(source))
     theirs = file.metadata.get("class_names")
     others = class_names is not None and theirs is not None and theirs != to_json(class_names)
-    # a run that starts from weights normalises by its own data, unless a layer among the weights does
-    described = None if classifier else _described(file.metadata)
     try:
         loaded = _into(
             model,
@@ -120,7 +121,7 @@ def _loaded(
             key,
             classifier,
             others=others,
-            described=described,
+            described=_described(file.metadata),
             deepminds='"name": "dm-' in file.metadata.get("model", ""),
         )
     except ValueError as error:
@@ -211,6 +212,7 @@ def _into(
         notes=notes,
         mean=mean,
         std=std,
+        in_front=bool(buffers) and buffers[0][0] is getattr(model, "mean", None),
         key=network.key,
         stripped=network.prefix,
         left_out=tuple(left_out),
@@ -328,11 +330,15 @@ def _normalise(
     in_front: bool,
 ) -> list[tuple[Tensor, Tensor]]:
     """The model's buffers that the file's mean and std belong into, with their values; says what they were."""
-    said = "mean {}, std {}".format(*map(rounded, statistics))
+    said = "mean {}, std {}".format(*map(_rounded, statistics))
     inside = {} if in_front else pairs(own)
-    if not in_front and not inside and normalises_itself(model):
-        notes.append(f"normalisation in the file: {said}; not taken, as the network normalises by numbers of its own")
-        return []
+    if isinstance(model, WrappedClassifier) and not in_front:
+        # names alone say little of anybody's layers
+        names = [] if model.normaliser is None else [f"network.{name}" for name in model.normaliser.names]
+        inside = {names[0]: names[1]} if names and {*names} <= own.keys() else {}
+        if names and not inside:
+            notes.append(f"normalisation in the file: {said}; not taken, as {model.name} has numbers of its own")
+            return []
     if isinstance(model, NormalizedClassifier) and not inside:
         buffers = [model.mean, model.std]
     elif len(inside) == 1:
@@ -346,19 +352,13 @@ def _normalise(
     placed = [(b, v.to(b).expand(b.numel()).reshape(b.shape)) for b, v in zip(buffers, values, strict=True)]
     before = [tuple(buffer.flatten().tolist()) for buffer in buffers]
     differs = any(not torch.allclose(buffer, value, rtol=0, atol=1e-4) for buffer, value in placed)
-    was = ", not the model's mean {}, std {}".format(*map(rounded, before)) if differs else ""
+    was = ", not the model's mean {}, std {}".format(*map(_rounded, before)) if differs else ""
     notes.append(f"normalisation of the file: {said}{was}")
     return placed
 
 
-def normalises_itself(model: nn.Module) -> bool:
-    """Whether the network inside `model` normalises images by numbers of its own."""
-    return isinstance(model, WrappedClassifier) and own_normalisation(model.network, model.mean.numel()) is not None
-
-
-def rounded(values: Sequence[float]) -> str:
-    """Numbers as people write them: "(0.4914, 0.4822, 0.4465)"."""
-    return f"({', '.join(f'{value:.4g}' for value in values)})"
+def _rounded(values: Sequence[float]) -> str:
+    return f"({shown(values)})"
 
 
 def _nothing(model: nn.Module, document: Any, key: str | None) -> str:

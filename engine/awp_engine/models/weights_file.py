@@ -90,7 +90,9 @@ def read_weights(path: Path) -> WeightsFile:
     """
     payload = read_file(Path(os.path.realpath(path)))
     sha256 = hashlib.sha256(payload).hexdigest()
-    if not payload.startswith(_SAVED_BY_TORCH):
+    # a header of 128 bytes more than a multiple of 256 begins as a pickle does
+    safetensors = payload[8:9] == b"{" and int.from_bytes(payload[:8], "little") <= len(payload) - 8
+    if safetensors or not payload.startswith(_SAVED_BY_TORCH):
         if payload.startswith(_LFS):
             raise CheckpointError(f"{path}: a Git LFS pointer in place of the weights; git lfs pull fetches them")
         # of a .safetensors file its parser says more

@@ -1,8 +1,7 @@
 """Any classifier as one of this package's: with images normalised in front of it, and a last layer that fits."""
 
-import contextlib
-import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,23 +9,28 @@ from torch import Tensor, nn
 
 from awp_engine.config import ConfigError
 from awp_engine.models.layers import NormalizedClassifier, NormalizedImages
-from awp_engine.models.layouts import PAIRS
+from awp_engine.models.user_code import Code, told_in_one_line
 
 # sides to try a module on that is given no size
-_SIDES = (32, 224, 28)
+SIDES = (32, 224, 28)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Code:
-    """The file that a factory is in.
+class Normaliser(NamedTuple):
+    """The part of a network that normalises images.
 
     Attributes:
-        file: absolute.
-        sha256: of its bytes.
+        where: its name.
+        mean, std: what it holds them under.
     """
 
-    file: str
-    sha256: str
+    where: str
+    mean: str
+    std: str
+
+    @property
+    def names(self) -> list[str]:
+        """Of mean and deviation, from the network on."""
+        return [f"{self.where}.{name}" if self.where else name for name in (self.mean, self.std)]
 
 
 class WrappedClassifier(NormalizedClassifier):
@@ -42,15 +46,17 @@ class WrappedClassifier(NormalizedClassifier):
         notes: what a user should be told of how it was made.
 
     Attributes:
-        code: of somebody's own model, the file that made it.
+        code: of somebody's own model, what made it.
         autocast_dtype: what `torch.autocast` has the network compute in; None: as it is.
         takes_channels_last: whether it computes in that memory format; of code of one's own not known before it is
             tried.
         came_with: mean and deviation of the classifier of this class that a factory gave, whose network this one took
             over; None: it gave another module.
+        normaliser: the part of the network that normalises images by itself.
     """
 
     came_with: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    normaliser: Normaliser | None = None
     autocast_dtype: torch.dtype | None = None
     code: Code | None = None
 
@@ -104,28 +110,6 @@ class WrappedClassifier(NormalizedClassifier):
             for name, layer in layers.items()
             for own, _ in layer.named_parameters(recurse=False)
         )
-
-
-@contextlib.contextmanager
-def told_in_one_line(name: str, doing: str, flag: str = "--model.name") -> Iterator[None]:
-    """A block of foreign code, whatever that raises: becomes a `ConfigError` that says what, and where."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:
-        trace, where = error.__traceback__, ""
-        while trace is not None:
-            code = trace.tb_frame.f_code
-            # the last line that is not torch's or this package's, whose own the user does not look at
-            if (
-                not any(f"/{package}/" in code.co_filename for package in ("torch", "importlib", "awp_engine"))
-                and code.co_filename[0] != "<"
-            ):
-                where = f" ({code.co_filename}, line {trace.tb_lineno})"
-            trace = trace.tb_next
-        words = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{flag}: {name}: {doing} raised {type(error).__name__}: {words}{where}") from error
 
 
 def fitted(
@@ -184,9 +168,15 @@ def fitted(
     ]
 
 
+def device_of(network: nn.Module) -> torch.device:
+    """Where a module is, by its first tensor; the CPU for one without any."""
+    held = next(itertools.chain(network.parameters(), network.buffers()), None)
+    return torch.device("cpu") if held is None else held.device
+
+
 def _logits(network: nn.Module, channels: int, image_size: tuple[int, int] | None, name: str) -> int:
     """How many a module gives."""
-    sizes = [(side, side) for side in _SIDES] if image_size is None else [image_size]
+    sizes = [(side, side) for side in SIDES] if image_size is None else [image_size]
     modes = [(module, module.training) for module in network.modules()]
     try:
         network.eval()
@@ -194,7 +184,7 @@ def _logits(network: nn.Module, channels: int, image_size: tuple[int, int] | Non
             with told_in_one_line(name, f"a forward pass on an image of {channels}x{size[0]}x{size[1]}"):
                 try:
                     with torch.no_grad():
-                        logits = network(torch.zeros(1, channels, *size))
+                        logits = network(torch.zeros(1, channels, *size, device=device_of(network)))
                 except Exception:
                     if size == sizes[-1]:
                         raise
@@ -231,38 +221,3 @@ def last_layers(network: nn.Module, outputs: int) -> list[str]:
         return [name for name, module in network.named_modules() if any(module is layer for layer in own)]
     last = _last_layer(network, outputs)
     return [] if last is None else [last]
-
-
-class OwnNormalisation(NamedTuple):
-    """By what a module normalises images itself.
-
-    Attributes:
-        where: the name of the part that does.
-        mean, std: one value a channel.
-    """
-
-    where: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-def own_normalisation(network: nn.Module, channels: int) -> OwnNormalisation | None:
-    """Of a module that holds a mean and a deviation a channel, itself or in a part of the first two levels."""
-    for name, module in network.named_modules():
-        if name.count(".") > 1:
-            continue
-        held = {**vars(module), **module._buffers, **module._parameters}
-        for pair in PAIRS:
-            mean, std = (_numbers(held.get(key), channels) for key in pair)
-            if mean is not None and std is not None and min(std) > 0:
-                return OwnNormalisation(name or type(module).__name__, mean, std)
-    return None
-
-
-def _numbers(value: Any, channels: int) -> tuple[float, ...] | None:
-    """One number a channel out of a tensor, an array, a list or a number."""
-    try:
-        flat = torch.as_tensor(value).detach().double().flatten().tolist()
-    except (TypeError, ValueError, RuntimeError):
-        return None
-    return tuple(flat * channels if len(flat) == 1 else flat) if len(flat) in (1, channels) else None

@@ -99,11 +99,13 @@ class Passes:
         """Begin a step on images like `x`: without gradients of the one before.
 
         The first one makes the pass after which torch orders DDP's buckets anew, and with them the order of sums. Were
-        it a step's own, a run that goes on would sum its first step in another order than one that never stopped.
+        it a step's own, a run that goes on would sum its first step in another order than one that never stopped. What
+        its dropout draws is no part of the step either.
         """
         if not self._warm:
             for reducer in self._reducers.values():
-                with batch_norm_mode(reducer.module, "eval", update_statistics=False):
+                quiet = torch.random.fork_rng([x.device] if x.is_cuda else [])
+                with quiet, batch_norm_mode(reducer.module, "eval", update_statistics=False):
                     reducer(x[:1]).sum().backward()
             self._warm = True
         self.clear_gradients()

@@ -1,24 +1,23 @@
 """The model that a run trains: built as the settings say, tried on images of zeros, with the weights it starts from."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from awp_engine.attack import checks
-from awp_engine.checkpoint import read_model
-from awp_engine.config import Config, ConfigError, ModelConfig
-from awp_engine.config.model_names import is_code
+from awp_engine.config import Config, ConfigError
 from awp_engine.data import Dataset
 from awp_engine.device import fast_memory_format
 from awp_engine.files.user_key import KeyFileError
 from awp_engine.models import NormalizedClassifier, WrappedClassifier, build_model, load_pretrained
 from awp_engine.models.batch_norm import layer_modes
-from awp_engine.models.factories import load_factory, published_normalisation
-from awp_engine.models.trained import ModelDescription, described
-from awp_engine.models.wrapped import own_normalisation, told_in_one_line
+from awp_engine.models.normalisation import Normalisation, choose_normalisation, shown
+from awp_engine.models.trained import ModelDescription
+from awp_engine.models.user_code import told_in_one_line
+from awp_engine.models.wrapped import device_of
 from awp_engine.step.precision import Precision, frozen_view
 
 
@@ -39,16 +38,23 @@ class Network:
     messages: list[str]
 
 
-def build_network(config: Config, data: Dataset, device: torch.device, precision: Precision) -> Network:
+def build_network(
+    config: Config, data: Dataset, device: torch.device, precision: Precision, before: ModelDescription | None = None
+) -> Network:
     """Build and try the model; its weights are drawn from torch's global generator.
+
+    Args:
+        config: the run's.
+        data: what it trains on.
+        device: where to put the model.
+        precision: what it is tried in.
+        before: of the checkpoint that the run goes on from, whose weights will replace these; none are read then.
 
     Raises:
         ConfigError: a model that cannot be built, or does not fit the data or what training asks of it.
         CheckpointError: weights to start from that cannot be read, or do not fit.
     """
-    settings, (channels, *size) = config.model, data.train.shape
-    if settings.mean and len(settings.mean) != channels:
-        raise ConfigError(f"--model.mean: expected one number a channel, {channels}, got {len(settings.mean)}")
+    settings, (_, *size) = config.model, data.train.shape
     model = build_model(
         settings.name,
         len(data.class_names),
@@ -57,34 +63,29 @@ def build_network(config: Config, data: Dataset, device: torch.device, precision
         width=settings.width,
         activation=settings.activation,
         image_size=(size[0], size[1]),
-        published=settings.published,
+        published=settings.published and before is None,
     )
     messages = [f"{settings.name}: {note}" for note in model.notes] if isinstance(model, WrappedClassifier) else []
-    mean, std, words = _normalisation(config, model, data)
-    model.normalize_by_(mean, std)
     class_names = data.class_names if data.named else None
-    if settings.published:
-        messages.append(f"weights of {settings.pretrained}, a new classifier where the classes are others")
-    elif settings.pretrained is not None:
-        loaded = load_pretrained(model, settings.pretrained, class_names)
-        new = f"; new, for {len(data.class_names)} classes: {', '.join(loaded.kept)}" if loaded.kept else ""
-        messages += [f"weights of {settings.pretrained}{new}", *loaded.notes]
-        if loaded.mean is not None and settings.normalize == "auto" and not settings.mean:
-            mean, std = (tuple(buffer.flatten().tolist()) for buffer in (model.mean, model.std))
-            words = ""
-        model.normalize_by_(mean, std)
-    if words and (isinstance(model, WrappedClassifier) or settings.mean or settings.normalize != "auto"):
-        messages.append(words)
+    if before is None:
+        normalisation = _started(config, model, data, class_names, messages)
+        mean, std = normalisation.mean, normalisation.std
+    else:
+        # whatever a file of weights to start from says by now
+        mean, std = before.mean, before.std
+        if isinstance(model, WrappedClassifier):
+            messages.append(f"images are normalised as before, by mean {shown(mean)}, deviation {shown(std)}")
+    model.normalize_by_(mean, std)
     description = ModelDescription(
         name=settings.name,
         num_classes=len(data.class_names),
-        mean=tuple(mean),
-        std=tuple(std),
+        mean=mean,
+        std=std,
         width=settings.width,
         activation=settings.activation,
         class_names=class_names,
         image_size=(size[0], size[1]) if isinstance(model, WrappedClassifier) else None,
-        code=load_factory(settings.name)[1] if is_code(settings.name) else None,
+        code=model.code if isinstance(model, WrappedClassifier) else None,
     )
     if description.code is not None:
         try:
@@ -93,61 +94,45 @@ def build_network(config: Config, data: Dataset, device: torch.device, precision
             messages.append(f"without a seal these weights load with --model.name or model= alone: {error}")
     if isinstance(model, WrappedClassifier):
         _try(model.to(device), data, precision, messages)
+        _require_saved_buffers(model, data)
     memory_format = fast_memory_format(model, device)
     # torch's stub does not know the keyword
     model.to(device=device, memory_format=memory_format)  # pyright: ignore[reportCallIssue]
     return Network(model=model.train(), description=description, memory_format=memory_format, messages=messages)
 
 
-def _shown(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:.4g}" for value in values)
-
-
-def _normalisation(
-    config: Config, model: NormalizedClassifier, data: Dataset
-) -> tuple[Sequence[float], Sequence[float], str]:
-    """Mean and deviation that images are normalised by in front of the model, and what to say of them."""
-    settings, channels = config.model, len(data.mean)
-    none = [0.0] * channels, [1.0] * channels
-    if settings.mean:
-        mean, std, whose = settings.mean, settings.std, "as given"
-    elif settings.normalize == "none":
-        return *none, "images are not normalised"
-    else:
-        mean, std, whose = data.mean, data.std, f"those of {data.name}"
-        of_weights, published, of_model = None, None, None
-        if isinstance(model, WrappedClassifier) and settings.normalize != "data":
-            of_model = own_normalisation(model.network, channels)
-            of_weights = _of_weights(settings)
-            if settings.pretrained is not None or settings.normalize == "model":
-                published = published_normalisation(model)
-        if of_weights is not None and len(of_weights[0]) == channels:
-            mean, std, whose = *of_weights, f"those that {settings.pretrained} was trained with"
-        elif published is not None and len(published[0]) == channels:
-            mean, std, whose = *published, f"those of the published weights of {settings.name}"
-        elif isinstance(model, WrappedClassifier) and model.came_with is not None and settings.normalize != "data":
-            mean, std, whose = *model.came_with, "those of the model that was given"
-        elif of_model is not None:
-            within = f"mean {_shown(of_model.mean)}, deviation {_shown(of_model.std)}"
-            return *none, f"{settings.name} normalises images by itself, in {of_model.where} ({within})"
-        elif settings.normalize == "model":
-            raise ConfigError(
-                f"--model.normalize: {settings.name} holds no mean and deviation of {channels} channels under a usual "
-                "name; give --model.mean and --model.std, or --model.normalize none"
-            )
-    return mean, std, f"images are normalised by mean {_shown(mean)}, deviation {_shown(std)}: {whose}"
-
-
-def _of_weights(settings: ModelConfig) -> tuple[Sequence[float], Sequence[float]] | None:
-    """What the weights to start from were trained with, where this program trained them."""
-    path = settings.pretrained
-    if path is None or settings.published or path.suffix != ".safetensors":
-        return None
-    metadata = read_model(path)[1]
-    if "model" not in metadata:
-        return None
-    before = described(metadata, path)
-    return before.mean, before.std
+def _started(
+    config: Config,
+    model: NormalizedClassifier,
+    data: Dataset,
+    class_names: tuple[str, ...] | None,
+    messages: list[str],
+) -> Normalisation:
+    """What a run begins with: weights to start from, loaded, and by what images are normalised."""
+    settings, file, source = config.model, None, None
+    if settings.published:
+        source = str(settings.pretrained)
+        messages.append(f"weights of {source}, a new classifier where the classes are others")
+    elif settings.pretrained is not None:
+        source = settings.pretrained
+        loaded = load_pretrained(model, source, class_names)
+        new = f"; new, for {len(data.class_names)} classes: {', '.join(loaded.kept)}" if loaded.kept else ""
+        messages += [f"weights of {source}{new}", *loaded.notes]
+        if loaded.mean is not None and loaded.std is not None and loaded.in_front:
+            file = loaded.mean, loaded.std
+    normalisation = choose_normalisation(
+        model,
+        settings.name,
+        data.name,
+        normalize=settings.normalize,
+        given=(settings.mean, settings.std) if settings.mean else None,
+        file=file,
+        source=source,
+        data=(data.mean, data.std),
+    )
+    if isinstance(model, WrappedClassifier) or normalisation.whose != "the data set's" or source is not None:
+        messages.append(normalisation.words)
+    return normalisation
 
 
 @contextlib.contextmanager
@@ -187,6 +172,26 @@ def _try(model: WrappedClassifier, data: Dataset, precision: Precision, messages
             model.autocast_dtype = None
     with told_in_one_line(model.name, "copying it (by copy.deepcopy, for the attack)"):
         frozen_view(model)
+
+
+def _require_saved_buffers(model: WrappedClassifier, data: Dataset) -> None:
+    """Refuse a buffer that training goes on changing and that no checkpoint holds: a resumed run would differ."""
+    if not any(module._non_persistent_buffers_set for module in model.network.modules()):
+        return
+    saved, values = model.state_dict().keys(), []
+    generator, device = torch.Generator().manual_seed(0), device_of(model)
+    with layer_modes(model, "train"), torch.no_grad():
+        for _ in range(2):
+            # tables that the first pass fills stay as they are in the second
+            model(torch.rand(2, *data.train.shape, generator=generator).to(device))
+            values.append({name: b.clone() for name, b in model.named_buffers() if name not in saved})
+    before, after = values
+    for name, value in after.items():
+        if name not in before or not torch.equal(value, before[name]):
+            raise ConfigError(
+                f"--model.name: {model.name}: its buffer {name.removeprefix('network.')} changes in training, and is "
+                "registered with persistent=False, so that no checkpoint holds it; register it without"
+            )
 
 
 def _try_passes(model: WrappedClassifier, data: Dataset) -> None:

@@ -82,7 +82,12 @@ def write_results(
         },
         "device": torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else "cpu",
         "ranks": setup.ranks.world,
-        "data": {"name": setup.data.name, **setup.fingerprints},
+        "data": {
+            "name": setup.data.name,
+            **setup.fingerprints,
+            "test_fingerprint": setup.data.test_fingerprint,
+        },
+        "made_by": setup.made_by,
         "config_hash": setup.config_hash,
     }
     if setup.ranks.is_first:

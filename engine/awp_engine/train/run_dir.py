@@ -9,13 +9,32 @@ from awp_engine.files.atomic import TEMPORARY, atomic_write_text
 from awp_engine.files.locking import LOCK
 from awp_engine.files.run_places import CONFIG_FILE, MODEL_FILE
 from awp_engine.observe.report import REPORT
+from awp_engine.train.inputs import require_same_as_reported
 
 # of the settings before the run was given more epochs
 _BEFORE = "config-{}-epochs.json"
 
 
+def require_own_run_dir(config: Config) -> None:
+    """Make sure that a run directory, if there is one, belongs to this configuration.
+
+    Raises:
+        ConfigError: the directory holds another run.
+    """
+    saved = config.resolved_run_dir / CONFIG_FILE
+    try:
+        if saved.exists():
+            require_same_run(load_config(saved), config, config.resolved_run_dir)
+    except OSError as error:
+        raise _unusable(config, error) from None
+
+
+def _unusable(config: Config, error: OSError) -> ConfigError:
+    return ConfigError(f"--run-dir: {config.resolved_run_dir} cannot be used: {error.strerror or error}")
+
+
 def prepare_run_dir(config: Config) -> None:
-    """Make the run directory, or make sure that the one there belongs to this configuration.
+    """Make the run directory, if there is none of this run's yet.
 
     Raises:
         ConfigError: the directory holds something else, or cannot be written.
@@ -24,7 +43,6 @@ def prepare_run_dir(config: Config) -> None:
     saved = run_dir / CONFIG_FILE
     try:
         if saved.exists():
-            require_same_run(load_config(saved), config, run_dir)
             return
         if run_dir.exists() and not run_dir.is_dir():
             raise ConfigError(f"--run-dir: expected a directory, {run_dir} is a file; choose another")
@@ -34,7 +52,7 @@ def prepare_run_dir(config: Config) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         atomic_write_text(saved, to_json(config))
     except OSError as error:
-        raise ConfigError(f"--run-dir: {run_dir} cannot be used: {error.strerror or error}") from None
+        raise _unusable(config, error) from None
 
 
 def record_settings(config: Config) -> str | None:
@@ -55,7 +73,7 @@ def record_settings(config: Config) -> str | None:
         atomic_write_text(run_dir / _BEFORE.format(before.epochs), to_json(before))
         atomic_write_text(saved, to_json(config))
     except OSError as error:
-        raise ConfigError(f"--run-dir: {run_dir} cannot be used: {error.strerror or error}") from None
+        raise _unusable(config, error) from None
     return f"{config.epochs} epochs, where {before.epochs} were planned before"
 
 
@@ -74,7 +92,8 @@ def finished_report(config: Config) -> dict[str, Any] | None:
     """The report of a run that has ended under these settings, None where there is something left to do.
 
     Raises:
-        ConfigError: the run directory belongs to other settings.
+        ConfigError: the run directory belongs to other settings, or was of other images or files.
+        DataError: the images cannot be had.
     """
     run_dir = config.resolved_run_dir
     if not all((run_dir / name).is_file() for name in (CONFIG_FILE, REPORT, MODEL_FILE)):
@@ -87,7 +106,11 @@ def finished_report(config: Config) -> dict[str, Any] | None:
         shown.append(report["last"][pgd])
         same = report["config_hash"] == config_hash(config) and report["test_limit"] == config.evaluation.test_limit
         whole = all(type(report[name]) is int for name in ("selected_epoch", "epochs"))
+        whole = whole and isinstance(report["data"], dict)
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         # nobody's, or of an earlier version: it is measured again
         return None
-    return report if same and whole and all(type(value) in (int, float) for value in shown) else None
+    if not same or not whole or any(type(value) not in (int, float) for value in shown):
+        return None
+    require_same_as_reported(report, config)
+    return report

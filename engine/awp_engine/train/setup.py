@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from awp_engine import checkpoint
 from awp_engine.attack import Attack, fast_attack
 from awp_engine.attack.checks import ball
+from awp_engine.checkpoint import Checkpoint, CheckpointError
 from awp_engine.config import AttackConfig, Config, ConfigError, choose_speed, config_hash
-from awp_engine.config.model_names import is_code
 from awp_engine.data import (
     Augmentation,
     Batches,
     Dataset,
-    class_weights,
     data_loading,
     label_notes,
     load_data,
@@ -27,8 +27,9 @@ from awp_engine.data import (
 from awp_engine.device import choose_convolutions, choose_device
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.sharding import gather, shard
+from awp_engine.files.run_places import CHECKPOINTS
 from awp_engine.models.batch_norm import synchronize
-from awp_engine.models.factories import load_factory
+from awp_engine.models.trained import described
 from awp_engine.observe.throughput import forward_flops
 from awp_engine.observe.trackers import require_trackers
 from awp_engine.optim.average import WeightAverage
@@ -39,9 +40,10 @@ from awp_engine.step.free import FreeStep
 from awp_engine.step.objectives import build_objective
 from awp_engine.step.precision import PARTS, Precision, WorkingModels, has_fast_bfloat16
 from awp_engine.step.values import Step
+from awp_engine.train.inputs import fingerprints, made_by, require_same, require_same_code, said
 from awp_engine.train.network import build_network
 from awp_engine.train.perturbed import choice, perturbed_message
-from awp_engine.train.run_dir import prepare_run_dir
+from awp_engine.train.run_dir import known_hashes, prepare_run_dir, require_own_run_dir
 from awp_engine.train.schedule import Schedule
 from awp_kernels import AdversarialWeightPerturbation, asam, sam
 from awp_kernels.philox import mix_seed
@@ -223,7 +225,13 @@ class Setup:
 
     Raises:
         ConfigError, DataError, CheckpointError: before anything is written, naming what is wrong.
+
+    Attributes:
+        found: the checkpoint that the run goes on from; its tensors are on the first rank alone.
+        made_by: SHA-256 of the user's own code and files.
     """
+
+    found: Checkpoint | None
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         config.require_files()
@@ -245,7 +253,9 @@ class Setup:
             torch.use_deterministic_algorithms(True)
         choose_convolutions(self.device, deterministic=config.deterministic)
         torch.manual_seed(mix_seed(config.seed))
+        self._find_checkpoint()
         self._build_model()
+        self._find_code()
         if ranks.is_first:
             prepare_run_dir(config)
         self._build_batches()
@@ -272,22 +282,13 @@ class Setup:
         self.messages += _doubts(config, data)
         extra = None if config.data.extra is None else place_extra(load_extra(config.data.extra, like=data), loading)
         self._extra = extra
-        self.fingerprints: dict[str, Any] = {
-            "data_fingerprint": data.fingerprint,
-            "extra_fingerprint": None if extra is None else extra.fingerprint,
-        }
+        self.fingerprints = fingerprints(config, data, None if extra is None else extra.fingerprint)
         self._class_weights = None
-        if config.data.class_weights != "none":
-            weights = class_weights(config.data.class_weights, data)
+        if (weights := self.fingerprints.get("class_weights")) is not None:
             self._class_weights = torch.tensor(weights, device=self.device)
-            # another file of the same name makes another run
-            self.fingerprints["class_weights"] = weights
             self.messages.append(
                 f"class weights from {min(weights):.4g} to {max(weights):.4g}, mean 1 over the training images"
             )
-        if is_code(config.method):
-            # so does another loss
-            self.fingerprints["method_code"] = load_factory(config.method, flag="--method")[1].sha256
         loaders = [data.loader, "" if extra is None else extra.loader]
         given = [self.config_hash, *map(str, self.fingerprints.values()), *loaders]
         self.ranks.require_equal(given, "configuration and data", self.device)
@@ -303,13 +304,39 @@ class Setup:
         if extra is not None:
             self.messages.append(f"{len(extra.split):,} extra images, loader {extra.loader}")
 
+    def _find_checkpoint(self) -> None:
+        """Read the newest sound checkpoint of this run, if there is one, on the first rank, and tell the others."""
+        found = None
+        if self.ranks.is_first:
+            require_own_run_dir(self.config)
+            found = checkpoint.load_latest(self.run_dir / CHECKPOINTS)
+        if found is not None:
+            before = described(found.state, found.path)
+            require_same(found.state, self.fingerprints, self.config, self.data, before.class_names)
+            if found.state.get("config_hash") not in known_hashes(self.config):
+                raise CheckpointError(
+                    f"{found.path}: was not written by this run; remove it, or choose another --run-dir"
+                )
+        state = self.ranks.broadcast_json(None if found is None else found.state, self.device)
+        self.found = None if state is None else found or Checkpoint(tensors={}, state=state, path=self.run_dir)
+
     def _build_model(self) -> None:
-        built = build_network(self.config, self.data, self.device, self.precision)
+        before = None if self.found is None else described(self.found.state, self.found.path)
+        built = build_network(self.config, self.data, self.device, self.precision, before)
         self.model: nn.Module = built.model
         self.description, self._memory_format = built.description, built.memory_format
         self.messages += built.messages
         # before the run directory is made
         choice(self.model, self.config.awp.layers)
+
+    def _find_code(self) -> None:
+        """What made this run; after the model was built, whose code may have imported more then."""
+        before = None if self.found is None else said(self.found.state)
+        self.made_by = made_by(self.config, before)
+        given = [f"{part} {digest}" for part, digest in self.made_by.items()]
+        self.ranks.require_equal(given, "own code and files", self.device)
+        if before is not None:
+            require_same_code(before, self.made_by, self.config)
 
     def _build_batches(self) -> None:
         config, data, extra = self.config, self.data, self._extra

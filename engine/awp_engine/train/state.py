@@ -10,15 +10,11 @@ from torch import Tensor
 
 from awp_engine import checkpoint
 from awp_engine.checkpoint import CheckpointError
-from awp_engine.config import ConfigError
 from awp_engine.distributed.replicas import check_replicas
 from awp_engine.distributed.sharding import gather, is_sharded, scatter_
 from awp_engine.files.run_places import CHECKPOINTS
-from awp_engine.models.class_names import difference
-from awp_engine.models.trained import described
 from awp_engine.optim.optimizer import allocate_optimizer_tensors, optimizer_tensors
 from awp_engine.train.progress import Progress
-from awp_engine.train.run_dir import known_hashes
 from awp_engine.train.setup import Setup
 
 # groups that a checkpoint may lack; SGD without momentum has an empty one, which is there
@@ -136,6 +132,7 @@ class RunState:
                     **dataclasses.asdict(progress),
                     "ranks": self._ranks.world,
                     **self._identity,
+                    "made_by": self._setup.made_by,
                     **self._setup.description.to_metadata(),
                 }
                 best = checkpoint.checkpoint_name(progress.best_epoch) if progress.best_epoch else None
@@ -148,62 +145,30 @@ class RunState:
         return None if path is None else str(path)
 
     def resume(self) -> list[str]:
-        """Go on from the newest sound checkpoint, if there is one; returns what to tell the user.
+        """Go on from the checkpoint that was found, if one was; returns what to tell the user.
 
         Raises:
-            ConfigError: the run was trained on other images.
-            CheckpointError: it is another run's, or lacks what this one needs.
+            CheckpointError: it lacks what this run needs.
         """
-        where, device, messages = self._directory, self._setup.device, []
-        found = checkpoint.load_latest(where) if self._ranks.is_first else None
-        if found is not None:
-            where = found.path
-            messages += [f"skipped a checkpoint: {line}" for line in found.skipped]
-            self._require_own(found)
-        state = self._ranks.broadcast_json(None if found is None else found.state, device)
-        if state is None:
-            return messages
-        tensors = self._ranks.broadcast_groups({} if found is None else found.tensors, device)
+        found, self._setup.found = self._setup.found, None
+        if found is None:
+            return []
+        tensors = self._ranks.broadcast_groups(found.tensors, self._setup.device)
         try:
-            self._load(state, tensors)
+            self._load(found.state, tensors)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{where}: lacks what this run needs, or has it in another shape: {error}") from error
-        if found is not None:
-            messages.append(f"going on after {self.progress}, from {found.path}")
-            code = self._setup.description.code
-            before = None if code is None else described(found.state, found.path).code
-            if code is not None and (before is None or before.sha256 != code.sha256):
-                messages.append(f"{code.file} has changed since: the model goes on by the new code")
-        if state["ranks"] != self._ranks.world:
+            raise CheckpointError(
+                f"{found.path}: lacks what this run needs, or has it in another shape: {error}"
+            ) from error
+        messages = [f"skipped a checkpoint: {line}" for line in found.skipped]
+        messages.append(f"going on after {self.progress}, from {found.path}")
+        if found.state["ranks"] != self._ranks.world:
             messages.append(
-                f"{state['ranks']} ranks before, {self._ranks.world} now: images and noise are the same; sums differ "
-                "by rounding, and without --distributed.sync-batch-norm every rank normalises by another part of the "
-                "batch"
+                f"{found.state['ranks']} ranks before, {self._ranks.world} now: images and noise are the same; sums "
+                "differ by rounding, and without --distributed.sync-batch-norm every rank normalises by another part "
+                "of the batch"
             )
         return messages
-
-    def _require_own(self, found: checkpoint.Checkpoint) -> None:
-        others = {key for key, value in self._identity.items() if found.state.get(key) != value}
-        if others == {"class_weights"}:
-            raise ConfigError(
-                f"--data.class-weights: {self._setup.run_dir} was trained with other weights than "
-                f"{self._setup.config.data.class_weights} has now; restore the file or choose another --run-dir"
-            )
-        if others - {"config_hash"} == {"method_code"}:
-            raise ConfigError(
-                f"--run-dir: {self._setup.run_dir} was trained by other code of --method {self._setup.config.method}; "
-                "restore that file or choose another"
-            )
-        if others - {"config_hash"}:
-            data, names = self._setup.data, described(found.state, found.path).class_names
-            other = difference(data.class_names, names) if names is not None and data.named else ""
-            classes = f", of other classes: the data now have {other}" if other else ""
-            raise ConfigError(
-                f"--run-dir: {self._setup.run_dir} was trained on other images{classes}; restore the data or choose "
-                "another"
-            )
-        if found.state.get("config_hash") not in known_hashes(self._setup.config):
-            raise CheckpointError(f"{found.path}: was not written by this run; remove it, or choose another --run-dir")
 
     def _load(self, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """What `save` wrote."""

@@ -5,6 +5,7 @@ KIND/SEVERITY/CLASS/*.JPEG, and so may be any other.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from awp_engine.config.data_sets import where_to_get
 from awp_engine.data.dataset import DataError, RawDataset
 from awp_engine.data.sets.cifar import CIFAR10, CIFAR100
 from awp_engine.data.sets.files import shown
+from awp_engine.data.sets.imagenet import IMAGENET_STATISTICS
 from awp_engine.data.sets.npy import Expect, alone, reading
 from awp_engine.data.sets.sources import Source, files_of_test
 
@@ -38,7 +40,8 @@ def read_cifar_c(root: Path, name: str, kind: str | None, severity: int | None) 
         )
     path = kinds[_chosen("corruption", kind, kinds, root)]
     number = int(_chosen("severity", severity, map(str, range(1, _SEVERITIES + 1)), path))
-    classes = (CIFAR10 if name == "cifar10-c" else CIFAR100).class_names
+    plain = CIFAR10 if name == "cifar10-c" else CIFAR100
+    classes = plain.class_names
     count = _SEVERITIES * _IMAGES
     rows = slice((number - 1) * _IMAGES, number * _IMAGES)
     with reading(path, "an .npy file of a plain array") as file:
@@ -54,6 +57,8 @@ def read_cifar_c(root: Path, name: str, kind: str | None, severity: int | None) 
         test_images=pixels,
         test_labels=given,
         class_names=classes,
+        # models expect those of the images before they were corrupted
+        statistics=(plain.mean, plain.std),
     )
 
 
@@ -67,7 +72,8 @@ def open_folders_c(root: Path, name: str, kind: str | None, severity: int | None
     if not any(_folders(root / one) for one in kinds):
         raise DataError(f"{root} has no corruptions; expected KIND/SEVERITY/CLASS/* there{where_to_get(name)}")
     folder = root / _chosen("corruption", kind, kinds, root)
-    return files_of_test(folder / _chosen("severity", severity, _folders(folder), folder))
+    source = files_of_test(folder / _chosen("severity", severity, _folders(folder), folder))
+    return replace(source, statistics=IMAGENET_STATISTICS) if name == "imagenet-c" else source
 
 
 def _folders(folder: Path) -> list[str]:

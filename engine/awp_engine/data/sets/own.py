@@ -1,14 +1,11 @@
 """A data set of the user's own: a Python factory that the command line names."""
 
-import importlib
-import importlib.util
 import inspect
 import itertools
 import sys
-import sysconfig
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +17,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from awp_engine.config import ConfigError
 from awp_engine.config.data_sets import is_given
 from awp_engine.data.dataset import DataError, RawDataset
 from awp_engine.data.sets.files import evenly
-from awp_engine.files.text import one_line, reason
 from awp_engine.models.given import given_data
-from awp_engine.models.import_timm import declare_operators
+from awp_engine.models.user_code import load_code, told_in_one_line
 
 Fit = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 """Makes an image, uint8 [H, W, C], one of the wanted size."""
@@ -82,8 +79,10 @@ class OwnData:
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._name, self._root, self._fit, self._available, self._say = name, root, fit, available, say
-        with _Told(name):
-            self._factory = given_data() if is_given(name) else _find(name)
+        try:
+            self._factory = given_data() if is_given(name) else load_code(name, "--data.name")[0]
+        except ConfigError as error:
+            raise DataError(str(error)) from error
 
     def read(self, *, need_train: bool = True) -> RawDataset:
         """Reads both parts, a sample of each twice.
@@ -129,11 +128,14 @@ class OwnData:
             return 0
 
     def _error(self, text: str) -> DataError:
-        return DataError(f"--data.name {self._name}: {text}")
+        return DataError(f"--data.name: {self._name}: {text}")
+
+    def _told(self, doing: str) -> AbstractContextManager[None]:
+        return told_in_one_line(self._name, doing, "--data.name", DataError)
 
     def _open(self, split: str) -> tuple[Any, Any]:
         """What the factory gives for a part, and what may know the classes' names."""
-        with _Told(self._name):
+        with self._told(f"its call for {split} images"):
             made = self._factory if isinstance(self._factory, Mapping) else self._call(split)
             source = naming = made
             if isinstance(made, Mapping):
@@ -188,7 +190,7 @@ class OwnData:
                 "or are they 0 and 1 as bytes? Give bytes from 0 to 255, or floating point from 0 to 1"
             )
         self._require_repeatable(split, images, labels)
-        with _Told(self._name):
+        with self._told(f"asked for class names, {split}"):
             names = _names_in(naming)
         if names is not None and len(set(names)) != len(names):
             raise self._error(f"{split} has a class name twice: {', '.join(names[:6])}; give different ones")
@@ -202,11 +204,11 @@ class OwnData:
         if count is not None:
             for number in range(count) if numbers is None else numbers:
                 where = f"{split} item {number}"
-                with _Told(self._name, where):
+                with self._told(where):
                     item = source[number]
                 yield self._pair(item, where)
             return
-        with _Told(self._name):
+        with self._told(f"iteration over {split} images"):
             items = enumerate(itertools.islice(source, None if numbers is None else len(numbers)))
             for number, item in items:
                 yield self._pair(item, f"{split} item {number}")
@@ -230,7 +232,7 @@ class OwnData:
         else:
             # where both orders fit
             first = isinstance(given, Tensor)
-            with _Told(self._name):
+            with self._told(where):
                 given = _array(given)
         if given.ndim == 4:
             raise self._error(f"{where} is a batch {list(given.shape)}; give the data set itself, not a DataLoader")
@@ -260,7 +262,7 @@ class OwnData:
         return np.rint(values.astype(np.float64) * 255).astype(np.uint8)
 
     def _label(self, given: Any, where: str) -> int:
-        with _Told(self._name):
+        with self._told(where):
             value = np.asarray(given.detach().cpu()) if isinstance(given, Tensor) else np.asarray(given)
         if value.dtype.kind not in "iu" or value.size != 1:
             what = repr(given) if value.size == 1 else f"{value.dtype} {list(value.shape)}"
@@ -334,7 +336,7 @@ class _Memory:
             self._say(f"{self._name}: reading {number}{self._split} images of {_words(self._shape)}, {size}")
         if self._shape != (channels, height, width):
             raise DataError(
-                f"--data.name {self._name}: {self._split} image {self._taken} is {_words((channels, height, width))}, "
+                f"--data.name: {self._name}: {self._split} image {self._taken} is {_words((channels, height, width))}, "
                 f"the ones before it {_words(self._shape)}; make them one, or give --data.image-size for another size"
             )
         place = self._taken - sum(map(len, self._pieces[:-1]))
@@ -355,7 +357,7 @@ class _Memory:
         wanted = (1 if self._count is not None else 2) * (size + sum(piece.numel() for piece in self._pieces))
         if wanted > self._available:
             raise DataError(
-                f"--data.name {self._name}: {self._split} takes {wanted / 1e9:,.1f} GB of memory, and "
+                f"--data.name: {self._name}: {self._split} takes {wanted / 1e9:,.1f} GB of memory, and "
                 f"{self._available / 1e9:,.1f} GB are free; write it as images-*.npy and labels-*.npy and give "
                 "--data.name shards, or as files in class folders, which `awp data pack` makes shards of"
             )
@@ -368,71 +370,6 @@ class _Memory:
         if len(self._pieces) == 1:
             return self._pieces[0][: self._taken]
         return torch.cat(self._pieces)[: self._taken]
-
-
-class _Told:
-    """A block in which the user's code runs: what it raises becomes one line with the place in that code.
-
-    Args:
-        name: of the data set.
-        where: the item that is asked for, if it is known.
-    """
-
-    def __init__(self, name: str, where: str = "") -> None:
-        self._name = f"{name}: {where}" if where else name
-
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if not isinstance(error, Exception) or isinstance(error, DataError):
-            return
-        # the user's own line says more than that of a library it calls
-        frames = [
-            frame
-            for frame in traceback.extract_tb(error.__traceback__)
-            if frame.filename != __file__
-            and not frame.filename.startswith((sysconfig.get_paths()["stdlib"], "<"))
-            and "-packages" not in frame.filename
-        ]
-        where = f", {Path(frames[-1].filename).name} line {frames[-1].lineno}" if frames else ""
-        raise DataError(
-            f"--data.name {self._name}: {type(error).__name__}: {one_line(reason(error))}{where}; correct that code "
-            "or what it reads"
-        ) from error
-
-
-def _find(name: str) -> Any:
-    """The object that a name says, after its module was run."""
-    place, _, attribute = name.rpartition(":")
-    # the code may import torchvision, also one made for another torch
-    declare_operators()
-    if place.endswith(".py"):
-        path = Path(place)
-        if not path.is_file():
-            raise DataError(f"--data.name {name}: {path} is not a file; expected one with the factory {attribute}")
-        # what lies beside it can be imported, as when Python runs the file; last, so that it hides nothing
-        _importable(path.resolve().parent)
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None
-        assert spec.loader is not None
-        found = importlib.util.module_from_spec(spec)
-        # where pickle and dataclasses look for it; a module that is there already keeps its name
-        sys.modules.setdefault(path.stem, found)
-        spec.loader.exec_module(found)
-    else:
-        _importable(Path.cwd())
-        found = importlib.import_module(place)
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise DataError(f"--data.name {name}: {place} has no {attribute}; expected the name of a factory in it")
-        found = getattr(found, part)
-    return found
-
-
-def _importable(folder: Path) -> None:
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
 
 
 def _are_arrays(source: Any) -> bool:

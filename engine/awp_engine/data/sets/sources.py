@@ -175,6 +175,10 @@ def _test_folder(root: Path, skip: frozenset[str]) -> Source:
     return files_of_test(part, skip)
 
 
+def _test_imagenet(root: Path, skip: frozenset[str]) -> Source:
+    return dataclasses.replace(_test_folder(root, skip), statistics=IMAGENET_STATISTICS)
+
+
 def _test_tiny_imagenet(root: Path, skip: frozenset[str]) -> Source:
     if not is_tiny_imagenet(root):
         return _test_folder(root, skip)
@@ -280,7 +284,7 @@ source_names = tuple(_OPEN)
 _TEST_ONLY: dict[str, Callable[[Path, frozenset[str]], Source]] = {
     "folder": _test_folder,
     "tiny-imagenet": _test_tiny_imagenet,
-    "imagenet": _test_folder,
+    "imagenet": _test_imagenet,
     "webdataset": _test_webdataset,
     "shards": _test_shards,
     "huggingface": _test_huggingface,

@@ -4,8 +4,7 @@ import inspect
 
 from awp_engine.config import ConfigError
 from awp_engine.config.model_names import is_code
-from awp_engine.models.factories import load_factory
-from awp_engine.models.wrapped import told_in_one_line
+from awp_engine.models.user_code import load_factory, told_in_one_line
 from awp_engine.step.objectives.adversarial_training import AdversarialTraining
 from awp_engine.step.objectives.mart import Mart
 from awp_engine.step.objectives.objective import Objective
@@ -44,7 +43,7 @@ def build_objective(method: str, *, beta: float = 6.0, label_smoothing: float = 
 
 
 def _own(method: str, settings: dict[str, float]) -> Objective:
-    factory, _ = load_factory(method, flag="--method")
+    factory, _ = load_factory(method, "--method")
     with told_in_one_line(method, "its call", "--method"):
         taken = inspect.signature(factory).parameters.keys() & settings.keys()
         made = factory(**{name: settings[name] for name in taken})

@@ -168,13 +168,11 @@ TESTED = [
     "pytest-timeout",
     "pytest-xdist>=3",
     "hypothesis>=6",
-    "onnxruntime",
-    "onnxscript",
     "playwright",
     "torchattacks==3.5.1",
     "triton>=3.6; platform_system == 'Linux'",
     "wandb>=0.31",
-    "awp-engine[dali,eval,examples,hub,huggingface,timm]",
+    "awp-engine[dali,eval,examples,hub,huggingface,onnx,timm]",
     # each torchvision is built for one torch: without this line pip takes the newest of both
     f"torch=={TORCH.partition('+')[0]}",
 ]
@@ -197,6 +195,8 @@ EXTRAS = {
     "hub": [TRAIN, "huggingface_hub"],
     "huggingface": [TRAIN, "datasets>=3"],
     "timm": [TRAIN, "timm>=1.0.20"],
+    # wheels of 9, 28 and 1 MB
+    "onnx": [TRAIN, "onnx", "onnxruntime", "onnxscript"],
     "examples": ["transformers>=5", "accelerate", "lightning>=2.6"],
     "docs": [TRAIN, "mkdocs-material>=9.6", "mkdocstrings[python]>=1"],
     "notebooks": [TRAIN, "nbclient", "ipykernel"],

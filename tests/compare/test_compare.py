@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from commands import run_command
-from finished_runs import IMAGES_SHA256, write_evaluation, write_finished, write_unfinished
+from finished_runs import IMAGES_SHA256, write_evaluation, write_finished, write_measured, write_unfinished
 
 from awp_engine.compare.curves import draw_runs
 from awp_engine.compare.formats import fitted, formatted, text_rows
@@ -23,7 +23,7 @@ from awp_engine.config import AttackConfig, ConfigError, EvaluationConfig, Optim
 
 
 def sections(*runs: Path) -> list[Section]:
-    return compare(read_runs([str(run) for run in runs])[0])
+    return compare(*read_runs([str(run) for run in runs])[:2])
 
 
 def table(*runs: Path) -> list[dict[str, str]]:
@@ -122,6 +122,98 @@ def test_runs_on_other_training_images_are_another_row(study: Path) -> None:
     write_finished(study / "other", seed=1, data="ef" * 32)
     rows = table(study / "at-0", study / "other")
     assert [row["training images"] for row in rows] == ["cd" * 6, "ef" * 6]
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("model", "own model"),
+        ("data", "own data"),
+        ("class_weights", "class weights"),
+        ("pretrained", "pretrained weights"),
+    ],
+)
+def test_runs_by_other_files_are_another_row(tmp_path: Path, key: str, name: str) -> None:
+    for seed, digits in enumerate(("11", "22", "11")):
+        write_finished(tmp_path / f"{seed}", seed=seed, made_by={key: digits * 32, "method": "33" * 32})
+    rows = table(tmp_path)
+    assert [(row[name], row["seeds"]) for row in rows] == [("11" * 6, "2"), ("22" * 6, "1")]
+    assert "own method" not in rows[0]
+    assert f"{name}: two different files" in notes(tmp_path)
+
+
+def test_runs_of_earlier_versions_do_not_say_by_which_file(tmp_path: Path) -> None:
+    write_finished(tmp_path / "old", seed=0)
+    write_finished(tmp_path / "older", seed=1)
+    assert [row["seeds"] for row in table(tmp_path)] == ["2"]
+    write_finished(tmp_path / "new", seed=2, made_by={"model": "11" * 32})
+    assert [row["seeds"] for row in table(tmp_path)] == ["3"]
+    assert "old, " in notes(tmp_path)
+    assert "does not say by which file: own model" in notes(tmp_path)
+    # of which of two nobody knows
+    write_finished(tmp_path / "newer", seed=3, made_by={"model": "22" * 32})
+    rows = {row["own model"]: row["seeds"] for row in table(tmp_path)}
+    assert rows == {"11" * 6: "1", "22" * 6: "1", "unknown": "2"}
+
+
+def test_evaluations_of_other_weights_are_rows_beside_runs(study: Path) -> None:
+    write_evaluation(study / "at-0", {"clean": 180, "autoattack": 80})
+    write_evaluation(study / "at-1", {"clean": 160, "autoattack": 60})
+    for name, weights in (("one", "34" * 32), ("two", "56" * 32)):
+        write_measured(study / "theirs", {"clean": 190, "pgd20": 90}, name=name, weights=weights, doubts=("noise",))
+    # by each of its names, and within what was given
+    (only,) = sections(study / "theirs" / "evaluation.json", study)
+    rows = text_rows(only.tables[1])
+    # not averaged, though both files have one name
+    assert [row["method"] for row in rows] == ["AT", "wrn-28-10 (FILE.pt) [1]", "wrn-28-10 (FILE.pt) [2]"]
+    assert [row["clean"] for row in rows] == ["85.00 ± 7.07", "95.00*", "95.00*"]
+    assert [row["autoattack"] for row in rows] == ["35.00 ± 7.07", "-", "-"]
+    assert (rows[1]["gamma"], rows[1]["seeds"]) == ("-", "-")
+    told = notes(study)
+    assert "theirs/evaluation-one.json, weights of SHA-256 343434343434" in told
+    assert "unreliable: noise" in told
+    # what is measured in training is of runs alone
+    assert [row["method"] for row in text_rows(only.tables[0])] == ["AT", "AT-AWP"]
+
+
+@pytest.mark.parametrize("other", [{"epsilon": "1/10"}, {"sha256": "ef" * 32}, {"images": 100}])
+def test_evaluations_on_other_images_or_balls_share_no_table(study: Path, other: dict) -> None:
+    write_evaluation(study / "at-0", {"clean": 80})
+    same = write_measured(study / "same", {"clean": 90})
+    others = write_measured(study / "others", {"clean": 95}, **other)
+    runs, alone = sections(study / "at-0", same, others)
+    assert [row["clean"] for row in text_rows(runs.tables[1])] == ["40.00", "45.00"]
+    assert [len(one.rows) for one in alone.tables] == [1]
+    assert "do not compare across" in alone.tables[0].notes[0]
+    assert f"{other.get('sha256', IMAGES_SHA256)[:12]}" in alone.tables[0].notes[0]
+
+
+def test_evaluations_need_no_run(tmp_path: Path, monkeypatch, capsys) -> None:
+    write_measured(tmp_path / "one", {"clean": 90})
+    write_measured(tmp_path / "two", {"clean": 95}, sha256="ef" * 32)
+    (partial := tmp_path / "two" / "evaluation-x.partial.json").write_text("{}")
+    found = sections(tmp_path)
+    assert [text_rows(one.tables[0])[0]["clean"] for one in found] == ["45.00", "47.50"]
+    for kind in ("text", "markdown", "latex", "csv"):
+        assert run_command("compare", monkeypatch, tmp_path, "--format", kind) == 0
+        out = capsys.readouterr().out
+        assert "47.5" in out
+        assert "epoch" not in out
+    assert run_command("compare", monkeypatch, tmp_path, "--output", tmp_path / "out", "--format", "json") == 0
+    first, second = json.loads(capsys.readouterr().out)["sections"]
+    assert (first["runs"], first["evaluations"][0]["images_sha256"]) == ([], IMAGES_SHA256)
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert "2 evaluations, as their own files say" in page
+    assert second["evaluations"][0]["sha256"] in page
+    assert run_command("compare", monkeypatch, partial) == 2
+    assert "expected a finished evaluation.json: finished: expected true" in capsys.readouterr().err
+
+
+def test_a_runs_own_evaluation_given_by_itself(study: Path) -> None:
+    file = write_evaluation(study / "at-0", {"clean": 80})
+    assert len(sections(study / "at-0", file)[0].tables[1].rows) == 1
+    (alone,) = sections(file)
+    assert text_rows(alone.tables[0]) == [{"model": "weights (model.safetensors) [1]", "clean": "40.00"}]
 
 
 def test_a_seed_counts_once(study: Path) -> None:
@@ -246,13 +338,13 @@ def test_without_a_common_seed_there_is_no_difference(study: Path) -> None:
 
 def test_directories_patterns_and_what_lies_below(study: Path) -> None:
     write_finished(study / "at-0" / "without-awp", gamma=0.7)
-    runs, left_out = read_runs([str(study / "a*-0"), str(study), str(study / "at-0")])
+    runs, _, left_out = read_runs([str(study / "a*-0"), str(study), str(study / "at-0")])
     assert [run.name for run in runs] == [
         str(study / name) for name in ("at-0", "at-0/without-awp", "awp-0", "at-1", "awp-1")
     ]
     assert left_out == []
     (study / "awp-0" / "config.json").write_text("{}")
-    (runs, left_out) = read_runs([str(study)])
+    runs, _, left_out = read_runs([str(study)])
     assert len(runs) == 4
     assert "awp-0: left out: " in left_out[0]
     with pytest.raises(ConfigError, match=r"awp-0/config\.json: preset: missing key"):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,17 @@ from PIL import Image
 
 from awp_engine import checkpoint
 from awp_engine.config import AttackConfig, Config, ConfigError, DataConfig, ModelConfig, to_json
-from awp_engine.data import DataError, load_corrupted, load_dataset
+from awp_engine.data import DataError, Framing, Loading, load_corrupted, load_dataset, load_shifted
 from awp_engine.data.sets.cifar import CIFAR10, cifar_in, read_cifar
+from awp_engine.data.sets.imagenet import IMAGENET_STATISTICS
+from awp_engine.data.sets.shifted import imagenet_wnids
+from awp_engine.evaluation import corruptions
 from awp_engine.evaluation.attacks import EvaluationError
+from awp_engine.evaluation.corruptions import evaluate_corruptions
 from awp_engine.evaluation.run import Evaluated, evaluate_checkpoint
 from awp_engine.landscape.runs import open_runs
-from awp_engine.models.trained import MODEL_FILE, ModelDescription
+from awp_engine.models.import_timm import import_timm
+from awp_engine.models.trained import MODEL_FILE, ModelDescription, load_model
 
 ROWS, SEVERITIES = 10_000, 5
 
@@ -110,6 +116,178 @@ def test_corrupted_folders_by_kind_and_severity(folder_run: tuple[Path, Path], t
             measured(run, **given, data_corruption=kind, data_severity=severity)
     with pytest.raises(EvaluationError, match=r"go with --data.name cifar10-c or .*, got folder"):
         measured(run, data_corruption="fog")
+
+
+def write_corrupted(root: Path, kinds: dict[str, int], valid: Path) -> None:
+    """The images of `valid`, of kinds whose five severities darken them more and more, up to a share of 1/`depth`."""
+    for kind, depth in kinds.items():
+        for severity in range(1, 6):
+            for file in sorted(valid.rglob("*.png")):
+                copied = root / kind / str(severity) / file.relative_to(valid)
+                copied.parent.mkdir(parents=True, exist_ok=True)
+                Image.open(file).point(lambda value, by=severity * depth: value // by).save(copied)
+
+
+def test_all_corruptions_in_one_call(folder_run: tuple[Path, Path], tmp_path: Path, monkeypatch, capsys) -> None:
+    run, root = folder_run
+    write_corrupted(tmp_path / "c", {"fog": 1, "snow": 9, "spatter": 2}, root / "valid")
+    given = {"data_name": "folder-c", "data_root": tmp_path / "c"}
+    done = evaluate_corruptions(run, **given, device="cpu")
+    single = {
+        (kind, severity): measured(run, **given, data_corruption=kind, data_severity=severity).report
+        for kind in ("fog", "snow", "spatter")
+        for severity in range(1, 6)
+    }
+    for one in done.report["sets"]:
+        report = single[one["kind"], one["severity"]]
+        assert one["right"] == report["clean"]["right"]
+        assert one["sha256"] == report["receipt"]["data"]["sha256_of_split"]
+    errors = {
+        kind: 1 - sum(single[kind, s]["clean"]["right"] for s in range(1, 6)) / (5 * 12) for kind in ("fog", "snow")
+    }
+    assert done.report["mean_over"] == ["fog", "snow"]
+    assert done.report["mean_error"] == pytest.approx(sum(errors.values()) / 2)
+    assert done.report["mce"] is None
+    assert "keeps them for validation: spatter" in done.report["notes"][0]
+    # the same command: nothing is measured again, but of images that are others now
+    name = next((run / "evaluation").glob("corruptions-*.json")).name
+    file = next((tmp_path / "c" / "fog" / "2").rglob("*.png"))
+    Image.new("RGB", (16, 16)).save(file)
+    calls = []
+    monkeypatch.setattr(corruptions, "count_right", lambda *given: calls.append(given) or 12)
+    command = [run, "--data.name", "folder-c", "--data.root", tmp_path / "c", "--data.corruption", "all"]
+    assert run_command("evaluate", monkeypatch, *command, "--device", "cpu", "--attacks", "clean") == 0
+    assert len(calls) == 1
+    out = capsys.readouterr().out
+    assert "mean of 2" in out
+    report = json.loads((run / "evaluation" / name).read_text())
+    assert [s["right"] for s in report["sets"] if (s["kind"], s["severity"]) == ("fog", 2)] == [12]
+    assert "severity 5" in (run / "evaluation" / "corruptions.html").read_text()
+    assert not list((run / "evaluation").glob("*.partial.json"))
+    for more in (["--attacks", "pgd20"], ["--epsilon", "0.1"], ["--per-class"]):
+        assert run_command("evaluate", monkeypatch, *command, *more) == 2
+        assert f"measures clean accuracy alone, without {more[0]}" in capsys.readouterr().err
+
+
+def test_a_killed_call_goes_on_with_the_sets_that_it_measured(folder_run, tmp_path: Path, monkeypatch) -> None:
+    run, root = folder_run
+    write_corrupted(tmp_path / "c", {"fog": 1}, root / "valid")
+    given = {"data_name": "folder-c", "data_root": tmp_path / "c", "device": "cpu"}
+    whole = evaluate_corruptions(run, **given, output=tmp_path / "whole").report["sets"]
+    counted, real = [], corruptions.count_right
+
+    def count(*of):
+        if len(counted) == 3:
+            raise KeyboardInterrupt
+        counted.append(of)
+        return real(*of)
+
+    monkeypatch.setattr(corruptions, "count_right", count)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_corruptions(run, **given)
+    counted.clear()
+    assert evaluate_corruptions(run, **given).report["sets"] == whole
+    assert len(counted) == 2
+
+
+def test_mean_corruption_error_by_hand() -> None:
+    def sets(kinds, right=250, severities=range(1, 6)):
+        return [
+            corruptions.CorruptedSet(kind=kind, severity=s, images=1000, right=right, sha256="")
+            for kind in kinds
+            for s in severities
+        ]
+
+    found = corruptions.summary("imagenet-c", sets([*corruptions.ALEXNET, "saturate"]))
+    assert found["mean_error"] == pytest.approx(0.75)
+    # 0.75 / 0.886428, and so on for 15 kinds
+    assert found["kinds"][0]["corruption_error"] == pytest.approx(0.846092)
+    assert found["mce"] == pytest.approx(sum(0.75 / error for error in corruptions.ALEXNET.values()) / 15)
+    # AlexNet itself has 1
+    exact = [s for kind, error in corruptions.ALEXNET.items() for s in sets([kind], round(1000 * (1 - error)))]
+    assert corruptions.summary("imagenet-c", exact)["mce"] == pytest.approx(1, abs=1e-3)
+    for name, others in (
+        ("cifar10-c", sets(corruptions.ALEXNET)),
+        ("imagenet-c", sets(corruptions.ALEXNET, severities=(1, 2))),
+        ("imagenet-c", sets(["fog"])),
+    ):
+        assert corruptions.summary(name, others)["mce"] is None
+    assert (
+        "does not compare with published means: gaussian_noise"
+        in corruptions.summary("imagenet-c", sets(["fog"]))["notes"][0]
+    )
+    assert (
+        "fewer than five severities: fog 1 2"
+        in corruptions.summary("folder-c", sets(["fog"], severities=(1, 2)))["notes"][0]
+    )
+
+
+@pytest.fixture
+def imagenet_run(tmp_path: Path) -> Path:
+    """A model of ImageNet's classes."""
+    try:
+        import_timm()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    return write_run(tmp_path / "run", DataConfig(name="imagenet", root=tmp_path, image_size=16), imagenet_wnids())
+
+
+def write_wnids(root: Path, names: Sequence[str]) -> None:
+    for number, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        picture(number, (20 + number % 2, 24)).save(root / name / "1.png")
+
+
+def test_imagenet_a_is_measured_among_its_200_classes(imagenet_run: Path, tmp_path: Path) -> None:
+    wnids = imagenet_wnids()
+    chosen = sorted(wnids[number] for number in torch.randperm(1000, generator=torch.Generator().manual_seed(0))[:200])
+    write_wnids(tmp_path / "a", chosen)
+    given = {"data_name": "imagenet-a", "data_root": tmp_path / "a", "device": "cpu"}
+    done = measured(imagenet_run, **given, transfer_to=imagenet_run)
+    # by hand: the largest of these 200 logits
+    data = load_shifted("imagenet-a", root=tmp_path / "a", loading=Loading(framing=Framing(size=16))).test.resident()
+    kept = torch.tensor([wnids.index(name) for name in chosen])
+    assert data.labels.tolist() == kept.tolist()
+    with torch.no_grad():
+        logits = load_model(imagenet_run)(data.images / 255)
+    right = int((kept[logits[:, kept].argmax(1)] == data.labels).sum())
+    assert right > int((logits.argmax(1) == data.labels).sum())
+    assert done.measurement.rows[0].right == right
+    assert (
+        "the 200 classes of imagenet-a, of the model's 1000, alone compete"
+        in done.report["receipt"]["data"]["class_names"]
+    )
+    assert len(done.measurement.per_class) == 200
+    # what is not whole would be easier
+    shutil.rmtree(tmp_path / "a" / chosen[0])
+    with pytest.raises(DataError, match=r"a has 199 class folders; expected the 200 of imagenet-a"):
+        measured(imagenet_run, **given)
+    (tmp_path / "a" / chosen[1]).rename(tmp_path / "a" / "n99999999")
+    with pytest.raises(DataError, match=r"n99999999: expected folders by WordNet id such as n01440764, or by number"):
+        measured(imagenet_run, **given)
+
+
+def test_imagenet_v2s_folders_are_numbers_of_classes(imagenet_run: Path, tmp_path: Path, monkeypatch) -> None:
+    write_wnids(tmp_path / "v2", [str(number) for number in range(1000)])
+    data = load_shifted("imagenet-v2", root=tmp_path / "v2", loading=Loading(framing=Framing(size=16)))
+    # not 0, 1, 10, 100, 101, as their names are sorted
+    assert data.test.labels[:4].tolist() == [0, 1, 10, 100]
+    assert data.class_names == imagenet_wnids()
+    # weights that name no classes
+    torch.save(load_model(imagenet_run).state_dict(), tmp_path / "w.pt")
+    command = ["--model.name", "preact-resnet-18", "--model.width", "2", "--weights", tmp_path / "w.pt"]
+    command += ["--data.name", "imagenet-v2", "--data.root", tmp_path / "v2", "--norm", "linf", "--epsilon", "4/255"]
+    command += ["--attacks", "clean", "--no-gates", "--device", "cpu", "--output", tmp_path / "out"]
+    assert run_command("evaluate", monkeypatch, *command) == 2
+    assert run_command("evaluate", monkeypatch, *command, "--data.image-size", "16") in (0, 3)
+    report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert report["receipt"]["data"]["class_names"].startswith("unknown: the weights hold none")
+    # taken in the order of public models
+    data = load_shifted("imagenet-v2", root=tmp_path / "v2", loading=Loading(framing=Framing(size=16))).test.resident()
+    model = load_model(imagenet_run)
+    model.normalize_by_(*IMAGENET_STATISTICS)
+    with torch.no_grad():
+        assert report["clean"]["right"] == int((model(data.images / 255).argmax(1) == data.labels).sum())
 
 
 def test_cifar_c(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Exported models: graphs of torch's own operations, whose files serve where this package is not installed."""
 
 import functools
+import json
 import subprocess
 import sys
 import warnings
@@ -8,12 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import run_command
 from torch import Tensor, nn
 
+from awp_engine import load_model
 from awp_engine.config import ConfigError
-from awp_engine.models import build_model
+from awp_engine.files.digest import sha256_of
+from awp_engine.models import WrappedClassifier, build_model
 from awp_engine.models.import_timm import import_timm
 from awp_engine.models.layers import ActivatedBatchNorm, Conv3x3
+from awp_engine.models.onnx_file import write_onnx
 from awp_engine.models.timm_models import TimmConvNeXt, TimmResNet
 from awp_kernels import bn_act_available, conv3x3_available
 
@@ -113,14 +118,64 @@ def test_files_serve_without_this_package(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["wide", "resnet", "convstem", *FULL])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_onnx(tmp_path: Path, name):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     model, images = made(name)
-    batch = ({0: torch.export.Dim("batch")},)
-    torch.onnx.export(model, (images[:2],), tmp_path / "model.onnx", dynamo=True, dynamic_shapes=batch, verbose=False)
+    told = []
+    model.train()
+    write_onnx(model, tuple(images.shape[1:]), tmp_path / "model.onnx", metadata={"key": "ä"}, say=told.append)
+    assert all(module.training for module in model.modules())
+    assert "checked by onnxruntime" in told[0]
     session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    (logits,) = session.run(["logits"], {"images": images.numpy()})
     with torch.no_grad():
-        torch.testing.assert_close(torch.from_numpy(logits), model(images), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.from_numpy(logits), model.eval()(images), rtol=1e-5, atol=1e-5)
+    assert session.get_modelmeta().custom_metadata_map["key"] == "ä"
+    # all in one file
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+class Otherwise(nn.Module):
+    """Answers otherwise while it is exported."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3)) + torch.compiler.is_exporting()
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3)) if x.sum() > 0 else x.amax((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [(Otherwise(), "the file's logits differ from the model's by"), (Branching(), "torch cannot export this model")],
+)
+def test_onnx_files_that_would_be_wrong_are_not_written(tmp_path: Path, network: nn.Module, message: str):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    model = WrappedClassifier(network, 3, (0.5,) * 3, (0.25,) * 3, name="mine")
+    with pytest.raises(ConfigError, match=message):
+        write_onnx(model, (3, 8, 8), tmp_path / "model.onnx", metadata={})
+    assert not list(tmp_path.iterdir())
+
+
+def test_onnx_in_one_step(tmp_path: Path, monkeypatch, capsys):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    run = tmp_path / "run"
+    run_command("train", monkeypatch, "--epochs", 1, "--model.width", 4, "--data.train-limit", 40, "--run-dir", run)
+    file = tmp_path / "model.onnx"
+    assert run_command("export", monkeypatch, run, "--onnx", file) == 0
+    assert "images, fp32 [batch, 1, 8, 8] in [0, 1]" in capsys.readouterr().out
+    session = runtime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    facts = session.get_modelmeta().custom_metadata_map
+    assert facts["weights_sha256"] == sha256_of(run / "model.safetensors")
+    assert json.loads(facts["class_names"]) == list("0123456789")
+    images = torch.rand(3, 1, 8, 8)
+    (logits,) = session.run(["logits"], {"images": images.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(logits), load_model(run)(images), rtol=1e-4, atol=1e-4)
+    assert run_command("export", monkeypatch, run, "--onnx", file) == 2
+    assert f"--onnx: {file} is there already" in capsys.readouterr().err

@@ -47,6 +47,7 @@ def write_finished(
     images: int = 200,
     sha256: str | None = IMAGES_SHA256,
     data: str = "cd" * 32,
+    made_by: dict[str, str] | None = None,
     **settings: Any,
 ) -> Path:
     """A run of 4 epochs with these accuracies on the test split; 0.8 under attack on training images at its end."""
@@ -66,6 +67,8 @@ def write_finished(
         "data": {"name": written.data.name, "data_fingerprint": data, "extra_fingerprint": None},
         "config_hash": config_hash(written),
     }
+    if made_by is not None:
+        fields["made_by"] = made_by
     if sha256 is not None:
         fields["data"]["test_sha256"] = sha256
     (run_dir / "model.safetensors").write_bytes(str(run_dir).encode())
@@ -87,6 +90,37 @@ def write_evaluation(
 ) -> Path:
     """An evaluation of a run's selected weights: attack -> images that are right."""
     checkpoint = {"name": weights, "file": "model.safetensors", "sha256": sha256_of(run_dir / "model.safetensors")}
+    folder = run_dir / ("evaluation" if weights == "best" else "evaluation-last")
+    return _written(folder, name, checkpoint, right, images, sha256, epsilon, doubts, parameters)
+
+
+def write_measured(
+    folder: Path,
+    right: dict[str, int],
+    *,
+    images: int = 200,
+    sha256: str = IMAGES_SHA256,
+    epsilon: str = "1/5",
+    doubts: tuple[str, ...] = (),
+    name: str = "one",
+    weights: str = "34" * 32,
+) -> Path:
+    """An evaluation of weights from elsewhere."""
+    checkpoint = {"name": "FILE", "file": "FILE.pt", "sha256": weights, "architecture": "wrn-28-10"}
+    return _written(folder, name, checkpoint, right, images, sha256, epsilon, doubts, {})
+
+
+def _written(
+    folder: Path,
+    name: str,
+    checkpoint: dict[str, str],
+    right: dict[str, int],
+    images: int,
+    sha256: str,
+    epsilon: str,
+    doubts: tuple[str, ...],
+    parameters: dict[str, Any],
+) -> Path:
     data = {"name": "digits", "images": images, "sha256_of_these_images": sha256}
     report = {
         "finished": True,
@@ -97,7 +131,6 @@ def write_evaluation(
             for attack, count in right.items()
         ],
     }
-    folder = run_dir / ("evaluation" if weights == "best" else "evaluation-last")
     folder.mkdir(exist_ok=True)
     path = folder / f"evaluation-{name}.json"
     # as the newest one is

@@ -18,7 +18,7 @@ COMMANDS = {
     "compare": "show runs side by side: tables, learning curves, one page",
     "landscape": "draw the loss around trained weights, and measure its flatness",
     "data": "download data sets; scan image folders, pack and verify shards",
-    "export": "write a trained model for the Hugging Face Hub, or for PyTorch",
+    "export": "write a trained model for the Hugging Face Hub, PyTorch or ONNX",
     "checkpoint": "verify, list or export the checkpoints of a run",
 }
 # what all commands need beside torch, of setup.py's extra "train"; the digits ask for scikit-learn, YAML for

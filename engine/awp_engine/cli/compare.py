@@ -27,11 +27,17 @@ def parse(argv: Sequence[str] | None = None, prog: str = "compare.py") -> argpar
         prog=prog,
         description="Shows runs side by side: a table of their accuracies, of their evaluations, and, where there are "
         "two settings, of the second minus the first. Runs that differ in their seed alone are one row, with mean and "
-        "standard deviation. Runs that were measured on other images or by another attack get a table of their own. "
-        "Nothing is trained or measured: it reads what `train` and `evaluate` wrote.",
+        "standard deviation. Evaluations of other people's weights stand beside them, a row each. What was measured on "
+        "other images or by another attack gets a table of its own. Nothing is trained or measured: it reads what "
+        "`train` and `evaluate` wrote.",
     )
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="run directories, directories of runs, or patterns such as 'runs/at-*'")
+    add(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="run directories, evaluation.json files, directories of them, or patterns such as 'runs/at-*'",
+    )
     add("--format", choices=FORMATS, default="text", help="of the tables that are printed (text)")
     add_shared(parser, "output", help="also write compare.html, compare.json and curves.png there")
     return parser.parse_args(argv)
@@ -72,8 +78,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "compare.py") -> None:
     with ending(prog, place=arguments.output):
         if arguments.output is not None:
             prepare_output(arguments.output)
-        runs, left_out = read_runs(arguments.runs)
-        sections = compare(runs)
+        runs, measured, left_out = read_runs(arguments.runs)
+        sections = compare(runs, measured)
         for line in left_out:
             warn(f"warning: {line}")
         if arguments.format == "text":

@@ -4,16 +4,17 @@ import argparse
 import dataclasses
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from awp_engine.cli.command_line import OneLineParser
-from awp_engine.cli.frame import add_shared, ending, prepare, whole_number
+from awp_engine.cli.frame import add_shared, ending, prepare, share, whole_number
 from awp_engine.cli.model_flags import PLACE, add_model, named_model, place, require_model, rest_of
 from awp_engine.files.text import printable
 
 if TYPE_CHECKING:
+    from awp_engine.evaluation.corruptions import Corrupted
     from awp_engine.evaluation.run import Evaluated
 
 # measured and written, but with a reason not to believe it
@@ -38,6 +39,26 @@ def _counts(text: str) -> tuple[int, ...]:
 
 def _images(text: str) -> int:
     return 0 if text == "all" else whole_number()(text)
+
+
+# what goes with --data.corruption all
+_OF_CORRUPTIONS = (
+    *("path", "checkpoint", "limit", "batch_size", "device", "threads", "output", "again", "no_gates"),
+    *("data_name", "data_root", "data_corruption", "data_severity", "data_image_size", "data_center_crop"),
+)
+
+
+def _require_corruptions(parser: OneLineParser, arguments: argparse.Namespace) -> None:
+    if arguments.attacks == ["clean"]:
+        arguments.attacks = None
+    for name, value in vars(arguments).items():
+        known = name in _OF_CORRUPTIONS or name.startswith("model_")
+        if not known and value not in (None, parser.get_default(name)):
+            flag = f"--{name.replace('_', '-')}"
+            parser.error(
+                f"--data.corruption all: measures clean accuracy alone, without {flag}; leave that out, or name one "
+                "kind and --data.severity"
+            )
 
 
 def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argparse.Namespace:
@@ -73,10 +94,13 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
     add("--step-size", help="step of pgd and cw; the run's own in its own ball, else epsilon / 4")
     add("--restarts", type=whole_number(), default=1, help="random starts of pgd and cw; an image must hold in all")
     add_shared(parser, "limit", "seed", "batch-size", "device", "threads", "data.name", "data.root")
-    text = "of cifar10-c, cifar100-c, imagenet-c, folder-c"
+    text = "of cifar10-c, cifar100-c, imagenet-c, folder-c; all: clean accuracy by kind, and the mean error"
     add("--data.corruption", dest="data_corruption", metavar="KIND", help=text)
     severity = whole_number(1, 5)
     add("--data.severity", dest="data_severity", type=severity, metavar="N", help="of the corruption, 1 to 5")
+    size, crop = whole_number(1, 4096), "share of the shorter side to take"
+    add("--data.image-size", dest="data_image_size", type=size, metavar="N", help="resize images of files to NxN")
+    add("--data.center-crop", dest="data_center_crop", type=share, metavar="X", help=crop)
     add(
         "--transfer-to", type=Path, metavar="PATH", help="second run or checkpoint: do the attacked images fool it too?"
     )
@@ -118,8 +142,23 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
     )
     group.add_argument("--additional-data", action="store_true", help="other images than the training set were used")
     arguments = parser.parse_args(argv)
+    if arguments.data_center_crop is not None and arguments.data_image_size is None:
+        parser.error("--data.center-crop: goes with --data.image-size")
+    if arguments.data_corruption == "all":
+        _require_corruptions(parser, arguments)
     require_model(parser, arguments, [] if arguments.path is None else [arguments.path])
     return arguments
+
+
+def show_corruptions(done: "Corrupted") -> None:
+    """The errors by kind, and what is to be known about them."""
+    from awp_engine.observe.report import print_table, print_text
+
+    print_table(done.table(), title=done.title)
+    for note in done.report["notes"]:
+        print_text(note)
+    for doubt in done.report["doubts"]:
+        print_text(f"UNRELIABLE: {doubt}")
 
 
 def show(done: "Evaluated", *, per_class: bool = False) -> None:
@@ -156,9 +195,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
     given = vars(parse(argv, prog))
     prepare(given.pop("threads"))
 
+    from awp_engine.data import Framing
     from awp_engine.distributed.ranks import errors_told
     from awp_engine.evaluation.adaptive import EOT_DRAWS
-    from awp_engine.evaluation.asked import DEFAULT_ATTACKS
+    from awp_engine.evaluation.asked import DEFAULT_ATTACKS, Asked
     from awp_engine.evaluation.robustbench import Publication
     from awp_engine.evaluation.run import evaluate_checkpoint
     from awp_engine.evaluation.shares import sharing
@@ -173,6 +213,16 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
     if asked.pop("no_gates"):
         asked["gates_limit"] = None
     tell = functools.partial(show, per_class=asked.pop("per_class"))
+    size, crop = asked.pop("data_image_size"), asked.pop("data_center_crop")
+    if size is not None:
+        asked["data_framing"] = Framing(size=size, central=crop or 1.0)
+    measure: Callable[..., Evaluated | Corrupted] = evaluate_checkpoint
+    if asked["data_corruption"] == "all":
+        from awp_engine.evaluation.corruptions import evaluate_corruptions
+
+        measure, tell = evaluate_corruptions, show_corruptions
+        names = {field.name for field in dataclasses.fields(Asked)} | {"again"}
+        asked = {name: value for name, value in asked.items() if name in names}
     resume = (
         "interrupted; finished attacks are in evaluation-*.partial.json of the output directory, and the same "
         "command again goes on with autoattack where it was"
@@ -182,7 +232,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
         errors_told(),
         sharing(given["device"]) as ranks,
     ):
-        done = evaluate_checkpoint(**asked, say=lambda line: print(line, flush=True), bar=Bar, tell=tell, ranks=ranks)
+        if measure is evaluate_checkpoint:
+            asked["ranks"] = ranks
+        done = measure(**asked, say=lambda line: print(line, flush=True), bar=Bar, tell=tell)
     if not ranks.is_first:
         return
     print(f"reports in {printable(str(done.output))}")

@@ -1,4 +1,4 @@
-"""`awp export RUN_OR_CHECKPOINT --hub DIR`: a trained model for others."""
+"""`awp export RUN_OR_CHECKPOINT --hub DIR`, `--onnx FILE`: a trained model for others."""
 
 from __future__ import annotations
 
@@ -46,6 +46,21 @@ def write_state_dict(path: Path, subject: Subject, prog: str) -> None:
     print("  " + printable(other_command(prog, "evaluate", *again)))
 
 
+def write_onnx_file(path: Path, subject: Subject, image_size: int | None) -> None:
+    """Writes the model for images as its run had them, with what identifies it as properties of the file."""
+    import awp_engine
+    from awp_engine.evaluation.predict import find_intake
+    from awp_engine.models.class_names import to_json
+    from awp_engine.models.onnx_file import write_onnx
+
+    intake, names = find_intake(subject, image_size=image_size), subject.model.class_names
+    metadata = {"awp_engine": awp_engine.__version__, "weights_sha256": subject.sha256}
+    metadata |= {} if names is None else {"class_names": to_json(names)}
+    shape = intake.channels, intake.height, intake.width
+    write_onnx(subject.model, shape, path, metadata=metadata, say=lambda line: print(printable(line), flush=True))
+    print(f"it takes images, fp32 [batch, {', '.join(map(str, shape))}] in [0, 1], and gives logits")
+
+
 def main(argv: Sequence[str] | None = None, prog: str = "awp export") -> None:
     """Parse, load, write.
 
@@ -73,25 +88,31 @@ def main(argv: Sequence[str] | None = None, prog: str = "awp export") -> None:
         metavar="FILE.pt",
         help="a state dict for torch.load, by the names of the public code; images must be normalised before it",
     )
+    add("--onnx", type=Path, metavar="FILE.onnx", help="an ONNX file, which takes images in [0, 1], and gives logits")
     add_model(parser)
     add_described(parser)
     arguments = parser.parse_args(argv)
     require_model(parser, arguments, [] if arguments.path is None else [arguments.path])
-    if arguments.hub is None and arguments.state_dict is None:
-        parser.error("--hub or --state-dict: expected one of them, for what is to be written")
-    if arguments.state_dict is not None and os.path.lexists(arguments.state_dict):
-        parser.error(f"--state-dict: {arguments.state_dict} is there already; choose another name")
-    if arguments.model_name is None and arguments.image_size is not None:
-        parser.error("--image-size: goes with --model.name; a run says how large its images were")
+    files = {"--state-dict": arguments.state_dict, "--onnx": arguments.onnx}
+    if arguments.hub is None and not any(files.values()):
+        parser.error("--hub, --state-dict or --onnx: expected one of them, for what is to be written")
+    for flag, path in files.items():
+        if path is not None and os.path.lexists(path):
+            parser.error(f"{flag}: {path} is there already; choose another name")
+    if arguments.model_name is None and arguments.onnx is None and arguments.image_size is not None:
+        parser.error("--image-size: goes with --model.name or --onnx; a run says how large its images were")
 
     from awp_engine.evaluation.hub_folder import export_folder
     from awp_engine.evaluation.opened import open_model
+    from awp_engine.models.onnx_file import require_onnx
 
     def say(line: str) -> None:
         print(printable(line), flush=True)
 
     written: list[Path] = []
-    with ending(prog, place=arguments.hub or arguments.state_dict):
+    with ending(prog, place=arguments.hub or arguments.state_dict or arguments.onnx):
+        if arguments.onnx is not None:
+            require_onnx()
         asked = named_model(vars(arguments), arguments.path) | described(vars(arguments))
         subject = open_model(**asked, say=say)
         if arguments.hub is not None:
@@ -99,6 +120,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "awp export") -> None:
         if arguments.state_dict is not None:
             write_state_dict(arguments.state_dict, subject, prog)
             written.append(arguments.state_dict)
+        if arguments.onnx is not None:
+            write_onnx_file(arguments.onnx, subject, arguments.image_size)
+            written.append(arguments.onnx)
     print("\n".join(f"wrote {printable(str(path))}" for path in written))
     if arguments.hub is not None:
         print(f"upload it: hf upload {arguments.repository} {printable(str(arguments.hub))}")

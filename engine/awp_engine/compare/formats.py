@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from awp_engine.compare.read import Run
+from awp_engine.compare.read import Measured, Run
 from awp_engine.compare.table import NONE, Cell, Section, Statistic, Table
 from awp_engine.files.text import json_text
 
@@ -134,6 +134,12 @@ def _json_run(run: Run, label: str) -> dict[str, Any]:
     }
 
 
+def _json_measured(measured: Measured) -> dict[str, Any]:
+    about = vars(measured.evaluation) | {"epsilon": str(measured.evaluation.epsilon)}
+    about["attacks"] = [vars(attacked) for attacked in measured.evaluation.attacks]
+    return {"file": measured.name, "model": measured.model, "sha256": measured.sha256, **about}
+
+
 def json_document(sections: Sequence[Section], left_out: Sequence[str]) -> str:
     """All tables, runs and settings as JSON; accuracies of tables are percentages, those of runs fractions."""
     content = [
@@ -148,6 +154,7 @@ def json_document(sections: Sequence[Section], left_out: Sequence[str]) -> str:
                 for table in section.tables
             ],
             "runs": [_json_run(run, setting.label) for setting in section.settings for run in setting.runs],
+            "evaluations": [_json_measured(measured) for measured in section.measured],
         }
         for section in sections
     ]

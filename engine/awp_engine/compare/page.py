@@ -59,12 +59,29 @@ def _runs(section: Section) -> str:
     return table(rows)
 
 
+def _evaluations(section: Section) -> str:
+    rows = [
+        {
+            "file": one.name,
+            "model": one.model,
+            "SHA-256 of its weights": one.sha256,
+            "SHA-256 of the images": one.evaluation.images_sha256,
+        }
+        for one in section.measured
+    ]
+    return table(rows)
+
+
 def render(
     sections: Sequence[Section], left_out: Sequence[str], pictures: Sequence[Sequence[tuple[str, bytes]]]
 ) -> str:
     """The page's text; `pictures` are each section's panels."""
-    count = sum(len(setting.runs) for section in sections for setting in section.settings)
-    parts = [f"<p>{count} run{'s' * (count != 1)}, as their own files say; nothing was measured anew.</p>"]
+    counts = {
+        "run": sum(len(setting.runs) for section in sections for setting in section.settings),
+        "evaluation": sum(len(section.measured) for section in sections),
+    }
+    told = " and ".join(f"{count} {what}{'s' * (count != 1)}" for what, count in counts.items() if count)
+    parts = [f"<p>{told}, as their own files say; nothing was measured anew.</p>"]
     parts += [listed([f"left out: {line}" for line in left_out])]
     for section, drawn in zip(sections, pictures, strict=True):
         parts.append(f"<h2>{escaped(section.title)}</h2>")
@@ -74,7 +91,10 @@ def render(
             parts += [table(text_rows(one)), listed(one.notes)]
         if drawn:
             parts += _curves(section, drawn)
-        parts += ["<h3>Runs</h3>", _runs(section)]
+        if section.settings:
+            parts += ["<h3>Runs</h3>", _runs(section)]
+        if section.measured:
+            parts += ["<h3>Evaluations of other weights</h3>", _evaluations(section)]
     return document("Runs side by side", parts, _STYLE)
 
 
@@ -93,6 +113,9 @@ def write(
     atomic_write_text(numbers, json_document(sections, left_out))
     pictures, written = [], [page, numbers]
     for number, section in enumerate(sections, 1):
+        if not section.settings:
+            pictures.append([])
+            continue
         path = output / (PICTURE if number == 1 else re.sub(r"\.", f"-{number}.", PICTURE))
         pictures.append(attempt(PAGE, lambda section=section: panels(section.settings), say) or [])
         if attempt(str(path), lambda s=section, path=path: draw(s.settings, s.title, path) or path, say) is not None:

@@ -21,11 +21,14 @@ from awp_engine.files.text import one_line, printable, shortened
 from awp_engine.observe.metrics import read_metrics
 from awp_engine.observe.report import REPORT
 
+EVALUATION = "evaluation.json"
 # far more than reports take
 _MOST_BYTES = 1 << 24
 # runs/STUDY/METHOD/SEED, and the run that --compare-without-awp leaves below another
 _DEEPEST = 4
 _LONGEST = 200
+# what receipts call the model of evaluate() in Python, and called it in earlier versions
+_OBJECTS = ("awp_engine.objects:model", "awp_engine.cli.objects:model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,7 @@ class Result:
         test_images: how many were measured.
         test_sha256: of those images; None in reports of earlier versions.
         training: fingerprints of the training images and of the further ones.
+        made_by: "model", "data" and so on -> SHA-256 of the user's file; empty in reports of earlier versions.
         device: its name.
     """
 
@@ -53,6 +57,7 @@ class Result:
     test_images: int
     test_sha256: str | None
     training: tuple[str | None, str | None]
+    made_by: Mapping[str, str]
     device: str
 
 
@@ -85,6 +90,23 @@ class Evaluation:
     epsilon: Fraction
     attacks: tuple[Attacked, ...]
     doubts: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """An evaluation that is given by itself, of weights from anywhere.
+
+    Attributes:
+        name: the file's path, printable.
+        model: what was measured, in words.
+        sha256: of the weights.
+        evaluation: what was found.
+    """
+
+    name: str
+    model: str
+    sha256: str
+    evaluation: Evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +174,11 @@ class _Document:
     def flag(self, key: str) -> bool:
         return self._get(key, "true or false", lambda value: isinstance(value, bool))
 
+    def optional_texts(self, key: str) -> dict[str, str]:
+        """Name -> text; empty where there is nothing."""
+        value = self._get(key, "a group of texts or nothing", lambda value: value is None or isinstance(value, Mapping))
+        return {name: _Document(value).text(name) for name in value or ()}
+
     def items(self, key: str) -> list[_Document]:
         return [_Document(item) for item in self._get(key, "a list", lambda value: isinstance(value, list))]
 
@@ -198,27 +225,53 @@ def _result(path: Path, config: Config) -> Result:
         test_images=report.count("test_images", 1),
         test_sha256=report.optional_text("data.test_sha256"),
         training=(report.optional_text("data.data_fingerprint"), report.optional_text("data.extra_fingerprint")),
+        made_by=report.optional_texts("made_by"),
         device=report.text("device"),
     )
 
 
-def _evaluation(path: Path, weights_sha256: Callable[[], str | None]) -> Evaluation | None:
+def _run_evaluation(path: Path, weights_sha256: Callable[[], str | None]) -> Evaluation | None:
     report = _document(path)
     if not report.flag("finished"):
         return None
-    name = report.text("receipt.checkpoint.name")
-    if name == "best":
+    found = _evaluation(report)
+    if found.weights == "best":
         # also of the best weights so far, while the run still trained
         now = weights_sha256()
         if now is not None and now != report.text("receipt.checkpoint.sha256"):
             raise _FileError(f"of other weights than {WEIGHTS} holds now")
+    return found
+
+
+def _measured(path: Path) -> Measured:
+    report = _document(path)
+    if not report.flag("finished"):
+        raise _FileError("not finished")
+    evaluation = _evaluation(report)
+    about = {
+        key: report.optional_text(f"receipt.checkpoint.{key}") for key in ("architecture", "file", "run", "method")
+    }
+    model, where = about["architecture"] or "weights", about["file"]
+    if model in _OBJECTS:
+        model, where = "a model", "given as an object of Python"
+    if about["run"] is not None:
+        model, where = about["method"] or model, f"{about['run']}, {evaluation.weights}"
+    return Measured(
+        name=printable(str(path)),
+        model=f"{model} ({where})",
+        sha256=report.text("receipt.checkpoint.sha256"),
+        evaluation=evaluation,
+    )
+
+
+def _evaluation(report: _Document) -> Evaluation:
     images = report.count("receipt.data.images", 1)
     try:
         epsilon = parse_amount(report.text("receipt.epsilon"))
     except ValueError:
         raise _FileError("receipt.epsilon: expected a fraction or number") from None
     return Evaluation(
-        weights=name,
+        weights=report.text("receipt.checkpoint.name"),
         data=report.text("receipt.data.name"),
         images=images,
         images_sha256=report.text("receipt.data.sha256_of_these_images"),
@@ -236,6 +289,11 @@ def _evaluation(path: Path, weights_sha256: Callable[[], str | None]) -> Evaluat
     )
 
 
+def _reports(folder: Path, below: str = "") -> list[Path]:
+    found = sorted(folder.glob(f"{below}evaluation*.json"))
+    return [path for path in found if not path.name.endswith(".partial.json")]
+
+
 def _evaluations(run_dir: Path) -> tuple[list[Evaluation], list[str]]:
     @functools.cache
     def sha256() -> str | None:
@@ -244,11 +302,9 @@ def _evaluations(run_dir: Path) -> tuple[list[Evaluation], list[str]]:
 
     found: list[Evaluation] = []
     notes = []
-    for path in sorted(run_dir.glob("evaluation*/evaluation*.json")):
-        if path.name.endswith(".partial.json"):
-            continue
+    for path in _reports(run_dir, "evaluation*/"):
         try:
-            evaluation = _evaluation(path, sha256)
+            evaluation = _run_evaluation(path, sha256)
         except (_FileError, OSError) as error:
             notes.append(f"{printable(str(path))}: left out: {one_line(str(error))}")
             continue
@@ -295,8 +351,9 @@ def _is_run(path: Path) -> bool:
     return (path / CONFIG).is_file()
 
 
-def _runs_below(directory: Path, deepest: int = _DEEPEST) -> Iterator[Path]:
-    if _is_run(directory):
+def _places_below(directory: Path, deepest: int = _DEEPEST) -> Iterator[Path]:
+    """Runs, and evaluations that belong to none of them."""
+    if _is_run(directory) or (directory / EVALUATION).is_file():
         yield directory
     if deepest == 0:
         return
@@ -305,24 +362,46 @@ def _runs_below(directory: Path, deepest: int = _DEEPEST) -> Iterator[Path]:
     except OSError as error:
         raise ConfigError(f"{directory}: cannot be read: {error.strerror}") from None
     for folder in inner:
-        if not folder.name.startswith("."):
-            yield from _runs_below(folder, deepest - 1)
+        if not folder.name.startswith(".") and not (_is_run(directory) and folder.name.startswith("evaluation")):
+            yield from _places_below(folder, deepest - 1)
 
 
-def read_runs(given: Sequence[str]) -> tuple[list[Run], list[str]]:
-    """Reads all runs that are meant, each once.
+def read_runs(given: Sequence[str]) -> tuple[list[Run], list[Measured], list[str]]:
+    """Reads all runs and evaluations that are meant, each once.
 
     Args:
-        given: run directories, directories that hold some, and patterns such as "runs/*-seed?".
+        given: run directories, evaluation.json files and their directories, directories that hold some of them, and
+            patterns such as "runs/*-seed?".
 
     Returns:
-        The runs in the order given, and a line for each that cannot be read; one that is named itself must be readable.
+        The runs and the evaluations that belong to none of them, in the order given, and a line for each that cannot be
+        read; one that is named itself must be readable.
 
     Raises:
-        ConfigError: naming what is no run, and holds none.
+        ConfigError: naming what is neither, and holds none.
     """
     runs: dict[Path, Run] = {}
+    measured: dict[Path, Measured] = {}
     notes = []
+
+    def read(place: Path, named: bool) -> None:
+        try:
+            if _is_run(place):
+                runs.setdefault(place.resolve(), read_run(place))
+                return
+            for file in [place] if place.is_file() else _reports(place):
+                try:
+                    measured.setdefault(file.resolve(), _measured(file))
+                except _FileError as error:
+                    # the newest of a directory is there under another name, too
+                    if named and (file == place or file.name == EVALUATION):
+                        raise ConfigError(f"{file}: expected a finished evaluation.json: {error}") from None
+                    notes.append(f"{printable(str(file))}: left out: {error}")
+        except ConfigError as error:
+            if named:
+                raise
+            notes.append(f"{printable(str(place))}: left out: {error}")
+
     for text in given:
         if not text:
             raise ConfigError("RUN: expected a run directory, or a directory of runs, got ''")
@@ -333,19 +412,19 @@ def read_runs(given: Sequence[str]) -> tuple[list[Run], list[str]]:
         # a NUL byte
         except ValueError:
             matches = []
-        found = [run for match in matches if match.is_dir() for run in _runs_below(match)]
+        found = [place for match in matches for place in ([match] if match.is_file() else _places_below(match))]
         if not found:
-            problem = "no such file or directory" if not matches else f"no {CONFIG} in it or below"
-            raise ConfigError(f"{text}: expected a run directory, or a directory of runs: {problem}")
-        for folder in found:
-            if (place := folder.resolve()) in runs:
-                continue
-            try:
-                runs[place] = read_run(folder)
-            except ConfigError as error:
-                if folder == path:
-                    raise
-                notes.append(f"{printable(str(folder))}: left out: {error}")
-    if not runs:
-        raise ConfigError(f"no run can be read: {notes[0]}")
-    return list(runs.values()), notes
+            problem = "no such file or directory" if not matches else f"no {CONFIG} or {EVALUATION} in it or below"
+            raise ConfigError(f"{text}: expected a run, an {EVALUATION}, or a directory of them: {problem}")
+        for place in found:
+            read(place, place == path)
+    # what a run reads itself
+    alone = [one for file, one in measured.items() if file.parent.parent not in runs]
+    if not runs and not alone:
+        raise ConfigError(f"nothing can be read: {notes[0]}")
+    return list(runs.values()), _once(alone), notes
+
+
+def _once(measured: Sequence[Measured]) -> list[Measured]:
+    """The newest evaluation of a directory is there under two names."""
+    return list({(one.sha256, one.model, one.evaluation): one for one in measured}.values())

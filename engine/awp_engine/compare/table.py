@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, ClassVar
 
-from awp_engine.compare.read import Attacked, Evaluation, Result, Run
+from awp_engine.compare.read import Attacked, Evaluation, Measured, Result, Run
 from awp_engine.config import parse_amount
 from awp_engine.config.identity import to_flat
 from awp_engine.files.text import printable, shortened
@@ -23,7 +23,18 @@ NONE = "-"
 # more settings that differ stand in a list below the table
 _MOST_COLUMNS = 3
 _TRAINING = ("training images", "further images")
+_FILES = {
+    "model": "own model",
+    "data": "own data",
+    "method": "own method",
+    "class_weights": "class weights",
+    "pretrained": "pretrained weights",
+}
+_FACTS = (*_TRAINING, *_FILES.values())
+# of a SHA-256
+_DIGITS = 12
 _SHORT = {"model.name": "model", "awp.gamma": "gamma"}
+_NUMBERS = {2: "two", 3: "three", 4: "four"}
 
 
 @dataclass(frozen=True)
@@ -115,13 +126,15 @@ class Section:
 
     Attributes:
         title: on which images, by which attack.
-        settings: in the order in which their first runs were given.
+        settings: in the order in which their first runs were given; none of evaluations that share no table with runs.
         tables: results; evaluations; differences of two settings.
+        measured: evaluations beside those of the runs.
     """
 
     title: str
     settings: list[Setting]
     tables: list[Table]
+    measured: list[Measured] = field(default_factory=list)
 
 
 def _percent(count: float, total: float = 1) -> float:
@@ -167,20 +180,32 @@ def _shown(value: Any) -> str:
     return printable(shortened(f"{value:g}" if isinstance(value, float) else str(value), 60))
 
 
-def _training(run: Run) -> dict[str, str | None]:
-    known = (None, None) if run.result is None else run.result.training
-    return dict(zip(_TRAINING, known, strict=True))
+def _facts(run: Run) -> dict[str, str | None]:
+    """What a report says of images and files that settings name; None where it does not say."""
+    if run.result is None:
+        return dict.fromkeys(_FACTS)
+    files = {name: run.result.made_by.get(key) for key, name in _FILES.items()}
+    return dict(zip(_TRAINING, run.result.training, strict=True)) | files
+
+
+def _same_facts(run: Run, other: Run) -> bool:
+    if run.result is None or other.result is None:
+        return True
+    facts, others = _facts(run), _facts(other)
+    images = all(facts[key] == others[key] for key in _TRAINING)
+    # earlier versions did not say which files
+    return images and all(len({facts[key], others[key]} - {None}) < 2 for key in _FILES.values())
 
 
 def _grouped(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs of the same settings and training images; those that are not finished where they fit."""
+    """Runs of the same settings, training images and files; those that say less of them, where they fit."""
     groups: list[list[Run]] = []
-    for run in sorted(runs, key=lambda run: run.result is None):
-        for group in groups:
-            same_images = run.result is None or group[0].result is None or _training(run) == _training(group[0])
-            if run.settings == group[0].settings and same_images:
-                group.append(run)
-                break
+    for run in sorted(runs, key=lambda run: (run.result is None, sum(fact is None for fact in _facts(run).values()))):
+        fitting = [group for group in groups if run.settings == group[0].settings and _same_facts(run, group[0])]
+        same = [group for group in fitting if _facts(run) == _facts(group[0])]
+        # a result that fits several files is of one of them, nobody knows which
+        if same or len(fitting) == 1 or (fitting and run.result is None):
+            (same or fitting)[0].append(run)
         else:
             groups.append([run])
     order = {id(run): place for place, run in enumerate(runs)}
@@ -200,15 +225,23 @@ def _each_seed_once(group: list[Run], notes: list[str]) -> list[Run]:
 
 def _settings(runs: Sequence[Run], notes: list[str]) -> list[Setting]:
     groups = [_each_seed_once(group, notes) for group in _grouped(runs)]
-    values = [
-        to_flat(group[0].config) | next((_training(r) for r in group if r.result is not None), _training(group[0]))
-        for group in groups
-    ]
-    keys = [*groups[0][0].settings, *_TRAINING]
+    values = []
+    for group in groups:
+        facts = [_facts(run) for run in group]
+        known = {key: next((fact[key] for fact in facts if fact[key] is not None), None) for key in _FACTS}
+        values.append(to_flat(group[0].config) | known)
+        for name in _FILES.values():
+            silent = [run.name for run, fact in zip(group, facts, strict=True) if run.result and fact[name] is None]
+            if known[name] is not None and silent:
+                notes.append(f"{', '.join(silent)}: of an earlier version, which does not say by which file: {name}")
+    keys = [*groups[0][0].settings, *_FACTS]
+
+    def different(key: str) -> int:
+        return len({value[key] for value in values} - {None})
 
     def differs(key: str) -> bool:
-        if key in _TRAINING:
-            return len({value[key] for value in values} - {None}) > 1
+        if key in _FACTS:
+            return different(key) > 1
         return any(group[0].settings[key] != groups[0][0].settings[key] for group in groups)
 
     # the method's name says the first; the others have columns of their own
@@ -218,7 +251,8 @@ def _settings(runs: Sequence[Run], notes: list[str]) -> list[Setting]:
     listed = others if len(others) > _MOST_COLUMNS else []
     found = []
     for letter, group, value in zip(_letters(), groups, values, strict=False):
-        cells = {key: _shown(value[key])[: 12 if key in _TRAINING else None] for key in (*named, *others)}
+        cells = {key: _shown(value[key])[: _DIGITS if key in _FACTS else None] for key in (*named, *others)}
+        cells |= {key: "unknown" for key in _FILES.values() if key in cells and value[key] is None}
         columns: dict[str, Cell] = {"method": group[0].config.title}
         columns |= {_SHORT.get(key, key): text for key, text in cells.items() if key not in listed}
         if listed:
@@ -230,6 +264,9 @@ def _settings(runs: Sequence[Run], notes: list[str]) -> list[Setting]:
             told.pop("gamma", None)
         label = ", ".join([str(columns["method"]), *(f"{name} {text}" for name, text in told.items())])
         found.append(Setting(label, columns, group))
+    for key in set(_FILES.values()).intersection(others):
+        count = _NUMBERS.get(different(key), different(key))
+        notes.append(f"{key}: {count} different files, told apart by the first digits of their SHA-256")
     return found
 
 
@@ -325,11 +362,6 @@ def _results(title: str, settings: Sequence[Setting], notes: list[str]) -> Table
     return Table(title, rows, [*said, *unfinished, *notes])
 
 
-def _conditions(runs: Sequence[Run]) -> list[tuple]:
-    found = ((_condition(evaluation)) for run in runs for evaluation in run.evaluations)
-    return list(dict.fromkeys(found))
-
-
 def _condition(evaluation: Evaluation) -> tuple:
     return (
         evaluation.weights,
@@ -341,52 +373,64 @@ def _condition(evaluation: Evaluation) -> tuple:
     )
 
 
-def _evaluated(settings: Sequence[Setting], condition: tuple, *, others_like_it: bool) -> Table:
+def _evaluated(
+    settings: Sequence[Setting], measured: Sequence[Measured], condition: tuple, *, others_like_it: bool
+) -> Table:
     """What the evaluations of one condition found, an attack a column; others may differ in their images alone."""
     weights, data, images, sha256, norm, epsilon = condition
-    found: list[list[dict[tuple[str, str], tuple[int, tuple[str, ...]]]]] = []
+    rows: list[tuple[dict[str, Cell], list[_Found]]] = []
     for setting in settings:
-        found.append([])
-        for run in setting.runs:
-            rows: dict[tuple[str, str], tuple[int, tuple[str, ...]]] = {}
-            for evaluation in run.evaluations:
-                if _condition(evaluation) != condition:
-                    continue
-                doubts = tuple(f"{run.name}: unreliable: {doubt}" for doubt in evaluation.doubts)
-                for row in evaluation.attacks:
-                    key = (row.name, row.parameters)
-                    # a bound from above: of several the lowest
-                    rows[key] = min(rows.get(key, (row.right, doubts)), (row.right, doubts))
-            if rows:
-                found[-1].append(rows)
-    keys = list(dict.fromkeys(key for group in found for rows in group for key in rows))
+        found = [_found(run.name, [e for e in run.evaluations if _condition(e) == condition]) for run in setting.runs]
+        rows.append((setting.columns, [one for one in found if one]))
+    rows = [({**columns, "seeds": str(len(found))}, found) for columns, found in rows if found]
+    notes = []
+    blank: dict[str, Cell] = dict.fromkeys(rows[0][0], NONE) if rows else {}
+    for number, one in enumerate(measured, 1):
+        head = f"{one.model} [{number}]"
+        rows.append((blank | {"method" if rows else "model": head}, [_found(one.name, [one.evaluation])]))
+        notes.append(f"[{number}]: {one.name}, weights of SHA-256 {one.sha256[:_DIGITS]}")
+    keys = list(dict.fromkeys(key for _, group in rows for found in group for key in found))
     names = [name for name, _ in keys]
-    heads, notes = {}, []
+    heads = {}
     for number, (name, parameters) in enumerate(keys):
         heads[name, parameters] = name
         if names.count(name) > 1:
             heads[name, parameters] = f"{name} ({names[: number + 1].count(name)})"
             notes.append(f"{heads[name, parameters]}: {parameters}")
     table = []
-    for setting, group in zip(settings, found, strict=True):
-        if not group:
-            continue
-        cells: dict[str, Cell] = {**setting.columns, "seeds": str(len(group))}
+    for columns, group in rows:
+        cells = dict(columns)
         for key, head in heads.items():
-            values = [rows[key] for rows in group if key in rows]
+            values = [found[key] for found in group if key in found]
             accuracies = tuple(_percent(right, images) for right, _ in values)
             cells[head] = Statistic(accuracies, len(group), doubted=any(doubts for _, doubts in values))
         table.append(cells)
-    doubts = dict.fromkeys(d for group in found for rows in group for _, told in rows.values() for d in told)
+    doubts = dict.fromkeys(d for _, group in rows for found in group for _, told in found.values() for d in told)
     notes += [f"* {doubt}" for doubt in doubts]
-    title = f"evaluation of the {'selected' if weights == 'best' else weights} weights: {data} test split, "
     if others_like_it:
-        notes.insert(0, f"its images have the hash {sha256[:12]}")
+        notes.insert(0, f"its images have the hash {sha256[:_DIGITS]}")
+    whose = "" if weights is None else f" of the {'selected' if weights == 'best' else weights} weights"
     return Table(
-        title + f"{images} image{'s' * (images != 1)}, {norm} epsilon {epsilon}; accuracy in % of all of them",
+        f"evaluation{whose}: {data} test split, {images} image{'s' * (images != 1)}, {norm} epsilon {epsilon}; "
+        "accuracy in % of all of them",
         table,
         notes,
     )
+
+
+# attack and parameters -> images that are right, and why not to believe it
+_Found = dict[tuple[str, str], tuple[int, tuple[str, ...]]]
+
+
+def _found(name: str, evaluations: Sequence[Evaluation]) -> _Found:
+    found: _Found = {}
+    for evaluation in evaluations:
+        doubts = tuple(f"{name}: unreliable: {doubt}" for doubt in evaluation.doubts)
+        for row in evaluation.attacks:
+            key = (row.name, row.parameters)
+            # a bound from above: of several the lowest
+            found[key] = min(found.get(key, (row.right, doubts)), (row.right, doubts))
+    return found
 
 
 def _paired(settings: Sequence[Setting]) -> Table | None:
@@ -447,27 +491,61 @@ def _title(runs: Sequence[Run]) -> str:
     return f"{_model(runs)}{first.config.data.name} test split, {count}{ball}, {_attack(first)}{step}"
 
 
-def compare(runs: Sequence[Run]) -> list[Section]:
-    """Sections of runs that were measured alike, in the order in which the runs were given."""
+def _fits(group: Sequence[Run], condition: tuple) -> bool:
+    """Whether the runs were measured on these images and in this ball, in training."""
+    return condition in [
+        (run.config.data.name, run.result.test_images, run.result.test_sha256, *_ball(run))
+        for run in group
+        if run.result is not None
+    ]
+
+
+def compare(runs: Sequence[Run], measured: Sequence[Measured] = ()) -> list[Section]:
+    """Sections of what was measured alike: runs in the order in which they were given, then evaluations of no run.
+
+    Evaluations are rows beside those of runs, where images and ball are the same; each file is a row of its own.
+    """
     sections = []
+    left = list(measured)
     for group in _alike(runs):
         notes = [note for run in group for note in run.notes]
         settings = _settings(group, notes)
         title = _title(group)
-        tables = [_results(title, settings, notes)]
-        conditions = _conditions(group)
+        conditions = list(dict.fromkeys(_condition(evaluation) for run in group for evaluation in run.evaluations))
+        beside: dict[tuple, list[Measured]] = {}
+        for one in left:
+            own = _condition(one.evaluation)[1:]
+            place = next((condition for condition in conditions if condition[1:] == own), None)
+            if place is not None or _fits(group, own):
+                beside.setdefault(place or ("best", *own), []).append(one)
+        joined = [one for ones in beside.values() for one in ones]
+        left = [one for one in left if one not in joined]
+        conditions += [condition for condition in beside if condition not in conditions]
         like = Counter(condition[:3] + condition[4:] for condition in conditions)
+        tables = [_results(title, settings, notes)]
         tables += [
-            _evaluated(settings, condition, others_like_it=like[condition[:3] + condition[4:]] > 1)
+            _evaluated(
+                settings,
+                beside.get(condition, ()),
+                condition,
+                others_like_it=like[condition[:3] + condition[4:]] > 1,
+            )
             for condition in conditions
         ]
         paired = _paired(settings)
-        sections.append(Section(title, settings, tables + ([] if paired is None else [paired])))
+        sections.append(Section(title, settings, tables + ([] if paired is None else [paired]), joined))
+    alone: dict[tuple, list[Measured]] = {}
+    for one in left:
+        alone.setdefault((None, *_condition(one.evaluation)[1:]), []).append(one)
+    for condition, ones in alone.items():
+        table = _evaluated((), ones, condition, others_like_it=False)
+        sections.append(Section(table.title, [], [table], ones))
     if len(sections) > 1:
         for number, section in enumerate(sections, 1):
-            told = {run.result.test_sha256 for setting in section.settings for run, _ in setting.finished if run.result}
+            told = [run.result.test_sha256 for setting in section.settings for run, _ in setting.finished if run.result]
+            told += [one.evaluation.images_sha256 for one in section.measured if not section.settings]
             sha256 = next((sha256 for sha256 in told if sha256), None)
-            images = "" if sha256 is None else f" Its test images have the hash {sha256[:12]}."
+            images = "" if sha256 is None else f" Its test images have the hash {sha256[:_DIGITS]}."
             section.tables[0].notes.insert(
                 0,
                 f"table {number} of {len(sections)}: measured on other images or by another attack than the other "

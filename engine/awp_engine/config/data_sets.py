@@ -37,6 +37,20 @@ CORRUPTED: dict[str, str] = {
 }
 """The same for corrupted test sets, which are only evaluated on."""
 
+_HENDRYCKS = "https://people.eecs.berkeley.edu/~hendrycks"
+
+SHIFTED: dict[str, str] = {
+    "imagenet-a": f"{_HENDRYCKS}/imagenet-a.tar, then --data.root imagenet-a",
+    "imagenet-r": f"{_HENDRYCKS}/imagenet-r.tar, then --data.root imagenet-r",
+    "imagenet-v2": "https://huggingface.co/datasets/vaishaal/ImageNetV2, imagenetv2-matched-frequency.tar.gz, then "
+    "--data.root imagenetv2-matched-frequency-format-val",
+    "imagenet-sketch": "https://github.com/HaohanWang/ImageNet-Sketch, then --data.root sketch",
+}
+"""The same for other images of ImageNet's classes."""
+
+OWN_CLASSES_ALONE = ("imagenet-a", "imagenet-r")
+"""Data sets of some of a model's classes, whose logits alone are compared, as their authors do."""
+
 OWN = "package.module:factory or file.py:factory"
 
 
@@ -60,7 +74,7 @@ def where_to_get(name: str) -> str:
     >>> where_to_get("folder")
     ''
     """
-    text = DATA_SETS.get(name) or CORRUPTED.get(name)
+    text = (DATA_SETS | CORRUPTED | SHIFTED).get(name)
     if name in PUBLIC:
         return f"; to get it: awp data get {name} DIR (from {text})"
     return f"; to get it: {text}" if text else ""

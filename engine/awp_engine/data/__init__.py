@@ -12,9 +12,12 @@ from awp_engine.data.load import (
     corrupted_names,
     data_loading,
     dataset_names,
+    list_corruptions,
     load_corrupted,
     load_data,
     load_dataset,
+    load_shifted,
+    shifted_names,
 )
 from awp_engine.data.loaders.choose import Loading
 from awp_engine.data.loaders.framing import Framing
@@ -41,12 +44,15 @@ __all__ = [
     "dataset_names",
     "eval_batches",
     "label_notes",
+    "list_corruptions",
     "load_corrupted",
     "load_data",
     "load_dataset",
     "load_extra",
+    "load_shifted",
     "match_classes",
     "place_extra",
+    "shifted_names",
     "shown",
     "source_names",
     "train_batches",

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from awp_engine.config import DataConfig
-from awp_engine.config.data_sets import CORRUPTED, DATA_SETS, OWN, is_own, where_to_get
+from awp_engine.config.data_sets import CORRUPTED, DATA_SETS, OWN, SHIFTED, is_own, where_to_get
 from awp_engine.data.dataset import (
     DataError,
     Dataset,
@@ -27,18 +27,19 @@ from awp_engine.data.loaders.files_loader import Reader
 from awp_engine.data.loaders.framing import Framing
 from awp_engine.data.loaders.torch_loader import framed
 from awp_engine.data.sets.cifar import CIFAR10, CIFAR100, read_cifar
-from awp_engine.data.sets.corrupted import open_folders_c, read_cifar_c
+from awp_engine.data.sets.corrupted import corruptions, open_folders_c, read_cifar_c
 from awp_engine.data.sets.digits import read_digits
 from awp_engine.data.sets.inspect import decode
 from awp_engine.data.sets.mnist import read_mnist
 from awp_engine.data.sets.own import OwnData
 from awp_engine.data.sets.scan_list import bad_files
+from awp_engine.data.sets.shifted import open_shifted
 from awp_engine.data.sets.sources import Source, open_source, source_names
 from awp_engine.data.sets.store import EncodedImages, ImageArrays
 from awp_engine.data.sets.svhn import read_svhn
 from awp_engine.data.split import Split, StreamedSplit
 
-dataset_names, corrupted_names = tuple(DATA_SETS), tuple(CORRUPTED)
+dataset_names, corrupted_names, shifted_names = tuple(DATA_SETS), tuple(CORRUPTED), tuple(SHIFTED)
 # the hold-out is the same for every run, so that runs of different seeds can be compared
 _HOLD_OUT_SEED = 0
 _Part = Split | StreamedSplit
@@ -166,6 +167,19 @@ def _test_alone(root: Path | None) -> tuple[str, ...]:
     return (f"{root} has no training images: its test images alone are used",)
 
 
+def list_corruptions(name: str, root: Path | None) -> dict[str, tuple[int, ...]]:
+    """The kinds of a corrupted test set that are there, with their severities.
+
+    Raises:
+        DataError: there is none.
+    """
+    root = _existing(name, root)
+    try:
+        return corruptions(root, name)
+    except OSError as error:
+        raise DataError(f"{error.filename or root} cannot be read: {error.strerror}; expected {name}") from error
+
+
 def load_corrupted(
     name: str, *, root: Path | None, kind: str | None, severity: int | None, loading: Loading | None = None
 ) -> Dataset:
@@ -194,6 +208,23 @@ def load_corrupted(
         # its images were cut out of the middle before they were corrupted
         loading = replace(loading, framing=Framing(size=loading.framing.size))
     return _from_source(full_name, source, loading, **divided)
+
+
+def load_shifted(name: str, *, root: Path | None, loading: Loading | None = None) -> Dataset:
+    """Opens a shifted test set of ImageNet, whose training part is empty, with ImageNet's classes.
+
+    Args:
+        name: one of `shifted_names`.
+        root: the directory of its class folders.
+        loading: as in `load_dataset`.
+
+    Raises:
+        DataError: files are not as they should be.
+    """
+    root = _existing(name, root)
+    return _from_source(
+        name, open_shifted(root, name), loading or Loading(), held_out_fraction=0.0, seed=0, train_limit=None
+    )
 
 
 def _load_own(

@@ -71,6 +71,15 @@ def spread(split: _AnySplit, limit: int | None) -> _AnySplit:
     return split.select(torch.arange(limit) * len(split) // limit)
 
 
+def count_right(model: nn.Module, split: Split | StreamedSplit, device: torch.device, batch_size: int) -> int:
+    """How many samples a model in eval mode classifies as they are labelled; logits that are not finite are wrong."""
+    right = 0
+    with torch.no_grad():
+        for x, y, *_ in eval_batches(split, batch_size):
+            right += int((predicted(model(x.to(device))) == y.to(device)).sum())
+    return right
+
+
 def evaluate(
     model: nn.Module,
     split: Split | StreamedSplit,

@@ -12,7 +12,7 @@ import torch
 
 from awp_engine.attack.checks import ball
 from awp_engine.config import parse_amount, show
-from awp_engine.data import Dataset
+from awp_engine.data import Dataset, Framing
 from awp_engine.evaluation.adaptive import EOT_DRAWS
 from awp_engine.evaluation.attacks import EvaluationError, NamedAttack, Norm, Threat, parse_attack, require_norm
 from awp_engine.evaluation.autoattack import STANDARD_BUDGET, Budget
@@ -42,6 +42,7 @@ class Asked:
         data_root: its directory; a test part alone is enough.
         data_corruption: of a corrupted test set: its kind.
         data_severity: 1 to 5.
+        data_framing: how images of files become images of one size.
         limit: so many images, evenly spread.
         seed: of all noise; if not given, the one that the run's own evaluation uses.
         batch_size: images a batch.
@@ -57,6 +58,7 @@ class Asked:
     data_root: Path | None = None
     data_corruption: str | None = None
     data_severity: int | None = None
+    data_framing: Framing | None = None
     limit: int | None = None
     seed: int | None = None
     batch_size: int | None = None

@@ -11,12 +11,11 @@ import torch
 from awp_engine.checkpoint import CheckpointError, content_hash
 from awp_engine.checkpoint.model_file import packable
 from awp_engine.config.model_names import is_code
-from awp_engine.data import Dataset, Split, StreamedSplit, eval_batches
-from awp_engine.evaluation.accuracy import spread
+from awp_engine.data import Dataset
+from awp_engine.evaluation.accuracy import count_right, spread
 from awp_engine.evaluation.attacks import EvaluationError
 from awp_engine.evaluation.subject import Subject, code_of
 from awp_engine.models import NormalizedClassifier, build_model, load_weights
-from awp_engine.models.answers import predicted
 from awp_engine.models.class_names import from_json
 from awp_engine.models.hub import fetched
 from awp_engine.models.layers import Activation
@@ -188,7 +187,7 @@ def look_at_accuracy(subject: Subject, data: Dataset, device: torch.device, batc
         return []
     model, found = subject.model, []
     unloaded = subject.weights.suffix == ".py"
-    right = _right(model, split, device, batch_size)
+    right = count_right(model, split, device, batch_size) / len(split)
     if right < _CHANCE / model.num_classes:
         found.append(
             f"clean accuracy {right:.1%} on {len(split)} images is that of guessing; likely causes: another "
@@ -201,7 +200,7 @@ def look_at_accuracy(subject: Subject, data: Dataset, device: torch.device, batc
         try:
             model.mean.zero_()
             model.std.fill_(1)
-            bare = _right(model, split, device, batch_size)
+            bare = count_right(model, split, device, batch_size) / len(split)
         finally:
             model.mean.copy_(mean)
             model.std.copy_(std)
@@ -211,11 +210,3 @@ def look_at_accuracy(subject: Subject, data: Dataset, device: torch.device, batc
                 f"{bare:.1%} without any: if the weights were trained without, give --model.normalize none"
             )
     return found
-
-
-def _right(model: NormalizedClassifier, split: Split | StreamedSplit, device: torch.device, batch_size: int) -> float:
-    right = 0
-    with torch.no_grad():
-        for batch in eval_batches(split, batch_size):
-            right += int((predicted(model(batch.images.to(device))) == batch.labels.to(device)).sum())
-    return right / len(split)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,18 @@ from awp_engine.data import (
     eval_batches,
     load_corrupted,
     load_dataset,
+    load_shifted,
     match_classes,
+    shifted_names,
     source_names,
 )
+from awp_engine.data.loaders.choose import Loading
 from awp_engine.data.sets.scan_list import LIST_NAME
 from awp_engine.evaluation.accuracy import evaluation_seed, spread
 from awp_engine.evaluation.asked import Asked
 from awp_engine.evaluation.attacks import EvaluationError
 from awp_engine.evaluation.foreign import load_foreign
+from awp_engine.evaluation.own_classes import among_own_classes
 from awp_engine.evaluation.reports import code_digest
 from awp_engine.evaluation.subject import Subject, require_named_data
 from awp_engine.files.text import first_line
@@ -39,10 +44,11 @@ class Target:
 
     Attributes:
         subject: the model and its papers.
+        whole: the images, with the classes in the model's order.
         found: the data as their files have it.
-        dataset: the same, with the classes in the model's order.
+        dataset: those of `whole`, with the classes that compete for an answer.
         class_names: how the names of both compare.
-        split: the images that are measured, on `device`.
+        limit: so many images are measured, evenly spread; None for all.
         device: where to compute.
         seed: of all noise.
         batch_size: images a batch.
@@ -51,13 +57,19 @@ class Target:
 
     subject: Subject
     found: Dataset
+    whole: Dataset
     dataset: Dataset
     class_names: str
-    split: Split
+    limit: int | None
     device: torch.device
     seed: int
     batch_size: int
     output: Path
+
+    @cached_property
+    def split(self) -> Split:
+        """The images that are measured, on `device`."""
+        return spread(self.dataset.test, self.limit).resident().to(self.device)
 
     def identity(self, receipt: dict[str, Any]) -> dict[str, Any]:
         """What every number depends on, whatever is measured."""
@@ -88,22 +100,25 @@ def prepare(asked: Asked, subject: Subject | None, device: torch.device, say: Ca
     config = None if subject is None else subject.config
     weights = asked.place if subject is None else subject.weights
     corruption = asked.data_corruption, asked.data_severity
-    found = open_data(config, weights, asked.data_name, asked.data_root, corruption)
+    found = open_data(config, weights, asked.data_name, asked.data_root, corruption, asked.data_framing)
     for note in found.notes:
         say(note)
     if subject is None:
         assert asked.foreign is not None
         subject = load_foreign(asked.foreign, found, device, say)
-    dataset, class_names = match_classes(subject.model.class_names, found, str(asked.place))
-    require_fit(subject, dataset, device, str(asked.place))
+    whole, class_names = match_classes(subject.model.class_names, found, str(asked.place))
+    require_fit(subject, whole, device, str(asked.place))
+    subject, dataset, alone = among_own_classes(subject, whole)
+    class_names += alone
     if class_names != "the same":
         say(f"class names: {class_names}")
     return Target(
         subject=subject,
         found=found,
+        whole=whole,
         dataset=dataset,
         class_names=class_names,
-        split=spread(dataset.test, asked.limit).resident().to(device),
+        limit=asked.limit,
         device=device,
         seed=evaluation_seed(0 if config is None else config.seed) if asked.seed is None else asked.seed,
         batch_size=asked.batch_size or (_BATCH_SIZE if config is None else config.evaluation.batch_size),
@@ -117,6 +132,7 @@ def open_data(
     name: str | None,
     root: Path | None,
     corruption: tuple[str | None, int | None] = (None, None),
+    framing: Framing | None = None,
 ) -> Dataset:
     """The test images that a name, or else the settings of a run, stand for.
 
@@ -126,6 +142,7 @@ def open_data(
         name: of the data set.
         root: its directory.
         corruption: kind and severity, of a set of corrupted images.
+        framing: how images of files become images of one size; None: as the run does it, else as they are.
 
     Raises:
         EvaluationError, DataError: one line that says what is wrong.
@@ -141,7 +158,9 @@ def open_data(
         raise EvaluationError(
             f"--data.corruption and --data.severity go with --data.name {' or '.join(corrupted_names)}, got {name}"
         )
-    loading = None
+    of_files = name in (*source_names, *corrupted_names, *shifted_names)
+    # only the test images are wanted of files
+    loading = Loading(loader="auto" if of_files else "resident", resident_share=0.0)
     if config is not None:
         same = name == config.data.name
         root = config.data.root if root is None and same else root
@@ -150,11 +169,14 @@ def open_data(
         if root is not None and root != config.data.root and not (root / LIST_NAME).exists():
             # the run left out files of its own images; these were not scanned
             settings = replace(settings, bad_files="refuse", bad_list=None)
-        # of files only the test images are wanted
-        loader = "auto" if name in (*source_names, *corrupted_names) else "resident"
-        loading = replace(data_loading(settings, torch.device("cpu"), root), loader=loader, resident_share=0.0)
-        if not same and name not in (*source_names, *corrupted_names):
+        own = data_loading(settings, torch.device("cpu"), root)
+        loading = replace(own, loader=loading.loader, resident_share=0.0)
+        if not same and not of_files:
             loading = replace(loading, framing=Framing())
+    if framing is not None:
+        loading = replace(loading, framing=framing)
+    if name in shifted_names:
+        return load_shifted(name, root=root, loading=loading)
     if name in corrupted_names:
         return load_corrupted(name, root=root, kind=corruption[0], severity=corruption[1], loading=loading)
     return load_dataset(name, root=root, held_out_fraction=0.0, seed=0, loading=loading, need_train=False)

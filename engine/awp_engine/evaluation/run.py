@@ -15,6 +15,7 @@ from awp_engine.distributed.ranks import Ranks
 from awp_engine.evaluation.asked import AttacksAsked, require_ball
 from awp_engine.evaluation.attacks import EvaluationError, Threat, Trial
 from awp_engine.evaluation.foreign import look_at_accuracy
+from awp_engine.evaluation.own_classes import among_own_classes
 from awp_engine.evaluation.prepare import Target, prepare, require_fit
 from awp_engine.evaluation.receipt import data_papers, make_receipt
 from awp_engine.evaluation.reports import Reports, sealed
@@ -245,13 +246,13 @@ def _second(path: Path, target: Target, first: str) -> Subject:
     """The model of `--transfer-to`, of the same classes in the same order."""
     second, what = load_subject(path, device=target.device), f"--transfer-to {path}"
     classes = match_classes(second.model.class_names, target.found, what)[0].class_names
-    if classes != target.dataset.class_names:
+    if classes != target.whole.class_names:
         raise EvaluationError(
-            f"{what}: its classes are not those of {first}: {difference(classes, target.dataset.class_names)}; give a "
+            f"{what}: its classes are not those of {first}: {difference(classes, target.whole.class_names)}; give a "
             "model of the same classes in the same order"
         )
-    require_fit(second, target.dataset, target.device, what)
-    return second
+    require_fit(second, target.whole, target.device, what)
+    return among_own_classes(second, target.whole)[0]
 
 
 def _training(subject: Subject) -> dict[str, Any]:

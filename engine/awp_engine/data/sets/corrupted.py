@@ -20,9 +20,39 @@ from awp_engine.data.sets.imagenet import IMAGENET_STATISTICS
 from awp_engine.data.sets.npy import Expect, alone, reading
 from awp_engine.data.sets.sources import Source, files_of_test
 
-_SEVERITIES = 5
+SEVERITIES = range(1, 6)
 _IMAGES = 10_000
 _LABELS = "labels.npy"
+
+
+def corruptions(root: Path, name: str) -> dict[str, tuple[int, ...]]:
+    """The kinds that lie in ROOT, in the order of their names, with their severities.
+
+    Raises:
+        DataError: there is none.
+    """
+    if name in ("cifar10-c", "cifar100-c"):
+        return dict.fromkeys(_arrays(root, name), tuple(SEVERITIES))
+    kinds = {
+        kind: {str(number) for number in SEVERITIES}.intersection(_folders(root / kind)) for kind in _folders(root)
+    }
+    found = {kind: tuple(sorted(map(int, numbers))) for kind, numbers in kinds.items() if numbers}
+    if not found:
+        raise _no_corruptions(root, name)
+    return found
+
+
+def _arrays(root: Path, name: str) -> dict[str, Path]:
+    kinds = {path.stem: path for path in sorted(root.glob("*.npy")) if path.name != _LABELS}
+    if not kinds or not (root / _LABELS).is_file():
+        raise DataError(
+            f"{root} holds no {name}; expected files such as gaussian_noise.npy, and {_LABELS}{where_to_get(name)}"
+        )
+    return kinds
+
+
+def _no_corruptions(root: Path, name: str) -> DataError:
+    return DataError(f"{root} has no corruptions; expected KIND/SEVERITY/CLASS/* there{where_to_get(name)}")
 
 
 def read_cifar_c(root: Path, name: str, kind: str | None, severity: int | None) -> RawDataset:
@@ -33,16 +63,12 @@ def read_cifar_c(root: Path, name: str, kind: str | None, severity: int | None) 
     Raises:
         DataError: kind or severity is none of those that are there, which are named, or a file is damaged.
     """
-    kinds = {path.stem: path for path in sorted(root.glob("*.npy")) if path.name != _LABELS}
-    if not kinds or not (root / _LABELS).is_file():
-        raise DataError(
-            f"{root} holds no {name}; expected files such as gaussian_noise.npy, and {_LABELS}{where_to_get(name)}"
-        )
+    kinds = _arrays(root, name)
     path = kinds[_chosen("corruption", kind, kinds, root)]
-    number = int(_chosen("severity", severity, map(str, range(1, _SEVERITIES + 1)), path))
-    plain = CIFAR10 if name == "cifar10-c" else CIFAR100
-    classes = plain.class_names
-    count = _SEVERITIES * _IMAGES
+    number = int(_chosen("severity", severity, map(str, SEVERITIES), path))
+    layout = CIFAR10 if name == "cifar10-c" else CIFAR100
+    classes = layout.class_names
+    count = len(SEVERITIES) * _IMAGES
     rows = slice((number - 1) * _IMAGES, number * _IMAGES)
     with reading(path, "an .npy file of a plain array") as file:
         images = alone(path, file, _exactly((count, 32, 32, 3), "uint8")).open()[rows]
@@ -57,8 +83,8 @@ def read_cifar_c(root: Path, name: str, kind: str | None, severity: int | None) 
         test_images=pixels,
         test_labels=given,
         class_names=classes,
-        # models expect those of the images before they were corrupted
-        statistics=(plain.mean, plain.std),
+        # of clean images, for models that are normalised by the data set's
+        statistics=(layout.mean, layout.std),
     )
 
 
@@ -70,7 +96,7 @@ def open_folders_c(root: Path, name: str, kind: str | None, severity: int | None
     """
     kinds = _folders(root)
     if not any(_folders(root / one) for one in kinds):
-        raise DataError(f"{root} has no corruptions; expected KIND/SEVERITY/CLASS/* there{where_to_get(name)}")
+        raise _no_corruptions(root, name)
     folder = root / _chosen("corruption", kind, kinds, root)
     source = files_of_test(folder / _chosen("severity", severity, _folders(folder), folder))
     return replace(source, statistics=IMAGENET_STATISTICS) if name == "imagenet-c" else source

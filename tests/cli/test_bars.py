@@ -68,6 +68,10 @@ def test_parts_count_in_the_whole():
     with Part(whole, "square", 10) as part:
         part.set(12, 10)
     assert whole.done == 30
+    # one that nobody foresaw
+    with Part(whole, "adapted attack", 20) as part:
+        part.advance(5)
+        assert (whole.done, whole.total) == (35, 50)
 
 
 def test_what_jupyter_sets_makes_no_terminal(monkeypatch):

@@ -165,7 +165,7 @@ def test_a_connection_that_ends_is_gone_on_with_from_its_last_byte(small, tmp_pa
             made.append(self)
 
     small.ends = [300_000, 200_000]
-    get_set("cifar10", tmp_path, mirror=small.address, pause=0.01, say=said.append, bars=Counted)
+    get_set("cifar10", tmp_path, mirror=small.address, pause=0.01, say=said.append, bar=Counted)
     assert small.asked == [
         (name, None, 300_000),
         (name, "bytes=300000-", 200_000),

@@ -22,6 +22,7 @@ from awp_engine.data.sets.inspect import decode
 from awp_engine.data.sets.scan_list import LIST_NAME, write_scan
 from awp_engine.data.tools.pack import Manifest, _fields_digest, pack_folder, read_manifest, verify_pack
 from awp_engine.data.tools.scan import scan_folder
+from awp_engine.observe.bars import NoBar
 
 SHARD = 20 * 1024
 
@@ -221,13 +222,15 @@ def test_val_is_packed_as_test(copy: Path, packed: Path, tmp_path: Path) -> None
 def test_what_a_pack_leaves_at_any_moment_does_not_look_whole(folder: Path, tmp_path: Path) -> None:
     out, seen = tmp_path / "out", []
 
-    def look(done: int, total: int) -> None:
-        seen.append(done)
-        assert any((out / "train").iterdir())
-        with pytest.raises(DataError, match="not a pack, or not whole"):
-            verify_pack(out)
+    class Look(NoBar):
+        def set(self, done: int, total: int) -> None:
+            super().set(done, total)
+            seen.append(done)
+            assert any((out / "train").iterdir())
+            with pytest.raises(DataError, match="not a pack, or not whole"):
+                verify_pack(out)
 
-    pack_folder(folder, out, shard_bytes=SHARD, workers=2, progress=look)
+    pack_folder(folder, out, shard_bytes=SHARD, workers=2, bar=Look)
     assert seen == sorted(seen)
     assert len(seen) > 2
     assert verify_pack(out) == []

@@ -30,6 +30,7 @@ from awp_engine.data.sets.scan_list import (
     write_scan,
 )
 from awp_engine.data.tools.scan import scan_folder
+from awp_engine.observe.bars import NoBar
 
 COMMAND = [sys.executable, "-m", "awp_engine", "data"]
 
@@ -204,11 +205,12 @@ def interrupted(tmp_path: Path) -> Iterator[subprocess.Popen]:
 
 
 def test_an_interrupted_scan_leaves_no_process(folder: Path) -> None:
-    def interrupt(done: int, total: int) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+    class Interrupt(NoBar):
+        def set(self, done: int, total: int) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        scan_folder(folder, workers=2, progress=interrupt)
+        scan_folder(folder, workers=2, bar=Interrupt)
     assert multiprocessing.active_children() == []
 
 

@@ -170,7 +170,9 @@ SMOOTHING = Smoothing(sigma=2.0, n0=20, n=60, alpha=0.01)
 
 
 def without_resume(report: dict) -> dict:
-    return report | {"receipt": {k: value for k, value in report["receipt"].items() if k not in ("resumed", "date")}}
+    """But for what every call has of its own."""
+    own = ("resumed", "date")
+    return report | {"receipt": {key: value for key, value in report["receipt"].items() if key not in own}}
 
 
 def test_a_killed_certification_goes_on_to_the_same_bits(run_dir, tmp_path):
@@ -196,7 +198,7 @@ def test_a_killed_certification_goes_on_to_the_same_bits(run_dir, tmp_path):
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        go("killed", bars=Interrupted)
+        go("killed", bar=Interrupted)
     (saved,) = (tmp_path / "killed").glob("certify-*.jsonl")
     assert not list((tmp_path / "killed").glob("*.json"))
     assert len(saved.read_text().splitlines()) == 3

@@ -59,6 +59,7 @@ def test_a_comparison(browser: Browser, tmp_path: Path, monkeypatch: pytest.Monk
     [
         ('<div style="width: 2000px">a</div>', "wider than the window"),
         ('<div style="overflow: hidden"><p>a</p></div><p style="position: relative; left: 99%">word</p>', "sticks out"),
+        ('<div style="overflow-x: auto"><p style="width: 600px">a</p></div>', "scrolls sideways"),
         ('<p style="width: 3ch; overflow-wrap: anywhere">passed</p>', "broken within a word: passed"),
         ('<p style="color: #888; background: #777">a</p>', "contrast 1.3"),
         ("<h3>a</h3>", "heading 2 skips a level"),

@@ -174,6 +174,51 @@ def test_a_network_that_only_guesses_is_told_from_masking_and_once():
     assert "gradient masking: 90%" in monitor.warnings([saturated], 10)[0]
 
 
+# loss, training accuracy under attack, held-out clean accuracy: runs of the digits preset
+RECORDED = {
+    "learns slowly": [
+        *((2.533, 0.039, None), (2.370, 0.101, 0.236), (2.353, 0.095, None)),
+        *((2.329, 0.106, 0.368), (2.291, 0.119, None), (2.283, 0.131, 0.431)),
+    ],
+    "learning rate 0.001": [
+        *((2.897, 0.001, None), (2.846, 0.0, 0.069), (2.789, 0.0, None), (2.742, 0.0, 0.125)),
+        *((2.712, 0.0, None), (2.695, 0.0, 0.153), (2.688, 0.0, None), (2.688, 0.0, 0.153)),
+    ],
+    "epsilon 0.5": [
+        *((2.614, 0.015, None), (2.410, 0.033, 0.146), (2.377, 0.060, None), (2.359, 0.082, 0.132)),
+        *((2.333, 0.071, None), (2.322, 0.099, 0.097), (2.313, 0.100, None), (2.310, 0.100, 0.097)),
+    ],
+}
+
+
+def history(*epochs: tuple[float, float, float | None]) -> list[dict]:
+    names = ("loss", "train_pgd_accuracy", "held_out_clean_accuracy")
+    told = (dict(zip(names, numbers, strict=True)) for numbers in epochs)
+    return [{"epoch": epoch, "zero_gradients": 0.0, **numbers} for epoch, numbers in enumerate(told, 1)]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "when"),
+    [
+        (RECORDED["learns slowly"], []),
+        (RECORDED["learning rate 0.001"], []),
+        (RECORDED["epsilon 0.5"], [6]),
+        # it knew more: the second epoch at chance is enough, and the first is not
+        ([(2.1, 0.2, 0.4), (2.31, 0.1, 0.1), (2.30, 0.1, None)], [3]),
+        ([(2.1, 0.2, 0.4), (2.31, 0.1, 0.1), (2.1, 0.2, 0.4), (2.31, 0.1, 0.1)], []),
+        # running statistics that are off for a while: training goes on
+        ([(2.1, 0.2, 0.4), (2.05, 0.21, 0.1), (2.02, 0.22, 0.1)], []),
+        # slow, but the loss falls
+        ([(2.25 - 0.01 * epoch, 0.1, 0.12) for epoch in range(8)], []),
+    ],
+)
+def test_a_collapse_is_told_once_and_slow_learning_is_none(epochs, when):
+    told = history(*epochs)
+    said = {number: monitor.warnings(told[:number], 10) for number in range(1, len(told) + 1)}
+    assert [number for number, texts in said.items() if texts] == when
+    assert all("training has collapsed" in text for texts in said.values() for text in texts)
+
+
 @pytest.mark.parametrize("of_a_twin", [False, True])
 def test_passes_over_an_average_ask_for_no_gradient_of_it(of_a_twin):
     """An attack on it would otherwise keep what a second set of gradients needs."""

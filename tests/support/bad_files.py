@@ -12,6 +12,7 @@ from PIL import Image
 
 from awp_engine.data.sets.inspect import decode
 from awp_engine.data.tools.pack import pack_folder
+from awp_engine.observe.bars import NoBar
 
 CLASSES = 10
 
@@ -115,7 +116,8 @@ def refuse_three(number: int) -> int:
 def pack_and_die(root: Path, out: Path) -> None:
     """Packs, and is killed when the first shard is there."""
 
-    def die(done: int, total: int) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+    class Die(NoBar):
+        def set(self, done: int, total: int) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    pack_folder(root, out, shard_bytes=20 * 1024, workers=2, progress=die)
+    pack_folder(root, out, shard_bytes=20 * 1024, workers=2, bar=Die)

@@ -14,6 +14,8 @@ _FIND = """() => {
   const all = [...body.querySelectorAll('*')], short = e => e.outerHTML.slice(0, 80), found = [];
   // what scrolls within a box of its own may be as wide as it likes
   const boxed = e => e !== body && (getComputedStyle(e).overflowX !== 'visible' || boxed(e.parentElement));
+  const scrolls = e => e.scrollWidth > e.clientWidth + 1 && /auto|scroll/.test(getComputedStyle(e).overflowX);
+  for (const e of all.filter(scrolls)) found.push(`scrolls sideways: ${short(e)}`);
   if (root.scrollWidth > width) found.push(`wider than the window by ${root.scrollWidth - width}`);
   for (const e of all.filter(e => e.getBoundingClientRect().right > width + 0.5 && !boxed(e.parentElement)).slice(0, 3))
     found.push(`sticks out: ${short(e)}`);
@@ -62,8 +64,9 @@ class Browser:
     def show(self, page: Path, width: int, scheme: str = "light") -> Shown:
         """Opens a file in a window of this width, in the light or dark scheme.
 
-        Problems are what sticks out of the window, words broken over two lines, low contrast, missing headings and
-        texts, errors and warnings of the console, scripts that fail, and requests for anything else.
+        Problems are what sticks out of the window or scrolls sideways, words broken over two lines, low contrast,
+        missing headings and texts, errors and warnings of the console, scripts that fail, and requests for anything
+        else.
         """
         told: list[str] = []
         asked: list[str] = []

@@ -237,13 +237,17 @@ def test_the_banner_says_that_the_library_is_missing(tmp_path: Path, monkeypatch
     monkeypatch.setattr("awp_engine.train.banner.problem", _backend.problem)
     assert "plain PyTorch: the C++ library was not built" in banner(trainer)[1]
     assert banner(trainer)[-1] == "slower than it could be: cmake was not found at installation: install cmake"
-    # a name of any length leaves two lines of 80 columns
-    monkeypatch.setattr(type(trainer.config.model), "name", "x" * 200, raising=False)
-    object.__setattr__(trainer.config.model, "name", "own_package.models.networks:" + "x" * 200)
-    first = banner(trainer)[0]
-    assert len(first) <= 80
-    assert "own_pa" in first
-    assert first.endswith("linf epsilon 0.2")
+    # names are whole, whatever their length
+    for name in ("own_package.models.networks:" + "x" * 200, "a-model"):
+        object.__setattr__(trainer.config.model, "name", name)
+        model = next(line for line in banner(trainer) if name in line)
+        assert model.endswith("parameters)") == (len(name) > 100)
+    # but of a path the end is enough
+    object.__setattr__(trainer.config.model, "name", "/home/somebody/projects/robust" * 3 + "/nets.py:make_network")
+    assert "AT-AWP of …/" in banner(trainer)[0]
+    assert "/nets.py:make_network (" in banner(trainer)[0]
+    assert all(len(line) <= 80 for line in banner(trainer)[:2])
+    assert banner(trainer)[1] == "on digits, linf epsilon 0.2"
 
 
 def test_the_command_to_go_on_is_the_one_that_was_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "certify.py") -> None:
             **named_model(given, given["path"]) | rest_of(given),
             smoothing=smoothing,
             say=lambda line: print(printable(line), flush=True),
-            bars=Bar,
+            bar=Bar,
             tell=show,
         )
     print(f"report in {printable(str(done.output))}")

@@ -78,13 +78,13 @@ def _scan(arguments: argparse.Namespace) -> int:
     if path.is_dir():
         raise DataError(f"{path} is a directory; expected a file for the list: choose another one with --out FILE")
     # of that one file: the directory may be anyone's
-    with locked(path.parent, f"{LOCK}-{path.name}"), Bar("files") as bar:
+    with locked(path.parent, f"{LOCK}-{path.name}"):
         scan = scan_folder(
             root,
             workers=arguments.workers,
             pixels=not arguments.skip_pixels,
             same_size=arguments.same_size,
-            progress=bar.set,
+            bar=Bar,
         )
         write_scan(path, scan)
     _show(scan, root, path)
@@ -95,16 +95,15 @@ def _pack(arguments: argparse.Namespace) -> int:
     from awp_engine.data.tools.pack import pack_folder
     from awp_engine.observe.bars import Bar
 
-    with Bar("images") as bar:
-        manifest = pack_folder(
-            arguments.place,
-            arguments.out,
-            form=arguments.format,
-            shard_bytes=arguments.shard_bytes,
-            workers=arguments.workers,
-            policy=arguments.bad_files,
-            progress=bar.set,
-        )
+    manifest = pack_folder(
+        arguments.place,
+        arguments.out,
+        form=arguments.format,
+        shard_bytes=arguments.shard_bytes,
+        workers=arguments.workers,
+        policy=arguments.bad_files,
+        bar=Bar,
+    )
     images = " and ".join(f"{count:,} {part}" for part, count in manifest.images.items())
     shards = sum(entry.images is not None for entry in manifest.files)
     size = sum(entry.bytes for entry in manifest.files)
@@ -116,8 +115,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     from awp_engine.data.tools.pack import verify_pack
     from awp_engine.observe.bars import Bar
 
-    with Bar("bytes") as bar:
-        problems = verify_pack(arguments.place, bar.set)
+    problems = verify_pack(arguments.place, Bar)
     print("\n".join(f"damaged: {one_line(line)}" for line in problems) or f"sound: {arguments.place}")
     return 1 if problems else 0
 
@@ -130,7 +128,7 @@ def _get(arguments: argparse.Namespace) -> int:
         arguments.name,
         arguments.place,
         mirror=arguments.mirror,
-        bars=Bar,
+        bar=Bar,
         say=lambda line: print(one_line(line), flush=True),
     )
     print(f"{arguments.name} is in {one_line(str(root))}, with the checksums that were published")

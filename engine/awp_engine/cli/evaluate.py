@@ -163,30 +163,27 @@ def show_corruptions(done: "Corrupted") -> None:
 
 def show(done: "Evaluated", *, per_class: bool = False) -> None:
     """The results as tables, and what speaks against them."""
-    from awp_engine.evaluation.results import RIGHT_MEANS
     from awp_engine.observe.report import print_table, print_text
 
-    print_table(done.measurement.table(), title=done.title)
-    print_text(f"right: {RIGHT_MEANS}")
-    if alone := done.measurement.attacked_alone():
-        print_text(f"counted by the attacked image alone, as some papers do: {alone}")
-    if (name := done.measurement.constant_class()) is not None:
-        print_text(f"only images of {name} are right, and all of them: does the model know anything but that class?")
+    measurement = done.measurement
+    if measurement.stronger is not None:
+        print_text(f"ROBUST ACCURACY {measurement.stronger}. The attacks of the table cannot break this model.")
+    print_table(measurement.table(), title=done.title)
+    alone = measurement.attacked_alone()
+    print_text("right: with and without the attack" + (f"; by the attacked image alone: {alone}" if alone else ""))
     if per_class:
-        print_table(done.measurement.class_table(), title="accuracy of every class")
-    if regional := done.measurement.regional_table():
+        print_table(measurement.class_table(), title="accuracy of every class")
+    if regional := measurement.regional_table():
         print_table(regional, title="regional attacks, means over the flipped images")
-    if (report := done.measurement.gates) is not None:
-        passed = [gate.name for gate in report.gates if gate.passed]
-        print_text(
-            f"gates, on {report.images} images: {len(passed)} of {len(report.gates)} passed; evaluation.html has what "
-            f"they measured: {'; '.join(passed) or 'none'}"
-        )
-        for gate in report.gates:
-            if not gate.passed:
-                print_text(f"FAILED {gate.name}: {gate.measured} (expected: {gate.bound}): {gate.failure_means}")
+    gates = () if measurement.gates is None else measurement.gates.gates
+    if measurement.gates is not None:
+        passed = sum(gate.passed for gate in gates)
+        print_text(f"checks of the evaluation: {passed} of {len(gates)} passed, on {measurement.gates.images} images")
+    failed = {f"gate failed: {gate.name}": gate for gate in gates if not gate.passed}
     for doubt in done.report["doubts"]:
-        print_text(f"UNRELIABLE: {doubt}")
+        gate = failed.get(doubt)
+        more = "" if gate is None else f": {gate.measured}: {gate.failure_means}"
+        print_text(f"UNRELIABLE: {doubt}{more}")
     sys.stdout.flush()
 
 
@@ -237,9 +234,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
         done = measure(**asked, say=lambda line: print(line, flush=True), bar=Bar, tell=tell)
     if not ranks.is_first:
         return
-    print(f"reports in {printable(str(done.output))}")
+    print(f"reports in {printable(str(done.output))}: evaluation.html to read, evaluation.json for programs")
     if done.report["unreliable"]:
         raise SystemExit(UNRELIABLE)
+    if measure is evaluate_checkpoint and "autoattack" not in asked["attacks"]:
+        print("next: the same command with --attacks autoattack, for the number that papers report")
 
 
 if __name__ == "__main__":

@@ -139,18 +139,8 @@ def _predict(arguments: argparse.Namespace, prog: str) -> "list[Prediction]":
     intake = find_intake(subject, image_size=arguments.image_size, center_crop=arguments.center_crop)
     if intake.note:
         print(f"note: {intake.note}", flush=True)
-    with Bar("images", len(files)) as bar:
-        found = list(
-            predict_files(
-                subject.model,
-                files,
-                intake,
-                top=arguments.top,
-                batch_size=arguments.batch_size,
-                device=device,
-                advance=bar.advance,
-            )
-        )
+    given = {"top": arguments.top, "batch_size": arguments.batch_size, "device": device}
+    found = list(predict_files(subject.model, files, intake, bar=Bar, **given))
     if arguments.out is not None:
         text = _jsonl(found, names) if arguments.out.suffix == ".jsonl" else _csv(_rows(found, names, arguments.top))
         atomic_write_text(arguments.out, text)

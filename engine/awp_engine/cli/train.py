@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import sys
 from typing import TYPE_CHECKING
 
@@ -82,8 +83,12 @@ def show(config: Config, trained: list[Trained], prog: str) -> None:
     print("next:")
     # code that a run's file names is not run
     own = ("--data.name", config.data.name) if is_own(config.data.name) else ()
-    print("  " + printable(other_command(prog, "evaluate", run_dir, *own, "--attacks", "clean", "pgd20", "autoattack")))
+    package = importlib.util.find_spec("pyautoattack") is not None
+    attacks = ("clean", "pgd20", "autoattack") if package else ("clean", "pgd100", "--no-gates")
+    print("  " + printable(other_command(prog, "evaluate", run_dir, *own, "--attacks", *attacks)))
     print("  " + printable(other_command(prog, "compare", run_dir, other)))
+    if not package:
+        print("for AutoAttack, and evaluate's checks of itself: pip install pyautoattack")
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:

@@ -15,6 +15,7 @@ from awp_engine.observe.page import document, escaped, figure, listed, table
 
 PAGE, NUMBERS, PICTURE = "compare.html", "compare.json", "curves.png"
 _STYLE = """
+body { max-width: 78rem; }
 .legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .25rem 1.5rem; }
 .legend svg { vertical-align: middle; margin-right: .5rem; background: #fff; border-radius: 3px; }
 """

@@ -68,6 +68,15 @@ def is_own(name: str) -> bool:
     return is_given(name) or is_code(name)
 
 
+def own_title(name: str) -> str:
+    """A name as titles have it: of code that is named by its path, the file and the factory; others as they are.
+
+    >>> own_title("/home/me/photos.py:make")
+    'photos.py:make'
+    """
+    return name.rpartition("/")[2] if is_own(name.partition(" (")[0]) else name
+
+
 def where_to_get(name: str) -> str:
     """The end of a message about files that are missing; empty for a data set that nobody hosts.
 

@@ -32,7 +32,7 @@ from awp_engine.files.text import first_line
 from awp_engine.models.answers import predicted
 from awp_engine.models.batch_norm import layer_modes
 from awp_engine.models.user_code import Code, load_factory, told_in_one_line
-from awp_engine.observe.bars import Bar, NoBar
+from awp_engine.observe.bars import MakeBar, NoBar
 from awp_kernels.philox import STREAM_UNIFORM, mix_seed, sample_words
 
 Family = Literal["clean", "fgsm", "pgd", "cw", "square", "autoattack", "regional", "own"]
@@ -133,7 +133,7 @@ class Trial:
     seed: int
     batch_size: int
     say: Callable[[str], None] = lambda _: None
-    bar: Callable[[str, int], Bar] = NoBar
+    bar: MakeBar = NoBar
     classes: int | None = None
 
     @functools.cached_property

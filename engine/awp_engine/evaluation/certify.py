@@ -26,7 +26,7 @@ from awp_engine.files.locking import locked
 from awp_engine.files.signed import Signer
 from awp_engine.files.text import json_text
 from awp_engine.files.user_key import KeyFileError
-from awp_engine.observe.bars import Bar, NoBar
+from awp_engine.observe.bars import MakeBar, NoBar
 from awp_engine.observe.report import prepare_output, versions
 
 JSON = "certification.json"
@@ -138,7 +138,7 @@ def certify_checkpoint(
     *,
     limit: int | None = 100,
     say: Callable[[str], None] = lambda _: None,
-    bars: type[Bar] = NoBar,
+    bar: MakeBar = NoBar,
     tell: Callable[[Certified], None] = lambda _: None,
     **asked: Any,
 ) -> Certified:
@@ -151,7 +151,7 @@ def certify_checkpoint(
         smoothing: how.
         limit: images, evenly spread; None for all.
         say: is told what a user should know, a line at a time.
-        bars: shows how many of the noisy copies were classified.
+        bar: makes what shows how many of the noisy copies were classified.
         tell: is given the result before anything is written.
         asked: the other fields of `Asked`, such as foreign, data_name and output; a batch is of noisy copies.
 
@@ -186,7 +186,7 @@ def certify_checkpoint(
             finished = len(certificates) == len(split)
             say("all images were certified before" if finished else f"going on after image {len(certificates)}")
         rest = split.select(torch.arange(len(certificates), len(split)))
-        with bars("noisy copies", len(rest) * (smoothing.n0 + smoothing.n)) as bar:
+        with bar("noisy copies", len(rest) * (smoothing.n0 + smoothing.n)) as counted:
             for image, label, ids, _ in eval_batches(rest, 1):
                 found = certify(
                     subject.model,
@@ -196,7 +196,7 @@ def certify_checkpoint(
                     sample_id=int(ids),
                     seed=seed,
                     batch_size=batch_size,
-                    advance=bar.advance,
+                    advance=counted.advance,
                 )
                 saved.add(found)
                 certificates.append(found)

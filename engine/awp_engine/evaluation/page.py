@@ -5,12 +5,18 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from awp_engine.config.data_sets import own_title
+from awp_engine.evaluation.confidence import INTERVAL
 from awp_engine.evaluation.figures import Picture
 from awp_engine.evaluation.receipt import percent
 from awp_engine.observe.page import document, escaped, facts, figure, image, listed, table
 
 _MOST_CLASSES = 25
 _STYLE = """
+.headline { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 14rem), 1fr)); gap: 1rem;
+  margin: 1rem 0; }
+.headline > div { background: var(--box); border-radius: 6px; padding: .75rem 1rem; }
+.headline b { display: block; font-size: 1.8rem; line-height: 1.3; }
 .banner { border-left: 4px solid var(--bad); background: var(--box); padding: .25rem 1rem; margin: 1rem 0; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(13.5rem, 1fr)); gap: 1rem; }
 .pictures figure { background: var(--box); border-radius: 6px; padding: .6rem; }
@@ -32,10 +38,32 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return lines
 
 
+def _headline(report: Mapping[str, Any]) -> str:
+    """The accuracies that an evaluation is made for, each with its interval; what is to be believed comes first."""
+
+    def tile(number: str, name: str, found: Mapping[str, Any], of: str, kind: str = "") -> str:
+        low, high = found["confidence_interval"]
+        sure = f"{low:.1%} to {high:.1%} with 95% confidence; {found['images']:,} images, {of}"
+        return f'<div><b class="{kind}">{number}</b>{name}<br><span class="soft">{escaped(sure)}</span></div>'
+
+    clean, worst, stronger = report["clean"], report["robust_to_all"], report["stronger_attack"]
+    attacks = ", ".join(name for name in worst["over"] if name != "clean")
+    robust = "Robust accuracy, unreliable" if report["unreliable"] else "Robust accuracy"
+    tiles = []
+    if stronger is not None:
+        tiles.append(tile(f"≤ {stronger['accuracy']:.1%}", "Robust accuracy", stronger, f"under {stronger['attack']}"))
+        robust = "Unreliable: by attacks that do not fit this model"
+    if attacks:
+        number, kind = f"{worst['accuracy_percent']}%", "bad" if report["unreliable"] else ""
+        tiles.append(tile(number, robust, worst, f"under each of {attacks}", kind))
+    tiles.append(tile(f"{percent(clean['right'], clean['images'])}%", "Clean accuracy", clean, "without an attack"))
+    return f'<div class="headline">{"".join(tiles)}</div>'
+
+
 def _top(receipt: Mapping[str, Any]) -> str:
     """What was measured, in a few lines."""
     weights, data, known = receipt["checkpoint"], receipt["data"], receipt["versions"] | {"commit": receipt["commit"]}
-    kind = weights.get("architecture") or "not named"
+    kind = own_title(weights.get("architecture") or "not named")
     limited = "" if data["images"] == data["images_in_split"] else f", of {data['images_in_split']:,}"
     rows = {"run": "none: these weights came without a config.json"}
     if "run" in weights:
@@ -47,7 +75,7 @@ def _top(receipt: Mapping[str, Any]) -> str:
     rows |= {
         "model": f"{kind}, {receipt['parameters']:,} parameters",
         "weights": f"{weights['name']} ({weights['file']}), SHA-256 {weights['sha256']}",
-        "data": f"{data['name']}, {data['split']} split, {data['images']:,} images{limited}",
+        "data": f"{own_title(data['name'])}, {data['split']} split, {data['images']:,} images{limited}",
         "ball": f"{receipt['norm']}, epsilon {receipt['epsilon']}",
         "date": receipt["date"].replace("T", " "),
         "versions": ", ".join(f"{name} {version}" for name, version in known.items() if version is not None),
@@ -69,7 +97,7 @@ def _gates(report: Mapping[str, Any] | None) -> list[str]:
         for gate in report["gates"]
     ]
     about = f'<p class="soft">Checks of the evaluation itself, on {report["images"]:,} images.</p>'
-    return ["<h2>Gates</h2>", about, table(rows, stack=True, colours={"passed": "good", "failed": "bad"})]
+    return ["<h2>Gates</h2>", about, table(rows, sentences=True, colours={"passed": "good", "failed": "bad"})]
 
 
 def _classes(found: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -135,19 +163,15 @@ def render_page(
     """
     receipt = report["receipt"]
     subject = receipt["checkpoint"].get("method") or receipt["checkpoint"].get("architecture") or "a model"
-    title = f"Evaluation of {subject}: {receipt['data']['name']}, {receipt['norm']} epsilon {receipt['epsilon']}"
-    sections = [_top(receipt)]
+    on = f"{own_title(receipt['data']['name'])}, {receipt['norm']} epsilon {receipt['epsilon']}"
+    title = f"Evaluation of {own_title(subject)}: {on}"
+    sections = [_headline(report)]
     if report["doubts"]:
         doubts = listed([f"Unreliable: {doubt}" for doubt in report["doubts"]])
         sections.append(f'<div class="banner bad">{doubts}</div>')
-    sections += [
-        "<h2>Accuracy</h2>",
-        *(
-            table(rows, "" if number else f"Right means {report['right_means']}.")
-            for number, rows in enumerate(tables)
-            if rows
-        ),
-    ]
+    about = f"Right means {report['right_means']}. {INTERVAL}: {report['confidence_interval_means']}."
+    shown = (table(rows, "" if number else about) for number, rows in enumerate(tables) if rows)
+    sections += [_top(receipt), "<h2>Accuracy</h2>", *shown]
     sections += _classes(report.get("per_class", ()))
     sections += _gates(report["gates"])
     if figures:

@@ -1,7 +1,7 @@
 """Classes of image files, which are read, cut and resized as the images that the model was trained on."""
 
 import os
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from awp_engine.data.sets.sources import open_source
 from awp_engine.evaluation.attacks import EvaluationError
 from awp_engine.evaluation.subject import Subject
 from awp_engine.files.text import first_line
+from awp_engine.observe.bars import MakeBar, NoBar
 
 _SIDES = {"digits": 8, "mnist": 28, "fashion-mnist": 28, "cifar10": 32, "cifar100": 32, "svhn": 32}
 _DOT = b"."
@@ -194,7 +195,7 @@ def predict_files(
     top: int = 1,
     batch_size: int = 64,
     device: torch.device | str = "cpu",
-    advance: Callable[[int], None] = lambda count: None,
+    bar: MakeBar = NoBar,
 ) -> Generator[Prediction, None, None]:
     """Classifies files, in their order; one that cannot be used says why, and the others are classified all the same.
 
@@ -205,7 +206,7 @@ def predict_files(
         top: classes a file.
         batch_size: images at a time; changes nothing beyond rounding.
         device: where to compute.
-        advance: is told how many files were done.
+        bar: makes what shows how many files were done.
 
     Raises:
         EvaluationError: the model does not take such images.
@@ -217,7 +218,7 @@ def predict_files(
         except DataError as error:
             return str(error)
 
-    with ThreadPoolExecutor(default_workers()) as pool:
+    with ThreadPoolExecutor(default_workers()) as pool, bar("images", len(files)) as counted:
         for first in range(0, len(files), batch_size):
             names = [shown(path) for path in files[first : first + batch_size]]
             images = list(pool.map(read, files[first : first + batch_size]))
@@ -230,7 +231,7 @@ def predict_files(
                 classes, probabilities = next(answers)
                 error = "" if classes else f"{name}: the model's answer is not finite"
                 yield Prediction(name, classes, probabilities, error)
-            advance(len(names))
+            counted.advance(len(names))
 
 
 def _classify(model: nn.Module, pixels: torch.Tensor, top: int) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:

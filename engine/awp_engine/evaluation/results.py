@@ -8,10 +8,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from awp_engine.evaluation.confidence import INTERVAL, INTERVAL_MEANS, Stronger, interval, stronger_attack
 from awp_engine.evaluation.gate import Gate
 from awp_engine.evaluation.gates import GateReport
 from awp_engine.evaluation.receipt import percent
 
+# fewer tell nothing of how a model answers
+_SEVERAL_IMAGES = 10
 RIGHT_MEANS = "with and without the attack; an image that is wrong without one does not count as right under it"
 
 
@@ -194,15 +197,28 @@ class Measurement:
                         f"autoattack: {row.right} images right, more than under {other.attack} ({other.right}): "
                         "its attacks, or what was saved of them, are broken"
                     )
+        if (name := self.constant_class()) is not None:
+            found.append(
+                f"only images of {name} are right, and all of them: a model that answers alike for every image looks "
+                "robust, and has learnt nothing"
+            )
         if self.gates is not None:
             found += [f"gate failed: {gate.name}" for gate in self.gates.gates if not gate.passed]
         return found
+
+    @property
+    def stronger(self) -> Stronger | None:
+        """A fitting attack of the gates', where one of them failed and it leaves less than all attacks here."""
+        if self.gates is None or all(gate.passed for gate in self.gates.gates):
+            return None
+        found = stronger_attack(self.gates.adaptive)
+        return found if found is not None and found.accuracy < self.worst / self.images else None
 
     def constant_class(self) -> str | None:
         """The class that alone is ever right, and always; None where there is no such one among several."""
         right = [row for row in self.per_class if row["clean"]]
         alone = len(right) == 1 < len(self.per_class) and right[0]["clean"] == right[0]["images"]
-        return right[0]["class"] if alone else None
+        return right[0]["class"] if alone and self.images >= _SEVERAL_IMAGES else None
 
     def table(self) -> list[dict[str, str]]:
         """Rows of text for `report.print_table`."""
@@ -213,7 +229,7 @@ class Measurement:
             line = {
                 "attack": row.attack,
                 "accuracy": f"{percent(row.right, row.images)}%",
-                "right": f"{row.right}/{row.images}",
+                INTERVAL: str(interval(row.right, row.images)),
                 "largest": f"{row.largest:.4g}",
                 "seconds": f"{row.seconds:.1f}",
             }
@@ -223,9 +239,10 @@ class Measurement:
                 line["transfer"] = f"{percent(row.transferred or 0, row.transferable)}%" if row.transferable else "-"
             lines.append(line)
         worst: dict[str, str] = dict.fromkeys(lines[0], "") | {
-            "attack": "worst of " + ", ".join(self.worst_over),
+            # what is right under an attack is right without one
+            "attack": "worst of " + ", ".join([name for name in self.worst_over if name != "clean"] or ["clean"]),
             "accuracy": f"{percent(self.worst, self.images)}%",
-            "right": f"{self.worst}/{self.images}",
+            INTERVAL: str(interval(self.worst, self.images)),
         }
         return [*lines, worst]
 
@@ -265,20 +282,30 @@ class Measurement:
                 **asdict(row),
                 "accuracy": row.right / row.images,
                 "accuracy_percent": percent(row.right, row.images),
+                "confidence_interval": interval(row.right, row.images),
                 "accuracy_of_attacked_images_alone": row.right_attacked / row.images,
             }
             for row in self.rows
         ]
-        worst = {"right": self.worst, "images": self.images, "over": list(self.worst_over)}
+        worst = {
+            "right": self.worst,
+            "images": self.images,
+            "over": list(self.worst_over),
+            "accuracy_percent": percent(self.worst, self.images),
+            "confidence_interval": interval(self.worst, self.images),
+        }
+        clean = {"right": self.clean, "images": self.images, "not_finite": self.not_finite}
         doubts = self.doubts()
         return {
             "unreliable": bool(doubts),
             "doubts": doubts,
+            "stronger_attack": None if self.stronger is None else self.stronger.to_dict(),
             "right_means": RIGHT_MEANS,
-            "clean": {"right": self.clean, "images": self.images, "not_finite": self.not_finite},
+            "confidence_interval_means": INTERVAL_MEANS,
+            "clean": clean | {"confidence_interval": interval(self.clean, self.images)},
             "random": self.random,
             "attacks": rows,
-            "robust_to_all": worst | {"accuracy_percent": percent(self.worst, self.images)},
+            "robust_to_all": worst,
             "per_class": self.per_class,
             "gates": None if self.gates is None else _gates_to_dict(self.gates),
         }

@@ -29,7 +29,7 @@ from awp_engine.files.atomic import atomic_write_text, replace_file
 from awp_engine.files.locking import locked
 from awp_engine.files.text import json_text, printable
 from awp_engine.models.class_names import difference
-from awp_engine.observe.bars import Bar, NoBar
+from awp_engine.observe.bars import MakeBar, NoBar
 from awp_engine.observe.report import as_text, prepare_output
 
 JSON, PARTIAL, PAGE, LEADERBOARD = "evaluation.json", "evaluation.partial.json", "evaluation.html", "robustbench.json"
@@ -55,14 +55,15 @@ class Evaluated:
         """The table, and what speaks against the numbers, as `awp evaluate` prints them."""
         table = as_text(self.measurement.table(), title=self.title)
         doubts = [f"UNRELIABLE: {printable(doubt)}" for doubt in self.report["doubts"]]
-        return "\n".join([table, f"right: {RIGHT_MEANS}", *doubts, f"reports in {printable(str(self.output))}"])
+        found = [] if self.measurement.stronger is None else [f"robust accuracy: {self.measurement.stronger}"]
+        return "\n".join([*found, table, f"right: {RIGHT_MEANS}", *doubts, f"reports in {printable(str(self.output))}"])
 
 
 def evaluate_checkpoint(
     path: Path | str | None,
     *,
     say: Callable[[str], None] = lambda _: None,
-    bar: Callable[[str, int], Bar] = NoBar,
+    bar: MakeBar = NoBar,
     tell: Callable[[Evaluated], None] = lambda _: None,
     ranks: Ranks = ONE_RANK,
     **asked: Any,

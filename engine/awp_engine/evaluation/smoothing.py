@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import torch
-from scipy.stats import beta
 from torch import Tensor, nn
 
+from awp_engine.evaluation.confidence import lower_bound
 from awp_engine.models.answers import NO_CLASS, predicted
 from awp_kernels import pgd_init_normal_
 from awp_kernels.philox import mix_seed
@@ -62,14 +62,6 @@ class Smoothing:
     def radius(self, votes: int) -> float:
         """The radius for a class that `votes` of `n` answers are; 0 or less where there is none."""
         return self.sigma * NormalDist().inv_cdf(lower_bound(votes, self.n, self.alpha)) if votes else -math.inf
-
-
-def lower_bound(successes: int, trials: int, alpha: float) -> float:
-    """The one-sided lower confidence bound of Clopper and Pearson (1934) for a binomial probability.
-
-    With probability 1 - alpha at least it is no more than the true one.
-    """
-    return 0.0 if successes == 0 else float(beta.ppf(alpha, successes, trials - successes + 1))
 
 
 @dataclass(frozen=True, kw_only=True)

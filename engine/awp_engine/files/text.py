@@ -41,6 +41,19 @@ def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 1 - end]}…{text[len(text) - end :]}"
 
 
+def path_end(path: str, most: int) -> str:
+    """At most `most` characters, if that is possible: of a longer path the last parts, whole ones.
+
+    >>> path_end("/home/me/nets/wide.py:make", 20)
+    '…/nets/wide.py:make'
+    >>> path_end("/home/me/nets/wide.py:make", 5)
+    '…/wide.py:make'
+    """
+    while len(path) > most and "/" in path.removeprefix("…/"):
+        path = "…/" + path.removeprefix("…/").partition("/")[2]
+    return path
+
+
 def duration(seconds: float) -> str:
     """75 -> 1:15, 4000 -> 1:06:40."""
     minutes, rest = divmod(round(seconds), 60)

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -97,6 +98,10 @@ class Bar:
         self._progress.update(self._progress.task_ids[0], description=label, completed=self.done, total=self.total)
 
 
+# what makes the bar of a piece of work, from a label and all its units: how whatever takes long is asked for progress
+MakeBar = Callable[[str, int], Bar]
+
+
 class NoBar(Bar):
     """Counts, and shows nothing: what a library does unless it is asked for more."""
 
@@ -111,6 +116,8 @@ class Part(Bar):
     def __init__(self, whole: Bar, label: str, total: int) -> None:
         self.label, self.total, self.done = label, total, 0
         self._whole = whole
+        # what was not foreseen makes it longer
+        whole.total = max(whole.total, whole.done + total)
         whole.begin(label)
 
     def __exit__(self, *_: object) -> None:

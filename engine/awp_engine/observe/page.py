@@ -41,10 +41,12 @@ figure { margin: 0; } figure img { width: 100%; height: auto; background: #fff; 
 details { margin-top: 1rem; } summary { cursor: pointer; font-weight: 600; }
 @media (max-width: 40rem) {
   dl { grid-template-columns: minmax(auto, 9.5rem) minmax(0, 1fr); gap: .25rem 1rem; }
+  /* no table scrolls here: a row of sentences becomes a paragraph, one of numbers a line of names and numbers */
   .stack thead { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden; }
-  .stack table, .stack tbody, .stack tr, .stack th, .stack td { display: block; }
+  .stack table, .stack caption, .stack tbody, .stack tr, .stack th, .stack td { display: block; }
   .stack tr { border-bottom: 1px solid var(--line); padding: .5rem 0; }
   .stack th, .stack td { border: 0; padding: 0; } .stack tbody th { font-weight: 600; }
+  .stack.numbers td { display: inline-block; margin-right: 1.25rem; } .stack td:empty { display: none; }
   .stack td[data-name]::before { content: attr(data-name) ": "; color: var(--soft); }
 }
 """
@@ -74,7 +76,7 @@ def table(
     rows: Sequence[Mapping[str, str]],
     caption: str = "",
     *,
-    stack: bool = False,
+    sentences: bool = False,
     colours: Mapping[str, str] | None = None,
 ) -> str:
     """Rows of the same columns, the first of which names the row.
@@ -82,38 +84,35 @@ def table(
     Args:
         rows: at least one.
         caption: above the table.
-        stack: for sentences: on a narrow screen a row becomes a paragraph. Tables of numbers scroll in their own box.
+        sentences: rather than numbers: on a narrow screen a row becomes a paragraph, one of numbers a few lines.
         colours: cells' text -> "good" or "bad".
     """
     first, columns, colours = next(iter(rows[0])), _columns(rows), colours or {}
 
-    def role(name: str) -> str:
-        # browsers forget that what is laid out in blocks is a table
-        return name if stack else ""
-
     def line(row: Mapping[str, str]) -> str:
         cells = [
-            f"<td{_attributes(role=role('cell'), data_name=name if stack else '', **shade)}>{escaped(row[name])}</td>"
+            f"<td{_attributes(role='cell', data_name=name, **shade)}>{escaped(row[name])}</td>"
             for name, kind in columns.items()
             for shade in [{"class": colours.get(row[name], kind)}]
         ]
         short = {"class": "short" if len(row[first]) <= _SHORT else ""}
-        head = f"<th{_attributes(scope='row', role=role('rowheader'), **short)}>{escaped(row[first])}</th>"
-        return f"<tr{_attributes(role=role('row'))}>{head}{''.join(cells)}</tr>"
+        head = f"<th{_attributes(scope='row', role='rowheader', **short)}>{escaped(row[first])}</th>"
+        return f"<tr{_attributes(role='row')}>{head}{''.join(cells)}</tr>"
 
     heads = "".join(
-        f"<th{_attributes(scope='col', role=role('columnheader'), **{'class': kind})}>{escaped(name)}</th>"
+        f"<th{_attributes(scope='col', role='columnheader', **{'class': kind})}>{escaped(name)}</th>"
         for name, kind in {first: "", **columns}.items()
     )
     # what scrolls must be reachable by keyboard, and have a name
     region = {"tabindex": "0", "role": "region", "aria_label": caption or f"table by {first or 'name'}"}
-    box = {"class": "stack"} if stack else {"class": "scroll numbers"} | region
-    group = _attributes(role=role("rowgroup"))
+    box = {"class": "stack"} if sentences else {"class": "stack scroll numbers"} | region
+    # browsers forget that what is laid out in blocks is a table
+    group = _attributes(role="rowgroup")
     title = f"<caption>{escaped(caption)}</caption>" if caption else ""
     body = "\n".join(map(line, rows))
     return (
-        f"<div{_attributes(**box)}><table{_attributes(role=role('table'))}>{title}"
-        f"<thead{group}><tr{_attributes(role=role('row'))}>{heads}</tr></thead><tbody{group}>\n{body}\n</tbody></table></div>"
+        f"<div{_attributes(**box)}><table{_attributes(role='table')}>{title}"
+        f"<thead{group}><tr{_attributes(role='row')}>{heads}</tr></thead><tbody{group}>\n{body}\n</tbody></table></div>"
     )
 
 

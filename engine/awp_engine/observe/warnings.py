@@ -1,5 +1,6 @@
 """Warns of the ways in which adversarial training is known to go wrong."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,29 +12,49 @@ _SOME_ZEROS = 0.05
 # after the collapse held-out accuracy is near nothing; robust overfitting, however bad, left more than a third
 _COLLAPSE = 1 / 3
 _JUMP = 0.05
-# of accuracy by guessing: a network that answers alike for every image is right on the share of that class
-_GUESSING = 1.5
+# of accuracy by guessing, and at most so much more: one answer for every image is right on the share of that class
+_GUESSING, _POINTS = 1.5, 0.05
+# of accuracy by guessing, what shows that a network knew more
+_KNEW = 1.5
+# epochs at chance: after a fall, and where there was none, since hard tasks begin slowly
+_FALLEN, _NEVER_ROSE = 2, 5
 # of the loss of equal logits; saturated ones, which hide a gradient, cost far more
 _EQUAL_LOGITS = 1.1
+# of the same: less shows that something is learnt
+_NOTHING = 0.98
 
 
 def collapse(epochs: Sequence[Mapping[str, Any]], classes: int) -> str | None:
-    """A warning if the network has stopped looking at the image: it guesses, and has no gradient for an attack.
+    """A warning if the network answers alike for every image: it guesses, clean and attacked, at the loss of guessing.
+
+    At once where the attack finds no gradient either. Else after two such epochs if the network knew more before, and
+    after five if it never did, as hard tasks begin slowly.
 
     Args:
         epochs: a run's metrics so far, with their loss; held_out_clean_accuracy as it was last measured counts.
         classes: of the data set.
     """
-    accuracy = next((a for epoch in reversed(epochs) if (a := epoch.get("held_out_clean_accuracy")) is not None), None)
-    zeros, loss = epochs[-1].get("zero_gradients"), epochs[-1].get("loss")
-    if accuracy is None or accuracy * classes > _GUESSING or zeros is None or zeros < _SOME_ZEROS:
-        return None
-    # NaN is no such loss either
-    if loss is None or not loss <= _EQUAL_LOGITS * math.log(classes):
+    guessing, uniform = min(_GUESSING / classes, 1 / classes + _POINTS), math.log(classes)
+    # as it was known after each epoch
+    measured = (epoch.get("held_out_clean_accuracy") for epoch in epochs)
+    clean = list(itertools.accumulate(measured, lambda before, now: before if now is None else now))
+
+    def stuck(epoch: Mapping[str, Any], accuracy: float | None) -> bool:
+        loss, attacked = epoch.get("loss"), epoch.get("train_pgd_accuracy") or 0.0
+        # NaN is no such loss either
+        guessed = loss is not None and loss <= _EQUAL_LOGITS * uniform and attacked <= guessing
+        return guessed and accuracy is not None and accuracy <= guessing
+
+    last = list(itertools.takewhile(lambda pair: stuck(*pair), zip(reversed(epochs), reversed(clean), strict=True)))
+    knew = any(accuracy is not None and accuracy > _KNEW * guessing for accuracy in clean)
+    nothing = itertools.takewhile(lambda pair: pair[0]["loss"] >= _NOTHING * uniform, last)
+    for_long = len(list(nothing)) >= (_FALLEN if knew else _NEVER_ROSE)
+    if not last or not (for_long or (epochs[-1].get("zero_gradients") or 0.0) >= _SOME_ZEROS):
         return None
     return (
-        f"training has collapsed: without an attack {accuracy:.0%} of held-out images are right, which is no better "
-        f"than guessing; start again with a lower learning rate (--optimizer.lr) in a new --run-dir"
+        f"training has collapsed: without an attack {clean[-1]:.0%} of held-out images are right, no better than "
+        f"guessing, and the loss of {epochs[-1]['loss']:.2f} is that of guessing, too; start again in a new --run-dir "
+        "with a smaller --optimizer.lr, --awp.gamma or --attack.epsilon, or a longer --optimizer.warmup or --awp.warmup"
     )
 
 

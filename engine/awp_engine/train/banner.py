@@ -2,7 +2,7 @@
 
 import torch
 
-from awp_engine.files.text import printable, shortened
+from awp_engine.files.text import path_end, printable
 from awp_engine.train.setup import Setup
 from awp_kernels._backend import backend_for, problem
 
@@ -10,17 +10,26 @@ COLUMNS = 80
 
 
 def banner(setup: Setup) -> list[str]:
-    """Two lines of at most 80 columns; more for a run directory that does not fit, and for what was not built."""
+    """Two lines of at most 80 columns; more for names and a run directory that do not fit, and for what was not built.
+
+    Of a path that does not fit the beginning is left out, of other names nothing.
+    """
     config = setup.config
     parameters = f"{sum(p.numel() for p in setup.model.parameters()):,}"
     ball = f"{config.attack.norm} epsilon {config.attack.epsilon}"
-    what = f"{config.title} of {{}} ({parameters} parameters) on {config.data.name}, {ball}"
-    first = what.format(shortened(config.model.name, max(COLUMNS - len(what) + 2, 12)))
+    method, about = f"{config.title} of ", f" ({parameters} parameters)"
+    model = method + path_end(config.model.name, COLUMNS - len(method) - len(about)) + about
+    data = f"on {path_end(config.data.name, COLUMNS - len(f'on , {ball}'))}, {ball}"
     operations, why = _operations(setup.device.type)
-    second = f"{_device(setup)}, {_precision(setup)}, {operations}"
-    where = f"run directory {setup.run_dir}"
-    lines = [first, *([f"{second}; {where}"] if len(second) + 2 + len(where) <= COLUMNS else [second, where])]
+    device = f"{_device(setup)}, {_precision(setup)}, {operations}"
+    lines = [*_together(model, " ", data), *_together(device, "; ", f"run directory {setup.run_dir}")]
     return [printable(line) for line in (*lines, *([] if why is None else [why]))]
+
+
+def _together(first: str, between: str, second: str) -> list[str]:
+    """In one line, where it fits."""
+    line = first + between + second
+    return [line] if len(line) <= COLUMNS else [first, second]
 
 
 def _device(setup: Setup) -> str:

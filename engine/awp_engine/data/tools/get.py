@@ -35,7 +35,7 @@ from awp_engine.files.atomic import (
 )
 from awp_engine.files.locking import locked
 from awp_engine.files.text import reason
-from awp_engine.observe.bars import Bar, NoBar
+from awp_engine.observe.bars import MakeBar, NoBar
 
 _TRIES = 4
 _TIMEOUT_S = 60.0
@@ -127,7 +127,7 @@ def get_set(
     directory: Path,
     *,
     mirror: str | None = None,
-    bars: type[Bar] = NoBar,
+    bar: MakeBar = NoBar,
     say: Callable[[str], None] = lambda line: None,
     pause: float = 2.0,
 ) -> Path:
@@ -137,7 +137,7 @@ def get_set(
         name: one of `SETS`.
         directory: for the files; made if it is missing.
         mirror: address of another directory with the same files.
-        bars: shows how much of a file has come.
+        bar: makes what shows how much of a file has come, or is unpacked.
         say: is told what happens, a line at a time.
         pause: seconds before a download is tried again; twice as many the next time.
 
@@ -163,13 +163,13 @@ def get_set(
                     raise DataError(
                         f"{path} is not the file of {name} that was published; give another directory or remove it"
                     )
-                download = _Download(f"{address}/{file}", path, md5, given.folder is not None, bars, say)
+                download = _Download(f"{address}/{file}", path, md5, given.folder is not None, bar, say)
                 whole = path if path.exists() else download.run(pause)
                 if given.folder is None:
                     whole.replace(path)
                     continue
                 say(f"unpacking {file}")
-                _unpack(whole, directory / given.folder)
+                _unpack(whole, directory / given.folder, bar)
                 if whole != path:
                     whole.unlink()
             sync_directory(directory)
@@ -196,7 +196,7 @@ class _Download:
     path: Path
     md5: str
     unpacked: bool
-    bars: type[Bar]
+    bar: MakeBar
     say: Callable[[str], None]
 
     @property
@@ -256,13 +256,13 @@ class _Download:
             with naming(self.path):
                 require_space(self.path.parent, total - have + self.unpacked * _UNPACKED * total)
                 file = self.part.open("ab" if goes_on else "wb")
-            with file, self.bars(self.path.name, total - have) as bar:
+            with file, self.bar(self.path.name, total - have) as counted:
                 while block := answer.read(_BLOCK):
                     with naming(self.path):
                         file.write(block)
                         file.flush()
                     have += len(block)
-                    bar.advance(len(block))
+                    counted.advance(len(block))
                 os.fsync(file.fileno())
         # urllib takes the end of a connection for the end of the file
         if have < total:
@@ -280,7 +280,7 @@ def _network_reason(error: Exception) -> tuple[str, bool]:
     return reason(getattr(inner, "strerror", None) or inner), isinstance(inner, socket.gaierror)
 
 
-def _unpack(archive: Path, target: Path) -> None:
+def _unpack(archive: Path, target: Path, bar: MakeBar) -> None:
     """Unpacks an archive that holds the folder `target.name`, which gets that name once all of it is there."""
     if not hasattr(tarfile, "data_filter"):
         raise DataError("archives are unpacked safely from Python 3.11.4 on; update Python")
@@ -290,9 +290,12 @@ def _unpack(archive: Path, target: Path) -> None:
         with naming(target):
             temporary.mkdir()
             if archive.suffix == ".zip":
-                with zipfile.ZipFile(archive) as file:
-                    file.extractall(temporary)
+                with zipfile.ZipFile(archive) as file, bar("unpacking", len(file.infolist())) as counted:
+                    for member in file.infolist():
+                        file.extract(member, temporary)
+                        counted.advance()
             else:
+                # a few large files
                 with tarfile.open(archive) as file:
                     file.extractall(temporary, filter="data")
             os.sync()

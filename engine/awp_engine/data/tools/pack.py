@@ -10,7 +10,7 @@ import re
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -28,6 +28,7 @@ from awp_engine.data.sets.sources import CLASSES
 from awp_engine.data.tools.scan import list_files, names_digest
 from awp_engine.files.atomic import atomic_write_text, sync_directory
 from awp_engine.files.locking import LOCK, locked
+from awp_engine.observe.bars import MakeBar, NoBar
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -130,7 +131,7 @@ def pack_folder(
     shard_bytes: int = 256 * 2**20,
     workers: int = 1,
     policy: Literal["refuse", "skip"] = "refuse",
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    bar: MakeBar = NoBar,
 ) -> Manifest:
     """Writes an image folder as shards, in parallel processes.
 
@@ -152,7 +153,7 @@ def pack_folder(
         shard_bytes: of a shard at most, but for a single image that is larger.
         workers: processes.
         policy: what to do about bad files that a scan listed.
-        progress: called with the number of images that were packed, and of all.
+        bar: makes what shows how many images were packed.
 
     Raises:
         DataError: bad files are there, or images differ in size or mode where they may not, or `out` is not empty.
@@ -181,17 +182,15 @@ def pack_folder(
                 (out / part).mkdir()
             work = functools.partial(_write_shard, root, out, like, not decoded)
             files: dict[int, list[PackedFile]] = {}
-            done = 0
             results = process_all(shards, work, workers=max(1, min(workers, len(shards))), chunk=1, limit=None)
-            with contextlib.closing(results):
+            with contextlib.closing(results), bar("images", total) as counted:
                 for index, result in results:
                     if isinstance(result, Died):
                         raise DataError(
                             f"{shards[index].part}: the process that packed it {result.why}; {_scan_hint(root)}"
                         )
                     files[index] = result
-                    done += len(shards[index].images)
-                    progress(done, total)
+                    counted.advance(len(shards[index].images))
             with _NewFile(out / CLASSES) as file:
                 file.write(json.dumps(classes, indent=1).encode() + b"\n")
             manifest = Manifest(
@@ -431,12 +430,27 @@ def read_manifest(out: Path) -> Manifest:
         raise DataError(f"{path} is damaged ({' '.join(str(error).split())}); pack again") from error
 
 
-def verify_pack(out: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
+def _problems(path: Path, entry: PackedFile) -> list[str]:
+    """What is wrong with a file; nothing where it is as the manifest has it."""
+    try:
+        if path.is_symlink() or not path.is_file():
+            return [f"{path}: {'is not a file' if os.path.lexists(path) else 'is missing'}"]
+        size = path.stat().st_size
+        if size != entry.bytes:
+            return [f"{path}: has {size:,} bytes, expected {entry.bytes:,}"]
+        with path.open("rb") as file:
+            same = hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256
+        return [] if same else [f"{path}: SHA-256 differs"]
+    except OSError as error:
+        return [f"{path}: cannot be read: {error.strerror}"]
+
+
+def verify_pack(out: Path, bar: MakeBar = NoBar) -> list[str]:
     """Compares a pack's files with its manifest.
 
     Args:
         out: the pack.
-        progress: called with the bytes that were read, and all.
+        bar: makes what shows how many bytes were read.
 
     Returns:
         What is wrong, one line each, with the file.
@@ -446,24 +460,10 @@ def verify_pack(out: Path, progress: Callable[[int, int], None] = lambda done, t
     """
     manifest = read_manifest(out)
     problems = []
-    total, done = sum(entry.bytes for entry in manifest.files), 0
-    for entry in manifest.files:
-        path = out / entry.file
-        try:
-            if path.is_symlink() or not path.is_file():
-                problems.append(f"{path}: {'is not a file' if os.path.lexists(path) else 'is missing'}")
-                continue
-            size = path.stat().st_size
-            if size != entry.bytes:
-                problems.append(f"{path}: has {size:,} bytes, expected {entry.bytes:,}")
-                continue
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
-                    problems.append(f"{path}: SHA-256 differs")
-        except OSError as error:
-            problems.append(f"{path}: cannot be read: {error.strerror}")
-        done += entry.bytes
-        progress(done, total)
+    with bar("bytes", sum(entry.bytes for entry in manifest.files)) as counted:
+        for entry in manifest.files:
+            problems += _problems(out / entry.file, entry)
+            counted.advance(entry.bytes)
     counts: Counter[str] = Counter()
     for entry in manifest.files:
         counts[entry.file.split("/")[0]] += entry.images or 0

@@ -25,6 +25,7 @@ from awp_engine.data.sets.files import (
 from awp_engine.data.sets.imagenet import is_tiny_imagenet, list_tiny_imagenet
 from awp_engine.data.sets.inspect import BadImageError, Header, check, decode
 from awp_engine.data.sets.scan_list import Bad, Scan, file_state
+from awp_engine.observe.bars import MakeBar, NoBar
 
 _SUFFIXES = tuple(map(os.fsdecode, SUFFIXES))
 # Enough images a task that handing tasks out costs nothing, few enough that all processes finish together.
@@ -187,7 +188,7 @@ def scan_folder(
     pixels: bool = True,
     same_size: bool = False,
     decoder: Callable[[bytes, str], object] = decode,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    bar: MakeBar = NoBar,
 ) -> Scan:
     """Looks at every file of an image folder, in parallel processes.
 
@@ -197,7 +198,7 @@ def scan_folder(
         pixels: decode every image; otherwise headers alone are read.
         same_size: refuse images of another size than most have.
         decoder: what decodes an image, or raises `BadImageError`; to be imported by its name in other processes.
-        progress: called with the number of files that were looked at, and of all.
+        bar: makes what shows how many files were looked at.
 
     Raises:
         DataError: a part is missing or has fewer than 2 classes.
@@ -210,7 +211,7 @@ def scan_folder(
     work = functools.partial(inspect_file, root, pixels, decoder)
     headers: dict[Header, Header] = {}
     results = process_all(todo, work, workers=max(1, min(workers, len(todo))), chunk=_CHUNK)
-    with contextlib.closing(results):
+    with contextlib.closing(results), bar("files", len(inspected)) as counted:
         for index, result in results:
             if isinstance(result, Died):
                 why = Bad("crashes-decoder", f"cannot be decoded: the process {result.why}; remove it")
@@ -220,7 +221,7 @@ def scan_folder(
                 result = result._replace(header=headers.setdefault(result.header, result.header))
             inspected[todo[index]] = result
             done += 1
-            progress(done, len(inspected))
+            counted.set(done, len(inspected))
     scan = _judge(inspected, pixels=pixels, same_size=same_size)
     left_out = {part for part in ("test", "val") if (root / part).is_dir()}.difference(find_parts(root))
     notes = tuple(f"{part} has no labels and was left out" for part in sorted(left_out))

@@ -234,7 +234,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
         done = measure(**asked, say=lambda line: print(line, flush=True), bar=Bar, tell=tell)
     if not ranks.is_first:
         return
-    print(f"reports in {printable(str(done.output))}: evaluation.html to read, evaluation.json for programs")
+    files = ": evaluation.html to read, evaluation.json for programs" if measure is evaluate_checkpoint else ""
+    print(f"reports in {printable(str(done.output))}{files}")
     if done.report["unreliable"]:
         raise SystemExit(UNRELIABLE)
     if measure is evaluate_checkpoint and "autoattack" not in asked["attacks"]:

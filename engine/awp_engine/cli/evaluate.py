@@ -6,7 +6,7 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from awp_engine.cli.command_line import OneLineParser
 from awp_engine.cli.frame import add_shared, ending, prepare, share, whole_number
@@ -209,11 +209,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
     asked["eot_draws"] = asked.pop("eot") or EOT_DRAWS
     if asked.pop("no_gates"):
         asked["gates_limit"] = None
-    tell = functools.partial(show, per_class=asked.pop("per_class"))
+    tell: Callable[..., None] = functools.partial(show, per_class=asked.pop("per_class"))
     size, crop = asked.pop("data_image_size"), asked.pop("data_center_crop")
     if size is not None:
         asked["data_framing"] = Framing(size=size, central=crop or 1.0)
-    measure: Callable[..., Evaluated | Corrupted] = evaluate_checkpoint
+    measure: Callable[..., Any] = evaluate_checkpoint
     if asked["data_corruption"] == "all":
         from awp_engine.evaluation.corruptions import evaluate_corruptions
 

@@ -155,15 +155,12 @@ def _evaluated(
     output: Path,
     **more: Any,
 ) -> Evaluated:
+    # one of this package's has its own in front of it, others do it inside
+    normalize = "model" if isinstance(model, WrappedClassifier) else "none"
     with given(model, parts):
         return evaluate_checkpoint(
             None,
-            # one of this package's has its own in front of it, others do it inside
-            foreign=Foreign(
-                name=name_of(model),
-                normalize="model" if isinstance(model, WrappedClassifier) else "none",
-                is_object=True,
-            ),
+            foreign=Foreign(name=name_of(model), normalize=normalize, is_object=True),
             data_name=GIVEN_IMAGES,
             epsilon=epsilon,
             norm=norm,

@@ -77,6 +77,7 @@ def test_what_is_not_common_is_hidden(capsys: pytest.CaptureFixture[str]) -> Non
         assert ("x --help-all explains 1 more flags" in out) != shown
     # what is hidden is there
     assert parser.parse_args(["--seldom", "1"]).seldom == "1"
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--seldon", "1"])
-    assert capsys.readouterr().err.endswith("--help-all lists the flags\n")
+    for wrong, hint in (("--seldon", "did you mean --seldom?"), ("--zzz", "--help-all lists the flags")):
+        with pytest.raises(SystemExit):
+            parser.parse_args([wrong, "1"])
+        assert capsys.readouterr().err.endswith(f"{hint}\n")

@@ -239,7 +239,7 @@ def test_a_run_keeps_the_names_and_goes_on_only_with_them(tmp_path: Path, folder
     assert any("new, for 3 classes: linear.weight, linear.bias" in message for message in tuned.messages)
     # a landscape of the run measures on what it was trained on, or not at all
     with pytest.raises(DataError, match=r"run: was trained on other classes than those of folder: 'dog' where"):
-        open_runs([run], which=None, device=torch.device("cpu"))
+        open_runs([run], device=torch.device("cpu"))
 
 
 def test_runs_of_other_labels_are_not_compared(tmp_path: Path, folder: Path) -> None:
@@ -247,11 +247,11 @@ def test_runs_of_other_labels_are_not_compared(tmp_path: Path, folder: Path) -> 
     Trainer(config(folder, runs[0])).run()
     shutil.copytree(runs[0], runs[1])
     weights(runs[1] / MODEL_FILE, ("eel", "dog", "cat"))
-    opened = open_runs(runs, which=None, device=torch.device("cpu"))
+    opened = open_runs(runs, device=torch.device("cpu"))
     with pytest.raises(DataError, match=r"second: its test images .* are not those of"):
         common_images(opened, "test", 9)
     weights(runs[1] / MODEL_FILE, (*ANIMALS, "fox"), classes=4)
-    opened = open_runs(runs, which=None, device=torch.device("cpu"))
+    opened = open_runs(runs, device=torch.device("cpu"))
     with pytest.raises(DataError, match=r"second: its classes are not those of .*first: 'fox' more"):
         common_images(opened, "test", 9)
 

@@ -388,7 +388,7 @@ def test_code_that_a_runs_file_names_is_not_run(
     with pytest.raises(EvaluationError, match="code that is not run because a file names it"):
         measured(run)
     with pytest.raises(ConfigError, match="code that is not run because a file names it"):
-        open_runs([run], which=None, device=torch.device("cpu"))
+        open_runs([run], device=torch.device("cpu"))
     for arguments in (["--config", run / "config.json"], ["--config", run / "config.json", "--data.flip"]):
         assert run_command("train", monkeypatch, *arguments) == 2
         assert "code that is not run because a file names it" in capsys.readouterr().err
@@ -396,5 +396,5 @@ def test_code_that_a_runs_file_names_is_not_run(
     done = measured(run, data_name=name)
     assert ran.exists()
     assert json.loads((done.output / "evaluation.json").read_text())["receipt"]["data"]["name"] == name
-    (opened,) = open_runs([run], which=None, device=torch.device("cpu"), data_name=name)
+    (opened,) = open_runs([run], device=torch.device("cpu"), data_name=name)
     assert len(opened.data.train) > 0

@@ -108,7 +108,7 @@ def test_what_describes_a_model_is_refused_beside_a_run(photos: Path, tmp_path: 
     assert run_command("predict", monkeypatch, photos) == 2
     first, second, third = capsys.readouterr().err.splitlines()
     assert "--model.classes: goes with --model.name; a run says what it was trained on" in first
-    assert "--image-size: goes with --model.name" in second
+    assert "--image-size: goes with --model.name or --onnx" in second
     assert "FILE_OR_FOLDER: expected images, or folders of images, behind the model" in third
 
 

@@ -160,7 +160,7 @@ def test_which_weights_are_read(two_runs):
 def test_unfinished_run_shows_its_best_weights(two_runs, tmp_path):
     shutil.copytree(two_runs[0], tmp_path / "unfinished")
     (tmp_path / "unfinished" / "model.safetensors").unlink()
-    (opened,) = open_runs([tmp_path / "unfinished"], which=None, device=torch.device("cpu"))
+    (opened,) = open_runs([tmp_path / "unfinished"], device=torch.device("cpu"))
     stored = load_file(opened.file)
     assert opened.file.name == "best_model.safetensors"
     for name, parameter in opened.model.named_parameters():
@@ -169,7 +169,7 @@ def test_unfinished_run_shows_its_best_weights(two_runs, tmp_path):
 
 def test_weights_that_change_meanwhile_are_refused(two_runs, tmp_path):
     shutil.copytree(two_runs[0], tmp_path / "run")
-    runs = open_runs([tmp_path / "run"], which=None, device=torch.device("cpu"))
+    runs = open_runs([tmp_path / "run"], device=torch.device("cpu"))
     shutil.copy(two_runs[1] / "model.safetensors", runs[0].file)
     settings = Settings(
         points=3,
@@ -216,14 +216,14 @@ BAD_FLAGS = [
     (["--points-2d", "1"], ["--points-2d", "odd number >= 3"]),
     (["--radius", "-1"], ["--radius", "> 0", "-1"]),
     (["--adversarial-radius", "nan"], ["--adversarial-radius", "nan"]),
-    (["--images", "0"], ["--images", ">= 1", "0"]),
-    (["--steps", "0"], ["--steps", ">= 1"]),
-    (["--restarts", "0"], ["--restarts", ">= 1"]),
+    (["--images", "0"], ["--images", "from 1 to", "0"]),
+    (["--steps", "0"], ["--steps", "from 1 to"]),
+    (["--restarts", "0"], ["--restarts", "from 1 to"]),
     (["--seed", "-1"], ["--seed", "2^63", "-1"]),
     (["--worst-xi", "a,b"], ["--worst-xi", "numbers", "a,b"]),
     (["--worst-xi", "0"], ["--worst-xi", "more than 0"]),
     (["--split", "other"], ["--split", "other", "held-out"]),
-    (["--direction", "1", "--attemps", "2"], ["--attemps", "--help"]),
+    (["--direction", "1", "--attemps", "2"], ["--attemps", "did you mean --directions?"]),
     (["--checkpoint", "first"], ["--checkpoint", "first", "last"]),
 ]
 

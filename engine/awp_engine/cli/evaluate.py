@@ -6,11 +6,12 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from awp_engine.cli.command_line import OneLineParser
 from awp_engine.cli.frame import add_shared, ending, prepare, share, whole_number
 from awp_engine.cli.model_flags import PLACE, add_model, named_model, place, require_model, rest_of
+from awp_engine.config import ConfigError
 from awp_engine.files.text import printable
 
 if TYPE_CHECKING:
@@ -104,10 +105,9 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
     add("--data.corruption", dest="data_corruption", metavar="KIND", help=text)
     severity = whole_number(1, 5)
     add("--data.severity", dest="data_severity", type=severity, metavar="N", help="of the corruption, 1 to 5")
-    text = "resize images of files to NxN"
-    add("--data.image-size", dest="data_image_size", type=whole_number(1, 4096), metavar="N", help=text)
-    text = "share of the shorter side to take"
-    add("--data.center-crop", dest="data_center_crop", type=share, metavar="X", help=text)
+    size, crop = whole_number(1, 4096), "share of the shorter side to take"
+    add("--data.image-size", dest="data_image_size", type=size, metavar="N", help="resize images of files to NxN")
+    add("--data.center-crop", dest="data_center_crop", type=share, metavar="X", help=crop)
     add(
         "--transfer-to", type=Path, metavar="PATH", help="second run or checkpoint: do the attacked images fool it too?"
     )
@@ -214,11 +214,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
     asked["eot_draws"] = asked.pop("eot") or EOT_DRAWS
     if asked.pop("no_gates"):
         asked["gates_limit"] = None
-    tell = functools.partial(show, per_class=asked.pop("per_class"))
-    size, central = asked.pop("data_image_size"), asked.pop("data_center_crop")
+    tell: Callable[..., None] = functools.partial(show, per_class=asked.pop("per_class"))
+    size, crop = asked.pop("data_image_size"), asked.pop("data_center_crop")
     if size is not None:
-        asked["data_framing"] = Framing(size=size, central=central or 1.0)
-    measure: Callable[..., Evaluated | Corrupted] = evaluate_checkpoint
+        asked["data_framing"] = Framing(size=size, central=crop or 1.0)
+    measure: Callable[..., Any] = evaluate_checkpoint
     if asked["data_corruption"] == "all":
         from awp_engine.evaluation.corruptions import evaluate_corruptions
 
@@ -229,16 +229,23 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
         "interrupted; finished attacks are in evaluation-*.partial.json of the output directory, and the same "
         "command again goes on with autoattack where it was"
     )
-    ended = ending(prog, interrupted=resume, place=given["output"] or given["path"])
-    with ended, errors_told(), sharing(given["device"]) as ranks:
-        say = functools.partial(print, flush=True)
-        done = measure(**asked, say=say, bar=Bar, tell=tell, ranks=ranks)
+    with (
+        ending(prog, interrupted=resume, place=given["output"] or given["path"]),
+        errors_told(),
+        sharing(given["device"]) as ranks,
+    ):
+        if measure is evaluate_checkpoint:
+            asked["ranks"] = ranks
+        elif ranks.world > 1:
+            raise ConfigError("--data.corruption all: expected one process; start it without torchrun")
+        done = measure(**asked, say=lambda line: print(line, flush=True), bar=Bar, tell=tell)
     if not ranks.is_first:
         return
-    print(f"reports in {printable(str(done.output))}: evaluation.html to read, evaluation.json for programs")
+    files = ": evaluation.html to read, evaluation.json for programs" if measure is evaluate_checkpoint else ""
+    print(f"reports in {printable(str(done.output))}{files}")
     if done.report["unreliable"]:
         raise SystemExit(UNRELIABLE)
-    if "autoattack" not in asked["attacks"]:
+    if measure is evaluate_checkpoint and "autoattack" not in asked["attacks"]:
         print("next: the same command with --attacks autoattack, for the number that papers report")
 
 

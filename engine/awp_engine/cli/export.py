@@ -25,9 +25,10 @@ def write_state_dict(path: Path, subject: Subject, prog: str) -> None:
     from awp_engine.files.atomic import replace_file
     from awp_engine.models.trained import read_trained
 
-    model = subject.model
-    assert subject.source is not None or subject.description is not None
-    description = subject.description or read_trained(subject.source)[2]
+    model, description = subject.model, subject.description
+    if description is None:
+        assert subject.source is not None
+        description = read_trained(subject.source)[2]
     torch.save(model.state_dict(), content := io.BytesIO())
     replace_file(path, content.getvalue())
     again: list[Any] = ["--model.name", description.name, "--weights", path]

@@ -69,14 +69,15 @@ def add_shared(parser: argparse.ArgumentParser, *names: str, **changes: Any) -> 
     """Adds flags that mean the same in every command, in that order; `changes` are of all of them."""
     for name in names:
         dest = name.replace(".", "_").replace("-", "_")
-        parser.add_argument(f"--{name}", **({"dest": dest} | _FLAGS[name] | changes))
+        given: dict[str, Any] = {"dest": dest} | _FLAGS[name] | changes
+        parser.add_argument(f"--{name}", **given)
 
 
 def add_alias(parser: argparse.ArgumentParser, old: str, dest: str) -> None:
     """Adds an earlier name of a flag, which help does not show."""
-    (action,) = (action for action in parser._actions if action.dest == dest)
+    kind: Any = next(action.type for action in parser._actions if action.dest == dest)
     # the default is that of the flag itself
-    parser.add_argument(old, dest=dest, type=action.type, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    parser.add_argument(old, dest=dest, type=kind, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def prepare(threads: int | None) -> None:

@@ -17,7 +17,6 @@ from awp_engine.data import eval_batches
 from awp_engine.device import choose_device
 from awp_engine.evaluation.asked import Asked
 from awp_engine.evaluation.attacks import Threat, Trial, measuring, predict
-from awp_engine.evaluation.foreign import Foreign
 from awp_engine.evaluation.prepare import prepare
 from awp_engine.evaluation.receipt import data_papers, make_receipt
 from awp_engine.evaluation.reports import Reports
@@ -137,19 +136,11 @@ def certify_checkpoint(
     path: Path | str | None,
     smoothing: Smoothing,
     *,
-    checkpoint: str = "best",
-    foreign: Foreign | None = None,
-    model: str | None = None,
     limit: int | None = 100,
-    seed: int | None = None,
-    batch_size: int | None = None,
-    device: str = "auto",
-    data_name: str | None = None,
-    data_root: Path | None = None,
-    output: Path | None = None,
     say: Callable[[str], None] = lambda _: None,
     bar: MakeBar = NoBar,
     tell: Callable[[Certified], None] = lambda _: None,
+    **asked: Any,
 ) -> Certified:
     """Certifies images of the test split, and writes certification.json, also under a name of its own.
 
@@ -158,39 +149,19 @@ def certify_checkpoint(
     Args:
         path: a run directory, one of its checkpoints, a .safetensors file, or hf://OWNER/NAME; None with `foreign`.
         smoothing: how.
-        checkpoint: of a run directory: best, last, or a checkpoint's name or path.
-        foreign: in place of a run: how to make a model, and its weights.
-        model: of a run, in place of the code that its weights name; as `load_model` takes it.
-        limit: their number, evenly spread; None for all.
-        seed: of all noise; if not given, the one that the run's own evaluation uses.
-        batch_size: noisy copies at a time.
-        device: auto, cpu or cuda.
-        data_name: the data set; the run's own if not given.
-        data_root: its directory.
-        output: directory of the report; RUN_DIR/evaluation if not given.
+        limit: images, evenly spread; None for all.
         say: is told what a user should know, a line at a time.
         bar: makes what shows how many of the noisy copies were classified.
         tell: is given the result before anything is written.
+        asked: the other fields of `Asked`, such as foreign, data_name and output; a batch is of noisy copies.
 
     Raises:
         EvaluationError, ConfigError, DataError, CheckpointError: one line that says what is wrong.
         OSError: the report cannot be written.
     """
-    asked = Asked(
-        path=path,
-        foreign=foreign,
-        model=model,
-        checkpoint=checkpoint,
-        limit=limit,
-        seed=seed,
-        batch_size=batch_size,
-        device=device,
-        data_name=data_name,
-        data_root=data_root,
-        output=output,
-    )
-    place = choose_device(device)
-    target = prepare(asked, asked.subject(place), place, say)
+    ask = Asked(path=path, limit=limit, **asked)
+    place = choose_device(ask.device)
+    target = prepare(ask, ask.subject(place), place, say)
     subject, split = target.subject, target.split
     # a certificate has no ball of its own: the receipt's is left out
     nowhere = Threat(epsilon=Fraction(0), norm="l2")

@@ -64,7 +64,7 @@ def export_folder(
 
     Raises:
         EvaluationError: the folder holds something.
-        CheckpointError, ConfigError: the weights cannot be read, or a file of the run is a link.
+        CheckpointError: the weights cannot be read, or a file of the run is a link.
         OSError: a file cannot be written.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -303,7 +303,7 @@ class Measurement:
             "accuracy_percent": percent(self.worst, self.images),
             "confidence_interval": interval(self.worst, self.images),
         }
-        clean = {"right": self.clean, "images": self.images, "not_finite": self.not_finite}
+        clean: dict[str, Any] = {"right": self.clean, "images": self.images, "not_finite": self.not_finite}
         clean["confidence_interval"] = interval(self.clean, self.images)
         if self.top5 is not None:
             clean |= {"top5": self.top5, "top5_percent": percent(self.top5, self.images)}

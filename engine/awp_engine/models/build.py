@@ -62,10 +62,11 @@ def build_model(
             raise ValueError(f"width and activation: not for {name}; leave them out")
         if source in ("timm", "torchvision"):
             return build_from_package(name, num_classes, mean, std, image_size, published=published)
-        factory = given_model() if source == "object" else load_factory(name)[0]
-        built = build_by_factory(factory, name, num_classes, mean, std, image_size, refit=refit)
+        if source == "object":
+            return build_by_factory(given_model(), name, num_classes, mean, std, image_size, refit=refit)
+        built = build_by_factory(load_factory(name)[0], name, num_classes, mean, std, image_size, refit=refit)
         # the call may have imported more
-        built.code = None if source == "object" else load_factory(name)[1]
+        built.code = load_factory(name)[1]
         return built
     if name == "preact-resnet-18":
         return PreActResNet(num_classes, mean, std, width=64 if width is None else width, activation=activation)

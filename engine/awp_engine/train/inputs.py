@@ -10,7 +10,7 @@ from awp_engine.config.model_names import is_code
 from awp_engine.data import Dataset, class_weights, load_data, load_extra
 from awp_engine.files.digest import sha256_of
 from awp_engine.models.class_names import difference
-from awp_engine.models.user_code import is_own_file, load_code
+from awp_engine.models.user_code import load_code
 
 _FLAGS = {"model": "--model.name", "data": "--data.name", "method": "--method"}
 
@@ -27,9 +27,7 @@ def fingerprints(config: Config, data: Dataset, extra: str | None) -> dict[str, 
 def code_digests(config: Config) -> dict[str, str]:
     """SHA-256 of the user's own code, which is run, of "model", "data" and "method", as far as they are such."""
     named = {"model": config.model.name, "data": config.data.name, "method": config.method}
-    codes = {part: load_code(name, _FLAGS[part])[1] for part, name in named.items() if is_code(name)}
-    # objects that `fit` was given are under names of this package
-    return {part: code.sha256 for part, code in codes.items() if is_own_file(code.file)}
+    return {part: load_code(name, _FLAGS[part])[1].sha256 for part, name in named.items() if is_code(name)}
 
 
 def made_by(config: Config, before: Mapping[str, Any] | None) -> dict[str, str]:

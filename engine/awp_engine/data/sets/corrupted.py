@@ -83,7 +83,7 @@ def read_cifar_c(root: Path, name: str, kind: str | None, severity: int | None) 
         test_images=pixels,
         test_labels=given,
         class_names=classes,
-        # models expect those of the images before they were corrupted
+        # of clean images, for models that are normalised by the data set's
         statistics=(layout.mean, layout.std),
     )
 

@@ -387,7 +387,7 @@ def test_code_that_a_runs_file_names_is_not_run(
     run = write_run(tmp_path / "run", DataConfig(name=name), ("a", "b", "c"))
     with pytest.raises(EvaluationError, match="code that is not run because a file names it"):
         measured(run)
-    with pytest.raises(ConfigError, match="code that is not run because a file names it"):
+    with pytest.raises(EvaluationError, match="code that is not run because a file names it"):
         open_runs([run], device=torch.device("cpu"))
     for arguments in (["--config", run / "config.json"], ["--config", run / "config.json", "--data.flip"]):
         assert run_command("train", monkeypatch, *arguments) == 2

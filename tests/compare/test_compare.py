@@ -142,9 +142,10 @@ def test_runs_by_other_files_are_another_row(tmp_path: Path, key: str, name: str
     assert f"{name}: two different files" in notes(tmp_path)
 
 
-def test_models_that_fit_was_given_are_told_apart_by_their_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["given(__main__.Net)", "awp_engine.cli.objects:model"])
+def test_models_that_fit_was_given_are_told_apart_by_their_weights(tmp_path: Path, name: str) -> None:
     for seed, shape in enumerate(([8, 3], [8, 3], [16, 3])):
-        run = write_finished(tmp_path / f"{seed}", seed=seed, model=ModelConfig(name="awp_engine.cli.objects:model"))
+        run = write_finished(tmp_path / f"{seed}", seed=seed, model=ModelConfig(name=name))
         header = json.dumps({"__metadata__": {"seed": f"{seed}"}, "w": {"shape": shape, "dtype": "F32"}}).encode()
         (run / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     assert [row["seeds"] for row in table(tmp_path)] == ["2", "1"]
@@ -185,9 +186,9 @@ def test_evaluations_of_other_weights_are_rows_beside_runs(study: Path) -> None:
     assert [row["method"] for row in text_rows(only.tables[0])] == ["AT", "AT-AWP"]
 
 
-@pytest.mark.parametrize("other", [{"epsilon": "1/10"}, {"sha256": "ef" * 32}, {"images": 100}])
+@pytest.mark.parametrize("other", [{"epsilon": "1/10"}, {"sha256": "ef" * 32}, {"images": 100}, {"precision": "bf16"}])
 def test_evaluations_on_other_images_or_balls_share_no_table(study: Path, other: dict) -> None:
-    write_evaluation(study / "at-0", {"clean": 80})
+    write_evaluation(study / "at-0", {"clean": 80}, precision="fp32")
     same = write_measured(study / "same", {"clean": 90})
     others = write_measured(study / "others", {"clean": 95}, **other)
     runs, alone = sections(study / "at-0", same, others)
@@ -199,10 +200,11 @@ def test_evaluations_on_other_images_or_balls_share_no_table(study: Path, other:
 
 def test_evaluations_need_no_run(tmp_path: Path, monkeypatch, capsys) -> None:
     write_measured(tmp_path / "one", {"clean": 90})
+    write_measured(tmp_path / "one", {"clean": 80}, name="other", weights="56" * 32)
     write_measured(tmp_path / "two", {"clean": 95}, sha256="ef" * 32)
     (partial := tmp_path / "two" / "evaluation-x.partial.json").write_text("{}")
     found = sections(tmp_path)
-    assert [text_rows(one.tables[0])[0]["clean"] for one in found] == ["45.00", "47.50"]
+    assert [[row["clean"] for row in text_rows(one.tables[0])] for one in found] == [["45.00", "40.00"], ["47.50"]]
     for kind in ("text", "markdown", "latex", "csv"):
         assert run_command("compare", monkeypatch, tmp_path, "--format", kind) == 0
         out = capsys.readouterr().out
@@ -212,7 +214,7 @@ def test_evaluations_need_no_run(tmp_path: Path, monkeypatch, capsys) -> None:
     first, second = json.loads(capsys.readouterr().out)["sections"]
     assert (first["runs"], first["evaluations"][0]["images_sha256"]) == ([], IMAGES_SHA256)
     page = (tmp_path / "out" / "compare.html").read_text()
-    assert "2 evaluations, as their own files say" in page
+    assert "3 evaluations, as their own files say" in page
     assert second["evaluations"][0]["sha256"] in page
     assert run_command("compare", monkeypatch, partial) == 2
     assert "expected a finished evaluation.json: finished: expected true" in capsys.readouterr().err
@@ -262,7 +264,14 @@ def test_autoattack_stands_beside_what_was_measured_on_the_same_images(study: Pa
 
 
 @pytest.mark.parametrize(
-    "other", [{"epsilon": "1/10"}, {"sha256": "ef" * 32}, {"version": "custom"}, {"weights": "epoch-4"}]
+    "other",
+    [
+        {"epsilon": "1/10"},
+        {"sha256": "ef" * 32},
+        {"version": "custom"},
+        {"weights": "epoch-4"},
+        {"precision": "bf16"},
+    ],
 )
 def test_another_autoattack_does_not(study: Path, other: dict) -> None:
     write_evaluation(study / "at-0", {"autoattack": 80}, **other)

@@ -84,6 +84,7 @@ def write_evaluation(
     sha256: str = IMAGES_SHA256,
     epsilon: str = "1/5",
     doubts: tuple[str, ...] = (),
+    precision: str | None = None,
     name: str = "one",
     weights: str = "best",
     **parameters: Any,
@@ -91,7 +92,7 @@ def write_evaluation(
     """An evaluation of a run's selected weights: attack -> images that are right."""
     checkpoint = {"name": weights, "file": "model.safetensors", "sha256": sha256_of(run_dir / "model.safetensors")}
     folder = run_dir / ("evaluation" if weights == "best" else "evaluation-last")
-    return _written(folder, name, checkpoint, right, images, sha256, epsilon, doubts, parameters)
+    return _written(folder, name, checkpoint, right, images, sha256, epsilon, doubts, precision, parameters)
 
 
 def write_measured(
@@ -102,12 +103,13 @@ def write_measured(
     sha256: str = IMAGES_SHA256,
     epsilon: str = "1/5",
     doubts: tuple[str, ...] = (),
+    precision: str | None = None,
     name: str = "one",
     weights: str = "34" * 32,
 ) -> Path:
     """An evaluation of weights from elsewhere."""
     checkpoint = {"name": "FILE", "file": "FILE.pt", "sha256": weights, "architecture": "wrn-28-10"}
-    return _written(folder, name, checkpoint, right, images, sha256, epsilon, doubts, {})
+    return _written(folder, name, checkpoint, right, images, sha256, epsilon, doubts, precision, {})
 
 
 def _written(
@@ -119,6 +121,7 @@ def _written(
     sha256: str,
     epsilon: str,
     doubts: tuple[str, ...],
+    precision: str | None,
     parameters: dict[str, Any],
 ) -> Path:
     data = {"name": "digits", "images": images, "sha256_of_these_images": sha256}
@@ -131,6 +134,9 @@ def _written(
             for attack, count in right.items()
         ],
     }
+    # reports of earlier versions say nothing of it
+    if precision is not None:
+        report["receipt"]["precision"] = {"computes_in": precision}
     folder.mkdir(exist_ok=True)
     path = folder / f"evaluation-{name}.json"
     # as the newest one is

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from awp_engine.config import Config, ConfigError, config_hash, decisive, load_config, parse_amount, show
+from awp_engine.config.model_names import source_of
 from awp_engine.files.digest import sha256_of
 from awp_engine.files.run_places import CONFIG_FILE as CONFIG
 from awp_engine.files.run_places import MODEL_FILE as WEIGHTS
@@ -28,8 +29,6 @@ _MOST_BYTES = 1 << 24
 # runs/STUDY/METHOD/SEED, and the run that --compare-without-awp leaves below another
 _DEEPEST = 4
 _LONGEST = 200
-# the model's name in runs of fit() and receipts of evaluate(), now and in earlier versions
-OBJECTS = ("awp_engine.objects:model", "awp_engine.cli.objects:model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +78,7 @@ class Evaluation:
         weights: "best", or a checkpoint's name.
         data, images, images_sha256: the test images.
         norm, epsilon: the ball.
+        precision: what the model computed in.
         attacks: in the report's order.
         doubts: why not to believe it.
     """
@@ -89,6 +89,7 @@ class Evaluation:
     images_sha256: str
     norm: str
     epsilon: Fraction
+    precision: str
     attacks: tuple[Attacked, ...]
     doubts: tuple[str, ...]
 
@@ -253,8 +254,8 @@ def _measured(path: Path) -> Measured:
         key: report.optional_text(f"receipt.checkpoint.{key}") for key in ("architecture", "file", "run", "method")
     }
     model, where = about["architecture"] or "weights", about["file"]
-    if model in OBJECTS:
-        model, where = "a model", "given as an object of Python"
+    if source_of(model) == "object":
+        where = "an object of Python"
     if about["run"] is not None:
         model, where = about["method"] or model, f"{about['run']}, {evaluation.weights}"
     return Measured(
@@ -278,6 +279,8 @@ def _evaluation(report: _Document) -> Evaluation:
         images_sha256=report.text("receipt.data.sha256_of_these_images"),
         norm=report.text("receipt.norm"),
         epsilon=epsilon,
+        # earlier versions knew no other
+        precision=report.optional_text("receipt.precision.computes_in") or "fp32",
         attacks=tuple(
             Attacked(
                 name=row.text("attack"),
@@ -347,7 +350,7 @@ def read_run(path: Path) -> Run:
             result = _result(path / REPORT, config)
         except _FileError as error:
             notes.append(f"{name}: {REPORT} is not used: {error}")
-    if result is not None and config.model.name in OBJECTS and (tensors := _tensors_sha256(path / WEIGHTS)):
+    if result is not None and source_of(config.model.name) == "object" and (tensors := _tensors_sha256(path / WEIGHTS)):
         # no file holds the code of an object
         result = replace(result, made_by={**result.made_by, "model": tensors})
     evaluations, problems = _evaluations(path)

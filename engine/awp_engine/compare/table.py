@@ -1,6 +1,6 @@
 """Runs grouped by their settings, as tables of means and standard deviations over seeds.
 
-Only what was measured on the same images, in the same ball, by the same attack shares a column.
+Only what was measured on the same images, in the same ball and precision, by the same attack shares a column.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, ClassVar
 
-from awp_engine.compare.read import OBJECTS, Attacked, Evaluation, Measured, Result, Run
+from awp_engine.compare.read import Attacked, Evaluation, Measured, Result, Run
 from awp_engine.config import parse_amount
 from awp_engine.config.identity import to_flat
+from awp_engine.config.model_names import source_of
 from awp_engine.files.text import printable, shortened
 
 NONE = "-"
@@ -267,7 +268,7 @@ def _settings(runs: Sequence[Run], notes: list[str]) -> list[Setting]:
     for key in set(_FILES.values()).intersection(others):
         count = _NUMBERS.get(different(key), different(key))
         notes.append(f"{key}: {count} different files, told apart by the first digits of their SHA-256")
-    if any(group[0].config.model.name in OBJECTS for group in groups):
+    if any(source_of(group[0].config.model.name) == "object" for group in groups):
         notes.append("models that fit() was given are told apart by the names and shapes of their weights alone")
     return found
 
@@ -309,6 +310,7 @@ def _autoattack(run: Run) -> tuple[Evaluation, Attacked] | None:
         for evaluation in run.evaluations
         if evaluation.weights == "best"
         and (evaluation.data, evaluation.norm, evaluation.epsilon) == (run.config.data.name, *_ball(run))
+        and evaluation.precision == "fp32"
         and evaluation.images == run.result.test_images
         and run.result.test_sha256 in (None, evaluation.images_sha256)
         for row in evaluation.attacks
@@ -372,6 +374,7 @@ def _condition(evaluation: Evaluation) -> tuple:
         evaluation.images_sha256,
         evaluation.norm,
         evaluation.epsilon,
+        evaluation.precision,
     )
 
 
@@ -379,7 +382,7 @@ def _evaluated(
     settings: Sequence[Setting], measured: Sequence[Measured], condition: tuple, *, others_like_it: bool
 ) -> Table:
     """What the evaluations of one condition found, an attack a column; others may differ in their images alone."""
-    weights, data, images, sha256, norm, epsilon = condition
+    weights, data, images, sha256, norm, epsilon, precision = condition
     rows: list[tuple[dict[str, Cell], list[_Found]]] = []
     for setting in settings:
         found = [_found(run.name, [e for e in run.evaluations if _condition(e) == condition]) for run in setting.runs]
@@ -387,9 +390,10 @@ def _evaluated(
     rows = [({**columns, "seeds": str(len(found))}, found) for columns, found in rows if found]
     notes = []
     blank: dict[str, Cell] = dict.fromkeys(rows[0][0], NONE) if rows else {}
+    first = "method" if rows else "model"
     for number, one in enumerate(measured, 1):
         head = f"{one.model} [{number}]"
-        rows.append((blank | {"method" if rows else "model": head}, [_found(one.name, [one.evaluation])]))
+        rows.append((blank | {first: head}, [_found(one.name, [one.evaluation])]))
         notes.append(f"[{number}]: {one.name}, weights of SHA-256 {one.sha256[:_DIGITS]}")
     keys = list(dict.fromkeys(key for _, group in rows for found in group for key in found))
     names = [name for name, _ in keys]
@@ -413,8 +417,8 @@ def _evaluated(
         notes.insert(0, f"its images have the hash {sha256[:_DIGITS]}")
     whose = "" if weights is None else f" of the {'selected' if weights == 'best' else weights} weights"
     return Table(
-        f"evaluation{whose}: {data} test split, {images} image{'s' * (images != 1)}, {norm} epsilon {epsilon}; "
-        "accuracy in % of all of them",
+        f"evaluation{whose}: {data} test split, {images} image{'s' * (images != 1)}, {norm} epsilon {epsilon}"
+        f"{'' if precision == 'fp32' else f', computed in {precision}'}; accuracy in % of all of them",
         table,
         notes,
     )
@@ -494,9 +498,9 @@ def _title(runs: Sequence[Run]) -> str:
 
 
 def _fits(group: Sequence[Run], condition: tuple) -> bool:
-    """Whether the runs were measured on these images and in this ball, in training."""
+    """Whether the runs were measured on these images, in this ball and precision, in training."""
     return condition in [
-        (run.config.data.name, run.result.test_images, run.result.test_sha256, *_ball(run))
+        (run.config.data.name, run.result.test_images, run.result.test_sha256, *_ball(run), "fp32")
         for run in group
         if run.result is not None
     ]
@@ -550,7 +554,7 @@ def compare(runs: Sequence[Run], measured: Sequence[Measured] = ()) -> list[Sect
             images = "" if sha256 is None else f" Its test images have the hash {sha256[:_DIGITS]}."
             section.tables[0].notes.insert(
                 0,
-                f"table {number} of {len(sections)}: measured on other images or by another attack than the other "
-                f"tables, so numbers do not compare across them.{images}",
+                f"table {number} of {len(sections)}: measured on other images, by another attack or in another "
+                f"precision than the other tables, so numbers do not compare across them.{images}",
             )
     return sections

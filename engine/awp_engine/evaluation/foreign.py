@@ -85,7 +85,7 @@ def load_foreign(
         notes.append(f"weights: those that {foreign.name} makes, as no --weights were given")
         # what the code gives has no file
         sha256 = content_hash(packable(model.state_dict()), {})
-        weights = Path(foreign.name.rpartition(":")[0])
+        weights = Path(foreign.name if foreign.is_object else foreign.name.rpartition(":")[0])
     else:
         weights, source = fetched(foreign.weights), str(foreign.weights)
         # of a run, those that it selected
@@ -130,7 +130,7 @@ def load_foreign(
         origin["code"] = {"file": Path(code.file).name, "sha256": code.sha256}
     return Subject(
         model=model,
-        name=weights.stem,
+        name=foreign.name if foreign.is_object else weights.stem,
         weights=weights,
         sha256=sha256,
         architecture=foreign.name + ("" if foreign.width is None else f" (width {foreign.width})"),

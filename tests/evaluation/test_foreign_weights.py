@@ -269,6 +269,28 @@ def test_a_folder_for_the_hub_and_back(run: Path, tmp_path: Path, monkeypatch, c
     assert load_subject("hf://me/digits").run_dir is None
 
 
+def test_the_card_says_that_a_model_was_rounded(run: Path, tmp_path: Path, monkeypatch) -> None:
+    evaluate_checkpoint(run, attacks=["clean", "fgsm"], gates_limit=None, limit=60, precision="bf16")
+    assert run_command("export", monkeypatch, run, "--hub", tmp_path / "hub") == 0
+    text = (tmp_path / "hub" / "README.md").read_text()
+    assert "linf epsilon 1/5, computed in bf16, measured by" in text
+    names = [result.metric_name for result in ModelCard(text).data.eval_results]
+    assert names == ["accuracy, computed in bf16", "accuracy under fgsm, linf epsilon 1/5, computed in bf16"]
+
+
+def test_other_weights_of_the_same_file_are_another_question(tmp_path: Path) -> None:
+    held = {"model": clean_model().state_dict(), "ema": trained(0.0, 1).state_dict()}
+    torch.save(held, tmp_path / "two.pt")
+    model: dict[str, Any] = {"name": "preact-resnet-digits", "width": WIDTH, "weights": tmp_path / "two.pt"}
+    asked = {"data_name": "digits", "norm": "linf", "epsilon": "1/5", "attacks": ["clean"], "limit": 60}
+    asked |= {"gates_limit": None, "output": tmp_path / "out"}
+    found = [
+        evaluate_checkpoint(None, foreign=Foreign(**model, key=key), **asked).report["receipt"]["checkpoint"]["key"]
+        for key in held
+    ]
+    assert found == list(held)
+
+
 def test_numbers_of_other_weights_are_not_in_the_card(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     assert run_command("export", monkeypatch, run, "--hub", tmp_path / "last", "--checkpoint", "last") == 0
     assert "no accuracies in the card: there is no" in capsys.readouterr().out

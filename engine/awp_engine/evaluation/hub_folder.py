@@ -237,6 +237,12 @@ def _facts(description: ModelDescription, subject: Subject) -> list[str]:
     return [f"- {fact}" for fact in facts]
 
 
+def _computed(receipt: Mapping[str, Any]) -> str:
+    """What to add where the model was rounded to 16 bits; earlier versions knew nothing of it."""
+    precision = receipt["precision"].get("computes_in", "fp32")
+    return "" if precision == "fp32" else f", computed in {precision}"
+
+
 def _rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [(row["attack"], row["accuracy_percent"]) for row in report["attacks"]]
     worst = report["robust_to_all"]
@@ -248,7 +254,7 @@ def _accuracies(report: Mapping[str, Any] | None, measured: str) -> list[str]:
         return ["Not measured."]
     receipt, data = report["receipt"], _bare(report["receipt"]["data"]["name"])
     versions = ", ".join(f"{name} {version}" for name, version in receipt["versions"].items() if version is not None)
-    ball = f"{receipt['norm']} epsilon {receipt['epsilon']}"
+    ball = f"{receipt['norm']} epsilon {receipt['epsilon']}{_computed(receipt)}"
     gates = {None: "not run", True: "passed", False: "FAILED"}[(report["gates"] or {}).get("passed")]
     of = f"{receipt['data']['images']:,} of {receipt['data']['images_in_split']:,} images"
     return [
@@ -267,13 +273,13 @@ def _accuracies(report: Mapping[str, Any] | None, measured: str) -> list[str]:
 def _index(title: str, report: Mapping[str, Any]) -> dict[str, Any]:
     """Results as the Hub reads them."""
     receipt = report["receipt"]
-    ball = f"{receipt['norm']} epsilon {receipt['epsilon']}"
+    ball, computed = f"{receipt['norm']} epsilon {receipt['epsilon']}", _computed(receipt)
     name = _bare(receipt["data"]["name"])
     data = {"name": name, "type": name, "split": "test"}
     metrics = [
         {
             "type": "accuracy",
-            "name": "accuracy" if row["attack"] == "clean" else f"accuracy under {row['attack']}, {ball}",
+            "name": ("accuracy" if row["attack"] == "clean" else f"accuracy under {row['attack']}, {ball}") + computed,
             "value": float(row["accuracy_percent"]),
         }
         for row in report["attacks"]

@@ -75,6 +75,8 @@ class Target:
         """What every number depends on, whatever is measured."""
         return {
             "weights": self.subject.sha256,
+            # a file may hold several
+            "key": (self.subject.origin or {}).get("key"),
             "layers": self.subject.layers(receipt["normalisation"]),
             "images": receipt["data"]["sha256_of_these_images"],
             "seed": self.seed,

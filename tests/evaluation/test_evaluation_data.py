@@ -191,7 +191,9 @@ def test_all_corruptions_in_one_call(folder_run: tuple[Path, Path], tmp_path: Pa
     assert len(calls) == 1
     out = capsys.readouterr().out
     assert "mean of 2" in out
+    assert "14 of 15 sets were measured before; --again measures them anew" in out
     report = json.loads((run / "evaluation" / name).read_text())
+    assert report["receipt"]["resumed"] == {"sets": 14}
     assert [s["right"] for s in report["sets"] if (s["kind"], s["severity"]) == ("fog", 2)] == [12]
     assert "severity 5" in (run / "evaluation" / "corruptions.html").read_text()
     assert not list((run / "evaluation").glob("*.partial.json"))

@@ -219,16 +219,17 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
     if size is not None:
         asked["data_framing"] = Framing(size=size, central=crop or 1.0)
     measure: Callable[..., Any] = evaluate_checkpoint
-    if asked["data_corruption"] == "all":
-        from awp_engine.evaluation.corruptions import evaluate_corruptions
-
-        measure, tell = evaluate_corruptions, show_corruptions
-        names = {field.name for field in dataclasses.fields(Asked)} | {"again"}
-        asked = {name: value for name, value in asked.items() if name in names}
     resume = (
         "interrupted; finished attacks are in evaluation-*.partial.json of the output directory, and the same "
         "command again goes on with autoattack where it was"
     )
+    if asked["data_corruption"] == "all":
+        from awp_engine.evaluation.corruptions import evaluate_corruptions
+
+        measure, tell = evaluate_corruptions, show_corruptions
+        resume = "interrupted; the same command again goes on with the sets that are left"
+        names = {field.name for field in dataclasses.fields(Asked)} | {"again"}
+        asked = {name: value for name, value in asked.items() if name in names}
     with (
         ending(prog, interrupted=resume, place=given["output"] or given["path"]),
         errors_told(),

@@ -188,6 +188,7 @@ def evaluate_corruptions(
     for doubt in doubts:
         say(f"WARNING: {doubt}")
     sets: list[CorruptedSet] = []
+    reused = 0
     with locked(first.output), measuring(subject.model), bar("corrupted sets", len(wanted)) as progress:
         known = {} if again else _measured_before(reports)
         for kind, number in wanted:
@@ -195,13 +196,16 @@ def evaluate_corruptions(
             found = CorruptedSet(kind=kind, severity=number, images=len(split), right=0, sha256=split_hash(split))
             before = known.get((kind, number))
             if before is not None and before.sha256 == found.sha256:
-                found = before
+                found, reused = before, reused + 1
             else:
                 found = replace(found, right=count_right(subject.model, split, device, first.batch_size))
             sets.append(found)
             saved = sealed({"finished": True, "sets": [asdict(one) for one in sets]})
             atomic_write_text(reports.path(PARTIAL), json_text(saved))
             progress.advance()
+        if reused:
+            say(f"{reused} of {len(sets)} sets were measured before; --again measures them anew")
+            receipt["resumed"] = {"sets": reused}
         report = {"finished": True, "receipt": receipt, **summary(name, sets), "doubts": doubts}
         report |= {"unreliable": bool(doubts), "sets": [asdict(one) for one in sets]}
         of_each = f"{sets[0].images} images each" if len({one.images for one in sets}) == 1 else "of several sizes"

@@ -241,3 +241,17 @@ def test_a_finished_evaluation_is_read_again(run_dir, tmp_path, monkeypatch, cap
     # that one is believed
     assert run_command("evaluate", monkeypatch, *command) == 0
     assert f"{path.stem}-2.json" in capsys.readouterr().out
+
+
+def test_files_beside_an_earlier_report_that_are_gone_are_named(run_dir, tmp_path):
+    arguments = {"attacks": ["fgsm"], "limit": 12, "gates_limit": None, "output": tmp_path}
+    arguments |= {"save_images": 5, "save_per_image": "npz"}
+    evaluate_checkpoint(run_dir, **arguments)
+    said: list[str] = []
+    evaluate_checkpoint(run_dir, **arguments, say=said.append)
+    assert len(said) == 1
+    for kind in ("images", "per-image"):
+        (path,) = tmp_path.glob(f"{kind}-*")
+        path.unlink()
+        evaluate_checkpoint(run_dir, **arguments, say=said.append)
+        assert said[-1] == f"{path.name}: was saved then, and is not there any more; --again writes it anew"

@@ -1,6 +1,7 @@
 """Evaluation in 16 bits: the model under autocast, said in receipt and page; and top-5."""
 
 import json
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -118,4 +119,8 @@ def test_top5_is_its_definition(run_dir, tmp_path):
     done = evaluate_checkpoint(run_dir, attacks=["clean"], limit=50, gates_limit=None, output=tmp_path)
     clean = json.loads((tmp_path / "evaluation.json").read_text())["clean"]
     assert clean["top5"] == int(found(trained(0.0, 1)).sum()) > clean["right"]
-    assert f"{clean['top5']}/50" in str(done)
+    (row,) = (row for row in done.measurement.table() if row["attack"].startswith("top-5"))
+    assert row.keys() == done.measurement.table()[0].keys()
+    low, high = (float(bound) for bound in re.findall(r"[0-9.]+", row["95% CI"]))
+    assert low < 2 * clean["top5"] < high
+    assert clean["top5_confidence_interval"] == pytest.approx([low / 100, high / 100], abs=1e-3)

@@ -141,6 +141,11 @@ def test_attacks_of_other_libraries_by_name(place, tmp_path, monkeypatch, capsys
     outside = [name for name in names if found[name]["details"]["outside"]]
     assert outside == ["torchattacks:DeepFool,steps=5", "art:DeepFool,max_iter=10"]
     assert "torchattacks:DeepFool,steps=5: found outside the ball" in capsys.readouterr().out
+    # a step as epsilon is given, whose name is no directory
+    strides = "torchattacks:PGD,steps=1,alpha=1/255,random_start=False"
+    assert run_command("evaluate", monkeypatch, run, "--attacks", strides, *options, "--save-images", "3") in (0, 3)
+    assert rows(tmp_path)[strides]["largest"] == pytest.approx(1 / 255, abs=1e-6)
+    assert len(list(tmp_path.glob("images-*-torchattacks:PGD,steps=1,alpha=1_255,*"))) == 1
     # the same draws
     before = found["foolbox:LinfPGD,steps=10"]["largest"], found["art:DeepFool,max_iter=10"]["largest"]
     assert run_command("evaluate", monkeypatch, run, "--attacks", names[0], names[-1], *options, "--again") in (0, 3)

@@ -70,7 +70,7 @@ class Stronger:
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
         numbers = {"attack": self.attack, "right": self.right, "images": self.images, "accuracy": self.accuracy}
-        return numbers | {"confidence_interval": interval(self.right, self.images)}
+        return numbers | {"confidence_interval": list(interval(self.right, self.images))}
 
 
 def stronger_attack(adaptive: Mapping[str, Any]) -> Stronger | None:

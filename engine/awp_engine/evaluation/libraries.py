@@ -4,6 +4,7 @@ Each becomes a function of model, images, labels, epsilon and norm, like an atta
 """
 
 import ast
+import contextlib
 import functools
 import importlib
 import inspect
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from awp_engine.config import parse_amount
 from awp_engine.config.schema import did_you_mean
 
 Attack = Callable[..., Tensor]
@@ -73,10 +75,12 @@ def find_attack(name: str) -> tuple[Attack, str] | None:
 
 
 def _value(text: str) -> Any:
-    try:
+    with contextlib.suppress(ValueError, SyntaxError):
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+    # such as 2/255
+    with contextlib.suppress(ValueError):
+        return float(parse_amount(text))
+    return text
 
 
 def _with(attack: Any, offered: Arguments, arguments: Arguments) -> dict[str, Any]:

@@ -245,7 +245,10 @@ class Measurement:
                 line["transfer"] = f"{percent(row.transferred or 0, row.transferable)}%" if row.transferable else "-"
             lines.append(line)
         if self.top5 is not None:
-            share = {"accuracy": f"{percent(self.top5, self.images)}%", "right": f"{self.top5}/{self.images}"}
+            share = {
+                "accuracy": f"{percent(self.top5, self.images)}%",
+                INTERVAL: str(interval(self.top5, self.images)),
+            }
             lines.append(dict.fromkeys(lines[0], "") | {"attack": "top-5 without an attack"} | share)
         worst: dict[str, str] = dict.fromkeys(lines[0], "") | {
             # what is right under an attack is right without one
@@ -291,7 +294,7 @@ class Measurement:
                 **asdict(row),
                 "accuracy": row.right / row.images,
                 "accuracy_percent": percent(row.right, row.images),
-                "confidence_interval": interval(row.right, row.images),
+                "confidence_interval": list(interval(row.right, row.images)),
                 "accuracy_of_attacked_images_alone": row.right_attacked / row.images,
             }
             for row in self.rows
@@ -301,12 +304,13 @@ class Measurement:
             "images": self.images,
             "over": list(self.worst_over),
             "accuracy_percent": percent(self.worst, self.images),
-            "confidence_interval": interval(self.worst, self.images),
+            "confidence_interval": list(interval(self.worst, self.images)),
         }
         clean: dict[str, Any] = {"right": self.clean, "images": self.images, "not_finite": self.not_finite}
-        clean["confidence_interval"] = interval(self.clean, self.images)
+        clean["confidence_interval"] = list(interval(self.clean, self.images))
         if self.top5 is not None:
             clean |= {"top5": self.top5, "top5_percent": percent(self.top5, self.images)}
+            clean["top5_confidence_interval"] = list(interval(self.top5, self.images))
         doubts = self.doubts()
         return {
             "unreliable": bool(doubts),

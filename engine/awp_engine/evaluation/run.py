@@ -22,7 +22,7 @@ from awp_engine.evaluation.receipt import data_papers, make_receipt
 from awp_engine.evaluation.reports import Reports, sealed
 from awp_engine.evaluation.results import RIGHT_MEANS, Measurement
 from awp_engine.evaluation.robustbench import Publication, model_info
-from awp_engine.evaluation.saved import ImageSaver, save_per_image
+from awp_engine.evaluation.saved import Form, ImageSaver, save_per_image
 from awp_engine.evaluation.shares import ONE_RANK, Shares
 from awp_engine.evaluation.subject import Subject, load_subject
 from awp_engine.evaluation.suite import measure, require_packages
@@ -160,7 +160,10 @@ class _Evaluation:
             "eot": list(ask.eot_draws),
             "ranks": shares.ranks.world,
         }
-        shares.require_equal(question, "the model, the images, the versions and what is asked")
+        # an object of Python is told from those of other calls by a random number, which every rank draws itself
+        apart = {"layers"} if ask.foreign is not None and ask.foreign.is_object else set()
+        told = {key: value for key, value in question.items() if key not in apart}
+        shares.require_equal(told, "the model, the images, the versions and what is asked")
         parts = target.dataset.name, len(target.split), trial.threat.norm, trial.threat.epsilon
         self.reports = Reports(target.output, parts, question)
 
@@ -169,6 +172,9 @@ class _Evaluation:
         own = self.reports.path(JSON).name
         self.trial.say(f"measured before, and read again from {own}; --again measures it anew")
         done = self._told(Measurement.from_dict(report), report)
+        for path in self._beside():
+            if not path.exists():
+                self.trial.say(f"{path.name}: was saved then, and is not there any more; --again writes it anew")
         atomic_write_text(done.output / JSON, json_text(report, indent=2))
         # one that could not be drawn then
         with contextlib.suppress(FileNotFoundError):
@@ -200,16 +206,14 @@ class _Evaluation:
         self.reports.put(JSON, json_text(done.report, indent=2))
         self.reports.path(PARTIAL).unlink(missing_ok=True)
         if ask.save_per_image is not None and measurement.per_image is not None:
-            save_per_image(self.reports.path(f"per-image.{ask.save_per_image}"), measurement.per_image, receipt)
+            save_per_image(self._per_image(ask.save_per_image), measurement.per_image, receipt)
         self._put_leaderboard(measurement)
         self.reports.put(PAGE, _page(target.subject, target.dataset, self.trial.threat, done))
         self.shares.gather(done.report)
         return done
 
     def _measure(self) -> Measurement:
-        ask, saver = self.ask, None
-        if ask.save_images is not None:
-            saver = ImageSaver(self.trial, self.target.output, self.reports.name, ask.save_images)
+        ask = self.ask
         return measure(
             self.trial,
             ask.named,
@@ -224,9 +228,22 @@ class _Evaluation:
             class_names=self.target.dataset.class_names,
             eot_draws=ask.eot_draws,
             so_far=self._put_partial if self.shares.is_first else lambda _: None,
-            saver=saver,
+            saver=self._saver(),
             shares=self.shares,
         )
+
+    def _saver(self) -> ImageSaver | None:
+        count = self.ask.save_images
+        return None if count is None else ImageSaver(self.trial, self.target.output, self.reports.name, count)
+
+    def _per_image(self, form: Form) -> Path:
+        return self.reports.path(f"per-image.{form}")
+
+    def _beside(self) -> list[Path]:
+        """The files of single images that were asked for."""
+        form, saver = self.ask.save_per_image, self._saver()
+        images = [] if saver is None else [saver.path(one.name) for one in self.ask.named if one.family != "clean"]
+        return images if form is None else [*images, self._per_image(form)]
 
     def _told(self, measurement: Measurement, report: dict[str, Any]) -> Evaluated:
         threat, images = self.trial.threat, len(self.target.split)

@@ -42,6 +42,10 @@ class ImageSaver:
         some = min(count or images, images)
         self.rows = torch.arange(some, device=trial.split.device) * images // some
 
+    def path(self, attack: str) -> Path:
+        """Of an attack's images; a step of 2/255 may be part of its name."""
+        return self._directory / f"images-{self._name}-{attack.replace('/', '_')}.safetensors"
+
     def save(self, attack: str, x_adv: Tensor, predictions: Tensor) -> None:
         """Writes attacked images of `rows`, fp32 [N, C, H, W], and their predicted classes."""
         trial = self._trial
@@ -49,9 +53,8 @@ class ImageSaver:
         columns = {"x": x, "x_adv": x_adv.float(), "labels": y, "ids": ids, "predictions": predictions}
         tensors = {key: column.cpu().contiguous() for key, column in columns.items()}
         facts = {"attack": attack, "epsilon": str(trial.threat.epsilon), "norm": trial.threat.norm}
-        path = self._directory / f"images-{self._name}-{attack}.safetensors"
         try:
-            export_model(path, tensors, {"images": json_text(facts)})
+            export_model(self.path(attack), tensors, {"images": json_text(facts)})
         except CheckpointError as error:
             trial.say(f"{attack}: its images could not be saved, measuring goes on: {error}")
 

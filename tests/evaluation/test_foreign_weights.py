@@ -263,8 +263,9 @@ def test_a_folder_for_the_hub_and_back(run: Path, tmp_path: Path, monkeypatch, c
         assert torch.equal(model(x), clean_model()(x))
         assert model.class_names == description().class_names
     monkeypatch.chdir(tmp_path)
-    assert run_command("evaluate", monkeypatch, "hf://me/digits", *QUICK) == 0
+    assert run_command("evaluate", monkeypatch, "hf://me/digits", *QUICK, "--transfer-to", "hf://me/digits") == 0
     there = report(tmp_path / "me-digits-evaluation")["receipt"]
+    assert there["transfer_to"]["name"] == "me-digits"
     assert (there["epsilon"], there["checkpoint"]["name"]) == ("1/5", "me-digits")
     assert load_subject("hf://me/digits").run_dir is None
 

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from awp_engine.cli.command_line import OneLineParser
@@ -108,9 +107,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
     size, crop = whole_number(1, 4096), "share of the shorter side to take"
     add("--data.image-size", dest="data_image_size", type=size, metavar="N", help="resize images of files to NxN")
     add("--data.center-crop", dest="data_center_crop", type=share, metavar="X", help=crop)
-    add(
-        "--transfer-to", type=Path, metavar="PATH", help="second run or checkpoint: do the attacked images fool it too?"
-    )
+    add("--transfer-to", type=place, metavar="PATH", help="second model: do the attacked images fool it too?")
     add_shared(parser, "output")
     add("--gates-limit", type=whole_number(), default=200, metavar="N", help="images of the sanity gates (200)")
     add("--no-gates", action="store_true", help="leave out the sanity gates, and the curves they are read from")

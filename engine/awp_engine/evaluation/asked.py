@@ -112,7 +112,7 @@ class AttacksAsked(Asked):
         precision: what the model computes in, without attack and under it; 16 bits are faster on a GPU, and the numbers
             are then those of the rounded model.
         gates_limit: images of the gates; None leaves them out.
-        transfer_to: a second run, checkpoint or file, on which every attack's images are tried.
+        transfer_to: a second model, as `path`, on which every attack's images are tried.
         publication: write RobustBench's description, robustbench.json; needs autoattack.
         budget: of autoattack and square, for quick looks.
         eot_draws: over how many draws the gates average the gradient of a random model, one attack for each.
@@ -129,7 +129,7 @@ class AttacksAsked(Asked):
     restarts: int = 1
     precision: PrecisionName = "fp32"
     gates_limit: int | None = 200
-    transfer_to: Path | None = None
+    transfer_to: Path | str | None = None
     publication: Publication | None = None
     budget: Budget = STANDARD_BUDGET
     eot_draws: Sequence[int] = EOT_DRAWS

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from awp_engine.checkpoint import read_file
+from awp_engine.config.data_sets import own_title
 from awp_engine.data import eval_batches
 from awp_engine.device import choose_device
 from awp_engine.evaluation.asked import Asked
@@ -177,7 +178,8 @@ def certify_checkpoint(
     receipt |= {"smoothing": asdict(smoothing), "largest_radius": smoothing.largest_radius}
     question = target.identity(receipt) | {"smoothing": asdict(smoothing)}
     prepare_output(target.output)
-    reports = Reports(target.output, (target.dataset.name, len(split), f"sigma{smoothing.sigma:g}"), question)
+    parts = own_title(target.dataset.name), len(split), f"sigma{smoothing.sigma:g}"
+    reports = Reports(target.output, parts, question)
     with locked(target.output), measuring(subject.model):
         saved = Progress(target.output, question, split.ids.tolist(), say)
         certificates = saved.load()

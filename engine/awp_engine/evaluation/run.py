@@ -9,6 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from awp_engine.config.data_sets import own_title
 from awp_engine.data import Dataset, match_classes
 from awp_engine.device import choose_device
 from awp_engine.distributed.ranks import Ranks
@@ -164,7 +165,7 @@ class _Evaluation:
         apart = {"layers"} if ask.foreign is not None and ask.foreign.is_object else set()
         told = {key: value for key, value in question.items() if key not in apart}
         shares.require_equal(told, "the model, the images, the versions and what is asked")
-        parts = target.dataset.name, len(target.split), trial.threat.norm, trial.threat.epsilon
+        parts = own_title(target.dataset.name), len(target.split), trial.threat.norm, trial.threat.epsilon
         self.reports = Reports(target.output, parts, question)
 
     def read_again(self, report: dict[str, Any]) -> Evaluated:
@@ -268,7 +269,7 @@ class _Evaluation:
             self.reports.put(LEADERBOARD, json_text(info, indent=2))
 
 
-def _second(path: Path, target: Target, first: str) -> Subject:
+def _second(path: Path | str, target: Target, first: str) -> Subject:
     """The model of `--transfer-to`, of the same classes in the same order."""
     second, what = load_subject(path, device=target.device), f"--transfer-to {path}"
     classes = match_classes(second.model.class_names, target.found, what)[0].class_names

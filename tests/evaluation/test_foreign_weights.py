@@ -305,6 +305,9 @@ def test_numbers_of_other_weights_are_not_in_the_card(run: Path, tmp_path: Path,
     place.write_text(json.dumps(changed))
     assert run_command("export", monkeypatch, run, "--hub", tmp_path / "other") == 0
     assert "is of other weights" in capsys.readouterr().out
+    place.write_text(json.dumps({"receipt": {"checkpoint": {"sha256": sha256_of(run / "model.safetensors")}}}))
+    assert run_command("export", monkeypatch, run, "--hub", tmp_path / "strange") == 0
+    assert "is not a report of awp evaluate" in capsys.readouterr().out
     assert run_command("export", monkeypatch, run, "--hub", tmp_path / "other") == 2
     assert "not an empty folder; choose another" in capsys.readouterr().err
     assert run_command("export", monkeypatch, run, "--state-dict", tmp_path / "w.pt") == 0

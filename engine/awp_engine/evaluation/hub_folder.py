@@ -137,7 +137,9 @@ def _report(subject: Subject, say: Callable[[str], None]) -> tuple[Mapping[str, 
     try:
         report = json.loads(read_file(path))
         of = report["receipt"]["checkpoint"]["sha256"]
-    except (CheckpointError, KeyError, TypeError, ValueError, RecursionError):
+        # all that the card takes from it
+        _accuracies(report, ""), _index("", report)
+    except (CheckpointError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
         say(f"no accuracies in the card: {path} is not a report of awp evaluate")
         return None, ""
     if of != subject.sha256:

@@ -164,7 +164,7 @@ def test_all_corruptions_in_one_call(folder_run: tuple[Path, Path], tmp_path: Pa
     run, root = folder_run
     write_corrupted(tmp_path / "c", {"fog": 1, "snow": 9, "spatter": 2}, root / "valid")
     given = {"data_name": "folder-c", "data_root": tmp_path / "c"}
-    # as the command does, since it is part of the question
+    # as the command has it below
     full_precision()
     done = evaluate_corruptions(run, **given, device="cpu")
     single = {

@@ -142,9 +142,10 @@ def test_runs_by_other_files_are_another_row(tmp_path: Path, key: str, name: str
     assert f"{name}: two different files" in notes(tmp_path)
 
 
-def test_models_that_fit_was_given_are_told_apart_by_their_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["given(nets.Wide)", "awp_engine.cli.objects:model"])
+def test_models_that_fit_was_given_are_told_apart_by_their_weights(tmp_path: Path, name: str) -> None:
     for seed, shape in enumerate(([8, 3], [8, 3], [16, 3])):
-        run = write_finished(tmp_path / f"{seed}", seed=seed, model=ModelConfig(name="awp_engine.cli.objects:model"))
+        run = write_finished(tmp_path / f"{seed}", seed=seed, model=ModelConfig(name=name))
         header = json.dumps({"__metadata__": {"seed": f"{seed}"}, "w": {"shape": shape, "dtype": "F32"}}).encode()
         (run / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     assert [row["seeds"] for row in table(tmp_path)] == ["2", "1"]

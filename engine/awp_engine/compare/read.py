@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from awp_engine.config import Config, ConfigError, config_hash, decisive, load_config, parse_amount, show
+from awp_engine.config.model_names import source_of
 from awp_engine.files.digest import sha256_of
 from awp_engine.files.run_places import CONFIG_FILE as CONFIG
 from awp_engine.files.run_places import MODEL_FILE as WEIGHTS
@@ -28,8 +29,6 @@ _MOST_BYTES = 1 << 24
 # runs/STUDY/METHOD/SEED, and the run that --compare-without-awp leaves below another
 _DEEPEST = 4
 _LONGEST = 200
-# the model's name in runs of fit() and receipts of evaluate(), now and in earlier versions
-OBJECTS = ("awp_engine.objects:model", "awp_engine.cli.objects:model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,8 +252,8 @@ def _measured(path: Path) -> Measured:
         key: report.optional_text(f"receipt.checkpoint.{key}") for key in ("architecture", "file", "run", "method")
     }
     model, where = about["architecture"] or "weights", about["file"]
-    if model in OBJECTS:
-        model, where = "a model", "given as an object of Python"
+    if source_of(model) == "object":
+        where = "an object of Python"
     if about["run"] is not None:
         model, where = about["method"] or model, f"{about['run']}, {evaluation.weights}"
     return Measured(
@@ -347,7 +346,7 @@ def read_run(path: Path) -> Run:
             result = _result(path / REPORT, config)
         except _FileError as error:
             notes.append(f"{name}: {REPORT} is not used: {error}")
-    if result is not None and config.model.name in OBJECTS and (tensors := _tensors_sha256(path / WEIGHTS)):
+    if result is not None and config.model.source == "object" and (tensors := _tensors_sha256(path / WEIGHTS)):
         # no file holds the code of an object
         result = replace(result, made_by={**result.made_by, "model": tensors})
     evaluations, problems = _evaluations(path)

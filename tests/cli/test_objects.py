@@ -1,5 +1,6 @@
 """`awp_engine.fit` and `awp_engine.evaluate`: a model and images as objects of Python."""
 
+import dataclasses
 import io
 import json
 import threading
@@ -14,7 +15,7 @@ import awp_engine
 from awp_engine.checkpoint import CheckpointError, export_model, read_model
 from awp_engine.cli.command_line import parse_train
 from awp_engine.compare.read import read_run
-from awp_engine.config import ConfigError, load_config
+from awp_engine.config import ConfigError, load_config, require_same_run
 from awp_engine.config.model_names import source_of
 from awp_engine.data import DataError
 from awp_engine.evaluation.attacks import EvaluationError
@@ -102,6 +103,21 @@ def test_names_of_objects_load_nothing(run, data, model, images, tmp_path, monke
     first, second = capsys.readouterr().err.splitlines()[-2:]
     assert "its model was given as an object of Python" in first
     assert "data.name is an object of Python, which awp_engine.fit takes; give --data.name" in second
+
+
+def test_a_run_of_an_earlier_version_goes_on(data, tmp_path, monkeypatch, capsys):
+    settings = QUICK | {"optimizer.schedule": "constant"}
+    with monkeypatch.context() as earlier:
+        earlier.setattr("awp_engine.objects.name_of", lambda _: "awp_engine.cli.objects:model")
+        awp_engine.fit(network, *data, run_dir=tmp_path / "run", settings=settings | {"epochs": 1})
+    saved = load_config(tmp_path / "run" / "config.json")
+    assert saved.model.name == "awp_engine.cli.objects:model"
+    images = dataclasses.replace(saved.data, name="awp_engine.cli.objects:data")
+    require_same_run(dataclasses.replace(saved, data=images), saved, tmp_path)
+    assert awp_engine.fit(network, *data, run_dir=tmp_path / "run", settings=settings).report["epochs"] == 2
+    assert "going on after epoch 1" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"--model\.name is 'given\(test_objects\.network\)' there"):
+        awp_engine.fit(Wide(), *data, run_dir=tmp_path / "run", settings=settings)
 
 
 def test_another_thread_may_train(data, tmp_path):

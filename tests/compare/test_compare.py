@@ -142,7 +142,7 @@ def test_runs_by_other_files_are_another_row(tmp_path: Path, key: str, name: str
     assert f"{name}: two different files" in notes(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["given(__main__.Net)", "awp_engine.cli.objects:model"])
+@pytest.mark.parametrize("name", ["given(nets.Wide)", "awp_engine.cli.objects:model"])
 def test_models_that_fit_was_given_are_told_apart_by_their_weights(tmp_path: Path, name: str) -> None:
     for seed, shape in enumerate(([8, 3], [8, 3], [16, 3])):
         run = write_finished(tmp_path / f"{seed}", seed=seed, model=ModelConfig(name=name))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 from statistics import NormalDist
@@ -15,9 +16,11 @@ from scipy.stats import binomtest, norm
 from torch import Tensor, nn
 
 from awp_engine.checkpoint import export_model
-from awp_engine.config import Config, EvaluationConfig, ModelConfig, to_json
+from awp_engine.config import AttackConfig, Config, EvaluationConfig, ModelConfig, load_config, to_json
 from awp_engine.evaluation.certify import Progress, certify_checkpoint, summary
+from awp_engine.evaluation.hub_folder import model_card
 from awp_engine.evaluation.smoothing import Certificate, Smoothing, certify, count_answers, lower_bound
+from awp_engine.evaluation.subject import load_subject
 from awp_engine.files.run_places import CONFIG_FILE, MODEL_FILE
 from awp_engine.observe.bars import NoBar
 from awp_kernels.philox import mix_seed, normals
@@ -246,6 +249,18 @@ def test_certificates_that_are_not_ones_own_are_not_believed(tmp_path, forgery):
     assert saved.load() == images[:1]
     assert said == [f"{saved.path}: line 2 is not believed: going on from there"]
     assert saved.load() == images[:1]
+
+
+def test_what_a_run_under_noise_is_for_is_said(run_dir, tmp_path):
+    place, said = shutil.copytree(run_dir, tmp_path / "noise"), []
+    attack = AttackConfig(kind="none", noise=0.5)
+    (place / CONFIG_FILE).write_text(to_json(dataclasses.replace(load_config(place / CONFIG_FILE), attack=attack)))
+    for sigma in (0.5, 0.25):
+        certify_checkpoint(place, smoothing=dataclasses.replace(SMOOTHING, sigma=sigma), limit=1, say=said.append)
+    assert said == ["trained under noise of 0.5, certified by another, 0.25: best is --sigma 0.5"]
+    card = model_card(description(), load_subject(place), None, "", "", curves=False)
+    assert "- Training: Noise-AWP, gamma 0.002, without an attack, noise of 0.5, 30 epochs" in card
+    assert "adversarial-training" not in card
 
 
 def test_the_command_prints_the_table_and_refuses_in_one_line(run_dir, tmp_path, capsys, monkeypatch):

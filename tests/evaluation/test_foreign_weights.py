@@ -197,7 +197,7 @@ def test_a_landscape_is_measured_in_full_precision(tmp_path: Path, file: Path) -
     matmul = torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
     try:
-        landscape.measure(landscape.parse([*map(str, (file, *NAMED, "--epsilon", "0.2", *few))]))
+        landscape.main([*map(str, (file, *NAMED, "--epsilon", "0.2", *few))])
         assert matmul.fp32_precision == "ieee"
     finally:
         matmul.fp32_precision = before

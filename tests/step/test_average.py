@@ -140,6 +140,8 @@ def epochs(*pairs: tuple[float, float | None]) -> list[dict]:
 def test_catastrophic_overfitting_is_named(pairs, warned):
     said = [text for text in monitor.warnings(epochs(*pairs), 10) if "catastrophic overfitting" in text]
     assert bool(said) == warned
+    # without an attack accuracy in training is no accuracy under one
+    assert not monitor.warnings(epochs(*pairs), 10, attacked=False)
     if warned:
         assert "epoch 2" in said[0] or "epoch 1" in said[0]
         assert "from 33% to 2%" in said[0] or "from 30% to 2%" in said[0]

@@ -24,6 +24,7 @@ from awp_engine.config import (
 from awp_engine.config.identity import from_flat, to_flat
 from awp_engine.config.rules import choose_speed
 from awp_engine.data import Batch
+from awp_engine.evaluation import Accuracy
 from awp_engine.models import build_model
 from awp_engine.models.batch_norm import layer_modes
 from awp_engine.step.noise import Noise
@@ -153,6 +154,21 @@ def test_an_averages_statistics_are_those_of_noisy_images(tmp_path):
     ratio = model.layer1[0].bn1.running_var / trainer.model.layer1[0].bn1.running_var
     # without noise a hundredth
     assert 0.3 < ratio.median() < 3
+
+
+@pytest.mark.parametrize(("settings", "kept"), [({"kind": "none"}, 2), ({"kind": "none", "noise": 0.25}, 1), ({}, 1)])
+def test_clean_images_alone_are_trained_on_for_clean_accuracy(tmp_path, monkeypatch, settings, kept):
+    attack = dataclasses.replace(AWP_EMA.attack, **settings)
+    evaluation = dataclasses.replace(AWP_EMA.evaluation, patience=1)
+    changed = {"run_dir": tmp_path, "attack": attack, "evaluation": evaluation, "epochs": 9, "checkpoint_steps": None}
+    trainer, said = Trainer(dataclasses.replace(AWP_EMA, **changed)), []
+    found = iter(Accuracy(clean=clean, robust=robust) for clean, robust in ((0.2, 0.1), (0.9, 0.0), (0.8, 0.0)))
+    monkeypatch.setattr(trainer.selection, "_measure", lambda *_: next(found))
+    monkeypatch.setattr(trainer, "_say", said.append)
+    trainer.train()
+    assert (trainer.progress.best_epoch, trainer.progress.epoch) == (kept, kept + 1)
+    told = "clean accuracy than 90.00%" if kept == 2 else "PGD accuracy than 10.00%"
+    assert f"no better held-out {told} of epoch {kept}" in said[-1]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from awp_engine import checkpoint
 from awp_engine.cli.command_line import command_again, parse_train
 from awp_engine.config import ConfigError, load_config
 from awp_engine.observe.report import REPORT
-from awp_engine.observe.rows import CAPTION, head, row
+from awp_engine.observe.rows import caption, head, row
 from awp_engine.observe.warnings import gradient_masking
 from awp_engine.train.banner import banner
 from awp_engine.train.run_dir import finished_report
@@ -147,7 +147,7 @@ def test_what_is_piped_has_every_evaluated_epoch_and_no_zeros(
     assert said[2] == f"run directory {tmp_path / LONG}"
     assert said[3] == "100 training, 144 held-out and 360 test images of 10 classes"
     table = said.index(head(5))
-    assert said[table - 1] == CAPTION
+    assert said[table - 1] == caption("PGD")
     assert [line.split()[0] for line in said[table + 1 : table + 4]] == ["2/5", "4/5", "5/5"]
     assert any(line.split()[-2] == "*" for line in said[table + 1 : table + 4])
     assert not any(word in "".join(said) for word in ("skipped", "zero", "finite"))

@@ -20,6 +20,7 @@ from awp_engine.files.digest import sha256_of
 from awp_engine.models.trained import MODEL_FILE, described
 from awp_engine.models.user_code import Code, code_of, load_code
 from awp_engine.observe.report import REPORT
+from awp_engine.train.run_dir import finished_report
 from awp_engine.train.trainer import Trainer
 
 FILES = {
@@ -189,6 +190,17 @@ OWN = {
 }
 
 
+FAR = """
+import sys
+
+
+def make(num_classes):
+    sys.path.append(%r)
+    import far
+    return far.net(num_classes)
+"""
+
+
 def test_a_run_goes_on_and_loads_by_all_of_its_code_alone(here: Path) -> None:
     write(here, OWN)
     trained("mine.py:make")
@@ -223,6 +235,20 @@ def test_a_run_goes_on_and_loads_by_all_of_its_code_alone(here: Path) -> None:
     assert "files" not in json.loads(older.to_metadata()["model"])["code"]
     export_model(here / "alone.safetensors", tensors, {**metadata, **older.to_metadata()})
     assert load_model("alone.safetensors").name == "mine.py:make"
+
+
+def test_an_ended_run_knows_its_code_by_what_the_call_imports_too(here: Path) -> None:
+    """In a process that has not made the model."""
+    write(here, {"mine.py": FAR % str(here / "lib"), "lib/far.py": OWN["layers.py"]})
+    trained("mine.py:make")
+    digest = json.loads((here / "run" / REPORT).read_text())["made_by"]["model"]
+    del sys.modules["far"]
+    sys.path.remove(str(here / "lib"))
+    assert code_of(here / "mine.py").sha256 != digest
+    assert finished_report(config("mine.py:make")) is not None
+    write(here, {"lib/far.py": OWN["layers.py"] + "# changed\n"})
+    with pytest.raises(ConfigError, match=r"^--run-dir: run was trained by other code of --model\.name mine\.py:make"):
+        finished_report(config("mine.py:make"))
 
 
 def test_a_report_says_what_made_the_run(here: Path) -> None:

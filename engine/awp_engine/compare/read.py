@@ -350,7 +350,7 @@ def read_run(path: Path) -> Run:
             result = _result(path / REPORT, config)
         except _FileError as error:
             notes.append(f"{name}: {REPORT} is not used: {error}")
-    if result is not None and source_of(config.model.name) == "object" and (tensors := _tensors_sha256(path / WEIGHTS)):
+    if result is not None and config.model.source == "object" and (tensors := _tensors_sha256(path / WEIGHTS)):
         # no file holds the code of an object
         result = replace(result, made_by={**result.made_by, "model": tensors})
     evaluations, problems = _evaluations(path)

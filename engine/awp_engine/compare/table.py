@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 from awp_engine.compare.read import Attacked, Evaluation, Measured, Result, Run
 from awp_engine.config import parse_amount
 from awp_engine.config.identity import to_flat
-from awp_engine.config.model_names import source_of
 from awp_engine.files.text import printable, shortened
 
 NONE = "-"
@@ -268,7 +267,7 @@ def _settings(runs: Sequence[Run], notes: list[str]) -> list[Setting]:
     for key in set(_FILES.values()).intersection(others):
         count = _NUMBERS.get(different(key), different(key))
         notes.append(f"{key}: {count} different files, told apart by the first digits of their SHA-256")
-    if any(source_of(group[0].config.model.name) == "object" for group in groups):
+    if any(group[0].config.model.source == "object" for group in groups):
         notes.append("models that fit() was given are told apart by the names and shapes of their weights alone")
     return found
 

@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from awp_engine.config.data_sets import is_given
 from awp_engine.config.documents import JSON, parse_json, read_document, read_text
+from awp_engine.config.model_names import EARLIER_OBJECT
 from awp_engine.config.schema import ConfigError, coerce, did_you_mean, fields, flag, parse_amount, show
 from awp_engine.config.settings import Config
 
@@ -224,12 +226,23 @@ def _differing(saved: Config, given: Config) -> str | None:
     return min(keys, key=lambda key: (key not in ("model.name", "data.name"), key), default=None)
 
 
+def _named_as_now(saved: Config, given: Config) -> Config:
+    """Objects of Python, which all had one name in earlier versions, by the names that they have now."""
+    data, model = saved.data, saved.model
+    if is_given(data.name) and is_given(given.data.name):
+        data = dataclasses.replace(data, name=given.data.name)
+    if model.name == EARLIER_OBJECT and given.model.source == "object":
+        model = dataclasses.replace(model, name=given.model.name)
+    return dataclasses.replace(saved, data=data, model=model)
+
+
 def require_same_run(saved: Config, given: Config, run_dir: Path) -> None:
     """Refuses to go on with a run under other settings; more epochs are none where its schedule allows them.
 
     Raises:
         ConfigError: naming the first key that differs, with both values.
     """
+    saved = _named_as_now(saved, given)
     # the epochs are the reason only where nothing else differs: most often a new run was meant
     others = dataclasses.replace(given, epochs=saved.epochs)
     if given.epochs > saved.epochs and _differing(saved, others) in (None, "optimizer.milestones"):

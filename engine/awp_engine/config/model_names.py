@@ -19,14 +19,17 @@ EXPECTED = (
     "or file.py:factory"
 )
 
+EARLIER_OBJECT = "awp_engine.cli.objects:model"
+"""What every object of Python was called in earlier runs."""
+
 _WIDE_RESNET = re.compile(r"(?:dm-)?wrn-([0-9]{1,4})-([0-9]{1,3})")
 _DOTTED = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
 _FORMS: dict[Source, re.Pattern[str]] = {
     # the part after the dot names weights
     "timm": re.compile(r"timm:\w+(?:\.\w+)?"),
     "torchvision": re.compile(r"torchvision:\w+"),
-    # of Python; and what all of them were called in earlier runs
-    "object": re.compile(r"given\([\w.<>]+\)|awp_engine\.cli\.objects:model"),
+    # of Python
+    "object": re.compile(rf"given\([\w.<>]+\)|{re.escape(EARLIER_OBJECT)}"),
     "file": re.compile(rf"[^\0]+\.py:{_DOTTED}"),
     "module": re.compile(rf"{_DOTTED}:{_DOTTED}"),
 }

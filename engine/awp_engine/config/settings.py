@@ -463,13 +463,18 @@ class Config(Checked):
             )
 
     @property
+    def standard(self) -> bool:
+        """Whether training sees clean images alone; the epoch is then chosen by accuracy on such."""
+        return self.attack.kind == "none" and not self.attack.noise and not is_code(self.method)
+
+    @property
     def title(self) -> str:
         """What is trained, in the field's words: "TRADES-AWP"."""
         perturbed = {"relative": "AWP", "absolute": "SAM", "elementwise": "ASAM"}[self.awp.scale]
         method = self.method.rpartition(":")[2] if is_code(self.method) else self.method.upper()
         if self.attack.noise and not is_code(self.method):
             method = "SmoothAdv" if self.attack.training_epsilon else "Noise"
-        elif self.attack.kind == "none" and not is_code(self.method):
+        elif self.standard:
             method = "Standard"
         return method + (f"-{perturbed}" if self.awp.enabled else "")
 

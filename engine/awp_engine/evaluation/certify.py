@@ -164,6 +164,9 @@ def certify_checkpoint(
     place = choose_device(ask.device)
     target = prepare(ask, ask.subject(place), place, say)
     subject, split = target.subject, target.split
+    if subject.config is not None and subject.config.attack.noise not in (0, smoothing.sigma):
+        trained = f"{subject.config.attack.noise:g}"
+        say(f"trained under noise of {trained}, certified by another, {smoothing.sigma:g}: best is --sigma {trained}")
     # a certificate has no ball of its own: the receipt's is left out
     nowhere = Threat(epsilon=Fraction(0), norm="l2")
     seed, batch_size = target.seed, target.batch_size

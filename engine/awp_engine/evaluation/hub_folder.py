@@ -176,7 +176,7 @@ def model_card(
         "pipeline_tag": "image-classification",
         "tags": [
             "adversarial-robustness",
-            "adversarial-training",
+            *(["adversarial-training"] * (config is None or config.attack.training_epsilon > 0)),
             *(["adversarial-weight-perturbation"] * _has_awp(config)),
         ],
     }
@@ -230,8 +230,12 @@ def _facts(description: ModelDescription, subject: Subject) -> list[str]:
         facts.append(f"Weights: those of {printable(subject.weights.name)}, SHA-256 {subject.sha256}")
     if subject.config is not None:
         config = subject.config
-        ball = f"{config.attack.norm} epsilon {config.attack.epsilon}"
-        attack = f"{ball}, {config.attack.steps} steps of {config.attack.step_size}"
+        attack = "without an attack"
+        if config.attack.training_epsilon:
+            ball = f"{config.attack.norm} epsilon {config.attack.epsilon}"
+            attack = f"{ball}, {config.attack.steps} steps of {config.attack.step_size}"
+        if config.attack.noise:
+            attack += f", noise of {config.attack.noise:g}"
         gamma = f", gamma {config.awp.gamma:g}" if config.awp.enabled else ""
         facts.append(f"Training: {config.title}{gamma}, {attack}, {config.epochs} epochs, seed {config.seed}")
         if config.model.pretrained is not None:

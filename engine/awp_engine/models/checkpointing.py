@@ -56,7 +56,8 @@ def _gradients(model: NormalizedClassifier, images: Tensor) -> list[Tensor]:
     """Of the summed squares of the logits, in train mode, for the images and all parameters that have one."""
     devices = [] if images.device.type == "cpu" else [images.device]
     wanted = [images.clone().requires_grad_(), *(p for p in model.parameters() if p.requires_grad)]
-    with torch.random.fork_rng(devices), layer_modes(model, "train"), torch.enable_grad():
+    drawn = torch.random.fork_rng(devices, device_type=images.device.type)
+    with drawn, layer_modes(model, "train"), torch.enable_grad():
         torch.manual_seed(0)
         found = torch.autograd.grad(model(wanted[0]).square().sum(), wanted, allow_unused=True)
     return [gradient for gradient in found if gradient is not None]

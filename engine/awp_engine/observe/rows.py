@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 from awp_engine.files.text import duration
 
-CAPTION = "* = best held-out PGD so far: these weights are kept"
 # a number's name in the metrics, its column, and the column's width
 _COLUMNS = (
     ("loss", "loss", 7),
@@ -14,6 +13,11 @@ _COLUMNS = (
     ("held_out_pgd_accuracy", "held-out PGD", 12),
 )
 _TIME = 7
+
+
+def caption(kept_by: str) -> str:
+    """What stands above the table; `kept_by` is the accuracy, PGD or clean, that the epoch is chosen by."""
+    return f"* = best held-out {kept_by} so far: these weights are kept"
 
 
 def head(total_epochs: int) -> str:

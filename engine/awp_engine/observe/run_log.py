@@ -53,6 +53,7 @@ class RunLog:
         start_epoch: int = 0,
         console: Console | None = None,
         trackers: Sequence[str] = ("tensorboard",),
+        kept_by: str = "PGD",
     ) -> None:
         """Opens the log; what metrics.jsonl says about epochs after `start_epoch` is dropped, atomically.
 
@@ -64,8 +65,10 @@ class RunLog:
             start_epoch: epochs done before, by the checkpoint that the run goes on from.
             console: where to show progress; standard output by default.
             trackers: services that are given the numbers too, as `--log` names them.
+            kept_by: see `rows.caption`.
         """
         self._total_epochs, self._interval, self._start_epoch = total_epochs, interval, start_epoch
+        self._kept_by = kept_by
         self._console = console or console_of(sys.stdout)
         self._warned: set[str] = set()
         self._warnings = Lane("warnings", lambda text: None)
@@ -174,7 +177,7 @@ class RunLog:
             return
         self._shown = time.monotonic()
         if self._rows == 0:
-            self.message(rows.CAPTION)
+            self.message(rows.caption(self._kept_by))
         if self._rows == 0 or (self._progress is not None and self._rows % _SCREEN == 0):
             self.message(rows.head(self._total_epochs))
         self._rows += 1

@@ -119,11 +119,12 @@ def skipped_steps(epoch: Mapping[str, Any]) -> str | None:
     )
 
 
-def warnings(epochs: Sequence[Mapping[str, Any]], classes: int) -> list[str]:
-    """All that is to be said after the last of `epochs`, on images of so many classes."""
+def warnings(epochs: Sequence[Mapping[str, Any]], classes: int, *, attacked: bool = True) -> list[str]:
+    """All that is to be said after the last of `epochs`, on images of so many classes, attacked in training or not."""
     last, collapsed = epochs[-1], collapse(epochs, classes)
     # without a gradient because it has learnt nothing: no masking. Said once, not after every epoch.
     repeated = collapsed is not None and len(epochs) > 1 and collapse(epochs[:-1], classes) is not None
     first = gradient_masking(last) if collapsed is None else None if repeated else collapsed
-    said = [first, nonfinite_gradients(last), catastrophic_overfitting(epochs), skipped_steps(last)]
+    overfitting = catastrophic_overfitting(epochs) if attacked else None
+    said = [first, nonfinite_gradients(last), overfitting, skipped_steps(last)]
     return [text for text in said if text]

@@ -9,6 +9,7 @@ from awp_engine.config import Config, ConfigError
 from awp_engine.config.model_names import is_code
 from awp_engine.data import Dataset, class_weights, load_data, load_extra
 from awp_engine.files.digest import sha256_of
+from awp_engine.models import build_model
 from awp_engine.models.class_names import difference
 from awp_engine.models.user_code import load_code
 
@@ -122,4 +123,8 @@ def require_same_as_reported(report: Mapping[str, Any], config: Config) -> None:
     before, more = report["data"], {"test_fingerprint": data.test_fingerprint}
     now = fingerprints(config, data, extra) | {name: value for name, value in more.items() if name in before}
     require_same(before, now, config, data, None)
+    if is_code(config.model.name):
+        # its code may import more when it is called, as it did then
+        _, *size = data.train.shape
+        build_model(config.model.name, len(data.class_names), data.mean, data.std, image_size=(size[0], size[1]))
     require_same_code(said(report), code_digests(config), config)

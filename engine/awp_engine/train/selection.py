@@ -107,9 +107,13 @@ class Selection:
         """Measure the epoch on held-out images, and keep its weights if none were better; returns metrics."""
         model = self.measured_model(epoch)
         found = self._measure(model, self._held_out, "held-out")
-        # the later of equals has trained longer; clean accuracy decides between equally robust ones
-        if (found.robust, found.clean) >= (progress.best_robust, progress.best_clean):
-            progress.since_best = 0 if found.robust > progress.best_robust else progress.since_best + 1
+        now, best = (found.robust, found.clean), (progress.best_robust, progress.best_clean)
+        if self._setup.config.standard:
+            # under an attack that it never saw a network is best before it has learnt anything
+            now, best = now[::-1], best[::-1]
+        # the later of equals has trained longer; the other accuracy decides between equally good ones
+        if now >= best:
+            progress.since_best = 0 if now[0] > best[0] else progress.since_best + 1
             progress.best_epoch, progress.best_robust, progress.best_clean = epoch, found.robust, found.clean
             self.best_weights = self._setup.whole(model)
         else:

@@ -95,6 +95,7 @@ class Trainer(Setup):
                 config.log_interval,
                 start_epoch=done,
                 trackers=config.log,
+                kept_by="clean" if config.standard else "PGD",
             )
         with (
             self._log or contextlib.nullcontext(),
@@ -132,9 +133,10 @@ class Trainer(Setup):
             self._end_epoch(epoch, updates * sum(self.batches.sizes[first:]), time.monotonic() - began)
         if self._out_of_patience():
             best = self.progress
+            kind, accuracy = ("clean", best.best_clean) if self.config.standard else ("PGD", best.best_robust)
             self._say(
-                f"stopped after epoch {best.epoch}: no better held-out PGD accuracy than {best.best_robust:.2%} of "
-                f"epoch {best.best_epoch}"
+                f"stopped after epoch {best.epoch}: no better held-out {kind} accuracy than {accuracy:.2%} of epoch "
+                f"{best.best_epoch}"
             )
         if message := self._profiler.close():
             self._say(message)
@@ -188,7 +190,8 @@ class Trainer(Setup):
             told = metrics | {"seconds": self.progress.seconds}
             self._log.end_epoch(epoch, told, best=self.progress.best_epoch == epoch)
         self._history.append({"epoch": epoch, **metrics})
-        for warning in warnings.warnings(self._history, len(self.data.class_names)):
+        attacked = config.attack.training_epsilon > 0
+        for warning in warnings.warnings(self._history, len(self.data.class_names), attacked=attacked):
             self._say(f"warning: {warning}")
         if epoch % config.checkpoint_every == 0 or last or self._out_of_patience():
             self.state.save()

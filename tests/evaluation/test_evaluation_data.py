@@ -21,6 +21,7 @@ from awp_engine.data import DataError, Framing, Loading, load_corrupted, load_da
 from awp_engine.data.sets.cifar import CIFAR10, cifar_in, read_cifar
 from awp_engine.data.sets.imagenet import IMAGENET_STATISTICS
 from awp_engine.data.sets.shifted import imagenet_wnids
+from awp_engine.device import full_precision
 from awp_engine.evaluation import corruptions
 from awp_engine.evaluation.attacks import EvaluationError
 from awp_engine.evaluation.corruptions import evaluate_corruptions
@@ -163,6 +164,8 @@ def test_all_corruptions_in_one_call(folder_run: tuple[Path, Path], tmp_path: Pa
     run, root = folder_run
     write_corrupted(tmp_path / "c", {"fog": 1, "snow": 9, "spatter": 2}, root / "valid")
     given = {"data_name": "folder-c", "data_root": tmp_path / "c"}
+    # as the command has it below
+    full_precision()
     done = evaluate_corruptions(run, **given, device="cpu")
     single = {
         (kind, severity): measured(run, **given, data_corruption=kind, data_severity=severity).report

@@ -32,6 +32,7 @@ from awp_engine.evaluation.attacks import (
     perturbation_norms,
     predict,
 )
+from awp_engine.evaluation.results import class_table
 from awp_engine.evaluation.run import evaluate_checkpoint
 from awp_engine.evaluation.suite import measure
 
@@ -150,7 +151,7 @@ def test_every_class_is_counted(saved):
     for row in done.measurement.rows:
         assert sum(found["attacked"][row.attack] for found in rows) == row.right
     assert len({row["attacked"]["pgd3"] / row["images"] for row in rows}) > 1
-    line = done.measurement.class_table()[3]
+    line = class_table(done.measurement.per_class)[3]
     assert list(line) == ["class", "images", "clean", "pgd3", "cw2", "worst"]
     assert line["pgd3"] == f"{100 * rows[3]['attacked']['pgd3'] / rows[3]['images']:.2f}%"
 

@@ -170,6 +170,7 @@ def show_corruptions(done: "Corrupted") -> None:
 
 def show(done: "Evaluated", *, per_class: bool = False) -> None:
     """The results as tables, and what speaks against them."""
+    from awp_engine.evaluation.results import class_table
     from awp_engine.observe.report import print_table, print_text
 
     measurement = done.measurement
@@ -179,7 +180,7 @@ def show(done: "Evaluated", *, per_class: bool = False) -> None:
     alone = measurement.attacked_alone()
     print_text("right: with and without the attack" + (f"; by the attacked image alone: {alone}" if alone else ""))
     if per_class:
-        print_table(measurement.class_table(), title="accuracy of every class")
+        print_table(class_table(measurement.per_class), title="accuracy of every class")
     if regional := measurement.regional_table():
         print_table(regional, title="regional attacks, means over the flipped images")
     gates = () if measurement.gates is None else measurement.gates.gates

@@ -255,15 +255,6 @@ class Measurement:
         }
         return [*lines, worst]
 
-    def class_table(self) -> list[dict[str, str]]:
-        """Accuracy of every class, as text."""
-        lines = []
-        for row in self.per_class:
-            counts = {"clean": row["clean"]} | row["attacked"] | {"worst": row["worst"]}
-            shares = {name: f"{percent(count, row['images'])}%" for name, count in counts.items()}
-            lines.append({"class": row["class"], "images": str(row["images"]), **shares})
-        return lines
-
     def attacked_alone(self) -> str:
         """The other way to count, in words; empty where it makes no difference."""
         other = [row for row in self.rows if row.attack != "clean" and row.right_attacked != row.right]
@@ -344,6 +335,16 @@ class Measurement:
             random=report["random"],
             top5=report["clean"].get("top5"),
         )
+
+
+def class_table(per_class: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Accuracy of every class, as text."""
+    lines = []
+    for row in per_class:
+        counts = {"clean": row["clean"], **row["attacked"], "worst": row["worst"]}
+        shares = {name: f"{percent(count, row['images'])}%" for name, count in counts.items()}
+        lines.append({"class": row["class"], "images": str(row["images"]), **shares})
+    return lines
 
 
 def _gates_from_dict(report: Mapping[str, Any]) -> GateReport:

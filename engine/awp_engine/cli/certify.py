@@ -11,7 +11,7 @@ from awp_engine.cli.model_flags import PLACE, add_model, named_model, place, req
 from awp_engine.files.text import printable
 
 if TYPE_CHECKING:
-    from awp_engine.evaluation.certify import Certified
+    from awp_engine.evaluation.reports import Reported
 
 # of accuracy that noise may cost a network that was trained on it
 _USED_TO_NOISE = 0.2
@@ -48,7 +48,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "certify.py") -> argpar
     return arguments
 
 
-def show(done: "Certified") -> None:
+def show(done: "Reported") -> None:
     """The results as a table, and what else should be known."""
     from awp_engine.evaluation.receipt import percent
     from awp_engine.observe.report import print_table

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from fractions import Fraction
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ import torch
 from awp_engine.checkpoint import read_file
 from awp_engine.data import eval_batches
 from awp_engine.device import choose_device
+from awp_engine.evaluation.accuracy import count_right
 from awp_engine.evaluation.asked import Asked
-from awp_engine.evaluation.attacks import Threat, Trial, measuring, predict
+from awp_engine.evaluation.attacks import measuring
 from awp_engine.evaluation.prepare import prepare
-from awp_engine.evaluation.receipt import data_papers, make_receipt
-from awp_engine.evaluation.reports import Reports
+from awp_engine.evaluation.reports import Reported, Reports
 from awp_engine.evaluation.smoothing import Certificate, Smoothing, certify
 from awp_engine.files.atomic import atomic_write_text
 from awp_engine.files.locking import locked
@@ -32,22 +31,6 @@ from awp_engine.observe.report import prepare_output, versions
 JSON = "certification.json"
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
 _STATE_BYTES = 2**30
-_OF_A_BALL = ("epsilon", "epsilon_as_float", "norm", "step_size")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Certified:
-    """What `certify_checkpoint` leaves.
-
-    Attributes:
-        report: what certification.json holds, the receipt included.
-        output: the directory with the report.
-        title: of the table.
-    """
-
-    report: dict[str, Any]
-    output: Path
-    title: str
 
 
 class Progress:
@@ -139,9 +122,9 @@ def certify_checkpoint(
     limit: int | None = 100,
     say: Callable[[str], None] = lambda _: None,
     bar: MakeBar = NoBar,
-    tell: Callable[[Certified], None] = lambda _: None,
+    tell: Callable[[Reported], None] = lambda _: None,
     **asked: Any,
-) -> Certified:
+) -> Reported:
     """Certifies images of the test split, and writes certification.json, also under a name of its own.
 
     Every image is saved when it is done, so that the same call goes on after a kill, to the same report.
@@ -163,16 +146,7 @@ def certify_checkpoint(
     place = choose_device(ask.device)
     target = prepare(ask, ask.subject(place), place, say)
     subject, split = target.subject, target.split
-    # a certificate has no ball of its own: the receipt's is left out
-    nowhere = Threat(epsilon=Fraction(0), norm="l2")
-    seed, batch_size = target.seed, target.batch_size
-    receipt = make_receipt(
-        Trial(model=subject.model, split=split, threat=nowhere, seed=seed, batch_size=batch_size),
-        checkpoint=subject.papers(),
-        data=data_papers(target.dataset, limit, target.class_names),
-        step_size=Fraction(0),
-    )
-    receipt = {key: value for key, value in receipt.items() if key not in _OF_A_BALL}
+    receipt = target.receipt(split)
     receipt["versions"] |= versions("scipy")
     receipt |= {"smoothing": asdict(smoothing), "largest_radius": smoothing.largest_radius}
     question = target.identity(receipt) | {"smoothing": asdict(smoothing)}
@@ -194,15 +168,13 @@ def certify_checkpoint(
                     int(label),
                     smoothing,
                     sample_id=int(ids),
-                    seed=seed,
-                    batch_size=batch_size,
+                    seed=target.seed,
+                    batch_size=target.batch_size,
                     advance=counted.advance,
                 )
                 saved.add(found)
                 certificates.append(found)
-        clean = sum(
-            int((predict(subject.model, x, batch_size) == y).sum()) for x, y, *_ in eval_batches(split, batch_size)
-        )
+        clean = count_right(subject.model, split, place, target.batch_size)
         report = {
             "receipt": receipt,
             "means": "the smoothed classifier's answer cannot change within the radius, in L2 on pixels in [0, 1]; "
@@ -212,7 +184,7 @@ def certify_checkpoint(
             "images_certified": [asdict(found) for found in certificates],
         }
         title = f"{target.dataset.name} test split, {len(split)} images, sigma {smoothing.sigma:g}, n {smoothing.n:,}"
-        result = Certified(report=report, output=target.output, title=f"{title}, alpha {smoothing.alpha:g}")
+        result = Reported(report=report, output=target.output, title=f"{title}, alpha {smoothing.alpha:g}")
         tell(result)
         reports.put(JSON, json_text(report, indent=2))
         return result

@@ -30,6 +30,7 @@ from awp_engine.evaluation.asked import Asked
 from awp_engine.evaluation.attacks import EvaluationError
 from awp_engine.evaluation.foreign import load_foreign
 from awp_engine.evaluation.own_classes import among_own_classes
+from awp_engine.evaluation.receipt import data_papers, make_receipt
 from awp_engine.evaluation.reports import code_digest
 from awp_engine.evaluation.subject import Subject, require_named_data
 from awp_engine.files.text import first_line
@@ -70,6 +71,18 @@ class Target:
     def split(self) -> Split:
         """The images that are measured, on `device`."""
         return spread(self.dataset.test, self.limit).resident().to(self.device)
+
+    def receipt(self, split: Split, **more: Any) -> dict[str, Any]:
+        """What the numbers of a split depend on; `more` as `make_receipt` takes it."""
+        return make_receipt(
+            self.subject.model,
+            split,
+            checkpoint=self.subject.papers(),
+            data=data_papers(self.dataset, self.limit, self.class_names),
+            seed=self.seed,
+            batch_size=self.batch_size,
+            **more,
+        )
 
     def identity(self, receipt: dict[str, Any]) -> dict[str, Any]:
         """What every number depends on, whatever is measured."""

@@ -9,6 +9,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,21 @@ def code_digest() -> str:
         for path in sorted(root.rglob("*.py")):
             digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reported:
+    """What a measurement leaves.
+
+    Attributes:
+        report: what its JSON file holds, the receipt included.
+        output: the directory with the reports.
+        title: of the table.
+    """
+
+    report: dict[str, Any]
+    output: Path
+    title: str
 
 
 class Reports:

@@ -18,8 +18,7 @@ from awp_engine.evaluation.foreign import look_at_accuracy
 from awp_engine.evaluation.own_classes import among_own_classes
 from awp_engine.evaluation.precision import ROUNDING, lowered, require_precision
 from awp_engine.evaluation.prepare import Target, prepare, require_fit
-from awp_engine.evaluation.receipt import data_papers, make_receipt
-from awp_engine.evaluation.reports import Reports, sealed
+from awp_engine.evaluation.reports import Reported, Reports, sealed
 from awp_engine.evaluation.results import RIGHT_MEANS, Measurement
 from awp_engine.evaluation.robustbench import Publication, model_info
 from awp_engine.evaluation.saved import ImageSaver, save_per_image
@@ -37,20 +36,10 @@ JSON, PARTIAL, PAGE, LEADERBOARD = "evaluation.json", "evaluation.partial.json",
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluated:
-    """What `evaluate_checkpoint` leaves.
-
-    Attributes:
-        measurement: the numbers.
-        report: what evaluation.json holds, the receipt included.
-        output: the directory with the reports.
-        title: of the table.
-    """
+class Evaluated(Reported):
+    """What `evaluate_checkpoint` leaves: the report, evaluation.json, and its numbers as a `Measurement`."""
 
     measurement: Measurement
-    report: dict[str, Any]
-    output: Path
-    title: str
 
     def __str__(self) -> str:
         """The table, and what speaks against the numbers, as `awp evaluate` prints them."""
@@ -137,14 +126,10 @@ class _Evaluation:
     ) -> None:
         self.ask, self.target, self.step_size, self.second = ask, target, step_size, second
         self.shares, self.tell = shares, tell
-        self.receipt = make_receipt(
-            trial,
-            checkpoint={**target.subject.papers(), **_training(target.subject)},
-            data=data_papers(target.dataset, ask.limit, target.class_names),
-            step_size=step_size,
-            ranks=shares.ranks.world,
-            precision=ask.precision,
+        self.receipt = target.receipt(
+            trial.split, threat=trial.threat, step_size=step_size, ranks=shares.ranks.world, precision=ask.precision
         )
+        self.receipt["checkpoint"] |= _training(target.subject)
         # the receipt is of the model's own weights
         model = lowered(trial.model, ask.precision)
         self.trial = replace(trial, model=model, rounding=0.0 if ask.precision == "fp32" else ROUNDING)

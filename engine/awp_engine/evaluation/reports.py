@@ -17,6 +17,7 @@ import awp_engine
 import awp_kernels
 from awp_engine.checkpoint import CheckpointError, read_file
 from awp_engine.files.atomic import atomic_write_text
+from awp_engine.files.digest import sha256_of_json
 from awp_engine.files.signed import Signer
 from awp_engine.files.text import json_text
 from awp_engine.files.user_key import KeyFileError
@@ -59,7 +60,7 @@ class Reports:
     """
 
     def __init__(self, directory: Path, parts: Iterable[object], question: Mapping[str, Any]) -> None:
-        digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:8]
+        digest = sha256_of_json(question)[:8]
         self.directory = directory
         self.name = "-".join([*(re.sub(r"[^A-Za-z0-9]+", "_", str(part)) for part in parts), digest])
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from awp_engine.cli.command_line import OneLineParser
-from awp_engine.cli.frame import add_shared, ending, prepare, share, whole_number
+from awp_engine.cli.frame import add_shared, ending, prepare, say, share, whole_number
 from awp_engine.cli.model_flags import PLACE, add_model, named_model, place, require_model, rest_of
 from awp_engine.config import ConfigError
 from awp_engine.files.text import printable
@@ -153,7 +153,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
         parser.error("--data.center-crop: goes with --data.image-size")
     if arguments.data_corruption == "all":
         _require_corruptions(parser, arguments)
-    require_model(parser, arguments, [] if arguments.path is None else [arguments.path])
+    require_model(parser, arguments, arguments.path)
     return arguments
 
 
@@ -239,7 +239,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
             asked["ranks"] = ranks
         elif ranks.world > 1:
             raise ConfigError("--data.corruption all: expected one process; start it without torchrun")
-        done = measure(**asked, say=lambda line: print(line, flush=True), bar=Bar, tell=tell)
+        done = measure(**asked, say=say, bar=Bar, tell=tell)
     if not ranks.is_first:
         return
     files = ": evaluation.html to read, evaluation.json for programs" if measure is evaluate_checkpoint else ""

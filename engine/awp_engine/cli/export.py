@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from awp_engine.cli.command_line import OneLineParser, other_command
-from awp_engine.cli.frame import ending
+from awp_engine.cli.frame import ending, say
 from awp_engine.cli.model_flags import PLACE, add_described, add_model, described, named_model, place, require_model
 from awp_engine.files.text import printable
 
@@ -58,7 +58,7 @@ def write_onnx_file(path: Path, subject: Subject, image_size: int | None) -> Non
     metadata = {"awp_engine": awp_engine.__version__, "weights_sha256": subject.sha256}
     metadata |= {} if names is None else {"class_names": to_json(names)}
     shape = intake.channels, intake.height, intake.width
-    write_onnx(subject.model, shape, path, metadata=metadata, say=lambda line: print(printable(line), flush=True))
+    write_onnx(subject.model, shape, path, metadata=metadata, say=say)
     print(f"it takes images, fp32 [batch, {', '.join(map(str, shape))}] in [0, 1], and gives logits")
 
 
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "awp export") -> None:
     add_model(parser)
     add_described(parser)
     arguments = parser.parse_args(argv)
-    require_model(parser, arguments, [] if arguments.path is None else [arguments.path])
+    require_model(parser, arguments, arguments.path)
     files = {"--state-dict": arguments.state_dict, "--onnx": arguments.onnx}
     if arguments.hub is None and not any(files.values()):
         parser.error("--hub, --state-dict or --onnx: expected one of them, for what is to be written")
@@ -106,9 +106,6 @@ def main(argv: Sequence[str] | None = None, prog: str = "awp export") -> None:
     from awp_engine.evaluation.hub_folder import export_folder
     from awp_engine.evaluation.opened import open_model
     from awp_engine.models.onnx_file import require_onnx
-
-    def say(line: str) -> None:
-        print(printable(line), flush=True)
 
     written: list[Path] = []
     with ending(prog, place=arguments.hub or arguments.state_dict or arguments.onnx):

@@ -73,7 +73,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "landscape.py") -> argp
     add("--epsilon", metavar="X", help="with --model.name: radius of the ball, such as 8/255")
     add("--norm", choices=("linf", "l2"), default="linf", help="with --model.name: of the ball")
     arguments = parser.parse_args(argv)
-    require_model(parser, arguments, arguments.runs)
+    require_model(parser, arguments, *arguments.runs)
     if arguments.model_name is None and arguments.epsilon is not None:
         parser.error("--epsilon: for weights of no run, with --model.name; a run has its own")
     return arguments

@@ -49,8 +49,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def require_model(parser: argparse.ArgumentParser, arguments: argparse.Namespace, places: Sequence[Path | str]) -> None:
+def require_model(
+    parser: argparse.ArgumentParser, arguments: argparse.Namespace, *given_places: Path | str | None
+) -> None:
     """Ends the program, in one line, where no model is named, or the flags fit neither each other nor the places."""
+    places = [place for place in given_places if place is not None]
     names = {action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
     given = [
         name

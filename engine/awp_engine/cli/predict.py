@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from awp_engine.cli.command_line import OneLineParser
-from awp_engine.cli.frame import Defaults, add_shared, ending, prepare, share, whole_number
+from awp_engine.cli.frame import Defaults, add_shared, ending, prepare, say, share, whole_number
 from awp_engine.cli.model_flags import (
     PLACE,
     add_described,
@@ -73,7 +73,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "predict.py") -> argpar
         arguments.path, arguments.places = first, rest
     else:
         arguments.path = None
-    require_model(parser, arguments, [] if arguments.path is None else [arguments.path])
+    require_model(parser, arguments, arguments.path)
     if not arguments.places:
         parser.error("FILE_OR_FOLDER: expected images, or folders of images, behind the model; got none")
     arguments.places = [Path(file) for file in arguments.places]
@@ -130,7 +130,7 @@ def _predict(arguments: argparse.Namespace, prog: str) -> "list[Prediction]":
         **named_model(vars(arguments), arguments.path),
         **described(vars(arguments)),
         device=device,
-        say=lambda line: print(printable(line), flush=True),
+        say=say,
     )
     classes = subject.model.num_classes
     if arguments.top > classes:

@@ -239,10 +239,7 @@ def honest_models() -> dict[str, Callable[[], tuple[nn.Module, Split]]]:
     return {
         "wide ResNet": lambda: own("wrn-10-1"),
         "timm ViT": lambda: on_noise(vit()),
-        "timm ConvNeXt": lambda: on_noise(
-            import_timm().models.ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_classes=10, drop_path_rate=0.5),
-            size=32,
-        ),
+        "timm ConvNeXt": lambda: on_noise(convnext(), size=32),
         "dropout in eval mode": lambda: on_noise(dropout(), 1, 8),
         # twice as many features as classes inside
         "wide head": lambda: on_noise(

@@ -279,7 +279,7 @@ def test_nothing_of_other_code_is_gone_on_from(run_dir, tmp_path, monkeypatch, w
             done = evaluate_checkpoint(run_dir, output=tmp_path, say=said.append, **common)
         else:
             few = Smoothing(sigma=0.25, n0=2, n=20)
-            done = certify_checkpoint(run_dir, few, images=1, output=tmp_path, say=said.append)
+            done = certify_checkpoint(run_dir, few, limit=1, output=tmp_path, say=said.append)
         assert "resumed" not in done.report["receipt"]
     assert not [line for line in said if "going on" in line or "before" in line]
     assert len(list(tmp_path.glob("autoattack-*.json" if what == "evaluate" else "certify-*"))) == 2
@@ -335,7 +335,7 @@ class Cold(nn.Module):
         return self.inner(x) / 1e-4
 
 
-def gates_of(model: nn.Module, threat: Threat = THREAT, images: int = 60) -> dict[str, bool]:
+def gates_of(model: nn.Module, threat: Threat = THREAT, images: int = 30) -> dict[str, bool]:
     with measuring(model):
         trial = Trial(model=model, split=spread(digits().test, images), threat=threat, seed=1, batch_size=60)
         report = run_gates(trial, queries=150)

@@ -16,7 +16,7 @@ from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUs
 from awp_engine.checkpoint import read_model
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.evaluation.autoattack import Budget
-from awp_engine.evaluation.foreign import Foreign
+from awp_engine.evaluation.external import ExternalModel
 from awp_engine.evaluation.run import evaluate_checkpoint
 
 OURS = ("clean", "fgsm", "pgd3", "cw2", "pgd2-random-target", "regional-pixels-45")
@@ -51,9 +51,9 @@ def place(tmp_path_factory) -> Path:
 
 
 def asked(place: Path) -> dict:
-    foreign = Foreign(name=f"{place}/net.py:make", normalize="none")
+    external = ExternalModel(name=f"{place}/net.py:make", normalize="none")
     return ALL | {
-        "foreign": foreign,
+        "external": external,
         "data_name": "digits",
         "norm": "linf",
         "epsilon": "1/10",

@@ -17,7 +17,7 @@ from awp_engine.data import Dataset, Framing
 from awp_engine.evaluation.adaptive import EOT_DRAWS
 from awp_engine.evaluation.attacks import EvaluationError, NamedAttack, Norm, Threat, parse_attack, require_norm
 from awp_engine.evaluation.autoattack import STANDARD_BUDGET, Budget
-from awp_engine.evaluation.foreign import Foreign
+from awp_engine.evaluation.external import ExternalModel
 from awp_engine.evaluation.precision import PrecisionName
 from awp_engine.evaluation.robustbench import Publication
 from awp_engine.evaluation.saved import Form
@@ -35,8 +35,8 @@ class Asked:
     """Which model, and on which images; what is not given is the run's own, from its config.json.
 
     Attributes:
-        path: a run directory, one of its checkpoints, a .safetensors file, or hf://OWNER/NAME; None with `foreign`.
-        foreign: in place of a run: how to make a model, and its weights.
+        path: a run directory, one of its checkpoints, a .safetensors file, or hf://OWNER/NAME; None with `external`.
+        external: in place of a run: how to make a model, and its weights.
         model: of a run, in place of the code that its weights name, which is not run because they say so; as
             `load_model` takes it.
         checkpoint: of a run directory: best, last, or a checkpoint's name or path.
@@ -53,7 +53,7 @@ class Asked:
     """
 
     path: Path | str | None
-    foreign: Foreign | None = None
+    external: ExternalModel | None = None
     model: str | None = None
     checkpoint: str = "best"
     data_name: str | None = None
@@ -75,19 +75,19 @@ class Asked:
     @property
     def place(self) -> Path | str:
         """What messages call the model."""
-        if self.foreign is not None:
-            return self.foreign.weights or self.foreign.name
+        if self.external is not None:
+            return self.external.weights or self.external.name
         if self.path is None:
             raise EvaluationError("RUN_OR_CHECKPOINT: expected a path, or --model.name with --weights")
         return self.path
 
     def subject(self, device: torch.device) -> Subject | None:
-        """The run's model; None of a foreign one, which is made for the data.
+        """The run's model; None of an external one, which is made for the data.
 
         Raises:
             EvaluationError, ConfigError, CheckpointError: as `load_subject`.
         """
-        if self.foreign is not None:
+        if self.external is not None:
             return None
         return load_subject(self.place, which=self.checkpoint, device=device, model=self.model)
 

@@ -130,13 +130,13 @@ def certify_checkpoint(
     Every image is saved when it is done, so that the same call goes on after a kill, to the same report.
 
     Args:
-        path: a run directory, one of its checkpoints, a .safetensors file, or hf://OWNER/NAME; None with `foreign`.
+        path: a run directory, one of its checkpoints, a .safetensors file, or hf://OWNER/NAME; None with `external`.
         smoothing: how.
         limit: images, evenly spread; None for all.
         say: is told what a user should know, a line at a time.
         bar: makes what shows how many of the noisy copies were classified.
         tell: is given the result before anything is written.
-        asked: the other fields of `Asked`, such as foreign, data_name and output; a batch is of noisy copies.
+        asked: the other fields of `Asked`, such as external, data_name and output; a batch is of noisy copies.
 
     Raises:
         EvaluationError, ConfigError, DataError, CheckpointError: one line that says what is wrong.

@@ -11,7 +11,7 @@ from awp_engine.device import choose_device
 from awp_engine.evaluation.accuracy import count_right, spread
 from awp_engine.evaluation.asked import Asked
 from awp_engine.evaluation.attacks import EvaluationError, measuring
-from awp_engine.evaluation.foreign import look_at_accuracy
+from awp_engine.evaluation.external import look_at_accuracy
 from awp_engine.evaluation.prepare import Target, prepare
 from awp_engine.evaluation.receipt import split_hash
 from awp_engine.evaluation.reports import Reported, Reports, read_finished, sealed
@@ -167,7 +167,7 @@ def evaluate_corruptions(
         return prepare(replace(ask, data_corruption=kind, data_severity=number), subject, device, say_once)
 
     first = opened(*wanted[0])
-    # of a foreign model, which is made for the first images
+    # of an external model, which is made for the first images
     subject = first.subject
     receipt, identity = _papers(first, name)
     reports = Reports(first.output, [name], identity | {"limit": ask.limit, "severity": severity})

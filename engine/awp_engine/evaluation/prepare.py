@@ -28,7 +28,7 @@ from awp_engine.data.sets.scan_list import LIST_NAME
 from awp_engine.evaluation.accuracy import evaluation_seed, spread
 from awp_engine.evaluation.asked import Asked
 from awp_engine.evaluation.attacks import EvaluationError
-from awp_engine.evaluation.foreign import load_foreign
+from awp_engine.evaluation.external import load_external
 from awp_engine.evaluation.own_classes import among_own_classes
 from awp_engine.evaluation.receipt import data_papers, make_receipt
 from awp_engine.evaluation.reports import code_digest
@@ -118,8 +118,8 @@ def prepare(asked: Asked, subject: Subject | None, device: torch.device, say: Ca
     for note in found.notes:
         say(note)
     if subject is None:
-        assert asked.foreign is not None
-        subject = load_foreign(asked.foreign, found, device, say)
+        assert asked.external is not None
+        subject = load_external(asked.external, found, device, say)
     whole, class_names = match_classes(subject.model.class_names, found, str(asked.place))
     require_fit(subject, whole, device, str(asked.place))
     subject, dataset, alone = among_own_classes(subject, whole)

@@ -14,7 +14,7 @@ from awp_engine.device import choose_device
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.evaluation.asked import AttacksAsked, require_ball
 from awp_engine.evaluation.attacks import EvaluationError, Threat, Trial
-from awp_engine.evaluation.foreign import look_at_accuracy
+from awp_engine.evaluation.external import look_at_accuracy
 from awp_engine.evaluation.own_classes import among_own_classes
 from awp_engine.evaluation.precision import ROUNDING, lowered, require_precision
 from awp_engine.evaluation.prepare import Target, prepare, require_fit
@@ -65,7 +65,7 @@ def evaluate_checkpoint(
     has measured already, by the same code, is read again.
 
     Args:
-        path: a run directory, one of its checkpoints, a .safetensors file, or hf://OWNER/NAME; None with `foreign`.
+        path: a run directory, one of its checkpoints, a .safetensors file, or hf://OWNER/NAME; None with `external`.
         say: is told what was found, one line at a time.
         bar: makes what shows how far an attack is, from a label and the units of work.
         tell: is given the result before anything is written.

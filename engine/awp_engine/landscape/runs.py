@@ -13,7 +13,7 @@ from torch import nn
 from awp_engine.config import Config, ConfigError, config_hash, parse_amount
 from awp_engine.data import DataError, Dataset, Split, load_data, match_classes, shown
 from awp_engine.evaluation.accuracy import spread
-from awp_engine.evaluation.foreign import Foreign, load_foreign
+from awp_engine.evaluation.external import ExternalModel, load_external
 from awp_engine.evaluation.subject import Subject, load_subject, require_named_data
 from awp_engine.files.run_places import CONFIG_FILE
 from awp_engine.files.text import printable
@@ -118,7 +118,9 @@ def open_runs(
     return runs
 
 
-def open_foreign(paths: Sequence[Path | str], foreign: Foreign, config: Config, device: torch.device) -> list[Run]:
+def open_external(
+    paths: Sequence[Path | str], external: ExternalModel, config: Config, device: torch.device
+) -> list[Run]:
     """Models that no run describes, one for each file of weights, on the data and under the attack of `config`.
 
     Raises:
@@ -127,10 +129,10 @@ def open_foreign(paths: Sequence[Path | str], foreign: Foreign, config: Config, 
     data = load_data(config.data)
     runs = []
     # code may give a trained model without a file
-    for label, path in zip(_labels(paths), paths, strict=True) if paths else [(foreign.name, None)]:
+    for label, path in zip(_labels(paths), paths, strict=True) if paths else [(external.name, None)]:
         say = functools.partial(_say, label)
-        subject = load_foreign(replace(foreign, weights=path), data, device, say)
-        runs.append(_run(label, path or foreign.name, subject, config, data))
+        subject = load_external(replace(external, weights=path), data, device, say)
+        runs.append(_run(label, path or external.name, subject, config, data))
     return runs
 
 

@@ -22,7 +22,7 @@ from awp_engine.checkpoint import CheckpointError, read_model
 from awp_engine.cli import landscape
 from awp_engine.config import load_config
 from awp_engine.data import eval_batches
-from awp_engine.evaluation.foreign import Foreign, look_at_accuracy
+from awp_engine.evaluation.external import ExternalModel, look_at_accuracy
 from awp_engine.evaluation.run import evaluate_checkpoint
 from awp_engine.evaluation.subject import Subject, load_subject
 from awp_engine.files.digest import sha256_of
@@ -101,8 +101,8 @@ def test_a_guessed_normalisation_is_said(tmp_path: Path) -> None:
     given = {"epsilon": "1/5", "norm": "linf", "attacks": ["clean"], "gates_limit": None, "data_name": "digits"}
     told: list[str] = []
     for normalize in ("auto", "none"):
-        foreign = Foreign(name="preact-resnet-digits", weights=path, width=WIDTH, normalize=normalize)
-        receipt = evaluate_checkpoint(None, foreign=foreign, say=told.append, **given).report["receipt"]
+        external = ExternalModel(name="preact-resnet-digits", weights=path, width=WIDTH, normalize=normalize)
+        receipt = evaluate_checkpoint(None, external=external, say=told.append, **given).report["receipt"]
         said = any(
             line.startswith("NORMALISATION: nothing says which, so images are normalised by mean 0.3") for line in told
         )
@@ -304,9 +304,9 @@ def test_what_the_hub_cannot_give_is_one_line(run: Path, tmp_path: Path, monkeyp
     with pytest.raises(CheckpointError, match=r"say what model these are of: --model.name"):
         load_model("hf://me/bare")
     monkeypatch.chdir(tmp_path)
-    foreign = Foreign(name="preact-resnet-digits", weights="hf://me/bare", width=WIDTH)
+    external = ExternalModel(name="preact-resnet-digits", weights="hf://me/bare", width=WIDTH)
     given = {"epsilon": "1/5", "norm": "linf", "attacks": ["clean"], "gates_limit": None, "data_name": "digits"}
-    assert evaluate_checkpoint(None, foreign=foreign, **given).output == Path("model-evaluation")
+    assert evaluate_checkpoint(None, external=external, **given).output == Path("model-evaluation")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(CheckpointError, match=r"not installed: pip install 'awp-engine\[hub\]'"):
         hub.fetched("hf://me/bare")

@@ -23,8 +23,8 @@ from awp_engine.cli import landscape
 from awp_engine.config import load_config
 from awp_engine.data import eval_batches
 from awp_engine.evaluation.external import ExternalModel, look_at_accuracy
+from awp_engine.evaluation.loaded_model import LoadedModel, load_trained
 from awp_engine.evaluation.run import evaluate_checkpoint
-from awp_engine.evaluation.subject import Subject, load_subject
 from awp_engine.files.digest import sha256_of
 from awp_engine.models import NormalizedClassifier, hub
 
@@ -87,12 +87,12 @@ def test_where_the_normalisation_was_a_guess_none_is_tried(by: str, doubted: boo
     model = NearestMean((0.75,), (0.25,))
     place = Path("weights.pt")
     named = {"name": "w", "weights": place, "sha256": "", "architecture": None, "run_dir": None, "config": None}
-    subject = Subject(model=model, **named, origin={"normalisation_is": by})
-    doubts = look_at_accuracy(subject, digits(), torch.device("cpu"), 500)
+    loaded = LoadedModel(model=model, **named, origin={"normalisation_is": by})
+    doubts = look_at_accuracy(loaded, digits(), torch.device("cpu"), 500)
     assert [("without any" in doubt) for doubt in doubts] == [True] * doubted
     assert (model.mean.item(), model.std.item()) == (0.75, 0.25)
     # right as it is
-    right = Subject(model=NearestMean((0.0,), (1.0,)), **named, origin={"normalisation_is": by})
+    right = LoadedModel(model=NearestMean((0.0,), (1.0,)), **named, origin={"normalisation_is": by})
     assert look_at_accuracy(right, digits(), torch.device("cpu"), 500) == []
 
 
@@ -266,7 +266,7 @@ def test_a_folder_for_the_hub_and_back(run: Path, tmp_path: Path, monkeypatch, c
     assert run_command("evaluate", monkeypatch, "hf://me/digits", *QUICK) == 0
     there = report(tmp_path / "me-digits-evaluation")["receipt"]
     assert (there["epsilon"], there["checkpoint"]["name"]) == ("1/5", "me-digits")
-    assert load_subject("hf://me/digits").run_dir is None
+    assert load_trained("hf://me/digits").run_dir is None
 
 
 def test_numbers_of_other_weights_are_not_in_the_card(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:

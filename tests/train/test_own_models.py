@@ -33,7 +33,7 @@ from awp_engine.config import (
 from awp_engine.config.model_names import source_of
 from awp_engine.data import load_data
 from awp_engine.evaluation.external import ExternalModel, load_external
-from awp_engine.evaluation.subject import load_subject
+from awp_engine.evaluation.loaded_model import load_trained
 from awp_engine.models import WrappedClassifier, build_model
 from awp_engine.models.trained import MODEL_FILE, ModelDescription
 from awp_engine.models.user_code import code_of
@@ -101,7 +101,7 @@ def test_a_run_of_ones_own_model_needs_no_further_word(here: Path, monkeypatch: 
     assert not model.training
     expected = trainer.model.eval()(IMAGES)
     torch.testing.assert_close(model(IMAGES), expected)
-    assert load_subject(here / "run").architecture == "net.py:Net"
+    assert load_trained(here / "run").architecture == "net.py:Net"
     checkpoint_command(["export", str(here / "run"), str(here / "out.safetensors")])
     assert torch.equal(load_model(here / "out.safetensors")(IMAGES), model(IMAGES))
 

@@ -126,21 +126,21 @@ def _predict(arguments: argparse.Namespace, prog: str) -> "list[Prediction]":
 
     files = find_images(arguments.places)
     device = choose_device(arguments.device)
-    subject = open_model(
+    loaded = open_model(
         **named_model(vars(arguments), arguments.path),
         **described(vars(arguments)),
         device=device,
         say=say,
     )
-    classes = subject.model.num_classes
+    classes = loaded.model.num_classes
     if arguments.top > classes:
         raise EvaluationError(f"--top: expected at most {classes}, the classes of the model, got {arguments.top}")
-    names = subject.model.class_names or tuple(map(str, range(classes)))
-    intake = find_intake(subject, image_size=arguments.image_size, center_crop=arguments.center_crop)
+    names = loaded.model.class_names or tuple(map(str, range(classes)))
+    intake = find_intake(loaded, image_size=arguments.image_size, center_crop=arguments.center_crop)
     if intake.note:
         print(f"note: {intake.note}", flush=True)
     given = {"top": arguments.top, "batch_size": arguments.batch_size, "device": device}
-    found = list(predict_files(subject.model, files, intake, bar=Bar, **given))
+    found = list(predict_files(loaded.model, files, intake, bar=Bar, **given))
     if arguments.out is not None:
         text = _jsonl(found, names) if arguments.out.suffix == ".jsonl" else _csv(_rows(found, names, arguments.top))
         atomic_write_text(arguments.out, text)

@@ -144,15 +144,15 @@ def certify_checkpoint(
     """
     ask = Asked(path=path, limit=limit, **asked)
     place = choose_device(ask.device)
-    target = prepare(ask, ask.subject(place), place, say)
-    subject, split = target.subject, target.split
+    target = prepare(ask, ask.load(place), place, say)
+    loaded, split = target.loaded, target.split
     receipt = target.receipt(split)
     receipt["versions"] |= versions("scipy")
     receipt |= {"smoothing": asdict(smoothing), "largest_radius": smoothing.largest_radius}
     question = target.identity(receipt) | {"smoothing": asdict(smoothing)}
     prepare_output(target.output)
     reports = Reports(target.output, (target.dataset.name, len(split), f"sigma{smoothing.sigma:g}"), question)
-    with locked(target.output), measuring(subject.model):
+    with locked(target.output), measuring(loaded.model):
         saved = Progress(target.output, question, split.ids.tolist(), say)
         certificates = saved.load()
         if certificates:
@@ -163,7 +163,7 @@ def certify_checkpoint(
         with bar("noisy copies", len(rest) * (smoothing.n0 + smoothing.n)) as counted:
             for image, label, ids, _ in eval_batches(rest, 1):
                 found = certify(
-                    subject.model,
+                    loaded.model,
                     image[0],
                     int(label),
                     smoothing,
@@ -174,7 +174,7 @@ def certify_checkpoint(
                 )
                 saved.add(found)
                 certificates.append(found)
-        clean = count_right(subject.model, split, place, target.batch_size)
+        clean = count_right(loaded.model, split, place, target.batch_size)
         report = {
             "receipt": receipt,
             "means": "the smoothed classifier's answer cannot change within the radius, in L2 on pixels in [0, 1]; "

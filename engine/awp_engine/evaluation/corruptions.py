@@ -151,7 +151,7 @@ def evaluate_corruptions(
     if name not in corrupted_names:
         raise EvaluationError(f"--data.corruption: expected --data.name {' or '.join(corrupted_names)}, got {name}")
     device = choose_device(ask.device)
-    subject = ask.subject(device)
+    loaded = ask.load(device)
     there = list_corruptions(name, ask.data_root)
     wanted = [(kind, number) for kind, numbers in there.items() for number in numbers if severity in (None, number)]
     if not wanted:
@@ -164,18 +164,18 @@ def evaluate_corruptions(
             say(line)
 
     def opened(kind: str, number: int) -> Target:
-        return prepare(replace(ask, data_corruption=kind, data_severity=number), subject, device, say_once)
+        return prepare(replace(ask, data_corruption=kind, data_severity=number), loaded, device, say_once)
 
     first = opened(*wanted[0])
     # of an external model, which is made for the first images
-    subject = first.subject
+    loaded = first.loaded
     receipt, identity = _papers(first, name)
     reports = Reports(first.output, [name], identity | {"limit": ask.limit, "severity": severity})
-    doubts = look_at_accuracy(subject, first.dataset, device, first.batch_size)
+    doubts = look_at_accuracy(loaded, first.dataset, device, first.batch_size)
     for doubt in doubts:
         say(f"WARNING: {doubt}")
     sets: list[CorruptedSet] = []
-    with locked(first.output), measuring(subject.model), bar("corrupted sets", len(wanted)) as progress:
+    with locked(first.output), measuring(loaded.model), bar("corrupted sets", len(wanted)) as progress:
         known = {} if again else _measured_before(reports)
         for kind, number in wanted:
             split = spread(opened(kind, number).dataset.test, ask.limit)
@@ -184,7 +184,7 @@ def evaluate_corruptions(
             if before is not None and before.sha256 == found.sha256:
                 found = before
             else:
-                found = replace(found, right=count_right(subject.model, split, device, first.batch_size))
+                found = replace(found, right=count_right(loaded.model, split, device, first.batch_size))
             sets.append(found)
             saved = sealed({"finished": True, "sets": [asdict(one) for one in sets]})
             atomic_write_text(reports.path(PARTIAL), json_text(saved))

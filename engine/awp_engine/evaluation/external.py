@@ -14,7 +14,7 @@ from awp_engine.config.model_names import is_code
 from awp_engine.data import Dataset
 from awp_engine.evaluation.accuracy import count_right, spread
 from awp_engine.evaluation.attacks import EvaluationError
-from awp_engine.evaluation.subject import Subject, code_of
+from awp_engine.evaluation.loaded_model import LoadedModel, code_of
 from awp_engine.models import NormalizedClassifier, build_model, load_weights
 from awp_engine.models.class_names import from_json
 from awp_engine.models.hub import fetched
@@ -58,7 +58,7 @@ class ExternalModel:
 
 def load_external(
     external: ExternalModel, data: Dataset, device: torch.device, say: Callable[[str], None] = lambda _: None
-) -> Subject:
+) -> LoadedModel:
     """Makes the model for a data set's classes and channels, and loads its weights.
 
     Args:
@@ -128,7 +128,7 @@ def load_external(
     code = None if external.is_object else getattr(model, "code", None)
     if code is not None:
         origin["code"] = {"file": Path(code.file).name, "sha256": code.sha256}
-    return Subject(
+    return LoadedModel(
         model=model,
         name=weights.stem,
         weights=weights,
@@ -176,17 +176,17 @@ def _class_names(text: str, num_classes: int, path: Path) -> tuple[str, ...]:
         raise CheckpointError(f"{path}: class names in its header: {error}") from None
 
 
-def look_at_accuracy(subject: Subject, data: Dataset, device: torch.device, batch_size: int) -> list[str]:
+def look_at_accuracy(loaded: LoadedModel, data: Dataset, device: torch.device, batch_size: int) -> list[str]:
     """Reasons to doubt what an external model gets right without an attack, before hours of attacks; on 500 images.
 
     Accuracy at chance has a cause that is no property of the model. And where the normalisation was a guess, none at
     all is tried too.
     """
     split = spread(data.test, _LOOK)
-    if subject.origin is None or len(split) < _ENOUGH:
+    if loaded.origin is None or len(split) < _ENOUGH:
         return []
-    model, found = subject.model, []
-    unloaded = subject.weights.suffix == ".py"
+    model, found = loaded.model, []
+    unloaded = loaded.weights.suffix == ".py"
     right = count_right(model, split, device, batch_size) / len(split)
     if right < _CHANCE / model.num_classes:
         found.append(
@@ -195,7 +195,7 @@ def look_at_accuracy(subject: Subject, data: Dataset, device: torch.device, batc
             "(--model.activation, a factory of your own), or classes in another order"
             + (", or weights that were never loaded (--weights)" if unloaded else "")
         )
-    if subject.origin["normalisation_is"] in ("the data set's", "the published weights'"):
+    if loaded.origin["normalisation_is"] in ("the data set's", "the published weights'"):
         mean, std = model.mean.clone(), model.std.clone()
         try:
             model.mean.zero_()
@@ -206,7 +206,7 @@ def look_at_accuracy(subject: Subject, data: Dataset, device: torch.device, batc
             model.std.copy_(std)
         if bare > right + _BETTER:
             found.append(
-                f"clean accuracy is {right:.1%} by {subject.origin['normalisation_is']} normalisation, a guess, and "
+                f"clean accuracy is {right:.1%} by {loaded.origin['normalisation_is']} normalisation, a guess, and "
                 f"{bare:.1%} without any: if the weights were trained without, give --model.normalize none"
             )
     return found

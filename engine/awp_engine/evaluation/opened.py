@@ -9,7 +9,7 @@ import torch
 from awp_engine.data import Dataset, Framing, Loading, Split, load_dataset, source_names
 from awp_engine.evaluation.attacks import EvaluationError
 from awp_engine.evaluation.external import ExternalModel, load_external
-from awp_engine.evaluation.subject import Subject, load_subject
+from awp_engine.evaluation.loaded_model import LoadedModel, load_trained
 from awp_engine.models import WrappedClassifier
 from awp_engine.models.trained import ModelDescription
 
@@ -29,7 +29,7 @@ def open_model(
     data_root: Path | None = None,
     device: torch.device | str = "cpu",
     say: Callable[[str], None] = lambda _: None,
-) -> Subject:
+) -> LoadedModel:
     """Loads a model that is used as it is; `class_names` are there if anything names them.
 
     Args:
@@ -53,7 +53,7 @@ def open_model(
             raise EvaluationError(f"{wrong}: goes with --model.name; a run says what it was trained on")
         if path is None:
             raise EvaluationError("RUN_OR_CHECKPOINT: expected a path, or --model.name with --weights")
-        return load_subject(path, which=checkpoint, device=device, model=model)
+        return load_trained(path, which=checkpoint, device=device, model=model)
     what = external.weights or external.name
     if (classes is None) == (data_name is None):
         raise EvaluationError(
@@ -67,30 +67,30 @@ def open_model(
     else:
         data = _described(_class_names(str(classes)), image_size, len(external.mean or ()))
     notes: list[str] = []
-    subject = load_external(external, data, torch.device(device), notes.append)
-    if data_name is None and (subject.origin or {})["normalisation_is"] == "the data set's":
+    loaded = load_external(external, data, torch.device(device), notes.append)
+    if data_name is None and (loaded.origin or {})["normalisation_is"] == "the data set's":
         raise EvaluationError(
             f"{what}: nothing says how images are normalised: give --model.mean and --model.std, or --model.normalize "
             "none where they are not, or --data.name"
         )
     for note in notes:
         say(note)
-    own, named = subject.model.class_names, data.class_names if data.named else None
+    own, named = loaded.model.class_names, data.class_names if data.named else None
     if data_name is None and None not in (own, named) and own != named:
         raise EvaluationError(f"--model.classes: {what} has names of its own, which are others; give a number")
-    subject.model.class_names = own or named
+    loaded.model.class_names = own or named
     size = data.test.shape[1:]
     description = ModelDescription(
         name=external.name,
-        num_classes=subject.model.num_classes,
-        mean=tuple(subject.model.mean.flatten().tolist()),
-        std=tuple(subject.model.std.flatten().tolist()),
+        num_classes=loaded.model.num_classes,
+        mean=tuple(loaded.model.mean.flatten().tolist()),
+        std=tuple(loaded.model.std.flatten().tolist()),
         width=external.width,
         activation=external.activation,
-        class_names=subject.model.class_names,
-        image_size=size if isinstance(subject.model, WrappedClassifier) else None,
+        class_names=loaded.model.class_names,
+        image_size=size if isinstance(loaded.model, WrappedClassifier) else None,
     )
-    return replace(subject, image_size=size, description=description)
+    return replace(loaded, image_size=size, description=description)
 
 
 def _data_set(name: str, root: Path | None, image_size: int | None) -> Dataset:

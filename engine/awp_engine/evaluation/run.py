@@ -15,6 +15,7 @@ from awp_engine.distributed.ranks import Ranks
 from awp_engine.evaluation.asked import AttacksAsked, require_ball
 from awp_engine.evaluation.attacks import EvaluationError, Threat, Trial
 from awp_engine.evaluation.external import look_at_accuracy
+from awp_engine.evaluation.loaded_model import LoadedModel, load_trained
 from awp_engine.evaluation.own_classes import among_own_classes
 from awp_engine.evaluation.precision import ROUNDING, lowered, require_precision
 from awp_engine.evaluation.prepare import Target, prepare, require_fit
@@ -23,7 +24,6 @@ from awp_engine.evaluation.results import RIGHT_MEANS, Measurement
 from awp_engine.evaluation.robustbench import Publication, model_info
 from awp_engine.evaluation.saved import ImageSaver, save_per_image
 from awp_engine.evaluation.shares import ONE_RANK, Shares
-from awp_engine.evaluation.subject import Subject, load_subject
 from awp_engine.evaluation.suite import measure, require_packages
 from awp_engine.files.atomic import atomic_write_text, replace_file
 from awp_engine.files.locking import locked
@@ -82,15 +82,15 @@ def evaluate_checkpoint(
     say_own = say
     if not ranks.is_first:
         say, tell, bar = lambda _: None, lambda _: None, NoBar
-    subject = ask.subject(device)
+    loaded = ask.load(device)
     # before anything is measured; a path that is not there is the plainer mistake
     require_packages(ask.named, ask.gates_limit)
-    threat, step_size = ask.ball(subject)
-    target = prepare(ask, subject, device, say)
+    threat, step_size = ask.ball(loaded)
+    target = prepare(ask, loaded, device, say)
     require_ball(threat, target.dataset)
     second = None if ask.transfer_to is None else _second(ask.transfer_to, target, str(ask.place))
     trial = Trial(
-        model=target.subject.model,
+        model=target.loaded.model,
         split=target.split,
         threat=threat,
         seed=target.seed,
@@ -120,7 +120,7 @@ class _Evaluation:
         target: Target,
         trial: Trial,
         step_size: Fraction,
-        second: Subject | None,
+        second: LoadedModel | None,
         shares: Shares,
         tell: Callable[[Evaluated], None],
     ) -> None:
@@ -129,7 +129,7 @@ class _Evaluation:
         self.receipt = target.receipt(
             trial.split, threat=trial.threat, step_size=step_size, ranks=shares.ranks.world, precision=ask.precision
         )
-        self.receipt["checkpoint"] |= _training(target.subject)
+        self.receipt["checkpoint"] |= _training(target.loaded)
         # the receipt is of the model's own weights
         model = lowered(trial.model, ask.precision)
         self.trial = replace(trial, model=model, rounding=0.0 if ask.precision == "fp32" else ROUNDING)
@@ -172,7 +172,7 @@ class _Evaluation:
     def measured(self) -> Evaluated:
         """The answer by attacks."""
         ask, target = self.ask, self.target
-        doubts = look_at_accuracy(target.subject, target.dataset, target.device, target.batch_size)
+        doubts = look_at_accuracy(target.loaded, target.dataset, target.device, target.batch_size)
         for doubt in doubts:
             self.trial.say(f"WARNING: {doubt}")
         measurement = self._measure()
@@ -187,7 +187,7 @@ class _Evaluation:
         if ask.save_per_image is not None and measurement.per_image is not None:
             save_per_image(self.reports.path(f"per-image.{ask.save_per_image}"), measurement.per_image, receipt)
         self._put_leaderboard(measurement)
-        self.reports.put(PAGE, _page(target.subject, target.dataset, self.trial.threat, done))
+        self.reports.put(PAGE, _page(target.loaded, target.dataset, self.trial.threat, done))
         self.shares.gather(done.report)
         return done
 
@@ -236,9 +236,9 @@ class _Evaluation:
             self.reports.put(LEADERBOARD, json_text(info, indent=2))
 
 
-def _second(path: Path, target: Target, first: str) -> Subject:
+def _second(path: Path, target: Target, first: str) -> LoadedModel:
     """The model of `--transfer-to`, of the same classes in the same order."""
-    second, what = load_subject(path, device=target.device), f"--transfer-to {path}"
+    second, what = load_trained(path, device=target.device), f"--transfer-to {path}"
     classes = match_classes(second.model.class_names, target.found, what)[0].class_names
     if classes != target.whole.class_names:
         raise EvaluationError(
@@ -249,16 +249,16 @@ def _second(path: Path, target: Target, first: str) -> Subject:
     return among_own_classes(second, target.whole)[0]
 
 
-def _training(subject: Subject) -> dict[str, Any]:
+def _training(loaded: LoadedModel) -> dict[str, Any]:
     """What the weights are a result of, as far as that is known."""
-    if subject.config is None or subject.run_dir is None:
+    if loaded.config is None or loaded.run_dir is None:
         return {}
-    config = subject.config
-    name = printable(subject.run_dir.resolve().name)
+    config = loaded.config
+    name = printable(loaded.run_dir.resolve().name)
     return {"run": name, "method": config.title, "gamma": config.awp.gamma, "seed": config.seed}
 
 
-def _page(subject: Subject, dataset: Dataset, threat: Threat, done: Evaluated) -> str:
+def _page(loaded: LoadedModel, dataset: Dataset, threat: Threat, done: Evaluated) -> str:
     # matplotlib is imported at the end: it takes a second
     from awp_engine.evaluation.figures import epsilon_curve, learning_curves, picture_cards, steps_curve
     from awp_engine.evaluation.page import render_page
@@ -269,7 +269,7 @@ def _page(subject: Subject, dataset: Dataset, threat: Threat, done: Evaluated) -
         on = f"on {measurement.gates.images} images"
         figures.append((f"Accuracy under PGD-40 against epsilon, {on}", epsilon_curve(measurement.gates, threat.norm)))
         figures.append((f"Accuracy against the steps of PGD, {on}", steps_curve(measurement.gates)))
-    if subject.run_dir is not None and (curves := learning_curves(subject.run_dir)) is not None:
+    if loaded.run_dir is not None and (curves := learning_curves(loaded.run_dir)) is not None:
         figures.append(("Learning curves, as the run's metrics.jsonl has them; not measured here", curves))
     pictures = {found.attack: picture_cards(found, dataset.class_names) for found in measurement.pictures}
     return render_page(done.report, [measurement.table(), measurement.regional_table()], figures, pictures)

@@ -538,7 +538,7 @@ def test_a_forged_state_changes_no_result(honest, tmp_path):
     with measuring(model):
         done = autoattack(trial(model, split, say=lines.append), budget=SHORT, state_file=file)
         assert done.resumed is None
-        assert int(done.held.sum()) == state.counts["square"]
+        assert int(done.robust.sum()) == state.counts["square"]
         assert torch.equal(done.x_adv, state.x_adv)
         # its own state it goes on from, and the receipt says so
         again = autoattack(trial(model, split), budget=SHORT, state_file=file)
@@ -547,7 +547,7 @@ def test_a_forged_state_changes_no_result(honest, tmp_path):
     assert again.resumed["from"] == "the result"
     assert len(again.resumed["sha256"]) == 64
     assert again.resumed["started"].startswith("20")
-    assert torch.equal(again.held, done.held)
+    assert torch.equal(again.robust, done.robust)
 
 
 def test_a_strangers_notes_are_told_and_never_followed(tmp_path):
@@ -660,7 +660,7 @@ def test_a_state_from_the_middle_of_an_attack_is_gone_on_from(honest, tmp_path, 
         with measuring(model):
             done = autoattack(trial(model, split), budget=SHORT, state_file=file)
         assert torch.equal(done.x_adv, state.x_adv), last
-        assert torch.equal(done.held, state.robust)
+        assert torch.equal(done.robust, state.robust)
         assert done.details["right_after"] == state.counts
         if done.resumed is not None:
             seen.add((done.resumed["from"], done.resumed["batch"]))

@@ -270,8 +270,8 @@ def autoattack(
     }
     return Outcome(
         x_adv=state.x_adv,
-        held=state.robust,
-        blind=torch.zeros_like(state.robust),
+        robust=state.robust,
+        nonfinite=torch.zeros_like(state.robust),
         parameters=parameters,
         details={"images": len(x), "right_after": state.counts, "warnings": state.warnings},
         concluded=_concluded,

@@ -172,21 +172,21 @@ class _Found:
                 "resumed": outcome.resumed,
             }
         )
-        held, blind, after = shares.whole(outcome.held), shares.whole(outcome.blind), shares.whole(after)
+        robust, nonfinite, after = shares.whole(outcome.robust), shares.whole(outcome.nonfinite), shares.whole(after)
         distance = shares.whole(perturbation_norms(x_adv, self._x)[NORMS[self._trial.threat.norm]])
         if attack.bounded:
-            self._worst &= held
+            self._worst &= robust
             self._worst_over.append(attack.name)
-        transferred, transferable = self._transferred(x_adv, ~held & ~blind)
+        transferred, transferable = self._transferred(x_adv, ~robust & ~nonfinite)
         self._answers[attack.name] = Answers(
-            predictions=after.cpu(), held=held.cpu(), largest=distance.cpu(), bounded=attack.bounded
+            predictions=after.cpu(), robust=robust.cpu(), largest=distance.cpu(), bounded=attack.bounded
         )
         row = Row(
             attack=attack.name,
-            right=int(held.sum()),
+            right=int(robust.sum()),
             right_attacked=int((after == self._y).sum()),
             not_finite=int(((self._clean == NO_CLASS) | (after == NO_CLASS)).sum()),
-            blind=int(blind.sum()),
+            blind=int(nonfinite.sum()),
             images=len(self._y),
             seconds=max(each["seconds"] for each in told),
             largest=distance.max().item(),
@@ -322,7 +322,7 @@ def measure(
     def run(own: Trial, attack: NamedAttack) -> Outcome:
         if not len(own.split):
             nothing = own.whole.labels.bool()
-            return Outcome(x_adv=own.whole.images, held=nothing, blind=nothing, parameters={})
+            return Outcome(x_adv=own.whole.images, robust=nothing, nonfinite=nothing, parameters={})
         if attack.family == "regional":
             return regional_attack(own, attack)
         if attack.family == "own":

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from awp_engine.data import Split
 from awp_engine.evaluation import spread
-from awp_engine.evaluation.adaptive import Adapted, adaptive_gates, hidden_share, varying
-from awp_engine.evaluation.attacks import EvaluationError, Threat, Trial, gradient_attack, measuring, parse_attack
-from awp_engine.evaluation.autoattack import Budget, autoattack
-from awp_engine.evaluation.gates import run_gates
+from awp_engine.evaluation.attacks.autoattack import Budget, autoattack
+from awp_engine.evaluation.attacks.named import EvaluationError, Threat, Trial, gradient_attack, measuring, parse_attack
+from awp_engine.evaluation.gates.adaptive import Adapted, adaptive_gates, hidden_share, varying
+from awp_engine.evaluation.gates.run import run_gates
+from awp_engine.evaluation.gates.surrogate import surrogate
 from awp_engine.evaluation.suite import measure
-from awp_engine.evaluation.surrogate import surrogate
 from awp_engine.models import build_model
 from awp_engine.models.import_timm import import_timm
 

@@ -25,8 +25,8 @@ from torch import nn
 from awp_engine.attack import Attack, pgd
 from awp_engine.data import Split, eval_batches
 from awp_engine.evaluation import evaluate, evaluation_seed, spread
-from awp_engine.evaluation.attack_state import StateFile
-from awp_engine.evaluation.attacks import (
+from awp_engine.evaluation.attacks.autoattack import Budget, autoattack
+from awp_engine.evaluation.attacks.named import (
     NORMS,
     EvaluationError,
     Threat,
@@ -36,8 +36,8 @@ from awp_engine.evaluation.attacks import (
     parse_attack,
     predict,
 )
-from awp_engine.evaluation.autoattack import Budget, autoattack
-from awp_engine.evaluation.regional import perturbation_norms, region_mask, regional_attack
+from awp_engine.evaluation.attacks.regional import perturbation_norms, region_mask, regional_attack
+from awp_engine.evaluation.attacks.state import StateFile
 from awp_engine.models import load_public_state_dict
 
 THREAT = Threat(epsilon=Fraction(1, 5), norm="linf")

@@ -23,9 +23,9 @@ from awp_engine.data.sets.imagenet import IMAGENET_STATISTICS
 from awp_engine.data.sets.shifted import imagenet_wnids
 from awp_engine.device import full_precision
 from awp_engine.evaluation import corruptions
-from awp_engine.evaluation.attacks import EvaluationError
+from awp_engine.evaluation.attacks.named import EvaluationError
 from awp_engine.evaluation.corruptions import evaluate_corruptions
-from awp_engine.evaluation.external import ExternalModel
+from awp_engine.evaluation.model.external import ExternalModel
 from awp_engine.evaluation.run import Evaluated, evaluate_checkpoint
 from awp_engine.landscape.runs import open_runs
 from awp_engine.models.import_timm import import_timm

@@ -20,7 +20,7 @@ from scipy.optimize import minimize
 from awp_engine.attack import project_l1
 from awp_engine.checkpoint import read_model
 from awp_engine.evaluation import spread
-from awp_engine.evaluation.attacks import (
+from awp_engine.evaluation.attacks.named import (
     Norm,
     Target,
     Threat,
@@ -32,7 +32,7 @@ from awp_engine.evaluation.attacks import (
     perturbation_norms,
     predict,
 )
-from awp_engine.evaluation.results import class_table
+from awp_engine.evaluation.reports.results import class_table
 from awp_engine.evaluation.run import evaluate_checkpoint
 from awp_engine.evaluation.suite import measure
 

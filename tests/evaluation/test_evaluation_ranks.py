@@ -15,8 +15,8 @@ from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUs
 
 from awp_engine.checkpoint import read_model
 from awp_engine.distributed.ranks import Ranks
-from awp_engine.evaluation.autoattack import Budget
-from awp_engine.evaluation.external import ExternalModel
+from awp_engine.evaluation.attacks.autoattack import Budget
+from awp_engine.evaluation.model.external import ExternalModel
 from awp_engine.evaluation.run import evaluate_checkpoint
 
 OURS = ("clean", "fgsm", "pgd3", "cw2", "pgd2-random-target", "regional-pixels-45")

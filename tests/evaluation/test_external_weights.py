@@ -22,8 +22,8 @@ from awp_engine.checkpoint import CheckpointError, read_model
 from awp_engine.cli import landscape
 from awp_engine.config import load_config
 from awp_engine.data import eval_batches
-from awp_engine.evaluation.external import ExternalModel, look_at_accuracy
-from awp_engine.evaluation.loaded_model import LoadedModel, load_trained
+from awp_engine.evaluation.model.external import ExternalModel, look_at_accuracy
+from awp_engine.evaluation.model.loaded_model import LoadedModel, load_trained
 from awp_engine.evaluation.run import evaluate_checkpoint
 from awp_engine.files.digest import sha256_of
 from awp_engine.models import NormalizedClassifier, hub

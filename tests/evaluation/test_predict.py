@@ -19,7 +19,7 @@ from awp_engine import load_model
 from awp_engine.checkpoint import export_model
 from awp_engine.config import Config, DataConfig, ModelConfig, to_json
 from awp_engine.data import data_loading, eval_batches, load_dataset
-from awp_engine.evaluation.loaded_model import load_trained
+from awp_engine.evaluation.model.loaded_model import load_trained
 from awp_engine.evaluation.predict import find_images, find_intake, predict_files
 from awp_engine.files.run_places import CONFIG_FILE, MODEL_FILE
 from awp_engine.models.trained import ModelDescription

@@ -32,8 +32,8 @@ from awp_engine.config import (
 )
 from awp_engine.config.model_names import source_of
 from awp_engine.data import load_data
-from awp_engine.evaluation.external import ExternalModel, load_external
-from awp_engine.evaluation.loaded_model import load_trained
+from awp_engine.evaluation.model.external import ExternalModel, load_external
+from awp_engine.evaluation.model.loaded_model import load_trained
 from awp_engine.models import WrappedClassifier, build_model
 from awp_engine.models.trained import MODEL_FILE, ModelDescription
 from awp_engine.models.user_code import code_of

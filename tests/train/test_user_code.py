@@ -13,8 +13,8 @@ from test_own_models import config, refusal, trained
 from awp_engine import load_model
 from awp_engine.checkpoint import CheckpointError, export_model, read_model
 from awp_engine.config import ConfigError, DataConfig, load_config
-from awp_engine.evaluation.hub_folder import export_folder
-from awp_engine.evaluation.loaded_model import load_trained
+from awp_engine.evaluation.model.loaded_model import load_trained
+from awp_engine.evaluation.reports.hub_folder import export_folder
 from awp_engine.evaluation.run import evaluate_checkpoint
 from awp_engine.files.digest import sha256_of
 from awp_engine.models.trained import MODEL_FILE, described

@@ -11,7 +11,7 @@ from awp_engine.cli.model_flags import PLACE, add_model, named_model, place, req
 from awp_engine.files.text import printable
 
 if TYPE_CHECKING:
-    from awp_engine.evaluation.reports import Reported
+    from awp_engine.evaluation.reports.files import Reported
 
 # of accuracy that noise may cost a network that was trained on it
 _USED_TO_NOISE = 0.2
@@ -50,7 +50,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "certify.py") -> argpar
 
 def show(done: "Reported") -> None:
     """The results as a table, and what else should be known."""
-    from awp_engine.evaluation.receipt import percent
+    from awp_engine.evaluation.reports.receipt import percent
     from awp_engine.observe.report import print_table
 
     report, receipt = done.report, done.report["receipt"]

@@ -170,7 +170,7 @@ def show_corruptions(done: "Corrupted") -> None:
 
 def show(done: "Evaluated", *, per_class: bool = False) -> None:
     """The results as tables, and what speaks against them."""
-    from awp_engine.evaluation.results import class_table
+    from awp_engine.evaluation.reports.results import class_table
     from awp_engine.observe.report import print_table, print_text
 
     measurement = done.measurement
@@ -200,9 +200,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
 
     from awp_engine.data import Framing
     from awp_engine.distributed.ranks import errors_told
-    from awp_engine.evaluation.adaptive import EOT_DRAWS
     from awp_engine.evaluation.asked import DEFAULT_ATTACKS, Asked
-    from awp_engine.evaluation.robustbench import Publication
+    from awp_engine.evaluation.gates.adaptive import EOT_DRAWS
+    from awp_engine.evaluation.reports.robustbench import Publication
     from awp_engine.evaluation.run import evaluate_checkpoint
     from awp_engine.evaluation.shares import sharing
     from awp_engine.observe.bars import Bar

@@ -14,7 +14,7 @@ from awp_engine.cli.model_flags import PLACE, add_described, add_model, describe
 from awp_engine.files.text import printable
 
 if TYPE_CHECKING:
-    from awp_engine.evaluation.loaded_model import LoadedModel
+    from awp_engine.evaluation.model.loaded_model import LoadedModel
 
 
 def write_state_dict(path: Path, loaded: LoadedModel, prog: str) -> None:
@@ -103,8 +103,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "awp export") -> None:
     if arguments.model_name is None and arguments.onnx is None and arguments.image_size is not None:
         parser.error("--image-size: goes with --model.name or --onnx; a run says how large its images were")
 
-    from awp_engine.evaluation.hub_folder import export_folder
-    from awp_engine.evaluation.opened import open_model
+    from awp_engine.evaluation.model.opened import open_model
+    from awp_engine.evaluation.reports.hub_folder import export_folder
     from awp_engine.models.onnx_file import require_onnx
 
     written: list[Path] = []

@@ -86,7 +86,7 @@ def named_model(arguments: Mapping[str, Any], place: Path | str | None) -> dict[
     asked = {"path": place, "checkpoint": arguments["checkpoint"], "model": None, "external": None}
     if fields["name"] is None or (place is not None and of_run([place])):
         return asked | {"model": fields["name"]}
-    from awp_engine.evaluation.external import ExternalModel
+    from awp_engine.evaluation.model.external import ExternalModel
 
     # weights may stand in the place of a run
     fields["weights"] = fields["weights"] or place

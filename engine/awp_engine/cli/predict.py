@@ -117,8 +117,8 @@ def _jsonl(found: "Sequence[Prediction]", names: Sequence[str]) -> str:
 def _predict(arguments: argparse.Namespace, prog: str) -> "list[Prediction]":
     """Classifies, and writes or prints what was found."""
     from awp_engine.device import choose_device
-    from awp_engine.evaluation.attacks import EvaluationError
-    from awp_engine.evaluation.opened import open_model
+    from awp_engine.evaluation.attacks.named import EvaluationError
+    from awp_engine.evaluation.model.opened import open_model
     from awp_engine.evaluation.predict import find_images, find_intake, predict_files
     from awp_engine.files.atomic import atomic_write_text
     from awp_engine.observe.bars import Bar

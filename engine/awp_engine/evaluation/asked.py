@@ -14,14 +14,14 @@ import torch
 from awp_engine.attack.checks import ball
 from awp_engine.config import parse_amount, show
 from awp_engine.data import Dataset, Framing
-from awp_engine.evaluation.adaptive import EOT_DRAWS
-from awp_engine.evaluation.attacks import EvaluationError, NamedAttack, Norm, Threat, parse_attack, require_norm
-from awp_engine.evaluation.autoattack import STANDARD_BUDGET, Budget
-from awp_engine.evaluation.external import ExternalModel
-from awp_engine.evaluation.loaded_model import LoadedModel, load_trained
-from awp_engine.evaluation.precision import PrecisionName
-from awp_engine.evaluation.robustbench import Publication
-from awp_engine.evaluation.saved import Form
+from awp_engine.evaluation.attacks.autoattack import STANDARD_BUDGET, Budget
+from awp_engine.evaluation.attacks.named import EvaluationError, NamedAttack, Norm, Threat, parse_attack, require_norm
+from awp_engine.evaluation.gates.adaptive import EOT_DRAWS
+from awp_engine.evaluation.model.external import ExternalModel
+from awp_engine.evaluation.model.loaded_model import LoadedModel, load_trained
+from awp_engine.evaluation.model.precision import PrecisionName
+from awp_engine.evaluation.reports.robustbench import Publication
+from awp_engine.evaluation.reports.saved import Form
 
 DEFAULT_ATTACKS = ("clean", "fgsm", "pgd20", "cw")
 # far beyond use, within what torch counts with

@@ -16,9 +16,9 @@ from awp_engine.data import eval_batches
 from awp_engine.device import choose_device
 from awp_engine.evaluation.accuracy import count_right
 from awp_engine.evaluation.asked import Asked
-from awp_engine.evaluation.attacks import measuring
+from awp_engine.evaluation.attacks.named import measuring
 from awp_engine.evaluation.prepare import prepare
-from awp_engine.evaluation.reports import Reported, Reports
+from awp_engine.evaluation.reports.files import Reported, Reports
 from awp_engine.evaluation.smoothing import Certificate, Smoothing, certify
 from awp_engine.files.atomic import atomic_write_text
 from awp_engine.files.locking import locked

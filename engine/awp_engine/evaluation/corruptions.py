@@ -10,11 +10,11 @@ from awp_engine.data import corrupted_names, list_corruptions
 from awp_engine.device import choose_device
 from awp_engine.evaluation.accuracy import count_right, spread
 from awp_engine.evaluation.asked import Asked
-from awp_engine.evaluation.attacks import EvaluationError, measuring
-from awp_engine.evaluation.external import look_at_accuracy
+from awp_engine.evaluation.attacks.named import EvaluationError, measuring
+from awp_engine.evaluation.model.external import look_at_accuracy
 from awp_engine.evaluation.prepare import Target, prepare
-from awp_engine.evaluation.receipt import split_hash
-from awp_engine.evaluation.reports import Reported, Reports, read_finished, sealed
+from awp_engine.evaluation.reports.files import Reported, Reports, read_finished, sealed
+from awp_engine.evaluation.reports.receipt import split_hash
 from awp_engine.files.atomic import atomic_write_text
 from awp_engine.files.locking import locked
 from awp_engine.files.text import json_text

@@ -19,8 +19,8 @@ from awp_engine.data.loaders.torch_loader import framed
 from awp_engine.data.sets.files import SUFFIXES, read_regular
 from awp_engine.data.sets.inspect import check, decode
 from awp_engine.data.sets.sources import open_source
-from awp_engine.evaluation.attacks import EvaluationError
-from awp_engine.evaluation.loaded_model import LoadedModel
+from awp_engine.evaluation.attacks.named import EvaluationError
+from awp_engine.evaluation.model.loaded_model import LoadedModel
 from awp_engine.files.text import first_line
 from awp_engine.observe.bars import MakeBar, NoBar
 

@@ -27,12 +27,12 @@ from awp_engine.data.loaders.choose import Loading
 from awp_engine.data.sets.scan_list import LIST_NAME
 from awp_engine.evaluation.accuracy import evaluation_seed, spread
 from awp_engine.evaluation.asked import Asked
-from awp_engine.evaluation.attacks import EvaluationError
-from awp_engine.evaluation.external import load_external
-from awp_engine.evaluation.loaded_model import LoadedModel, require_named_data
-from awp_engine.evaluation.own_classes import among_own_classes
-from awp_engine.evaluation.receipt import data_papers, make_receipt
-from awp_engine.evaluation.reports import code_digest
+from awp_engine.evaluation.attacks.named import EvaluationError
+from awp_engine.evaluation.model.external import load_external
+from awp_engine.evaluation.model.loaded_model import LoadedModel, require_named_data
+from awp_engine.evaluation.model.own_classes import among_own_classes
+from awp_engine.evaluation.reports.files import code_digest
+from awp_engine.evaluation.reports.receipt import data_papers, make_receipt
 from awp_engine.files.text import first_line
 from awp_engine.models.hub import is_address
 

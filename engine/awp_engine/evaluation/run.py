@@ -13,16 +13,16 @@ from awp_engine.data import Dataset, match_classes
 from awp_engine.device import choose_device
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.evaluation.asked import AttacksAsked, require_ball
-from awp_engine.evaluation.attacks import EvaluationError, Threat, Trial
-from awp_engine.evaluation.external import look_at_accuracy
-from awp_engine.evaluation.loaded_model import LoadedModel, load_trained
-from awp_engine.evaluation.own_classes import among_own_classes
-from awp_engine.evaluation.precision import ROUNDING, lowered, require_precision
+from awp_engine.evaluation.attacks.named import EvaluationError, Threat, Trial
+from awp_engine.evaluation.model.external import look_at_accuracy
+from awp_engine.evaluation.model.loaded_model import LoadedModel, load_trained
+from awp_engine.evaluation.model.own_classes import among_own_classes
+from awp_engine.evaluation.model.precision import ROUNDING, lowered, require_precision
 from awp_engine.evaluation.prepare import Target, prepare, require_fit
-from awp_engine.evaluation.reports import Reported, Reports, sealed
-from awp_engine.evaluation.results import RIGHT_MEANS, Measurement
-from awp_engine.evaluation.robustbench import Publication, model_info
-from awp_engine.evaluation.saved import ImageSaver, save_per_image
+from awp_engine.evaluation.reports.files import Reported, Reports, sealed
+from awp_engine.evaluation.reports.results import RIGHT_MEANS, Measurement
+from awp_engine.evaluation.reports.robustbench import Publication, model_info
+from awp_engine.evaluation.reports.saved import ImageSaver, save_per_image
 from awp_engine.evaluation.shares import ONE_RANK, Shares
 from awp_engine.evaluation.suite import measure, require_packages
 from awp_engine.files.atomic import atomic_write_text, replace_file
@@ -260,8 +260,8 @@ def _training(loaded: LoadedModel) -> dict[str, Any]:
 
 def _page(loaded: LoadedModel, dataset: Dataset, threat: Threat, done: Evaluated) -> str:
     # matplotlib is imported at the end: it takes a second
-    from awp_engine.evaluation.figures import epsilon_curve, learning_curves, picture_cards, steps_curve
-    from awp_engine.evaluation.page import render_page
+    from awp_engine.evaluation.reports.figures import epsilon_curve, learning_curves, picture_cards, steps_curve
+    from awp_engine.evaluation.reports.page import render_page
 
     measurement = done.measurement
     figures: list[tuple[str, bytes]] = []

@@ -13,9 +13,15 @@ from torch import Tensor, nn
 from awp_engine.attack import checks
 from awp_engine.data import eval_batches
 from awp_engine.evaluation.accuracy import spread
-from awp_engine.evaluation.adaptive import EOT_DRAWS, varying
-from awp_engine.evaluation.attack_state import StateFile
-from awp_engine.evaluation.attacks import (
+from awp_engine.evaluation.attacks.autoattack import (
+    STANDARD,
+    STANDARD_BUDGET,
+    Budget,
+    autoattack,
+    require_package,
+    require_suitable,
+)
+from awp_engine.evaluation.attacks.named import (
     NORMS,
     EvaluationError,
     NamedAttack,
@@ -32,20 +38,14 @@ from awp_engine.evaluation.attacks import (
     predict,
     require_norm,
 )
-from awp_engine.evaluation.autoattack import (
-    STANDARD,
-    STANDARD_BUDGET,
-    Budget,
-    autoattack,
-    require_package,
-    require_suitable,
-)
-from awp_engine.evaluation.gate import Gate
-from awp_engine.evaluation.gates import GateReport, run_gates
-from awp_engine.evaluation.receipt import percent
-from awp_engine.evaluation.regional import regional_attack
-from awp_engine.evaluation.results import Answers, Measurement, PerImage, Pictures, Row
-from awp_engine.evaluation.saved import ImageSaver
+from awp_engine.evaluation.attacks.regional import regional_attack
+from awp_engine.evaluation.attacks.state import StateFile
+from awp_engine.evaluation.gates.adaptive import EOT_DRAWS, varying
+from awp_engine.evaluation.gates.gate import Gate
+from awp_engine.evaluation.gates.run import GateReport, run_gates
+from awp_engine.evaluation.reports.receipt import percent
+from awp_engine.evaluation.reports.results import Answers, Measurement, PerImage, Pictures, Row
+from awp_engine.evaluation.reports.saved import ImageSaver
 from awp_engine.evaluation.shares import ONE_RANK, Shares, added
 from awp_engine.files.user_key import KeyFileError
 from awp_engine.models.answers import NO_CLASS

@@ -13,8 +13,8 @@ from torch import nn
 from awp_engine.config import Config, ConfigError, config_hash, parse_amount
 from awp_engine.data import DataError, Dataset, Split, load_data, match_classes, shown
 from awp_engine.evaluation.accuracy import spread
-from awp_engine.evaluation.external import ExternalModel, load_external
-from awp_engine.evaluation.loaded_model import LoadedModel, load_trained, require_named_data
+from awp_engine.evaluation.model.external import ExternalModel, load_external
+from awp_engine.evaluation.model.loaded_model import LoadedModel, load_trained, require_named_data
 from awp_engine.files.run_places import CONFIG_FILE
 from awp_engine.files.text import printable
 from awp_engine.models.class_names import difference

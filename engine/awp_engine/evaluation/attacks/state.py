@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from awp_engine.checkpoint import CheckpointError, content_hash, export_model, read_file, read_model
-from awp_engine.evaluation.attacks import Trial, folded, in_ball
+from awp_engine.evaluation.attacks.named import Trial, folded, in_ball
 from awp_engine.files.atomic import atomic_write_text, remove_leftovers
 from awp_engine.files.digest import sha256_of_json
 from awp_engine.files.signed import Signer

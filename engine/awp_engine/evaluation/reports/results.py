@@ -8,10 +8,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from awp_engine.evaluation.confidence import INTERVAL, INTERVAL_MEANS, Stronger, interval, stronger_attack
-from awp_engine.evaluation.gate import Gate
-from awp_engine.evaluation.gates import GateReport
-from awp_engine.evaluation.receipt import percent
+from awp_engine.evaluation.gates.gate import Gate
+from awp_engine.evaluation.gates.run import GateReport
+from awp_engine.evaluation.reports.confidence import INTERVAL, INTERVAL_MEANS, Stronger, interval, stronger_attack
+from awp_engine.evaluation.reports.receipt import percent
 
 # fewer tell nothing of how a model answers
 _SEVERAL_IMAGES = 10

@@ -11,7 +11,7 @@ import torch
 from awp_engine.checkpoint import CheckpointError
 from awp_engine.config import Config, load_config
 from awp_engine.config.data_sets import is_given, is_own
-from awp_engine.evaluation.attacks import EvaluationError
+from awp_engine.evaluation.attacks.named import EvaluationError
 from awp_engine.files.digest import sha256_of
 from awp_engine.files.run_places import CHECKPOINTS, CONFIG_FILE, run_dir_of
 from awp_engine.models import NormalizedClassifier, WrappedClassifier

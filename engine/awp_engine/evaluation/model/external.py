@@ -13,8 +13,8 @@ from awp_engine.checkpoint.model_file import packable
 from awp_engine.config.model_names import is_code
 from awp_engine.data import Dataset
 from awp_engine.evaluation.accuracy import count_right, spread
-from awp_engine.evaluation.attacks import EvaluationError
-from awp_engine.evaluation.loaded_model import LoadedModel, code_of
+from awp_engine.evaluation.attacks.named import EvaluationError
+from awp_engine.evaluation.model.loaded_model import LoadedModel, code_of
 from awp_engine.models import NormalizedClassifier, build_model, load_weights
 from awp_engine.models.class_names import from_json
 from awp_engine.models.hub import fetched

@@ -6,7 +6,7 @@ import torch
 
 from awp_engine.config.data_sets import OWN_CLASSES_ALONE
 from awp_engine.data import Dataset
-from awp_engine.evaluation.loaded_model import LoadedModel
+from awp_engine.evaluation.model.loaded_model import LoadedModel
 from awp_engine.models.some_classes import SomeClasses
 
 

@@ -14,8 +14,8 @@ from awp_engine.checkpoint import CheckpointError, export_model, read_file
 from awp_engine.config import Config, to_json
 from awp_engine.config.identity import from_flat, key_types, to_flat
 from awp_engine.config.model_names import is_code
-from awp_engine.evaluation.attacks import EvaluationError
-from awp_engine.evaluation.loaded_model import LoadedModel
+from awp_engine.evaluation.attacks.named import EvaluationError
+from awp_engine.evaluation.model.loaded_model import LoadedModel
 from awp_engine.files.atomic import atomic_write_text, replace_file
 from awp_engine.files.text import printable
 from awp_engine.models.hub import SETTINGS, WEIGHTS

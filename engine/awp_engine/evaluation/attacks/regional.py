@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from awp_engine.data import eval_batches
-from awp_engine.evaluation.attacks import (
+from awp_engine.evaluation.attacks.named import (
     EvaluationError,
     NamedAttack,
     Outcome,

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from awp_engine.data import Dataset, Framing, Loading, Split, load_dataset, source_names
-from awp_engine.evaluation.attacks import EvaluationError
-from awp_engine.evaluation.external import ExternalModel, load_external
-from awp_engine.evaluation.loaded_model import LoadedModel, load_trained
+from awp_engine.evaluation.attacks.named import EvaluationError
+from awp_engine.evaluation.model.external import ExternalModel, load_external
+from awp_engine.evaluation.model.loaded_model import LoadedModel, load_trained
 from awp_engine.models import WrappedClassifier
 from awp_engine.models.trained import ModelDescription
 

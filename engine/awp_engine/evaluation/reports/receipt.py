@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from awp_engine.data import Dataset, Split, StreamedSplit
-from awp_engine.evaluation.attacks import Threat
+from awp_engine.evaluation.attacks.named import Threat
 from awp_engine.observe.report import source_commit, versions
 
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from awp_engine.attack import Loss, cross_entropy_losses, margin_losses, starting_point, summed_margin
 from awp_engine.data import eval_batches
 from awp_engine.evaluation.accuracy import spread
-from awp_engine.evaluation.attacks import Trial, ascend, folded
-from awp_engine.evaluation.gate import SLACK, Gate, share
-from awp_engine.evaluation.surrogate import surrogate
+from awp_engine.evaluation.attacks.named import Trial, ascend, folded
+from awp_engine.evaluation.gates.gate import SLACK, Gate, share
+from awp_engine.evaluation.gates.surrogate import surrogate
 from awp_engine.files.text import first_line
 from awp_kernels.philox import STREAM_UNIFORM, mix_seed, sample_words
 

@@ -28,7 +28,7 @@ from awp_engine.config.model_names import is_code
 from awp_engine.config.schema import did_you_mean
 from awp_engine.data import Batch, Split, eval_batches
 from awp_engine.evaluation.accuracy import NonfiniteGradients
-from awp_engine.evaluation.libraries import find_attack
+from awp_engine.evaluation.attacks.libraries import find_attack
 from awp_engine.files.text import first_line
 from awp_engine.models.answers import NO_CLASS, predicted
 from awp_engine.models.batch_norm import layer_modes

@@ -6,10 +6,10 @@ from types import MappingProxyType
 from typing import Any
 
 from awp_engine.config.data_sets import own_title
-from awp_engine.evaluation.confidence import INTERVAL
-from awp_engine.evaluation.figures import Picture
-from awp_engine.evaluation.receipt import percent
-from awp_engine.evaluation.results import class_table
+from awp_engine.evaluation.reports.confidence import INTERVAL
+from awp_engine.evaluation.reports.figures import Picture
+from awp_engine.evaluation.reports.receipt import percent
+from awp_engine.evaluation.reports.results import class_table
 from awp_engine.observe.page import document, escaped, facts, figure, image, listed, table
 
 _MOST_CLASSES = 25

@@ -15,10 +15,10 @@ import torch
 
 from awp_engine.attack import summed_cross_entropy
 from awp_engine.data import eval_batches
-from awp_engine.evaluation.adaptive import EOT_DRAWS, adaptive_gates
-from awp_engine.evaluation.attacks import Outcome, Trial, connected, gradient_attack, parse_attack
-from awp_engine.evaluation.autoattack import Budget, autoattack
-from awp_engine.evaluation.gate import SLACK, Gate, share
+from awp_engine.evaluation.attacks.autoattack import Budget, autoattack
+from awp_engine.evaluation.attacks.named import Outcome, Trial, connected, gradient_attack, parse_attack
+from awp_engine.evaluation.gates.adaptive import EOT_DRAWS, adaptive_gates
+from awp_engine.evaluation.gates.gate import SLACK, Gate, share
 from awp_engine.models.answers import NO_CLASS, predicted
 from awp_engine.observe.bars import Part
 

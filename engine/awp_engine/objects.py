@@ -22,8 +22,8 @@ from awp_engine.device import full_precision
 from awp_engine.distributed.ranks import joined
 from awp_engine.distributed.signals import StoppedError, StopRequest, stop_requests
 from awp_engine.evaluation.asked import DEFAULT_ATTACKS
-from awp_engine.evaluation.attacks import Norm
-from awp_engine.evaluation.foreign import Foreign
+from awp_engine.evaluation.attacks.named import Norm
+from awp_engine.evaluation.model.external import ExternalModel
 from awp_engine.evaluation.run import Evaluated, evaluate_checkpoint
 from awp_engine.models import NormalizedClassifier, WrappedClassifier
 from awp_engine.models.given import given, name_of
@@ -160,7 +160,7 @@ def _evaluated(
     with given(model, parts):
         return evaluate_checkpoint(
             None,
-            foreign=Foreign(name=name_of(model), normalize=normalize, is_object=True),
+            external=ExternalModel(name=name_of(model), normalize=normalize, is_object=True),
             data_name=GIVEN_IMAGES,
             epsilon=epsilon,
             norm=norm,

@@ -15,7 +15,7 @@ from awp_engine.cli.command_line import OneLineParser
 from awp_engine.cli.frame import add_alias, add_shared, ending, share, whole_number
 from awp_engine.config import ConfigError
 from awp_engine.data import DataError
-from awp_engine.evaluation.attacks import EvaluationError
+from awp_engine.evaluation.attacks.named import EvaluationError
 
 TOO_LITTLE = "the device has too little memory for such batches: give a smaller --batch-size"
 

@@ -18,8 +18,8 @@ from awp_engine.compare.read import read_run
 from awp_engine.config import ConfigError, load_config, require_same_run
 from awp_engine.config.model_names import source_of
 from awp_engine.data import DataError
-from awp_engine.evaluation.attacks import EvaluationError
-from awp_engine.evaluation.subject import require_named_data
+from awp_engine.evaluation.attacks.named import EvaluationError
+from awp_engine.evaluation.model.loaded_model import require_named_data
 from awp_engine.models.given import given, given_data, name_of
 
 QUICK = {"epochs": 2, "attack.steps": 2, "evaluation.steps": 2, "global-batch-size": 16, "log": ["none"]}

@@ -18,8 +18,8 @@ from awp_engine import checkpoint
 from awp_engine.checkpoint import CheckpointError
 from awp_engine.cli.command_line import parse_train
 from awp_engine.config import AttackConfig, Config, DataConfig, EvaluationConfig, ModelConfig, to_json
-from awp_engine.evaluation.figures import picture_cards
-from awp_engine.evaluation.results import Pictures
+from awp_engine.evaluation.reports.figures import picture_cards
+from awp_engine.evaluation.reports.results import Pictures
 from awp_engine.files.atomic import atomic_write_text
 from awp_engine.files.text import json_text, printable, shortened
 from awp_engine.landscape.directions import Direction, random_direction

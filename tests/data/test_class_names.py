@@ -18,7 +18,7 @@ from awp_engine.cli.checkpoint import main as checkpoint_command
 from awp_engine.cli.data import main as data_command
 from awp_engine.config import AttackConfig, Config, ConfigError, DataConfig, EvaluationConfig, ModelConfig
 from awp_engine.data import DataError, eval_batches, load_dataset, load_extra, match_classes
-from awp_engine.evaluation.attacks import EvaluationError
+from awp_engine.evaluation.attacks.named import EvaluationError
 from awp_engine.evaluation.run import evaluate_checkpoint
 from awp_engine.landscape.runs import common_images, open_runs
 from awp_engine.models import build_model, load_pretrained

@@ -20,8 +20,9 @@ from awp_engine.cli.data import main
 from awp_engine.data import DataError
 from awp_engine.data.sets.inspect import decode
 from awp_engine.data.sets.scan_list import LIST_NAME, write_scan
-from awp_engine.data.tools.pack import Manifest, _fields_digest, pack_folder, read_manifest, verify_pack
+from awp_engine.data.tools.pack import Manifest, pack_folder, read_manifest, verify_pack
 from awp_engine.data.tools.scan import scan_folder
+from awp_engine.files.digest import sha256_of_json
 from awp_engine.observe.bars import NoBar
 
 SHARD = 20 * 1024
@@ -345,7 +346,7 @@ def test_manifests_of_other_types_are_damaged(packed: Path, tmp_path: Path, chan
     fields = json.loads((packed / "manifest.json").read_text())
     fields.pop("digest")
     change(fields)
-    (tmp_path / "manifest.json").write_text(json.dumps({**fields, "digest": _fields_digest(fields)}))
+    (tmp_path / "manifest.json").write_text(json.dumps({**fields, "digest": sha256_of_json(fields)}))
     with pytest.raises(DataError, match=r"manifest.json is damaged \(.*\); pack again"):
         verify_pack(tmp_path)
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from awp_engine.data import Split
 from awp_engine.evaluation import spread
-from awp_engine.evaluation.adaptive import Adapted, adaptive_gates, hidden_share, varying
-from awp_engine.evaluation.attacks import EvaluationError, Threat, Trial, gradient_attack, measuring, parse_attack
-from awp_engine.evaluation.autoattack import Budget, autoattack
-from awp_engine.evaluation.gates import run_gates
+from awp_engine.evaluation.attacks.autoattack import Budget, autoattack
+from awp_engine.evaluation.attacks.named import EvaluationError, Threat, Trial, gradient_attack, measuring, parse_attack
+from awp_engine.evaluation.gates.adaptive import Adapted, adaptive_gates, hidden_share, varying
+from awp_engine.evaluation.gates.run import run_gates
+from awp_engine.evaluation.gates.surrogate import surrogate
 from awp_engine.evaluation.suite import measure
-from awp_engine.evaluation.surrogate import surrogate
 from awp_engine.models import build_model
 from awp_engine.models.import_timm import import_timm
 
@@ -114,13 +114,13 @@ def plainly(attacked: Trial, epsilon: Fraction) -> tuple[Tensor, Tensor]:
     pgd, cw = (
         gradient_attack(attacked, parse_attack(name), step_size=epsilon / 5, restarts=1) for name in ("pgd20", "cw20")
     )
-    return pgd.x_adv, pgd.held & cw.held
+    return pgd.x_adv, pgd.robust & cw.robust
 
 
 def judged(attacked: Trial, **changes) -> tuple[Adapted, dict[str, bool], int]:
-    x_adv, held = plainly(attacked, attacked.threat.epsilon)
-    found = adaptive_gates(attacked, x_adv=x_adv, held=held, black=len(held), **changes)
-    return found, {gate.name: gate.passed for gate in found.gates}, int(held.sum())
+    x_adv, robust = plainly(attacked, attacked.threat.epsilon)
+    found = adaptive_gates(attacked, x_adv=x_adv, robust=robust, black=len(robust), **changes)
+    return found, {gate.name: gate.passed for gate in found.gates}, int(robust.sum())
 
 
 @pytest.fixture(autouse=True)
@@ -144,17 +144,17 @@ def test_a_cheat_that_fools_plain_attacks_is_caught(name):
     with measuring(model), measuring(honest):
         truth = plainly(trial(honest, IMAGES, epsilon), epsilon)[1]
         attacked = trial(model, IMAGES, epsilon)
-        found, passed, held = judged(attacked, **changes)
+        found, passed, robust = judged(attacked, **changes)
         package = autoattack(attacked, attacks=("apgd-ce", "apgd-t"), budget=Budget(iterations=10))
     # without the cheat next to nothing withstands; with it PGD, CW and APGD find nothing to speak of
     assert truth.sum() <= 0.5 * IMAGES
-    assert held >= 0.75 * IMAGES
-    assert package.held.sum() >= 0.7 * IMAGES
+    assert robust >= 0.75 * IMAGES
+    assert package.robust.sum() >= 0.7 * IMAGES
     assert [n for n, fine in passed.items() if not fine] == [gate]
     measured = {g.name: g for g in found.gates}[gate].measured
     if name == "noise":
         curve = found.details["randomness"]["eot"]["curve"]
-        assert curve[-1]["mean"] < held - 0.2 * IMAGES
+        assert curve[-1]["mean"] < robust - 0.2 * IMAGES
         assert curve[-1]["worst"] <= curve[-1]["mean"] <= curve[0]["mean"]
         assert "right on average: 1: " in measured
     elif name == "rounded":
@@ -169,8 +169,8 @@ def test_a_cheat_that_fools_plain_attacks_is_caught(name):
 def test_a_cheat_that_hides_inside_is_caught(cheat, gate):
     model = cheat(clean_model())
     with measuring(model):
-        _, passed, held = judged(trial(model, IMAGES, Fraction(1, 10)))
-    assert held >= 0.75 * IMAGES
+        _, passed, robust = judged(trial(model, IMAGES, Fraction(1, 10)))
+    assert robust >= 0.75 * IMAGES
     assert not passed[gate]
 
 
@@ -239,10 +239,7 @@ def honest_models() -> dict[str, Callable[[], tuple[nn.Module, Split]]]:
     return {
         "wide ResNet": lambda: own("wrn-10-1"),
         "timm ViT": lambda: on_noise(vit()),
-        "timm ConvNeXt": lambda: on_noise(
-            import_timm().models.ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_classes=10, drop_path_rate=0.5),
-            size=32,
-        ),
+        "timm ConvNeXt": lambda: on_noise(convnext(), size=32),
         "dropout in eval mode": lambda: on_noise(dropout(), 1, 8),
         # twice as many features as classes inside
         "wide head": lambda: on_noise(
@@ -266,9 +263,9 @@ def test_an_honest_quantised_model_is_attacked_through_and_passes():
     quantised = Part(lambda x: x + (torch.round(x * 32) / 32 - x).detach())
     model = nn.Sequential(quantised, clean_model())
     with measuring(model):
-        found, passed, held = judged(trial(model, 20, Fraction(1, 20)))
+        found, passed, robust = judged(trial(model, 20, Fraction(1, 20)))
     assert all(passed.values()), [gate.measured for gate in found.gates]
-    assert found.details["hidden_gradients"]["bpda"] >= held - 1
+    assert found.details["hidden_gradients"]["bpda"] >= robust - 1
     assert found.details["hidden_gradients"]["operations"] == ["round in 0"]
 
 

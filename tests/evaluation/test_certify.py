@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from awp_engine.checkpoint import export_model
 from awp_engine.config import AttackConfig, Config, EvaluationConfig, ModelConfig, load_config, to_json
 from awp_engine.evaluation.certify import Progress, certify_checkpoint, summary
-from awp_engine.evaluation.hub_folder import model_card
+from awp_engine.evaluation.model.loaded_model import load_trained
+from awp_engine.evaluation.reports.hub_folder import model_card
 from awp_engine.evaluation.smoothing import Certificate, Smoothing, certify, count_answers, lower_bound
-from awp_engine.evaluation.subject import load_subject
 from awp_engine.files.run_places import CONFIG_FILE, MODEL_FILE
 from awp_engine.observe.bars import NoBar
 from awp_kernels.philox import mix_seed, normals
@@ -258,7 +258,7 @@ def test_what_a_run_under_noise_is_for_is_said(run_dir, tmp_path):
     for sigma in (0.5, 0.25):
         certify_checkpoint(place, smoothing=dataclasses.replace(SMOOTHING, sigma=sigma), limit=1, say=said.append)
     assert said == ["trained under noise of 0.5, certified by another, 0.25: best is --sigma 0.5"]
-    card = model_card(description(), load_subject(place), None, "", "", curves=False)
+    card = model_card(description(), load_trained(place), None, "", "", curves=False)
     assert "- Training: Noise-AWP, gamma 0.002, without an attack, noise of 0.5, 30 epochs" in card
     assert "adversarial-training" not in card
 

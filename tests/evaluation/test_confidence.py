@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from awp_engine.evaluation.confidence import interval, stronger_attack
-from awp_engine.evaluation.results import Measurement
+from awp_engine.evaluation.reports.confidence import interval, stronger_attack
+from awp_engine.evaluation.reports.results import Measurement
 
 
 @given(st.integers(1, 10_000).flatmap(lambda images: st.tuples(st.integers(0, images), st.just(images))))

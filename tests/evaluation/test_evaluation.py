@@ -23,13 +23,13 @@ from torch import nn
 from awp_engine import checkpoint
 from awp_engine.data import eval_batches
 from awp_engine.evaluation import spread
-from awp_engine.evaluation.attacks import EvaluationError, Threat, Trial, measuring, parse_attack
-from awp_engine.evaluation.autoattack import Budget
+from awp_engine.evaluation.attacks.autoattack import Budget
+from awp_engine.evaluation.attacks.named import EvaluationError, Threat, Trial, measuring, parse_attack
 from awp_engine.evaluation.certify import certify_checkpoint
-from awp_engine.evaluation.confidence import interval
-from awp_engine.evaluation.gates import run_gates
-from awp_engine.evaluation.receipt import percent, split_hash
-from awp_engine.evaluation.robustbench import Publication, leaderboard_epsilon, model_info
+from awp_engine.evaluation.gates.run import run_gates
+from awp_engine.evaluation.reports.confidence import interval
+from awp_engine.evaluation.reports.receipt import percent, split_hash
+from awp_engine.evaluation.reports.robustbench import Publication, leaderboard_epsilon, model_info
 from awp_engine.evaluation.run import evaluate_checkpoint
 from awp_engine.evaluation.smoothing import Smoothing
 from awp_engine.evaluation.suite import measure
@@ -168,7 +168,7 @@ def test_the_page_needs_nothing_else(reported):
 
 
 def test_what_is_asked_for_is_escaped_in_the_page(tmp_path, reported):
-    from awp_engine.evaluation.page import render_page
+    from awp_engine.evaluation.reports.page import render_page
 
     _, report, _ = reported
     hostile = {**report, "receipt": {**report["receipt"], "note": "<script>alert(1)</script>"}}
@@ -177,7 +177,7 @@ def test_what_is_asked_for_is_escaped_in_the_page(tmp_path, reported):
 
 @pytest.mark.parametrize("classes", [10, 1000])
 def test_the_page_has_a_table_of_classes(reported, classes):
-    from awp_engine.evaluation.page import render_page
+    from awp_engine.evaluation.reports.page import render_page
 
     _, report, _ = reported
     row = {"class": "<script>", "images": 8, "clean": 7, "attacked": {"pgd5": 3}, "worst": 2}
@@ -188,7 +188,7 @@ def test_the_page_has_a_table_of_classes(reported, classes):
 
 
 def test_the_page_begins_with_the_number_to_believe(reported):
-    from awp_engine.evaluation.page import render_page
+    from awp_engine.evaluation.reports.page import render_page
 
     _, report, page = reported
     worst = f"{report['robust_to_all']['accuracy_percent']}%"
@@ -279,7 +279,7 @@ def test_nothing_of_other_code_is_gone_on_from(run_dir, tmp_path, monkeypatch, w
             done = evaluate_checkpoint(run_dir, output=tmp_path, say=said.append, **common)
         else:
             few = Smoothing(sigma=0.25, n0=2, n=20)
-            done = certify_checkpoint(run_dir, few, images=1, output=tmp_path, say=said.append)
+            done = certify_checkpoint(run_dir, few, limit=1, output=tmp_path, say=said.append)
         assert "resumed" not in done.report["receipt"]
     assert not [line for line in said if "going on" in line or "before" in line]
     assert len(list(tmp_path.glob("autoattack-*.json" if what == "evaluate" else "certify-*"))) == 2
@@ -335,7 +335,7 @@ class Cold(nn.Module):
         return self.inner(x) / 1e-4
 
 
-def gates_of(model: nn.Module, threat: Threat = THREAT, images: int = 60) -> dict[str, bool]:
+def gates_of(model: nn.Module, threat: Threat = THREAT, images: int = 30) -> dict[str, bool]:
     with measuring(model):
         trial = Trial(model=model, split=spread(digits().test, images), threat=threat, seed=1, batch_size=60)
         report = run_gates(trial, queries=150)

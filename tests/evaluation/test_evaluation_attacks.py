@@ -25,8 +25,8 @@ from torch import nn
 from awp_engine.attack import Attack, pgd
 from awp_engine.data import Split, eval_batches
 from awp_engine.evaluation import evaluate, evaluation_seed, spread
-from awp_engine.evaluation.attack_state import StateFile
-from awp_engine.evaluation.attacks import (
+from awp_engine.evaluation.attacks.autoattack import Budget, autoattack
+from awp_engine.evaluation.attacks.named import (
     NORMS,
     EvaluationError,
     Threat,
@@ -36,8 +36,8 @@ from awp_engine.evaluation.attacks import (
     parse_attack,
     predict,
 )
-from awp_engine.evaluation.autoattack import Budget, autoattack
-from awp_engine.evaluation.regional import perturbation_norms, region_mask, regional_attack
+from awp_engine.evaluation.attacks.regional import perturbation_norms, region_mask, regional_attack
+from awp_engine.evaluation.attacks.state import StateFile
 from awp_engine.models import load_public_state_dict
 
 THREAT = Threat(epsilon=Fraction(1, 5), norm="linf")
@@ -101,7 +101,7 @@ def test_autoattack_equals_the_package_to_the_bit(model, norm, epsilon):
     assert torch.equal(torch.get_rng_state(), before)
     assert sys.gettrace() is tracer
     assert torch.equal(outcome.x_adv, x_adv)
-    assert torch.equal(outcome.held, predicted == y)
+    assert torch.equal(outcome.robust, predicted == y)
     counts = list(outcome.details["right_after"].values())
     assert counts == sorted(counts, reverse=True)
     assert 0 < counts[-1] < counts[0]
@@ -140,7 +140,7 @@ def test_a_killed_autoattack_goes_on_to_the_same_result(model, tmp_path):
     assert len(lines) == 1 + 4 - attacks_done
     whole = autoattack(trial(model, split), budget=SHORT)
     assert torch.equal(resumed.x_adv, whole.x_adv)
-    assert torch.equal(resumed.held, whole.held)
+    assert torch.equal(resumed.robust, whole.robust)
     assert resumed.details == whole.details
     # and once more from the finished state, without an attack
     again = autoattack(trial(model, split), budget=SHORT, state_file=state_file)
@@ -202,8 +202,8 @@ def run(model, name, split=None, threat=THREAT, **changes):
 def test_pgd_is_what_the_run_itself_measured(model):
     attack = Attack(epsilon=0.2, step_size=0.05, steps=20, norm="linf", seed=evaluation_seed(0))
     accuracy = evaluate(model, digits().test, attack, batch_size=100)
-    assert int(run(model, "pgd20").held.sum()) == round(accuracy.robust * 360)
-    assert int(run(model, "clean").held.sum()) == round(accuracy.clean * 360)
+    assert int(run(model, "pgd20").robust.sum()) == round(accuracy.robust * 360)
+    assert int(run(model, "clean").robust.sum()) == round(accuracy.clean * 360)
 
 
 def test_fgsm_is_one_signed_step_of_epsilon(model):
@@ -216,7 +216,7 @@ def test_fgsm_is_one_signed_step_of_epsilon(model):
 
 
 def test_restarts_only_ever_break_more(model):
-    once, thrice = (run(model, "pgd2", step_size=Fraction(1, 5), restarts=number).held for number in (1, 3))
+    once, thrice = (run(model, "pgd2", step_size=Fraction(1, 5), restarts=number).robust for number in (1, 3))
     assert not bool((thrice & ~once).any())
     assert thrice.sum() < once.sum()
 
@@ -226,12 +226,12 @@ def test_attacks_stay_in_the_ball_and_hurt(model, norm):
     epsilon = Fraction(1, 5) if norm == "linf" else Fraction(3, 4)
     threat = Threat(epsilon=epsilon, norm=norm)
     x = next(eval_batches(digits().test, 360)).images
-    clean = run(model, "clean").held.sum()
+    clean = run(model, "clean").robust.sum()
     for name in ("fgsm", "pgd10", "cw10"):
         outcome = run(model, name, threat=threat, step_size=epsilon / 4)
         largest = perturbation_norms(outcome.x_adv, x)["Linf" if norm == "linf" else "L2"].max()
         assert 0.5 * float(epsilon) < largest <= float(epsilon)
-        assert outcome.held.sum() < clean - 20
+        assert outcome.robust.sum() < clean - 20
 
 
 @pytest.mark.parametrize(
@@ -353,7 +353,7 @@ def test_regional_attack_is_its_formula(name):
                 norms.append([float(found[name]) for name in ("L0", "L2", "Linf")])
                 break
         torch.testing.assert_close(outcome.x_adv[n], one.detach()[0], rtol=0, atol=1e-5)
-        assert bool(outcome.held[n]) == bool(right and linear(one).argmax() == y[n])
+        assert bool(outcome.robust[n]) == bool(right and linear(one).argmax() == y[n])
     assert outcome.details["flipped"] == len(norms) > 0
     means = np.mean(norms, axis=0)
     details = outcome.concluded(outcome.details)

@@ -23,9 +23,9 @@ from awp_engine.data.sets.imagenet import IMAGENET_STATISTICS
 from awp_engine.data.sets.shifted import imagenet_wnids
 from awp_engine.device import full_precision
 from awp_engine.evaluation import corruptions
-from awp_engine.evaluation.attacks import EvaluationError
+from awp_engine.evaluation.attacks.named import EvaluationError
 from awp_engine.evaluation.corruptions import evaluate_corruptions
-from awp_engine.evaluation.foreign import Foreign
+from awp_engine.evaluation.model.external import ExternalModel
 from awp_engine.evaluation.run import Evaluated, evaluate_checkpoint
 from awp_engine.landscape.runs import open_runs
 from awp_engine.models.import_timm import import_timm
@@ -102,21 +102,21 @@ def test_test_images_do_not_say_how_weights_want_them_normalised(folder_run: tup
     (tmp_path / "own.py").write_text(FACTORY)
     shutil.copytree(root / "valid", tmp_path / "alone" / "test")
 
-    def foreign(name: str, place: Path | None, **more: Any) -> Evaluated:
-        made = Foreign(name="preact-resnet-18", weights=tmp_path / "w.pt", width=2, **more)
+    def external(name: str, place: Path | None, **more: Any) -> Evaluated:
+        made = ExternalModel(name="preact-resnet-18", weights=tmp_path / "w.pt", width=2, **more)
         given = {"epsilon": "1/5", "norm": "linf", "data_name": name, "data_root": place}
-        return measured(None, foreign=made, output=tmp_path / "out", **given)
+        return measured(None, external=made, output=tmp_path / "out", **given)
 
     for name, place in ((f"{tmp_path / 'own.py'}:make", None), ("folder", tmp_path / "alone")):
         for normalize in ("auto", "data"):
             with pytest.raises(ConfigError, match=r"^--model\.mean: .* has no training images .*normalize none$"):
-                foreign(name, place, normalize=normalize)
-        receipt = foreign(name, place, mean=(0.5,), std=(0.25,)).report["receipt"]
+                external(name, place, normalize=normalize)
+        receipt = external(name, place, mean=(0.5,), std=(0.25,)).report["receipt"]
         assert receipt["normalisation"]["mean"] == [0.5] * 3
     # with a training part it does not depend on the images that are measured
     means = []
     for _ in range(2):
-        means.append(foreign("folder", root).report["receipt"]["normalisation"]["mean"])
+        means.append(external("folder", root).report["receipt"]["normalisation"]["mean"])
         shutil.rmtree(root / "valid")
         write_folder(root / "valid", "abc", 6, 50)
     assert means[0] == means[1] == pytest.approx(load_dataset("folder", root=root, held_out_fraction=0.0, seed=0).mean)

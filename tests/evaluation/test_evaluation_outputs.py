@@ -20,7 +20,7 @@ from scipy.optimize import minimize
 from awp_engine.attack import project_l1
 from awp_engine.checkpoint import read_model
 from awp_engine.evaluation import spread
-from awp_engine.evaluation.attacks import (
+from awp_engine.evaluation.attacks.named import (
     Norm,
     Target,
     Threat,
@@ -32,6 +32,7 @@ from awp_engine.evaluation.attacks import (
     perturbation_norms,
     predict,
 )
+from awp_engine.evaluation.reports.results import class_table
 from awp_engine.evaluation.run import evaluate_checkpoint
 from awp_engine.evaluation.suite import measure
 
@@ -82,8 +83,8 @@ def test_l1_attacks_stay_in_the_ball_and_are_as_strong_as_the_authors():
         ours = gradient_attack(attacked, parse_attack("pgd30"), step_size=STEP, restarts=1)
         margin = gradient_attack(attacked, parse_attack("cw30-targeted"), step_size=STEP, restarts=1)
     assert fallen > 15
-    assert int((~ours.held).sum()) >= fallen - 2
-    assert int((~margin.held).sum()) >= fallen - 2
+    assert int((~ours.robust).sum()) >= fallen - 2
+    assert int((~margin.robust).sum()) >= fallen - 2
     for outcome in (ours, margin):
         assert bool(in_ball(outcome.x_adv, x, attacked.threat).all())
     largest = perturbation_norms(ours.x_adv, x)["L1"].max()
@@ -103,8 +104,8 @@ def test_targeted_attacks_reach_their_targets(target):
         _, y, *_ = attacked.whole
         after = attacked.predict(outcome.x_adv)
     assert torch.equal(once.x_adv, outcome.x_adv)
-    assert torch.equal(outcome.held, after == y)
-    fallen, without = int((~outcome.held).sum()), int((~plain.held).sum())
+    assert torch.equal(outcome.robust, after == y)
+    fallen, without = int((~outcome.robust).sum()), int((~plain.robust).sum())
     if target == "targeted":
         assert fallen >= without - 1
         return
@@ -116,7 +117,7 @@ def test_targeted_attacks_reach_their_targets(target):
         assert int(((after == wrong) & right).sum()) == outcome.details["target_reached"]
     else:
         # of 60 images, all wrong classes are somebody's target
-        assert len(after[~outcome.held].unique()) >= 7
+        assert len(after[~outcome.robust].unique()) >= 7
 
 
 def test_a_random_target_is_never_the_label():
@@ -124,7 +125,7 @@ def test_a_random_target_is_never_the_label():
     attacked = trial("linf", "1")
     with measuring(attacked.model):
         outcome = gradient_attack(attacked, parse_attack("pgd30-random-target"), step_size=Fraction(1, 10), restarts=1)
-    assert outcome.held.sum() <= 1
+    assert outcome.robust.sum() <= 1
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +151,7 @@ def test_every_class_is_counted(saved):
     for row in done.measurement.rows:
         assert sum(found["attacked"][row.attack] for found in rows) == row.right
     assert len({row["attacked"]["pgd3"] / row["images"] for row in rows}) > 1
-    line = done.measurement.class_table()[3]
+    line = class_table(done.measurement.per_class)[3]
     assert list(line) == ["class", "images", "clean", "pgd3", "cw2", "worst"]
     assert line["pgd3"] == f"{100 * rows[3]['attacked']['pgd3'] / rows[3]['images']:.2f}%"
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from awp_engine.checkpoint import read_model
 from awp_engine.data import eval_batches
 from awp_engine.evaluation import spread
-from awp_engine.evaluation.attacks import Threat, Trial, in_top5, measuring
-from awp_engine.evaluation.autoattack import Budget
-from awp_engine.evaluation.gates import run_gates
-from awp_engine.evaluation.precision import ROUNDING, Lowered
+from awp_engine.evaluation.attacks.autoattack import Budget
+from awp_engine.evaluation.attacks.named import Threat, Trial, in_top5, measuring
+from awp_engine.evaluation.gates.run import run_gates
+from awp_engine.evaluation.model.precision import ROUNDING, Lowered
 from awp_engine.evaluation.run import evaluate_checkpoint
 
 

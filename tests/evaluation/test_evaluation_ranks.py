@@ -18,8 +18,8 @@ from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUs
 import awp_engine
 from awp_engine.checkpoint import read_model
 from awp_engine.distributed.ranks import Ranks
-from awp_engine.evaluation.autoattack import Budget
-from awp_engine.evaluation.foreign import Foreign
+from awp_engine.evaluation.attacks.autoattack import Budget
+from awp_engine.evaluation.model.external import ExternalModel
 from awp_engine.evaluation.run import evaluate_checkpoint
 
 OURS = ("clean", "fgsm", "pgd3", "cw2", "pgd2-random-target", "regional-pixels-45")
@@ -54,9 +54,9 @@ def place(tmp_path_factory) -> Path:
 
 
 def asked(place: Path) -> dict:
-    foreign = Foreign(name=f"{place}/net.py:make", normalize="none")
+    external = ExternalModel(name=f"{place}/net.py:make", normalize="none")
     return ALL | {
-        "foreign": foreign,
+        "external": external,
         "data_name": "digits",
         "norm": "linf",
         "epsilon": "1/10",
@@ -82,6 +82,11 @@ def together(place: Path, output: Path, world: int, **arguments) -> tuple[dict, 
     return reports[0], list(said)
 
 
+def on_one(place: Path, output: Path, **arguments) -> dict:
+    """As JSON holds it, as that of several ranks."""
+    return json.loads(json.dumps(evaluate_checkpoint(None, output=output, **asked(place) | arguments).report))
+
+
 def counted(report: dict, names: tuple[str, ...]) -> list[dict]:
     """What does not depend on how long it took, nor on the order of summation."""
     rows = [row for row in report["attacks"] if row["attack"] in names]
@@ -91,20 +96,20 @@ def counted(report: dict, names: tuple[str, ...]) -> list[dict]:
 
 
 def test_two_ranks_measure_what_one_does(place, tmp_path):
-    one = evaluate_checkpoint(None, output=tmp_path / "one", **asked(place))
+    one = on_one(place, tmp_path / "one")
     report, said = together(place, tmp_path / "two", 2)
-    assert (one.report["receipt"]["ranks"], report["receipt"]["ranks"]) == (1, 2)
-    assert counted(report, OURS) == counted(one.report, OURS)
-    assert report["clean"] == one.report["clean"]
-    assert [row["clean"] for row in report["per_class"]] == [row["clean"] for row in one.report["per_class"]]
-    own, alone = (next(row for row in r["attacks"] if row["attack"] == OURS[-1]) for r in (report, one.report))
+    assert (one["receipt"]["ranks"], report["receipt"]["ranks"]) == (1, 2)
+    assert counted(report, OURS) == counted(one, OURS)
+    assert report["clean"] == one["clean"]
+    assert [row["clean"] for row in report["per_class"]] == [row["clean"] for row in one["per_class"]]
+    own, alone = (next(row for row in r["attacks"] if row["attack"] == OURS[-1]) for r in (report, one))
     assert own["details"] == pytest.approx(alone["details"], rel=1e-5)
     # pyautoattack draws for a batch, and a batch is another one; it knows of all images
     autoattack = report["attacks"][-1]
     assert autoattack["details"]["right_after"]["clean"] == report["clean"]["right"] > autoattack["right"]
     assert set(autoattack["details"]) == {"right_after", "warnings"}
     # the gates are the first rank's
-    assert report["gates"]["gates"] == one.report["gates"]["gates"]
+    assert report["gates"]["gates"] == one["gates"]["gates"]
 
     files = [next((tmp_path / name).glob("per-image-*.npz")) for name in ("one", "two")]
     tables = [np.load(file) for file in files]
@@ -138,9 +143,9 @@ def test_two_ranks_measure_what_one_does(place, tmp_path):
 
 def test_ranks_without_images_wait(place, tmp_path):
     arguments = {"limit": 2, "gates_limit": None}
-    one = evaluate_checkpoint(None, output=tmp_path / "one", **asked(place) | arguments)
+    one = on_one(place, tmp_path / "one", **arguments)
     report, _ = together(place, tmp_path / "three", 3, **arguments)
-    assert counted(report, OURS) == counted(one.report, OURS)
+    assert counted(report, OURS) == counted(one, OURS)
     assert sum(row["images"] for row in report["per_class"]) == 2
 
 

@@ -25,11 +25,11 @@ from awp_engine.attack import Attack
 from awp_engine.checkpoint import export_model, read_model
 from awp_engine.data import Split
 from awp_engine.evaluation import evaluate
-from awp_engine.evaluation.attack_state import AttackState, StateFile
-from awp_engine.evaluation.attacks import EvaluationError, Threat, Trial, in_ball, measuring, parse_attack
-from awp_engine.evaluation.autoattack import STANDARD, Budget, autoattack
-from awp_engine.evaluation.gates import run_gates
-from awp_engine.evaluation.page import render_page
+from awp_engine.evaluation.attacks.autoattack import STANDARD, Budget, autoattack
+from awp_engine.evaluation.attacks.named import EvaluationError, Threat, Trial, in_ball, measuring, parse_attack
+from awp_engine.evaluation.attacks.state import AttackState, StateFile
+from awp_engine.evaluation.gates.run import run_gates
+from awp_engine.evaluation.reports.page import render_page
 from awp_engine.evaluation.suite import measure
 from awp_engine.files.user_key import KeyFileError, key_path, user_key
 from awp_engine.models.answers import NO_CLASS, predicted
@@ -144,7 +144,7 @@ def test_a_model_without_an_answer_gets_no_credit_attacked(fill, norm):
 
 
 def test_pictures_of_no_answer_are_drawn():
-    from awp_engine.evaluation.figures import picture_cards
+    from awp_engine.evaluation.reports.figures import picture_cards
 
     model = Silent(NAN, NAN, moved)
     done = measure(trial(model, labelled(model.inner)), [parse_attack("pgd1")], step_size=STEP, gates_limit=None)
@@ -538,7 +538,7 @@ def test_a_forged_state_changes_no_result(honest, tmp_path):
     with measuring(model):
         done = autoattack(trial(model, split, say=lines.append), budget=SHORT, state_file=file)
         assert done.resumed is None
-        assert int(done.held.sum()) == state.counts["square"]
+        assert int(done.robust.sum()) == state.counts["square"]
         assert torch.equal(done.x_adv, state.x_adv)
         # its own state it goes on from, and the receipt says so
         again = autoattack(trial(model, split), budget=SHORT, state_file=file)
@@ -547,7 +547,7 @@ def test_a_forged_state_changes_no_result(honest, tmp_path):
     assert again.resumed["from"] == "the result"
     assert len(again.resumed["sha256"]) == 64
     assert again.resumed["started"].startswith("20")
-    assert torch.equal(again.held, done.held)
+    assert torch.equal(again.robust, done.robust)
 
 
 def test_a_strangers_notes_are_told_and_never_followed(tmp_path):
@@ -650,7 +650,7 @@ class Interrupted(nn.Module):
 
 
 def test_a_state_from_the_middle_of_an_attack_is_gone_on_from(honest, tmp_path, monkeypatch):
-    monkeypatch.setattr("awp_engine.evaluation.autoattack._SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("awp_engine.evaluation.attacks.autoattack._SAVE_SECONDS", 0.0)
     model, split, _, state = honest
     seen = set()
     for last in (18, 22, 26, 30, 60, 100):
@@ -660,7 +660,7 @@ def test_a_state_from_the_middle_of_an_attack_is_gone_on_from(honest, tmp_path, 
         with measuring(model):
             done = autoattack(trial(model, split), budget=SHORT, state_file=file)
         assert torch.equal(done.x_adv, state.x_adv), last
-        assert torch.equal(done.held, state.robust)
+        assert torch.equal(done.robust, state.robust)
         assert done.details["right_after"] == state.counts
         if done.resumed is not None:
             seen.add((done.resumed["from"], done.resumed["batch"]))

@@ -14,7 +14,7 @@ from torch import nn
 
 from awp_engine import load_model
 from awp_engine.checkpoint import export_model
-from awp_engine.evaluation.opened import open_model
+from awp_engine.evaluation.model.opened import open_model
 from awp_engine.files.run_places import MODEL_FILE
 
 NAMED = ("--model.name", "preact-resnet-digits", "--model.width", WIDTH)

@@ -19,8 +19,8 @@ from awp_engine import load_model
 from awp_engine.checkpoint import export_model
 from awp_engine.config import Config, DataConfig, ModelConfig, to_json
 from awp_engine.data import data_loading, eval_batches, load_dataset
+from awp_engine.evaluation.model.loaded_model import load_trained
 from awp_engine.evaluation.predict import find_images, find_intake, predict_files
-from awp_engine.evaluation.subject import load_subject
 from awp_engine.files.run_places import CONFIG_FILE, MODEL_FILE
 from awp_engine.models.trained import ModelDescription
 
@@ -78,8 +78,8 @@ def test_images_are_taken_as_evaluation_takes_them(tmp_path, image_size, center_
     model = load_model(run)
     with torch.no_grad():
         expected = torch.cat([model(batch.images).double().softmax(1) for batch in eval_batches(test, 4)])
-    subject = load_subject(run)
-    found = list(predict_files(subject.model, find_images([root / "test"]), find_intake(subject), top=3, batch_size=5))
+    loaded = load_trained(run)
+    found = list(predict_files(loaded.model, find_images([root / "test"]), find_intake(loaded), top=3, batch_size=5))
     assert len(found) == len(test) == 9
     assert not any(prediction.error for prediction in found)
     for prediction, row in zip(found, expected, strict=True):
@@ -164,17 +164,17 @@ def test_grey_is_not_made_colour_where_training_did_not(tmp_path):
     write_images(root, 9)
     run = write_run(tmp_path / "run", colour(), DataConfig(name="folder", root=root))
     picture(0, (12, 10)).convert("L").save(tmp_path / "grey.png")
-    subject = load_subject(run)
-    (found,) = predict_files(subject.model, find_images([tmp_path / "grey.png"]), find_intake(subject))
+    loaded = load_trained(run)
+    (found,) = predict_files(loaded.model, find_images([tmp_path / "grey.png"]), find_intake(loaded))
     assert "is grey (L); expected colour (RGB)" in found.error
     assert found.classes == ()
 
 
 def test_answers_that_are_not_finite_are_none(digits_run, grey):
-    subject = load_subject(digits_run)
+    loaded = load_trained(digits_run)
     with torch.no_grad():
-        next(subject.model.parameters())[:] = math.nan
-    found = list(predict_files(subject.model, find_images([grey]), find_intake(subject)))
+        next(loaded.model.parameters())[:] = math.nan
+    found = list(predict_files(loaded.model, find_images([grey]), find_intake(loaded)))
     assert {prediction.classes for prediction in found} == {()}
     assert all(prediction.error.endswith("the model's answer is not finite") for prediction in found)
 

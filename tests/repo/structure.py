@@ -41,8 +41,6 @@ REPRESENTATIONS = 1
 PRODUCT = ("engine", "kernels", "csrc")
 _SOURCES = {".py", ".cpp", ".h", ".cu", ".cuh"}
 
-# what an evaluation is asked, as text
-_ASKED = "awp_engine.evaluation.asked"
 # their dictionaries go into reports and error messages, never into an attack
 _WRITTEN_DOWN = ("attack_facts", "gradient_attack", "make_receipt")
 
@@ -301,7 +299,8 @@ def representations(found: list[Module]) -> list[str]:
     """What carries an attack's settings on their way from the run's settings to the attack.
 
     That is a class with fields, or a function with a dictionary that it returns or binds to a name, with at least two
-    of epsilon, step size and steps. Not counted: where settings are checked, and what is only written down.
+    of epsilon, step size and steps. Not counted: fields of text, as a user gives them, where settings are checked, and
+    what is only written down.
     """
     numbers = {"epsilon", "step_size", "steps"}
 
@@ -319,13 +318,14 @@ def representations(found: list[Module]) -> list[str]:
                 item.target.id
                 for item in node.body
                 if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+                if "str" not in ast.unparse(item.annotation)
             }
             return len(fields & numbers) >= 2
         return isinstance(node, ast.FunctionDef) and any(len(held(d.keys) & numbers) >= 2 for d in outermost(node))
 
     names = []
     for module in found:
-        if module.wing in ("config", "cli", "observe", "awp_kernels") or module.name == _ASKED:
+        if module.wing in ("config", "cli", "observe", "awp_kernels"):
             continue
         for top in module.tree.body:
             if not isinstance(top, (ast.ClassDef, ast.FunctionDef)):

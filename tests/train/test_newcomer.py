@@ -13,7 +13,7 @@ from awp_engine.config import Config, DataConfig
 from awp_engine.data import DataError, label_notes, load_data
 from awp_engine.data.sets.scan_list import LIST_NAME
 from awp_engine.evaluation.prepare import open_data
-from awp_engine.evaluation.results import Measurement
+from awp_engine.evaluation.reports.results import Measurement
 
 SMALL = ("--epochs", "1", "--model.width", "2", "--attack.steps", "1", "--evaluation.steps", "1", "--log", "none")
 FACTORY = """

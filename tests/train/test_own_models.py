@@ -32,8 +32,8 @@ from awp_engine.config import (
 )
 from awp_engine.config.model_names import source_of
 from awp_engine.data import load_data
-from awp_engine.evaluation.foreign import Foreign, load_foreign
-from awp_engine.evaluation.subject import load_subject
+from awp_engine.evaluation.model.external import ExternalModel, load_external
+from awp_engine.evaluation.model.loaded_model import load_trained
 from awp_engine.models import WrappedClassifier, build_model
 from awp_engine.models.trained import MODEL_FILE, ModelDescription
 from awp_engine.models.user_code import code_of
@@ -101,7 +101,7 @@ def test_a_run_of_ones_own_model_needs_no_further_word(here: Path, monkeypatch: 
     assert not model.training
     expected = trainer.model.eval()(IMAGES)
     torch.testing.assert_close(model(IMAGES), expected)
-    assert load_subject(here / "run").architecture == "net.py:Net"
+    assert load_trained(here / "run").architecture == "net.py:Net"
     checkpoint_command(["export", str(here / "run"), str(here / "out.safetensors")])
     assert torch.equal(load_model(here / "out.safetensors")(IMAGES), model(IMAGES))
 
@@ -312,14 +312,14 @@ def test_training_and_measuring_choose_one_normalisation(
         beside = {} if file == "bare" else {"mu": torch.tensor([0.4]), "sigma": torch.tensor([0.2])}
         torch.save(weights | beside, path)
     trains = build_network(config(name, model={"pretrained": path, "width": width, **flags}), data, cpu, Precision())
-    foreign = load_foreign(Foreign(name=name, weights=path, width=width, **flags), data, cpu)
-    for model in (trains.model, foreign.model):
+    external = load_external(ExternalModel(name=name, weights=path, width=width, **flags), data, cpu)
+    for model in (trains.model, external.model):
         torch.testing.assert_close([model.mean.item(), model.std.item()], [*expected])
     torch.testing.assert_close([*trains.description.mean, *trains.description.std], [*expected])
-    assert foreign.origin is not None
-    assert foreign.origin["normalisation_is"] == whose
-    assert any(message in foreign.origin["notes"][-1] for message in trains.messages)
-    torch.testing.assert_close(foreign.model(IMAGES), trains.model.eval()(IMAGES))
+    assert external.origin is not None
+    assert external.origin["normalisation_is"] == whose
+    assert any(message in external.origin["notes"][-1] for message in trains.messages)
+    torch.testing.assert_close(external.model(IMAGES), trains.model.eval()(IMAGES))
 
 
 @pytest.mark.parametrize("change", ["removed", "other"])

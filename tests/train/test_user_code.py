@@ -13,9 +13,9 @@ from test_own_models import config, refusal, trained
 from awp_engine import load_model
 from awp_engine.checkpoint import CheckpointError, export_model, read_model
 from awp_engine.config import ConfigError, DataConfig, load_config
-from awp_engine.evaluation.hub_folder import export_folder
+from awp_engine.evaluation.model.loaded_model import load_trained
+from awp_engine.evaluation.reports.hub_folder import export_folder
 from awp_engine.evaluation.run import evaluate_checkpoint
-from awp_engine.evaluation.subject import load_subject
 from awp_engine.files.digest import sha256_of
 from awp_engine.models.trained import MODEL_FILE, described
 from awp_engine.models.user_code import Code, code_of, load_code
@@ -290,7 +290,7 @@ def test_a_report_says_what_made_the_run(here: Path) -> None:
 
 def require_folder_without_paths(here: Path, start: Path) -> None:
     """What `awp export --hub` writes of the run says nothing of where its files were."""
-    written = export_folder(load_subject(here / "run"), here / "hub")
+    written = export_folder(load_trained(here / "run"), here / "hub")
     assert {path.name for path in written} == {"README.md", "config.json", "model.safetensors", "learning_curves.png"}
     text = {path.name: path.read_bytes() for path in written}
     for place in {str(here), str(here.resolve()), here.name, str(Path.home())} - {"/"}:
@@ -306,7 +306,7 @@ def require_folder_without_paths(here: Path, start: Path) -> None:
     (here / "run" / "learning_curves.png").unlink()
     (here / "run" / "learning_curves.png").symlink_to(here / "secret")
     with pytest.raises(CheckpointError, match=r"learning_curves\.png: cannot be read: is a link"):
-        export_folder(load_subject(here / "run"), here / "other")
+        export_folder(load_trained(here / "run"), here / "other")
     assert not (here / "other").exists()
 
 

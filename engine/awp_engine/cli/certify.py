@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from awp_engine.cli.command_line import OneLineParser, fail
-from awp_engine.cli.frame import Defaults, add_alias, add_shared, ending, prepare, whole_number
+from awp_engine.cli.frame import Defaults, add_alias, add_shared, ending, prepare, say, whole_number
 from awp_engine.cli.model_flags import PLACE, add_model, named_model, place, require_model, rest_of
 from awp_engine.files.text import printable
 
 if TYPE_CHECKING:
-    from awp_engine.evaluation.certify import Certified
+    from awp_engine.evaluation.reports.files import Reported
 
 # of accuracy that noise may cost a network that was trained on it
 _USED_TO_NOISE = 0.2
@@ -44,13 +44,13 @@ def parse(argv: Sequence[str] | None = None, prog: str = "certify.py") -> argpar
     add_model(parser)
     add_shared(parser, "seed", "batch-size", "device", "threads", "data.name", "data.root", "output")
     arguments = parser.parse_args(argv)
-    require_model(parser, arguments, [] if arguments.path is None else [arguments.path])
+    require_model(parser, arguments, arguments.path)
     return arguments
 
 
-def show(done: "Certified") -> None:
+def show(done: "Reported") -> None:
     """The results as a table, and what else should be known."""
-    from awp_engine.evaluation.receipt import percent
+    from awp_engine.evaluation.reports.receipt import percent
     from awp_engine.observe.report import print_table
 
     report, receipt = done.report, done.report["receipt"]
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "certify.py") -> None:
         done = certify_checkpoint(
             **named_model(given, given["path"]) | rest_of(given),
             smoothing=smoothing,
-            say=lambda line: print(printable(line), flush=True),
+            say=say,
             bar=Bar,
             tell=show,
         )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from awp_engine.cli.command_line import OneLineParser
-from awp_engine.cli.frame import add_shared, ending, prepare, share, whole_number
+from awp_engine.cli.frame import add_shared, ending, prepare, say, share, whole_number
 from awp_engine.cli.model_flags import PLACE, add_model, named_model, place, require_model, rest_of
 from awp_engine.config import ConfigError
 from awp_engine.files.text import printable
@@ -150,7 +150,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
         parser.error("--data.center-crop: goes with --data.image-size")
     if arguments.data_corruption == "all":
         _require_corruptions(parser, arguments)
-    require_model(parser, arguments, [] if arguments.path is None else [arguments.path])
+    require_model(parser, arguments, arguments.path)
     return arguments
 
 
@@ -167,6 +167,7 @@ def show_corruptions(done: "Corrupted") -> None:
 
 def show(done: "Evaluated", *, per_class: bool = False) -> None:
     """The results as tables, and what speaks against them."""
+    from awp_engine.evaluation.reports.results import class_table
     from awp_engine.observe.report import print_table, print_text
 
     measurement = done.measurement
@@ -176,7 +177,7 @@ def show(done: "Evaluated", *, per_class: bool = False) -> None:
     alone = measurement.attacked_alone()
     print_text("right: with and without the attack" + (f"; by the attacked image alone: {alone}" if alone else ""))
     if per_class:
-        print_table(measurement.class_table(), title="accuracy of every class")
+        print_table(class_table(measurement.per_class), title="accuracy of every class")
     if regional := measurement.regional_table():
         print_table(regional, title="regional attacks, means over the flipped images")
     gates = () if measurement.gates is None else measurement.gates.gates
@@ -196,9 +197,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
 
     from awp_engine.data import Framing
     from awp_engine.distributed.ranks import errors_told
-    from awp_engine.evaluation.adaptive import EOT_DRAWS
     from awp_engine.evaluation.asked import DEFAULT_ATTACKS, Asked
-    from awp_engine.evaluation.robustbench import Publication
+    from awp_engine.evaluation.gates.adaptive import EOT_DRAWS
+    from awp_engine.evaluation.reports.robustbench import Publication
     from awp_engine.evaluation.run import evaluate_checkpoint
     from awp_engine.evaluation.shares import sharing
     from awp_engine.observe.bars import Bar
@@ -236,7 +237,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
             asked["ranks"] = ranks
         elif ranks.world > 1:
             raise ConfigError("--data.corruption all: expected one process; start it without torchrun")
-        done = measure(**asked, say=lambda line: print(line, flush=True), bar=Bar, tell=tell)
+        done = measure(**asked, say=say, bar=Bar, tell=tell)
     if not ranks.is_first:
         return
     files = ": evaluation.html to read, evaluation.json for programs" if measure is evaluate_checkpoint else ""

@@ -13,6 +13,7 @@ from awp_engine.cli.command_line import fail
 from awp_engine.config import ConfigError
 from awp_engine.config.errors import UserError
 from awp_engine.distributed.signals import interrupted_code, interrupts
+from awp_engine.files.text import printable
 
 # far beyond use, within what torch counts with
 _MOST = 2**31 - 1
@@ -37,6 +38,11 @@ def share(text: str) -> float:
         if 0 < float(text) <= 1:
             return float(text)
     raise argparse.ArgumentTypeError(f"expected a number more than 0 and at most 1, got {text[:80]!r}")
+
+
+def say(line: str) -> None:
+    """Prints a line at once, with escapes for what is not printable."""
+    print(printable(line), flush=True)
 
 
 class Defaults(argparse.ArgumentDefaultsHelpFormatter):

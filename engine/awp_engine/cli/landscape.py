@@ -73,7 +73,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "landscape.py") -> argp
     add("--epsilon", metavar="X", help="with --model.name: radius of the ball, such as 8/255")
     add("--norm", choices=("linf", "l2"), default="linf", help="with --model.name: of the ball")
     arguments = parser.parse_args(argv)
-    require_model(parser, arguments, arguments.runs)
+    require_model(parser, arguments, *arguments.runs)
     if arguments.model_name is None and arguments.epsilon is not None:
         parser.error("--epsilon: for weights of no run, with --model.name; a run has its own")
     return arguments
@@ -106,7 +106,7 @@ def measure(arguments: argparse.Namespace) -> list[Path]:
     from awp_engine.landscape import measure as measuring
     from awp_engine.landscape.files import Receipt, output_directory, write
     from awp_engine.landscape.robust_loss import RobustLoss, as_batches
-    from awp_engine.landscape.runs import common_images, open_foreign, open_runs
+    from awp_engine.landscape.runs import common_images, open_external, open_runs
     from awp_engine.observe.bars import Bar
 
     fields = dataclasses.fields(measuring.Settings)
@@ -118,7 +118,7 @@ def measure(arguments: argparse.Namespace) -> list[Path]:
     # one run makes all of them runs
     first = sorted(arguments.runs, key=lambda run: not of_run([run]))[:1]
     asked = named_model(vars(arguments), *(first or [None]))
-    if asked["foreign"] is None:
+    if asked["external"] is None:
         runs = open_runs(
             arguments.runs,
             which=arguments.checkpoint,
@@ -128,8 +128,8 @@ def measure(arguments: argparse.Namespace) -> list[Path]:
             model=asked["model"],
         )
     else:
-        files = arguments.runs or [file for file in [asked["foreign"].weights] if file is not None]
-        runs = open_foreign(files, asked["foreign"], _config(arguments), device)
+        files = arguments.runs or [file for file in [asked["external"].weights] if file is not None]
+        runs = open_external(files, asked["external"], _config(arguments), device)
     images = common_images(runs, arguments.split, arguments.limit).to(device)
     output = output_directory(arguments.output, arguments.runs)
     layout = torch.contiguous_format

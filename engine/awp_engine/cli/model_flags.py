@@ -49,8 +49,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def require_model(parser: argparse.ArgumentParser, arguments: argparse.Namespace, places: Sequence[Path | str]) -> None:
+def require_model(
+    parser: argparse.ArgumentParser, arguments: argparse.Namespace, *given_places: Path | str | None
+) -> None:
     """Ends the program, in one line, where no model is named, or the flags fit neither each other nor the places."""
+    places = [place for place in given_places if place is not None]
     names = {action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
     given = [
         name
@@ -76,18 +79,18 @@ def of_run(places: Sequence[Path | str]) -> bool:
 
 
 def named_model(arguments: Mapping[str, Any], place: Path | str | None) -> dict[str, Any]:
-    """Which model: the arguments path, checkpoint, model and foreign of what measures one."""
+    """Which model: the arguments path, checkpoint, model and external of what measures one."""
     fields: dict[str, Any] = {
         name.removeprefix(_PREFIX): value for name, value in arguments.items() if name.startswith(_PREFIX)
     }
-    asked = {"path": place, "checkpoint": arguments["checkpoint"], "model": None, "foreign": None}
+    asked = {"path": place, "checkpoint": arguments["checkpoint"], "model": None, "external": None}
     if fields["name"] is None or (place is not None and of_run([place])):
         return asked | {"model": fields["name"]}
-    from awp_engine.evaluation.foreign import Foreign
+    from awp_engine.evaluation.model.external import ExternalModel
 
     # weights may stand in the place of a run
     fields["weights"] = fields["weights"] or place
-    return asked | {"path": None, "foreign": Foreign(**fields)}
+    return asked | {"path": None, "external": ExternalModel(**fields)}
 
 
 def is_model(place: Path | str) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from awp_engine.cli.command_line import OneLineParser
-from awp_engine.cli.frame import Defaults, add_shared, ending, prepare, share, whole_number
+from awp_engine.cli.frame import Defaults, add_shared, ending, prepare, say, share, whole_number
 from awp_engine.cli.model_flags import (
     PLACE,
     add_described,
@@ -73,7 +73,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "predict.py") -> argpar
         arguments.path, arguments.places = first, rest
     else:
         arguments.path = None
-    require_model(parser, arguments, [] if arguments.path is None else [arguments.path])
+    require_model(parser, arguments, arguments.path)
     if not arguments.places:
         parser.error("FILE_OR_FOLDER: expected images, or folders of images, behind the model; got none")
     arguments.places = [Path(file) for file in arguments.places]
@@ -117,8 +117,8 @@ def _jsonl(found: "Sequence[Prediction]", names: Sequence[str]) -> str:
 def _predict(arguments: argparse.Namespace, prog: str) -> "list[Prediction]":
     """Classifies, and writes or prints what was found."""
     from awp_engine.device import choose_device
-    from awp_engine.evaluation.attacks import EvaluationError
-    from awp_engine.evaluation.opened import open_model
+    from awp_engine.evaluation.attacks.named import EvaluationError
+    from awp_engine.evaluation.model.opened import open_model
     from awp_engine.evaluation.predict import find_images, find_intake, predict_files
     from awp_engine.files.atomic import atomic_write_text
     from awp_engine.observe.bars import Bar
@@ -126,21 +126,21 @@ def _predict(arguments: argparse.Namespace, prog: str) -> "list[Prediction]":
 
     files = find_images(arguments.places)
     device = choose_device(arguments.device)
-    subject = open_model(
+    loaded = open_model(
         **named_model(vars(arguments), arguments.path),
         **described(vars(arguments)),
         device=device,
-        say=lambda line: print(printable(line), flush=True),
+        say=say,
     )
-    classes = subject.model.num_classes
+    classes = loaded.model.num_classes
     if arguments.top > classes:
         raise EvaluationError(f"--top: expected at most {classes}, the classes of the model, got {arguments.top}")
-    names = subject.model.class_names or tuple(map(str, range(classes)))
-    intake = find_intake(subject, image_size=arguments.image_size, center_crop=arguments.center_crop)
+    names = loaded.model.class_names or tuple(map(str, range(classes)))
+    intake = find_intake(loaded, image_size=arguments.image_size, center_crop=arguments.center_crop)
     if intake.note:
         print(f"note: {intake.note}", flush=True)
     given = {"top": arguments.top, "batch_size": arguments.batch_size, "device": device}
-    found = list(predict_files(subject.model, files, intake, bar=Bar, **given))
+    found = list(predict_files(loaded.model, files, intake, bar=Bar, **given))
     if arguments.out is not None:
         text = _jsonl(found, names) if arguments.out.suffix == ".jsonl" else _csv(_rows(found, names, arguments.top))
         atomic_write_text(arguments.out, text)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import glob
-import hashlib
 import json
 import math
 import os
@@ -16,7 +15,7 @@ from typing import Any
 
 from awp_engine.config import Config, ConfigError, config_hash, decisive, load_config, parse_amount, show
 from awp_engine.config.model_names import source_of
-from awp_engine.files.digest import sha256_of
+from awp_engine.files.digest import sha256_of, sha256_of_json
 from awp_engine.files.run_places import CONFIG_FILE as CONFIG
 from awp_engine.files.run_places import MODEL_FILE as WEIGHTS
 from awp_engine.files.text import one_line, printable, shortened
@@ -328,7 +327,7 @@ def _tensors_sha256(path: Path) -> str | None:
         shapes = {name: about["shape"] for name, about in header.items() if name != "__metadata__"}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
-    return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
+    return sha256_of_json(shapes)
 
 
 def read_run(path: Path) -> Run:

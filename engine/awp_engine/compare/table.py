@@ -167,8 +167,12 @@ def _alike(runs: Sequence[Run]) -> list[list[Run]]:
             if known[:-2] == key[:-2] and images in (None, known[-2]) and sha256 in (None, known[-1])
         )
         groups.setdefault(next(fits, key), []).append(run)
+    return _in_order(groups.values(), runs)
+
+
+def _in_order(groups: Iterable[list[Run]], runs: Sequence[Run]) -> list[list[Run]]:
     order = {id(run): place for place, run in enumerate(runs)}
-    found = [sorted(group, key=lambda run: order[id(run)]) for group in groups.values()]
+    found = [sorted(group, key=lambda run: order[id(run)]) for group in groups]
     return sorted(found, key=lambda group: order[id(group[0])])
 
 
@@ -208,9 +212,7 @@ def _grouped(runs: Sequence[Run]) -> list[list[Run]]:
             (same or fitting)[0].append(run)
         else:
             groups.append([run])
-    order = {id(run): place for place, run in enumerate(runs)}
-    groups = [sorted(group, key=lambda run: order[id(run)]) for group in groups]
-    return sorted(groups, key=lambda group: order[id(group[0])])
+    return _in_order(groups, runs)
 
 
 def _each_seed_once(group: list[Run], notes: list[str]) -> list[Run]:

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ _STREAM_TRAIN_LIMIT = 5
 _SAMPLED_PIXELS = 2**26
 
 AnySplit = TypeVar("AnySplit", Split, StreamedSplit)
+Part = tuple[Tensor, Tensor]
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of images in [0, 1], one value a channel each."""
 
@@ -82,6 +83,14 @@ class RawDataset:
     class_names: tuple[str, ...]
     statistics: Statistics | None = None
     named: bool = True
+
+    @classmethod
+    def of(cls, train: Part | None, test: Part, class_names: tuple[str, ...], **more: Any) -> Self:
+        """Of images and labels; without `train` there are no training images. `more`: the other fields."""
+        images, labels = test
+        train_images, train_labels = train or (images[:0], labels[:0])
+        more |= {"test_images": images, "test_labels": labels, "class_names": class_names}
+        return cls(train_images=train_images, train_labels=train_labels, **more)
 
 
 def prepare(

@@ -22,7 +22,7 @@ from awp_kernels.philox import mix_seed
 _EVALUATION_NOISE = 2
 
 
-class BlindImages:
+class NonfiniteGradients:
     """Which images of an attack had a gradient that is not finite in any step: a step there goes nowhere.
 
     Attributes:
@@ -117,7 +117,7 @@ def evaluate(
 
     def watch(step: int, gradient: Tensor) -> None:
         nonlocal done
-        blind(step, gradient)
+        nonfinite(step, gradient)
         done += len(gradient)
         if progress is not None:
             progress(done / whole)
@@ -133,11 +133,11 @@ def evaluate(
                     with region("evaluation"):
                         with torch.no_grad():
                             right = predicted(model(x)) == y
-                        blind = BlindImages(x)
+                        nonfinite = NonfiniteGradients(x)
                         x_adv = attack(model, x, y, sample_ids=ids, observe=watch)
                         with torch.no_grad():
-                            held = right & ~blind.found & (predicted(model(x_adv)) == y)
-                        counts += torch.stack([right.sum(), held.sum()])
+                            robust = right & ~nonfinite.found & (predicted(model(x_adv)) == y)
+                        counts += torch.stack([right.sum(), robust.sum()])
         ranks.sum_([counts])
         clean, robust = counts.tolist()
         return Accuracy(clean=clean / len(split), robust=robust / len(split))

@@ -14,14 +14,14 @@ import torch
 from awp_engine.attack.checks import ball
 from awp_engine.config import parse_amount, show
 from awp_engine.data import Dataset, Framing
-from awp_engine.evaluation.adaptive import EOT_DRAWS
-from awp_engine.evaluation.attacks import EvaluationError, NamedAttack, Norm, Threat, parse_attack, require_norm
-from awp_engine.evaluation.autoattack import STANDARD_BUDGET, Budget
-from awp_engine.evaluation.foreign import Foreign
-from awp_engine.evaluation.precision import PrecisionName
-from awp_engine.evaluation.robustbench import Publication
-from awp_engine.evaluation.saved import Form
-from awp_engine.evaluation.subject import Subject, load_subject
+from awp_engine.evaluation.attacks.autoattack import STANDARD_BUDGET, Budget
+from awp_engine.evaluation.attacks.named import EvaluationError, NamedAttack, Norm, Threat, parse_attack, require_norm
+from awp_engine.evaluation.gates.adaptive import EOT_DRAWS
+from awp_engine.evaluation.model.external import ExternalModel
+from awp_engine.evaluation.model.loaded_model import LoadedModel, load_trained
+from awp_engine.evaluation.model.precision import PrecisionName
+from awp_engine.evaluation.reports.robustbench import Publication
+from awp_engine.evaluation.reports.saved import Form
 
 DEFAULT_ATTACKS = ("clean", "fgsm", "pgd20", "cw")
 # far beyond use, within what torch counts with
@@ -35,8 +35,8 @@ class Asked:
     """Which model, and on which images; what is not given is the run's own, from its config.json.
 
     Attributes:
-        path: a run directory, one of its checkpoints, a .safetensors file, or hf://OWNER/NAME; None with `foreign`.
-        foreign: in place of a run: how to make a model, and its weights.
+        path: a run directory, one of its checkpoints, a .safetensors file, or hf://OWNER/NAME; None with `external`.
+        external: in place of a run: how to make a model, and its weights.
         model: of a run, in place of the code that its weights name, which is not run because they say so; as
             `load_model` takes it.
         checkpoint: of a run directory: best, last, or a checkpoint's name or path.
@@ -53,7 +53,7 @@ class Asked:
     """
 
     path: Path | str | None
-    foreign: Foreign | None = None
+    external: ExternalModel | None = None
     model: str | None = None
     checkpoint: str = "best"
     data_name: str | None = None
@@ -75,21 +75,21 @@ class Asked:
     @property
     def place(self) -> Path | str:
         """What messages call the model."""
-        if self.foreign is not None:
-            return self.foreign.weights or self.foreign.name
+        if self.external is not None:
+            return self.external.weights or self.external.name
         if self.path is None:
             raise EvaluationError("RUN_OR_CHECKPOINT: expected a path, or --model.name with --weights")
         return self.path
 
-    def subject(self, device: torch.device) -> Subject | None:
-        """The run's model; None of a foreign one, which is made for the data.
+    def load(self, device: torch.device) -> LoadedModel | None:
+        """The run's model; None of an external one, which is made for the data.
 
         Raises:
-            EvaluationError, ConfigError, CheckpointError: as `load_subject`.
+            EvaluationError, ConfigError, CheckpointError: as `load_trained`.
         """
-        if self.foreign is not None:
+        if self.external is not None:
             return None
-        return load_subject(self.place, which=self.checkpoint, device=device, model=self.model)
+        return load_trained(self.place, which=self.checkpoint, device=device, model=self.model)
 
 
 def require_counts(values: dict[str, int | None]) -> None:
@@ -163,13 +163,13 @@ class AttacksAsked(Asked):
         """What the attacks' names stand for; runs the code of one's own."""
         return [parse_attack(name) for name in dict.fromkeys(self.attacks)]
 
-    def ball(self, subject: Subject | None) -> tuple[Threat, Fraction]:
+    def ball(self, loaded: LoadedModel | None) -> tuple[Threat, Fraction]:
         """The ball that was asked for, or else the run's own; a step goes with its ball, else it is epsilon / 4.
 
         Raises:
             EvaluationError: it is none, is not given, or is not for these attacks.
         """
-        config = None if subject is None else subject.config
+        config = None if loaded is None else loaded.config
         epsilon, norm, step_size = self.epsilon, self.norm, self.step_size
         if config is not None:
             if epsilon is None and norm not in (None, config.attack.norm):
@@ -185,7 +185,7 @@ class AttacksAsked(Asked):
             if missing or epsilon is None or norm is None:
                 usual = "; usual are linf and 8/255 for CIFAR, linf and 4/255 for ImageNet"
                 raise EvaluationError(
-                    f"{self.place if subject is None else subject.weights}: no run's config.json says how to measure "
+                    f"{self.place if loaded is None else loaded.weights}: no run's config.json says how to measure "
                     f"it: give {', '.join(missing)}" + (usual if missing != ["--data.name"] else "")
                 )
         threat = Threat(epsilon=_radius(epsilon, norm), norm=norm)

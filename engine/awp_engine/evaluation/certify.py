@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from fractions import Fraction
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ from awp_engine.checkpoint import read_file
 from awp_engine.config.data_sets import own_title
 from awp_engine.data import eval_batches
 from awp_engine.device import choose_device
+from awp_engine.evaluation.accuracy import count_right
 from awp_engine.evaluation.asked import Asked
-from awp_engine.evaluation.attacks import Threat, Trial, measuring, predict
+from awp_engine.evaluation.attacks.named import measuring
 from awp_engine.evaluation.prepare import prepare
-from awp_engine.evaluation.receipt import data_papers, make_receipt
-from awp_engine.evaluation.reports import Reports
+from awp_engine.evaluation.reports.files import Reported, Reports
 from awp_engine.evaluation.smoothing import Certificate, Smoothing, certify
 from awp_engine.files.atomic import atomic_write_text
 from awp_engine.files.locking import locked
@@ -33,22 +32,6 @@ from awp_engine.observe.report import prepare_output, versions
 JSON = "certification.json"
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
 _STATE_BYTES = 2**30
-_OF_A_BALL = ("epsilon", "epsilon_as_float", "norm", "step_size")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Certified:
-    """What `certify_checkpoint` leaves.
-
-    Attributes:
-        report: what certification.json holds, the receipt included.
-        output: the directory with the report.
-        title: of the table.
-    """
-
-    report: dict[str, Any]
-    output: Path
-    title: str
 
 
 class Progress:
@@ -140,21 +123,21 @@ def certify_checkpoint(
     limit: int | None = 100,
     say: Callable[[str], None] = lambda _: None,
     bar: MakeBar = NoBar,
-    tell: Callable[[Certified], None] = lambda _: None,
+    tell: Callable[[Reported], None] = lambda _: None,
     **asked: Any,
-) -> Certified:
+) -> Reported:
     """Certifies images of the test split, and writes certification.json, also under a name of its own.
 
     Every image is saved when it is done, so that the same call goes on after a kill, to the same report.
 
     Args:
-        path: a run directory, one of its checkpoints, a .safetensors file, or hf://OWNER/NAME; None with `foreign`.
+        path: a run directory, one of its checkpoints, a .safetensors file, or hf://OWNER/NAME; None with `external`.
         smoothing: how.
         limit: images, evenly spread; None for all.
         say: is told what a user should know, a line at a time.
         bar: makes what shows how many of the noisy copies were classified.
         tell: is given the result before anything is written.
-        asked: the other fields of `Asked`, such as foreign, data_name and output; a batch is of noisy copies.
+        asked: the other fields of `Asked`, such as external, data_name and output; a batch is of noisy copies.
 
     Raises:
         EvaluationError, ConfigError, DataError, CheckpointError: one line that says what is wrong.
@@ -162,28 +145,19 @@ def certify_checkpoint(
     """
     ask = Asked(path=path, limit=limit, **asked)
     place = choose_device(ask.device)
-    target = prepare(ask, ask.subject(place), place, say)
-    subject, split = target.subject, target.split
-    if subject.config is not None and subject.config.attack.noise not in (0, smoothing.sigma):
-        trained = f"{subject.config.attack.noise:g}"
+    target = prepare(ask, ask.load(place), place, say)
+    loaded, split = target.loaded, target.split
+    if loaded.config is not None and loaded.config.attack.noise not in (0, smoothing.sigma):
+        trained = f"{loaded.config.attack.noise:g}"
         say(f"trained under noise of {trained}, certified by another, {smoothing.sigma:g}: best is --sigma {trained}")
-    # a certificate has no ball of its own: the receipt's is left out
-    nowhere = Threat(epsilon=Fraction(0), norm="l2")
-    seed, batch_size = target.seed, target.batch_size
-    receipt = make_receipt(
-        Trial(model=subject.model, split=split, threat=nowhere, seed=seed, batch_size=batch_size),
-        checkpoint=subject.papers(),
-        data=data_papers(target.dataset, limit, target.class_names),
-        step_size=Fraction(0),
-    )
-    receipt = {key: value for key, value in receipt.items() if key not in _OF_A_BALL}
+    receipt = target.receipt(split)
     receipt["versions"] |= versions("scipy")
     receipt |= {"smoothing": asdict(smoothing), "largest_radius": smoothing.largest_radius}
     question = target.identity(receipt) | {"smoothing": asdict(smoothing)}
     prepare_output(target.output)
     parts = own_title(target.dataset.name), len(split), f"sigma{smoothing.sigma:g}"
     reports = Reports(target.output, parts, question)
-    with locked(target.output), measuring(subject.model):
+    with locked(target.output), measuring(loaded.model):
         saved = Progress(target.output, question, split.ids.tolist(), say)
         certificates = saved.load()
         if certificates:
@@ -194,20 +168,18 @@ def certify_checkpoint(
         with bar("noisy copies", len(rest) * (smoothing.n0 + smoothing.n)) as counted:
             for image, label, ids, _ in eval_batches(rest, 1):
                 found = certify(
-                    subject.model,
+                    loaded.model,
                     image[0],
                     int(label),
                     smoothing,
                     sample_id=int(ids),
-                    seed=seed,
-                    batch_size=batch_size,
+                    seed=target.seed,
+                    batch_size=target.batch_size,
                     advance=counted.advance,
                 )
                 saved.add(found)
                 certificates.append(found)
-        clean = sum(
-            int((predict(subject.model, x, batch_size) == y).sum()) for x, y, *_ in eval_batches(split, batch_size)
-        )
+        clean = count_right(loaded.model, split, place, target.batch_size)
         report = {
             "receipt": receipt,
             "means": "the smoothed classifier's answer cannot change within the radius, in L2 on pixels in [0, 1]; "
@@ -217,7 +189,7 @@ def certify_checkpoint(
             "images_certified": [asdict(found) for found in certificates],
         }
         title = f"{target.dataset.name} test split, {len(split)} images, sigma {smoothing.sigma:g}, n {smoothing.n:,}"
-        result = Certified(report=report, output=target.output, title=f"{title}, alpha {smoothing.alpha:g}")
+        result = Reported(report=report, output=target.output, title=f"{title}, alpha {smoothing.alpha:g}")
         tell(result)
         reports.put(JSON, json_text(report, indent=2))
         return result

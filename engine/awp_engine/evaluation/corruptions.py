@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -11,11 +10,11 @@ from awp_engine.data import corrupted_names, list_corruptions
 from awp_engine.device import choose_device
 from awp_engine.evaluation.accuracy import count_right, spread
 from awp_engine.evaluation.asked import Asked
-from awp_engine.evaluation.attacks import EvaluationError, Threat, Trial, measuring
-from awp_engine.evaluation.foreign import look_at_accuracy
+from awp_engine.evaluation.attacks.named import EvaluationError, measuring
+from awp_engine.evaluation.model.external import look_at_accuracy
 from awp_engine.evaluation.prepare import Target, prepare
-from awp_engine.evaluation.receipt import data_papers, make_receipt, split_hash
-from awp_engine.evaluation.reports import Reports, read_finished, sealed
+from awp_engine.evaluation.reports.files import Reported, Reports, read_finished, sealed
+from awp_engine.evaluation.reports.receipt import split_hash
 from awp_engine.files.atomic import atomic_write_text
 from awp_engine.files.locking import locked
 from awp_engine.files.text import json_text
@@ -46,8 +45,6 @@ Source: the benchmark's authors, github.com/hendrycks/robustness.
 """
 _VALIDATION = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 _SEVERITIES = 5
-# clean accuracy has none
-_OF_A_BALL = ("epsilon", "epsilon_as_float", "norm", "step_size", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,18 +59,8 @@ class CorruptedSet:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Corrupted:
-    """What `evaluate_corruptions` leaves.
-
-    Attributes:
-        report: what corruptions.json holds, the receipt included.
-        output: the directory with the reports.
-        title: of the table.
-    """
-
-    report: dict[str, Any]
-    output: Path
-    title: str
+class Corrupted(Reported):
+    """What `evaluate_corruptions` leaves: the report, corruptions.json, and its table."""
 
     def table(self) -> list[dict[str, str]]:
         """Accuracy of every kind and severity, as text."""
@@ -164,7 +151,7 @@ def evaluate_corruptions(
     if name not in corrupted_names:
         raise EvaluationError(f"--data.corruption: expected --data.name {' or '.join(corrupted_names)}, got {name}")
     device = choose_device(ask.device)
-    subject = ask.subject(device)
+    loaded = ask.load(device)
     there = list_corruptions(name, ask.data_root)
     wanted = [(kind, number) for kind, numbers in there.items() for number in numbers if severity in (None, number)]
     if not wanted:
@@ -177,19 +164,19 @@ def evaluate_corruptions(
             say(line)
 
     def opened(kind: str, number: int) -> Target:
-        return prepare(replace(ask, data_corruption=kind, data_severity=number), subject, device, say_once)
+        return prepare(replace(ask, data_corruption=kind, data_severity=number), loaded, device, say_once)
 
     first = opened(*wanted[0])
-    # of a foreign model, which is made for the first images
-    subject = first.subject
+    # of an external model, which is made for the first images
+    loaded = first.loaded
     receipt, identity = _papers(first, name)
     reports = Reports(first.output, [name], identity | {"limit": ask.limit, "severity": severity})
-    doubts = look_at_accuracy(subject, first.dataset, device, first.batch_size)
+    doubts = look_at_accuracy(loaded, first.dataset, device, first.batch_size)
     for doubt in doubts:
         say(f"WARNING: {doubt}")
     sets: list[CorruptedSet] = []
     reused = 0
-    with locked(first.output), measuring(subject.model), bar("corrupted sets", len(wanted)) as progress:
+    with locked(first.output), measuring(loaded.model), bar("corrupted sets", len(wanted)) as progress:
         known = {} if again else _measured_before(reports)
         for kind, number in wanted:
             split = spread(opened(kind, number).dataset.test, ask.limit)
@@ -198,7 +185,7 @@ def evaluate_corruptions(
             if before is not None and before.sha256 == found.sha256:
                 found, reused = before, reused + 1
             else:
-                found = replace(found, right=count_right(subject.model, split, device, first.batch_size))
+                found = replace(found, right=count_right(loaded.model, split, device, first.batch_size))
             sets.append(found)
             saved = sealed({"finished": True, "sets": [asdict(one) for one in sets]})
             atomic_write_text(reports.path(PARTIAL), json_text(saved))
@@ -219,17 +206,14 @@ def evaluate_corruptions(
 
 
 def _papers(target: Target, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a receipt says of all sets, without a ball, and what identifies the measurement."""
-    model, size = target.subject.model, target.batch_size
-    one = spread(target.dataset.test, 1).resident().to(target.device)
-    nowhere = Threat(epsilon=Fraction(0), norm="linf")
-    trial = Trial(model=model, split=one, threat=nowhere, seed=target.seed, batch_size=size)
-    data = data_papers(target.dataset, target.limit, target.class_names)
-    receipt = make_receipt(trial, checkpoint=target.subject.papers(), data=data, step_size=Fraction(0))
-    identity = target.identity(receipt)
+    """What a receipt says of all sets, and what identifies the measurement."""
+    receipt = target.receipt(spread(target.dataset.test, 1).resident().to(target.device))
+    identity, data = target.identity(receipt), receipt["data"]
     # every set says itself how many images it has, and which
     receipt["data"] = {"name": name} | {key: data[key] for key in ("split", "limit", "chosen", "class_names")}
-    return {key: value for key, value in receipt.items() if key not in _OF_A_BALL}, identity
+    # clean accuracy has none
+    del receipt["seed"]
+    return receipt, identity
 
 
 def _measured_before(reports: Reports) -> dict[tuple[str, int], CorruptedSet]:

@@ -19,8 +19,8 @@ from awp_engine.data.loaders.torch_loader import framed
 from awp_engine.data.sets.files import SUFFIXES, read_regular
 from awp_engine.data.sets.inspect import check, decode
 from awp_engine.data.sets.sources import open_source
-from awp_engine.evaluation.attacks import EvaluationError
-from awp_engine.evaluation.subject import Subject
+from awp_engine.evaluation.attacks.named import EvaluationError
+from awp_engine.evaluation.model.loaded_model import LoadedModel
 from awp_engine.files.text import first_line
 from awp_engine.observe.bars import MakeBar, NoBar
 
@@ -95,19 +95,19 @@ class Prediction(NamedTuple):
     error: str = ""
 
 
-def find_intake(subject: Subject, *, image_size: int | None = None, center_crop: float | None = None) -> Intake:
+def find_intake(loaded: LoadedModel, *, image_size: int | None = None, center_crop: float | None = None) -> Intake:
     """How a model's images were taken in training, for evaluation, unless it is given.
 
     Args:
-        subject: the model, and the settings of its run.
+        loaded: the model, and the settings of its run.
         image_size: side in pixels of what images are resized to.
         center_crop: side of the central square that is resized, as a part of the image's shorter side.
 
     Raises:
         EvaluationError: no config.json says it and nothing is given.
     """
-    channels = subject.model.mean.numel()
-    data = None if subject.config is None else subject.config.data
+    channels = loaded.model.mean.numel()
+    data = None if loaded.config is None else loaded.config.data
     size = image_size or (None if data is None else data.image_size)
     if size is not None:
         framing = Framing(size=size, central=center_crop or (1.0 if data is None else data.center_crop))
@@ -118,14 +118,14 @@ def find_intake(subject: Subject, *, image_size: int | None = None, center_crop:
     if center_crop is not None:
         raise EvaluationError("--center-crop: goes with --image-size, or with a run that resized its images")
     # models of somebody's own code, and their data, may say it themselves
-    made_for = getattr(subject.model, "image_size", None) or subject.image_size
+    made_for = getattr(loaded.model, "image_size", None) or loaded.image_size
     if made_for is not None:
         height, width = made_for
     elif data is not None:
         height, width = _sides(data)
     else:
         raise EvaluationError(
-            f"{subject.weights}: belongs to no run whose config.json could say how large its images were: give "
+            f"{loaded.weights}: belongs to no run whose config.json could say how large its images were: give "
             "--image-size"
         )
     return Intake(channels=channels, height=height, width=width, framing=Framing())

@@ -27,11 +27,12 @@ from awp_engine.data.loaders.choose import Loading
 from awp_engine.data.sets.scan_list import LIST_NAME
 from awp_engine.evaluation.accuracy import evaluation_seed, spread
 from awp_engine.evaluation.asked import Asked
-from awp_engine.evaluation.attacks import EvaluationError
-from awp_engine.evaluation.foreign import load_foreign
-from awp_engine.evaluation.own_classes import among_own_classes
-from awp_engine.evaluation.reports import code_digest
-from awp_engine.evaluation.subject import Subject, require_named_data
+from awp_engine.evaluation.attacks.named import EvaluationError
+from awp_engine.evaluation.model.external import load_external
+from awp_engine.evaluation.model.loaded_model import LoadedModel, require_named_data
+from awp_engine.evaluation.model.own_classes import among_own_classes
+from awp_engine.evaluation.reports.files import code_digest
+from awp_engine.evaluation.reports.receipt import data_papers, make_receipt
 from awp_engine.files.text import first_line
 from awp_engine.models.hub import is_address
 
@@ -43,7 +44,7 @@ class Target:
     """What is measured.
 
     Attributes:
-        subject: the model and its papers.
+        loaded: the model and its papers.
         whole: the images, with the classes in the model's order.
         found: the data as their files have it.
         dataset: those of `whole`, with the classes that compete for an answer.
@@ -55,7 +56,7 @@ class Target:
         output: directory of the reports, which may not exist yet.
     """
 
-    subject: Subject
+    loaded: LoadedModel
     found: Dataset
     whole: Dataset
     dataset: Dataset
@@ -71,13 +72,25 @@ class Target:
         """The images that are measured, on `device`."""
         return spread(self.dataset.test, self.limit).resident().to(self.device)
 
+    def receipt(self, split: Split, **more: Any) -> dict[str, Any]:
+        """What the numbers of a split depend on; `more` as `make_receipt` takes it."""
+        return make_receipt(
+            self.loaded.model,
+            split,
+            checkpoint=self.loaded.papers(),
+            data=data_papers(self.dataset, self.limit, self.class_names),
+            seed=self.seed,
+            batch_size=self.batch_size,
+            **more,
+        )
+
     def identity(self, receipt: dict[str, Any]) -> dict[str, Any]:
         """What every number depends on, whatever is measured."""
         return {
-            "weights": self.subject.sha256,
+            "weights": self.loaded.sha256,
             # a file may hold several
-            "key": (self.subject.origin or {}).get("key"),
-            "layers": self.subject.layers(receipt["normalisation"]),
+            "key": (self.loaded.origin or {}).get("key"),
+            "layers": self.loaded.layers(receipt["normalisation"]),
             "images": receipt["data"]["sha256_of_these_images"],
             "seed": self.seed,
             "batch_size": self.batch_size,
@@ -88,35 +101,35 @@ class Target:
         }
 
 
-def prepare(asked: Asked, subject: Subject | None, device: torch.device, say: Callable[[str], None]) -> Target:
+def prepare(asked: Asked, loaded: LoadedModel | None, device: torch.device, say: Callable[[str], None]) -> Target:
     """Opens the images, and makes sure that the model can classify them.
 
     Args:
         asked: for what.
-        subject: as `asked.subject` gives it.
+        loaded: as `asked.load` gives it.
         device: where to compute.
         say: is told what a user should know, a line at a time.
 
     Raises:
         EvaluationError, ConfigError, DataError, CheckpointError: one line that says what is wrong.
     """
-    config = None if subject is None else subject.config
-    weights = asked.place if subject is None else subject.weights
+    config = None if loaded is None else loaded.config
+    weights = asked.place if loaded is None else loaded.weights
     corruption = asked.data_corruption, asked.data_severity
     found = open_data(config, weights, asked.data_name, asked.data_root, corruption, asked.data_framing)
     for note in found.notes:
         say(note)
-    if subject is None:
-        assert asked.foreign is not None
-        subject = load_foreign(asked.foreign, found, device, say)
-    whole, class_names = match_classes(subject.model.class_names, found, str(asked.place))
-    require_fit(subject, whole, device, str(asked.place))
-    subject, dataset, alone = among_own_classes(subject, whole)
+    if loaded is None:
+        assert asked.external is not None
+        loaded = load_external(asked.external, found, device, say)
+    whole, class_names = match_classes(loaded.model.class_names, found, str(asked.place))
+    require_fit(loaded, whole, device, str(asked.place))
+    loaded, dataset, alone = among_own_classes(loaded, whole)
     class_names += alone
     if class_names != "the same":
         say(f"class names: {class_names}")
     return Target(
-        subject=subject,
+        loaded=loaded,
         found=found,
         whole=whole,
         dataset=dataset,
@@ -125,7 +138,7 @@ def prepare(asked: Asked, subject: Subject | None, device: torch.device, say: Ca
         device=device,
         seed=evaluation_seed(0 if config is None else config.seed) if asked.seed is None else asked.seed,
         batch_size=asked.batch_size or (_BATCH_SIZE if config is None else config.evaluation.batch_size),
-        output=asked.output or _output_of(asked.place, subject),
+        output=asked.output or _output_of(asked.place, loaded),
     )
 
 
@@ -185,21 +198,21 @@ def open_data(
     return load_dataset(name, root=root, held_out_fraction=0.0, seed=0, loading=loading, need_train=False)
 
 
-def _output_of(path: Path | str, subject: Subject) -> Path:
+def _output_of(path: Path | str, loaded: LoadedModel) -> Path:
     """Where the reports go if nothing else is said."""
-    if subject.run_dir is not None:
-        return subject.run_dir / ("evaluation" if subject.name == "best" else f"evaluation-{subject.name}")
+    if loaded.run_dir is not None:
+        return loaded.run_dir / ("evaluation" if loaded.name == "best" else f"evaluation-{loaded.name}")
     if is_address(path):
-        return Path(f"{subject.name}-evaluation")
+        return Path(f"{loaded.name}-evaluation")
     return Path(path).parent / f"{Path(path).stem}-evaluation"
 
 
-def require_fit(subject: Subject, dataset: Dataset, device: torch.device, what: str) -> None:
+def require_fit(loaded: LoadedModel, dataset: Dataset, device: torch.device, what: str) -> None:
     """Refuses images that the model cannot take, and another number of classes."""
     image = next(eval_batches(dataset.test.select(torch.arange(1)), 1)).images.to(device)
     try:
         with torch.no_grad():
-            logits = subject.model(image)
+            logits = loaded.model(image)
     except RuntimeError as error:
         shape = "x".join(map(str, image.shape[1:]))
         reason = first_line(error)

@@ -14,18 +14,17 @@ from awp_engine.data import Dataset, match_classes
 from awp_engine.device import choose_device
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.evaluation.asked import AttacksAsked, require_ball
-from awp_engine.evaluation.attacks import EvaluationError, Threat, Trial
-from awp_engine.evaluation.foreign import look_at_accuracy
-from awp_engine.evaluation.own_classes import among_own_classes
-from awp_engine.evaluation.precision import ROUNDING, lowered, require_precision
+from awp_engine.evaluation.attacks.named import EvaluationError, Threat, Trial
+from awp_engine.evaluation.model.external import look_at_accuracy
+from awp_engine.evaluation.model.loaded_model import LoadedModel, load_trained
+from awp_engine.evaluation.model.own_classes import among_own_classes
+from awp_engine.evaluation.model.precision import ROUNDING, lowered, require_precision
 from awp_engine.evaluation.prepare import Target, prepare, require_fit
-from awp_engine.evaluation.receipt import data_papers, make_receipt
-from awp_engine.evaluation.reports import Reports, sealed
-from awp_engine.evaluation.results import RIGHT_MEANS, Measurement
-from awp_engine.evaluation.robustbench import Publication, model_info
-from awp_engine.evaluation.saved import Form, ImageSaver, save_per_image
+from awp_engine.evaluation.reports.files import Reported, Reports, sealed
+from awp_engine.evaluation.reports.results import RIGHT_MEANS, Measurement
+from awp_engine.evaluation.reports.robustbench import Publication, model_info
+from awp_engine.evaluation.reports.saved import Form, ImageSaver, save_per_image
 from awp_engine.evaluation.shares import ONE_RANK, Shares
-from awp_engine.evaluation.subject import Subject, load_subject
 from awp_engine.evaluation.suite import measure, require_packages
 from awp_engine.files.atomic import atomic_write_text, replace_file
 from awp_engine.files.locking import locked
@@ -38,20 +37,10 @@ JSON, PARTIAL, PAGE, LEADERBOARD = "evaluation.json", "evaluation.partial.json",
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluated:
-    """What `evaluate_checkpoint` leaves.
-
-    Attributes:
-        measurement: the numbers.
-        report: what evaluation.json holds, the receipt included.
-        output: the directory with the reports.
-        title: of the table.
-    """
+class Evaluated(Reported):
+    """What `evaluate_checkpoint` leaves: the report, evaluation.json, and its numbers as a `Measurement`."""
 
     measurement: Measurement
-    report: dict[str, Any]
-    output: Path
-    title: str
 
     def __str__(self) -> str:
         """The table, and what speaks against the numbers, as `awp evaluate` prints them."""
@@ -77,7 +66,7 @@ def evaluate_checkpoint(
     has measured already, by the same code, is read again.
 
     Args:
-        path: a run directory, one of its checkpoints, a .safetensors file, or hf://OWNER/NAME; None with `foreign`.
+        path: a run directory, one of its checkpoints, a .safetensors file, or hf://OWNER/NAME; None with `external`.
         say: is told what was found, one line at a time.
         bar: makes what shows how far an attack is, from a label and the units of work.
         tell: is given the result before anything is written.
@@ -94,15 +83,15 @@ def evaluate_checkpoint(
     say_own = say
     if not ranks.is_first:
         say, tell, bar = lambda _: None, lambda _: None, NoBar
-    subject = ask.subject(device)
+    loaded = ask.load(device)
     # before anything is measured; a path that is not there is the plainer mistake
     require_packages(ask.named, ask.gates_limit)
-    threat, step_size = ask.ball(subject)
-    target = prepare(ask, subject, device, say)
+    threat, step_size = ask.ball(loaded)
+    target = prepare(ask, loaded, device, say)
     require_ball(threat, target.dataset)
     second = None if ask.transfer_to is None else _second(ask.transfer_to, target, str(ask.place))
     trial = Trial(
-        model=target.subject.model,
+        model=target.loaded.model,
         split=target.split,
         threat=threat,
         seed=target.seed,
@@ -132,20 +121,16 @@ class _Evaluation:
         target: Target,
         trial: Trial,
         step_size: Fraction,
-        second: Subject | None,
+        second: LoadedModel | None,
         shares: Shares,
         tell: Callable[[Evaluated], None],
     ) -> None:
         self.ask, self.target, self.step_size, self.second = ask, target, step_size, second
         self.shares, self.tell = shares, tell
-        self.receipt = make_receipt(
-            trial,
-            checkpoint={**target.subject.papers(), **_training(target.subject)},
-            data=data_papers(target.dataset, ask.limit, target.class_names),
-            step_size=step_size,
-            ranks=shares.ranks.world,
-            precision=ask.precision,
+        self.receipt = target.receipt(
+            trial.split, threat=trial.threat, step_size=step_size, ranks=shares.ranks.world, precision=ask.precision
         )
+        self.receipt["checkpoint"] |= _training(target.loaded)
         # the receipt is of the model's own weights
         model = lowered(trial.model, ask.precision)
         self.trial = replace(trial, model=model, rounding=0.0 if ask.precision == "fp32" else ROUNDING)
@@ -162,7 +147,7 @@ class _Evaluation:
             "ranks": shares.ranks.world,
         }
         # an object of Python is told from those of other calls by a random number, which every rank draws itself
-        apart = {"layers"} if ask.foreign is not None and ask.foreign.is_object else set()
+        apart = {"layers"} if ask.external is not None and ask.external.is_object else set()
         told = {key: value for key, value in question.items() if key not in apart}
         shares.require_equal(told, "the model, the images, the versions and what is asked")
         parts = own_title(target.dataset.name), len(target.split), trial.threat.norm, trial.threat.epsilon
@@ -194,7 +179,7 @@ class _Evaluation:
     def measured(self) -> Evaluated:
         """The answer by attacks."""
         ask, target = self.ask, self.target
-        doubts = look_at_accuracy(target.subject, target.dataset, target.device, target.batch_size)
+        doubts = look_at_accuracy(target.loaded, target.dataset, target.device, target.batch_size)
         for doubt in doubts:
             self.trial.say(f"WARNING: {doubt}")
         measurement = self._measure()
@@ -209,7 +194,7 @@ class _Evaluation:
         if ask.save_per_image is not None and measurement.per_image is not None:
             save_per_image(self._per_image(ask.save_per_image), measurement.per_image, receipt)
         self._put_leaderboard(measurement)
-        self.reports.put(PAGE, _page(target.subject, target.dataset, self.trial.threat, done))
+        self.reports.put(PAGE, _page(target.loaded, target.dataset, self.trial.threat, done))
         self.shares.gather(done.report)
         return done
 
@@ -269,9 +254,9 @@ class _Evaluation:
             self.reports.put(LEADERBOARD, json_text(info, indent=2))
 
 
-def _second(path: Path | str, target: Target, first: str) -> Subject:
+def _second(path: Path | str, target: Target, first: str) -> LoadedModel:
     """The model of `--transfer-to`, of the same classes in the same order."""
-    second, what = load_subject(path, device=target.device), f"--transfer-to {path}"
+    second, what = load_trained(path, device=target.device), f"--transfer-to {path}"
     classes = match_classes(second.model.class_names, target.found, what)[0].class_names
     if classes != target.whole.class_names:
         raise EvaluationError(
@@ -282,19 +267,19 @@ def _second(path: Path | str, target: Target, first: str) -> Subject:
     return among_own_classes(second, target.whole)[0]
 
 
-def _training(subject: Subject) -> dict[str, Any]:
+def _training(loaded: LoadedModel) -> dict[str, Any]:
     """What the weights are a result of, as far as that is known."""
-    if subject.config is None or subject.run_dir is None:
+    if loaded.config is None or loaded.run_dir is None:
         return {}
-    config = subject.config
-    name = printable(subject.run_dir.resolve().name)
+    config = loaded.config
+    name = printable(loaded.run_dir.resolve().name)
     return {"run": name, "method": config.title, "gamma": config.awp.gamma, "seed": config.seed}
 
 
-def _page(subject: Subject, dataset: Dataset, threat: Threat, done: Evaluated) -> str:
+def _page(loaded: LoadedModel, dataset: Dataset, threat: Threat, done: Evaluated) -> str:
     # matplotlib is imported at the end: it takes a second
-    from awp_engine.evaluation.figures import epsilon_curve, learning_curves, picture_cards, steps_curve
-    from awp_engine.evaluation.page import render_page
+    from awp_engine.evaluation.reports.figures import epsilon_curve, learning_curves, picture_cards, steps_curve
+    from awp_engine.evaluation.reports.page import render_page
 
     measurement = done.measurement
     figures: list[tuple[str, bytes]] = []
@@ -302,7 +287,7 @@ def _page(subject: Subject, dataset: Dataset, threat: Threat, done: Evaluated) -
         on = f"on {measurement.gates.images} images"
         figures.append((f"Accuracy under PGD-40 against epsilon, {on}", epsilon_curve(measurement.gates, threat.norm)))
         figures.append((f"Accuracy against the steps of PGD, {on}", steps_curve(measurement.gates)))
-    if subject.run_dir is not None and (curves := learning_curves(subject.run_dir)) is not None:
+    if loaded.run_dir is not None and (curves := learning_curves(loaded.run_dir)) is not None:
         figures.append(("Learning curves, as the run's metrics.jsonl has them; not measured here", curves))
     pictures = {found.attack: picture_cards(found, dataset.class_names) for found in measurement.pictures}
     return render_page(done.report, [measurement.table(), measurement.regional_table()], figures, pictures)

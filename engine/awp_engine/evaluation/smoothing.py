@@ -13,7 +13,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor, nn
 
-from awp_engine.evaluation.confidence import lower_bound
+from awp_engine.evaluation.reports.confidence import lower_bound
 from awp_engine.models.answers import NO_CLASS, predicted
 from awp_kernels import pgd_init_normal_
 from awp_kernels.philox import mix_seed

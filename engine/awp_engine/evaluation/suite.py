@@ -13,9 +13,15 @@ from torch import Tensor, nn
 from awp_engine.attack import checks
 from awp_engine.data import eval_batches
 from awp_engine.evaluation.accuracy import spread
-from awp_engine.evaluation.adaptive import EOT_DRAWS, varying
-from awp_engine.evaluation.attack_state import StateFile
-from awp_engine.evaluation.attacks import (
+from awp_engine.evaluation.attacks.autoattack import (
+    STANDARD,
+    STANDARD_BUDGET,
+    Budget,
+    autoattack,
+    require_package,
+    require_suitable,
+)
+from awp_engine.evaluation.attacks.named import (
     NORMS,
     EvaluationError,
     NamedAttack,
@@ -32,20 +38,14 @@ from awp_engine.evaluation.attacks import (
     predict,
     require_norm,
 )
-from awp_engine.evaluation.autoattack import (
-    STANDARD,
-    STANDARD_BUDGET,
-    Budget,
-    autoattack,
-    require_package,
-    require_suitable,
-)
-from awp_engine.evaluation.gate import Gate
-from awp_engine.evaluation.gates import GateReport, run_gates
-from awp_engine.evaluation.receipt import percent
-from awp_engine.evaluation.regional import regional_attack
-from awp_engine.evaluation.results import Answers, Measurement, PerImage, Pictures, Row
-from awp_engine.evaluation.saved import ImageSaver
+from awp_engine.evaluation.attacks.regional import regional_attack
+from awp_engine.evaluation.attacks.state import StateFile
+from awp_engine.evaluation.gates.adaptive import EOT_DRAWS, varying
+from awp_engine.evaluation.gates.gate import Gate
+from awp_engine.evaluation.gates.run import GateReport, run_gates
+from awp_engine.evaluation.reports.receipt import percent
+from awp_engine.evaluation.reports.results import Answers, Measurement, PerImage, Pictures, Row
+from awp_engine.evaluation.reports.saved import ImageSaver
 from awp_engine.evaluation.shares import ONE_RANK, Shares, added
 from awp_engine.files.user_key import KeyFileError
 from awp_engine.models.answers import NO_CLASS
@@ -109,6 +109,144 @@ def require_packages(attacks: Sequence[NamedAttack], gates_limit: int | None) ->
     """Raises `EvaluationError` where a package is missing that the attacks or the gates need."""
     if gates_limit is not None or any(map(_package_attacks, attacks)):
         require_package()
+
+
+def _count_random(trial: Trial, *, attacked: bool) -> int:
+    """Images of a first look that get other answers from call to call, which is told.
+
+    Raises:
+        EvaluationError: the model that is to be attacked gives no logits.
+    """
+    few = spread(trial.split, _LOOKED_AT)
+    x, y, *_ = next(eval_batches(few, len(few)))
+    if attacked:
+        _require_logits(trial, x, y)
+    random = int(varying(trial, x, y).sum())
+    if random:
+        trial.say(
+            f"the model is random: {random} of {len(few)} images get other answers from call to call. Attacks that do "
+            "not average over them say too much; the gates measure one that does"
+        )
+    return random
+
+
+class _Found:
+    """What was found of all images so far, attack by attack; the same on every rank.
+
+    Args:
+        trial: of all images.
+        own: of this rank's.
+        shares: make the one of the other.
+        second, class_names: see `measure`.
+    """
+
+    def __init__(
+        self, trial: Trial, own: Trial, shares: Shares, second: nn.Module | None, class_names: Sequence[str]
+    ) -> None:
+        self._trial, self._own, self._shares, self._second, self._class_names = trial, own, shares, second, class_names
+        self._x, self._y = own.whole.images, trial.split.labels
+        self._right_on_second = (
+            None if second is None else predict(second, self._x, trial.batch_size) == own.whole.labels
+        )
+        self._clean = shares.whole(own.predict(self._x))
+        self._worst = self._clean == self._y
+        self._worst_over: list[str] = []
+        self._pictures: list[Pictures] = []
+        self._answers: dict[str, Answers] = {}
+        self.rows: list[Row] = []
+        self.random, self.top5 = 0, None
+
+    def look_at_top5(self) -> None:
+        """Counts the labels among the five largest logits."""
+        self.top5 = self._shares.whole(in_top5(self._own, self._x, self._own.whole.labels)).cpu()
+
+    def add(self, attack: NamedAttack, outcome: Outcome, seconds: float, saver: ImageSaver | None) -> None:
+        """Takes in what an attack did to this rank's images, and to those of the others."""
+        shares, say = self._shares, self._trial.say
+        x_adv, after = outcome.x_adv, self._own.predict(outcome.x_adv)
+        told = shares.gather(
+            {
+                "seconds": seconds,
+                "fits": bool(in_ball(x_adv, self._x, self._trial.threat).all()),
+                "details": outcome.details,
+                "resumed": outcome.resumed,
+            }
+        )
+        robust, nonfinite, after = shares.whole(outcome.robust), shares.whole(outcome.nonfinite), shares.whole(after)
+        distance = shares.whole(perturbation_norms(x_adv, self._x)[NORMS[self._trial.threat.norm]])
+        if attack.bounded:
+            self._worst &= robust
+            self._worst_over.append(attack.name)
+        transferred, transferable = self._transferred(x_adv, ~robust & ~nonfinite)
+        self._answers[attack.name] = Answers(
+            predictions=after.cpu(), robust=robust.cpu(), largest=distance.cpu(), bounded=attack.bounded
+        )
+        row = Row(
+            attack=attack.name,
+            right=int(robust.sum()),
+            right_attacked=int((after == self._y).sum()),
+            not_finite=int(((self._clean == NO_CLASS) | (after == NO_CLASS)).sum()),
+            blind=int(nonfinite.sum()),
+            images=len(self._y),
+            seconds=max(each["seconds"] for each in told),
+            largest=distance.max().item(),
+            in_ball=all(each["fits"] for each in told) if attack.bounded else None,
+            transferred=transferred,
+            transferable=transferable,
+            parameters=outcome.parameters,
+            details=outcome.concluded(added([each["details"] for each in told])),
+            resumed=_resumed([each["resumed"] for each in told]),
+        )
+        self.rows.append(row)
+        say(f"{attack.name}: {percent(row.right, row.images)}% of {row.images} right, {row.seconds:.1f} s")
+        if outside := row.details.get("outside"):
+            say(f"{attack.name}: found outside the ball, where nothing counts: {outside} images")
+        if attack.family != "clean":
+            self._keep_images(attack, x_adv, after, saver)
+
+    def _transferred(self, x_adv: Tensor, fooled: Tensor) -> tuple[int | None, int | None]:
+        """How many of the images that fooled the model fooled the second one too, and how many could."""
+        if self._second is None or self._right_on_second is None:
+            return None, None
+        candidates = (self._clean == self._y) & fooled & self._shares.whole(self._right_on_second)
+        fooled_second = predict(self._second, x_adv, self._trial.batch_size) != self._own.whole.labels
+        return int((candidates & self._shares.whole(fooled_second)).sum()), int(candidates.sum())
+
+    def _keep_images(self, attack: NamedAttack, x_adv: Tensor, after: Tensor, saver: ImageSaver | None) -> None:
+        shares, shown = self._shares, _shown(self._y, self._clean, after)
+        self._pictures.append(
+            Pictures(
+                attack=attack.name,
+                clean=shares.whole(self._x, shown).cpu(),
+                attacked=shares.whole(x_adv, shown).float().cpu(),
+                labels=tuple(self._y[shown].tolist()),
+                clean_predictions=tuple(self._clean[shown].tolist()),
+                predictions=tuple(after[shown].tolist()),
+            )
+        )
+        if saver is not None:
+            kept = shares.whole(x_adv, saver.rows)
+            if shares.is_first:
+                saver.save(attack.name, kept, after[saver.rows])
+
+    def measurement(self, gates: GateReport | None) -> Measurement:
+        """All of it, as a report has it."""
+        ids, labels, clean = (values.cpu() for values in (self._trial.split.ids, self._y, self._clean))
+        per_image = PerImage(ids=ids, labels=labels, clean=clean, attacks=dict(self._answers), top5=self.top5)
+        return Measurement(
+            rows=tuple(self.rows),
+            clean=int((clean == labels).sum()),
+            not_finite=int((clean == NO_CLASS).sum()),
+            worst=int(self._worst.sum()),
+            worst_over=tuple(self._worst_over),
+            images=len(labels),
+            gates=gates,
+            pictures=tuple(self._pictures),
+            per_class=per_image.by_class(self._class_names),
+            per_image=per_image,
+            random=self.random,
+            top5=None if self.top5 is None else int(self.top5.sum()),
+        )
 
 
 def measure(
@@ -184,7 +322,7 @@ def measure(
     def run(own: Trial, attack: NamedAttack) -> Outcome:
         if not len(own.split):
             nothing = own.whole.labels.bool()
-            return Outcome(x_adv=own.whole.images, held=nothing, blind=nothing, parameters={})
+            return Outcome(x_adv=own.whole.images, robust=nothing, nonfinite=nothing, parameters={})
         if attack.family == "regional":
             return regional_attack(own, attack)
         if attack.family == "own":
@@ -194,124 +332,31 @@ def measure(
             return autoattack(own, attacks=names, budget=budget, state_file=state, again=again)
         return gradient_attack(own, attack, step_size=step_size, restarts=restarts)
 
-    rows, pictures = [], []
-    answers: dict[str, Answers] = {}
     with measuring(model), measuring(second if second is not None else nn.Identity()):
-        trial = connected(trial)
-        own = trial
+        own = trial = connected(trial)
         if shares.ranks.world > 1:
             own = replace(trial, split=trial.split.select(shares.rows), say=shares.say)
-        x, y, ids = own.whole.images, trial.split.labels, trial.split.ids
-        right_on_second = None if second is None else predict(second, x, trial.batch_size) == own.whole.labels
-        clean = shares.whole(own.predict(x))
-        worst = clean == y
+        found = _Found(trial, own, shares, second, class_names)
         with torch.no_grad():
             classes = int(model(next(eval_batches(trial.split, 1)).images).shape[1])
-        top5 = None
         if (trial.classes or classes) >= _MANY_CLASSES:
-            top5 = shares.whole(in_top5(own, x, own.whole.labels)).cpu()
+            found.look_at_top5()
         # before hours of other attacks
         for attack in attacks:
             require_norm(attack, trial.threat)
             require_suitable(trial, classes, _package_attacks(attack))
         if gates_limit is not None:
             require_suitable(trial, classes, ("square",))
-
-        few = spread(trial.split, _LOOKED_AT)
-        looked_at = next(eval_batches(few, len(few)))
-        if gates_limit is not None or any(attack.family != "clean" for attack in attacks):
-            _require_logits(trial, looked_at.images, looked_at.labels)
-        random = int(varying(trial, looked_at.images, looked_at.labels).sum())
-        if random:
-            trial.say(
-                f"the model is random: {random} of {len(few)} images get other answers from call to call. Attacks that "
-                "do not average over them say too much; the gates measure one that does"
-            )
-
-        def measured(gates: GateReport | None) -> Measurement:
-            per_image = PerImage(ids=ids.cpu(), labels=y.cpu(), clean=clean.cpu(), attacks=dict(answers), top5=top5)
-            return Measurement(
-                rows=tuple(rows),
-                clean=int((clean == y).sum()),
-                not_finite=int((clean == NO_CLASS).sum()),
-                worst=int(worst.sum()),
-                worst_over=tuple(attack.name for attack in attacks[: len(rows)] if attack.bounded),
-                images=images,
-                gates=gates,
-                pictures=tuple(pictures),
-                per_class=per_image.by_class(class_names),
-                per_image=per_image,
-                random=random,
-                top5=None if top5 is None else int(top5.sum()),
-            )
-
+        attacked = gates_limit is not None or any(attack.family != "clean" for attack in attacks)
+        found.random = _count_random(trial, attacked=attacked)
         for attack in attacks:
             began = time.monotonic()
             outcome = run(own, attack)
-            seconds = time.monotonic() - began
-            x_adv, after = outcome.x_adv, own.predict(outcome.x_adv)
-            told = shares.gather(
-                {
-                    "seconds": seconds,
-                    "fits": bool(in_ball(x_adv, x, trial.threat).all()),
-                    "details": outcome.details,
-                    "resumed": outcome.resumed,
-                }
-            )
-            held, blind, after = shares.whole(outcome.held), shares.whole(outcome.blind), shares.whole(after)
-            distance = shares.whole(perturbation_norms(x_adv, x)[NORMS[trial.threat.norm]])
-            if attack.bounded:
-                worst &= held
-            transferred, transferable = None, None
-            if second is not None and right_on_second is not None:
-                candidates = (clean == y) & ~held & ~blind & shares.whole(right_on_second)
-                fooled = predict(second, x_adv, trial.batch_size) != own.whole.labels
-                transferable = int(candidates.sum())
-                transferred = int((candidates & shares.whole(fooled)).sum())
-            answers[attack.name] = Answers(
-                predictions=after.cpu(), held=held.cpu(), largest=distance.cpu(), bounded=attack.bounded
-            )
-            rows.append(
-                Row(
-                    attack=attack.name,
-                    right=int(held.sum()),
-                    right_attacked=int((after == y).sum()),
-                    not_finite=int(((clean == NO_CLASS) | (after == NO_CLASS)).sum()),
-                    blind=int(blind.sum()),
-                    images=images,
-                    seconds=max(each["seconds"] for each in told),
-                    largest=distance.max().item(),
-                    in_ball=all(each["fits"] for each in told) if attack.bounded else None,
-                    transferred=transferred,
-                    transferable=transferable,
-                    parameters=outcome.parameters,
-                    details=outcome.concluded(added([each["details"] for each in told])),
-                    resumed=_resumed([each["resumed"] for each in told]),
-                )
-            )
-            trial.say(f"{attack.name}: {percent(rows[-1].right, images)}% of {images} right, {rows[-1].seconds:.1f} s")
-            if outside := rows[-1].details.get("outside"):
-                trial.say(f"{attack.name}: found outside the ball, where nothing counts: {outside} images")
-            if attack.family != "clean":
-                shown = _shown(y, clean, after)
-                pictures.append(
-                    Pictures(
-                        attack=attack.name,
-                        clean=shares.whole(x, shown).cpu(),
-                        attacked=shares.whole(x_adv, shown).float().cpu(),
-                        labels=tuple(y[shown].tolist()),
-                        clean_predictions=tuple(clean[shown].tolist()),
-                        predictions=tuple(after[shown].tolist()),
-                    )
-                )
-                if saver is not None:
-                    kept = shares.whole(x_adv, saver.rows)
-                    if shares.is_first:
-                        saver.save(attack.name, kept, after[saver.rows])
-            so_far(measured(None))
+            found.add(attack, outcome, time.monotonic() - began, saver)
+            so_far(found.measurement(None))
         gates = None
         # they are few images, and what the others wait for
         if gates_limit is not None and shares.is_first:
             gates = run_gates(replace(trial, split=spread(trial.split, gates_limit)), eot_draws=eot_draws)
-            gates = replace(gates, gates=(*gates.gates, _ball_gate(rows, trial.threat)))
-        return measured(gates)
+            gates = replace(gates, gates=(*gates.gates, _ball_gate(found.rows, trial.threat)))
+        return found.measurement(gates)

@@ -13,8 +13,8 @@ from torch import nn
 from awp_engine.config import Config, ConfigError, config_hash, parse_amount
 from awp_engine.data import DataError, Dataset, Split, load_data, match_classes, shown
 from awp_engine.evaluation.accuracy import spread
-from awp_engine.evaluation.foreign import Foreign, load_foreign
-from awp_engine.evaluation.subject import Subject, load_subject, require_named_data
+from awp_engine.evaluation.model.external import ExternalModel, load_external
+from awp_engine.evaluation.model.loaded_model import LoadedModel, load_trained, require_named_data
 from awp_engine.files.run_places import CONFIG_FILE
 from awp_engine.files.text import printable
 from awp_engine.models.class_names import difference
@@ -34,7 +34,7 @@ class Run:
         config: of the run that it belongs to.
         model: in eval mode.
         data: the data set of `config`.
-        origin: of weights from elsewhere, as `Subject.origin`; `config` is then made of what the user said.
+        origin: of weights from elsewhere, as `LoadedModel.origin`; `config` is then made of what the user said.
     """
 
     label: str
@@ -93,20 +93,20 @@ def open_runs(
     """
     runs: list[Run] = []
     for label, path in zip(_labels(paths), paths, strict=True):
-        subject = load_subject(path, which=which, device=device, model=model)
-        if subject.config is None:
+        loaded = load_trained(path, which=which, device=device, model=model)
+        if loaded.config is None:
             raise ConfigError(
                 f"{path}: belongs to no run whose {CONFIG_FILE} says what images and which attack to measure with; "
                 "give weights inside a run directory, or --model.name NAME with the weights, --data.name and --epsilon"
             )
-        config = subject.config
+        config = loaded.config
         if data_name is None:
             require_named_data(config, path)
         given = {"name": data_name, "root": data_root}
         given = {key: value for key, value in given.items() if value is not None}
         config = replace(config, data=replace(config.data, **given))
         known = next((run.data for run in runs if run.config.data == config.data), None)
-        runs.append(_run(label, path, subject, config, load_data(config.data) if known is None else known))
+        runs.append(_run(label, path, loaded, config, load_data(config.data) if known is None else known))
     first = attack_facts(runs[0].config)
     for run in runs[1:]:
         for key, value in attack_facts(run.config).items():
@@ -118,7 +118,9 @@ def open_runs(
     return runs
 
 
-def open_foreign(paths: Sequence[Path | str], foreign: Foreign, config: Config, device: torch.device) -> list[Run]:
+def open_external(
+    paths: Sequence[Path | str], external: ExternalModel, config: Config, device: torch.device
+) -> list[Run]:
     """Models that no run describes, one for each file of weights, on the data and under the attack of `config`.
 
     Raises:
@@ -127,10 +129,10 @@ def open_foreign(paths: Sequence[Path | str], foreign: Foreign, config: Config, 
     data = load_data(config.data)
     runs = []
     # code may give a trained model without a file
-    for label, path in zip(_labels(paths), paths, strict=True) if paths else [(foreign.name, None)]:
+    for label, path in zip(_labels(paths), paths, strict=True) if paths else [(external.name, None)]:
         say = functools.partial(_say, label)
-        subject = load_foreign(replace(foreign, weights=path), data, device, say)
-        runs.append(_run(label, path or foreign.name, subject, config, data))
+        loaded = load_external(replace(external, weights=path), data, device, say)
+        runs.append(_run(label, path or external.name, loaded, config, data))
     return runs
 
 
@@ -138,16 +140,16 @@ def _say(label: str, note: str) -> None:
     print(printable(f"{label}: {note}"), flush=True)
 
 
-def _run(label: str, path: Path | str, subject: Subject, config: Config, data: Dataset) -> Run:
+def _run(label: str, path: Path | str, loaded: LoadedModel, config: Config, data: Dataset) -> Run:
     return Run(
         label=label,
         path=path,
-        file=subject.weights,
-        sha256=subject.sha256,
+        file=loaded.weights,
+        sha256=loaded.sha256,
         config=config,
-        model=subject.model,
-        data=match_classes(subject.model.class_names, data, str(path))[0],
-        origin=subject.origin,
+        model=loaded.model,
+        data=match_classes(loaded.model.class_names, data, str(path))[0],
+        origin=loaded.origin,
     )
 
 

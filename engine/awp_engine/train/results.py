@@ -9,7 +9,7 @@ import torch
 from awp_engine import checkpoint
 from awp_engine.device import device_name
 from awp_engine.evaluation import Accuracy
-from awp_engine.evaluation.receipt import split_hash
+from awp_engine.evaluation.reports.receipt import split_hash
 from awp_engine.files.run_places import MODEL_FILE
 from awp_engine.observe.drawing import attempt
 from awp_engine.observe.metrics import read_metrics

@@ -110,17 +110,12 @@ def read_cifar(root: Path, layout: CifarLayout, *, need_train: bool = True) -> R
         (layout.binary_train, layout.binary_test) if binary else (layout.python_train, layout.python_test)
     )
     read = _read_binary if binary else _read_python
-    train = [read(folder / name, layout.train_records, layout) for name in train_names] if whole else []
-    test_images, test_labels = read(folder / test_name, layout.test_records, layout)
-    train = train or [(test_images[:0], test_labels[:0])]
-    return RawDataset(
-        train_images=torch.cat([images for images, _ in train]),
-        train_labels=torch.cat([labels for _, labels in train]),
-        test_images=test_images,
-        test_labels=test_labels,
-        class_names=layout.class_names,
-        statistics=(layout.mean, layout.std),
-    )
+    train = None
+    if whole:
+        parts = [read(folder / name, layout.train_records, layout) for name in train_names]
+        train = torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
+    test = read(folder / test_name, layout.test_records, layout)
+    return RawDataset.of(train, test, layout.class_names, statistics=(layout.mean, layout.std))
 
 
 def _find(root: Path, layout: CifarLayout, need_train: bool) -> tuple[Path, bool, bool]:

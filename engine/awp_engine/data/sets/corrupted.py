@@ -76,16 +76,9 @@ def read_cifar_c(root: Path, name: str, kind: str | None, severity: int | None) 
         labels = alone(root / _LABELS, file, _exactly((count,), "whole numbers")).open()[rows].astype(np.int64)
     if labels.min() < 0 or labels.max() >= len(classes):
         raise DataError(f"{root / _LABELS} has label {labels.max()}; expected 0 to {len(classes) - 1}: is it {name}?")
-    pixels, given = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), torch.from_numpy(labels)
-    return RawDataset(
-        train_images=pixels[:0],
-        train_labels=given[:0],
-        test_images=pixels,
-        test_labels=given,
-        class_names=classes,
-        # of clean images, for models that are normalised by the data set's
-        statistics=(layout.mean, layout.std),
-    )
+    test = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), torch.from_numpy(labels)
+    # the statistics of clean images, for models that are normalised by the data set's
+    return RawDataset.of(None, test, classes, statistics=(layout.mean, layout.std))
 
 
 def open_folders_c(root: Path, name: str, kind: str | None, severity: int | None) -> Source:

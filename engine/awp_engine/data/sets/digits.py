@@ -25,10 +25,5 @@ def read_digits() -> RawDataset:
     labels = torch.from_numpy(targets).to(torch.int64)
     is_test = torch.zeros(len(labels), dtype=torch.bool)
     is_test[torch.argsort(labels, stable=True)[::5]] = True
-    return RawDataset(
-        train_images=images[~is_test],
-        train_labels=labels[~is_test],
-        test_images=images[is_test],
-        test_labels=labels[is_test],
-        class_names=tuple(str(digit) for digit in range(10)),
-    )
+    train, test = (images[~is_test], labels[~is_test]), (images[is_test], labels[is_test])
+    return RawDataset.of(train, test, tuple("0123456789"))

@@ -44,15 +44,7 @@ def read_mnist(root: Path, name: str, *, need_train: bool = True) -> RawDataset:
     places = (root, root / _FOLDERS[name])
     folder = next((place for place in places if _find(place, "train") or _find(place, "test")), root)
     train = _read_part(folder, "train", name) if need_train or _find(folder, "train") is not None else None
-    test_images, test_labels = _read_part(folder, "test", name)
-    train_images, train_labels = train or (test_images[:0], test_labels[:0])
-    return RawDataset(
-        train_images=train_images,
-        train_labels=train_labels,
-        test_images=test_images,
-        test_labels=test_labels,
-        class_names=CLASS_NAMES[name],
-    )
+    return RawDataset.of(train, _read_part(folder, "test", name), CLASS_NAMES[name])
 
 
 def _find(folder: Path, part: str) -> tuple[Path, Path] | None:

@@ -109,14 +109,10 @@ class OwnData:
             raise self._error(
                 f"a label is {count - 1}, and there are {len(names)} class names; give one for every label"
             )
-        none = test.images[:0], test.labels[:0]
-        train_images, train_labels = none if train is None else (train.images, train.labels)
-        return RawDataset(
-            train_images=train_images,
-            train_labels=train_labels,
-            test_images=test.images,
-            test_labels=test.labels,
-            class_names=names or tuple(map(str, range(max(count, 2)))),
+        return RawDataset.of(
+            None if train is None else (train.images, train.labels),
+            (test.images, test.labels),
+            names or tuple(map(str, range(max(count, 2)))),
             named=names is not None,
         )
 

@@ -25,16 +25,7 @@ def read_svhn(root: Path, *, need_train: bool = True) -> RawDataset:
         DataError: a file is missing, damaged or of other content.
     """
     train = _read(root / _TRAIN) if need_train or (root / _TRAIN).is_file() else None
-    test_images, test_labels = _read(root / _TEST)
-    train_images, train_labels = train or (test_images[:0], test_labels[:0])
-    return RawDataset(
-        train_images=train_images,
-        train_labels=train_labels,
-        test_images=test_images,
-        test_labels=test_labels,
-        class_names=tuple(str(digit) for digit in range(10)),
-        statistics=_STATISTICS,
-    )
+    return RawDataset.of(train, _read(root / _TEST), tuple("0123456789"), statistics=_STATISTICS)
 
 
 def _read(path: Path) -> tuple[Tensor, Tensor]:

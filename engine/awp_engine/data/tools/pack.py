@@ -27,6 +27,7 @@ from awp_engine.data.sets.scan_list import LIST_NAME, bad_files, file_state, rea
 from awp_engine.data.sets.sources import CLASSES
 from awp_engine.data.tools.scan import list_files, names_digest
 from awp_engine.files.atomic import atomic_write_text, sync_directory
+from awp_engine.files.digest import sha256_of_json
 from awp_engine.files.locking import LOCK, locked
 from awp_engine.observe.bars import MakeBar, NoBar
 
@@ -377,10 +378,6 @@ def _write_arrays(root: Path, out: Path, like: Header, shard: _Shard) -> list[Pa
     return [file.entry(shape[0]), labels.entry()]
 
 
-def _fields_digest(fields: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
 def _manifest_text(manifest: Manifest) -> str:
     fields: dict[str, Any] = {
         "format": _FORMAT,
@@ -389,7 +386,7 @@ def _manifest_text(manifest: Manifest) -> str:
         "images": manifest.images,
         "files": [entry._asdict() for entry in manifest.files],
     }
-    return json.dumps({**fields, "digest": _fields_digest(fields)}, indent=1) + "\n"
+    return json.dumps({**fields, "digest": sha256_of_json(fields)}, indent=1) + "\n"
 
 
 def read_manifest(out: Path) -> Manifest:
@@ -405,7 +402,7 @@ def read_manifest(out: Path) -> Manifest:
             raise ValueError("not a file")
         fields = json.loads(path.read_bytes())
         digest = fields.pop("digest")
-        if digest != _fields_digest(fields):
+        if digest != sha256_of_json(fields):
             raise ValueError("SHA-256 differs")
         if fields["format"] != _FORMAT:
             raise ValueError(f"format {fields['format']}, expected {_FORMAT}")

@@ -9,6 +9,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import awp_engine
 import awp_kernels
 from awp_engine.checkpoint import CheckpointError, read_file
 from awp_engine.files.atomic import atomic_write_text
+from awp_engine.files.digest import sha256_of_json
 from awp_engine.files.signed import Signer
 from awp_engine.files.text import json_text
 from awp_engine.files.user_key import KeyFileError
@@ -33,6 +35,21 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reported:
+    """What a measurement leaves.
+
+    Attributes:
+        report: what its JSON file holds, the receipt included.
+        output: the directory with the reports.
+        title: of the table.
+    """
+
+    report: dict[str, Any]
+    output: Path
+    title: str
+
+
 class Reports:
     """The reports of one measurement: each under a name that no other question has, and as the newest of its kind.
 
@@ -43,7 +60,7 @@ class Reports:
     """
 
     def __init__(self, directory: Path, parts: Iterable[object], question: Mapping[str, Any]) -> None:
-        digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:8]
+        digest = sha256_of_json(question)[:8]
         self.directory = directory
         self.name = "-".join([*(re.sub(r"[^A-Za-z0-9]+", "_", str(part)) for part in parts), digest])
 

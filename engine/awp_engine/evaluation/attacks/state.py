@@ -6,7 +6,6 @@ be checked is checked as well, from the images, by `AttackState.require_sound`.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -19,8 +18,9 @@ import torch
 from torch import Tensor
 
 from awp_engine.checkpoint import CheckpointError, content_hash, export_model, read_file, read_model
-from awp_engine.evaluation.attacks import Trial, folded, in_ball
+from awp_engine.evaluation.attacks.named import Trial, folded, in_ball
 from awp_engine.files.atomic import atomic_write_text, remove_leftovers
+from awp_engine.files.digest import sha256_of_json
 from awp_engine.files.signed import Signer
 from awp_engine.files.text import one_line
 from awp_engine.models.answers import NO_CLASS, predicted
@@ -140,8 +140,7 @@ class StateFile:
     def __init__(self, directory: Path, identity: Mapping[str, Any]) -> None:
         self._signer = Signer("autoattack")
         self.identity = json.loads(json.dumps(identity))
-        key = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
-        self.path = directory / f"autoattack-{key[:16]}.safetensors"
+        self.path = directory / f"autoattack-{sha256_of_json(self.identity)[:16]}.safetensors"
 
     def save(self, state: AttackState) -> None:
         """Replaces the file, so that a kill at any moment leaves the old state or the new one.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from awp_engine.evaluation.receipt import percent
+from awp_engine.evaluation.reports.receipt import percent
 
 _PIXEL_LEVELS = 255
 

@@ -14,8 +14,8 @@ from awp_engine.checkpoint import CheckpointError, export_model, read_file
 from awp_engine.config import Config, to_json
 from awp_engine.config.identity import from_flat, key_types, to_flat
 from awp_engine.config.model_names import is_code
-from awp_engine.evaluation.attacks import EvaluationError
-from awp_engine.evaluation.subject import Subject
+from awp_engine.evaluation.attacks.named import EvaluationError
+from awp_engine.evaluation.model.loaded_model import LoadedModel
 from awp_engine.files.atomic import atomic_write_text, replace_file
 from awp_engine.files.text import printable
 from awp_engine.models.hub import SETTINGS, WEIGHTS
@@ -40,7 +40,7 @@ _LARGEST_PICTURE = 1 << 26
 
 
 def export_folder(
-    subject: Subject,
+    loaded: LoadedModel,
     folder: Path,
     *,
     repository: str = "OWNER/NAME",
@@ -54,7 +54,7 @@ def export_folder(
     file, are refused.
 
     Args:
-        subject: the model, as `open_model` gives it.
+        loaded: the model, as `open_model` gives it.
         folder: to be made, or empty.
         repository: where it will be, for the card.
         say: is told what is left to do, one line at a time.
@@ -69,19 +69,19 @@ def export_folder(
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise EvaluationError(f"--hub: {folder} is there already, and not an empty folder; choose another")
-    if subject.description is not None:
-        weights, description, read = subject.model.state_dict(), subject.description, None
+    if loaded.description is not None:
+        weights, description, read = loaded.model.state_dict(), loaded.description, None
         metadata: Mapping[str, Any] = description.to_metadata()
     else:
-        assert subject.source is not None
-        weights, metadata, description, read = read_trained(subject.source)
+        assert loaded.source is not None
+        weights, metadata, description, read = read_trained(loaded.source)
     held = json.loads(str(metadata["model"]))
     shown = {key: value for key, value in held.items() if key not in _PRIVATE} | {"name": _bare(held["name"])}
     plain = {key: str(metadata[key]) for key in ("epoch", "config_hash", "class_names") if key in metadata}
-    report, measured = _report(subject, say)
-    curves = None if subject.run_dir is None else subject.run_dir / CURVES
+    report, measured = _report(loaded, say)
+    curves = None if loaded.run_dir is None else loaded.run_dir / CURVES
     picture = None if curves is None or not os.path.lexists(curves) else read_file(curves, limit=_LARGEST_PICTURE)
-    public = dataclasses.replace(subject, config=None if subject.config is None else without_paths(subject.config))
+    public = dataclasses.replace(loaded, config=None if loaded.config is None else without_paths(loaded.config))
     card = model_card(
         dataclasses.replace(description, name=shown["name"]),
         public,
@@ -92,9 +92,9 @@ def export_folder(
     )
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / WEIGHTS]
-    if read == subject.weights and shown == held:
+    if read == loaded.weights and shown == held:
         # the very file that was measured
-        shutil.copyfile(subject.weights, folder / WEIGHTS)
+        shutil.copyfile(loaded.weights, folder / WEIGHTS)
     else:
         export_model(folder / WEIGHTS, weights, {"model": json.dumps(shown)} | plain)
     if public.config is not None:
@@ -122,16 +122,14 @@ def without_paths(config: Config) -> Config:
     return from_flat(values | {"run_dir": None, "data.root": None})
 
 
-def _report(subject: Subject, say: Callable[[str], None]) -> tuple[Mapping[str, Any] | None, str]:
+def _report(loaded: LoadedModel, say: Callable[[str], None]) -> tuple[Mapping[str, Any] | None, str]:
     """The newest evaluation of these weights, and the day it was written; None without one."""
-    if subject.run_dir is None:
+    if loaded.run_dir is None:
         return None, ""
-    place = "evaluation" if subject.name == "best" else f"evaluation-{subject.name}"
-    path = subject.run_dir / place / "evaluation.json"
+    place = "evaluation" if loaded.name == "best" else f"evaluation-{loaded.name}"
+    path = loaded.run_dir / place / "evaluation.json"
     if not path.is_file():
-        command = f"awp evaluate {subject.run_dir}" + (
-            "" if subject.name == "best" else f" --checkpoint {subject.name}"
-        )
+        command = f"awp evaluate {loaded.run_dir}" + ("" if loaded.name == "best" else f" --checkpoint {loaded.name}")
         say(f"no accuracies in the card: there is no {path}; {command} makes it")
         return None, ""
     try:
@@ -142,15 +140,15 @@ def _report(subject: Subject, say: Callable[[str], None]) -> tuple[Mapping[str, 
     except (CheckpointError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
         say(f"no accuracies in the card: {path} is not a report of awp evaluate")
         return None, ""
-    if of != subject.sha256:
-        say(f"no accuracies in the card: {path} is of other weights; awp evaluate {subject.run_dir} measures these")
+    if of != loaded.sha256:
+        say(f"no accuracies in the card: {path} is of other weights; awp evaluate {loaded.run_dir} measures these")
         return None, ""
     return report, time.strftime("%Y-%m-%d", time.gmtime(path.stat().st_mtime))
 
 
 def model_card(
     description: ModelDescription,
-    subject: Subject,
+    loaded: LoadedModel,
     report: Mapping[str, Any] | None,
     measured: str,
     repository: str,
@@ -161,13 +159,13 @@ def model_card(
 
     Args:
         description: of the model.
-        subject: the weights, and their run.
+        loaded: the weights, and their run.
         report: what evaluation.json holds; None leaves accuracies out.
         measured: the day.
         repository: OWNER/NAME.
         curves: whether there is a picture of the learning curves.
     """
-    config = subject.config
+    config = loaded.config
     method = "image classifier" if config is None else config.title
     data = None if config is None else config.data.name
     title = f"{description.name}, {method}" + (f" on {data}" if data else "")
@@ -187,7 +185,7 @@ def model_card(
         head["model-index"] = [_index(title, report)]
     # JSON is YAML
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", "", f"# {title}", ""]
-    lines += _facts(description, subject)
+    lines += _facts(description, loaded)
     lines += ["", "## Accuracy", "", *_accuracies(report, measured)]
     if curves:
         lines += ["", f"![Learning curves]({CURVES})"]
@@ -217,19 +215,19 @@ def _has_awp(config: Config | None) -> bool:
     return config is not None and config.awp.enabled and config.awp.scale == "relative"
 
 
-def _facts(description: ModelDescription, subject: Subject) -> list[str]:
+def _facts(description: ModelDescription, loaded: LoadedModel) -> list[str]:
     """What it is and how it was trained, as a list."""
-    parameters = sum(parameter.numel() for parameter in subject.model.parameters())
+    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     mean, std = (f"({', '.join(f'{value:.4g}' for value in values)})" for values in (description.mean, description.std))
     facts = [
         f"Architecture: {description.name}, {parameters:,} parameters, {description.num_classes} classes, activation "
         f"{description.activation}",
         f"Images: in [0, 1]; the model normalises them by mean {mean} and deviation {std}",
     ]
-    if subject.origin is not None:
-        facts.append(f"Weights: those of {printable(subject.weights.name)}, SHA-256 {subject.sha256}")
-    if subject.config is not None:
-        config = subject.config
+    if loaded.origin is not None:
+        facts.append(f"Weights: those of {printable(loaded.weights.name)}, SHA-256 {loaded.sha256}")
+    if loaded.config is not None:
+        config = loaded.config
         attack = "without an attack"
         if config.attack.training_epsilon:
             ball = f"{config.attack.norm} epsilon {config.attack.epsilon}"

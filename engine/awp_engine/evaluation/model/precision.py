@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from awp_engine.evaluation.attacks import EvaluationError
+from awp_engine.evaluation.attacks.named import EvaluationError
 
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 _DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -13,8 +13,8 @@ from awp_engine.checkpoint.model_file import packable
 from awp_engine.config.model_names import is_code
 from awp_engine.data import Dataset
 from awp_engine.evaluation.accuracy import count_right, spread
-from awp_engine.evaluation.attacks import EvaluationError
-from awp_engine.evaluation.subject import Subject, code_of
+from awp_engine.evaluation.attacks.named import EvaluationError
+from awp_engine.evaluation.model.loaded_model import LoadedModel, code_of
 from awp_engine.models import NormalizedClassifier, build_model, load_weights
 from awp_engine.models.class_names import from_json
 from awp_engine.models.hub import fetched
@@ -31,7 +31,7 @@ _BETTER = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
-class Foreign:
+class ExternalModel:
     """How to make a model that is not a run's.
 
     Attributes:
@@ -56,13 +56,13 @@ class Foreign:
     is_object: bool = False
 
 
-def load_foreign(
-    foreign: Foreign, data: Dataset, device: torch.device, say: Callable[[str], None] = lambda _: None
-) -> Subject:
+def load_external(
+    external: ExternalModel, data: Dataset, device: torch.device, say: Callable[[str], None] = lambda _: None
+) -> LoadedModel:
     """Makes the model for a data set's classes and channels, and loads its weights.
 
     Args:
-        foreign: how.
+        external: how.
         data: what it will be measured on.
         device: where to put it.
         say: is told what was taken, one line at a time; the notes of the result are the same.
@@ -72,25 +72,25 @@ def load_foreign(
         CheckpointError: weights that cannot be read, or are not of this model.
         ConfigError: the model cannot be made.
     """
-    runs_code = foreign.is_object or is_code(foreign.name)
-    if foreign.weights is None and not runs_code:
+    runs_code = external.is_object or is_code(external.name)
+    if external.weights is None and not runs_code:
         raise EvaluationError(
-            f"--weights: expected a file: {foreign.name} as it is made has random weights, got nothing"
+            f"--weights: expected a file: {external.name} as it is made has random weights, got nothing"
         )
-    model = _made(foreign, data)
+    model = _made(external, data)
     # such as a last layer that was replaced
-    notes = [f"{foreign.name}: {note}" for note in getattr(model, "notes", ())]
-    key, metadata, file, source = "", {}, None, foreign.name
-    if foreign.weights is None:
-        notes.append(f"weights: those that {foreign.name} makes, as no --weights were given")
+    notes = [f"{external.name}: {note}" for note in getattr(model, "notes", ())]
+    key, metadata, file, source = "", {}, None, external.name
+    if external.weights is None:
+        notes.append(f"weights: those that {external.name} makes, as no --weights were given")
         # what the code gives has no file
         sha256 = content_hash(packable(model.state_dict()), {})
-        weights = Path(foreign.name if foreign.is_object else foreign.name.rpartition(":")[0])
+        weights = Path(external.name if external.is_object else external.name.rpartition(":")[0])
     else:
-        weights, source = fetched(foreign.weights), str(foreign.weights)
+        weights, source = fetched(external.weights), str(external.weights)
         # of a run, those that it selected
         weights = find_weights(weights)[1] if weights.is_dir() else weights
-        loaded = load_weights(model, weights, key=foreign.key)
+        loaded = load_weights(model, weights, key=external.key)
         assert loaded.sha256 is not None
         sha256, key, metadata = loaded.sha256, loaded.key, loaded.metadata
         notes += loaded.notes
@@ -98,10 +98,10 @@ def load_foreign(
             file = loaded.mean, loaded.std
     normalisation = choose_normalisation(
         model,
-        foreign.name,
+        external.name,
         data.name,
-        normalize=foreign.normalize,
-        given=_given(foreign),
+        normalize=external.normalize,
+        given=_given(external),
         file=file,
         source=source,
         data=None if data.of_test else (data.mean, data.std),
@@ -120,49 +120,49 @@ def load_foreign(
     for note in notes:
         say(note)
     origin: dict[str, Any] = {
-        "model": foreign.name,
+        "model": external.name,
         "key": key,
         "normalisation_is": normalisation.whose,
         "notes": notes,
     }
-    code = None if foreign.is_object else getattr(model, "code", None)
+    code = None if external.is_object else getattr(model, "code", None)
     if code is not None:
         origin["code"] = {"file": Path(code.file).name, "sha256": code.sha256}
-    return Subject(
+    return LoadedModel(
         model=model,
-        name=foreign.name if foreign.is_object else weights.stem,
+        name=external.name if external.is_object else weights.stem,
         weights=weights,
         sha256=sha256,
-        architecture=foreign.name + ("" if foreign.width is None else f" (width {foreign.width})"),
+        architecture=external.name + ("" if external.width is None else f" (width {external.width})"),
         run_dir=None,
         config=None,
         origin=origin,
         # no file holds an object's code, so nothing of an earlier call is believed
-        made_by=secrets.token_hex(16) if foreign.is_object else code_of(model),
+        made_by=secrets.token_hex(16) if external.is_object else code_of(model),
     )
 
 
-def _given(foreign: Foreign) -> tuple[Sequence[float], Sequence[float]] | None:
-    if foreign.mean is None and foreign.std is None:
+def _given(external: ExternalModel) -> tuple[Sequence[float], Sequence[float]] | None:
+    if external.mean is None and external.std is None:
         return None
-    if foreign.mean is None or foreign.std is None:
+    if external.mean is None or external.std is None:
         raise EvaluationError("--model.mean and --model.std: expected both or none")
-    if foreign.normalize != "auto":
+    if external.normalize != "auto":
         raise EvaluationError("--model.normalize: expected nothing beside --model.mean")
-    return foreign.mean, foreign.std
+    return external.mean, external.std
 
 
-def _made(foreign: Foreign, data: Dataset) -> NormalizedClassifier:
+def _made(external: ExternalModel, data: Dataset) -> NormalizedClassifier:
     try:
         return build_model(
-            foreign.name,
+            external.name,
             len(data.class_names),
             data.mean,
             data.std,
-            width=foreign.width,
-            activation=foreign.activation,
+            width=external.width,
+            activation=external.activation,
             image_size=(data.test.shape[1], data.test.shape[2]),
-            refit=foreign.weights is not None,
+            refit=external.weights is not None,
         )
     except ValueError as error:
         reason = str(error).removeprefix("model: ").removeprefix("--model.name: ")
@@ -176,17 +176,17 @@ def _class_names(text: str, num_classes: int, path: Path) -> tuple[str, ...]:
         raise CheckpointError(f"{path}: class names in its header: {error}") from None
 
 
-def look_at_accuracy(subject: Subject, data: Dataset, device: torch.device, batch_size: int) -> list[str]:
-    """Reasons to doubt what a foreign model gets right without an attack, before hours of attacks; on 500 images.
+def look_at_accuracy(loaded: LoadedModel, data: Dataset, device: torch.device, batch_size: int) -> list[str]:
+    """Reasons to doubt what an external model gets right without an attack, before hours of attacks; on 500 images.
 
     Accuracy at chance has a cause that is no property of the model. And where the normalisation was a guess, none at
     all is tried too.
     """
     split = spread(data.test, _LOOK)
-    if subject.origin is None or len(split) < _ENOUGH:
+    if loaded.origin is None or len(split) < _ENOUGH:
         return []
-    model, found = subject.model, []
-    unloaded = subject.weights.suffix == ".py"
+    model, found = loaded.model, []
+    unloaded = loaded.weights.suffix == ".py"
     right = count_right(model, split, device, batch_size) / len(split)
     if right < _CHANCE / model.num_classes:
         found.append(
@@ -195,7 +195,7 @@ def look_at_accuracy(subject: Subject, data: Dataset, device: torch.device, batc
             "(--model.activation, a factory of your own), or classes in another order"
             + (", or weights that were never loaded (--weights)" if unloaded else "")
         )
-    if subject.origin["normalisation_is"] in ("the data set's", "the published weights'"):
+    if loaded.origin["normalisation_is"] in ("the data set's", "the published weights'"):
         mean, std = model.mean.clone(), model.std.clone()
         try:
             model.mean.zero_()
@@ -206,7 +206,7 @@ def look_at_accuracy(subject: Subject, data: Dataset, device: torch.device, batc
             model.std.copy_(std)
         if bare > right + _BETTER:
             found.append(
-                f"clean accuracy is {right:.1%} by {subject.origin['normalisation_is']} normalisation, a guess, and "
+                f"clean accuracy is {right:.1%} by {loaded.origin['normalisation_is']} normalisation, a guess, and "
                 f"{bare:.1%} without any: if the weights were trained without, give --model.normalize none"
             )
     return found

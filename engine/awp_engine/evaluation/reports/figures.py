@@ -14,8 +14,8 @@ from matplotlib.ticker import PercentFormatter
 from PIL import Image
 from torch import Tensor
 
-from awp_engine.evaluation.gates import GateReport
-from awp_engine.evaluation.results import Pictures
+from awp_engine.evaluation.gates.run import GateReport
+from awp_engine.evaluation.reports.results import Pictures
 from awp_engine.files.text import printable, shortened
 from awp_engine.models.answers import NO_CLASS
 from awp_engine.observe.drawing import BLUE, GREY, VERMILION, png, tidy

@@ -11,7 +11,7 @@ import torch
 from awp_engine.checkpoint import CheckpointError
 from awp_engine.config import Config, load_config
 from awp_engine.config.data_sets import is_given, is_own
-from awp_engine.evaluation.attacks import EvaluationError
+from awp_engine.evaluation.attacks.named import EvaluationError
 from awp_engine.files.digest import sha256_of
 from awp_engine.files.run_places import CHECKPOINTS, CONFIG_FILE, run_dir_of
 from awp_engine.models import NormalizedClassifier, WrappedClassifier
@@ -20,7 +20,7 @@ from awp_engine.models.trained import ModelDescription, find_weights, is_weights
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class LoadedModel:
     """A loaded model and its papers.
 
     Attributes:
@@ -101,9 +101,9 @@ def _chosen(path: Path, which: str) -> tuple[Path, Path]:
     return find_weights(inner)
 
 
-def load_subject(
+def load_trained(
     path: Path | str, *, which: str = "best", device: torch.device | str = "cpu", model: str | None = None
-) -> Subject:
+) -> LoadedModel:
     """Finds and loads what is to be evaluated.
 
     Args:
@@ -136,7 +136,7 @@ def load_subject(
         sha256 = sha256_of(weights)
     except OSError as error:
         raise CheckpointError(f"{weights}: cannot be read: {error.strerror}") from None
-    return Subject(
+    return LoadedModel(
         model=built,
         name=name,
         source=source,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from scipy.special import betaincinv
 
-from awp_engine.evaluation.gate import SLACK
+from awp_engine.evaluation.gates.gate import SLACK
 
 _LEVEL = 0.95
 INTERVAL = "95% CI"

@@ -90,13 +90,7 @@ def _with(attack: Any, offered: Arguments, arguments: Arguments) -> dict[str, An
 
 
 def _foolbox(
-    attack: Any,
-    arguments: Mapping[str, Any],
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    epsilon: float,
-    norm: str,
+    attack: Any, arguments: Arguments, model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, norm: str
 ) -> Tensor:
     foolbox = importlib.import_module("foolbox")
     offered = {"distance": getattr(foolbox.distances, norm), "constraint": norm, "rel_stepsize": 0.25}
@@ -109,13 +103,7 @@ def _foolbox(
 
 
 def _torchattacks(
-    attack: Any,
-    arguments: Mapping[str, Any],
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    epsilon: float,
-    norm: str,
+    attack: Any, arguments: Arguments, model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, norm: str
 ) -> Tensor:
     with torch.no_grad():
         classes = model(images[:1]).shape[1]
@@ -126,13 +114,7 @@ def _torchattacks(
 
 
 def _art(
-    attack: Any,
-    arguments: Mapping[str, Any],
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    epsilon: float,
-    norm: str,
+    attack: Any, arguments: Arguments, model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, norm: str
 ) -> Tensor:
     estimators = importlib.import_module("art.estimators.classification")
     with torch.no_grad():

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from awp_engine.checkpoint import CheckpointError, export_model
-from awp_engine.evaluation.attacks import EvaluationError, Trial
-from awp_engine.evaluation.results import PerImage
+from awp_engine.evaluation.attacks.named import EvaluationError, Trial
+from awp_engine.evaluation.reports.results import PerImage
 from awp_engine.files.atomic import naming, replace_file
 from awp_engine.files.text import json_text
 

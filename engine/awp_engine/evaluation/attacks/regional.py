@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from awp_engine.data import eval_batches
-from awp_engine.evaluation.attacks import (
+from awp_engine.evaluation.attacks.named import (
     EvaluationError,
     NamedAttack,
     Outcome,
@@ -139,7 +139,7 @@ def regional_attack(trial: Trial, attack: NamedAttack, *, step_size: Fraction = 
             target = logits.scatter(1, y.unsqueeze(1), -torch.inf).argmax(1)
             x_adv, active = x.clone(), torch.nonzero(right).squeeze(1)
             count = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-            blind = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+            nonfinite = torch.zeros(len(x), dtype=torch.bool, device=x.device)
             for _ in range(steps):
                 if not len(active):
                     break
@@ -147,7 +147,7 @@ def regional_attack(trial: Trial, attack: NamedAttack, *, step_size: Fraction = 
                 with torch.enable_grad():
                     loss = F.cross_entropy(model(current), target[active], reduction="sum")
                     (gradient,) = torch.autograd.grad(loss, current)
-                blind[active] |= ~gradient.isfinite().flatten(1).all(1)
+                nonfinite[active] |= ~gradient.isfinite().flatten(1).all(1)
                 moved = current.detach()
                 # epsilon 1 bounds nothing on [0, 1]
                 length, region = -float(step_size), mask[active]
@@ -161,7 +161,7 @@ def regional_attack(trial: Trial, attack: NamedAttack, *, step_size: Fraction = 
             flipped = right & ~holds
             norms.append({name: value[flipped] for name, value in perturbation_norms(x_adv, x).items()})
             taken.append(count[flipped])
-            done.append((x_adv, holds, blind))
+            done.append((x_adv, holds, nonfinite))
             bar.set(len(done) * steps, batches * steps)
     flipped_steps = torch.cat(taken)
     details: dict[str, Any] = {"flipped": len(flipped_steps), "steps": flipped_steps.double().sum().item()}

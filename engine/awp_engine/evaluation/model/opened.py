@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from awp_engine.data import Dataset, Framing, Loading, Split, load_dataset, source_names
-from awp_engine.evaluation.attacks import EvaluationError
-from awp_engine.evaluation.foreign import Foreign, load_foreign
-from awp_engine.evaluation.subject import Subject, load_subject
+from awp_engine.evaluation.attacks.named import EvaluationError
+from awp_engine.evaluation.model.external import ExternalModel, load_external
+from awp_engine.evaluation.model.loaded_model import LoadedModel, load_trained
 from awp_engine.models import WrappedClassifier
 from awp_engine.models.trained import ModelDescription
 
@@ -22,22 +22,22 @@ def open_model(
     *,
     checkpoint: str = "best",
     model: str | None = None,
-    foreign: Foreign | None = None,
+    external: ExternalModel | None = None,
     classes: str | None = None,
     image_size: int | None = None,
     data_name: str | None = None,
     data_root: Path | None = None,
     device: torch.device | str = "cpu",
     say: Callable[[str], None] = lambda _: None,
-) -> Subject:
+) -> LoadedModel:
     """Loads a model that is used as it is; `class_names` are there if anything names them.
 
     Args:
-        path: a run directory, one of its checkpoints, a .safetensors file, or hf://OWNER/NAME; None with `foreign`.
+        path: a run directory, one of its checkpoints, a .safetensors file, or hf://OWNER/NAME; None with `external`.
         checkpoint: of a run directory: best, last, or a checkpoint's name or path.
         model: of a run, in place of the code that its weights name; as `load_model` takes it.
-        foreign: in place of a run: how to make a model, and its weights.
-        classes: of a foreign model, where no data set is given: their number, or a file that names them.
+        external: in place of a run: how to make a model, and its weights.
+        classes: of an external model, where no data set is given: their number, or a file that names them.
         image_size: side in pixels of the images that it is for.
         data_name: the data set that it was trained on; its test part is enough.
         data_root: its directory.
@@ -47,14 +47,14 @@ def open_model(
     Raises:
         EvaluationError, ConfigError, DataError, CheckpointError: one line that says what is wrong.
     """
-    if foreign is None:
+    if external is None:
         given = {"--model.classes": classes, "--data.name": data_name, "--data.root": data_root}
         if wrong := next((flag for flag, value in given.items() if value is not None), None):
             raise EvaluationError(f"{wrong}: goes with --model.name; a run says what it was trained on")
         if path is None:
             raise EvaluationError("RUN_OR_CHECKPOINT: expected a path, or --model.name with --weights")
-        return load_subject(path, which=checkpoint, device=device, model=model)
-    what = foreign.weights or foreign.name
+        return load_trained(path, which=checkpoint, device=device, model=model)
+    what = external.weights or external.name
     if (classes is None) == (data_name is None):
         raise EvaluationError(
             f"{what}: belongs to no run that says which classes it has: give either --data.name, with --data.root, or "
@@ -65,32 +65,32 @@ def open_model(
     elif image_size is None:
         raise EvaluationError("--model.classes: needs --image-size too, as no data set says how large the images are")
     else:
-        data = _described(_class_names(str(classes)), image_size, len(foreign.mean or ()))
+        data = _described(_class_names(str(classes)), image_size, len(external.mean or ()))
     notes: list[str] = []
-    subject = load_foreign(foreign, data, torch.device(device), notes.append)
-    if data_name is None and (subject.origin or {})["normalisation_is"] == "the data set's":
+    loaded = load_external(external, data, torch.device(device), notes.append)
+    if data_name is None and (loaded.origin or {})["normalisation_is"] == "the data set's":
         raise EvaluationError(
             f"{what}: nothing says how images are normalised: give --model.mean and --model.std, or --model.normalize "
             "none where they are not, or --data.name"
         )
     for note in notes:
         say(note)
-    own, named = subject.model.class_names, data.class_names if data.named else None
+    own, named = loaded.model.class_names, data.class_names if data.named else None
     if data_name is None and None not in (own, named) and own != named:
         raise EvaluationError(f"--model.classes: {what} has names of its own, which are others; give a number")
-    subject.model.class_names = own or named
+    loaded.model.class_names = own or named
     size = data.test.shape[1:]
     description = ModelDescription(
-        name=foreign.name,
-        num_classes=subject.model.num_classes,
-        mean=tuple(subject.model.mean.flatten().tolist()),
-        std=tuple(subject.model.std.flatten().tolist()),
-        width=foreign.width,
-        activation=foreign.activation,
-        class_names=subject.model.class_names,
-        image_size=size if isinstance(subject.model, WrappedClassifier) else None,
+        name=external.name,
+        num_classes=loaded.model.num_classes,
+        mean=tuple(loaded.model.mean.flatten().tolist()),
+        std=tuple(loaded.model.std.flatten().tolist()),
+        width=external.width,
+        activation=external.activation,
+        class_names=loaded.model.class_names,
+        image_size=size if isinstance(loaded.model, WrappedClassifier) else None,
     )
-    return replace(subject, image_size=size, description=description)
+    return replace(loaded, image_size=size, description=description)
 
 
 def _data_set(name: str, root: Path | None, image_size: int | None) -> Dataset:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from awp_engine.data import Dataset, Split, StreamedSplit
-from awp_engine.evaluation.attacks import Trial
+from awp_engine.evaluation.attacks.named import Threat
 from awp_engine.observe.report import source_commit, versions
 
 
@@ -75,39 +75,51 @@ def _precision(model: nn.Module, computes_in: str) -> dict[str, Any]:
 
 
 def make_receipt(
-    trial: Trial,
+    model: nn.Module,
+    split: Split,
     *,
     checkpoint: Mapping[str, Any],
     data: Mapping[str, Any],
-    step_size: Fraction,
+    seed: int,
+    batch_size: int,
+    threat: Threat | None = None,
+    step_size: Fraction = Fraction(0),
     ranks: int = 1,
     precision: str = "fp32",
 ) -> dict[str, Any]:
     """Everything but the attacks' own parameters, as JSON holds it.
 
     Args:
-        trial: what is measured.
+        model: what is measured.
+        split: on which images.
         checkpoint: where the weights came from, with their SHA-256.
         data: name of the data, and hash and size of the whole test split.
+        seed: of all noise.
+        batch_size: images a batch.
+        threat: the ball of the attacks; None without attacks.
         step_size: of pgd and cw.
         ranks: that share the images.
         precision: what the model computes in.
     """
-    model, split, threat, device = trial.model, trial.split, trial.threat, trial.split.device
+    device, ball = split.device, {}
+    if threat is not None:
+        ball = {
+            "epsilon": str(threat.epsilon),
+            "epsilon_as_float": float(threat.epsilon),
+            "norm": threat.norm,
+            "step_size": str(step_size),
+        }
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "checkpoint": dict(checkpoint),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "data": {**data, "images": len(split), "sha256_of_these_images": split_hash(split)},
-        "epsilon": str(threat.epsilon),
-        "epsilon_as_float": float(threat.epsilon),
-        "norm": threat.norm,
-        "step_size": str(step_size),
+        **ball,
         "normalisation": _normalisation(model),
         "batch_norm": "eval: running statistics",
         "precision": _precision(model, precision),
-        "seed": trial.seed,
-        "batch_size": trial.batch_size,
+        "seed": seed,
+        "batch_size": batch_size,
         "ranks": ranks,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "threads": torch.get_num_threads(),

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from awp_engine.attack import Loss, cross_entropy_losses, margin_losses, starting_point, summed_margin
 from awp_engine.data import eval_batches
 from awp_engine.evaluation.accuracy import spread
-from awp_engine.evaluation.attacks import Trial, ascend, folded
-from awp_engine.evaluation.gate import SLACK, Gate, share
-from awp_engine.evaluation.surrogate import surrogate
+from awp_engine.evaluation.attacks.named import Trial, ascend, folded
+from awp_engine.evaluation.gates.gate import SLACK, Gate, share
+from awp_engine.evaluation.gates.surrogate import surrogate
 from awp_engine.files.text import first_line
 from awp_kernels.philox import STREAM_UNIFORM, mix_seed, sample_words
 
@@ -222,9 +222,9 @@ def hidden_share(trial: Trial) -> tuple[int, int]:
     return hidden, places.numel()
 
 
-def _hidden_gate(trial: Trial, held: Tensor, black: int) -> tuple[Gate, dict[str, Any]]:
+def _hidden_gate(trial: Trial, robust: Tensor, black: int) -> tuple[Gate, dict[str, Any]]:
     x, y, *_ = trial.whole
-    images, white, slack = len(y), int(held.sum()), math.ceil(_MORE * len(y))
+    images, white, slack = len(y), int(robust.sum()), math.ceil(_MORE * len(y))
     hidden, probed = hidden_share(trial)
     probe = slice(0, min(_PROBED_IMAGES, trial.batch_size))
     reason, bpda = None, None
@@ -236,10 +236,10 @@ def _hidden_gate(trial: Trial, held: Tensor, black: int) -> tuple[Gate, dict[str
         through, found, applies, reason = None, None, False, first_line(error)
     if through is not None and applies:
         adapted = replace(trial, model=through)
-        bpda_held = held.clone()
+        bpda_robust = robust.clone()
         for losses in (cross_entropy_losses, margin_losses):
-            bpda_held &= trial.predict(ascend(adapted, steps=_ADAPTED_STEPS, losses=_of_classes(losses, trial))) == y
-        bpda = int(bpda_held.sum())
+            bpda_robust &= trial.predict(ascend(adapted, steps=_ADAPTED_STEPS, losses=_of_classes(losses, trial))) == y
+        bpda = int(bpda_robust.sum())
     names = [] if found is None else [*found.operations, *(f"no gradient through {name}" for name in found.modules)]
     if found is not None and not found.operations:
         names += [name for name in found.used if name not in ("round", "sign")]
@@ -329,9 +329,9 @@ def _wider_inside(model: nn.Module, x: Tensor, classes: int) -> str | None:
     return found[-1] if found else None
 
 
-def _dummy_gate(trial: Trial, held: Tensor) -> tuple[Gate, dict[str, Any]]:
+def _dummy_gate(trial: Trial, robust: Tensor) -> tuple[Gate, dict[str, Any]]:
     x, y, *_ = trial.whole
-    images, white, slack = len(y), int(held.sum()), math.ceil(_MORE * len(y))
+    images, white, slack = len(y), int(robust.sum()), math.ceil(_MORE * len(y))
     with torch.no_grad():
         logits = int(trial.model(x[:1]).shape[1])
     classes = trial.classes or logits
@@ -339,7 +339,7 @@ def _dummy_gate(trial: Trial, held: Tensor) -> tuple[Gate, dict[str, Any]]:
     inner = "" if several else _wider_inside(trial.model, x[:1], classes) if logits == classes else None
     adapted = None
     if inner is not None:
-        withstood = held.clone()
+        withstood = robust.clone()
         for how in ("max", "logsumexp"):
             deciding = replace(trial, model=_Deciding(trial.model, classes, inner, how), classes=None)
             for losses in (cross_entropy_losses, margin_losses):
@@ -363,14 +363,14 @@ def _dummy_gate(trial: Trial, held: Tensor) -> tuple[Gate, dict[str, Any]]:
 
 
 def adaptive_gates(
-    trial: Trial, *, x_adv: Tensor, held: Tensor, black: int, eot_draws: Sequence[int] = EOT_DRAWS
+    trial: Trial, *, x_adv: Tensor, robust: Tensor, black: int, eot_draws: Sequence[int] = EOT_DRAWS
 ) -> Adapted:
     """Runs the three gates; seconds where nothing is found, as they attack only what looks wrong.
 
     Args:
         trial: a few hundred samples, and the evaluation's ball.
         x_adv: the images as a plain attack left them, [N, C, H, W].
-        held: which withstood the plain white-box attacks, bool [N].
+        robust: which withstood the plain white-box attacks, bool [N].
         black: how many withstood a black-box attack.
         eot_draws: see `eot_curve`.
     """
@@ -378,8 +378,8 @@ def adaptive_gates(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         # what a random model draws from, as a rule
         torch.manual_seed(trial.seed)
-        randomness, random_details = _random_gate(trial, x_adv, int(held.sum()), eot_draws)
-        hidden, hidden_details = _hidden_gate(trial, held, black)
-        dummies, dummy_details = _dummy_gate(trial, held)
+        randomness, random_details = _random_gate(trial, x_adv, int(robust.sum()), eot_draws)
+        hidden, hidden_details = _hidden_gate(trial, robust, black)
+        dummies, dummy_details = _dummy_gate(trial, robust)
     details = {"randomness": random_details, "hidden_gradients": hidden_details, "decision": dummy_details}
     return Adapted(gates=(randomness, hidden, dummies), details=details)

@@ -8,10 +8,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from awp_engine.evaluation.confidence import INTERVAL, INTERVAL_MEANS, Stronger, interval, stronger_attack
-from awp_engine.evaluation.gate import Gate
-from awp_engine.evaluation.gates import GateReport
-from awp_engine.evaluation.receipt import percent
+from awp_engine.evaluation.gates.gate import Gate
+from awp_engine.evaluation.gates.run import GateReport
+from awp_engine.evaluation.reports.confidence import INTERVAL, INTERVAL_MEANS, Stronger, interval, stronger_attack
+from awp_engine.evaluation.reports.receipt import percent
 
 # fewer tell nothing of how a model answers
 _SEVERAL_IMAGES = 10
@@ -72,13 +72,13 @@ class Answers:
 
     Attributes:
         predictions: of the attacked images, int64 [N]; -1 where there is no answer.
-        held: right clean and under the attack, bool [N].
+        robust: right clean and under the attack, bool [N].
         largest: perturbation in the ball's norm, fp64 [N].
         bounded: whether the attack stayed in the ball by name, so that it counts for the worst case.
     """
 
     predictions: Tensor
-    held: Tensor
+    robust: Tensor
     largest: Tensor
     bounded: bool
 
@@ -103,10 +103,10 @@ class PerImage:
     @property
     def worst(self) -> Tensor:
         """Right clean and under every attack of the ball, bool [N]."""
-        held = self.clean == self.labels
+        robust = self.clean == self.labels
         for answers in self.attacks.values():
-            held = held & answers.held if answers.bounded else held
-        return held
+            robust = robust & answers.robust if answers.bounded else robust
+        return robust
 
     def by_class(self, class_names: Sequence[str]) -> list[dict[str, Any]]:
         """For every class that has images: how many, and how many of them are right."""
@@ -118,7 +118,7 @@ class PerImage:
                     "class": class_names[number] if number < len(class_names) else str(number),
                     "images": int(own.sum()),
                     "clean": int((own & (self.clean == self.labels)).sum()),
-                    "attacked": {name: int((own & found.held).sum()) for name, found in self.attacks.items()},
+                    "attacked": {name: int((own & found.robust).sum()) for name, found in self.attacks.items()},
                     "worst": int((own & self.worst).sum()),
                 }
             )
@@ -135,10 +135,10 @@ class PerImage:
         if self.top5 is not None:
             columns["clean_top5"] = self.top5
         for number, found in reversed(list(enumerate(self.attacks.values()))):
-            broken[~found.held] = number
+            broken[~found.robust] = number
         for name, found in self.attacks.items():
             columns[f"prediction/{name}"] = found.predictions
-            columns[f"robust/{name}"] = found.held
+            columns[f"robust/{name}"] = found.robust
             columns[f"perturbation/{name}"] = found.largest
         broken[self.clean != self.labels] = -2
         columns |= {"robust_to_all": self.worst, "first_broken_by": broken}
@@ -258,15 +258,6 @@ class Measurement:
         }
         return [*lines, worst]
 
-    def class_table(self) -> list[dict[str, str]]:
-        """Accuracy of every class, as text."""
-        lines = []
-        for row in self.per_class:
-            counts = {"clean": row["clean"]} | row["attacked"] | {"worst": row["worst"]}
-            shares = {name: f"{percent(count, row['images'])}%" for name, count in counts.items()}
-            lines.append({"class": row["class"], "images": str(row["images"]), **shares})
-        return lines
-
     def attacked_alone(self) -> str:
         """The other way to count, in words; empty where it makes no difference."""
         other = [row for row in self.rows if row.attack != "clean" and row.right_attacked != row.right]
@@ -348,6 +339,16 @@ class Measurement:
             random=report["random"],
             top5=report["clean"].get("top5"),
         )
+
+
+def class_table(per_class: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Accuracy of every class, as text."""
+    lines = []
+    for row in per_class:
+        counts = {"clean": row["clean"], **row["attacked"], "worst": row["worst"]}
+        shares = {name: f"{percent(count, row['images'])}%" for name, count in counts.items()}
+        lines.append({"class": row["class"], "images": str(row["images"]), **shares})
+    return lines
 
 
 def _gates_from_dict(report: Mapping[str, Any]) -> GateReport:

@@ -22,9 +22,9 @@ from awp_engine.checkpoint import CheckpointError, read_model
 from awp_engine.cli import landscape
 from awp_engine.config import load_config
 from awp_engine.data import eval_batches
-from awp_engine.evaluation.foreign import Foreign, look_at_accuracy
+from awp_engine.evaluation.model.external import ExternalModel, look_at_accuracy
+from awp_engine.evaluation.model.loaded_model import LoadedModel, load_trained
 from awp_engine.evaluation.run import evaluate_checkpoint
-from awp_engine.evaluation.subject import Subject, load_subject
 from awp_engine.files.digest import sha256_of
 from awp_engine.models import NormalizedClassifier, hub
 
@@ -87,12 +87,12 @@ def test_where_the_normalisation_was_a_guess_none_is_tried(by: str, doubted: boo
     model = NearestMean((0.75,), (0.25,))
     place = Path("weights.pt")
     named = {"name": "w", "weights": place, "sha256": "", "architecture": None, "run_dir": None, "config": None}
-    subject = Subject(model=model, **named, origin={"normalisation_is": by})
-    doubts = look_at_accuracy(subject, digits(), torch.device("cpu"), 500)
+    loaded = LoadedModel(model=model, **named, origin={"normalisation_is": by})
+    doubts = look_at_accuracy(loaded, digits(), torch.device("cpu"), 500)
     assert [("without any" in doubt) for doubt in doubts] == [True] * doubted
     assert (model.mean.item(), model.std.item()) == (0.75, 0.25)
     # right as it is
-    right = Subject(model=NearestMean((0.0,), (1.0,)), **named, origin={"normalisation_is": by})
+    right = LoadedModel(model=NearestMean((0.0,), (1.0,)), **named, origin={"normalisation_is": by})
     assert look_at_accuracy(right, digits(), torch.device("cpu"), 500) == []
 
 
@@ -101,8 +101,8 @@ def test_a_guessed_normalisation_is_said(tmp_path: Path) -> None:
     given = {"epsilon": "1/5", "norm": "linf", "attacks": ["clean"], "gates_limit": None, "data_name": "digits"}
     told: list[str] = []
     for normalize in ("auto", "none"):
-        foreign = Foreign(name="preact-resnet-digits", weights=path, width=WIDTH, normalize=normalize)
-        receipt = evaluate_checkpoint(None, foreign=foreign, say=told.append, **given).report["receipt"]
+        external = ExternalModel(name="preact-resnet-digits", weights=path, width=WIDTH, normalize=normalize)
+        receipt = evaluate_checkpoint(None, external=external, say=told.append, **given).report["receipt"]
         said = any(
             line.startswith("NORMALISATION: nothing says which, so images are normalised by mean 0.3") for line in told
         )
@@ -267,7 +267,7 @@ def test_a_folder_for_the_hub_and_back(run: Path, tmp_path: Path, monkeypatch, c
     there = report(tmp_path / "me-digits-evaluation")["receipt"]
     assert there["transfer_to"]["name"] == "me-digits"
     assert (there["epsilon"], there["checkpoint"]["name"]) == ("1/5", "me-digits")
-    assert load_subject("hf://me/digits").run_dir is None
+    assert load_trained("hf://me/digits").run_dir is None
 
 
 def test_the_card_says_that_a_model_was_rounded(run: Path, tmp_path: Path, monkeypatch) -> None:
@@ -286,7 +286,9 @@ def test_other_weights_of_the_same_file_are_another_question(tmp_path: Path) -> 
     asked = {"data_name": "digits", "norm": "linf", "epsilon": "1/5", "attacks": ["clean"], "limit": 60}
     asked |= {"gates_limit": None, "output": tmp_path / "out"}
     found = [
-        evaluate_checkpoint(None, foreign=Foreign(**model, key=key), **asked).report["receipt"]["checkpoint"]["key"]
+        evaluate_checkpoint(None, external=ExternalModel(**model, key=key), **asked).report["receipt"]["checkpoint"][
+            "key"
+        ]
         for key in held
     ]
     assert found == list(held)
@@ -330,9 +332,9 @@ def test_what_the_hub_cannot_give_is_one_line(run: Path, tmp_path: Path, monkeyp
     with pytest.raises(CheckpointError, match=r"say what model these are of: --model.name"):
         load_model("hf://me/bare")
     monkeypatch.chdir(tmp_path)
-    foreign = Foreign(name="preact-resnet-digits", weights="hf://me/bare", width=WIDTH)
+    external = ExternalModel(name="preact-resnet-digits", weights="hf://me/bare", width=WIDTH)
     given = {"epsilon": "1/5", "norm": "linf", "attacks": ["clean"], "gates_limit": None, "data_name": "digits"}
-    assert evaluate_checkpoint(None, foreign=foreign, **given).output == Path("model-evaluation")
+    assert evaluate_checkpoint(None, external=external, **given).output == Path("model-evaluation")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(CheckpointError, match=r"not installed: pip install 'awp-engine\[hub\]'"):
         hub.fetched("hf://me/bare")

@@ -27,8 +27,8 @@ from awp_engine.config.errors import UserError
 from awp_engine.config.model_names import is_code
 from awp_engine.config.schema import did_you_mean
 from awp_engine.data import Batch, Split, eval_batches
-from awp_engine.evaluation.accuracy import BlindImages
-from awp_engine.evaluation.libraries import find_attack
+from awp_engine.evaluation.accuracy import NonfiniteGradients
+from awp_engine.evaluation.attacks.libraries import find_attack
 from awp_engine.files.text import first_line
 from awp_engine.models.answers import NO_CLASS, predicted
 from awp_engine.models.batch_norm import layer_modes
@@ -168,8 +168,8 @@ class Outcome:
 
     Attributes:
         x_adv: fp32 [N, C, H, W], the attacked images.
-        held: bool [N], right both clean and attacked.
-        blind: bool [N], would be right too, but a gradient of the attack was not finite: not counted as right.
+        robust: bool [N], right both clean and attacked.
+        nonfinite: bool [N], would be right too, but a gradient of the attack was not finite: not counted as right.
         resumed: where a saved state was gone on from; None where there was none.
         parameters: the attack's, for the receipt.
         details: what else it measured, of these images; those of parts of a split are `added`.
@@ -177,8 +177,8 @@ class Outcome:
     """
 
     x_adv: Tensor
-    held: Tensor
-    blind: Tensor
+    robust: Tensor
+    nonfinite: Tensor
     parameters: dict[str, Any]
     details: dict[str, Any] = field(default_factory=dict)
     concluded: Callable[[dict[str, Any]], dict[str, Any]] = lambda details: details
@@ -188,7 +188,7 @@ class Outcome:
     def of_batches(cls, batches: Iterable[tuple[Tensor, Tensor, Tensor]], **facts: Any) -> Self:
         """Of attacked images, which hold, and for which a gradient was not finite, batch by batch."""
         x_adv, holds, unseen = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        return cls(x_adv=x_adv, held=holds & ~unseen, blind=holds & unseen, **facts)
+        return cls(x_adv=x_adv, robust=holds & ~unseen, nonfinite=holds & unseen, **facts)
 
 
 def parse_attack(name: str) -> NamedAttack:
@@ -405,7 +405,7 @@ def gradient_attack(trial: Trial, attack: NamedAttack, *, step_size: Fraction, r
     with trial.bar(attack.name, work) as bar:
         for x, y, ids, _ in eval_batches(trial.split, trial.batch_size):
             x_adv = x.clone()
-            holds, blind = trial.predict(x) == y, torch.zeros_like(y, dtype=torch.bool)
+            holds, nonfinite = trial.predict(x) == y, torch.zeros_like(y, dtype=torch.bool)
             right = holds.clone()
             targets = [None] if attack.target is None else list(_targets(trial, attack, x, y, ids))
             tries = [(restart, target) for restart in range(restarts if steps else 0) for target in targets]
@@ -413,9 +413,9 @@ def gradient_attack(trial: Trial, attack: NamedAttack, *, step_size: Fraction, r
                 left = torch.arange(len(x), device=x.device) if number == 0 else torch.nonzero(holds).squeeze(1)
                 if not len(left):
                     break
-                gradients = BlindImages(left)
+                gradients = NonfiniteGradients(left)
 
-                def observe(step: int, gradient: Tensor, gradients: BlindImages = gradients) -> None:
+                def observe(step: int, gradient: Tensor, gradients: NonfiniteGradients = gradients) -> None:
                     gradients(step, gradient)
                     bar.advance(len(gradient))
 
@@ -445,12 +445,12 @@ def gradient_attack(trial: Trial, attack: NamedAttack, *, step_size: Fraction, r
                         **noise,
                     )
                 x_adv[left] = moved
-                blind[left] |= gradients.found
+                nonfinite[left] |= gradients.found
                 after = trial.predict(moved)
                 holds[left] &= after == y[left]
                 if goal is not None:
                     reached += int(((after == goal) & right[left]).sum())
-            done.append((x_adv, holds, blind))
+            done.append((x_adv, holds, nonfinite))
             # those that fell were not tried again
             bar.set(work * sum(len(part) for part, *_ in done) // len(trial.split), work)
     details: dict[str, Any] = {}

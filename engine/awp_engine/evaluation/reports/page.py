@@ -6,9 +6,10 @@ from types import MappingProxyType
 from typing import Any
 
 from awp_engine.config.data_sets import own_title
-from awp_engine.evaluation.confidence import INTERVAL
-from awp_engine.evaluation.figures import Picture
-from awp_engine.evaluation.receipt import percent
+from awp_engine.evaluation.reports.confidence import INTERVAL
+from awp_engine.evaluation.reports.figures import Picture
+from awp_engine.evaluation.reports.receipt import percent
+from awp_engine.evaluation.reports.results import class_table
 from awp_engine.observe.page import document, escaped, facts, figure, image, listed, table
 
 _MOST_CLASSES = 25
@@ -104,11 +105,7 @@ def _gates(report: Mapping[str, Any] | None) -> list[str]:
 
 def _classes(found: Sequence[Mapping[str, Any]]) -> list[str]:
     """Accuracy of every class; many of them are folded up."""
-    rows = []
-    for entry in found:
-        counts = {"clean": entry["clean"], **entry["attacked"], "worst": entry["worst"]}
-        shares = {name: f"{percent(count, entry['images'])}%" for name, count in counts.items()}
-        rows.append({"class": entry["class"], "images": str(entry["images"]), **shares})
+    rows = class_table(found)
     if not rows:
         return []
     shown = table(rows)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from awp_engine.checkpoint import CheckpointError
-from awp_engine.evaluation.attack_state import AttackState, StateFile
-from awp_engine.evaluation.attacks import NORMS, EvaluationError, Outcome, Trial
+from awp_engine.evaluation.attacks.named import NORMS, EvaluationError, Outcome, Trial
+from awp_engine.evaluation.attacks.state import AttackState, StateFile
 from awp_engine.files.digest import sha256_of
 from awp_engine.models.answers import NO_CLASS, predicted
 
@@ -270,8 +270,8 @@ def autoattack(
     }
     return Outcome(
         x_adv=state.x_adv,
-        held=state.robust,
-        blind=torch.zeros_like(state.robust),
+        robust=state.robust,
+        nonfinite=torch.zeros_like(state.robust),
         parameters=parameters,
         details={"images": len(x), "right_after": state.counts, "warnings": state.warnings},
         concluded=_concluded,

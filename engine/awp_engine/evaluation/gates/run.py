@@ -15,10 +15,10 @@ import torch
 
 from awp_engine.attack import summed_cross_entropy
 from awp_engine.data import eval_batches
-from awp_engine.evaluation.adaptive import EOT_DRAWS, adaptive_gates
-from awp_engine.evaluation.attacks import Outcome, Trial, connected, gradient_attack, parse_attack
-from awp_engine.evaluation.autoattack import Budget, autoattack
-from awp_engine.evaluation.gate import SLACK, Gate, share
+from awp_engine.evaluation.attacks.autoattack import Budget, autoattack
+from awp_engine.evaluation.attacks.named import Outcome, Trial, connected, gradient_attack, parse_attack
+from awp_engine.evaluation.gates.adaptive import EOT_DRAWS, adaptive_gates
+from awp_engine.evaluation.gates.gate import SLACK, Gate, share
 from awp_engine.models.answers import NO_CLASS, predicted
 from awp_engine.observe.bars import Part
 
@@ -112,21 +112,21 @@ def _run_gates(
         return gradient_attack(ball, parse_attack(attack), step_size=step_size, restarts=restarts)
 
     outcomes = {radius: attacked(_EPSILON_STEPS, radius, radius / 10) for radius in radii}
-    held_at = {radius: outcome.held for radius, outcome in outcomes.items()}
-    epsilon_curve = tuple((radius, int(held.sum())) for radius, held in held_at.items())
-    held_after = {steps: attacked(f"pgd{steps}", epsilon, epsilon / 4).held for steps in STEPS}
-    steps_curve = tuple((steps, int(held.sum())) for steps, held in held_after.items())
+    robust_at = {radius: outcome.robust for radius, outcome in outcomes.items()}
+    epsilon_curve = tuple((radius, int(robust.sum())) for radius, robust in robust_at.items())
+    robust_after = {steps: attacked(f"pgd{steps}", epsilon, epsilon / 4).robust for steps in STEPS}
+    steps_curve = tuple((steps, int(robust.sum())) for steps, robust in robust_after.items())
     # with restarts, as Square tries many starts as well; they run on what still holds
-    held_white = held_after[_WHITE_BOX]
+    robust_white = robust_after[_WHITE_BOX]
     for name in (f"pgd{_WHITE_BOX}", f"cw{_WHITE_BOX}"):
-        held_white = held_white & attacked(name, epsilon, epsilon / 10, restarts=_RESTARTS).held
-    white = int(held_white.sum())
-    black = int(autoattack(here, attacks=("square",), budget=Budget(queries=queries)).held.sum())
+        robust_white = robust_white & attacked(name, epsilon, epsilon / 10, restarts=_RESTARTS).robust
+    white = int(robust_white.sum())
+    black = int(autoattack(here, attacks=("square",), budget=Budget(queries=queries)).robust.sum())
     clean = trial.predict(trial.whole.images) == trial.whole.labels
-    differing = int((clean != held_at[Fraction(0)]).sum())
+    differing = int((clean != robust_at[Fraction(0)]).sum())
     rises = [later - earlier for (_, earlier), (_, later) in itertools.pairwise(steps_curve)]
     missing, not_finite, zeros = _gradients(trial)
-    adapted = adaptive_gates(here, x_adv=outcomes[epsilon].x_adv, held=held_white, black=black, eot_draws=eot_draws)
+    adapted = adaptive_gates(here, x_adv=outcomes[epsilon].x_adv, robust=robust_white, black=black, eot_draws=eot_draws)
     gates = (
         Gate(
             name="accuracy falls as epsilon grows",

@@ -1,0 +1,1 @@
+"""Attacks to measure by, by their names."""

@@ -1,0 +1,1 @@
+"""The model that is measured or used: a run's, or anybody's."""

@@ -1,0 +1,1 @@
+"""What is written down of a measurement, and for whom."""

@@ -1,6 +1,8 @@
 import os
 import signal
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,18 @@ os.environ.setdefault("MPLCONFIGDIR", str(Path(os.environ.get("TMPDIR", "/tmp"))
 # states of evaluations are authenticated by a key of the user's, which tests have of their own
 if "AWP_TEST_STATE" not in os.environ:
     os.environ["AWP_TEST_STATE"] = os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="awp-state-")
+
+
+@pytest.fixture(autouse=True)
+def _no_code_of_other_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Code that a test's files import is not found by the next one, as it is not by the next process."""
+    before = list(sys.path)
+    yield
+    if sys.path != before:
+        sys.path[:], files = before, str(tmp_path_factory.getbasetemp())
+        for name, module in list(sys.modules.items()):
+            if str(getattr(module, "__file__", "")).startswith(files):
+                del sys.modules[name]
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

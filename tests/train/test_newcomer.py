@@ -64,9 +64,12 @@ def test_a_run_says_what_makes_its_numbers_worth_little(own: Path, capfd: pytest
     [
         (
             "broken",
-            r"broken: train item 3: OSError: truncated file, own.py line 11; correct that code or what it reads$",
+            r"own.py:broken: train item 3 raised OSError: truncated file \(.*own.py, line 11\)$",
         ),
-        ("absent", r"absent: FileNotFoundError: .*nowhere.*, own.py line 17; correct"),
+        (
+            "absent",
+            r"own.py:absent: its call for train images raised FileNotFoundError: .*nowhere.* \(.*own.py, line 17\)$",
+        ),
     ],
 )
 def test_an_error_of_the_users_code_names_the_item_and_their_line(own: Path, factory: str, told: str) -> None:
@@ -112,9 +115,9 @@ def test_images_elsewhere_need_no_scan_of_a_run_that_left_files_out(tmp_path: Pa
     assert len(open_data(run, "w", None, tmp_path / "photos-c/fog/1").test) == 4
 
 
-@pytest.mark.parametrize(("clean", "name"), [((3, 0, 0), "a"), ((2, 0, 0), None), ((3, 1, 0), None), ((0, 0, 0), None)])
+@pytest.mark.parametrize(("clean", "name"), [((4, 0, 0), "a"), ((3, 0, 0), None), ((4, 1, 0), None), ((0, 0, 0), None)])
 def test_a_model_that_knows_one_class_is_told(clean: tuple[int, ...], name: str | None) -> None:
-    rows = [{"class": c, "images": 3, "clean": right} for c, right in zip("abc", clean, strict=True)]
+    rows = [{"class": c, "images": 4, "clean": right} for c, right in zip("abc", clean, strict=True)]
     nothing: Any = dict.fromkeys(("rows", "worst_over", "pictures"), ()) | {"gates": None, "per_image": None}
-    found = Measurement(clean=sum(clean), not_finite=0, worst=0, images=9, per_class=rows, **nothing)
+    found = Measurement(clean=sum(clean), not_finite=0, worst=0, images=12, per_class=rows, **nothing)
     assert found.constant_class() == name

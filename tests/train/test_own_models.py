@@ -173,7 +173,7 @@ def test_dropout_repeats_its_bits_after_an_interruption(here: Path, world: int) 
     if world == 1:
         compared, wrong = resumed_everywhere(0, 1, here, changed, 2)
     else:
-        compared, wrong = run_ranks(resumed_everywhere, world, here, changed, 2, timeout=300)[0]
+        compared, wrong = run_ranks(resumed_everywhere, world, here, changed, 2, timeout=270)[0]
     assert compared >= 2
     assert not wrong
 

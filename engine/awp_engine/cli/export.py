@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "awp export") -> None:
     parser = OneLineParser(
         prog=prog,
         description="Writes a trained model for others. `awp checkpoint export` writes other weights of a checkpoint.",
-        common=("path", "checkpoint", "hub", "repository", "state_dict", "onnx", "model_name", "model_weights"),
+        common=("path", "checkpoint", "hub", "state_dict", "onnx", "model_name", "model_weights"),
     )
     add = parser.add_argument
     add("path", type=place, nargs="?", metavar="RUN_OR_CHECKPOINT", help=PLACE)

@@ -113,6 +113,9 @@ def ending(
     Raises:
         SystemExit: with that code.
     """
+    # before signals raise: what interrupts these imports may come out as any error
+    import torch
+
     try:
         with interrupts():
             yield
@@ -122,10 +125,7 @@ def ending(
         where = place if error.filename is None else error.filename
         named = "" if where is None else f"{os.fsdecode(where) if isinstance(where, (bytes, os.PathLike)) else where}: "
         fail(f"{named}{error.strerror or error}", code=failed, prog=prog)
-    except RuntimeError as error:
-        # torch's, which was not imported for this
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
+    except torch.OutOfMemoryError:
         fail("the device has too little memory for such batches: give a smaller --batch-size", code=failed, prog=prog)
     except KeyboardInterrupt as interrupt:
         fail(interrupted, code=interrupted_code(interrupt), prog=prog)

@@ -192,7 +192,7 @@ def _autocontrast(levels: Tensor) -> Tensor:
 
 
 def _equalize(levels: Tensor) -> Tensor:
-    flat = levels.flatten(2).sort(2).values
+    flat = levels.flatten(2).sort(2).values.contiguous()
     values = _every_level(levels)
     below = torch.searchsorted(flat, values.to(torch.int32).expand(*flat.shape[:2], 256).contiguous())
     # of the highest level that there is; all but those pixels are spread

@@ -2,7 +2,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -41,7 +41,10 @@ def _no_code_of_other_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterato
     if sys.path != before:
         sys.path[:], files = before, str(tmp_path_factory.getbasetemp())
         for name, module in list(sys.modules.items()):
-            if str(getattr(module, "__file__", "")).startswith(files):
+            # of a package without an __init__.py the path alone is known
+            path = getattr(module, "__path__", ())
+            places = [getattr(module, "__file__", ""), *(path if isinstance(path, Iterable) else ())]
+            if any(str(place).startswith(files) for place in places):
                 del sys.modules[name]
 
 

@@ -1,5 +1,8 @@
 """Where to compute, and in which memory format."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -46,9 +49,28 @@ def fast_memory_format(model: nn.Module, device: torch.device) -> torch.memory_f
 
 def full_precision() -> None:
     """Have GPUs compute in full fp32, as a measurement should: TF32 keeps 10 bits of the mantissa."""
+    _set_precision("ieee", "ieee")
+
+
+@contextlib.contextmanager
+def in_full_precision() -> Iterator[None]:
+    """A block with `full_precision`, after which it is as before."""
     # torch makes this attribute at run time
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # pyright: ignore[reportAttributeAccessIssue]
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    conv = torch.backends.cudnn.conv.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]
+    matmul = torch.backends.cuda.matmul.fp32_precision
+    full_precision()
+    try:
+        yield
+    finally:
+        _set_precision(conv, matmul)
+
+
+def _set_precision(conv: str, matmul: str) -> None:
+    # torch makes this attribute at run time
+    torch.backends.cudnn.fp32_precision = "ieee" if conv == "ieee" else "none"  # pyright: ignore[reportAttributeAccessIssue]
+    # the flag of old, which torch.export reads, has to agree with the new ones
+    torch.backends.cudnn.allow_tf32 = conv == "tf32"
+    torch.backends.cuda.matmul.fp32_precision = matmul
 
 
 def choose_convolutions(device: torch.device, *, deterministic: bool = False) -> None:

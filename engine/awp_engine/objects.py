@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from awp_engine.config import Config, ConfigError
@@ -18,7 +17,7 @@ from awp_engine.config.data_sets import GIVEN_IMAGES
 from awp_engine.config.identity import from_flat, key_types, to_flat
 from awp_engine.config.presets import build_preset
 from awp_engine.config.schema import coerce, did_you_mean
-from awp_engine.device import full_precision
+from awp_engine.device import in_full_precision
 from awp_engine.distributed.ranks import joined
 from awp_engine.distributed.signals import StoppedError, StopRequest, stop_requests
 from awp_engine.evaluation.asked import DEFAULT_ATTACKS
@@ -135,15 +134,8 @@ def evaluate(
         EvaluationError, ConfigError, DataError: one line that says what is wrong.
     """
     names = {} if class_names is None else {"class_names": class_names}
-    # torch makes these attributes at run time
-    flags: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # pyright: ignore[reportAttributeAccessIssue]
-    before = [flag.fp32_precision for flag in flags]
-    full_precision()
-    try:
+    with in_full_precision():
         return _evaluated(model, {"test": (images, labels), **names}, epsilon, norm, attacks, Path(output), **more)
-    finally:
-        for flag, precision in zip(flags, before, strict=True):
-            flag.fp32_precision = precision
 
 
 def _evaluated(

@@ -1,6 +1,7 @@
 """Signals at any moment of any command: one line, and the exit code that shells and schedulers know."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -64,7 +65,8 @@ def test_a_signal_in_the_first_seconds_is_one_line(tmp_path, moment):
                 assert (process.returncode, err.count("\n")) == (130 if number == signal.SIGINT else 75, 1)
                 continue
             assert (process.returncode, out) == (128 + number, ""), (prog, err)
-            assert err == f"{prog}: error: interrupted by {number.name}\n"
+            # in its work, a command says what is left behind
+            assert re.fullmatch(rf"{re.escape(prog)}: error: .*interrupted.*\n", err)
             assert not [path for path in tmp_path.iterdir() if path.name not in "abc"]
 
 

@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "compare.py") -> None:
     def warn(line: str) -> None:
         print(f"{prog}: {line}", file=sys.stderr)
 
-    with ending(prog, place=arguments.output):
+    with ending(prog, place=arguments.output, needs_torch=False):
         if arguments.output is not None:
             prepare_output(arguments.output)
         runs, measured, left_out = read_runs(arguments.runs)

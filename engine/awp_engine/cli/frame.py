@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -99,7 +100,13 @@ def prepare(threads: int | None) -> None:
 
 @contextlib.contextmanager
 def ending(
-    prog: str, *, interrupted: str = "interrupted", unusable: int = 2, failed: int = 1, place: object = None
+    prog: str,
+    *,
+    interrupted: str = "interrupted",
+    unusable: int = 2,
+    failed: int = 1,
+    place: object = None,
+    needs_torch: bool = True,
 ) -> Iterator[None]:
     """A command's work: what ends it becomes one line on stderr and an exit code.
 
@@ -109,13 +116,14 @@ def ending(
         unusable: exit code where something given cannot be used; 2 wherever that is a setting.
         failed: exit code where the machine failed.
         place: what to name where an error of the system names no file.
+        needs_torch: whether the work imports torch.
 
     Raises:
         SystemExit: with that code.
     """
-    # before signals raise: what interrupts these imports may come out as any error
-    import torch
-
+    if needs_torch:
+        # before signals raise: what interrupts this import may come out as any error
+        importlib.import_module("torch")
     try:
         with interrupts():
             yield
@@ -125,7 +133,10 @@ def ending(
         where = place if error.filename is None else error.filename
         named = "" if where is None else f"{os.fsdecode(where) if isinstance(where, (bytes, os.PathLike)) else where}: "
         fail(f"{named}{error.strerror or error}", code=failed, prog=prog)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        # torch's, which not all commands import
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
         fail("the device has too little memory for such batches: give a smaller --batch-size", code=failed, prog=prog)
     except KeyboardInterrupt as interrupt:
         fail(interrupted, code=interrupted_code(interrupt), prog=prog)

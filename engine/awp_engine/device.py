@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ def in_full_precision() -> Iterator[None]:
     """A block with `full_precision`, after which it is as before."""
     # torch makes this attribute at run time
     conv = torch.backends.cudnn.conv.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]
-    matmul = torch.backends.cuda.matmul.fp32_precision
+    matmul: Any = torch.backends.cuda.matmul.fp32_precision
     full_precision()
     try:
         yield

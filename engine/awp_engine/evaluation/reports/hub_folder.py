@@ -136,7 +136,8 @@ def _report(loaded: LoadedModel, say: Callable[[str], None]) -> tuple[Mapping[st
         report = json.loads(read_file(path))
         of = report["receipt"]["checkpoint"]["sha256"]
         # all that the card takes from it
-        _accuracies(report, ""), _index("", report)
+        _accuracies(report, "")
+        _index("", report)
     except (CheckpointError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
         say(f"no accuracies in the card: {path} is not a report of awp evaluate")
         return None, ""

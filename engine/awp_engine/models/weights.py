@@ -52,6 +52,11 @@ class LoadedWeights:
     sha256: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def front(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """What the file says of mean and deviation in front of the network; None where it says nothing of that."""
+        return (self.mean, self.std) if self.in_front and self.mean is not None and self.std is not None else None
+
 
 def load_weights(model: nn.Module, source: Path | str | Mapping[str, Any], *, key: str | None = None) -> LoadedWeights:
     """Load weights of any usual layout, by name and strictly.

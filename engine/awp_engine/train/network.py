@@ -118,8 +118,7 @@ def _started(
         loaded = load_pretrained(model, source, class_names)
         new = f"; new, for {len(data.class_names)} classes: {', '.join(loaded.kept)}" if loaded.kept else ""
         messages += [f"weights of {source}{new}", *loaded.notes]
-        if loaded.mean is not None and loaded.std is not None and loaded.in_front:
-            file = loaded.mean, loaded.std
+        file = loaded.front
     normalisation = choose_normalisation(
         model,
         settings.name,

@@ -89,6 +89,11 @@ def _with(attack: Any, offered: Arguments, arguments: Arguments) -> dict[str, An
     return {key: value for key, value in offered.items() if key in taken} | dict(arguments)
 
 
+@torch.no_grad()
+def _class_count(model: nn.Module, images: Tensor) -> int:
+    return model(images[:1]).shape[1]
+
+
 def _foolbox(
     attack: Any, arguments: Arguments, model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, norm: str
 ) -> Tensor:
@@ -105,9 +110,12 @@ def _foolbox(
 def _torchattacks(
     attack: Any, arguments: Arguments, model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, norm: str
 ) -> Tensor:
-    with torch.no_grad():
-        classes = model(images[:1]).shape[1]
-    offered = {"eps": epsilon, "norm": norm.capitalize(), "n_classes": classes, "seed": torch.initial_seed() % 2**32}
+    offered = {
+        "eps": epsilon,
+        "norm": norm.capitalize(),
+        "n_classes": _class_count(model, images),
+        "seed": torch.initial_seed() % 2**32,
+    }
     # its own steps are for 8/255; the single one is that of Wong et al. (2020)
     offered["alpha"] = epsilon / 4 if "steps" in inspect.signature(attack).parameters else 1.25 * epsilon
     return attack(model, **_with(attack, offered, arguments))(images, labels)
@@ -117,13 +125,11 @@ def _art(
     attack: Any, arguments: Arguments, model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, norm: str
 ) -> Tensor:
     estimators = importlib.import_module("art.estimators.classification")
-    with torch.no_grad():
-        classes = model(images[:1]).shape[1]
     classifier = estimators.PyTorchClassifier(
         model,
         loss=nn.CrossEntropyLoss(),
         input_shape=tuple(images.shape[1:]),
-        nb_classes=classes,
+        nb_classes=_class_count(model, images),
         clip_values=(0.0, 1.0),
         device_type="gpu" if images.device.type == "cuda" else "cpu",
     )

@@ -94,8 +94,7 @@ def load_external(
         assert loaded.sha256 is not None
         sha256, key, metadata = loaded.sha256, loaded.key, loaded.metadata
         notes += loaded.notes
-        if loaded.mean is not None and loaded.std is not None and loaded.in_front:
-            file = loaded.mean, loaded.std
+        file = loaded.front
     normalisation = choose_normalisation(
         model,
         external.name,

@@ -28,7 +28,6 @@ from awp_engine.evaluation.corruptions import evaluate_corruptions
 from awp_engine.evaluation.model.external import ExternalModel
 from awp_engine.evaluation.run import Evaluated, evaluate_checkpoint
 from awp_engine.landscape.runs import open_runs
-from awp_engine.models.import_timm import import_timm
 from awp_engine.models.trained import MODEL_FILE, ModelDescription
 
 ROWS, SEVERITIES = 10_000, 5
@@ -261,10 +260,6 @@ def test_mean_corruption_error_by_hand() -> None:
 @pytest.fixture
 def imagenet_run(tmp_path: Path) -> Path:
     """A model of ImageNet's classes."""
-    try:
-        import_timm()
-    except ConfigError as error:
-        pytest.skip(str(error))
     return write_run(tmp_path / "run", DataConfig(name="imagenet", root=tmp_path, image_size=16), imagenet_wnids())
 
 

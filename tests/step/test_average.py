@@ -182,6 +182,10 @@ RECORDED = {
         *((2.533, 0.039, None), (2.370, 0.101, 0.236), (2.353, 0.095, None)),
         *((2.329, 0.106, 0.368), (2.291, 0.119, None), (2.283, 0.131, 0.431)),
     ],
+    "the preset itself": [
+        *((2.534, 0.037, None), (2.377, 0.102, 0.257), (2.365, 0.104, None), (2.343, 0.119, 0.097)),
+        *((2.289, 0.127, None), (2.225, 0.177, 0.625), (2.13, 0.209, None)),
+    ],
     "learning rate 0.001": [
         *((2.897, 0.001, None), (2.846, 0.0, 0.069), (2.789, 0.0, None), (2.742, 0.0, 0.125)),
         *((2.712, 0.0, None), (2.695, 0.0, 0.153), (2.688, 0.0, None), (2.688, 0.0, 0.153)),
@@ -203,6 +207,7 @@ def history(*epochs: tuple[float, float, float | None]) -> list[dict]:
     ("epochs", "when"),
     [
         (RECORDED["learns slowly"], []),
+        (RECORDED["the preset itself"], []),
         (RECORDED["learning rate 0.001"], []),
         (RECORDED["epsilon 0.5"], [6]),
         # it knew more: the second epoch at chance is enough, and the first is not

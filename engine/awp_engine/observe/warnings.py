@@ -45,9 +45,14 @@ def collapse(epochs: Sequence[Mapping[str, Any]], classes: int) -> str | None:
         guessed = loss is not None and loss <= _EQUAL_LOGITS * uniform and attacked <= guessing
         return guessed and accuracy is not None and accuracy <= guessing
 
+    def learns(epoch: Mapping[str, Any]) -> bool:
+        return epoch.get("loss") is not None and epoch["loss"] < _NOTHING * uniform
+
     last = list(itertools.takewhile(lambda pair: stuck(*pair), zip(reversed(epochs), reversed(clean), strict=True)))
-    knew = any(accuracy is not None and accuracy > _KNEW * guessing for accuracy in clean)
-    nothing = itertools.takewhile(lambda pair: pair[0]["loss"] >= _NOTHING * uniform, last)
+    # accuracy alone may be high by luck while nothing is learnt yet
+    learnt = [accuracy for epoch, accuracy in zip(epochs, clean, strict=True) if learns(epoch)]
+    knew = any(accuracy is not None and accuracy > _KNEW * guessing for accuracy in learnt)
+    nothing = itertools.takewhile(lambda pair: not learns(pair[0]), last)
     for_long = len(list(nothing)) >= (_FALLEN if knew else _NEVER_ROSE)
     if not last or not (for_long or (epochs[-1].get("zero_gradients") or 0.0) >= _SOME_ZEROS):
         return None

@@ -41,9 +41,10 @@ def _no_code_of_other_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterato
     if sys.path != before:
         sys.path[:], files = before, str(tmp_path_factory.getbasetemp())
         for name, module in list(sys.modules.items()):
-            # of a package without an __init__.py the path alone is known
-            path = getattr(module, "__path__", ())
-            places = [getattr(module, "__file__", ""), *(path if isinstance(path, Iterable) else ())]
+            # of a package without an __init__.py the path alone is known; torch's own answer getattr with errors
+            own = getattr(module, "__dict__", {})
+            path = own.get("__path__", ())
+            places = [own.get("__file__", ""), *(path if isinstance(path, Iterable) else ())]
             if any(str(place).startswith(files) for place in places):
                 del sys.modules[name]
 

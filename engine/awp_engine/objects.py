@@ -17,7 +17,6 @@ from awp_engine.config.data_sets import GIVEN_IMAGES
 from awp_engine.config.identity import from_flat, key_types, to_flat
 from awp_engine.config.presets import build_preset
 from awp_engine.config.schema import coerce, did_you_mean
-from awp_engine.device import in_full_precision
 from awp_engine.distributed.ranks import joined
 from awp_engine.distributed.signals import StoppedError, StopRequest, stop_requests
 from awp_engine.evaluation.asked import DEFAULT_ATTACKS
@@ -134,22 +133,9 @@ def evaluate(
         EvaluationError, ConfigError, DataError: one line that says what is wrong.
     """
     names = {} if class_names is None else {"class_names": class_names}
-    with in_full_precision():
-        return _evaluated(model, {"test": (images, labels), **names}, epsilon, norm, attacks, Path(output), **more)
-
-
-def _evaluated(
-    model: nn.Module,
-    parts: Mapping[str, Any],
-    epsilon: str,
-    norm: Norm,
-    attacks: Sequence[str],
-    output: Path,
-    **more: Any,
-) -> Evaluated:
     # one of this package's has its own in front of it, others do it inside
     normalize = "model" if isinstance(model, WrappedClassifier) else "none"
-    with given(model, parts):
+    with given(model, {"test": (images, labels), **names}):
         return evaluate_checkpoint(
             None,
             external=ExternalModel(name=name_of(model), normalize=normalize, is_object=True),
@@ -157,6 +143,6 @@ def _evaluated(
             epsilon=epsilon,
             norm=norm,
             attacks=attacks,
-            output=output,
+            output=Path(output),
             **more,
         )

@@ -432,6 +432,7 @@ def test_the_same_weights_in_other_layers_are_another_question(tmp_path):
         (["--checkpoint", "epoch-77"], ["--checkpoint", "epoch-77"]),
         (["--data.name", "cifar10"], ["--data.root"]),
         (["--transfer-to", "/nowhere/at/all"], ["/nowhere/at/all"]),
+        (["--transfer-to", "net.pt"], ["--transfer-to net.pt", "awp export --model.name NAME --weights net.pt --hub"]),
         (["--robustbench"], ["--robustbench", "autoattack"]),
         (["--reported", "abc"], ["--reported", "percentage", "abc"]),
         (["--reported", "nan"], ["--reported", "nan"]),

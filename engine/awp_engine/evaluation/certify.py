@@ -14,7 +14,7 @@ import torch
 from awp_engine.checkpoint import read_file
 from awp_engine.config.data_sets import own_title
 from awp_engine.data import eval_batches
-from awp_engine.device import choose_device
+from awp_engine.device import choose_device, in_full_precision
 from awp_engine.evaluation.accuracy import count_right
 from awp_engine.evaluation.asked import Asked
 from awp_engine.evaluation.attacks.named import measuring
@@ -116,6 +116,7 @@ def summary(certificates: Sequence[Certificate], radii: Iterable[float] = RADII)
     }
 
 
+@in_full_precision()
 def certify_checkpoint(
     path: Path | str | None,
     smoothing: Smoothing,

@@ -11,7 +11,7 @@ from typing import Any
 
 from awp_engine.config.data_sets import own_title
 from awp_engine.data import Dataset, match_classes
-from awp_engine.device import choose_device
+from awp_engine.device import choose_device, in_full_precision
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.evaluation.asked import AttacksAsked, require_ball
 from awp_engine.evaluation.attacks.named import EvaluationError, Threat, Trial
@@ -28,6 +28,7 @@ from awp_engine.evaluation.shares import ONE_RANK, Shares
 from awp_engine.evaluation.suite import measure, require_packages
 from awp_engine.files.atomic import atomic_write_text, replace_file
 from awp_engine.files.locking import locked
+from awp_engine.files.run_places import FOREIGN
 from awp_engine.files.text import json_text, printable
 from awp_engine.models.class_names import difference
 from awp_engine.observe.bars import MakeBar, NoBar
@@ -50,6 +51,7 @@ class Evaluated(Reported):
         return "\n".join([*found, table, f"right: {RIGHT_MEANS}", *doubts, f"reports in {printable(str(self.output))}"])
 
 
+@in_full_precision()
 def evaluate_checkpoint(
     path: Path | str | None,
     *,
@@ -256,7 +258,13 @@ class _Evaluation:
 
 def _second(path: Path | str, target: Target, first: str) -> LoadedModel:
     """The model of `--transfer-to`, of the same classes in the same order."""
-    second, what = load_trained(path, device=target.device), f"--transfer-to {path}"
+    what = f"--transfer-to {path}"
+    if Path(path).suffix in FOREIGN:
+        raise EvaluationError(
+            f"{what}: such a file does not say what model its weights are of; make a folder that does, and give that: "
+            f"awp export --model.name NAME --weights {path} --hub FOLDER"
+        )
+    second = load_trained(path, device=target.device)
     classes = match_classes(second.model.class_names, target.found, what)[0].class_names
     if classes != target.whole.class_names:
         raise EvaluationError(

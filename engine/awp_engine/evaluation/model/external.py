@@ -124,9 +124,6 @@ def load_external(
         "normalisation_is": normalisation.whose,
         "notes": notes,
     }
-    code = None if external.is_object else getattr(model, "code", None)
-    if code is not None:
-        origin["code"] = {"file": Path(code.file).name, "sha256": code.sha256}
     return LoadedModel(
         model=model,
         name=external.name if external.is_object else weights.stem,

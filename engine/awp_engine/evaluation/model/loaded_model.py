@@ -54,7 +54,9 @@ class LoadedModel:
     def papers(self) -> dict[str, Any]:
         """What a receipt says of the weights."""
         told = {"name": self.name, "file": self.weights.name, "sha256": self.sha256, "architecture": self.architecture}
-        return {**told, **(self.origin or {})}
+        code = self.model.code if isinstance(self.model, WrappedClassifier) else None
+        made = {} if code is None else {"code": {"file": Path(code.file).name, "sha256": code.sha256}}
+        return {**told, **made, **(self.origin or {})}
 
     def layers(self, normalisation: object) -> str:
         """SHA-256: the same weights make another model with another activation, normalisation or code."""

@@ -9,23 +9,27 @@ test *options:
 
 # the inner loop: without what compiles, trains for long or starts processes
 test-fast *options:
-    pytest --no-cov -m "not gpu and not compile and not long and not browser and not slow" {{ options }}
+    pytest -m "not gpu and not compile and not long and not browser and not slow" {{ options }}
+
+# which lines no test runs; a third slower
+coverage *options:
+    pytest --cov=awp_kernels --cov=awp_engine --cov-report=term:skip-covered {{ options }}
 
 # what needs a CUDA device
 gpu *options:
-    pytest --no-cov -m gpu {{ options }}
+    pytest -m gpu {{ options }}
 
 # CUDA and Triton code, compiled ahead of time; no GPU is needed
 compile *options:
-    pytest --no-cov -m compile {{ options }}
+    pytest -m compile {{ options }}
 
 # pages, in Chromium at two widths: apt-get install chromium
 browser *options:
-    pytest --no-cov -n 0 -m browser {{ options }}
+    pytest -n 0 -m browser {{ options }}
 
 # documents: their examples run, and what they name exists
 docs:
-    pytest --no-cov -n 0 tests/repo/test_docs.py tests/repo/test_named_tests.py tests/repo/test_readme.py tests/repo/test_structure.py
+    pytest -n 0 tests/repo/test_docs.py tests/repo/test_named_tests.py tests/repo/test_readme.py tests/repo/test_structure.py
 
 # the documents as a site, in build/site
 site:

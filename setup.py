@@ -164,7 +164,6 @@ TRAIN = "awp-engine[train]"
 TESTED = [
     "pytest>=8",
     "pytest-benchmark>=5",
-    "pytest-cov>=5",
     "pytest-timeout",
     "pytest-xdist>=3",
     "hypothesis>=6",
@@ -203,7 +202,7 @@ EXTRAS = {
     "docs": [TRAIN, "mkdocs-material>=9.6", "mkdocstrings[python]>=1"],
     "notebooks": [TRAIN, "nbclient", "ipykernel"],
     "test": TESTED,
-    "dev": ["awp-engine[test]", "ruff", "pyright", "clang-format", "pre-commit"],
+    "dev": ["awp-engine[test]", "pytest-cov>=5", "ruff", "pyright", "clang-format", "pre-commit"],
 }
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ rates() { "$PYTHON" -m bench.ops.rates --device "$DEVICE" --json "$OUT/rates.jso
 tests() {
   local marker=gpu chosen="(cuda-${AWP_BACKEND:-cuda} or graphs) and not 2_to_31" processes=12
   if [ "$DEVICE" = cpu ]; then marker="not gpu" chosen="cpu-cpp and scalar" processes=0; fi
-  # pyproject's options ask for coverage and leave the GPU out
+  # pyproject's options leave the GPU out
   env -u AWP_BACKEND "$PYTHON" -m pytest -o addopts= --strict-markers -p no:cacheprovider -q -m "$marker" \
     --timeout=50 --durations=5 -n $processes --maxschedchunk 1 -k "$chosen" \
     tests/step/test_graphs.py tests/kernels/test_operations.py tests/kernels/test_sgd_step.py

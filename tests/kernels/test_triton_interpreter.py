@@ -50,7 +50,7 @@ def test_kernels_in_the_interpreter(tmp_path):
     report = tmp_path / "report.xml"
     # numpy warns of the branch of tl.where that is not taken, and of how triton 3.6 reads loop bounds
     ignored = ["-W", "ignore::RuntimeWarning", "-W", "ignore:Conversion of an array:DeprecationWarning"]
-    options = ["-q", "--no-cov", "-p", "no:cacheprovider", *ignored, f"--junit-xml={report}"]
+    options = ["-q", "-p", "no:cacheprovider", *ignored, f"--junit-xml={report}"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, f"{Path(__file__)}::TestInterpreted"],
         env={**os.environ, "TRITON_INTERPRET": "1"},

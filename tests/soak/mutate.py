@@ -158,7 +158,7 @@ def drawn(text: str, number: int, seed: int) -> list[Mutant]:
 def outcome(tree: Path, tests: list[str], limit: float) -> str:
     """What comes of the tests in the tree: "passed", "failed" or "time"."""
     paths = os.pathsep.join(str(tree / folder) for folder in ("kernels", "engine"))
-    options = ["-n", "0", "--no-cov", "-q", "-x", "-p", "no:cacheprovider"]
+    options = ["-n", "0", "-q", "-x", "-p", "no:cacheprovider"]
     with (tree / "pytest.log").open("w") as log:
         process = subprocess.Popen(
             [

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from awp_engine.config import ConfigError
 
+# of AVX-512, in fp32
+_VECTOR = 16
+
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """The device that `--device` asks for; auto takes a CUDA GPU if there is one, the one of the rank's number.
@@ -42,8 +45,11 @@ def device_name(device: torch.device) -> str:
 
 def fast_memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
     """channels_last, which convolutions run fastest in, where it is safe."""
-    # torch 2.13's oneDNN writes past the end in 1x1 convolutions with stride, channels_last, of fewer than 8 channels
-    narrow = any(isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.in_channels < 8 for m in model.modules())
+    # torch 2.13's oneDNN writes past the end in the weights' gradient of 1x1 convolutions with stride, channels_last, of
+    # fewer channels than a vector has, where the threads do not divide the batch
+    narrow = any(
+        isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.in_channels < _VECTOR for m in model.modules()
+    )
     takes = getattr(model, "takes_channels_last", True)
     return torch.contiguous_format if not takes or (device.type == "cpu" and narrow) else torch.channels_last
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
 from awp_engine.config import Config, ConfigError, PrecisionConfig
-from awp_engine.device import choose_device, device_name
+from awp_engine.device import choose_device, device_name, fast_memory_format
 from awp_engine.step.precision import Precision
 from awp_engine.train.banner import operations_on
 from awp_engine.train.setup import choose_precision
@@ -34,3 +35,16 @@ def test_another_device_computes_in_fp32_by_plain_pytorch_and_says_so():
     assert warning is not None
     assert warning.startswith("device xpu: the project has never run on one")
     assert device_name(XPU) == "xpu"
+
+
+def shortcut(channels: int) -> nn.Module:
+    """Narrowing, as a shortcut does."""
+    return nn.Sequential(nn.Conv2d(channels, 16, 1, stride=2), nn.Flatten(), nn.LazyLinear(3))
+
+
+@pytest.mark.parametrize("channels", [8, 15])
+def test_narrow_shortcuts_compute_where_torch_writes_nothing_past_the_end(channels):
+    """In channels_last this ended by a segmentation fault, or a double free, within a few passes on two threads."""
+    device = torch.device("cpu")
+    assert fast_memory_format(shortcut(channels), device) == torch.contiguous_format
+    assert fast_memory_format(shortcut(16), device) == torch.channels_last

@@ -132,9 +132,10 @@ def measure(arguments: argparse.Namespace) -> list[Path]:
         runs = open_external(files, asked["external"], _config(arguments), device)
     images = common_images(runs, arguments.split, arguments.limit).to(device)
     output = output_directory(arguments.output, arguments.runs)
-    layout = torch.contiguous_format
+    # one batch goes through all of them
+    layouts = {fast_memory_format(run.model, device) for run in runs}
+    layout = layouts.pop() if len(layouts) == 1 else torch.contiguous_format
     for run in runs:
-        layout = fast_memory_format(run.model, device)
         # torch's stub does not know the keyword
         run.model.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
     batches = as_batches(images, arguments.batch_size, layout)

@@ -45,7 +45,7 @@ def device_name(device: torch.device) -> str:
 
 def fast_memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
     """channels_last, which convolutions run fastest in, where it is safe."""
-    # torch 2.13's oneDNN writes past the end in the weights' gradient of 1x1 convolutions with stride, channels_last, of
+    # torch 2.13's oneDNN writes past the end in weights' gradients of 1x1 convolutions with stride, channels_last, of
     # fewer channels than a vector has, where the threads do not divide the batch
     narrow = any(
         isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.in_channels < _VECTOR for m in model.modules()

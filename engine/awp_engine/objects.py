@@ -5,6 +5,7 @@ They go to the same trainer and the same evaluation as on the command line, unde
 
 import contextlib
 import dataclasses
+import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,20 +13,24 @@ from typing import Any
 
 from torch import nn
 
-from awp_engine.config import Config, ConfigError
+from awp_engine.config import Config, ConfigError, load_config
 from awp_engine.config.data_sets import GIVEN_IMAGES
 from awp_engine.config.identity import from_flat, key_types, to_flat
 from awp_engine.config.presets import build_preset
 from awp_engine.config.schema import coerce, did_you_mean
 from awp_engine.distributed.ranks import joined
 from awp_engine.distributed.signals import StoppedError, StopRequest, stop_requests
-from awp_engine.evaluation.asked import DEFAULT_ATTACKS
+from awp_engine.evaluation.asked import DEFAULT_ATTACKS, AttacksAsked
 from awp_engine.evaluation.attacks.named import Norm
 from awp_engine.evaluation.model.external import ExternalModel
 from awp_engine.evaluation.run import Evaluated, evaluate_checkpoint
+from awp_engine.files.run_places import CONFIG_FILE
+from awp_engine.files.text import printable
 from awp_engine.models import NormalizedClassifier, WrappedClassifier
 from awp_engine.models.given import given, name_of
 from awp_engine.models.trained import load_model
+from awp_engine.observe.report import as_text
+from awp_engine.train.results import result_row, result_title
 from awp_engine.train.run import train as train_run
 
 
@@ -42,6 +47,12 @@ class Fitted:
     model: NormalizedClassifier
     report: dict[str, Any]
     run_dir: Path
+
+    def __str__(self) -> str:
+        """The table that `awp train` prints."""
+        config = load_config(self.run_dir / CONFIG_FILE)
+        table = as_text([result_row(config.title, config, self.report)], title=result_title(config))
+        return f"{table}\nresults in {printable(str(self.run_dir))}"
 
 
 def fit(
@@ -107,7 +118,7 @@ def _config(preset: str, settings: Mapping[str, Any]) -> Config:
 def evaluate(
     model: nn.Module,
     images: Any,
-    labels: Any,
+    labels: Any = None,
     *,
     epsilon: str,
     norm: Norm = "linf",
@@ -120,22 +131,32 @@ def evaluate(
 
     Args:
         model: gives logits [N, classes] of images [N, C, H, W] in [0, 1]; it normalises them itself.
-        images: uint8, or floating point in [0, 1]: [N, C, H, W] tensors, or [N, H, W, C] arrays.
+        images: uint8, or floating point in [0, 1]: [N, C, H, W] tensors, or [N, H, W, C] arrays; or a data set of
+            (image, label), without labels.
         labels: whole numbers [N].
         epsilon: radius of the ball, exact: "8/255".
         norm: "linf", "l2" or "l1".
         attacks: as `--attacks`.
-        class_names: in the order of the labels.
+        class_names: in the order of the labels; those that the model has if not given.
         output: directory of the reports.
-        more: as `evaluate_checkpoint` takes it: limit, restarts, seed, batch_size, device, save_images and others.
+        more: as `evaluate_checkpoint` takes it: limit, restarts, seed, batch_size, device, save_images and others;
+            gates_limit=None leaves the checks of the evaluation out.
 
     Raises:
         EvaluationError, ConfigError, DataError: one line that says what is wrong.
     """
+    known = {*inspect.signature(evaluate).parameters, *inspect.signature(evaluate_checkpoint).parameters}
+    known |= {field.name for field in dataclasses.fields(AttacksAsked)}
+    if unknown := next((name for name in more if name not in known), None):
+        hint = "gates_limit=None leaves the gates out" if "gates" in unknown else did_you_mean(unknown, known, "")
+        raise ConfigError(f"evaluate: has no argument {unknown!r}; {hint}".removesuffix("; "))
+    if class_names is None and isinstance(model, NormalizedClassifier):
+        class_names = model.class_names
+    parts = {"test": images if labels is None else (images, labels)}
     names = {} if class_names is None else {"class_names": class_names}
     # one of this package's has its own in front of it, others do it inside
     normalize = "model" if isinstance(model, WrappedClassifier) else "none"
-    with given(model, {"test": (images, labels), **names}):
+    with given(model, parts | names):
         return evaluate_checkpoint(
             None,
             external=ExternalModel(name=name_of(model), normalize=normalize, is_object=True),

@@ -167,6 +167,8 @@ class AdversarialWeightPerturbation:
         select: Callable[[str, Tensor], bool] = is_perturbed,
         working: nn.Module | None = None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         self.model, self.gamma, self.scope, self.eps = model, gamma, scope, eps
         self.scale, self.eta, self.bound, self.working = scale, eta, bound, working
         self._select, self._adaptive_choice = select, adaptive

@@ -10,6 +10,7 @@ import torch
 from commands import run_command
 from samples import images
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import awp_engine
 from awp_engine.checkpoint import CheckpointError, export_model, read_model
@@ -44,6 +45,10 @@ def test_a_run_of_objects_is_trained_gone_on_with_and_loaded(data, tmp_path):
     # it has ended
     again = awp_engine.fit(network, *data, run_dir=tmp_path / "run", settings=QUICK, class_names=("a", "b", "c"))
     assert (done.run_dir / "report.json").stat().st_mtime_ns == before
+    title, head, row, place = str(again).splitlines()
+    assert (title.split()[1:3], head.split()[:2]) == (["test", "split,"], ["method", "clean"])
+    assert row.split()[:2] == ["AT-AWP", f"{done.report['clean_accuracy']:.2%}"]
+    assert place == f"results in {tmp_path / 'run'}"
     x = data[1][0]
     assert torch.equal(again.model(x), done.model(x))
     with pytest.raises(awp_engine.checkpoint.CheckpointError, match="given as an object of Python: give it again"):
@@ -161,6 +166,7 @@ def test_a_module_is_measured_as_it_is(data, tmp_path):
         ({"model": 7}, "model: expected a module, or a function that makes one, got int"),
         ({"settings": {"atack.steps": 2}}, "settings: unknown name 'atack.steps'; did you mean attack.steps"),
         ({"settings": {"epochs": "many"}}, "--epochs: expected a whole number"),
+        ({"settings": {"attack.epsilon": 8 / 255}}, 'expected text in quotes, such as "8/255" or "0.1", got 0.03137'),
         ({"train": (torch.randn(9, 1, 8, 8), torch.arange(9) % 3)}, "train image 0 has values from"),
         ({"preset": "digtis"}, "did you mean digits"),
     ],
@@ -215,6 +221,31 @@ def test_a_trained_model_is_measured_with_its_own_normalisation(data, tmp_path):
     assert torch.equal(gone_on.model.mean, done.model.mean)
     lines = str(measured).splitlines()
     assert lines[2].split()[:2] == ["clean", f"{100 * int((expected == y).sum()) / len(y):.2f}%"]
+
+
+def test_a_data_set_and_the_models_own_class_names_are_taken(data, tmp_path):
+    module, names = network(3), ("a", "b", "c")
+    done = awp_engine.fit(module, *data, run_dir=tmp_path / "run", settings=QUICK, class_names=names)
+    given = {"epsilon": "1/10", "attacks": ["clean"], "output": tmp_path / "out"}
+    measured = awp_engine.evaluate(done.model, TensorDataset(*data[1]), **given, gates_limit=15)
+    assert [row["class"] for row in measured.report["per_class"]] == list(names)
+    assert "weights: those of the module that was given" in measured.report["receipt"]["checkpoint"]["notes"]
+    assert f"; {measured.measurement.gates.words}\n" in str(measured)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epsilon": 8 / 255}, r'^--epsilon: expected text, .* such as "8/255", got 0\.03137'),
+        ({"gates": False}, "^evaluate: has no argument 'gates'; gates_limit=None leaves the gates out$"),
+        ({"no_gates": True}, "gates_limit=None"),
+        ({"restart": 3}, "^evaluate: has no argument 'restart'; did you mean restarts\\?$"),
+    ],
+)
+def test_what_evaluate_does_not_take_is_one_line(data, tmp_path, change, message):
+    given = {"epsilon": "1/10", "attacks": ["clean"], "output": tmp_path / "out", "gates_limit": None} | change
+    with pytest.raises((ConfigError, EvaluationError), match=message):
+        awp_engine.evaluate(network(3), *data[1], **given)
 
 
 class Probabilities(nn.Module):

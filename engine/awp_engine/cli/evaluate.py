@@ -182,8 +182,7 @@ def show(done: "Evaluated", *, per_class: bool = False) -> None:
         print_table(regional, title="regional attacks, means over the flipped images")
     gates = () if measurement.gates is None else measurement.gates.gates
     if measurement.gates is not None:
-        passed = sum(gate.passed for gate in gates)
-        print_text(f"checks of the evaluation: {passed} of {len(gates)} passed, on {measurement.gates.images} images")
+        print_text(measurement.gates.words)
     means = {f"gate failed: {gate.name}": f": {gate.failure_means}" for gate in gates}
     for doubt in done.report["doubts"]:
         print_text(f"UNRELIABLE: {doubt}{means.get(doubt, '')}")

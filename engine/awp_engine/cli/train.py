@@ -59,25 +59,13 @@ def show(config: Config, trained: list[Trained], prog: str) -> None:
     """The results as a table, and what can be done next."""
     from awp_engine.files.text import printable
     from awp_engine.observe.report import print_table
+    from awp_engine.train.results import result_row, result_title
 
     run_dir = config.resolved_run_dir
     if all(ended for _, _, ended in trained):
         print(printable(finished(config, trained[0][1]["epochs"], prog)))
 
-    attack = f"PGD-{config.evaluation.steps}"
-    table = [
-        {
-            "method": method,
-            "clean": f"{report['clean_accuracy']:.2%}",
-            attack: f"{report[f'pgd{config.evaluation.steps}_accuracy']:.2%}",
-            f"{attack} train": f"{report['train_pgd_accuracy']:.2%}",
-            f"{attack} last": f"{report['last'][f'pgd{config.evaluation.steps}_accuracy']:.2%}",
-            "epoch": str(report["selected_epoch"]),
-            "seconds": f"{report['seconds']:.0f}",
-        }
-        for method, report, _ in trained
-    ]
-    print_table(table, title=f"{config.data.name} test split, {config.attack.norm} epsilon {config.attack.epsilon}")
+    print_table([result_row(method, config, report) for method, report, _ in trained], title=result_title(config))
     print(f"results in {printable(str(run_dir))}")
     other = run_dir / "without-awp" if len(trained) > 1 else "OTHER_RUN"
     print("next:")

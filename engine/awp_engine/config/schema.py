@@ -196,6 +196,9 @@ def coerce(hint: Any, value: Any, key: str, expected: str | None = None) -> Any:
         accepted = isinstance(value, Path) and _names_a_file(str(value))
     else:
         accepted = isinstance(value, hint)
+        if hint is str and isinstance(value, (int, float)):
+            # of Python: a float is rarely the fraction that is meant
+            expected = f'{expected} in quotes, such as "8/255" or "0.1"'
     if not accepted:
         raise refusal(key, expected, value)
     return value

@@ -214,12 +214,14 @@ def _step(size: str | None, radius: Fraction) -> Fraction:
 
 
 def _amount(name: str, text: str) -> Fraction:
+    # of Python: a float is rarely the fraction that is meant
+    wrong = EvaluationError(f'--{name}: expected text, a fraction or number >= 0 such as "8/255", got {show(text)}')
+    if not isinstance(text, str):
+        raise wrong
     try:
         return parse_amount(text)
     except ValueError:
-        raise EvaluationError(
-            f"--{name}: expected a fraction or number >= 0 such as 8/255, got {text[:80]!r}"
-        ) from None
+        raise wrong from None
 
 
 def require_ball(threat: Threat, dataset: Dataset) -> None:

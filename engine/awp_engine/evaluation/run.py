@@ -46,9 +46,13 @@ class Evaluated(Reported):
     def __str__(self) -> str:
         """The table, and what speaks against the numbers, as `awp evaluate` prints them."""
         table = as_text(self.measurement.table(), title=self.title)
+        gates = self.measurement.gates
+        checks = "" if gates is None else f"; {gates.words}"
         doubts = [f"UNRELIABLE: {printable(doubt)}" for doubt in self.report["doubts"]]
         found = [] if self.measurement.stronger is None else [f"robust accuracy: {self.measurement.stronger}"]
-        return "\n".join([*found, table, f"right: {RIGHT_MEANS}", *doubts, f"reports in {printable(str(self.output))}"])
+        return "\n".join(
+            [*found, table, f"right: {RIGHT_MEANS}{checks}", *doubts, f"reports in {printable(str(self.output))}"]
+        )
 
 
 @in_full_precision()

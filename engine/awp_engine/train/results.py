@@ -1,12 +1,13 @@
 """What a run is worth, written at its end; and what its steps cost."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from awp_engine import checkpoint
+from awp_engine.config import Config
 from awp_engine.device import device_name
 from awp_engine.evaluation import Accuracy
 from awp_engine.evaluation.reports.receipt import split_hash
@@ -32,6 +33,25 @@ def throughput(setup: Setup, images_per_second: float, *, cheap: bool) -> dict[s
         "tflops": flops / 1e12,
         "share_of_matmul": flops / (ceiling * setup.ranks.world),
         "memory_gb": peak_memory(setup.device) / 1e9,
+    }
+
+
+def result_title(config: Config) -> str:
+    """What a table of results is of."""
+    return f"{config.data.name} test split, {config.attack.norm} epsilon {config.attack.epsilon}"
+
+
+def result_row(method: str, config: Config, report: Mapping[str, Any]) -> dict[str, str]:
+    """A run's results, by column."""
+    attack, key = f"PGD-{config.evaluation.steps}", f"pgd{config.evaluation.steps}_accuracy"
+    return {
+        "method": method,
+        "clean": f"{report['clean_accuracy']:.2%}",
+        attack: f"{report[key]:.2%}",
+        f"{attack} train": f"{report['train_pgd_accuracy']:.2%}",
+        f"{attack} last": f"{report['last'][key]:.2%}",
+        "epoch": str(report["selected_epoch"]),
+        "seconds": f"{report['seconds']:.0f}",
     }
 
 

@@ -250,7 +250,7 @@ class OwnData:
         if not (low >= 0 and high <= 1):
             scaled = low >= 0 and 1 < high <= 255
             advice = (
-                "divide by 255, or give bytes"
+                "divide by the largest value that a pixel can have, or give bytes"
                 if scaled
                 else ("leave out Normalize: the trained model normalises by itself")
             )

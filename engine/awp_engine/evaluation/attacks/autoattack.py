@@ -129,7 +129,7 @@ def require_package() -> None:
     if importlib.util.find_spec("pyautoattack") is None:
         raise EvaluationError(
             "the package pyautoattack is missing, by which autoattack, square and the gates' black-box attack run; "
-            "install it with: pip install pyautoattack, or leave them out (--no-gates)"
+            "install it with: pip install pyautoattack, or leave them out (--no-gates; in Python gates_limit=None)"
         )
 
 

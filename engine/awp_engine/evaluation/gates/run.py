@@ -18,7 +18,7 @@ from awp_engine.data import eval_batches
 from awp_engine.evaluation.attacks.autoattack import Budget, autoattack
 from awp_engine.evaluation.attacks.named import Outcome, Trial, connected, gradient_attack, parse_attack
 from awp_engine.evaluation.gates.adaptive import EOT_DRAWS, adaptive_gates
-from awp_engine.evaluation.gates.gate import SLACK, Gate, share
+from awp_engine.evaluation.gates.gate import SLACK, Gate, share, slack
 from awp_engine.models.answers import NO_CLASS, predicted
 from awp_engine.observe.bars import Part
 
@@ -51,6 +51,12 @@ class GateReport:
     steps_curve: tuple[tuple[int, int], ...]
     epsilon: Fraction
     adaptive: Mapping[str, Any]
+
+    @property
+    def words(self) -> str:
+        """How many passed."""
+        passed = sum(gate.passed for gate in self.gates)
+        return f"checks of the evaluation: {passed} of {len(self.gates)} passed, on {self.images} images"
 
 
 def _radii(epsilon: Fraction, norm: str, values: int) -> list[Fraction]:
@@ -104,7 +110,7 @@ def _run_gates(
     trial: Trial, epsilon: Fraction, radii: Sequence[Fraction], queries: int, eot_draws: Sequence[int]
 ) -> GateReport:
     images = len(trial.split)
-    slack = math.floor(SLACK * images)
+    allowed = slack(images)
     here = trial.within(epsilon)
 
     def attacked(attack: str, radius: Fraction, step_size: Fraction, restarts: int = 1) -> Outcome:
@@ -138,16 +144,16 @@ def _run_gates(
         Gate(
             name="more steps do not help the defender",
             measured=", ".join(f"{steps}: {share(count, images)}" for steps, count in steps_curve),
-            bound=f"no rise of more than {slack} of {images} images from one to the next",
-            passed=max(rises) <= slack,
+            bound=f"no rise of more than {allowed} of {images} images from one to the next",
+            passed=max(rises) <= allowed,
             failure_means="the loss surface misleads the attack; a stronger or adaptive one would find more",
         ),
         Gate(
             name="black-box does not beat white-box",
             measured=f"Square {share(black, images)} right, "
             f"PGD-{_WHITE_BOX} and CW-{_WHITE_BOX} {share(white, images)}",
-            bound=f"Square not below them by more than {slack} of {images} images",
-            passed=black >= white - slack,
+            bound=f"Square not below them by more than {allowed} of {images} images",
+            passed=black >= white - allowed,
             failure_means="gradients point nowhere useful: accuracy under gradient attacks says too much",
         ),
         Gate(
@@ -162,7 +168,7 @@ def _run_gates(
             measured=f"{share(missing, images)} of images without gradient, "
             f"{zeros:.1%} of values zero, {not_finite} images with values that are not finite",
             bound=f"at most {float(SLACK):.0%} of images, half of the values; all values finite",
-            passed=missing <= slack and zeros <= 0.5 and not_finite == 0,
+            passed=missing <= SLACK * images and zeros <= 0.5 and not_finite == 0,
             failure_means="a step of the model has no gradient, or one that is not finite, or its logits saturate the "
             "loss",
         ),

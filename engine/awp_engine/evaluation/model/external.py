@@ -82,7 +82,8 @@ def load_external(
     notes = [f"{external.name}: {note}" for note in getattr(model, "notes", ())]
     key, metadata, file, source = "", {}, None, external.name
     if external.weights is None:
-        notes.append(f"weights: those that {external.name} makes, as no --weights were given")
+        made = f"those that {external.name} makes, as no --weights were given"
+        notes.append(f"weights: {'those of the module that was given' if external.is_object else made}")
         # what the code gives has no file
         sha256 = content_hash(packable(model.state_dict()), {})
         weights = Path(external.name if external.is_object else external.name.rpartition(":")[0])

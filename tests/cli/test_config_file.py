@@ -33,6 +33,8 @@ KNOWN = {
     "model.mean": st.sampled_from([[], [0.5], [0.485, 0.456, 0.406]]),
     "model.std": st.sampled_from([[], [0.25], [0.229, 0.224, 0.225]]),
     "awp.layers": st.sampled_from([[], ["fc.weight", "layer?.*.weight"]]),
+    "optimizer.kind": st.sampled_from(["sgd", "adamw", "torch:Adam", "timm:lion"]),
+    "optimizer.args": st.sampled_from([[], ["betas=0.9,0.99", "eps=1e-6"]]),
     "optimizer.milestones": st.sampled_from([[], [0.5], [0.25, 0.75], [1e-3, 1.0], [2.0, 30.0]]),
     "log": st.sampled_from([[], ["none"], ["tensorboard", "wandb"], ["mlflow"], ["none", "trackio"]]),
 }

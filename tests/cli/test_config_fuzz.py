@@ -72,7 +72,7 @@ def malformed(name: str) -> st.SearchStrategy[str]:
         wrong = st.just("") if str in typing.get_args(hint) else st.sampled_from([text for text in NOT_NUMBERS if text])
     elif name == "--preset":
         wrong = words.map(lambda text: "no such " + text)
-    elif name in ("--method", "--model.name", "--data.name", "--data.class-weights"):
+    elif name in ("--method", "--model.name", "--data.name", "--data.class-weights", "--optimizer.kind"):
         wrong = words
     else:
         wrong = st.sampled_from(["", "a\0b"]) if Path in parts else st.nothing()

@@ -173,10 +173,10 @@ def test_the_rate_is_set_where_a_kernel_reads_it():
 def test_state_of_another_optimizer_is_refused():
     net = network()
     with pytest.raises(ValueError, match=r"0\.weight: expected the state of AdamW"):
-        allocate_optimizer_tensors(net, build_optimizer(net, ADAMW), ["exp_avg.0.weight", "0.weight"])
+        allocate_optimizer_tensors(net, build_optimizer(net, ADAMW), dict.fromkeys(("exp_avg.0.weight", "0.weight"), X))
     sgd = OptimizerConfig()
     with pytest.raises(ValueError, match=r"exp_avg\.0\.weight: expected the state of SGD"):
-        allocate_optimizer_tensors(net, build_optimizer(net, sgd), ["exp_avg.0.weight", "0.weight"])
+        allocate_optimizer_tensors(net, build_optimizer(net, sgd), dict.fromkeys(("exp_avg.0.weight", "0.weight"), X))
 
 
 def test_what_is_refused():

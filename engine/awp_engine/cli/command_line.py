@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from awp_engine.config import Config, ConfigError, expectation, flag, show
 from awp_engine.config.data_sets import is_given, is_own
 from awp_engine.config.identity import from_flat, key_types, load_settings, to_flat
-from awp_engine.config.model_names import is_code, source_of
+from awp_engine.config.model_names import is_code, optimizer_source, source_of
 from awp_engine.config.presets import DEFAULT, PRESETS, build_preset
 from awp_engine.config.schema import Word, coerce, did_you_mean, fields, help_texts, is_switch
 from awp_engine.files.text import one_line
@@ -285,8 +285,10 @@ def _parse(argv: Sequence[str], prog: str) -> Config:
             raise ConfigError(f"--preset: expected {name!r} as in {where}, got {preset!r}; give one of them")
     given |= {} if preset is None else {"preset": preset}
     asked = in_file | given
-    for key in ("model.name", "method"):
-        if is_code(str(in_file.get(key))) and key not in given:
+    for key in ("model.name", "method", "optimizer.kind"):
+        name = str(in_file.get(key))
+        is_own_code = optimizer_source(name) == "code" if key == "optimizer.kind" else is_code(name)
+        if is_own_code and key not in given:
             raise ConfigError(
                 f"{flag(key)}: {file} asks for code of its own, {show(in_file[key])}, which is not run because a file "
                 "says so; if you trust it, give the name as a flag as well"

@@ -27,6 +27,7 @@ _FILES = {
     "model": "own model",
     "data": "own data",
     "method": "own method",
+    "optimizer": "own optimizer",
     "class_weights": "class weights",
     "pretrained": "pretrained weights",
 }

@@ -62,6 +62,7 @@ ADDED: dict[str, Any] = {
     "attack.noise": 0.0,
     "attack.noise_samples": 1,
     "optimizer.layer_decay": 1.0,
+    "optimizer.args": [],
     "model.checkpoint_activations": False,
 }
 

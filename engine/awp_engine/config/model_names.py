@@ -1,4 +1,4 @@
-"""Names of models: the built-in ones, and those that timm, torchvision or code of one's own builds."""
+"""Names of models and optimizers: built-in ones, and those of torch, timm, torchvision or code of one's own."""
 
 from __future__ import annotations
 
@@ -48,3 +48,13 @@ def source_of(name: str) -> Source | None:
 def is_code(name: str) -> bool:
     """Whether a model of this name is built by code that is neither this package's, timm's nor torchvision's."""
     return source_of(name) in ("module", "file")
+
+
+def optimizer_source(name: str) -> Literal["built-in", "torch", "timm", "code"] | None:
+    """What makes the optimizer of this name; None for no such name."""
+    if name in ("sgd", "adamw"):
+        return "built-in"
+    library = re.fullmatch(r"(torch|timm):\w+", name)
+    if library is not None:
+        return "torch" if library[1] == "torch" else "timm"
+    return "code" if is_code(name) else None

@@ -26,6 +26,7 @@ def require_combinations(config: Config) -> None:
         for key, value in (("distributed.ascent_sync", "global"), ("awp.ascent", "exact")):
             config.require_value(key, value, reason)
         config.require(config.compile is not True, "compile", f"auto or false {reason}")
+        config.require(not config.optimizer.by_name, "optimizer.kind", f"sgd or adamw {reason}")
         built_in = config.model.source == "built-in"
         config.require(built_in, "model.name", "a built-in model with --distributed.strategy fsdp; ddp takes any")
     if config.awp.enabled:
@@ -62,7 +63,7 @@ def choose_speed(config: Config, *, cuda: bool, ranks: int) -> Speed:
     hindrances = {
         "no CUDA device": not cuda,
         "several ranks": ranks > 1,
-        "--optimizer.kind adamw": config.optimizer.kind == "adamw",
+        f"--optimizer.kind {config.optimizer.kind}": config.optimizer.kind != "sgd",
         # the losses decide how many passes are made
         "--awp.c-min": config.awp.c_min is not None,
         # nor is it known what another's forward pass does
@@ -141,8 +142,9 @@ def _require_step(config: Config) -> None:
         config.require(config.compile is not True, "compile", f"auto or false {reason}")
         config.require_value("distributed.strategy", "ddp", reason)
         config.require_value("distributed.sync_batch_norm", False, f"{reason}: ranks would exchange them twice")
-    if config.optimizer.kind == "adamw":
-        config.require(config.cuda_graphs is not True, "cuda_graphs", "auto or false with --optimizer.kind adamw")
+    if config.optimizer.kind != "sgd":
+        like = f"auto or false with --optimizer.kind {config.optimizer.kind}"
+        config.require(config.cuda_graphs is not True, "cuda_graphs", like)
 
 
 def _require_precision(config: Config) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -49,6 +50,15 @@ def parse_amount(text: str) -> Fraction:
     if denominator and int(denominator) == 0:
         raise ValueError(f"zero denominator: {text!r}")
     return Fraction(text)
+
+
+def parse_value(text: str) -> Any:
+    """The value of an argument that a user gave as text: a number, also 2/255, (0.9, 0.99), True; else the text."""
+    with contextlib.suppress(ValueError, SyntaxError):
+        return ast.literal_eval(text)
+    with contextlib.suppress(ValueError):
+        return float(parse_amount(text))
+    return text
 
 
 class Amounts:

@@ -12,10 +12,10 @@ import math
 import re
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from awp_engine.config.data_sets import DATA_SETS, OWN, is_own, where_to_get
-from awp_engine.config.model_names import BUILT_IN, EXPECTED, Source, is_code, source_of
+from awp_engine.config.model_names import BUILT_IN, EXPECTED, Source, is_code, optimizer_source, source_of
 from awp_engine.config.rules import require_combinations
 from awp_engine.config.schema import (
     Amount,
@@ -31,6 +31,7 @@ from awp_engine.config.schema import (
     Share,
     Switch,
     parse_amount,
+    parse_value,
 )
 
 _PRESET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
@@ -268,8 +269,13 @@ class AwpConfig(Checked, section="awp."):
 class OptimizerConfig(Checked, section="optimizer."):
     """The optimizer and its learning rate."""
 
-    kind: Literal["sgd", "adamw"] = "sgd"
-    """Stochastic gradient descent with momentum, or AdamW (Loshchilov, Hutter 2019) with epsilon 1e-8."""
+    kind: str = "sgd"
+    """sgd, with momentum; adamw (Loshchilov, Hutter 2019) with epsilon 1e-8; or another: torch:NAME such as
+    torch:RMSprop, timm:NAME such as timm:lion, or a torch.optim.Optimizer of your own: file.py:Class or
+    package.module:Class."""
+    args: tuple[str, ...] = ()
+    """NAME=VALUE, such as betas=0.9,0.99: what such another optimizer is made with, beside its learning rate and weight
+    decay."""
     lr: Annotated[float, Range("a finite number > 0", gt=0)] = 0.1
     """Learning rate at the start."""
     momentum: Fading = 0.9
@@ -277,7 +283,8 @@ class OptimizerConfig(Checked, section="optimizer."):
     beta2: Fading = 0.999
     """How much of the mean of squared gradients AdamW keeps in a step."""
     weight_decay: Annotated[float, Range("a finite number >= 0", ge=0)] = 5e-4
-    """L2 penalty added to the gradient; AdamW takes this times the learning rate off the weights themselves."""
+    """L2 penalty added to the gradient; AdamW takes this times the learning rate off the weights themselves; optimizers
+    of others have their own rules."""
     nesterov: bool = False
     """Nesterov's momentum."""
     schedule: Literal["piecewise", "cosine", "linear", "one-cycle", "constant"] = "piecewise"
@@ -295,8 +302,18 @@ class OptimizerConfig(Checked, section="optimizer."):
     For fine-tuning: 0.65 to 0.9 are usual."""
 
     def _check(self) -> None:
-        plain = self.kind == "sgd" or not self.nesterov
-        self.require(plain, "nesterov", "false with --optimizer.kind adamw")
+        near = difflib.get_close_matches(self.kind, ("sgd", "adamw"), n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        known = "sgd, adamw, torch:NAME such as torch:Adam, timm:NAME, file.py:Class or package.module:Class"
+        self.require(optimizer_source(self.kind) is not None, "kind", known + meant)
+        self.require(self.kind != "adamw" or not self.nesterov, "nesterov", "false with --optimizer.kind adamw")
+        if self.by_name:
+            for name, default in (("momentum", 0.9), ("beta2", 0.999), ("nesterov", False)):
+                self.require_value(name, default, f"with --optimizer.kind {self.kind}, which takes --optimizer.args")
+        fits = self.by_name or not self.args
+        self.require(fits, "args", f"nothing with --optimizer.kind {self.kind}, which has flags of its own")
+        named = all(re.fullmatch(r"[^\W\d]\w*=.+", word) for word in self.args)
+        self.require(named and len(self.arguments) == len(self.args), "args", "NAME=VALUE, every name once")
         self.require(not self.nesterov or self.momentum > 0, "nesterov", "a momentum > 0 to go with it")
         rising = all(a < b for a, b in itertools.pairwise((0.0, *self.milestones)))
         fractions = max(self.milestones, default=1) <= 1
@@ -305,6 +322,16 @@ class OptimizerConfig(Checked, section="optimizer."):
         self.require(rising and (fractions or epochs), "milestones", expected)
         own = self.warmup == 0 or self.schedule != "one-cycle"
         self.require(own, "warmup", "0 with --optimizer.schedule one-cycle, which has its own")
+
+    @property
+    def by_name(self) -> bool:
+        """Whether it is one of torch, timm or the user, and not fused."""
+        return optimizer_source(self.kind) != "built-in"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """`args` by name, as Python's values."""
+        return {name: parse_value(text) for name, _, text in (word.partition("=") for word in self.args)}
 
     def milestone_epochs(self, epochs: int) -> list[int]:
         """How many epochs of a run of `epochs` come before each milestone: rates change as an epoch begins."""

@@ -16,13 +16,13 @@ _INSTALL = f"pip install 'awp-engine[timm]' torch=={torch.__version__.partition(
 _declared: list[Any] = []
 
 
-def import_timm() -> ModuleType:
-    """The package timm, with `timm.models` loaded.
+def import_timm(what: str = "--model.name: this model") -> ModuleType:
+    """The package timm, with `timm.models` loaded; `what` needs it, for messages.
 
     Raises:
         ConfigError: timm or torchvision is missing or broken, with the command that installs them.
     """
-    return _imported("timm")
+    return _imported("timm", what)
 
 
 def import_torchvision() -> ModuleType:
@@ -31,23 +31,21 @@ def import_torchvision() -> ModuleType:
     Raises:
         ConfigError: it is missing or broken, with the command that installs it.
     """
-    return _imported("torchvision")
+    return _imported("torchvision", "--model.name: this model")
 
 
-def _imported(package: str) -> ModuleType:
+def _imported(package: str, what: str) -> ModuleType:
     # timm imports torchvision
     for name in dict.fromkeys((package, "torchvision")):
         if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"--model.name: this model needs the package {name}, which is not installed: {_INSTALL}")
+            raise ConfigError(f"{what} needs the package {name}, which is not installed: {_INSTALL}")
     try:
         declare_operators()
         importlib.import_module(f"{package}.models")
         return importlib.import_module(package)
     except (ImportError, RuntimeError) as error:
         why = " ".join(str(error).split())
-        raise ConfigError(
-            f"--model.name: this model needs {package}, which cannot be imported ({why}): {_INSTALL}"
-        ) from None
+        raise ConfigError(f"{what} needs {package}, which cannot be imported ({why}): {_INSTALL}") from None
 
 
 def declare_operators() -> None:

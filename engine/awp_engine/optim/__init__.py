@@ -1,1 +1,1 @@
-"""What moves the weights: SGD and AdamW, their schedules, and averages of weights."""
+"""What moves the weights: SGD, AdamW and optimizers by name, their schedules, and averages of weights."""

@@ -104,7 +104,7 @@ class AdamW(WorkingGradients, Optimizer):
             for parameter in moved:
                 by_device.setdefault((parameter.device, parameter.dtype), []).append(parameter)
             for (device, _), parameters in by_device.items():
-                kept, scale = _kept_and_scale(device, grad_scale, found_inf, grad_norm, max_norm)
+                kept, scale = kept_and_scale(device, grad_scale, found_inf, grad_norm, max_norm)
                 self._step(group, parameters, [moved[p] for p in parameters], kept, scale)
         return loss
 
@@ -142,17 +142,30 @@ class AdamW(WorkingGradients, Optimizer):
                 grad_scale=scale,
                 found_inf=1 - kept,
             )
-        copied = [parameter for parameter in parameters if parameter in self.working]
-        if copied:
-            torch._foreach_copy_([self.working[p] for p in copied], copied)  # pyright: ignore[reportPrivateImportUsage]
-        averaged = [parameter for parameter in parameters if parameter in self.averages]
-        if averaged:
-            share = (torch.as_tensor(self.average_weight, device=kept.device) * kept).to(averaged[0].dtype)
-            for average, row in zip(local([self.averages[p] for p in averaged]), local(averaged), strict=True):
-                average.lerp_(row, share)
+        share = torch.as_tensor(self.average_weight, device=kept.device) * kept
+        write_along(parameters, self.working, self.averages, share)
 
 
-def _kept_and_scale(
+def write_along(
+    parameters: list[Tensor], working: Mapping[Tensor, Tensor], averages: Mapping[Tensor, Tensor], share: Tensor
+) -> None:
+    """Write parameters of one device and dtype into their working copies, rounded, and a share of them into averages.
+
+    Args:
+        parameters: as a step left them.
+        working: by parameter, its working copy, where it has one.
+        averages: by parameter, a tensor that follows it, likewise.
+        share: of the new weights in the averages, a scalar on the device.
+    """
+    copied = [parameter for parameter in parameters if parameter in working]
+    if copied:
+        torch._foreach_copy_([working[p] for p in copied], copied)  # pyright: ignore[reportPrivateImportUsage]
+    averaged = [parameter for parameter in parameters if parameter in averages]
+    for average, row in zip(local([averages[p] for p in averaged]), local(averaged), strict=True):
+        average.lerp_(row, share.to(row.dtype))
+
+
+def kept_and_scale(
     device: torch.device,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,

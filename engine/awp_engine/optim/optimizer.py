@@ -1,6 +1,6 @@
 """The optimizer that a configuration describes, and its state in a checkpoint."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TypeAlias
 
 import torch
@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from awp_engine.config import OptimizerConfig
 from awp_engine.optim.adamw import AdamW
+from awp_engine.optim.by_name import WrappedOptimizer, find_optimizer
 from awp_kernels import SGD
 
-Optimizer: TypeAlias = SGD | AdamW
+Optimizer: TypeAlias = SGD | AdamW | WrappedOptimizer
 
 _MOMENTUM, _ADAMW = "momentum_buffer", ("exp_avg", "exp_avg_sq", "step")
 
@@ -22,13 +23,16 @@ def build_optimizer(
     working: nn.Module | None = None,
     layers: Mapping[str, int] | None = None,
 ) -> Optimizer:
-    """SGD or AdamW over all parameters of `model`, in one or two launches a step for every learning rate.
+    """SGD or AdamW over all parameters of `model`, in one or two launches a step for every learning rate; or another.
 
     Args:
         model: its parameters are stepped.
         config: kind, rate, momentum and decay.
         working: a working copy of `model`, whose gradients are taken where it has any, and which gets the new weights.
         layers: the layer of every parameter, see `layer_numbers`, for rates by layer; None: all learn at one rate.
+
+    Raises:
+        ConfigError: as `find_optimizer`.
 
     Source: the rates by layer are those of Bao et al.: BEiT: BERT Pre-Training of Image Transformers, ICLR 2022.
     """
@@ -40,7 +44,7 @@ def build_optimizer(
     parts = []
     for layer in sorted(set(numbers.values())):
         scale = config.layer_decay ** (max(numbers.values()) - layer)
-        lr = torch.tensor(config.lr * scale, dtype=dtype, device=device)
+        lr = config.lr * scale if config.by_name else torch.tensor(config.lr * scale, dtype=dtype, device=device)
         own = [p for name, p in parameters.items() if numbers[name] == layer]
         # biases and normalisation weights are the parameters of one dimension
         groups = [[p for p in own if p.ndim > 1], [p for p in own if p.ndim <= 1]]
@@ -52,13 +56,20 @@ def build_optimizer(
         ]
     copies = {} if working is None else dict(working.named_parameters())
     copied = {p: copies[name] for name, p in parameters.items() if name in copies and copies[name] is not p}
+    if config.by_name:
+        return find_optimizer(config, device)(parts, copied)
     if config.kind == "adamw":
         return AdamW(parts, lr=config.lr, beta1=config.momentum, beta2=config.beta2, working=copied)
     return SGD(parts, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, working=copied)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by name, for a checkpoint: momentum by parameter, or `exp_avg.PARAMETER` and so on."""
+    """The optimizer's state by name, for a checkpoint.
+
+    SGD's momentum by parameter, AdamW's as `exp_avg.PARAMETER` and so on, others' as `WrappedOptimizer.tensors` gives.
+    """
+    if isinstance(optimizer, WrappedOptimizer):
+        return optimizer.tensors(dict(model.named_parameters()))
     tensors = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -67,13 +78,17 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
     return tensors
 
 
-def allocate_optimizer_tensors(model: nn.Module, optimizer: Optimizer, names: Iterable[str]) -> dict[str, Tensor]:
-    """Makes the state that `optimizer_tensors` had under these names, to be written into.
+def allocate_optimizer_tensors(
+    model: nn.Module, optimizer: Optimizer, saved: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Makes the state that `optimizer_tensors` has `saved`, to be written into.
 
     Raises:
         ValueError: a name that is not this optimizer's.
     """
-    parameters, wanted = dict(model.named_parameters()), set(names)
+    parameters, wanted = dict(model.named_parameters()), set(saved)
+    if isinstance(optimizer, WrappedOptimizer):
+        return optimizer.allocate(parameters, saved)
     for name, parameter in parameters.items():
         if isinstance(optimizer, AdamW):
             if any(f"{key}.{name}" in wanted for key in _ADAMW):

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from awp_engine.config import Config, ConfigError
-from awp_engine.config.model_names import is_code
+from awp_engine.config.model_names import is_code, optimizer_source
 from awp_engine.data import Dataset, class_weights, load_data, load_extra
 from awp_engine.files.digest import sha256_of
 from awp_engine.models import build_model
 from awp_engine.models.class_names import difference
 from awp_engine.models.user_code import load_code
 
-_FLAGS = {"model": "--model.name", "data": "--data.name", "method": "--method"}
+_FLAGS = {"model": "--model.name", "data": "--data.name", "method": "--method", "optimizer": "--optimizer.kind"}
 
 
 def fingerprints(config: Config, data: Dataset, extra: str | None) -> dict[str, Any]:
@@ -26,9 +26,12 @@ def fingerprints(config: Config, data: Dataset, extra: str | None) -> dict[str, 
 
 
 def code_digests(config: Config) -> dict[str, str]:
-    """SHA-256 of the user's own code, which is run, of "model", "data" and "method", as far as they are such."""
+    """SHA-256 of the user's own code, which is run: of "model", "data", "method", "optimizer", where they are such."""
     named = {"model": config.model.name, "data": config.data.name, "method": config.method}
-    return {part: load_code(name, _FLAGS[part])[1].sha256 for part, name in named.items() if is_code(name)}
+    own = {part: name for part, name in named.items() if is_code(name)}
+    if optimizer_source(config.optimizer.kind) == "code":
+        own["optimizer"] = config.optimizer.kind
+    return {part: load_code(name, _FLAGS[part])[1].sha256 for part, name in own.items()}
 
 
 def made_by(config: Config, before: Mapping[str, Any] | None) -> dict[str, str]:
@@ -55,7 +58,7 @@ def said(of: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def require_same_code(before: Mapping[str, Any], now: Mapping[str, str], config: Config) -> None:
-    """Refuses what was trained by other code of the model or the method; images have fingerprints.
+    """Refuses what was trained by other code of model, method or optimizer; images have fingerprints.
 
     Args:
         before: what a checkpoint or a report has said.
@@ -65,7 +68,8 @@ def require_same_code(before: Mapping[str, Any], now: Mapping[str, str], config:
     Raises:
         ConfigError: naming what differs.
     """
-    for part, name in {"model": config.model.name, "method": config.method}.items():
+    named = {"model": config.model.name, "method": config.method, "optimizer": config.optimizer.kind}
+    for part, name in named.items():
         if before.get(part, now.get(part)) != now.get(part):
             raise ConfigError(
                 f"--run-dir: {config.resolved_run_dir} was trained by other code of {_FLAGS[part]} {name}; restore "

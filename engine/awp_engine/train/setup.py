@@ -35,6 +35,7 @@ from awp_engine.models.trained import described
 from awp_engine.observe.throughput import forward_flops
 from awp_engine.observe.trackers import require_trackers
 from awp_engine.optim.average import WeightAverage
+from awp_engine.optim.by_name import find_optimizer
 from awp_engine.optim.optimizer import build_optimizer
 from awp_engine.step.awp_step import Ascent, AwpStep
 from awp_engine.step.cuda_graph import GraphedStep
@@ -262,6 +263,8 @@ class Setup:
         self.precision = choose_precision(config, self.device)
         self.sharded = config.distributed.strategy == "fsdp"
         require_ranks(config, ranks)
+        if config.optimizer.by_name:
+            find_optimizer(config.optimizer, self.device)
         speed = choose_speed(config, cuda=self.device.type == "cuda", ranks=ranks.world)
         self.messages: list[str] = [] if speed.message is None else [speed.message]
         self._load_data()

@@ -3,8 +3,6 @@
 Each becomes a function of model, images, labels, epsilon and norm, like an attack of the user's own.
 """
 
-import ast
-import contextlib
 import functools
 import importlib
 import inspect
@@ -19,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from awp_engine.config import parse_amount
-from awp_engine.config.schema import did_you_mean
+from awp_engine.config.schema import did_you_mean, parse_value
 
 Attack = Callable[..., Tensor]
 Arguments = Mapping[str, Any]
@@ -70,17 +67,8 @@ def find_attack(name: str) -> tuple[Attack, str] | None:
             f"{name}: {attacks[attack].__name__} takes no {wrong}; {did_you_mean(wrong, taken, 'its docs')}"
         )
     run = {"foolbox": _foolbox, "torchattacks": _torchattacks, "art": _art}[library]
-    arguments = {key: _value(text) for key, text in given.items()}
+    arguments = {key: parse_value(text) for key, text in given.items()}
     return functools.partial(run, attacks[attack], arguments), f"{package} {release}"
-
-
-def _value(text: str) -> Any:
-    with contextlib.suppress(ValueError, SyntaxError):
-        return ast.literal_eval(text)
-    # such as 2/255
-    with contextlib.suppress(ValueError):
-        return float(parse_amount(text))
-    return text
 
 
 def _with(attack: Any, offered: Arguments, arguments: Arguments) -> dict[str, Any]:

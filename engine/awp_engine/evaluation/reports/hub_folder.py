@@ -34,7 +34,7 @@ _DATA_SETS = {
 # of the description, what is about this machine
 _PRIVATE = frozenset({"code", "seal"})
 # settings whose type is text
-_MAY_BE_PATHS = {"model.name", "data.name", "data.class_weights", "method"}
+_MAY_BE_PATHS = {"model.name", "data.name", "data.class_weights", "method", "optimizer.kind"}
 _MANY_CLASSES = 20
 _LARGEST_PICTURE = 1 << 26
 

@@ -137,8 +137,23 @@ def _unexpected(argument: str) -> ConfigError:
     return ConfigError(f"{show(argument)}: unexpected argument; expected a flag (a preset goes first)")
 
 
+# what users of other programs type -> what it is called here
+_ELSEWHERE = {
+    **dict.fromkeys(("--batch", "--batch-size", "--bs"), "did you mean --global-batch-size?"),
+    **dict.fromkeys(("--data", "--dataset"), "did you mean --data.name?"),
+    **dict.fromkeys(("--data-dir", "--data-path"), "did you mean --data.root?"),
+    **dict.fromkeys(("--arch", "--model"), "did you mean --model.name?"),
+    **dict.fromkeys(("--out", "--output", "--output-dir", "--save-dir"), "did you mean --run-dir?"),
+    **dict.fromkeys(("--eps",), "did you mean --attack.epsilon?"),
+    **dict.fromkeys(("--learning-rate",), "did you mean --optimizer.lr?"),
+    **dict.fromkeys(("--awp-gamma", "--awp"), "did you mean --awp.gamma?"),
+    "--no-awp": "did you mean --awp.gamma 0?",
+    "--resume": "leave it out: the same command, with the same --run-dir, goes on with a run",
+}
+
+
 def _read_flags(argv: Sequence[str]) -> dict[str, Any]:
-    """Key -> value of every flag, `--config` among them; of a flag that is given twice the last value.
+    """Key -> value of every flag, `--config` among them.
 
     Raises:
         ConfigError: naming the flag.
@@ -159,7 +174,8 @@ def _read_flags(argv: Sequence[str]) -> dict[str, Any]:
     for name, values in words:
         key = on.get(name) or off.get(name)
         if key is None:
-            raise ConfigError(f"{name}: unknown flag; {did_you_mean(name, [*on, *off], '--help-all lists the flags')}")
+            hint = _ELSEWHERE.get(name) or did_you_mean(name, [*on, *off], "--help-all lists the flags")
+            raise ConfigError(f"{name}: unknown flag; {hint}")
         is_list = typing.get_origin(types[key]) is tuple
         if values and (types[key] is bool or name in off):
             raise ConfigError(f"{name}: takes no value, got {show(values[0])}; the flag with no- turns it off")

@@ -84,6 +84,13 @@ def test_many_settings_that_differ_are_listed_below(study: Path) -> None:
         "settings B: optimizer.lr 0.01, optimizer.momentum 0.8, optimizer.weight_decay 0, optimizer.schedule cosine"
         in told
     )
+    # what has a column of its own makes no other letter
+    write_finished(study / "other-awp", gamma=0.005, optimizer=other)
+    runs = [study / name for name in ("at-0", "awp-0", "other", "other-awp")]
+    assert [(row["gamma"], row["settings"]) for row in table(*runs)] == [
+        ("0", "A"), ("0.005", "A"), ("0", "B"), ("0.005", "B"),
+    ]  # fmt: skip
+    assert [notes(*runs).count(f"settings {letter}: ") for letter in "ABC"] == [1, 1, 0]
 
 
 def test_equal_amounts_are_one_setting(study: Path) -> None:

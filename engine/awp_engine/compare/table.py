@@ -251,15 +251,18 @@ def _settings(runs: Sequence[Run], notes: list[str]) -> list[Setting]:
     with_gamma = any(group[0].config.awp.enabled for group in groups)
     named = [key for key in _SHORT if differs(key) or (key == "awp.gamma" and with_gamma)]
     listed = others if len(others) > _MOST_COLUMNS else []
-    found = []
-    for letter, group, value in zip(_letters(), groups, values, strict=False):
+    found, letters, unused = [], {}, iter(_letters())
+    for group, value in zip(groups, values, strict=True):
         cells = {key: _shown(value[key])[: _DIGITS if key in _FACTS else None] for key in (*named, *others)}
         cells |= {key: "unknown" for key in _FILES.values() if key in cells and value[key] is None}
         columns: dict[str, Cell] = {"method": group[0].config.title}
         columns |= {_SHORT.get(key, key): text for key, text in cells.items() if key not in listed}
         if listed:
-            columns["settings"] = letter
-            notes.append(f"settings {letter}: " + ", ".join(f"{key} {cells[key]}" for key in listed))
+            text = ", ".join(f"{key} {cells[key]}" for key in listed)
+            if text not in letters:
+                letters[text] = next(unused)
+                notes.append(f"settings {letters[text]}: {text}")
+            columns["settings"] = letters[text]
         told = {name: text for name, text in columns.items() if name != "method"}
         # what the method's name says
         if not group[0].config.awp.enabled:

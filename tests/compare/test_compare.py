@@ -93,6 +93,18 @@ def test_many_settings_that_differ_are_listed_below(study: Path) -> None:
     assert [notes(*runs).count(f"settings {letter}: ") for letter in "ABC"] == [1, 1, 0]
 
 
+def test_what_a_method_brings_along_is_noted(study: Path) -> None:
+    brought = AttackConfig(bn_mode="eval", start="normal")
+    write_finished(study / "trades", method="trades", attack=brought)
+    (section,) = sections(study / "at-0", study / "trades")
+    assert [setting.label for setting in section.settings] == ["AT", "TRADES"]
+    assert "settings of TRADES: attack.bn_mode eval, attack.start normal" in section.tables[0].notes
+    # what tells runs of one method apart is a column
+    write_finished(study / "other", method="trades")
+    rows = table(study / "at-0", study / "trades", study / "other")
+    assert [row["attack.start"] for row in rows] == ["uniform", "normal", "uniform"]
+
+
 def test_equal_amounts_are_one_setting(study: Path) -> None:
     write_finished(study / "fraction", seed=7, attack=AttackConfig(epsilon="1/5"))
     assert len(table(study / "at-0", study / "fraction")) == 1

@@ -34,6 +34,8 @@ _FACTS = (*_TRAINING, *_FILES.values())
 # of a SHA-256
 _DIGITS = 12
 _SHORT = {"model.name": "model", "awp.gamma": "gamma"}
+# a method's own; where nothing but the method tells them apart they are noted, and are no columns
+_OF_METHODS = ("attack.bn_mode", "attack.start", "awp.warmup")
 _NUMBERS = {2: "two", 3: "three", 4: "four"}
 
 
@@ -248,6 +250,15 @@ def _settings(runs: Sequence[Run], notes: list[str]) -> list[Setting]:
 
     # the method's name says the first; the others have columns of their own
     others = [key for key in keys if key not in ("method", *_SHORT) and differs(key)]
+    titles = [group[0].config.title for group in groups]
+
+    def follows_method(key: str) -> bool:
+        return len({(title, value[key]) for title, value in zip(titles, values, strict=True)}) == len(set(titles))
+
+    own = [key for key in others if key in _OF_METHODS and follows_method(key)]
+    others = [key for key in others if key not in own]
+    for title, value in dict(zip(titles, values, strict=True)).items() if own else ():
+        notes.append(f"settings of {title}: " + ", ".join(f"{key} {_shown(value[key])}" for key in own))
     with_gamma = any(group[0].config.awp.enabled for group in groups)
     named = [key for key in _SHORT if differs(key) or (key == "awp.gamma" and with_gamma)]
     listed = others if len(others) > _MOST_COLUMNS else []

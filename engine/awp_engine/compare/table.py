@@ -370,6 +370,7 @@ def _results(title: str, settings: Sequence[Setting], notes: list[str]) -> Table
         if any(len(setting.finished) > 1 for setting in settings):
             said.append("± standard deviation over the seeds (n - 1)")
         said.append(f"one test image more or less is {_percent(1, results[0].test_images):.2g} points")
+        said.append("seconds: of all epochs, without the start of a run and its measurement of the test split")
     devices = sorted({result.device for result in results})
     if len(devices) > 1:
         said.append(f"seconds were taken on different devices: {', '.join(devices)}")

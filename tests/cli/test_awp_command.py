@@ -74,7 +74,7 @@ def test_without_a_command_the_usage_is_shown():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_missing_packages_are_named_in_one_line(command):
     done = awp(command, "--help", without=("scipy", "PIL"))
-    expected = f"awp {command}: error: not installed: pillow, scipy; pip install 'awp-engine[train]'\n"
+    expected = f"awp {command}: error: not installed: pillow, scipy; pip install pillow scipy\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
 
 

@@ -49,6 +49,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "predict.py") -> argpar
     """
     parser = OneLineParser(
         prog=prog,
+        example="runs/photos new-photos --out classes.csv",
         description="Classifies image files by a trained model. Images are read, cut and resized as those that it was "
         "trained on, by the config.json of its run.",
         epilog="Exit code 0: all files were classified; 1: some cannot be used, and are named with the reason; 2: none "

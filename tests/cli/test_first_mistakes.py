@@ -16,6 +16,7 @@ from awp_engine.cli.evaluate import parse as parse_evaluate
 from awp_engine.config import ConfigError
 from awp_engine.config.identity import require_same_run
 from awp_engine.config.model_names import in_file
+from awp_engine.evaluation.asked import AttacksAsked
 from awp_engine.evaluation.attacks.named import EvaluationError, parse_attack
 from awp_engine.evaluation.run import evaluate_checkpoint
 from awp_engine.evaluation.smoothing import Smoothing
@@ -74,6 +75,11 @@ def test_other_commands_say_it_too(
 def test_the_usual_short_name_of_autoattack_is_known() -> None:
     with pytest.raises(EvaluationError, match=r"^--attacks: did you mean autoattack\? expected"):
         parse_attack("aa")
+
+
+def test_one_attack_is_a_list_of_one() -> None:
+    with pytest.raises(EvaluationError, match=r"^--attacks: expected a list of names, such as \['clean'\], got text$"):
+        AttacksAsked(path=None, attacks="clean")
 
 
 def test_noise_in_255ths_is_not_certified_for_hours() -> None:

@@ -611,8 +611,9 @@ def test_more_shards_than_descriptors(tmp_path: Path) -> None:
         ),
         (
             lambda d: write_pair(d, 0, PIXELS[..., :2], LABELS),
-            r"\[9, 4, 5, 2\]; expected uint8 \[N, H, W, C\] or .* 1 or 3",
+            r"\[9, 4, 5, 2\]; expected uint8 \[N, H, W, C\] or .* 1 or 3 channels$",
         ),
+        (lambda d: write_pair(d, 0, PIXELS[..., 0], LABELS), r"make it by images\[..., None\]"),
         (lambda d: write_pair(d, 1, PIXELS, LABELS[:8]), r"labels-00001.npy: the array is int64 \[8\]; expected whole"),
         (lambda d: write_pair(d, 1, PIXELS, np.array([{}] * 9)), r"labels-00001.npy: the array holds Python objects"),
         (lambda d: os.mkfifo(d / "a.npz"), r"a.npz is not a file; expected a shard"),

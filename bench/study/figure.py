@@ -29,13 +29,15 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
         autoattack = [run["evaluation"]["autoattack"] for run in runs[method]]
         bars.bar(place, mean(autoattack), 0.6, color=colour)
         bars.plot([place] * len(autoattack), autoattack, "o", color="white", markeredgecolor="black")
-        bars.annotate(f"{mean(autoattack):.1%}", (place, max(autoattack) + 0.004), ha="center")
+        middle = (place, mean(autoattack) / 2)
+        bars.annotate(f"mean\n{mean(autoattack):.1%}", middle, ha="center", va="center", color="white")
     curves.set(xlabel="epoch", ylabel="accuracy", title="under PGD, mean of two seeds")
     curves.legend(frameon=False)
     bars.set(title="under AutoAttack", ylim=(0, 0.16))
     bars.set_xticks(range(len(METHODS)), [name for name, _ in METHODS.values()])
     for axes in (curves, bars):
         axes.grid(alpha=0.25, axis="y")
+        axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, 0))
     figure.savefig(path, dpi=140)

@@ -373,6 +373,11 @@ def test_any_arguments_give_a_configuration_or_one_line(argv: list[str]) -> None
     ("args", "message"),
     [
         (["--lr", "1"], "--lr: unknown flag; did you mean --optimizer.lr?"),
+        (["--batch_size", "32"], "--batch-size: unknown flag; did you mean --global-batch-size?"),
+        (["--run_dir", "a", "--run-dir", "b"], "--run-dir: the same flag as --run_dir; expected one of them"),
+        (["--attack.epsilon", "8", "/", "255"], "--attack.epsilon: write a fraction without spaces: 8/255"),
+        (["--no-awp"], "--no-awp: unknown flag; did you mean --awp.gamma 0?"),
+        (["--resume", "x"], "--resume: unknown flag; leave it out: the same command"),
         (["--attack.epsilom", "1"], "--attack.epsilom: unknown flag; did you mean --attack.epsilon?"),
         (["digts"], "preset: did you mean digits? there is no 'digts'; awp train --presets lists all "),
         (["--epochs"], "--epochs: expected a whole number, got nothing"),

@@ -3,25 +3,88 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from awp_engine.cli.command_line import parse_train
+from awp_engine.cli.command_line import _parse, parse_train
+from awp_engine.cli.compare import parse as parse_compare
+from awp_engine.cli.evaluate import parse as parse_evaluate
 from awp_engine.config import ConfigError
 from awp_engine.config.identity import require_same_run
+from awp_engine.config.model_names import in_file
+from awp_engine.evaluation.asked import AttacksAsked
+from awp_engine.evaluation.attacks.named import EvaluationError, parse_attack
 from awp_engine.evaluation.run import evaluate_checkpoint
+from awp_engine.evaluation.smoothing import Smoothing
 from awp_engine.observe.run_log import RunLog
 
 
 @pytest.mark.parametrize(
-    ("flags", "meant"), [(["--attack.epsilon", "8"], "8/255"), (["--model.name", "resnet18"], "resnet-18")]
+    ("flags", "meant"),
+    [
+        (["--attack.epsilon", "8"], "8/255"),
+        (["--model.name", "resnet18"], "resnet-18"),
+        (["--data.name", "cifar-10"], "cifar10"),
+        (["--method", "TRADES"], "trades"),
+        (["--method", "at-awp"], "--awp.gamma"),
+        (["--attack.norm", "L2"], "l2"),
+    ],
 )
 def test_what_was_meant_is_said(flags: list[str], meant: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_train(flags)
-    assert f"did you mean {meant}?" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"did you mean {meant}?" in error
+    # before all that could be given
+    assert error.index("did you mean") < 60 or meant == "8/255"
+
+
+@pytest.mark.parametrize("flag", ["--model.name", "--method", "--data.name"])
+def test_a_file_without_a_name_in_it_is_told_which_names_it_has(flag: str, tmp_path: Path) -> None:
+    file = tmp_path / "net.py"
+    file.write_text("import torch\nclass Net: ...\ndef _helper(): ...\ndef make(classes): ...\n")
+    with pytest.raises(ConfigError, match=re.escape(f"did you mean {file}:Net or {file}:make? expected")):
+        _parse([flag, str(file)], "awp train")
+    with pytest.raises(EvaluationError, match=re.escape(f"did you mean {file}:Net or {file}:make? expected")):
+        parse_attack(str(file))
+    file.write_text("not Python")
+    assert in_file(str(file)) == in_file(str(tmp_path)) == in_file("net") == ""
+
+
+@pytest.mark.parametrize(
+    ("parse", "arguments", "told"),
+    [
+        (parse_compare, ["runs", "--format", "tex"], "did you mean text or latex?\n"),
+        (parse_evaluate, ["run", "--norm", "L2"], "did you mean l2?\n"),
+        (parse_evaluate, ["run", "clean", "pgd20"], "did you mean --attacks clean pgd20?\n"),
+        (parse_evaluate, ["run", "--epsilon", "8", "/", "255"], "write a fraction without spaces: 8/255\n"),
+    ],
+)
+def test_other_commands_say_it_too(
+    parse: Callable[[list[str]], object], arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(arguments)
+    assert capsys.readouterr().err.endswith(told)
+
+
+def test_the_usual_short_name_of_autoattack_is_known() -> None:
+    with pytest.raises(EvaluationError, match=r"^--attacks: did you mean autoattack\? expected"):
+        parse_attack("aa")
+
+
+def test_one_attack_is_a_list_of_one() -> None:
+    with pytest.raises(EvaluationError, match=r"^--attacks: expected a list of names, such as \['clean'\], got text$"):
+        AttacksAsked(path=None, attacks="clean")
+
+
+def test_noise_in_255ths_is_not_certified_for_hours() -> None:
+    with pytest.raises(ValueError, match=r"^sigma: did you mean 25/255, 0.098\? expected"):
+        Smoothing(sigma=25.0)
 
 
 def test_another_model_in_the_same_directory_is_named_before_its_epochs() -> None:

@@ -84,6 +84,25 @@ def test_many_settings_that_differ_are_listed_below(study: Path) -> None:
         "settings B: optimizer.lr 0.01, optimizer.momentum 0.8, optimizer.weight_decay 0, optimizer.schedule cosine"
         in told
     )
+    # what has a column of its own makes no other letter
+    write_finished(study / "other-awp", gamma=0.005, optimizer=other)
+    runs = [study / name for name in ("at-0", "awp-0", "other", "other-awp")]
+    assert [(row["gamma"], row["settings"]) for row in table(*runs)] == [
+        ("0", "A"), ("0.005", "A"), ("0", "B"), ("0.005", "B"),
+    ]  # fmt: skip
+    assert [notes(*runs).count(f"settings {letter}: ") for letter in "ABC"] == [1, 1, 0]
+
+
+def test_what_a_method_brings_along_is_noted(study: Path) -> None:
+    brought = AttackConfig(bn_mode="eval", start="normal")
+    write_finished(study / "trades", method="trades", attack=brought)
+    (section,) = sections(study / "at-0", study / "trades")
+    assert [setting.label for setting in section.settings] == ["AT", "TRADES"]
+    assert "settings of TRADES: attack.bn_mode eval, attack.start normal" in section.tables[0].notes
+    # what tells runs of one method apart is a column
+    write_finished(study / "other", method="trades")
+    rows = table(study / "at-0", study / "trades", study / "other")
+    assert [row["attack.start"] for row in rows] == ["uniform", "normal", "uniform"]
 
 
 def test_equal_amounts_are_one_setting(study: Path) -> None:
@@ -430,6 +449,11 @@ def test_formats_hold_the_same_numbers(study: Path) -> None:
     rows = list(csv.DictReader(io.StringIO(formatted(found, "csv", []))))
     (row,) = [row for row in rows if row["method"] == "AT" and row["measure"] == "PGD-20"]
     assert (float(row["mean"]), float(row["deviation"]), row["runs"]) == (51, pytest.approx(2**0.5), "2")
+    # a third of 43.5 is no 14.499999999999998
+    write_finished(study / "third", robust=0.435 / 3, last=0.4)
+    text = formatted(sections(study / "third"), "csv", [])
+    assert ",14.5," in text
+    assert "99999" not in text
     document = json.loads(formatted(found, "json", ["x"]))
     cell = document["sections"][0]["tables"][0]["rows"][0]["PGD-20"]
     assert (cell["mean"], cell["values"]) == (51, [50, 52])
@@ -482,6 +506,12 @@ def test_the_command_writes_the_same_files_every_time(study: Path, monkeypatch, 
     # its four panels lie within
     assert page.count("data:image/png;base64,") == 4
     assert "http" not in page.replace("http-equiv", "")
+
+
+def test_a_file_is_no_directory_for_what_is_written(study: Path, monkeypatch, capsys) -> None:
+    (study / "file").write_text("mine")
+    assert run_command("compare", monkeypatch, study / "at-0", "--output", study / "file") == 2
+    assert f"--output: {study / 'file'} is a file; expected a directory" in capsys.readouterr().err
 
 
 def test_the_command_needs_no_torch(study: Path) -> None:

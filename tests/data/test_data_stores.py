@@ -611,8 +611,9 @@ def test_more_shards_than_descriptors(tmp_path: Path) -> None:
         ),
         (
             lambda d: write_pair(d, 0, PIXELS[..., :2], LABELS),
-            r"\[9, 4, 5, 2\]; expected uint8 \[N, H, W, C\] or .* 1 or 3",
+            r"\[9, 4, 5, 2\]; expected uint8 \[N, H, W, C\] or .* 1 or 3 channels$",
         ),
+        (lambda d: write_pair(d, 0, PIXELS[..., 0], LABELS), r"make it by images\[..., None\]"),
         (lambda d: write_pair(d, 1, PIXELS, LABELS[:8]), r"labels-00001.npy: the array is int64 \[8\]; expected whole"),
         (lambda d: write_pair(d, 1, PIXELS, np.array([{}] * 9)), r"labels-00001.npy: the array holds Python objects"),
         (lambda d: os.mkfifo(d / "a.npz"), r"a.npz is not a file; expected a shard"),
@@ -1009,11 +1010,9 @@ def test_rows_without_bytes_or_labels_and_columns_of_other_types(tmp_path: Path)
         HuggingFaceImages(part)
 
 
-def test_without_the_package_its_extra_is_named(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_it_is_named(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)  # what Python raises ImportError for
-    with pytest.raises(
-        DataError, match=r"datasets, which is not here .*; pip install 'awp-engine\[huggingface\]'"
-    ) as raised:
+    with pytest.raises(DataError, match=r"datasets, which is not here .*; pip install datasets$") as raised:
         open_source("huggingface", table)
     one_line(raised)
 

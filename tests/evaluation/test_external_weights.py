@@ -332,7 +332,7 @@ def test_what_the_hub_cannot_give_is_one_line(run: Path, tmp_path: Path, monkeyp
     given = {"epsilon": "1/5", "norm": "linf", "attacks": ["clean"], "gates_limit": None, "data_name": "digits"}
     assert evaluate_checkpoint(None, external=external, **given).output == Path("model-evaluation")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(CheckpointError, match=r"not installed: pip install 'awp-engine\[hub\]'"):
+    with pytest.raises(CheckpointError, match=r"not installed: pip install huggingface_hub"):
         hub.fetched("hf://me/bare")
 
 

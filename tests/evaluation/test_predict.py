@@ -159,6 +159,20 @@ def test_files_that_cannot_be_used_are_named_and_the_rest_is_written(digits_run,
     assert "note: the model was trained on images of 8x8, and may be wrong at 9x9" in capsys.readouterr().out
 
 
+def test_what_is_not_there_or_all_alike_costs_one_line(digits_run, grey, tmp_path, capsys, monkeypatch):
+    large = tmp_path / "large"
+    large.mkdir()
+    for number in range(20):
+        picture(number, (9, 7)).convert("L").save(large / f"{number:02}.png")
+    assert awp(monkeypatch, digits_run, grey / "1.PNG", grey / "none.png", large) == 1
+    out, err = capsys.readouterr()
+    assert "1 of 22 files classified" in out
+    missing, wrong = err.splitlines()
+    assert missing.startswith(f"predict.py: not classified: {grey}/none.png ")
+    assert wrong.startswith(f"predict.py: not classified: {large}/00.png is 9x7; expected 8x8")
+    assert wrong.endswith("; likewise 19 more files, --out FILE names them")
+
+
 def test_grey_is_not_made_colour_where_training_did_not(tmp_path):
     root = tmp_path / "data"
     write_images(root, 9)

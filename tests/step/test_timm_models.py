@@ -264,9 +264,7 @@ def test_state_dicts_load_with_and_without_the_prefix():
 @pytest.mark.parametrize("missing", ["timm", "torchvision"])
 def test_a_missing_package_is_named_with_the_command(missing, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(
-        ConfigError, match=f"package {missing}, which is not installed: pip install 'awp-engine"
-    ) as raised:
+    with pytest.raises(ConfigError, match=f"package {missing}, which is not installed: pip install timm ") as raised:
         build_model("resnet-50", 10, MEAN, STD)
     # without it pip would take the newest torchvision, and the torch that this one was built for
     assert str(raised.value).endswith(f"torch=={torch.__version__.partition('+')[0]}")

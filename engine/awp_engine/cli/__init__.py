@@ -50,7 +50,7 @@ def run(command: str, prog: str) -> None:
     if missing:
         from awp_engine.cli.command_line import fail
 
-        fail(f"not installed: {', '.join(missing)}; pip install 'awp-engine[train]'", prog=prog, once=True)
+        fail(f"not installed: {', '.join(missing)}; pip install {' '.join(missing)}", prog=prog, once=True)
     raise SystemExit(importlib.import_module(f"awp_engine.cli.{command}").main(prog=prog))
 
 

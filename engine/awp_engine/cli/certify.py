@@ -25,6 +25,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "certify.py") -> argpar
     """
     parser = OneLineParser(
         prog=prog,
+        example="runs/cifar --sigma 0.25 --limit 10",
         description="Certifies a trained model on the test split by randomised smoothing (Cohen, Rosenfeld, Kolter, "
         "2019): the class that the network answers most often for an image plus Gaussian noise, and the radius in L2 "
         "within which that answer cannot change.",

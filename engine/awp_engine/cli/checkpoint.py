@@ -164,11 +164,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "awp checkpoint") -> int
         "export": "write weights as plain safetensors, by the model's names (of a run: from its latest sound one)",
     }
     for name, text in helps.items():
-        command = commands.add_parser(name, help=text, description=text)
+        example = f"runs/cifar{' weights.safetensors' if name == 'export' else ''}"
+        command = commands.add_parser(name, help=text, description=text, example=example)
         command.add_argument("place", type=Path, metavar="DIR", help="run directory, its checkpoints or one of them")
         if name == "export":
             command.add_argument("output", type=Path, metavar="OUT.safetensors", help="the file to write")
-            command.add_argument("--weights", choices=("best_model", "model", "average"), default="best_model")
+            text = "of the best epoch, of the latest, or their average (default: best_model)"
+            which = ("best_model", "model", "average")
+            command.add_argument("--weights", choices=which, default="best_model", help=text)
     arguments = parser.parse_args(argv)
     if arguments.command == "export" and arguments.output.suffix != ".safetensors":
         parser.error(f"OUT.safetensors: expected a name that ends so, got {str(arguments.output)!r}")

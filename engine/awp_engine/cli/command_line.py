@@ -18,7 +18,7 @@ from awp_engine.config.data_sets import is_given, is_own
 from awp_engine.config.identity import from_flat, key_types, load_settings, to_flat
 from awp_engine.config.model_names import is_code, optimizer_source, source_of
 from awp_engine.config.presets import DEFAULT, PRESETS, build_preset
-from awp_engine.config.schema import Word, coerce, did_you_mean, fields, help_texts, is_switch
+from awp_engine.config.schema import Word, coerce, did_you_mean, fields, help_texts, is_switch, nearest
 from awp_engine.files.text import one_line
 
 
@@ -68,6 +68,9 @@ def other_command(prog: str, name: str, *arguments: object) -> str:
     return shlex.join([*start, *map(str, arguments)])
 
 
+_FRACTION = "write a fraction without spaces: 8/255"
+
+
 class _Help(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> None:
         assert isinstance(parser, OneLineParser)
@@ -80,27 +83,32 @@ class OneLineParser(argparse.ArgumentParser):
 
     Args:
         common: names (`dest`) of the arguments that --help shows; None: all of them.
+        example: arguments of a command line, which --help shows.
+        loose: the flag that words without one are likely meant for.
         arguments: of `ArgumentParser`.
     """
 
-    def __init__(self, *, common: Sequence[str] | None = None, **arguments: Any) -> None:
+    def __init__(
+        self, *, common: Sequence[str] | None = None, example: str = "", loose: str = "", **arguments: Any
+    ) -> None:
         super().__init__(**arguments, allow_abbrev=False, add_help=False)
-        self._common = common
+        self._common, self._example, self._loose = common, example, loose
         add = functools.partial(self.add_argument, action=_Help, nargs=0, default=argparse.SUPPRESS)
         add("-h", "--help", help="the most used flags" if common else "this text")
         add("--help-all", help="every flag" if common else argparse.SUPPRESS)
 
     def _hidden(self) -> list[argparse.Action]:
-        shown = None if self._common is None else {"help", "help_all", *self._common}
+        shown = None if self._common is None else {"help", *self._common}
         known = [action for action in self._actions if action.help != argparse.SUPPRESS]
-        return [] if shown is None else [action for action in known if action.dest not in shown]
+        hidden = [] if shown is None else [action for action in known if action.dest not in shown]
+        return [] if [action.dest for action in hidden] == ["help_all"] else hidden
 
     def short_help(self) -> str:
         """What --help shows: the common arguments, in few lines."""
         # all of argparse's own take it
         formatter = self.formatter_class(prog=self.prog, max_help_position=30)  # pyright: ignore[reportCallIssue]
         given = [action for action in self._actions if not action.option_strings]
-        more = {"+": " ...", argparse.PARSER: " ..."}
+        more = {"+": " ...", "*": " ...", argparse.PARSER: " ..."}
         named = [f"{action.metavar or action.dest}{more.get(str(action.nargs), '')}" for action in given]
         formatter.add_usage(self.usage or " ".join(["%(prog)s", *named, "[flags]"]), [], [])
         formatter.add_text(self.description)
@@ -110,11 +118,12 @@ class OneLineParser(argparse.ArgumentParser):
             formatter.start_section(title or None)
             formatter.add_arguments(group)
             formatter.end_section()
-        if hidden:
-            formatter.add_text(f"{self.prog} --help-all explains {len(hidden)} more flags.")
-        else:
+        if not hidden:
             formatter.add_text(self.epilog)
-        return formatter.format_help()
+        # --help-all is one of them
+        last = [f"{self.prog} --help-all explains {len(hidden) - 1} more flags."] if hidden else []
+        last += [f"example: {self.prog} {self._example}"] if self._example else []
+        return "\n".join([formatter.format_help(), *last, ""]) if last else formatter.format_help()
 
     def error(self, message: str) -> NoReturn:
         """Ends the program as `fail` does."""
@@ -123,8 +132,22 @@ class OneLineParser(argparse.ArgumentParser):
             flag, shown = given.split()[0], [action for action in self._actions if action.help != argparse.SUPPRESS]
             known = [name for action in shown for name in action.option_strings]
             longer = next((name for name in known if name.startswith(flag)), None)
-            hint = f"did you mean {longer}?" if longer else did_you_mean(flag, known, hint)
+            if flag == "/":
+                hint = _FRACTION
+            elif self._loose and not flag.startswith("-"):
+                hint = f"did you mean {self._loose} {given}?"
+            else:
+                hint = f"did you mean {longer}?" if longer else did_you_mean(flag, known, hint)
+        elif message.endswith("?"):
+            fail(message, prog=self.prog, once=True)
         fail(f"{message}; {hint}", prog=self.prog, once=True)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            near = nearest(str(value), map(str, action.choices or ()))
+            raise argparse.ArgumentError(action, error.message + (near and f"; {near}")) from None
 
 
 def _off(name: str) -> str:
@@ -137,6 +160,21 @@ def _unexpected(argument: str) -> ConfigError:
     return ConfigError(f"{show(argument)}: unexpected argument; expected a flag (a preset goes first)")
 
 
+# what users of other programs type -> what it is called here
+_ELSEWHERE = {
+    **dict.fromkeys(("--batch", "--batch-size", "--bs"), "did you mean --global-batch-size?"),
+    **dict.fromkeys(("--data", "--dataset"), "did you mean --data.name?"),
+    **dict.fromkeys(("--data-dir", "--data-path"), "did you mean --data.root?"),
+    **dict.fromkeys(("--arch", "--model"), "did you mean --model.name?"),
+    **dict.fromkeys(("--out", "--output", "--output-dir", "--save-dir"), "did you mean --run-dir?"),
+    **dict.fromkeys(("--eps",), "did you mean --attack.epsilon?"),
+    **dict.fromkeys(("--learning-rate",), "did you mean --optimizer.lr?"),
+    **dict.fromkeys(("--awp-gamma", "--awp"), "did you mean --awp.gamma?"),
+    "--no-awp": "did you mean --awp.gamma 0?",
+    "--resume": "leave it out: the same command, with the same --run-dir, goes on with a run",
+}
+
+
 def _read_flags(argv: Sequence[str]) -> dict[str, Any]:
     """Key -> value of every flag, `--config` among them; of a flag that is given twice the last value.
 
@@ -147,10 +185,15 @@ def _read_flags(argv: Sequence[str]) -> dict[str, Any]:
     on = {flag(key): key for key in types} | {"--limit": "evaluation.test_limit"}
     off = {_off(name): key for name, key in on.items() if is_switch(types[key])}
     words: list[tuple[str, list[str]]] = []
+    spelt: dict[str, str] = {}
     for token in argv:
         if token.startswith("--"):
-            name, equals, value = token.partition("=")
-            words.append((name.replace("_", "-"), [value] if equals else []))
+            written, equals, value = token.partition("=")
+            name = written.replace("_", "-")
+            # a script may set a flag anew, but nobody writes it in two ways on purpose
+            if (before := spelt.setdefault(name, written)) != written:
+                raise ConfigError(f"{written}: the same flag as {before}; expected one of them")
+            words.append((name, [value] if equals else []))
         elif words:
             words[-1][1].append(token)
         else:
@@ -159,12 +202,13 @@ def _read_flags(argv: Sequence[str]) -> dict[str, Any]:
     for name, values in words:
         key = on.get(name) or off.get(name)
         if key is None:
-            raise ConfigError(f"{name}: unknown flag; {did_you_mean(name, [*on, *off], '--help-all lists the flags')}")
+            hint = _ELSEWHERE.get(name) or did_you_mean(name, [*on, *off], "--help-all lists the flags")
+            raise ConfigError(f"{name}: unknown flag; {hint}")
         is_list = typing.get_origin(types[key]) is tuple
         if values and (types[key] is bool or name in off):
             raise ConfigError(f"{name}: takes no value, got {show(values[0])}; the flag with no- turns it off")
         if len(values) > 1 and not is_list:
-            raise _unexpected(values[1])
+            raise ConfigError(f"{name}: {_FRACTION}") if values[1] == "/" else _unexpected(values[1])
         if is_switch(types[key]) and not values:
             given[key] = name in on
         elif values or is_list:
@@ -189,11 +233,15 @@ _COMMON = {
     "model.name": ("NAME", "or timm:NAME, net.py:make"),
     "run_dir": ("DIR", "for results; a run there goes on"),
     "epochs": ("N", "passes over the training images"),
+    "global_batch_size": ("N", "images a step, over all GPUs"),
+    "optimizer.lr": ("X", "learning rate"),
     "method": ("NAME", "loss: at, trades, mart or rst"),
     "awp.gamma": ("X", "size of weight perturbation; 0 turns it off"),
     "attack.norm": ("NAME", "norm of the attack: linf or l2"),
     "attack.epsilon": ("X", "radius of the attack, exact: 8/255 or 0.2"),
+    "attack.step_size": ("X", "length of its steps, exact"),
     "attack.steps": ("N", "steps of the attack"),
+    "device": ("NAME", "auto, cpu, cuda, ..."),
     "seed": ("N", "of weights, order and noise"),
     "log": ("NAME ...", "also wandb, mlflow, trackio; or none"),
 }
@@ -209,13 +257,12 @@ def _short_help(default: Config, prog: str) -> str:
     rows = [(f"{flag(key)} {name}", f"{text} ({_shown(values[key])})") for key, (name, text) in _COMMON.items()]
     rows += [
         ("--config FILE", "settings from .yaml or .json, say a run's config.json"),
-        ("--presets", "list the presets: data, model and method of a paper"),
-        ("--help-all", f"explain all {len(key_types())} flags"),
+        ("--presets, --help-all", f"list the presets; explain all {len(key_types())} flags"),
     ]
     lines = [f"  {name:<22}  {text}" for name, text in rows]
     preset = f"PRESET sets everything as in a paper; none means {DEFAULT}. Flags go on top of it."
-    again = "The same command again goes on where the run was stopped."
-    return "\n".join([f"usage: {_usage(prog)}", "", _DOES, again, preset, "", *lines, ""])
+    example = f"example: {prog} cifar10-preact-resnet18-at-awp --data.root DIR"
+    return "\n".join([f"usage: {_usage(prog)}", "", _DOES, preset, "", *lines, example, ""])
 
 
 def _preset_list() -> str:
@@ -233,6 +280,9 @@ def _help(default: Config, prog: str) -> str:
     )
     text = "Settings from a .yaml file, or a .json file such as a run's config.json; the preset has the others."
     parser.add_argument("--config", metavar="FILE", help=f"{text} Flags go on top.")
+    parser.add_argument("--limit", metavar="INT", help="Short for --evaluation.test-limit.")
+    parser.add_argument("--presets", action="store_true", help="List the presets.")
+    parser.add_argument("--help-all", action="store_true", help="This text; --help has the most used flags.")
     names = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
     inner = [getattr(default, name) for name, (hint, _) in fields(Config).items() if dataclasses.is_dataclass(hint)]
     for group in (default, *inner):

@@ -25,6 +25,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "compare.py") -> argpar
     """
     parser = OneLineParser(
         prog=prog,
+        example="runs/at-* runs/awp-* --output compared",
         description="Shows runs side by side: a table of their accuracies, of their evaluations, and, where there are "
         "two settings, of the second minus the first. Runs that differ in their seed alone are one row, with mean and "
         "standard deviation. Evaluations of other people's weights stand beside them, a row each. What was measured on "

@@ -145,8 +145,9 @@ def _parser(prog: str) -> OneLineParser:
         "verify": "compare shards with their manifest; exit code 1 if one is damaged",
     }
     workers = os.process_cpu_count() if sys.version_info >= (3, 13) else os.cpu_count()
+    examples = {"scan": "photos", "pack": "photos --out shards", "verify": "shards"}
     for name, text in texts.items():
-        command = commands.add_parser(name, help=text, description=text)
+        command = commands.add_parser(name, help=text, description=text, example=examples[name])
         place = "the shards" if name == "verify" else "image folder with train/<class>/ and test/<class>/ (or val)"
         command.add_argument("place", type=Path, metavar="OUT" if name == "verify" else "DIR", help=place)
         if name != "verify":
@@ -158,7 +159,9 @@ def _parser(prog: str) -> OneLineParser:
             command.add_argument("--same-size", action="store_true", help="list images of another size than most")
         if name == "pack":
             command.add_argument("--out", type=Path, required=True, metavar="OUT", help="a new or empty directory")
-            command.add_argument("--format", choices=("tar", "npy"), default="tar", help="WebDataset tars or arrays")
+            command.add_argument(
+                "--format", choices=("tar", "npy"), default="tar", help="WebDataset tars or arrays (default: tar)"
+            )
             command.add_argument(
                 "--shard-bytes", type=_size, default=256 * 2**20, metavar="N", help="such as 1G (default: 256M)"
             )
@@ -166,7 +169,7 @@ def _parser(prog: str) -> OneLineParser:
                 "--bad-files", choices=("refuse", "skip"), default="refuse", help="what a scan listed (default: refuse)"
             )
     text = "download a public data set, compare it with the published MD5, and unpack it"
-    command = commands.add_parser("get", help=text, description=text)
+    command = commands.add_parser("get", help=text, description=text, example="cifar10 data")
     command.add_argument("name", choices=PUBLIC, metavar="NAME", help=", ".join(PUBLIC))
     command.add_argument("place", type=Path, metavar="DIR", help="where to put it; made if it is missing")
     command.add_argument("--mirror", metavar="URL", help="address of a directory that has the same files")

@@ -69,6 +69,8 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
     """
     parser = OneLineParser(
         prog=prog,
+        loose="--attacks",
+        example="runs/cifar --attacks clean pgd100 autoattack",
         description="Measures a trained model on the test split, under attack: clean, fgsm, pgd20, cw, autoattack and "
         "others. What is not given is the run's own.",
         epilog="attacks: clean; fgsm; pgdN, PGD of N steps on cross-entropy; cwN, PGD of N steps on the margin of "

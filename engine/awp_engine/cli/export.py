@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "awp export") -> None:
     """
     parser = OneLineParser(
         prog=prog,
+        example="runs/cifar --onnx model.onnx",
         description="Writes a trained model for others. `awp checkpoint export` writes other weights of a checkpoint.",
         common=("path", "checkpoint", "hub", "state_dict", "onnx", "model_name", "model_weights"),
     )

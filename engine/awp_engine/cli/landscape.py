@@ -39,6 +39,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "landscape.py") -> argp
     """The arguments; ends the program with one line for what is wrong with them."""
     parser = OneLineParser(
         prog=prog,
+        example="runs/at runs/awp --mode 1d,flatness --limit 200",
         description="Draws the robust loss around trained weights and measures its flatness.",
         epilog=__doc__ and __doc__.partition("\n\n")[2],
         formatter_class=Defaults,

@@ -26,7 +26,7 @@ from awp_engine.files.text import json_text, printable
 if TYPE_CHECKING:
     from awp_engine.evaluation.predict import Prediction
 
-# of files that cannot be used, by name where all of them stand in the output
+# of reasons why files cannot be used
 _SHOWN = 10
 
 
@@ -49,6 +49,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "predict.py") -> argpar
     """
     parser = OneLineParser(
         prog=prog,
+        example="runs/photos new-photos --out classes.csv",
         description="Classifies image files by a trained model. Images are read, cut and resized as those that it was "
         "trained on, by the config.json of its run.",
         epilog="Exit code 0: all files were classified; 1: some cannot be used, and are named with the reason; 2: none "
@@ -146,17 +147,28 @@ def _predict(arguments: argparse.Namespace, prog: str) -> "list[Prediction]":
         atomic_write_text(arguments.out, text)
     elif rows := _rows([prediction for prediction in found if not prediction.error], names, arguments.top):
         print_table([{key: text for key, text in row.items() if key != "error"} for row in rows])
-    wrong = [prediction.error for prediction in found if prediction.error]
+    wrong = [prediction for prediction in found if prediction.error]
     print(f"{len(found) - len(wrong):,} of {len(found):,} files classified; {intake.words}")
     if arguments.out is not None:
         print(f"wrote {printable(str(arguments.out))}")
     sys.stdout.flush()
-    shown = wrong if arguments.out is None else wrong[:_SHOWN]
-    for error in shown:
-        print(f"{prog}: not classified: {printable(error)}", file=sys.stderr)
-    if len(shown) < len(wrong):
-        print(f"{prog}: not classified: {len(wrong) - len(shown):,} more, in {arguments.out}", file=sys.stderr)
+    where = "--out FILE names them" if arguments.out is None else f"in {arguments.out}"
+    for line in _complaints(wrong, where):
+        print(f"{prog}: not classified: {printable(line)}", file=sys.stderr)
     return found
+
+
+def _complaints(wrong: "Sequence[Prediction]", where: str) -> list[str]:
+    """A line for every reason, with the first file and the number of the others; `where` those are named."""
+    alike: dict[str, list[str]] = {}
+    for prediction in wrong:
+        alike.setdefault(prediction.error.removeprefix(prediction.file), []).append(prediction.error)
+    lines = [
+        first + (f"; likewise {len(others):,} more files, {where}" if others else "")
+        for first, *others in alike.values()
+    ]
+    left = sum(map(len, list(alike.values())[_SHOWN:]))
+    return lines[:_SHOWN] + ([f"{left:,} more, {where}"] if left else [])
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "predict.py") -> None:

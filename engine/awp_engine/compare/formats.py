@@ -93,6 +93,11 @@ def _csv_text(text: str) -> str | None:
     return None if text == NONE else f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t") else text
 
 
+def _number(value: float | None) -> float | None:
+    """Without the last digits, which are rounding errors: 14.5, not 14.499999999999998."""
+    return None if value is None else round(value, 10)
+
+
 def _csv(tables: Sequence[Table]) -> str:
     """A row for every number of every table."""
     rows = []
@@ -102,7 +107,8 @@ def _csv(tables: Sequence[Table]) -> str:
             for name, cell in row.items():
                 if isinstance(cell, Statistic):
                     measure = name if row.get("") is None else f"{name}, {row['']}"
-                    spread = {"mean": cell.mean, cell.spread_name: cell.spread, "runs": len(cell.values)}
+                    spread = {"mean": _number(cell.mean), cell.spread_name: _number(cell.spread)}
+                    spread["runs"] = len(cell.values)
                     rows.append({"table": table.title, **texts, "measure": measure, **spread})
     names = dict.fromkeys(name for row in rows for name in row)
     last = ("measure", "mean", "deviation", "standard error", "runs")

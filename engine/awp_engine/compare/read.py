@@ -39,7 +39,7 @@ class Result:
         last_robust: under PGD, of the last epoch's weights.
         last_train: the same on training images.
         epoch: the selected one.
-        seconds: of training.
+        seconds: of all epochs, with their measurements on held-out images.
         test_images: how many were measured.
         test_sha256: of those images; None in reports of earlier versions.
         training: fingerprints of the training images and of the further ones.

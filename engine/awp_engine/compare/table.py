@@ -35,6 +35,8 @@ _FACTS = (*_TRAINING, *_FILES.values())
 # of a SHA-256
 _DIGITS = 12
 _SHORT = {"model.name": "model", "awp.gamma": "gamma"}
+# a method's own; where nothing but the method tells them apart they are noted, and are no columns
+_OF_METHODS = ("attack.bn_mode", "attack.start", "awp.warmup")
 _NUMBERS = {2: "two", 3: "three", 4: "four"}
 
 
@@ -249,18 +251,30 @@ def _settings(runs: Sequence[Run], notes: list[str]) -> list[Setting]:
 
     # the method's name says the first; the others have columns of their own
     others = [key for key in keys if key not in ("method", *_SHORT) and differs(key)]
+    titles = [group[0].config.title for group in groups]
+
+    def follows_method(key: str) -> bool:
+        return len({(title, value[key]) for title, value in zip(titles, values, strict=True)}) == len(set(titles))
+
+    own = [key for key in others if key in _OF_METHODS and follows_method(key)]
+    others = [key for key in others if key not in own]
+    for title, value in dict(zip(titles, values, strict=True)).items() if own else ():
+        notes.append(f"settings of {title}: " + ", ".join(f"{key} {_shown(value[key])}" for key in own))
     with_gamma = any(group[0].config.awp.enabled for group in groups)
     named = [key for key in _SHORT if differs(key) or (key == "awp.gamma" and with_gamma)]
     listed = others if len(others) > _MOST_COLUMNS else []
-    found = []
-    for letter, group, value in zip(_letters(), groups, values, strict=False):
+    found, letters, unused = [], {}, iter(_letters())
+    for group, value in zip(groups, values, strict=True):
         cells = {key: _shown(value[key])[: _DIGITS if key in _FACTS else None] for key in (*named, *others)}
         cells |= {key: "unknown" for key in _FILES.values() if key in cells and value[key] is None}
         columns: dict[str, Cell] = {"method": group[0].config.title}
         columns |= {_SHORT.get(key, key): text for key, text in cells.items() if key not in listed}
         if listed:
-            columns["settings"] = letter
-            notes.append(f"settings {letter}: " + ", ".join(f"{key} {cells[key]}" for key in listed))
+            text = ", ".join(f"{key} {cells[key]}" for key in listed)
+            if text not in letters:
+                letters[text] = next(unused)
+                notes.append(f"settings {letters[text]}: {text}")
+            columns["settings"] = letters[text]
         told = {name: text for name, text in columns.items() if name != "method"}
         # what the method's name says
         if not group[0].config.awp.enabled:
@@ -357,6 +371,7 @@ def _results(title: str, settings: Sequence[Setting], notes: list[str]) -> Table
         if any(len(setting.finished) > 1 for setting in settings):
             said.append("± standard deviation over the seeds (n - 1)")
         said.append(f"one test image more or less is {_percent(1, results[0].test_images):.2g} points")
+        said.append("seconds: of all epochs, without the start of a run and its measurement of the test split")
     devices = sorted({result.device for result in results})
     if len(devices) > 1:
         said.append(f"seconds were taken on different devices: {', '.join(devices)}")

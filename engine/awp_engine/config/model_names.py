@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from pathlib import Path
 from typing import Literal
 
 Source = Literal["built-in", "timm", "torchvision", "object", "module", "file"]
@@ -22,6 +24,8 @@ EXPECTED = (
 EARLIER_OBJECT = "awp_engine.cli.objects:model"
 """What every object of Python was called in earlier runs."""
 
+# of a file's functions
+_SHOWN = 3
 _WIDE_RESNET = re.compile(r"(?:dm-)?wrn-([0-9]{1,4})-([0-9]{1,3})")
 _DOTTED = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
 _FORMS: dict[Source, re.Pattern[str]] = {
@@ -58,3 +62,14 @@ def optimizer_source(name: str) -> Literal["built-in", "torch", "timm", "code"] 
     if library is not None:
         return "torch" if library[1] == "torch" else "timm"
     return "code" if is_code(name) else None
+
+
+def in_file(name: str) -> str:
+    """Which of a Python file's functions may be meant, as a question; empty where `name` is no such file."""
+    try:
+        body = ast.parse(Path(name).read_bytes()).body if name.endswith(".py") and Path(name).is_file() else []
+    except (OSError, SyntaxError, ValueError):
+        return ""
+    found = [node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    meant = [f"{name}:{own}" for own in found if not own.startswith("_")]
+    return f"did you mean {' or '.join(meant[:_SHOWN])}?" if meant else ""

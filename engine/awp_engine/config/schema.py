@@ -112,9 +112,9 @@ def show(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def refusal(key: str, expected: str, value: object) -> ConfigError:
-    """The error of a setting that cannot be `value`."""
-    return ConfigError(f"{flag(key)}: expected {expected}, got {show(value)}")
+def refusal(key: str, expected: str, value: object, hint: str = "") -> ConfigError:
+    """The error of a setting that cannot be `value`; `hint` is a question, and comes first."""
+    return ConfigError(f"{flag(key)}: {hint and hint + ' '}expected {expected}, got {show(value)}")
 
 
 def did_you_mean(given: str, known: Iterable[str], otherwise: str) -> str:
@@ -125,6 +125,15 @@ def did_you_mean(given: str, known: Iterable[str], otherwise: str) -> str:
     near = [name for name in known if name.lstrip("-").rpartition(".")[2] == last]
     near = near or difflib.get_close_matches(given, known, n=1)
     return f"did you mean {' or '.join(near)}?" if near else otherwise
+
+
+def nearest(given: str, known: Iterable[str]) -> str:
+    """As `did_you_mean`, of a few short words: also in other letters, and two where both are near; or nothing."""
+    import difflib
+
+    known, low = list(known), given.lower()
+    near = [low] if low in known else difflib.get_close_matches(low, known, n=2)
+    return f"did you mean {' or '.join(near)}?" if near else ""
 
 
 def expectation(hint: Any) -> str:
@@ -210,7 +219,8 @@ def coerce(hint: Any, value: Any, key: str, expected: str | None = None) -> Any:
             # of Python: a float is rarely the fraction that is meant
             expected = f'{expected} in quotes, such as "8/255" or "0.1"'
     if not accepted:
-        raise refusal(key, expected, value)
+        meant = nearest(value, (part for part in parts if isinstance(part, str))) if isinstance(value, str) else ""
+        raise refusal(key, expected, value, meant if origin is Literal else "")
     return value
 
 
@@ -254,10 +264,10 @@ class Checked:
     def _check(self) -> None:
         pass
 
-    def require(self, condition: bool, name: str, expected: str) -> None:
+    def require(self, condition: bool, name: str, expected: str, hint: str = "") -> None:
         """Refuse the setting `name`, which may be one of an inner group ("data.cutmix"), unless `condition` holds."""
         if not condition:
-            raise refusal(self.section + name, expected, operator.attrgetter(name)(self))
+            raise refusal(self.section + name, expected, operator.attrgetter(name)(self), hint)
 
     def require_value(self, name: str, value: object, reason: str) -> None:
         """Refuse the setting `name` if it is anything but `value`, for a reason such as "with --method mart"."""

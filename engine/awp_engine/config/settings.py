@@ -6,7 +6,6 @@ The string under each field is the help that the command line shows. Nothing her
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 import math
 import re
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from awp_engine.config.data_sets import DATA_SETS, OWN, is_own, where_to_get
-from awp_engine.config.model_names import BUILT_IN, EXPECTED, Source, is_code, optimizer_source, source_of
+from awp_engine.config.model_names import BUILT_IN, EXPECTED, Source, in_file, is_code, optimizer_source, source_of
 from awp_engine.config.rules import require_combinations
 from awp_engine.config.schema import (
     Amount,
@@ -30,6 +29,8 @@ from awp_engine.config.schema import (
     Range,
     Share,
     Switch,
+    did_you_mean,
+    nearest,
     parse_amount,
     parse_value,
 )
@@ -96,9 +97,8 @@ class DataConfig(Checked, section="data."):
 
     def _check(self) -> None:
         known = self.name in DATA_SETS or is_own(self.name)
-        near = difflib.get_close_matches(self.name, DATA_SETS, n=1)
-        meant = f" (did you mean {near[0]}?)" if near else ""
-        self.require(known, "name", f"one of {', '.join(DATA_SETS)}, or {OWN}{meant}")
+        hint = "" if known else in_file(self.name) or did_you_mean(self.name, DATA_SETS, "")
+        self.require(known, "name", f"one of {', '.join(DATA_SETS)}, or {OWN}", hint)
         weights = self.class_weights in ("none", "balanced") or self.class_weights.endswith(".json")
         self.require(weights, "class_weights", "none, balanced or the path of a .json file")
         sized, resized = self.image_size is not None, self.crop == "resized"
@@ -152,9 +152,8 @@ class ModelConfig(Checked, section="model."):
 
     def _check(self) -> None:
         source = source_of(self.name)
-        if source is None:
-            near = difflib.get_close_matches(self.name, BUILT_IN, n=1)
-            self.require(False, "name", f"{EXPECTED}; did you mean {near[0]}?" if near else EXPECTED)
+        hint = "" if source else in_file(self.name) or did_you_mean(self.name, BUILT_IN, "")
+        self.require(source is not None, "name", EXPECTED, hint)
         wide = self.name.startswith(("wrn-", "dm-wrn-"))
         self.require(not wide or self.width is None, "width", f"none with {self.name}, whose width is in its name")
         own = self.activation == "relu" or not self.name.startswith("convnext")
@@ -461,7 +460,10 @@ class Config(Checked):
 
     def _check(self) -> None:
         known = self.method in _METHODS or is_code(self.method)
-        self.require(known, "method", f"{', '.join(_METHODS)}, or a class of your own, file.py:Class")
+        own = f"{', '.join(_METHODS)}, or a class of your own, file.py:Class"
+        near = in_file(self.method) or nearest(self.method, _METHODS)
+        # AWP goes with every one of them
+        self.require(known, "method", own, "did you mean --awp.gamma?" if "awp" in self.method.lower() else near)
         named = _PRESET_NAME.fullmatch(self.preset) is not None
         self.require(named, "preset", "a name of small letters, digits and '-'")
         alone = "none" not in self.log or self.log == ("none",)

@@ -138,6 +138,8 @@ class AttacksAsked(Asked):
     again: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.attacks, str):
+            raise EvaluationError(f"--attacks: expected a list of names, such as [{show(self.attacks)}], got text")
         names = [attack.name for attack in self.named]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise EvaluationError(f"--attacks: two are called {twice}, also in the reports; rename one of the files")

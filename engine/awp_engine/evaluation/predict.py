@@ -154,15 +154,16 @@ def find_images(places: Iterable[Path]) -> list[bytes]:
     are left alone.
 
     Raises:
-        EvaluationError: a path that is not there, or a folder without images.
+        EvaluationError: no path is there, or a folder is without images.
         OSError: a folder cannot be listed.
     """
     found: dict[bytes, None] = {}
-    for place in places:
-        path = os.fsencode(place)
+    paths = [(place, os.fsencode(place)) for place in places]
+    if not any(os.path.lexists(path) for _, path in paths):
+        raise EvaluationError(f"{shown(paths[0][1])}: is not there; expected an image or a folder of images")
+    for place, path in paths:
         if not place.is_dir():
-            if not os.path.lexists(path):
-                raise EvaluationError(f"{shown(path)}: is not there; expected an image or a folder of images")
+            # that one is not there is said when it is read
             found[path] = None
             continue
         inside = sorted(_walk(path))

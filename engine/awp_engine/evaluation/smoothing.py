@@ -21,6 +21,8 @@ from awp_kernels.philox import mix_seed
 # separates this noise from that of attacks with the same seed
 _NOISE = 19
 _MOST_DRAWS = 10**9
+# as in training (--attack.noise)
+_MOST_NOISE = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +45,12 @@ class Smoothing:
     alpha: float = 0.001
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.sigma) and 1e-6 <= self.sigma <= 1e6):
-            raise ValueError(f"sigma: expected a number from 0.000001 to 1000000, got {self.sigma}")
+        if not 1e-6 <= self.sigma <= _MOST_NOISE:
+            meant = (
+                f"did you mean {self.sigma:g}/255, {self.sigma / 255:.3g}? " if _MOST_NOISE < self.sigma <= 255 else ""
+            )
+            bounds = f"a number from 0.000001 to {_MOST_NOISE}, as pixels lie in [0, 1]"
+            raise ValueError(f"sigma: {meant}expected {bounds}, got {self.sigma}")
         if not 1e-12 <= self.alpha < 0.5:
             raise ValueError(f"alpha: expected a probability from 1e-12 to below 0.5, got {self.alpha}")
         for name in ("n0", "n"):

@@ -39,7 +39,7 @@ def fetched(place: Path | str) -> Path:
         from huggingface_hub.utils import logging
     except ImportError:
         raise CheckpointError(
-            f"{place}: needs the package huggingface_hub, which is not installed: pip install 'awp-engine[hub]'"
+            f"{place}: needs the package huggingface_hub, which is not installed: pip install huggingface_hub"
         ) from None
     repository, revision = address.groups()
     verbosity = logging.get_verbosity()

@@ -11,7 +11,7 @@ import torch
 from awp_engine.config import ConfigError
 
 # each torchvision is built for one torch: where none is named, pip takes the newest of both
-_INSTALL = f"pip install 'awp-engine[timm]' torch=={torch.__version__.partition('+')[0]}"
+_INSTALL = f"pip install timm torch=={torch.__version__.partition('+')[0]}"
 # keeps the declarations alive
 _declared: list[Any] = []
 

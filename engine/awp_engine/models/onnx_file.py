@@ -12,7 +12,7 @@ from awp_engine.config import ConfigError
 from awp_engine.files.atomic import naming, replace_file
 from awp_engine.models.layers import NormalizedClassifier
 
-_INSTALL = "pip install 'awp-engine[onnx]'"
+_INSTALL = "pip install onnx onnxruntime onnxscript"
 # one file holds no more: https://protobuf.dev/programming-guides/proto-limits
 _MOST_BYTES = 2**31 - 2**20
 # of the largest logit; what compilers change in the order of sums is far below

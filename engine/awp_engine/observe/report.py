@@ -63,6 +63,8 @@ def prepare_output(directory: Path) -> None:
     Raises:
         ConfigError: they cannot.
     """
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"--output: {directory} is a file; expected a directory, which is made if it is missing")
     probe = temporary_beside(directory / "probe")
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -27,8 +27,8 @@ _NOTHING = 0.98
 def collapse(epochs: Sequence[Mapping[str, Any]], classes: int) -> str | None:
     """A warning if the network answers alike for every image: it guesses, clean and attacked, at the loss of guessing.
 
-    At once where the attack finds no gradient either. Else after two such epochs if the network knew more before, and
-    after five if it never did, as hard tasks begin slowly.
+    At once where the attack finds no gradient either. Else after two such epochs if the network knew more before. If it
+    never did, it has not collapsed, as hard tasks begin slowly: after five, that it has learnt nothing yet.
 
     Args:
         epochs: a run's metrics so far, with their loss; held_out_clean_accuracy as it was last measured counts.
@@ -54,12 +54,21 @@ def collapse(epochs: Sequence[Mapping[str, Any]], classes: int) -> str | None:
     knew = any(accuracy is not None and accuracy > _KNEW * guessing for accuracy in learnt)
     nothing = itertools.takewhile(lambda pair: not learns(pair[0]), last)
     for_long = len(list(nothing)) >= (_FALLEN if knew else _NEVER_ROSE)
-    if not last or not (for_long or (epochs[-1].get("zero_gradients") or 0.0) >= _SOME_ZEROS):
+    dead = (epochs[-1].get("zero_gradients") or 0.0) >= (_SOME_ZEROS if knew else _ZERO_GRADIENTS)
+    if not last or not (for_long or dead):
         return None
+    found = (
+        f"without an attack {clean[-1]:.0%} of held-out images are right, no better than guessing, and the loss of "
+        f"{epochs[-1]['loss']:.2f} is that of guessing, too"
+    )
+    if not (knew or dead):
+        return (
+            f"nothing is learnt yet after {epochs[-1]['epoch']} epochs: {found}; give it more --epochs, or try "
+            "another --optimizer.lr, --optimizer.kind adamw or a longer --optimizer.warmup in a new --run-dir"
+        )
     return (
-        f"training has collapsed: without an attack {clean[-1]:.0%} of held-out images are right, no better than "
-        f"guessing, and the loss of {epochs[-1]['loss']:.2f} is that of guessing, too; start again in a new --run-dir "
-        "with a smaller --optimizer.lr, --awp.gamma or --attack.epsilon, or a longer --optimizer.warmup or --awp.warmup"
+        f"training has collapsed: {found}; start again in a new --run-dir with a smaller --optimizer.lr, --awp.gamma "
+        "or --attack.epsilon, or a longer --optimizer.warmup or --awp.warmup"
     )
 
 

@@ -31,7 +31,7 @@ def dali_problem() -> str | None:
     try:
         import nvidia.dali  # noqa: F401
     except ImportError as error:
-        return f"NVIDIA DALI is not installed ({error}); run: pip install 'awp-engine[dali]'"
+        return f"NVIDIA DALI is not installed ({error}); run: pip install nvidia-dali-cuda130"
     return None
 
 

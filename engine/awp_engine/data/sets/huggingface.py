@@ -95,7 +95,7 @@ def _load(part: Path) -> Any:
         import datasets
     except ImportError as error:
         raise DataError(
-            f"{part} needs the package datasets, which is not here ({error}); pip install 'awp-engine[huggingface]'"
+            f"{part} needs the package datasets, which is not here ({error}); pip install datasets"
         ) from error
     if not (part / "state.json").is_file():
         raise DataError(f"{part / 'state.json'} is missing; expected a split that datasets.save_to_disk has written")

@@ -188,7 +188,9 @@ class _Wanted:
         if not self._orders and len(shape) == 4 and (shape[3] in (1, 3) or shape[1] in (1, 3)):
             self._orders = {shape[1:]: shape[3] in (1, 3)}
         if dtype != np.uint8 or len(shape) != 4 or min(shape) < 1 or shape[1:] not in self._orders:
-            return f"uint8 {self._words}"
+            # the usual form of grey images
+            hint = " (of [N, H, W] make it by images[..., None])" if len(shape) == 3 else ""
+            return f"uint8 {self._words}{hint}"
         self._orders = {shape[1:]: self._orders[shape[1:]]}
         if not self._words.endswith("before it"):
             self._words = f"[N, {', '.join(map(str, shape[1:]))}] as in the files before it"

@@ -24,7 +24,7 @@ from awp_engine.attack import (
     summed_margin,
 )
 from awp_engine.config.errors import UserError
-from awp_engine.config.model_names import is_code
+from awp_engine.config.model_names import in_file, is_code
 from awp_engine.config.schema import did_you_mean
 from awp_engine.data import Batch, Split, eval_batches
 from awp_engine.evaluation.accuracy import NonfiniteGradients
@@ -221,8 +221,10 @@ def parse_attack(name: str) -> NamedAttack:
         return NamedAttack(name=name.rpartition("/")[2], family="own", function=function, code=code)
     # PGD-20 and pgd_20 are pgd20
     joined = re.sub(r"(pgd|cw)[^0-9a-z]", r"\1", given[:80].lower())
-    near = f"did you mean {joined}?" if _STEPPED.fullmatch(joined) else did_you_mean(joined, _EXAMPLES, "")
-    raise EvaluationError(f"--attacks: expected {NAMES}; got {given[:80]!r}{near and f'; {near}'}")
+    joined = "autoattack" if joined == "aa" else joined
+    meant = joined == "autoattack" or _STEPPED.fullmatch(joined)
+    near = f"did you mean {joined}?" if meant else in_file(given) or did_you_mean(joined, _EXAMPLES, "")
+    raise EvaluationError(f"--attacks: {near and near + ' '}expected {NAMES}; got {given[:80]!r}")
 
 
 @contextlib.contextmanager

@@ -197,7 +197,7 @@ def model_card(
         "",
         "## Use",
         "",
-        "    pip install 'awp-engine[hub]'",
+        "    pip install huggingface_hub    # beside awp-engine",
         "",
         "```python",
         "from awp_engine import load_model",

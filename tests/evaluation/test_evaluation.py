@@ -29,6 +29,7 @@ from awp_engine.evaluation.certify import certify_checkpoint
 from awp_engine.evaluation.gates.run import run_gates
 from awp_engine.evaluation.reports.confidence import interval
 from awp_engine.evaluation.reports.receipt import percent, split_hash
+from awp_engine.evaluation.reports.results import Measurement
 from awp_engine.evaluation.reports.robustbench import Publication, leaderboard_epsilon, model_info
 from awp_engine.evaluation.run import evaluate_checkpoint
 from awp_engine.evaluation.smoothing import Smoothing
@@ -362,6 +363,27 @@ def test_masked_gradients_are_flagged():
     } <= failed
     cold = gates_of(Cold(robust_model()), images=10)
     assert not cold["gradients are not masked"]
+
+
+def test_square_beside_gradients_is_compared_image_by_image_without_gates():
+    names = ["clean", "square", "pgd20-random-target", "pgd5", "pgd20", "cw20"]
+    for model, masked in ((Quantised(robust_model()), True), (robust_model(), False)):
+        trial = Trial(model=model, split=spread(digits().test, 40), threat=THREAT, seed=1, batch_size=40)
+        attacks, quick = [parse_attack(name) for name in names], Budget(queries=150)
+        done = measure(trial, attacks, step_size=Fraction(1, 20), gates_limit=None, budget=quick)
+        found, single = done.black_box, done.per_image
+        assert found is not None
+        assert single is not None
+        assert found.gradients == ("pgd20", "cw20")
+        robust = {name: answers.robust for name, answers in single.attacks.items()}
+        both = robust["pgd20"] & robust["cw20"]
+        assert found.square_alone == int((both & ~robust["square"]).sum())
+        assert found.gradients_alone == int((robust["square"] & ~both).sum())
+        assert any("square broke" in doubt for doubt in done.doubts()) is masked
+        again = Measurement.from_dict(json.loads(json.dumps(done.to_dict(), default=str)))
+        assert (again.doubts(), again.notes()) == (done.doubts(), done.notes())
+        without = measure(trial, [parse_attack("square")], step_size=Fraction(1, 20), gates_limit=None, budget=quick)
+        assert without.black_box is None
 
 
 class Noisy(nn.Module):

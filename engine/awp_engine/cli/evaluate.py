@@ -187,6 +187,8 @@ def show(done: "Evaluated", *, per_class: bool = False) -> None:
     means = {f"gate failed: {gate.name}": f": {gate.failure_means}" for gate in gates}
     for doubt in done.report["doubts"]:
         print_text(f"UNRELIABLE: {doubt}{means.get(doubt, '')}")
+    for note in done.report["notes"]:
+        print_text(f"note: {note}")
     sys.stdout.flush()
 
 

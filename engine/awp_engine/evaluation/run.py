@@ -48,7 +48,8 @@ class Evaluated(Reported):
         table = as_text(self.measurement.table(), title=self.title)
         doubts = [f"UNRELIABLE: {printable(doubt)}" for doubt in self.report["doubts"]]
         found = [] if self.measurement.stronger is None else [f"robust accuracy: {self.measurement.stronger}"]
-        return "\n".join([*found, table, f"right: {RIGHT_MEANS}", *doubts, f"reports in {printable(str(self.output))}"])
+        told = [*doubts, *(f"note: {printable(note)}" for note in self.report["notes"])]
+        return "\n".join([*found, table, f"right: {RIGHT_MEANS}", *told, f"reports in {printable(str(self.output))}"])
 
 
 @in_full_precision()

@@ -168,6 +168,8 @@ def render_page(
     if report["doubts"]:
         doubts = listed([f"Unreliable: {doubt}" for doubt in report["doubts"]])
         sections.append(f'<div class="banner bad">{doubts}</div>')
+    if report["notes"]:
+        sections.append(listed(report["notes"]))
     about = f"Right means {report['right_means']}. {INTERVAL}: {report['confidence_interval_means']}."
     shown = (table(rows, "" if number else about) for number, rows in enumerate(tables) if rows)
     sections += [_top(receipt), "<h2>Accuracy</h2>", *shown]

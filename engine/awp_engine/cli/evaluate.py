@@ -131,7 +131,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
         type=_images,
         const=0,
         metavar="N|all",
-        help="write every attack's images, N of them evenly spread, as images-NAME-ATTACK.safetensors",
+        help="write every attack's images, N of those that are right without one, as images-NAME-ATTACK.safetensors",
     )
     add("--again", action="store_true", help="measure, though the same was measured before")
     group = parser.add_argument_group("RobustBench", "writes robustbench.json, its model_info format; needs autoattack")

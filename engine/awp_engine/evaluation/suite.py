@@ -246,9 +246,10 @@ class _Found:
             )
         )
         if saver is not None:
-            kept = shares.whole(x_adv, saver.rows)
+            rows = saver.rows(self._clean == self._y)
+            kept = shares.whole(x_adv, rows)
             if shares.is_first:
-                saver.save(attack.name, kept, after[saver.rows])
+                saver.save(attack.name, rows, kept, after[rows])
 
     def measurement(self, gates: GateReport | None) -> Measurement:
         """All of it, as a report has it."""

@@ -356,7 +356,10 @@ def _normalise(
         raise ValueError(f"normalisation in the file: {said}; expected {buffers[0].numel()} channels")
     placed = [(b, v.to(b).expand(b.numel()).reshape(b.shape)) for b, v in zip(buffers, values, strict=True)]
     before = [tuple(buffer.flatten().tolist()) for buffer in buffers]
-    differs = any(not torch.allclose(buffer, value, rtol=0, atol=1e-4) for buffer, value in placed)
+    # 0 and 1: none was asked for
+    differs = ({*before[0]}, {*before[1]}) != ({0.0}, {1.0}) and any(
+        not torch.allclose(buffer, value, rtol=0, atol=1e-4) for buffer, value in placed
+    )
     was = ", not the model's mean {}, std {}".format(*map(_rounded, before)) if differs else ""
     notes.append(f"normalisation of the file: {said}{was}")
     return placed

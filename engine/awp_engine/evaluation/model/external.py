@@ -149,12 +149,15 @@ def _given(external: ExternalModel) -> tuple[Sequence[float], Sequence[float]] |
 
 
 def _made(external: ExternalModel, data: Dataset) -> NormalizedClassifier:
+    channels = len(data.mean)
+    # those of test images alone are nobody's
+    mean, std = ((0.0,) * channels, (1.0,) * channels) if data.of_test else (data.mean, data.std)
     try:
         return build_model(
             external.name,
             len(data.class_names),
-            data.mean,
-            data.std,
+            mean,
+            std,
             width=external.width,
             activation=external.activation,
             image_size=(data.test.shape[1], data.test.shape[2]),

@@ -61,6 +61,7 @@ LEADERBOARD = {
     "reported": str,
     "autoattack_acc": str,
     "unreliable": bool,
+    "doubts": list,
 }
 
 
@@ -258,6 +259,7 @@ def test_autoattack_with_leaderboard_file(run_dir, tmp_path):
     assert info["clean_acc"] == percent(done.measurement.clean, 24)
     assert info["autoattack_acc"] == info["reported"] == percent(autoattack.right, 24)
     assert info["unreliable"]
+    assert {"the gates were not run", "only 24 images were measured"} <= set(info["doubts"])
     assert any("marked unreliable" in line and "only 24 images" in line for line in lines)
     # where the report was lost, it goes on from the saved, finished state; --again measures anew, and saves it
     (report,) = tmp_path.glob("evaluation-*.json")
@@ -302,7 +304,7 @@ def test_leaderboard_spelling():
         clean=8536,
         autoattack=5617,
         images=10_000,
-        unreliable=False,
+        doubts=(),
     )
     assert (info["clean_acc"], info["autoattack_acc"], info["eps"]) == ("85.36", "56.17", "8/255")
     assert [percent(1, 3), percent(2, 3), percent(1, 1), percent(0, 7), percent(1, 16, 1)] == [

@@ -15,7 +15,7 @@ from awp_engine.device import choose_device, in_full_precision
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.evaluation.asked import AttacksAsked, require_ball
 from awp_engine.evaluation.attacks.named import EvaluationError, Threat, Trial
-from awp_engine.evaluation.model.external import look_at_accuracy
+from awp_engine.evaluation.model.external import guessed, look_at_accuracy
 from awp_engine.evaluation.model.loaded_model import LoadedModel, load_trained
 from awp_engine.evaluation.model.own_classes import among_own_classes
 from awp_engine.evaluation.model.precision import ROUNDING, lowered, require_precision
@@ -148,6 +148,8 @@ class _Evaluation:
             "saved": [ask.save_images, ask.save_per_image],
             "eot": list(ask.eot_draws),
             "ranks": shares.ranks.world,
+            # the same numbers, said to be right
+            "guessed": guessed(target.loaded),
         }
         # an object of Python is told from those of other calls by a random number, which every rank draws itself
         apart = {"layers"} if ask.external is not None and ask.external.is_object else set()
@@ -168,7 +170,7 @@ class _Evaluation:
         # one that could not be drawn then
         with contextlib.suppress(FileNotFoundError):
             replace_file(done.output / PAGE, self.reports.path(PAGE).read_bytes())
-        self._put_leaderboard(done.measurement)
+        self._put_leaderboard(done)
         return done
 
     def shared(self) -> Evaluated:
@@ -185,6 +187,8 @@ class _Evaluation:
         doubts = look_at_accuracy(target.loaded, target.dataset, target.device, target.batch_size)
         for doubt in doubts:
             self.trial.say(f"WARNING: {doubt}")
+        # which was said when it was made
+        doubts = [*guessed(target.loaded), *doubts]
         measurement = self._measure()
         resumed = {row.attack: row.resumed for row in measurement.rows if row.resumed is not None}
         receipt = {**self.receipt, **({"resumed": resumed} if resumed else {})}
@@ -196,7 +200,7 @@ class _Evaluation:
         self.reports.path(PARTIAL).unlink(missing_ok=True)
         if ask.save_per_image is not None and measurement.per_image is not None:
             save_per_image(self._per_image(ask.save_per_image), measurement.per_image, receipt)
-        self._put_leaderboard(measurement)
+        self._put_leaderboard(done)
         self.reports.put(PAGE, _page(target.loaded, target.dataset, self.trial.threat, done))
         self.shares.gather(done.report)
         return done
@@ -250,10 +254,10 @@ class _Evaluation:
         except OSError as error:
             self.trial.say(f"{error.filename}: cannot be written, measuring goes on: {error.strerror}")
 
-    def _put_leaderboard(self, measurement: Measurement) -> None:
+    def _put_leaderboard(self, done: Evaluated) -> None:
         if self.ask.publication is not None:
             data = self.target.dataset.name
-            info = _leaderboard(self.ask, self.ask.publication, data, self.trial, measurement)
+            info = _leaderboard(self.ask, self.ask.publication, data, self.trial, done)
             self.reports.put(LEADERBOARD, json_text(info, indent=2))
 
 
@@ -303,8 +307,9 @@ def _page(loaded: LoadedModel, dataset: Dataset, threat: Threat, done: Evaluated
 
 
 def _leaderboard(
-    ask: AttacksAsked, publication: Publication, dataset: str, trial: Trial, measurement: Measurement
+    ask: AttacksAsked, publication: Publication, dataset: str, trial: Trial, done: Evaluated
 ) -> dict[str, Any]:
+    measurement = done.measurement
     autoattack = next(row for row in measurement.rows if row.attack == "autoattack")
     more = {
         "the gates were not run": measurement.gates is None,
@@ -312,7 +317,7 @@ def _leaderboard(
         f"only {measurement.images} images were measured": ask.limit is not None,
         f"the model computed in {ask.precision}": ask.precision != "fp32",
     }
-    doubts = [*measurement.doubts(), *(reason for reason, holds in more.items() if holds)]
+    doubts = [*done.report["doubts"], *(reason for reason, holds in more.items() if holds)]
     if doubts:
         trial.say(f"{LEADERBOARD}: marked unreliable: {', '.join(doubts)}")
     return model_info(
@@ -322,5 +327,5 @@ def _leaderboard(
         clean=measurement.clean,
         autoattack=autoattack.right,
         images=measurement.images,
-        unreliable=bool(doubts),
+        doubts=doubts,
     )

@@ -31,6 +31,7 @@ class LoadedWeights:
 
     Attributes:
         notes: for the user: what was taken, what was left out, and the normalisation.
+        taken: the first of them, which weights of the file these are.
         mean, std: of images in [0, 1], one value a channel, where the file holds them.
         in_front: whether these are now what the model normalises images by in front of its network.
         key: of the dictionary that held the weights; empty where the file is that dictionary.
@@ -42,6 +43,7 @@ class LoadedWeights:
     """
 
     notes: list[str]
+    taken: str = ""
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     in_front: bool = False
@@ -215,6 +217,7 @@ def _into(
             buffer.copy_(values)
     return LoadedWeights(
         notes=notes,
+        taken=notes[0],
         mean=mean,
         std=std,
         in_front=bool(buffers) and buffers[0][0] is getattr(model, "mean", None),

@@ -219,10 +219,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
     if size is not None:
         asked["data_framing"] = Framing(size=size, central=crop or 1.0)
     measure: Callable[..., Any] = evaluate_checkpoint
-    resume = (
-        "interrupted; finished attacks are in evaluation-*.partial.json of the output directory, and the same "
-        "command again goes on with autoattack where it was"
-    )
+    going_on = [name for name in ("autoattack", "square") if name in asked["attacks"]]
+    resume = "interrupted"
+    if going_on:
+        resume += f"; the same command again goes on from what {' and '.join(going_on)} saved"
     if asked["data_corruption"] == "all":
         from awp_engine.evaluation.corruptions import evaluate_corruptions
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -79,6 +79,7 @@ def evaluate_checkpoint(
     Raises:
         EvaluationError, ConfigError, DataError, CheckpointError: one line that says what is wrong.
         OSError: a report cannot be written.
+        KeyboardInterrupt: with a note of the file that has the finished attacks, if there are any.
     """
     ask = AttacksAsked(path=path, **asked)
     device = choose_device(ask.device, ranks.local_rank)
@@ -109,7 +110,7 @@ def evaluate_checkpoint(
     evaluation = _Evaluation(ask, target, trial, step_size, second, shares, tell)
     if not ranks.is_first:
         return evaluation.shared()
-    with locked(target.output):
+    with locked(target.output), evaluation.kept_told():
         earlier = evaluation.reports.rename(JSON, again=ask.again)
         shares.gather(earlier)
         return evaluation.measured() if earlier is None else evaluation.read_again(earlier)
@@ -157,6 +158,16 @@ class _Evaluation:
         shares.require_equal(told, "the model, the images, the versions and what is asked")
         parts = own_title(target.dataset.name), len(target.split), trial.threat.norm, trial.threat.epsilon
         self.reports = Reports(target.output, parts, question)
+
+    @contextlib.contextmanager
+    def kept_told(self) -> Iterator[None]:
+        """A block whose interrupt carries where the finished attacks are."""
+        try:
+            yield
+        except KeyboardInterrupt as interrupt:
+            if (partial := self.reports.path(PARTIAL)).exists():
+                interrupt.add_note(f"finished attacks are in {printable(str(partial))}")
+            raise
 
     def read_again(self, report: dict[str, Any]) -> Evaluated:
         """The answer of an earlier measurement, as the newest."""

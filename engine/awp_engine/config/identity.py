@@ -26,6 +26,7 @@ _FREE_ON_RESUME = frozenset(
         "preset",
         "run_dir",
         "device",
+        "threads",
         "data.root",
         "data.extra",
         "data.bad_list",
@@ -63,6 +64,7 @@ ADDED: dict[str, Any] = {
     "attack.noise_samples": 1,
     "optimizer.layer_decay": 1.0,
     "model.checkpoint_activations": False,
+    "threads": None,
 }
 
 

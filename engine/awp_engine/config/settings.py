@@ -411,6 +411,8 @@ class Config(Checked):
     device: Literal["auto", "cpu", "cuda", "xpu", "npu", "hpu", "mtia", "mps"] = "auto"
     """Where to train; auto takes a CUDA GPU if there is one. The others are torch's names of further accelerators, on
     which the project has never run; they have to compute in fp64, which mps cannot."""
+    threads: Annotated[int | None, Range("a whole number from 1 to 1024, or none", ge=1, le=1024)] = None
+    """CPU threads of each rank; none means as many as torch takes, or OMP_NUM_THREADS says."""
     compile: Switch = "auto"
     """Compile the model's passes by torch.compile, which takes minutes; results then differ by rounding. auto: off."""
     cuda_graphs: Switch = "auto"

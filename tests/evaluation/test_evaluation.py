@@ -166,6 +166,9 @@ def test_the_page_needs_nothing_else(reported):
     assert (weights["run"], weights["method"], weights["gamma"]) == ("robust", "AT-AWP", 0.002)
     for told in ("robust, seed 0", "AT-AWP", "0.002", "preact-resnet-digits (width 6), ", "digits, test split, 60"):
         assert told in page.partition("<h2>")[0], told
+    settings = [f"fgsm: steps 1, step size {report['receipt']['epsilon']}", "pgd5: steps 5, step size 1/20"]
+    assert all(f"<li>{told}, random starts 1</li>" in page for told in settings)
+    assert "<dt>normalisation</dt><dd>mean 0.3" in page
     assert "more steps do not help the defender" in page
 
 
@@ -384,8 +387,11 @@ def test_square_beside_gradients_is_compared_image_by_image_without_gates():
         assert any("square broke" in doubt for doubt in done.doubts()) is masked
         again = Measurement.from_dict(json.loads(json.dumps(done.to_dict(), default=str)))
         assert (again.doubts(), again.notes()) == (done.doubts(), done.notes())
-        without = measure(trial, [parse_attack("square")], step_size=Fraction(1, 20), gates_limit=None, budget=quick)
+        lines: list[str] = []
+        alone, told = [parse_attack("square")], dataclasses.replace(trial, say=lines.append)
+        without = measure(told, alone, step_size=Fraction(1, 20), gates_limit=None, budget=quick)
         assert without.black_box is None
+        assert [line.partition(": ")[0] for line in lines] == ["square"]
 
 
 class Noisy(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from awp_engine.checkpoint import CheckpointError
 from awp_engine.models.class_names import to_json
 from awp_engine.models.layers import NormalizedClassifier
-from awp_engine.models.layouts import Network, networks, pairs, state_dicts
+from awp_engine.models.layouts import Network, networks, pairs, state_dicts, wrappers
 from awp_engine.models.normalisation import shown
 from awp_engine.models.weights_file import read_weights
 from awp_engine.models.wide_resnet import WideResNet
@@ -196,7 +196,7 @@ def _into(
         hint = _hint(model, network, unexpected, document)
         raise ValueError(f"state_dict does not fit {type(model).__name__}: {'; '.join(problems)}{hint}")
     alternatives = [o.label for o in more if not o.missing and not misfits(o) and not network.same(o)]
-    notes = [_taken(network, alternatives)]
+    notes = [_taken(network, wrappers(document, network.key), alternatives)]
     copies = {name for other in found if other.key == network.key for name in other.sources}
     if named := [name for name in left_out if name not in copies and network.rest[name].numel() > 1]:
         notes.append(f"left out: {_some(named)}")
@@ -288,10 +288,11 @@ def _divided(
     return left_out, unexpected
 
 
-def _taken(network: Network, alternatives: Sequence[str]) -> str:
+def _taken(network: Network, wrapped: Sequence[str], alternatives: Sequence[str]) -> str:
     """Which weights, in words."""
     where = f"weights of {network.key!r}" if network.key else "weights at the top of the file"
-    prefix = f", names without {network.prefix!r}" if network.prefix else ""
+    stripped = [*wrapped, *([network.prefix] if network.prefix else ())]
+    prefix = f", names without {' and '.join(map(repr, stripped))}" if stripped else ""
     kind = ", an average over training" if network.averaged == 0 else ""
     other = f"; also there, and not taken: {_some(alternatives)} (--weights-key chooses)" if alternatives else ""
     return f"{where}{prefix}{kind}{other}"

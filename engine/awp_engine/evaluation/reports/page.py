@@ -112,6 +112,15 @@ def _gates(report: Mapping[str, Any] | None) -> list[str]:
     return ["<h2>Gates</h2>", about, table(rows, sentences=True, colours={"passed": "good", "failed": "bad"})]
 
 
+def _settings(attacks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How far PGD and its kin went; the section on attacks has all settings."""
+    return [
+        "{}: steps {steps}, step size {step_size}, random starts {restarts}".format(row["attack"], **row["parameters"])
+        for row in attacks
+        if "restarts" in row["parameters"]
+    ]
+
+
 def _classes(found: Sequence[Mapping[str, Any]]) -> list[str]:
     """Accuracy of every class; many of them are folded up."""
     rows = class_table(found)
@@ -181,7 +190,7 @@ def render_page(
         sections.append(listed(report["notes"]))
     about = f"Right means {report['right_means']}. {INTERVAL}: {report['confidence_interval_means']}."
     shown = (table(rows, "" if number else about) for number, rows in enumerate(tables) if rows)
-    sections += [_top(receipt), "<h2>Accuracy</h2>", *shown]
+    sections += [_top(receipt), "<h2>Accuracy</h2>", *shown, listed(_settings(report["attacks"]))]
     sections += _classes(report.get("per_class", ()))
     sections += _gates(report["gates"])
     if figures:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from awp_engine.evaluation.reports.confidence import interval, stronger_attack
-from awp_engine.evaluation.reports.results import Measurement
+from awp_engine.evaluation.reports.results import BlackBox, Measurement
 
 
 @given(st.integers(1, 10_000).flatmap(lambda images: st.tuples(st.integers(0, images), st.just(images))))
@@ -55,6 +55,20 @@ def measured(*clean: int) -> Measurement:
     return Measurement(
         rows=(), worst_over=("clean",), gates=None, pictures=(), per_class=classes, per_image=None, **counts
     )
+
+
+@given(st.integers(0, 60), st.integers(0, 60))
+def test_square_above_gradients_is_a_doubt_where_it_is_no_chance(alone: int, others: int) -> None:
+    found = BlackBox(gradients=("pgd20",), square_alone=alone, gradients_alone=others)
+    done = dataclasses.replace(measured(5, 5), black_box=found)
+    chance = binomtest(alone, alone + others, alternative="greater").pvalue if alone else 1.0
+    assert found.chance == pytest.approx(chance, abs=1e-12)
+    doubted = chance < 0.01
+    assert [len(done.doubts()), len(done.notes())] == [doubted, alone > others and not doubted]
+    for said in (*done.doubts(), *done.notes()):
+        assert said.startswith(
+            f"square broke {alone} images that pgd20 did not, and these {others} that square did not"
+        )
 
 
 def test_one_answer_for_every_image_is_a_doubt() -> None:

@@ -29,6 +29,7 @@ from awp_engine.evaluation.certify import certify_checkpoint
 from awp_engine.evaluation.gates.run import run_gates
 from awp_engine.evaluation.reports.confidence import interval
 from awp_engine.evaluation.reports.receipt import percent, split_hash
+from awp_engine.evaluation.reports.results import Measurement
 from awp_engine.evaluation.reports.robustbench import Publication, leaderboard_epsilon, model_info
 from awp_engine.evaluation.run import evaluate_checkpoint
 from awp_engine.evaluation.smoothing import Smoothing
@@ -60,6 +61,7 @@ LEADERBOARD = {
     "reported": str,
     "autoattack_acc": str,
     "unreliable": bool,
+    "doubts": list,
 }
 
 
@@ -164,6 +166,9 @@ def test_the_page_needs_nothing_else(reported):
     assert (weights["run"], weights["method"], weights["gamma"]) == ("robust", "AT-AWP", 0.002)
     for told in ("robust, seed 0", "AT-AWP", "0.002", "preact-resnet-digits (width 6), ", "digits, test split, 60"):
         assert told in page.partition("<h2>")[0], told
+    settings = [f"fgsm: steps 1, step size {report['receipt']['epsilon']}", "pgd5: steps 5, step size 1/20"]
+    assert all(f"<li>{told}, random starts 1</li>" in page for told in settings)
+    assert "<dt>normalisation</dt><dd>mean 0.3" in page
     assert "more steps do not help the defender" in page
 
 
@@ -257,6 +262,7 @@ def test_autoattack_with_leaderboard_file(run_dir, tmp_path):
     assert info["clean_acc"] == percent(done.measurement.clean, 24)
     assert info["autoattack_acc"] == info["reported"] == percent(autoattack.right, 24)
     assert info["unreliable"]
+    assert {"the gates were not run", "only 24 images were measured"} <= set(info["doubts"])
     assert any("marked unreliable" in line and "only 24 images" in line for line in lines)
     # where the report was lost, it goes on from the saved, finished state; --again measures anew, and saves it
     (report,) = tmp_path.glob("evaluation-*.json")
@@ -301,7 +307,7 @@ def test_leaderboard_spelling():
         clean=8536,
         autoattack=5617,
         images=10_000,
-        unreliable=False,
+        doubts=(),
     )
     assert (info["clean_acc"], info["autoattack_acc"], info["eps"]) == ("85.36", "56.17", "8/255")
     assert [percent(1, 3), percent(2, 3), percent(1, 1), percent(0, 7), percent(1, 16, 1)] == [
@@ -362,6 +368,30 @@ def test_masked_gradients_are_flagged():
     } <= failed
     cold = gates_of(Cold(robust_model()), images=10)
     assert not cold["gradients are not masked"]
+
+
+def test_square_beside_gradients_is_compared_image_by_image_without_gates():
+    names = ["clean", "square", "pgd20-random-target", "pgd5", "pgd20", "cw20"]
+    for model, masked in ((Quantised(robust_model()), True), (robust_model(), False)):
+        trial = Trial(model=model, split=spread(digits().test, 40), threat=THREAT, seed=1, batch_size=40)
+        attacks, quick = [parse_attack(name) for name in names], Budget(queries=150)
+        done = measure(trial, attacks, step_size=Fraction(1, 20), gates_limit=None, budget=quick)
+        found, single = done.black_box, done.per_image
+        assert found is not None
+        assert single is not None
+        assert found.gradients == ("pgd20", "cw20")
+        robust = {name: answers.robust for name, answers in single.attacks.items()}
+        both = robust["pgd20"] & robust["cw20"]
+        assert found.square_alone == int((both & ~robust["square"]).sum())
+        assert found.gradients_alone == int((robust["square"] & ~both).sum())
+        assert any("square broke" in doubt for doubt in done.doubts()) is masked
+        again = Measurement.from_dict(json.loads(json.dumps(done.to_dict(), default=str)))
+        assert (again.doubts(), again.notes()) == (done.doubts(), done.notes())
+        lines: list[str] = []
+        alone, told = [parse_attack("square")], dataclasses.replace(trial, say=lines.append)
+        without = measure(told, alone, step_size=Fraction(1, 20), gates_limit=None, budget=quick)
+        assert without.black_box is None
+        assert [line.partition(": ")[0] for line in lines] == ["square"]
 
 
 class Noisy(nn.Module):

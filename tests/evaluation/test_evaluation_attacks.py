@@ -250,7 +250,7 @@ def test_attacks_stay_in_the_ball_and_hurt(model, norm):
     ],
 )
 def test_unknown_names_are_refused(name):
-    with pytest.raises(EvaluationError, match="--attacks: .*expected clean"):
+    with pytest.raises(EvaluationError, match=r"--attacks: .*expected clean"):
         parse_attack(name)
 
 

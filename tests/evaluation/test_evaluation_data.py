@@ -102,7 +102,7 @@ def test_test_images_do_not_say_how_weights_want_them_normalised(folder_run: tup
     shutil.copytree(root / "valid", tmp_path / "alone" / "test")
 
     def external(name: str, place: Path | None, **more: Any) -> Evaluated:
-        made = ExternalModel(name="preact-resnet-18", weights=tmp_path / "w.pt", width=2, **more)
+        made = ExternalModel(**({"name": "preact-resnet-18", "weights": tmp_path / "w.pt", "width": 2} | more))
         given = {"epsilon": "1/5", "norm": "linf", "data_name": name, "data_root": place}
         return measured(None, external=made, output=tmp_path / "out", **given)
 
@@ -112,6 +112,11 @@ def test_test_images_do_not_say_how_weights_want_them_normalised(folder_run: tup
                 external(name, place, normalize=normalize)
         receipt = external(name, place, mean=(0.5,), std=(0.25,)).report["receipt"]
         assert receipt["normalisation"]["mean"] == [0.5] * 3
+        # nor are they the numbers that a file's are compared with
+        weights = {"net": load_model(run).state_dict(), "mean": torch.full((3,), 0.5), "std": torch.full((3,), 0.25)}
+        torch.save(weights, tmp_path / "own-mean.pt")
+        told = external(name, place, weights=tmp_path / "own-mean.pt").report["receipt"]["checkpoint"]["notes"]
+        assert "normalisation of the file: mean (0.5, 0.5, 0.5), std (0.25, 0.25, 0.25)" in told
     # with a training part it does not depend on the images that are measured
     means = []
     for _ in range(2):

@@ -33,6 +33,7 @@ from awp_engine.evaluation.attacks.named import (
     predict,
 )
 from awp_engine.evaluation.reports.results import class_table
+from awp_engine.evaluation.reports.saved import ImageSaver
 from awp_engine.evaluation.run import evaluate_checkpoint
 from awp_engine.evaluation.suite import measure
 
@@ -191,7 +192,26 @@ def test_parquet_and_a_few_images(run_dir, tmp_path):
     assert {"label", "prediction_fgsm", "robust_to_all"} <= set(table.column_names)
     (images,) = tmp_path.glob("images-*-fgsm.safetensors")
     tensors, _ = read_model(images)
-    assert tensors["ids"].tolist() == [table["id"][row].as_py() for row in (0, 2, 4, 7, 9)]
+    right = [row for row in range(12) if table["first_broken_by"][row].as_py() != -2]
+    assert len(right) > 5
+    chosen = [right[place * len(right) // 5] for place in range(5)]
+    assert tensors["ids"].tolist() == [table["id"][row].as_py() for row in chosen]
+
+
+@pytest.mark.parametrize(
+    ("right", "count", "rows"),
+    [
+        ([1, 3, 4, 6, 8], 2, [1, 4]),
+        # filled up by others
+        ([1, 8], 5, [0, 1, 3, 6, 8]),
+        ([], 3, [0, 3, 6]),
+        ([2], 0, list(range(10))),
+        ([2], 99, list(range(10))),
+    ],
+)
+def test_saved_images_are_first_of_all_right_ones(tmp_path, right, count, rows):
+    clean = torch.isin(torch.arange(10), torch.tensor(right, dtype=torch.int64))
+    assert ImageSaver(trial("linf", "1/10"), tmp_path, "name", count).rows(clean).tolist() == rows
 
 
 def test_both_ways_to_count_stand_side_by_side():

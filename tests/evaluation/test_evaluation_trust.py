@@ -222,6 +222,7 @@ def _receipt() -> dict:
         "norm": "linf",
         "epsilon": "1/20",
         "precision": {"computes_in": "fp32"},
+        "normalisation": {"where": "inside the model", "mean": [0.5], "std": [0.25]},
         "date": "2026-11-30T00:00:00+00:00",
         "versions": {},
         "commit": None,

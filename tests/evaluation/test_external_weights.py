@@ -96,18 +96,24 @@ def test_where_the_normalisation_was_a_guess_none_is_tried(by: str, doubted: boo
     assert look_at_accuracy(right, digits(), torch.device("cpu"), 500) == []
 
 
-def test_a_guessed_normalisation_is_said(tmp_path: Path) -> None:
+def test_a_guessed_normalisation_is_said_and_doubted(tmp_path: Path) -> None:
     path = saved(tmp_path / "w.pt", clean_model())
     given = {"epsilon": "1/5", "norm": "linf", "attacks": ["clean"], "gates_limit": None, "data_name": "digits"}
     told: list[str] = []
-    for normalize in ("auto", "none"):
+    for normalize in ("auto", "data", "none"):
         external = ExternalModel(name="preact-resnet-digits", weights=path, width=WIDTH, normalize=normalize)
-        receipt = evaluate_checkpoint(None, external=external, say=told.append, **given).report["receipt"]
+        done = evaluate_checkpoint(None, external=external, say=told.append, **given)
+        receipt, page = done.report["receipt"], (done.output / "evaluation.html").read_text()
         said = any(
             line.startswith("NORMALISATION: nothing says which, so images are normalised by mean 0.3") for line in told
         )
         assert said is (normalize == "auto")
-        by = {"auto": "the data set's", "none": "none, as given"}[normalize]
+        guesses = [doubt for doubt in done.report["doubts"] if "if the guess is right, --model.normalize data" in doubt]
+        assert [len(guesses), len(done.report["doubts"]), done.report["unreliable"]] == [said, said, said]
+        front = "images are not normalised" if normalize == "none" else "images are normalised by mean 0.3"
+        assert f"<dt>normalisation</dt><dd>{front}" in page
+        assert "names without &#x27;module.&#x27;" in page
+        by = {"auto": "the data set's", "data": "the data set's", "none": "none, as given"}[normalize]
         assert receipt["checkpoint"]["normalisation_is"] == by
         told.clear()
     assert receipt["normalisation"] == {"where": "inside the model", "mean": [0.0], "std": [1.0]}

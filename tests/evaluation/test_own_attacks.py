@@ -40,6 +40,10 @@ def broken(model, images, labels):
     return images + missing
 
 
+def stop(model, images, labels):
+    raise KeyboardInterrupt
+
+
 def momentum(model, images, labels, epsilon):
     import torchattacks
 
@@ -82,6 +86,17 @@ def test_they_are_measured_as_all_others_are(place, tmp_path, monkeypatch, capsy
     assert run_command("evaluate", monkeypatch, run, "--attacks", *names, *options) == 3
     assert "read again" not in capsys.readouterr().out
     code.write_text(CODE)
+
+
+def test_an_interrupt_names_the_finished_attacks_if_there_are_any(place, tmp_path, monkeypatch, capsys):
+    run, code = place
+    for first, more in (((), ()), (("clean",), ("autoattack",))):
+        names = ("--attacks", *first, f"{code}:stop", *more)
+        assert run_command("evaluate", monkeypatch, run, *names, *QUICK, "--output", tmp_path) == 130
+        said, kept = capsys.readouterr().err.strip(), list(tmp_path.glob("evaluation-*.partial.json"))
+        going_on = "; the same command again goes on from what autoattack saved" * bool(more)
+        assert said.endswith(f"error: interrupted{going_on}" + "".join(f"; finished attacks are in {k}" for k in kept))
+        assert len(kept) == len(first)
 
 
 def test_one_that_leaves_the_ball_is_found_out(place, tmp_path, monkeypatch, capsys):

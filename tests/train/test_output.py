@@ -250,6 +250,16 @@ def test_the_banner_says_that_the_library_is_missing(tmp_path: Path, monkeypatch
     assert banner(trainer)[1] == "on digits, linf epsilon 0.2"
 
 
+def test_cpu_threads_are_no_part_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = torch.get_num_threads()
+    for threads in (before + 1, before + 2):
+        assert train(tmp_path, *TINY, "--epochs", "1", "--threads", str(threads)) == 0
+        assert torch.get_num_threads() == before
+    told = capsys.readouterr().out
+    assert f"CPU, {before + 1} threads" in told
+    assert "has all its 1 epochs" in told
+
+
 def test_the_command_to_go_on_is_the_one_that_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     given = ["digits-at", "--data.root", "my data", "--seed", "3"]
     assert command_again("awp train", given) == "awp train digits-at --data.root 'my data' --seed 3"

@@ -133,7 +133,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> argpa
         type=_images,
         const=0,
         metavar="N|all",
-        help="write every attack's images, N of them evenly spread, as images-NAME-ATTACK.safetensors",
+        help="write every attack's images, N of those that are right without one, as images-NAME-ATTACK.safetensors",
     )
     add("--again", action="store_true", help="measure, though the same was measured before")
     group = parser.add_argument_group("RobustBench", "writes robustbench.json, its model_info format; needs autoattack")
@@ -188,6 +188,8 @@ def show(done: "Evaluated", *, per_class: bool = False) -> None:
     means = {f"gate failed: {gate.name}": f": {gate.failure_means}" for gate in gates}
     for doubt in done.report["doubts"]:
         print_text(f"UNRELIABLE: {doubt}{means.get(doubt, '')}")
+    for note in done.report["notes"]:
+        print_text(f"note: {note}")
     sys.stdout.flush()
 
 
@@ -218,10 +220,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> None:
     if size is not None:
         asked["data_framing"] = Framing(size=size, central=crop or 1.0)
     measure: Callable[..., Any] = evaluate_checkpoint
-    resume = (
-        "interrupted; finished attacks are in evaluation-*.partial.json of the output directory, and the same "
-        "command again goes on with autoattack where it was"
-    )
+    going_on = [name for name in ("autoattack", "square") if name in asked["attacks"]]
+    resume = "interrupted"
+    if going_on:
+        resume += f"; the same command again goes on from what {' and '.join(going_on)} saved"
     if asked["data_corruption"] == "all":
         from awp_engine.evaluation.corruptions import evaluate_corruptions
 

@@ -112,7 +112,8 @@ def ending(
 
     Args:
         prog: what messages call the command.
-        interrupted: what to say after a signal, whose number goes into the code.
+        interrupted: what to say after a signal, before the notes that its exception carries; the signal's number goes
+            into the code.
         unusable: exit code where something given cannot be used; 2 wherever that is a setting.
         failed: exit code where the machine failed.
         place: what to name where an error of the system names no file.
@@ -139,4 +140,5 @@ def ending(
             raise
         fail("the device has too little memory for such batches: give a smaller --batch-size", code=failed, prog=prog)
     except KeyboardInterrupt as interrupt:
-        fail(interrupted, code=interrupted_code(interrupt), prog=prog)
+        told = "; ".join([interrupted, *getattr(interrupt, "__notes__", ())])
+        fail(told, code=interrupted_code(interrupt), prog=prog)

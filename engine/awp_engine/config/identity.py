@@ -26,6 +26,7 @@ _FREE_ON_RESUME = frozenset(
         "preset",
         "run_dir",
         "device",
+        "threads",
         "data.root",
         "data.extra",
         "data.bad_list",
@@ -64,6 +65,7 @@ ADDED: dict[str, Any] = {
     "optimizer.layer_decay": 1.0,
     "optimizer.args": [],
     "model.checkpoint_activations": False,
+    "threads": None,
 }
 
 

@@ -301,8 +301,8 @@ class OptimizerConfig(Checked, section="optimizer."):
     For fine-tuning: 0.65 to 0.9 are usual."""
 
     def _check(self) -> None:
-        near = difflib.get_close_matches(self.kind, ("sgd", "adamw"), n=1)
-        meant = f" (did you mean {near[0]}?)" if near else ""
+        near = nearest(self.kind, ("sgd", "adamw"))
+        meant = f" ({near})" if near else ""
         known = "sgd, adamw, torch:NAME such as torch:Adam, timm:NAME, file.py:Class or package.module:Class"
         self.require(optimizer_source(self.kind) is not None, "kind", known + meant)
         self.require(self.kind != "adamw" or not self.nesterov, "nesterov", "false with --optimizer.kind adamw")
@@ -437,6 +437,8 @@ class Config(Checked):
     device: Literal["auto", "cpu", "cuda", "xpu", "npu", "hpu", "mtia", "mps"] = "auto"
     """Where to train; auto takes a CUDA GPU if there is one. The others are torch's names of further accelerators, on
     which the project has never run; they have to compute in fp64, which mps cannot."""
+    threads: Annotated[int | None, Range("a whole number from 1 to 1024, or none", ge=1, le=1024)] = None
+    """CPU threads of each rank; none means as many as torch takes, or OMP_NUM_THREADS says."""
     compile: Switch = "auto"
     """Compile the model's passes by torch.compile, which takes minutes; results then differ by rounding. auto: off."""
     cuda_graphs: Switch = "auto"

@@ -11,7 +11,7 @@ from awp_engine.device import choose_device
 from awp_engine.evaluation.accuracy import count_right, spread
 from awp_engine.evaluation.asked import Asked
 from awp_engine.evaluation.attacks.named import EvaluationError, measuring
-from awp_engine.evaluation.model.external import look_at_accuracy
+from awp_engine.evaluation.model.external import guessed, look_at_accuracy
 from awp_engine.evaluation.prepare import Target, prepare
 from awp_engine.evaluation.reports.files import Reported, Reports, read_finished, sealed
 from awp_engine.evaluation.reports.receipt import split_hash
@@ -174,6 +174,7 @@ def evaluate_corruptions(
     doubts = look_at_accuracy(loaded, first.dataset, device, first.batch_size)
     for doubt in doubts:
         say(f"WARNING: {doubt}")
+    doubts = [*guessed(loaded), *doubts]
     sets: list[CorruptedSet] = []
     reused = 0
     with locked(first.output), measuring(loaded.model), bar("corrupted sets", len(wanted)) as progress:

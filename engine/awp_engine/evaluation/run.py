@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -15,7 +15,7 @@ from awp_engine.device import choose_device, in_full_precision
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.evaluation.asked import AttacksAsked, require_ball
 from awp_engine.evaluation.attacks.named import EvaluationError, Threat, Trial
-from awp_engine.evaluation.model.external import look_at_accuracy
+from awp_engine.evaluation.model.external import guessed, look_at_accuracy
 from awp_engine.evaluation.model.loaded_model import LoadedModel, load_trained
 from awp_engine.evaluation.model.own_classes import among_own_classes
 from awp_engine.evaluation.model.precision import ROUNDING, lowered, require_precision
@@ -50,9 +50,9 @@ class Evaluated(Reported):
         checks = "" if gates is None else f"; {gates.words}"
         doubts = [f"UNRELIABLE: {printable(doubt)}" for doubt in self.report["doubts"]]
         found = [] if self.measurement.stronger is None else [f"robust accuracy: {self.measurement.stronger}"]
-        return "\n".join(
-            [*found, table, f"right: {RIGHT_MEANS}{checks}", *doubts, f"reports in {printable(str(self.output))}"]
-        )
+        told = [*doubts, *(f"note: {printable(note)}" for note in self.report["notes"])]
+        place = f"reports in {printable(str(self.output))}"
+        return "\n".join([*found, table, f"right: {RIGHT_MEANS}{checks}", *told, place])
 
 
 @in_full_precision()
@@ -82,6 +82,7 @@ def evaluate_checkpoint(
     Raises:
         EvaluationError, ConfigError, DataError, CheckpointError: one line that says what is wrong.
         OSError: a report cannot be written.
+        KeyboardInterrupt: with a note of the file that has the finished attacks, if there are any.
     """
     ask = AttacksAsked(path=path, **asked)
     device = choose_device(ask.device, ranks.local_rank)
@@ -112,7 +113,7 @@ def evaluate_checkpoint(
     evaluation = _Evaluation(ask, target, trial, step_size, second, shares, tell)
     if not ranks.is_first:
         return evaluation.shared()
-    with locked(target.output):
+    with locked(target.output), evaluation.kept_told():
         earlier = evaluation.reports.rename(JSON, again=ask.again)
         shares.gather(earlier)
         return evaluation.measured() if earlier is None else evaluation.read_again(earlier)
@@ -151,6 +152,8 @@ class _Evaluation:
             "saved": [ask.save_images, ask.save_per_image],
             "eot": list(ask.eot_draws),
             "ranks": shares.ranks.world,
+            # the same numbers, said to be right
+            "guessed": guessed(target.loaded),
         }
         # an object of Python is told from those of other calls by a random number, which every rank draws itself
         apart = {"layers"} if ask.external is not None and ask.external.is_object else set()
@@ -158,6 +161,16 @@ class _Evaluation:
         shares.require_equal(told, "the model, the images, the versions and what is asked")
         parts = own_title(target.dataset.name), len(target.split), trial.threat.norm, trial.threat.epsilon
         self.reports = Reports(target.output, parts, question)
+
+    @contextlib.contextmanager
+    def kept_told(self) -> Iterator[None]:
+        """A block whose interrupt carries where the finished attacks are."""
+        try:
+            yield
+        except KeyboardInterrupt as interrupt:
+            if (partial := self.reports.path(PARTIAL)).exists():
+                interrupt.add_note(f"finished attacks are in {printable(str(partial))}")
+            raise
 
     def read_again(self, report: dict[str, Any]) -> Evaluated:
         """The answer of an earlier measurement, as the newest."""
@@ -171,7 +184,7 @@ class _Evaluation:
         # one that could not be drawn then
         with contextlib.suppress(FileNotFoundError):
             replace_file(done.output / PAGE, self.reports.path(PAGE).read_bytes())
-        self._put_leaderboard(done.measurement)
+        self._put_leaderboard(done)
         return done
 
     def shared(self) -> Evaluated:
@@ -188,6 +201,8 @@ class _Evaluation:
         doubts = look_at_accuracy(target.loaded, target.dataset, target.device, target.batch_size)
         for doubt in doubts:
             self.trial.say(f"WARNING: {doubt}")
+        # which was said when it was made
+        doubts = [*guessed(target.loaded), *doubts]
         measurement = self._measure()
         resumed = {row.attack: row.resumed for row in measurement.rows if row.resumed is not None}
         receipt = {**self.receipt, **({"resumed": resumed} if resumed else {})}
@@ -199,7 +214,7 @@ class _Evaluation:
         self.reports.path(PARTIAL).unlink(missing_ok=True)
         if ask.save_per_image is not None and measurement.per_image is not None:
             save_per_image(self._per_image(ask.save_per_image), measurement.per_image, receipt)
-        self._put_leaderboard(measurement)
+        self._put_leaderboard(done)
         self.reports.put(PAGE, _page(target.loaded, target.dataset, self.trial.threat, done))
         self.shares.gather(done.report)
         return done
@@ -253,10 +268,10 @@ class _Evaluation:
         except OSError as error:
             self.trial.say(f"{error.filename}: cannot be written, measuring goes on: {error.strerror}")
 
-    def _put_leaderboard(self, measurement: Measurement) -> None:
+    def _put_leaderboard(self, done: Evaluated) -> None:
         if self.ask.publication is not None:
             data = self.target.dataset.name
-            info = _leaderboard(self.ask, self.ask.publication, data, self.trial, measurement)
+            info = _leaderboard(self.ask, self.ask.publication, data, self.trial, done)
             self.reports.put(LEADERBOARD, json_text(info, indent=2))
 
 
@@ -306,8 +321,9 @@ def _page(loaded: LoadedModel, dataset: Dataset, threat: Threat, done: Evaluated
 
 
 def _leaderboard(
-    ask: AttacksAsked, publication: Publication, dataset: str, trial: Trial, measurement: Measurement
+    ask: AttacksAsked, publication: Publication, dataset: str, trial: Trial, done: Evaluated
 ) -> dict[str, Any]:
+    measurement = done.measurement
     autoattack = next(row for row in measurement.rows if row.attack == "autoattack")
     more = {
         "the gates were not run": measurement.gates is None,
@@ -315,7 +331,7 @@ def _leaderboard(
         f"only {measurement.images} images were measured": ask.limit is not None,
         f"the model computed in {ask.precision}": ask.precision != "fp32",
     }
-    doubts = [*measurement.doubts(), *(reason for reason, holds in more.items() if holds)]
+    doubts = [*done.report["doubts"], *(reason for reason, holds in more.items() if holds)]
     if doubts:
         trial.say(f"{LEADERBOARD}: marked unreliable: {', '.join(doubts)}")
     return model_info(
@@ -325,5 +341,5 @@ def _leaderboard(
         clean=measurement.clean,
         autoattack=autoattack.right,
         images=measurement.images,
-        unreliable=bool(doubts),
+        doubts=doubts,
     )

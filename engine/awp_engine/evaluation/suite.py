@@ -44,7 +44,7 @@ from awp_engine.evaluation.gates.adaptive import EOT_DRAWS, varying
 from awp_engine.evaluation.gates.gate import Gate
 from awp_engine.evaluation.gates.run import GateReport, run_gates
 from awp_engine.evaluation.reports.receipt import percent
-from awp_engine.evaluation.reports.results import Answers, Measurement, PerImage, Pictures, Row
+from awp_engine.evaluation.reports.results import Answers, BlackBox, Measurement, PerImage, Pictures, Row
 from awp_engine.evaluation.reports.saved import ImageSaver
 from awp_engine.evaluation.shares import ONE_RANK, Shares, added
 from awp_engine.files.user_key import KeyFileError
@@ -53,6 +53,8 @@ from awp_engine.models.answers import NO_CLASS
 _PICTURES = 10
 # from which on a place among the first five says something
 _MANY_CLASSES = 10
+# from which on an attack by gradients should find what Square finds
+_MANY_STEPS = 20
 # of the first look, before any attack
 _LOOKED_AT = 50
 
@@ -60,6 +62,23 @@ _LOOKED_AT = 50
 def _package_attacks(attack: NamedAttack) -> tuple[str, ...]:
     """What of pyautoattack an attack runs."""
     return {"autoattack": STANDARD, "square": ("square",)}.get(attack.family, ())
+
+
+def _black_box(attacks: Mapping[str, NamedAttack], answers: Mapping[str, Answers]) -> BlackBox | None:
+    """Square beside PGD and CW of many steps; those towards one class alone are weaker than both by nature."""
+    square = [name for name, attack in attacks.items() if attack.family == "square"]
+    gradients = [
+        name for name, attack in attacks.items() if attack.steps >= _MANY_STEPS and attack.target in (None, "targeted")
+    ]
+    if not square or not gradients:
+        return None
+    held = answers[square[0]].robust
+    withstood = torch.stack([answers[name].robust for name in gradients]).all(0)
+    return BlackBox(
+        gradients=tuple(gradients),
+        square_alone=int((withstood & ~held).sum()),
+        gradients_alone=int((held & ~withstood).sum()),
+    )
 
 
 def _ball_gate(rows: Sequence[Row], threat: Threat) -> Gate:
@@ -153,6 +172,7 @@ class _Found:
         self._worst_over: list[str] = []
         self._pictures: list[Pictures] = []
         self._answers: dict[str, Answers] = {}
+        self._attacks: dict[str, NamedAttack] = {}
         self.rows: list[Row] = []
         self.random, self.top5 = 0, None
 
@@ -178,6 +198,7 @@ class _Found:
             self._worst &= robust
             self._worst_over.append(attack.name)
         transferred, transferable = self._transferred(x_adv, ~robust & ~nonfinite)
+        self._attacks[attack.name] = attack
         self._answers[attack.name] = Answers(
             predictions=after.cpu(), robust=robust.cpu(), largest=distance.cpu(), bounded=attack.bounded
         )
@@ -225,9 +246,10 @@ class _Found:
             )
         )
         if saver is not None:
-            kept = shares.whole(x_adv, saver.rows)
+            rows = saver.rows(self._clean == self._y)
+            kept = shares.whole(x_adv, rows)
             if shares.is_first:
-                saver.save(attack.name, kept, after[saver.rows])
+                saver.save(attack.name, rows, kept, after[rows])
 
     def measurement(self, gates: GateReport | None) -> Measurement:
         """All of it, as a report has it."""
@@ -246,6 +268,7 @@ class _Found:
             per_image=per_image,
             random=self.random,
             top5=None if self.top5 is None else int(self.top5.sum()),
+            black_box=_black_box(self._attacks, self._answers),
         )
 
 

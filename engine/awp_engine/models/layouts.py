@@ -79,8 +79,13 @@ class Network:
         return self.averaged, place, self.key.count("."), self.prefix.count(".")
 
 
-def state_dicts(document: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every dictionary of tensors by name inside of what was saved, with the keys that lead there."""
+def state_dicts(
+    document: Any, key: str = "", depth: int = 0, *, bare: bool = True
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every dictionary of tensors by name inside of what was saved, with the keys that lead there.
+
+    `bare`: names are without what wrappers put into them.
+    """
     document = saved_module(document) or document
     if not isinstance(document, Mapping) or depth > _DEEPEST or not all(isinstance(name, str) for name in document):
         return
@@ -91,11 +96,17 @@ def state_dicts(document: Any, key: str = "", depth: int = 0) -> Iterator[tuple[
             if isinstance(value, Tensor)
             or ("." in name and not isinstance(value, Mapping) and not name.endswith("_extra_state"))
         }
-        bare = {_WRAPPERS.sub("", name): value for name, value in own.items()}
+        short = {_WRAPPERS.sub("", name): value for name, value in own.items()}
         # two names that differ by a wrapper alone stay two
-        yield key, bare if len(bare) == len(own) else own
+        yield key, short if bare and len(short) == len(own) else own
     for name, value in document.items():
-        yield from state_dicts(value, f"{key}.{name}" if key else name, depth + 1)
+        yield from state_dicts(value, f"{key}.{name}" if key else name, depth + 1, bare=bare)
+
+
+def wrappers(document: Any, key: str) -> list[str]:
+    """What wrappers put into the names of the dictionary at `key`, such as "_orig_mod."."""
+    held = dict(state_dicts(document, bare=False))[key]
+    return sorted({found for name in held for found in _WRAPPERS.findall(name)})
 
 
 def pairs(weights: Mapping[str, Any]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from awp_engine.checkpoint import CheckpointError
 from awp_engine.models.class_names import to_json
 from awp_engine.models.layers import NormalizedClassifier
-from awp_engine.models.layouts import Network, networks, pairs, state_dicts
+from awp_engine.models.layouts import Network, networks, pairs, state_dicts, wrappers
 from awp_engine.models.normalisation import shown
 from awp_engine.models.weights_file import read_weights
 from awp_engine.models.wide_resnet import WideResNet
@@ -31,6 +31,7 @@ class LoadedWeights:
 
     Attributes:
         notes: for the user: what was taken, what was left out, and the normalisation.
+        taken: the first of them, which weights of the file these are.
         mean, std: of images in [0, 1], one value a channel, where the file holds them.
         in_front: whether these are now what the model normalises images by in front of its network.
         key: of the dictionary that held the weights; empty where the file is that dictionary.
@@ -42,6 +43,7 @@ class LoadedWeights:
     """
 
     notes: list[str]
+    taken: str = ""
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     in_front: bool = False
@@ -194,7 +196,7 @@ def _into(
         hint = _hint(model, network, unexpected, document)
         raise ValueError(f"state_dict does not fit {type(model).__name__}: {'; '.join(problems)}{hint}")
     alternatives = [o.label for o in more if not o.missing and not misfits(o) and not network.same(o)]
-    notes = [_taken(network, alternatives)]
+    notes = [_taken(network, wrappers(document, network.key), alternatives)]
     copies = {name for other in found if other.key == network.key for name in other.sources}
     if named := [name for name in left_out if name not in copies and network.rest[name].numel() > 1]:
         notes.append(f"left out: {_some(named)}")
@@ -215,6 +217,7 @@ def _into(
             buffer.copy_(values)
     return LoadedWeights(
         notes=notes,
+        taken=notes[0],
         mean=mean,
         std=std,
         in_front=bool(buffers) and buffers[0][0] is getattr(model, "mean", None),
@@ -285,10 +288,11 @@ def _divided(
     return left_out, unexpected
 
 
-def _taken(network: Network, alternatives: Sequence[str]) -> str:
+def _taken(network: Network, wrapped: Sequence[str], alternatives: Sequence[str]) -> str:
     """Which weights, in words."""
     where = f"weights of {network.key!r}" if network.key else "weights at the top of the file"
-    prefix = f", names without {network.prefix!r}" if network.prefix else ""
+    stripped = [*wrapped, *([network.prefix] if network.prefix else ())]
+    prefix = f", names without {' and '.join(map(repr, stripped))}" if stripped else ""
     kind = ", an average over training" if network.averaged == 0 else ""
     other = f"; also there, and not taken: {_some(alternatives)} (--weights-key chooses)" if alternatives else ""
     return f"{where}{prefix}{kind}{other}"
@@ -356,7 +360,10 @@ def _normalise(
         raise ValueError(f"normalisation in the file: {said}; expected {buffers[0].numel()} channels")
     placed = [(b, v.to(b).expand(b.numel()).reshape(b.shape)) for b, v in zip(buffers, values, strict=True)]
     before = [tuple(buffer.flatten().tolist()) for buffer in buffers]
-    differs = any(not torch.allclose(buffer, value, rtol=0, atol=1e-4) for buffer, value in placed)
+    # 0 and 1: none was asked for
+    differs = ({*before[0]}, {*before[1]}) != ({0.0}, {1.0}) and any(
+        not torch.allclose(buffer, value, rtol=0, atol=1e-4) for buffer, value in placed
+    )
     was = ", not the model's mean {}, std {}".format(*map(_rounded, before)) if differs else ""
     notes.append(f"normalisation of the file: {said}{was}")
     return placed

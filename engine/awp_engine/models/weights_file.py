@@ -5,6 +5,7 @@ import io
 import os
 import re
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ from torch import Tensor
 from awp_engine.checkpoint import CheckpointError, read_file, read_model
 from awp_engine.files.text import one_line, shortened
 
-# a zip file, or a pickle of protocol 2 and above
-_SAVED_BY_TORCH = (b"PK\x03\x04", b"\x80")
+_ZIP = b"PK\x03\x04"
+# or a pickle of protocol 2 and above
+_SAVED_BY_TORCH = (_ZIP, b"\x80")
 # what git leaves where it did not fetch a large file
 _LFS = b"version https://git-lfs"
 _ASKED_FOR = re.compile(r"Unsupported global: GLOBAL (\S+) was not")
@@ -103,6 +105,12 @@ def read_weights(path: Path) -> WeightsFile:
             )
         tensors, metadata = read_model(path)
         return WeightsFile(document=tensors, metadata=metadata, sha256=sha256)
+    # its list of contents is at the end, and torch's message about that is long
+    if payload.startswith(_ZIP) and not zipfile.is_zipfile(io.BytesIO(payload)):
+        raise CheckpointError(
+            f"{path}: cut off: a file of torch.save without its end ({len(payload):,} bytes are here); download or "
+            "copy it again"
+        )
     document, inert = _unpickled(payload, path)
     return WeightsFile(document=document, metadata={}, sha256=sha256, inert=tuple(sorted(inert)))
 

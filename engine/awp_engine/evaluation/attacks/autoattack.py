@@ -256,7 +256,7 @@ def autoattack(
                 "batch": state.batch,
             }
             where = f"{following}, of a state begun at {state.started}: {state_file.path.name}"
-            trial.say(f"autoattack: going on with {where}")
+            trial.say(f"{_called(attacks)}: going on with {where}")
         passes = [_passes(name, package, budget) for name in attacks]
         _run(trial, guarded, package, dict(zip(attacks, passes, strict=True)), state, state_file, flags)
     parameters = {
@@ -277,6 +277,11 @@ def autoattack(
         concluded=_concluded,
         resumed=resumed,
     )
+
+
+def _called(attacks: Sequence[str]) -> str:
+    """What the user asked for."""
+    return attacks[0] if len(attacks) == 1 else "autoattack"
 
 
 def _concluded(details: dict[str, Any]) -> dict[str, Any]:
@@ -301,6 +306,7 @@ def _run(
     """Moves `state` from where it stands to the end; `passes` are those of each attack on a batch, about."""
     x, y, *_ = trial.whole
     attacks = list(passes)
+    alone = len(attacks) == 1
     flags.messages += [message for message in state.warnings if message not in flags.messages]
 
     def save(next_attack: int, next_batch: int) -> None:
@@ -313,13 +319,13 @@ def _run(
             try:
                 state_file.save(state)
             except CheckpointError as error:
-                trial.say(f"autoattack: goes on, but its progress could not be saved: {error}")
+                trial.say(f"{_called(attacks)}: goes on, but its progress could not be saved: {error}")
 
     saved = began = time.monotonic()
     for attack, name in enumerate(attacks[state.attack :], state.attack):
         batches = torch.nonzero(state.begun).squeeze(1).split(trial.batch_size) if bool(state.begun.any()) else ()
         work = len(batches) * passes[name]
-        with trial.bar(name if len(attacks) == 1 else f"autoattack: {name}", work) as bar:
+        with trial.bar(name if alone else f"autoattack: {name}", work) as bar:
             guarded.passed = bar.advance
             for batch, chosen in enumerate(batches[state.batch :], state.batch):
                 bar.set(batch * passes[name], work)
@@ -338,4 +344,7 @@ def _run(
         save(attack + 1, 0)
         saved = time.monotonic()
         seconds = time.monotonic() - began
-        trial.say(f"autoattack: after {name} at most {count / images:.2%} right ({count} of {images}), {seconds:.0f} s")
+        # of an attack alone the caller says it
+        if not alone:
+            right = f"{count / images:.2%} right ({count} of {images})"
+            trial.say(f"autoattack: after {name} at most {right}, {seconds:.0f} s")

@@ -80,7 +80,7 @@ def load_external(
     model = _made(external, data)
     # such as a last layer that was replaced
     notes = [f"{external.name}: {note}" for note in getattr(model, "notes", ())]
-    key, metadata, file, source = "", {}, None, external.name
+    key, metadata, file, source, taken = "", {}, None, external.name, {}
     if external.weights is None:
         made = f"those that {external.name} makes, as no --weights were given"
         notes.append(f"weights: {'those of the module that was given' if external.is_object else made}")
@@ -95,6 +95,7 @@ def load_external(
         assert loaded.sha256 is not None
         sha256, key, metadata = loaded.sha256, loaded.key, loaded.metadata
         notes += loaded.notes
+        taken = {"taken": loaded.taken}
         file = loaded.front
     normalisation = choose_normalisation(
         model,
@@ -122,7 +123,10 @@ def load_external(
     origin: dict[str, Any] = {
         "model": external.name,
         "key": key,
+        **taken,
+        "normalisation": normalisation.words,
         "normalisation_is": normalisation.whose,
+        "normalisation_was_guessed": normalisation.is_guess,
         "notes": notes,
     }
     return LoadedModel(
@@ -150,12 +154,15 @@ def _given(external: ExternalModel) -> tuple[Sequence[float], Sequence[float]] |
 
 
 def _made(external: ExternalModel, data: Dataset) -> NormalizedClassifier:
+    channels = len(data.mean)
+    # those of test images alone are nobody's
+    mean, std = ((0.0,) * channels, (1.0,) * channels) if data.of_test else (data.mean, data.std)
     try:
         return build_model(
             external.name,
             len(data.class_names),
-            data.mean,
-            data.std,
+            mean,
+            std,
             width=external.width,
             activation=external.activation,
             image_size=(data.test.shape[1], data.test.shape[2]),
@@ -171,6 +178,18 @@ def _class_names(text: str, num_classes: int, path: Path) -> tuple[str, ...]:
         return from_json(text, num_classes)
     except ValueError as error:
         raise CheckpointError(f"{path}: class names in its header: {error}") from None
+
+
+def guessed(loaded: LoadedModel) -> list[str]:
+    """That the normalisation was a guess, as a reason to doubt all numbers; nothing where it was none."""
+    if loaded.origin is None or not loaded.origin["normalisation_was_guessed"]:
+        return []
+    right = "data" if loaded.origin["normalisation_is"] == "the data set's" else "model"
+    return [
+        f"the normalisation was a guess: {loaded.origin['normalisation']}; where it is not that of the weights, "
+        f"accuracies are wrong: give --model.mean and --model.std, --model.normalize none, or, if the guess is right, "
+        f"--model.normalize {right}"
+    ]
 
 
 def look_at_accuracy(loaded: LoadedModel, data: Dataset, device: torch.device, batch_size: int) -> list[str]:

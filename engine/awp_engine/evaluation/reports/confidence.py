@@ -1,13 +1,14 @@
 """How sure an accuracy is: its interval, and a fitting attack that found less where the plain ones cannot be trusted.
 
-Source: Clopper, Pearson: The Use of Confidence or Fiducial Limits Illustrated in the Case of the Binomial, 1934.
+Source: Clopper, Pearson: The Use of Confidence or Fiducial Limits Illustrated in the Case of the Binomial, 1934;
+McNemar: Note on the Sampling Error of the Difference Between Correlated Proportions or Percentages, 1947.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from scipy.special import betaincinv
+from scipy.special import bdtrc, betaincinv
 
 from awp_engine.evaluation.gates.gate import SLACK
 
@@ -42,6 +43,11 @@ def interval(right: float, images: int) -> Interval:
     """
     tail = (1 - _LEVEL) / 2
     return Interval(lower_bound(right, images, tail), 1.0 - lower_bound(images - right, images, tail))
+
+
+def chance_of_split(some: int, others: int) -> float:
+    """How likely at least `some` of `some + others` heads are: the exact test of McNemar, one-sided."""
+    return 1.0 if some == 0 else float(bdtrc(some - 1, some + others, 0.5))
 
 
 @dataclass(frozen=True, kw_only=True)

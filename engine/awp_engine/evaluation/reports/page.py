@@ -10,6 +10,7 @@ from awp_engine.evaluation.reports.confidence import INTERVAL
 from awp_engine.evaluation.reports.figures import Picture
 from awp_engine.evaluation.reports.receipt import percent
 from awp_engine.evaluation.reports.results import class_table
+from awp_engine.models.normalisation import shown as numbers
 from awp_engine.observe.page import document, escaped, facts, figure, image, listed, table
 
 _MOST_CLASSES = 25
@@ -61,11 +62,18 @@ def _headline(report: Mapping[str, Any]) -> str:
     return f'<div class="headline">{"".join(tiles)}</div>'
 
 
+def _normalisation(front: Mapping[str, Any]) -> str:
+    if "mean" not in front:
+        return front["where"]
+    return f"mean {numbers(front['mean'])}, deviation {numbers(front['std'])}, {front['where']}"
+
+
 def _top(receipt: Mapping[str, Any]) -> str:
     """What was measured, in a few lines."""
     weights, data, known = receipt["checkpoint"], receipt["data"], receipt["versions"] | {"commit": receipt["commit"]}
     kind = own_title(weights.get("architecture") or "not named")
     precision = receipt["precision"]["computes_in"]
+    taken = "" if "taken" not in weights else f": {weights['taken']}"
     limited = "" if data["images"] == data["images_in_split"] else f", of {data['images_in_split']:,}"
     rows = {"run": "none: these weights came without a config.json"}
     if "run" in weights:
@@ -76,7 +84,8 @@ def _top(receipt: Mapping[str, Any]) -> str:
         }
     rows |= {
         "model": f"{kind}, {receipt['parameters']:,} parameters",
-        "weights": f"{weights['name']} ({weights['file']}), SHA-256 {weights['sha256']}",
+        "weights": f"{weights['name']} ({weights['file']}), SHA-256 {weights['sha256']}{taken}",
+        "normalisation": weights.get("normalisation") or _normalisation(receipt["normalisation"]),
         "data": f"{own_title(data['name'])}, {data['split']} split, {data['images']:,} images{limited}",
         "ball": f"{receipt['norm']}, epsilon {receipt['epsilon']}",
         **({} if precision == "fp32" else {"precision": f"{precision}: all numbers are those of the model rounded so"}),
@@ -101,6 +110,15 @@ def _gates(report: Mapping[str, Any] | None) -> list[str]:
     ]
     about = f'<p class="soft">Checks of the evaluation itself, on {report["images"]:,} images.</p>'
     return ["<h2>Gates</h2>", about, table(rows, sentences=True, colours={"passed": "good", "failed": "bad"})]
+
+
+def _settings(attacks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How far PGD and its kin went; the section on attacks has all settings."""
+    return [
+        "{}: steps {steps}, step size {step_size}, random starts {restarts}".format(row["attack"], **row["parameters"])
+        for row in attacks
+        if "restarts" in row["parameters"]
+    ]
 
 
 def _classes(found: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -168,9 +186,11 @@ def render_page(
     if report["doubts"]:
         doubts = listed([f"Unreliable: {doubt}" for doubt in report["doubts"]])
         sections.append(f'<div class="banner bad">{doubts}</div>')
+    if report["notes"]:
+        sections.append(listed(report["notes"]))
     about = f"Right means {report['right_means']}. {INTERVAL}: {report['confidence_interval_means']}."
     shown = (table(rows, "" if number else about) for number, rows in enumerate(tables) if rows)
-    sections += [_top(receipt), "<h2>Accuracy</h2>", *shown]
+    sections += [_top(receipt), "<h2>Accuracy</h2>", *shown, listed(_settings(report["attacks"]))]
     sections += _classes(report.get("per_class", ()))
     sections += _gates(report["gates"])
     if figures:

@@ -10,9 +10,18 @@ from torch import Tensor
 
 from awp_engine.evaluation.gates.gate import Gate
 from awp_engine.evaluation.gates.run import GateReport
-from awp_engine.evaluation.reports.confidence import INTERVAL, INTERVAL_MEANS, Stronger, interval, stronger_attack
+from awp_engine.evaluation.reports.confidence import (
+    INTERVAL,
+    INTERVAL_MEANS,
+    Stronger,
+    chance_of_split,
+    interval,
+    stronger_attack,
+)
 from awp_engine.evaluation.reports.receipt import percent
 
+# a chance below which a difference is none any more
+_SIGNIFICANT = 0.01
 # fewer tell nothing of how a model answers
 _SEVERAL_IMAGES = 10
 RIGHT_MEANS = "with and without the attack; an image that is wrong without one does not count as right under it"
@@ -81,6 +90,36 @@ class Answers:
     robust: Tensor
     largest: Tensor
     bounded: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlackBox:
+    """How Square, which sees no gradients, compares with the gradient attacks, image by image.
+
+    Attributes:
+        gradients: the names of those: PGD and CW of many steps.
+        square_alone: images that Square broke, and none of them.
+        gradients_alone: images that one of them broke, and Square did not.
+    """
+
+    gradients: tuple[str, ...]
+    square_alone: int
+    gradients_alone: int
+
+    @property
+    def better(self) -> str:
+        """In words, that Square broke more; empty where it did not."""
+        if self.square_alone <= self.gradients_alone:
+            return ""
+        return (
+            f"square broke {self.square_alone} images that {', '.join(self.gradients)} did not, and these "
+            f"{self.gradients_alone} that square did not (by chance: p = {self.chance:.2g})"
+        )
+
+    @property
+    def chance(self) -> float:
+        """Of Square doing so well where neither is better."""
+        return chance_of_split(self.square_alone, self.gradients_alone)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +202,7 @@ class Measurement:
         per_image: every image's answers; None where the report was read again.
         random: images of those looked at first that are answered otherwise from call to call; what the gates saw is
             in their report.
+        black_box: None where Square or the gradient attacks were not run.
     """
 
     rows: tuple[Row, ...]
@@ -177,6 +217,7 @@ class Measurement:
     per_image: PerImage | None
     random: int = 0
     top5: int | None = None
+    black_box: BlackBox | None = None
 
     def doubts(self) -> list[str]:
         """Why not to believe the numbers, in words; empty where nothing speaks against them."""
@@ -208,9 +249,20 @@ class Measurement:
                 f"only images of {name} are right, and all of them: a model that answers alike for every image looks "
                 "robust, and has learnt nothing"
             )
+        if self.black_box is not None and self.black_box.better and self.black_box.chance < _SIGNIFICANT:
+            found.append(
+                f"{self.black_box.better}: gradients point nowhere useful, or these attacks are too weak; their "
+                "accuracy says too much"
+            )
         if self.gates is not None:
             found += [f"gate failed: {gate.name}" for gate in self.gates.gates if not gate.passed]
         return found
+
+    def notes(self) -> list[str]:
+        """What is worth a word, and no reason to doubt the numbers."""
+        if self.black_box is None or not self.black_box.better or self.black_box.chance < _SIGNIFICANT:
+            return []
+        return [f"{self.black_box.better}: a sign of masked gradients, if it holds on more images"]
 
     @property
     def stronger(self) -> Stronger | None:
@@ -306,6 +358,8 @@ class Measurement:
         return {
             "unreliable": bool(doubts),
             "doubts": doubts,
+            "notes": self.notes(),
+            "black_box": None if self.black_box is None else asdict(self.black_box),
             "stronger_attack": None if self.stronger is None else self.stronger.to_dict(),
             "right_means": RIGHT_MEANS,
             "confidence_interval_means": INTERVAL_MEANS,
@@ -338,6 +392,7 @@ class Measurement:
             per_image=None,
             random=report["random"],
             top5=report["clean"].get("top5"),
+            black_box=None if report["black_box"] is None else _black_box_from_dict(report["black_box"]),
         )
 
 
@@ -349,6 +404,10 @@ def class_table(per_class: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         shares = {name: f"{percent(count, row['images'])}%" for name, count in counts.items()}
         lines.append({"class": row["class"], "images": str(row["images"]), **shares})
     return lines
+
+
+def _black_box_from_dict(found: Mapping[str, Any]) -> BlackBox:
+    return BlackBox(**{**found, "gradients": tuple(found["gradients"])})
 
 
 def _gates_from_dict(report: Mapping[str, Any]) -> GateReport:

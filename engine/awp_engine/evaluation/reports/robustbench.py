@@ -3,6 +3,7 @@
 Source: Croce et al.: RobustBench, NeurIPS datasets and benchmarks 2021; model_info/cifar10/Linf/*.json there.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -52,9 +53,9 @@ def model_info(
     clean: int,
     autoattack: int,
     images: int,
-    unreliable: bool,
+    doubts: Sequence[str],
 ) -> dict[str, Any]:
-    """The fields of a model_info file, in its order; accuracies are strings of percent with two decimals.
+    """The fields of a model_info file, in its order, and `doubts`; accuracies are strings of percent, two decimals.
 
     Args:
         publication: what only the authors know.
@@ -63,7 +64,7 @@ def model_info(
         clean: images right clean.
         autoattack: images right under AutoAttack's standard version.
         images: how many were measured.
-        unreliable: whether there is reason to doubt the measurement.
+        doubts: reasons not to believe the measurement, which make it unreliable.
     """
     robust = percent(autoattack, images)
     return {
@@ -79,5 +80,6 @@ def model_info(
         "clean_acc": percent(clean, images),
         "reported": robust if publication.reported is None else publication.reported,
         "autoattack_acc": robust,
-        "unreliable": unreliable,
+        "unreliable": bool(doubts),
+        "doubts": list(doubts),
     }

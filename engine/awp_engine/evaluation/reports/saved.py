@@ -20,36 +20,47 @@ from awp_engine.files.text import json_text
 Form = Literal["npz", "parquet"]
 
 
+def _evenly(places: Tensor, count: int) -> Tensor:
+    some = min(count, len(places))
+    return places[torch.arange(some, device=places.device) * len(places) // max(some, 1)]
+
+
 class ImageSaver:
     """Writes an attack's images at once, as images-NAME-ATTACK.safetensors.
 
-    In the file, for `count` images at even distances, or all for 0: `x` and `x_adv`, fp32 [N, C, H, W] in [0, 1];
-    `labels`, `ids` and `predictions`, of x_adv, int64 [N].
+    In the file, for `count` images, or all for 0: `x` and `x_adv`, fp32 [N, C, H, W] in [0, 1]; `labels`, `ids` and
+    `predictions`, of x_adv, int64 [N].
 
     Args:
         trial: whose images they are.
         directory: that exists.
         name: of the evaluation.
         count: images of every attack.
-
-    Attributes:
-        rows: the places of those among all, int64 [N].
     """
 
     def __init__(self, trial: Trial, directory: Path, name: str, count: int) -> None:
-        self._trial, self._directory, self._name = trial, directory, name
-        images = len(trial.split)
-        some = min(count or images, images)
-        self.rows = torch.arange(some, device=trial.split.device) * images // some
+        self._trial, self._directory, self._name, self._count = trial, directory, name, count
+
+    def rows(self, right: Tensor) -> Tensor:
+        """The places of the images to save, int64 [N]: evenly spread over those that are right without an attack.
+
+        Others are no attack's work, and fill up where these are too few; `right` is bool, of all images.
+        """
+        places = torch.arange(len(right), device=right.device)
+        if not 0 < self._count < len(right):
+            return places
+        own, others = places[right], places[~right]
+        chosen = _evenly(own, self._count)
+        return torch.cat([chosen, _evenly(others, self._count - len(chosen))]).sort().values
 
     def path(self, attack: str) -> Path:
         """Of an attack's images; a step of 2/255 may be part of its name."""
         return self._directory / f"images-{self._name}-{attack.replace('/', '_')}.safetensors"
 
-    def save(self, attack: str, x_adv: Tensor, predictions: Tensor) -> None:
+    def save(self, attack: str, rows: Tensor, x_adv: Tensor, predictions: Tensor) -> None:
         """Writes attacked images of `rows`, fp32 [N, C, H, W], and their predicted classes."""
         trial = self._trial
-        x, y, ids, _ = replace(trial, split=trial.split.select(self.rows)).whole
+        x, y, ids, _ = replace(trial, split=trial.split.select(rows)).whole
         columns = {"x": x, "x_adv": x_adv.float(), "labels": y, "ids": ids, "predictions": predictions}
         tensors = {key: column.cpu().contiguous() for key, column in columns.items()}
         facts = {"attack": attack, "epsilon": str(trial.threat.epsilon), "norm": trial.threat.norm}

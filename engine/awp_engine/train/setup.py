@@ -306,7 +306,8 @@ class Setup:
         if (weights := self.fingerprints.get("class_weights")) is not None:
             self._class_weights = torch.tensor(weights, device=self.device)
             self.messages.append(
-                f"class weights from {min(weights):.4g} to {max(weights):.4g}, mean 1 over the training images"
+                f"class weights from {min(weights):.4g} to {max(weights):.4g}, mean 1 over the training images; "
+                "held-out accuracies weigh images by them, too"
             )
         loaders = [data.loader, "" if extra is None else extra.loader]
         given = [self.config_hash, *map(str, self.fingerprints.values()), *loaders]

@@ -29,7 +29,7 @@ from awp_engine.evaluation.accuracy import evaluation_seed, spread
 from awp_engine.evaluation.asked import Asked
 from awp_engine.evaluation.attacks.named import EvaluationError
 from awp_engine.evaluation.model.external import load_external
-from awp_engine.evaluation.model.loaded_model import LoadedModel, require_named_data
+from awp_engine.evaluation.model.loaded_model import LoadedModel, require_named_data, require_root
 from awp_engine.evaluation.model.own_classes import among_own_classes
 from awp_engine.evaluation.reports.files import code_digest
 from awp_engine.evaluation.reports.receipt import data_papers, make_receipt
@@ -179,7 +179,9 @@ def open_data(
     loading = Loading(loader="auto" if of_files else "resident", resident_share=0.0)
     if config is not None:
         same = name == config.data.name
-        root = config.data.root if root is None and same else root
+        if root is None and same:
+            require_root(config, weights)
+            root = config.data.root
         # what was listed is of the run's own files
         settings = config.data if same else replace(config.data, bad_list=None)
         if root is not None and root != config.data.root and not (root / LIST_NAME).exists():

@@ -251,6 +251,7 @@ def test_a_folder_for_the_hub_and_back(run: Path, tmp_path: Path, monkeypatch, c
         sha256_of(run / "model.safetensors"),
         'load_model("hf://me/digits")',
         "Sanity gates: not run",
+        "awp evaluate hf://me/digits --attacks",
     ):
         assert said in text
     assert str(tmp_path) not in text + (folder / "config.json").read_text()

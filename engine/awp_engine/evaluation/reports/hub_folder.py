@@ -207,7 +207,8 @@ def model_card(
     code = is_code(description.name)
     own = f', model="{printable(description.name)}"' if code else ""
     lines += [f'model = load_model("hf://{repository}"{own})  # maps images in [0, 1] to logits', "```", ""]
-    lines += [f"    awp evaluate hf://{repository} --data.root DIR --attacks clean pgd20 autoattack", ""]
+    root = "" if data == "digits" else " --data.root DIR"
+    lines += [f"    awp evaluate hf://{repository}{root} --attacks clean pgd20 autoattack", ""]
     lines += ["The weights are safetensors; nothing in this repository is run."]
     return "\n".join(lines) + "\n"
 

@@ -91,7 +91,7 @@ def test_a_test_part_alone_is_enough(folder_run: tuple[Path, Path], tmp_path: Pa
     with pytest.raises(DataError, match="has no images to test on"):
         measured(run, data_root=tmp_path)
     # training needs both
-    with pytest.raises(DataError, match=r"the class folders lie in .*three itself: move them into .*train"):
+    with pytest.raises(DataError, match=r"the class folders lie in .*three itself: awp data split .*three OUT"):
         load_dataset("folder", root=tmp_path / "three", held_out_fraction=0.0, seed=0)
 
 

@@ -114,7 +114,7 @@ def test_an_error_of_the_users_code_names_the_item_and_their_line(own: Path, fac
         (("train/a/1.png", "train/b/1.png", "test/a/1.png"), "test has 1 class folder, a; .* the same as in train"),
         (
             ("train/a/1.png", "train/b/1.png"),
-            "test is not a directory; .* move some images of every class out of train",
+            r"test is not a directory; .* awp data split .*/train OUT divides the images into training and test",
         ),
         (("train/all.npz", "test/all.npz"), "train has no class folders; .* did you mean --data.name shards"),
     ],

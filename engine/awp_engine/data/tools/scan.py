@@ -66,6 +66,7 @@ def find_parts(root: Path) -> tuple[str, ...]:
     if not others:
         raise DataError(
             f"{root} has neither test nor val (nor valid or validation); expected test/<class>/{IMAGE_NAMES} there"
+            f"{hint(root / 'test')}"
         )
     sorted_ones = tuple(part for part in others if _has_folders(root / part))
     return ("train", *(sorted_ones or others))

@@ -86,6 +86,10 @@ def read_model(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     Raises:
         CheckpointError: if it cannot be read, is not safetensors, or is damaged.
     """
+    if path.suffix == ".onnx":
+        raise CheckpointError(
+            f"{path}: ONNX files cannot be loaded here; give the run that it was exported from, or its .safetensors"
+        )
     # A link to a model is the user's own.
     payload = read_file(Path(os.path.realpath(path)))
     tensors = unpack(payload, path)

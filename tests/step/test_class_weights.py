@@ -123,7 +123,9 @@ def test_odd_labels_are_told() -> None:
         "1 of 4 classes have training images but no test images: 'c'",
         "1 of 4 classes have a name but no images: 'd'",
     ]
-    assert "5 to 50 training images; --data.class-weights balanced" in label_notes(labelled(5, 50))[0]
+    said = "the classes have 5 ('b') to 50 ('c') training images"
+    assert label_notes(labelled(9, 5, 50)) == [f"{said}; --data.class-weights balanced lets all count the same"]
+    assert label_notes(labelled(9, 5, 50), weighted=True) == [said]
 
 
 def test_runs_of_earlier_versions_had_no_weights_and_senseless_ones_are_refused() -> None:

@@ -290,7 +290,7 @@ class Setup:
         config, attack = self.config, self.config.attack
         loading = data_loading(config.data, self.device).agreed(self.ranks)
         data = self.data = load_data(config.data, loading, self._announce)
-        self.messages += [*data.notes, *label_notes(data)]
+        self.messages += [*data.notes, *label_notes(data, weighted=config.data.class_weights != "none")]
         try:
             # an l2 ball is too large for images of a size that the configuration does not know
             ball(math.prod(data.train.shape), epsilon=attack.epsilon_value, norm=attack.norm, clip=(0.0, 1.0))

@@ -78,6 +78,10 @@ def test_a_test_part_alone_is_enough(folder_run: tuple[Path, Path], tmp_path: Pa
     run, root = folder_run
     told: list[str] = []
     whole = measured(run, say=told.append).measurement.rows[0].right
+    page = (run / "evaluation" / "evaluation.html").read_text()
+    # two sets of photographs are both called folder
+    assert "folder images, linf epsilon" in page.partition("</title>")[0]
+    assert "folder images, test split, 12 images" in page
     assert told[0] == f"{root / 'valid'} is taken as the test split, as there is no test folder"
     for name, part in (("one", "test"), ("two", "validation"), ("three", ".")):
         shutil.copytree(root / "valid", tmp_path / name / part, dirs_exist_ok=True)

@@ -49,6 +49,7 @@ class Target:
         found: the data as their files have it.
         dataset: those of `whole`, with the classes that compete for an answer.
         class_names: how the names of both compare.
+        folder: the last name of the images' directory, where they have one.
         limit: so many images are measured, evenly spread; None for all.
         device: where to compute.
         seed: of all noise.
@@ -61,6 +62,7 @@ class Target:
     whole: Dataset
     dataset: Dataset
     class_names: str
+    folder: str | None
     limit: int | None
     device: torch.device
     seed: int
@@ -78,7 +80,7 @@ class Target:
             self.loaded.model,
             split,
             checkpoint=self.loaded.papers(),
-            data=data_papers(self.dataset, self.limit, self.class_names),
+            data=data_papers(self.dataset, self.limit, self.class_names, self.folder),
             seed=self.seed,
             batch_size=self.batch_size,
             **more,
@@ -128,12 +130,17 @@ def prepare(asked: Asked, loaded: LoadedModel | None, device: torch.device, say:
     class_names += alone
     if class_names != "the same":
         say(f"class names: {class_names}")
+    root = asked.data_root
+    if root is None and config is not None and asked.data_name in (None, config.data.name):
+        root = config.data.root
     return Target(
         loaded=loaded,
         found=found,
         whole=whole,
         dataset=dataset,
         class_names=class_names,
+        # "." has none of its own
+        folder=None if root is None else root.resolve().name,
         limit=asked.limit,
         device=device,
         seed=evaluation_seed(0 if config is None else config.seed) if asked.seed is None else asked.seed,

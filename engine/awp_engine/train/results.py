@@ -116,10 +116,11 @@ def write_results(
             )
         right = zip(setup.data.class_names, best[0].robust_by_class, tested.tolist(), strict=False)
         never = [f"{name!r} ({count})" for name, robust, count in right if not robust and count >= _FEW]
-        if never and best[0].robust > 0:
+        # where most classes are such, the network has learnt little of any
+        if 0 < 2 * len(never) < len(tested):
             more = ", ..." if len(never) > _SHOWN else ""
             say(
                 f"under attack no test image is right of class {', '.join(never[:_SHOWN])}{more}: it may need more "
-                "training images, or --data.class-weights"
+                "training images, or more weight (--data.class-weights)"
             )
     return fields

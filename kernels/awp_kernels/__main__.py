@@ -46,6 +46,8 @@ def main() -> int:
             wrong = call(backend, own_device)
             failed |= wrong is not None
             answer = "available: called, and right" if wrong is None else f"FAILS when called: {wrong}"
+        elif backend in ("cuda", "triton") and not torch.cuda.is_available():
+            answer = f"not needed, as torch finds no GPU ({answer})"
         print(f"  {backend:<10} {answer}", flush=True)
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     dtypes = {"float32, float16, bfloat16": torch.float32, "float64": torch.float64}

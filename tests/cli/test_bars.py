@@ -28,6 +28,16 @@ def test_lines_tell_the_time_left():
     assert [duration(seconds) for seconds in (5, 75, 4000)] == ["0:05", "1:15", "1:06:40"]
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_too_little_tells_no_time_left(terminal):
+    where, text = console(terminal)
+    with Bar("pgd100", 100, console=where, quiet=0.0, interval=0.0) as bar:
+        bar.set(4, 100)
+        assert ("-:--:--" in text.getvalue()) if terminal else (text.getvalue() == "pgd100: 4%, 0:00 so far\n")
+        bar.set(5, 100)
+    assert terminal or "pgd100: 5%, 0:00 so far, 0:00 left" in text.getvalue()
+
+
 def test_lines_are_rare():
     where, text = console(terminal=False)
     with Bar("steps", 1000, console=where, quiet=0.02, interval=0.2) as bar:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from awp_engine.checkpoint import CheckpointError
 from awp_engine.cli.command_line import _parse, parse_train
 from awp_engine.cli.compare import parse as parse_compare
 from awp_engine.cli.evaluate import parse as parse_evaluate
@@ -18,6 +19,7 @@ from awp_engine.config.identity import require_same_run
 from awp_engine.config.model_names import in_file
 from awp_engine.evaluation.asked import AttacksAsked
 from awp_engine.evaluation.attacks.named import EvaluationError, parse_attack
+from awp_engine.evaluation.model.external import ExternalModel
 from awp_engine.evaluation.run import evaluate_checkpoint
 from awp_engine.evaluation.smoothing import Smoothing
 from awp_engine.observe.run_log import RunLog
@@ -93,6 +95,28 @@ def test_another_model_in_the_same_directory_is_named_before_its_epochs() -> Non
         require_same_run(saved, parse_train(["--model.name", "net.py:make"]), Path("runs/x"))
     with pytest.raises(ConfigError, match="give --epochs 6 to go on with it"):
         require_same_run(saved, parse_train([]), Path("runs/x"))
+
+
+def test_a_run_cannot_be_given_fewer_epochs() -> None:
+    saved = parse_train(["--epochs", "10"])
+    told = r"^--epochs: runs/x was given 10 epochs and cannot be given fewer, 5; give --epochs 10 to go on with it, or"
+    with pytest.raises(ConfigError, match=told):
+        require_same_run(saved, dataclasses.replace(saved, epochs=5), Path("runs/x"))
+    # where more differs a new run was meant
+    with pytest.raises(ConfigError, match=r"holds another run: --seed is 0 there and 1 here"):
+        require_same_run(saved, dataclasses.replace(saved, epochs=10, seed=1), Path("runs/x"))
+    with pytest.raises(ConfigError, match=r"holds another run"):
+        require_same_run(saved, dataclasses.replace(saved, epochs=5, seed=1), Path("runs/x"))
+
+
+def test_an_onnx_file_is_no_run(tmp_path: Path) -> None:
+    (file := tmp_path / "model.onnx").write_bytes(b"\x08\x08\x12\x07pytorch")
+    told = r"model.onnx: ONNX files cannot be loaded here; give the run that it was exported from"
+    with pytest.raises(CheckpointError, match=told):
+        evaluate_checkpoint(file)
+    external = ExternalModel(name="preact-resnet-digits", weights=file)
+    with pytest.raises(CheckpointError, match=told):
+        evaluate_checkpoint(None, external=external, data_name="digits", norm="linf", epsilon="1/5")
 
 
 def test_force_color_makes_no_terminal_of_a_pipe(

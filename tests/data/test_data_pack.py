@@ -173,8 +173,10 @@ def test_bad_files_are_refused_or_skipped_by_the_list(copy: Path, tmp_path: Path
     with pytest.raises(DataError, match=rf"{bad}: broken JPEG: .*; scan first: awp data scan"):
         pack_folder(copy, out, workers=1)
     assert not out.exists()
+    # passed over, as in training
     (copy / "train" / "class_4" / "words.txt").write_text("words")
-    with pytest.raises(DataError, match=r"words.txt ends in '.txt'.*; scan first"):
+    (copy / "train" / "stray.jpg").write_bytes(good)
+    with pytest.raises(DataError, match=r"stray.jpg lies in no class folder.*; scan first"):
         pack_folder(copy, out, workers=1)
     with pytest.raises(DataError, match=r"awp-scan.jsonl is missing; expected the list of a scan: awp data scan"):
         pack_folder(copy, out, workers=1, policy="skip")

@@ -80,6 +80,13 @@ def test_a_clean_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert (scan.files, scan.bad, scan.notes, scan.pixels) == (60, {}, (), True)
     assert scan.total_bytes == sum(file.stat().st_size for file in files)
     assert bad_files(folder, "refuse") == frozenset()
+    # what training passes over stops nothing
+    (folder / "train" / "class_0" / "Thumbs.db").write_bytes(b"left by Windows")
+    assert main(["scan", str(folder), "--workers", "2"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("note: files in class folders whose names do not end as those of images are passed over: 1,")
+    assert "\nall of 60 files (" in said
+    assert bad_files(folder, "refuse") == frozenset()
     again = scan_folder(folder, workers=1, pixels=False)
     assert (again.digest, again.pixels) == (scan.digest, False)
     (folder / "train" / "class_0" / "other.jpg").write_bytes(encode(random_image(5), "JPEG"))
@@ -98,7 +105,8 @@ def test_what_lies_in_a_folder_by_mistake(folder: Path) -> None:
 
     add("train/class_0/a.gif", encode(random_image(1), "GIF"), "wrong-extension")
     add("train/class_0/b.webp", encode(random_image(2), "GIF"), "wrong-extension")
-    add("train/class_0/c.txt", b"words", "wrong-extension")
+    (train / "class_0" / "c.txt").write_bytes(b"words")
+    (train / "class_1" / os.fsdecode(b"\xff.heic")).write_bytes(b"a photograph")
     add("train/class_0/gif.png", encode(random_image(3), "GIF"), "wrong-extension")
     add("train/stray.jpg", image, "no-such-class")
     add("train/class_0/deeper/and/deeper/x.png", image, "no-such-class")
@@ -134,6 +142,9 @@ def test_what_lies_in_a_folder_by_mistake(folder: Path) -> None:
     assert scan.bad["train/class_2/dangling.jpg"].why == "is a link to nothing; repair or remove it"
     assert scan.bad["train/dragon/x.jpg"].why == "is of a class that test lacks; move or remove it"
     assert not any(name in bad.why for name, bad in scan.bad.items())
+    assert scan.notes[-1].endswith(
+        "are passed over: 2, such as train/class_0/c.txt: convert them if they are photographs"
+    )
 
 
 def test_sizes_and_bytes_that_are_odd(folder: Path) -> None:

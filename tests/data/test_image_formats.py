@@ -1,6 +1,9 @@
 """BMP, WebP, TIFF and PPM beside JPEG and PNG: the same pixels by every loader, and nothing but whole single images."""
 
 import io
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +59,23 @@ def test_other_modes_and_several_images_are_refused() -> None:
             check(content, "x")
 
 
+def test_the_command_that_a_refusal_gives_makes_the_file_usable(tmp_path: Path) -> None:
+    images = {"RGBA.png": Image.new("RGBA", SIZE, (9, 9, 9, 0)), "LA.png": Image.new("LA", SIZE, (7, 255))}
+    images |= {"P.png": picture(1, SIZE).convert("P"), "CMYK.jpg": picture(1, SIZE).convert("CMYK")}
+    for name, image in images.items():
+        image.save(tmp_path / name)
+    with pytest.raises(DataError, match=r"with transparency .*convert it, such as by python -c") as found:
+        check((tmp_path / "RGBA.png").read_bytes(), "x")
+    command = str(found.value).partition("such as by python ")[2].removesuffix(" FILE")
+    subprocess.run([sys.executable, *shlex.split(command), *(tmp_path / name for name in images)], check=True)
+    found = {name: decode((tmp_path / name).read_bytes(), name) for name in images}
+    assert all(pixels.shape == (13, 17, 3) for pixels in found.values())
+    # what was transparent is white
+    assert (found["RGBA.png"] == 255).all()
+    assert (found["LA.png"] == 7).all()
+    assert np.array_equal(found["P.png"], np.asarray(images["P.png"].convert("RGB")))
+
+
 def test_a_folder_of_all_formats_by_every_loader_and_packed(tmp_path: Path) -> None:
     """`validation` where there is no `test`; DALI and Pillow give the same bytes; shards keep the files."""
     root = tmp_path / "images"
@@ -75,7 +95,7 @@ def test_a_folder_of_all_formats_by_every_loader_and_packed(tmp_path: Path) -> N
         found[name] = data.train.resident().images
         assert (len(data.train), len(data.test)) == (12, 4)
     assert all(torch.equal(images, found["resident"]) for images in found.values())
-    assert set(list_files(root).values()) == {None}
+    assert set(list_files(root)[0].values()) == {None}
     pack_folder(root, tmp_path / "packed")
     packed = load_dataset("webdataset", root=tmp_path / "packed", held_out_fraction=0.0, seed=0)
     assert len(packed.test) == 4

@@ -261,6 +261,10 @@ def test_what_a_run_under_noise_is_for_is_said(run_dir, tmp_path):
     card = model_card(description(), load_trained(place), None, "", "", curves=False)
     assert "- Training: Noise-AWP, gamma 0.002, without an attack, noise of 0.5, 30 epochs" in card
     assert "adversarial-training" not in card
+    named = dataclasses.replace(description(), class_names=tuple("zabcdefghi"))
+    card = model_card(named, load_trained(place), None, "", "", curves=False, epoch="4")
+    assert "30 epochs (weights of epoch 4), seed" in card
+    assert "## Classes\n\n0 z, 1 a, 2 b" in card
 
 
 def test_the_command_prints_the_table_and_refuses_in_one_line(run_dir, tmp_path, capsys, monkeypatch):

@@ -207,6 +207,7 @@ def test_the_page_begins_with_the_number_to_believe(reported):
     assert page.index("≤ 12.0%") < page.index(f'<b class="bad">{worst}</b>Unreliable') < page.index("Clean accuracy")
     assert "4.5% to 24.3% with 95% confidence; 50 images, under BPDA" in page
     assert "<title>Evaluation of AT-AWP: photos.py:make, linf" in page
+    assert "at most, in linf, on pixels in [0, 1]." in page
 
 
 def test_checkpoints_can_be_chosen(run_dir, tmp_path):

@@ -78,6 +78,10 @@ def test_a_test_part_alone_is_enough(folder_run: tuple[Path, Path], tmp_path: Pa
     run, root = folder_run
     told: list[str] = []
     whole = measured(run, say=told.append).measurement.rows[0].right
+    page = (run / "evaluation" / "evaluation.html").read_text()
+    # two sets of photographs are both called folder
+    assert "folder images, linf epsilon" in page.partition("</title>")[0]
+    assert "folder images, test split, 12 images" in page
     assert told[0] == f"{root / 'valid'} is taken as the test split, as there is no test folder"
     for name, part in (("one", "test"), ("two", "validation"), ("three", ".")):
         shutil.copytree(root / "valid", tmp_path / name / part, dirs_exist_ok=True)
@@ -91,8 +95,28 @@ def test_a_test_part_alone_is_enough(folder_run: tuple[Path, Path], tmp_path: Pa
     with pytest.raises(DataError, match="has no images to test on"):
         measured(run, data_root=tmp_path)
     # training needs both
-    with pytest.raises(DataError, match=r"the class folders lie in .*three itself: move them into .*train"):
+    with pytest.raises(DataError, match=r"the class folders lie in .*three itself: awp data split .*three OUT"):
         load_dataset("folder", root=tmp_path / "three", held_out_fraction=0.0, seed=0)
+
+
+def test_images_that_are_not_where_the_run_says_are_asked_for(
+    folder_run: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, root = folder_run
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "other", DataConfig(name="folder", root=Path("images")), ("a", "b", "c"))
+    assert measured(Path("other")).measurement.rows[0].right >= 0
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run, told = Path("../other"), r"says that its images are in images, as seen from the directory .* give --data.root$"
+    with pytest.raises(EvaluationError, match=told):
+        measured(run, again=True)
+    with pytest.raises(EvaluationError, match=told):
+        open_runs([run], which="best", device=torch.device("cpu"))
+    assert measured(run, data_root=root, again=True).measurement.rows[0].right >= 0
+    root.rename(tmp_path / "moved")
+    with pytest.raises(EvaluationError, match=rf"says that its images are in {root}, which is no directory here"):
+        measured(folder_run[0])
 
 
 def test_test_images_do_not_say_how_weights_want_them_normalised(folder_run: tuple[Path, Path], tmp_path: Path) -> None:

@@ -257,8 +257,11 @@ def test_a_folder_for_the_hub_and_back(run: Path, tmp_path: Path, monkeypatch, c
         sha256_of(run / "model.safetensors"),
         'load_model("hf://me/digits")',
         "Sanity gates: not run",
+        "awp evaluate hf://me/digits --attacks",
     ):
         assert said in text
+    # their names are their numbers
+    assert "## Classes" not in text
     assert str(tmp_path) not in text + (folder / "config.json").read_text()
     assert load_config(folder / "config.json").attack.epsilon == "0.2"
 

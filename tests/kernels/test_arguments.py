@@ -446,6 +446,8 @@ def test_summary_names_every_operation():
         "cpp        available: called, and right",
     ):
         assert name in result.stdout
+    if not torch.cuda.is_available():
+        assert "cuda       not needed, as torch finds no GPU (" in result.stdout
 
 
 def test_neighbours_in_one_block_of_memory_share_nothing():

@@ -147,6 +147,20 @@ def test_catastrophic_overfitting_is_named(pairs, warned):
         assert "from 33% to 2%" in said[0] or "from 30% to 2%" in said[0]
 
 
+def test_a_fall_without_an_attack_too_is_no_catastrophic_overfitting():
+    """Recorded: 4 classes, one of them rare, with balanced weights and a learning rate that was too large."""
+    fallen = [
+        epoch | {"loss": 1.3, "held_out_clean_accuracy": clean}
+        for epoch, clean in zip(epochs((0.17, 0.38), (0.31, 0.03)), (0.4324, 0.0378), strict=True)
+    ]
+    (said,) = monitor.warnings(fallen, 4, weighted=True)
+    assert "unsteady: since epoch 1 held-out accuracy fell from 43% to 4% without an attack and from 38% to 3%" in said
+    assert said.endswith("--optimizer.lr, or milder --data.class-weights")
+    assert monitor.warnings(fallen, 4)[0].endswith("--optimizer.lr")
+    kept = [fallen[0], fallen[1] | {"held_out_clean_accuracy": 0.35}]
+    assert "catastrophic overfitting" in monitor.warnings(kept, 4, weighted=True)[0]
+
+
 def test_masking_and_skipped_steps_are_named():
     history = [{"epoch": 4, "zero_gradients": 0.9, "skipped_steps": 3.0}]
     said = monitor.warnings(history, 10)

@@ -8,9 +8,11 @@ import pytest
 import torch
 from test_methods import GAMMA, batch, build_step, descend, gradient, relative, small_model
 
+from awp_engine.attack import Attack
 from awp_engine.config import ConfigError, from_json, to_json
 from awp_engine.config.presets import build_preset
 from awp_engine.data import DataError, Dataset, Split, class_weights, label_notes
+from awp_engine.evaluation import evaluate
 from awp_engine.step.objectives import build_objective
 
 WEIGHTS = torch.linspace(0.2, 3.0, 10, dtype=torch.float64)
@@ -45,6 +47,23 @@ def test_every_images_loss_is_weighed_in_ascent_and_descent(method: str) -> None
     assert relative(same, plain) == 0
     assert relative(ours, plain) > 1e-3
     assert float(result.loss) != float(other.loss)
+
+
+def test_accuracies_weigh_images_by_the_weights_of_their_class() -> None:
+    model, (x, y, ids) = small_model(), batch(n=40)
+    split = Split(images=(x * 255).to(torch.uint8), labels=y, ids=ids)
+    attack = Attack(epsilon=0.05, step_size=0.05, steps=1, norm="linf")
+    with torch.no_grad():
+        right = model.eval()(split.images.float() / 255).argmax(1) == y
+    plain = evaluate(model, split, attack, batch_size=7)
+    found = evaluate(model, split, attack, batch_size=7, class_weights=WEIGHTS.tolist())
+    assert plain.clean == pytest.approx(float(right.double().mean()))
+    assert found.clean == pytest.approx(float((WEIGHTS[y] * right).sum() / WEIGHTS[y].sum()))
+    assert abs(found.clean - plain.clean) > 1e-3
+    robust = torch.tensor(plain.robust_by_class)
+    assert plain.robust == pytest.approx(int(robust.sum()) / 40)
+    present = WEIGHTS[: len(robust)]
+    assert found.robust == pytest.approx(float((present * robust).sum() / WEIGHTS[y].sum()))
 
 
 def labelled(*counts: int, tested: tuple[int, ...] | None = None) -> Dataset:
@@ -104,7 +123,9 @@ def test_odd_labels_are_told() -> None:
         "1 of 4 classes have training images but no test images: 'c'",
         "1 of 4 classes have a name but no images: 'd'",
     ]
-    assert "5 to 50 training images; --data.class-weights balanced" in label_notes(labelled(5, 50))[0]
+    said = "the classes have 5 ('b') to 50 ('c') training images"
+    assert label_notes(labelled(9, 5, 50)) == [f"{said}; --data.class-weights balanced lets all count the same"]
+    assert label_notes(labelled(9, 5, 50), weighted=True) == [said]
 
 
 def test_runs_of_earlier_versions_had_no_weights_and_senseless_ones_are_refused() -> None:

@@ -161,13 +161,17 @@ def test_onnx_files_that_would_be_wrong_are_not_written(tmp_path: Path, network:
     assert not list(tmp_path.iterdir())
 
 
-def test_onnx_in_one_step(tmp_path: Path, monkeypatch, capsys):
+def test_onnx_in_one_step(tmp_path: Path, monkeypatch, capsys, caplog):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     run = tmp_path / "run"
     run_command("train", monkeypatch, "--epochs", 1, "--model.width", 4, "--data.train-limit", 40, "--run-dir", run)
     file = tmp_path / "model.onnx"
+    # as if it were not installed
+    monkeypatch.setitem(sys.modules, "torchvision", None)
     assert run_command("export", monkeypatch, run, "--onnx", file) == 0
+    assert "torchvision" not in caplog.text
+    monkeypatch.delitem(sys.modules, "torchvision")
     assert "images, fp32 [batch, 1, 8, 8] in [0, 1]" in capsys.readouterr().out
     session = runtime.InferenceSession(file, providers=["CPUExecutionProvider"])
     facts = session.get_modelmeta().custom_metadata_map

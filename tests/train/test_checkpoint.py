@@ -270,6 +270,22 @@ def test_going_on_from_an_older_checkpoint_supersedes_the_damaged_one(tmp_path: 
     assert found.skipped == ()
 
 
+def test_equal_models_are_equal_files(tmp_path: Path) -> None:
+    """The metadata's order is random in the library, of a hundred entries surely another one each time."""
+    weights = {"b": torch.randn(3, 5), "a": torch.arange(7), "odd \u00e9": torch.ones(3, dtype=torch.uint8)}
+    metadata = {f"key {number}": f'"caf\u00e9" \n {number}' for number in range(100)}
+    for name, entries in (("one", metadata), ("two", dict(reversed(metadata.items())))):
+        export_model(tmp_path / name, weights, entries)
+    content = (tmp_path / "one").read_bytes()
+    assert content == (tmp_path / "two").read_bytes()
+    assert int.from_bytes(content[:8], "little") % 8 == 0
+    with safetensors.safe_open(tmp_path / "one", "pt") as file:
+        assert {name: text for name, text in file.metadata().items() if name in metadata} == metadata
+        assert set(file.keys()) == set(weights)
+        assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in weights.items())
+    assert read_model(tmp_path / "two")[1] == metadata
+
+
 def test_exported_models_are_verified(tmp_path: Path) -> None:
     path = tmp_path / "run" / "model.safetensors"
     model = {"w": torch.randn(3, 4), "half": torch.ones(2, dtype=torch.bfloat16), "n": torch.tensor(3)}

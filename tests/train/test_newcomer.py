@@ -14,6 +14,7 @@ from awp_engine.data import DataError, label_notes, load_data
 from awp_engine.data.sets.scan_list import LIST_NAME
 from awp_engine.evaluation.prepare import open_data
 from awp_engine.evaluation.reports.results import Measurement
+from awp_engine.observe.metrics import read_metrics
 
 SMALL = ("--epochs", "1", "--model.width", "2", "--attack.steps", "1", "--evaluation.steps", "1", "--log", "none")
 FACTORY = """
@@ -33,6 +34,16 @@ def broken(root, split):
 def absent(root, split):
     from pathlib import Path
     return [(path, 0) for path in Path("nowhere").iterdir()]
+"""
+
+UNEVEN = """
+import numpy as np
+def make(root, split):
+    counts = (60, 60, 30) if split == "train" else (12, 12, 12)
+    labels = np.repeat(np.arange(3), counts)
+    images = np.random.default_rng(0).integers(0, 256, (len(labels), 8, 8, 3), dtype=np.uint8)
+    images[labels == 0], images[labels == 1] = 0, 255
+    return images, labels
 """
 
 
@@ -59,6 +70,26 @@ def test_a_run_says_what_makes_its_numbers_worth_little(own: Path, capfd: pytest
     assert (clean <= 33.34) == ("no better than one answer for every image (33.33%)" in said)
 
 
+def test_a_class_that_is_never_right_is_named_and_held_out_images_have_class_weights(
+    own: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Black, white, and 8 noisy images among 120, of which a network that learns anything knows the first two."""
+    (own / "uneven.py").write_text(UNEVEN)
+    given = ["--data.name", f"{own / 'uneven.py'}:make", "--data.root", str(own), "--data.held-out-fraction", "0.2"]
+    given += ["--data.class-weights", str(own / "weights.json"), "--global-batch-size", "16", "--data.pad", "0"]
+    (own / "weights.json").write_text("[1, 1, 1e-6]")
+    main(
+        [*given, "--run-dir", str(own / "run"), *SMALL, "--epochs", "4", "--evaluation.evaluate-every", "1"],
+        "awp train",
+    )
+    said = capfd.readouterr().out
+    assert "held-out accuracies weigh images by them, too" in said
+    assert "under attack no test image is right of class '2' (12): it may need more training images" in said
+    held_out = [m["held_out_clean_accuracy"] for m in read_metrics(own / "run")]
+    # the third class counts next to nothing
+    assert max(held_out) > 0.99
+
+
 @pytest.mark.parametrize(
     ("factory", "told"),
     [
@@ -83,7 +114,7 @@ def test_an_error_of_the_users_code_names_the_item_and_their_line(own: Path, fac
         (("train/a/1.png", "train/b/1.png", "test/a/1.png"), "test has 1 class folder, a; .* the same as in train"),
         (
             ("train/a/1.png", "train/b/1.png"),
-            "test is not a directory; .* move some images of every class out of train",
+            r"test is not a directory; .* awp data split .*/train OUT divides the images into training and test",
         ),
         (("train/all.npz", "test/all.npz"), "train has no class folders; .* did you mean --data.name shards"),
     ],

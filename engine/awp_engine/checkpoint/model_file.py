@@ -51,6 +51,18 @@ def content_hash(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
     return digest.hexdigest()
 
 
+def _saved(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file's bytes: always the same ones for the same contents; its library shuffles the metadata."""
+    payload = memoryview(safetensors.torch.save(dict(tensors), metadata=dict(metadata)))
+    end = 8 + int.from_bytes(payload[:8], "little")
+    header = json.loads(bytes(payload[8:end]))
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    # tensors begin at a multiple of 8 bytes
+    text += b" " * (-len(text) % 8)
+    return b"".join((len(text).to_bytes(8, "little"), text, payload[end:]))
+
+
 def export_model(path: Path, state_dict: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     """Writes weights as one safetensors file, atomically, with `metadata` and a SHA-256 of it all in the header.
 
@@ -59,7 +71,7 @@ def export_model(path: Path, state_dict: Mapping[str, torch.Tensor], metadata: M
     """
     tensors = packable(state_dict)
     header = {**metadata, _CONTENT_HASH: content_hash(tensors, metadata)}
-    payload = safetensors.torch.save(tensors, metadata=header)
+    payload = _saved(tensors, header)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         require_space(path.parent, len(payload))
@@ -74,6 +86,10 @@ def read_model(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     Raises:
         CheckpointError: if it cannot be read, is not safetensors, or is damaged.
     """
+    if path.suffix == ".onnx":
+        raise CheckpointError(
+            f"{path}: ONNX files cannot be loaded here; give the run that it was exported from, or its .safetensors"
+        )
     # A link to a model is the user's own.
     payload = read_file(Path(os.path.realpath(path)))
     tensors = unpack(payload, path)

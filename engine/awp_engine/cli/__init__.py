@@ -17,7 +17,7 @@ COMMANDS = {
     "predict": "classify image files by a trained model",
     "compare": "show runs side by side: tables, learning curves, one page",
     "landscape": "draw the loss around trained weights, and measure its flatness",
-    "data": "download data sets; scan image folders, pack and verify shards",
+    "data": "download, scan, split and pack data sets; verify shards",
     "export": "write a trained model for the Hugging Face Hub, PyTorch or ONNX",
     "checkpoint": "verify, list or export the checkpoints of a run",
 }

@@ -1,10 +1,11 @@
-"""`awp data scan|pack|verify|get`: looks after image folders and shards, and downloads public data sets."""
+"""`awp data scan|split|pack|verify|get`: looks after image folders and shards, and downloads public data sets."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import re
+import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from awp_engine.cli.command_line import OneLineParser
-from awp_engine.cli.frame import ending, whole_number
+from awp_engine.cli.frame import ending, share, whole_number
 from awp_engine.config.data_sets import PUBLIC
 from awp_engine.files.locking import LOCK, locked
 from awp_engine.files.text import one_line
@@ -91,6 +92,20 @@ def _scan(arguments: argparse.Namespace) -> int:
     return 1 if scan.bad else 0
 
 
+def _split(arguments: argparse.Namespace) -> int:
+    from awp_engine.data.tools.divide import divide_folder
+
+    counts = divide_folder(arguments.place, arguments.out, test=arguments.test, seed=arguments.seed)
+    train, test = counts["train"], counts["test"]
+    least = min(train, key=lambda name: train[name])
+    print(
+        f"{one_line(str(arguments.out))}: {sum(train.values()):,} training and {sum(test.values()):,} test images of "
+        f"{len(train):,} classes; the smallest, {one_line(least)}, has {train[least]:,} and {test[least]:,}"
+    )
+    print(f"next: awp data scan {one_line(shlex.quote(str(arguments.out)))}")
+    return 0
+
+
 def _pack(arguments: argparse.Namespace) -> int:
     from awp_engine.data.tools.pack import pack_folder
     from awp_engine.observe.bars import Bar
@@ -138,7 +153,7 @@ def _get(arguments: argparse.Namespace) -> int:
 
 def _parser(prog: str) -> OneLineParser:
     parser = OneLineParser(prog=prog, description="Looks after image folders and shards, and downloads data sets.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="scan|pack|verify|get")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="scan|split|pack|verify|get")
     texts = {
         "scan": "find every file that cannot be trained on and list them; exit code 1 if there is one",
         "pack": "write an image folder as shards with a manifest",
@@ -168,6 +183,14 @@ def _parser(prog: str) -> OneLineParser:
             command.add_argument(
                 "--bad-files", choices=("refuse", "skip"), default="refuse", help="what a scan listed (default: refuse)"
             )
+    text = "divide one folder of class folders into training and test images, in a new folder"
+    command = commands.add_parser("split", help=text, description=text)
+    command.add_argument("place", type=Path, metavar="DIR", help="holds a folder of images for each class")
+    command.add_argument("out", type=Path, metavar="OUT", help="a new or empty directory, for OUT/train and OUT/test")
+    text = "part of every class's images that is for testing (default: 0.2)"
+    command.add_argument("--test", type=share, default=0.2, metavar="SHARE", help=text)
+    text = "another number chooses other images (default: 0)"
+    command.add_argument("--seed", type=whole_number(0, 2**63 - 1), default=0, metavar="N", help=text)
     text = "download a public data set, compare it with the published MD5, and unpack it"
     command = commands.add_parser("get", help=text, description=text, example="cifar10 data")
     command.add_argument("name", choices=PUBLIC, metavar="NAME", help=", ".join(PUBLIC))
@@ -188,7 +211,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "awp data") -> int:
     """
     arguments = _parser(prog).parse_args(argv)
 
-    command = {"scan": _scan, "pack": _pack, "verify": _verify, "get": _get}[arguments.command]
+    command = {"scan": _scan, "split": _split, "pack": _pack, "verify": _verify, "get": _get}[arguments.command]
     # A scan says by 1 that there are bad files, and nothing else.
     code = 2 if arguments.command == "scan" else 1
     kept = "the same command goes on where it ended" if arguments.command == "get" else "nothing was written"

@@ -40,7 +40,9 @@ def write_state_dict(path: Path, loaded: LoadedModel, prog: str) -> None:
         # as few digits as give the same number in fp32
         again += [f"--model.{name}", *buffer.flatten().cpu().numpy().astype(np.float32)]
     config = loaded.config
-    again += ["--data.name", "NAME" if config is None else config.data.name, "--data.root", "DIR"]
+    again += ["--data.name", "NAME" if config is None else config.data.name]
+    if config is None or config.data.name != "digits":
+        again += ["--data.root", "DIR"]
     again += ["--norm", "linf" if config is None else config.attack.norm]
     again += ["--epsilon", "8/255" if config is None else config.attack.epsilon]
     print("its network takes images normalised by that mean and deviation:")

@@ -77,6 +77,16 @@ def own_title(name: str) -> str:
     return name.rpartition("/")[2] if is_own(name.partition(" (")[0]) else name
 
 
+def data_title(name: str, folder: str | None) -> str:
+    """A data set as titles have it, with the last name of its directory where that tells it from others.
+
+    >>> data_title("folder", "photos"), data_title("cifar10", "data")
+    ('folder photos', 'cifar10')
+    """
+    several = (DATA_SETS | CORRUPTED).get(name) == ""
+    return f"{own_title(name)} {folder}" if several and folder else own_title(name)
+
+
 def where_to_get(name: str) -> str:
     """The end of a message about files that are missing; empty for a data set that nobody hosts.
 

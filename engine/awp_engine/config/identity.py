@@ -252,6 +252,11 @@ def require_same_run(saved: Config, given: Config, run_dir: Path) -> None:
         _require_longer(saved, given, run_dir)
         optimizer = dataclasses.replace(saved.optimizer, milestones=given.optimizer.milestones)
         saved = dataclasses.replace(saved, epochs=given.epochs, optimizer=optimizer)
+    elif given.epochs < saved.epochs and _differing(saved, others) is None:
+        raise ConfigError(
+            f"--epochs: {run_dir} was given {saved.epochs} epochs and cannot be given fewer, {given.epochs}; give "
+            f"--epochs {saved.epochs} to go on with it, or another --run-dir for a new run"
+        )
     key = _differing(saved, given)
     if key is not None:
         before, now = (show(_trajectory(config).get(key)) for config in (saved, given))

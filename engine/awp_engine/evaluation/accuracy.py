@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -39,10 +39,15 @@ class NonfiniteGradients:
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """Fractions in [0, 1] of the same samples; an image counts as robust if it is right both clean and attacked."""
+    """Fractions in [0, 1] of the same samples; an image counts as robust if it is right both clean and attacked.
+
+    Attributes:
+        robust_by_class: how many images of every label are robust, up to the last label that there is.
+    """
 
     clean: float
     robust: float
+    robust_by_class: tuple[int, ...] = ()
 
 
 def evaluation_seed(run_seed: int) -> int:
@@ -86,6 +91,7 @@ def evaluate(
     attack: Attack,
     *,
     batch_size: int,
+    class_weights: Sequence[float] | None = None,
     ranks: Ranks | None = None,
     between: Callable[[], None] | None = None,
     progress: Callable[[float], object] | None = None,
@@ -100,6 +106,7 @@ def evaluate(
         split: the samples.
         attack: how they are attacked.
         batch_size: images a batch; does not change the result beyond rounding.
+        class_weights: what an image of every class counts for; all count the same if not given.
         ranks: that share the images among them; every image counts once, and all ranks return the same.
         between: called before every batch, as often on every rank.
         progress: told at every step of an attack which part of this rank's work is done, 0 to 1.
@@ -123,7 +130,9 @@ def evaluate(
             progress(done / whole)
 
     with layer_modes(model, "eval", update_statistics=True):
-        counts = torch.zeros(2, dtype=torch.int64, device=device)
+        total = torch.bincount(split.labels.cpu())
+        # whole numbers: any number of ranks gets the same bits
+        counts = torch.zeros(2, len(total), dtype=torch.int64, device=device)
         with contextlib.closing(eval_batches(own, batch_size)) as batches:
             # the first rank has the most images
             for _ in range(-(-len(split) // ranks.world // batch_size) or 1):
@@ -137,7 +146,8 @@ def evaluate(
                         x_adv = attack(model, x, y, sample_ids=ids, observe=watch)
                         with torch.no_grad():
                             robust = right & ~nonfinite.found & (predicted(model(x_adv)) == y)
-                        counts += torch.stack([right.sum(), robust.sum()])
+                        counts.index_add_(1, y, torch.stack([right, robust]).long())
         ranks.sum_([counts])
-        clean, robust = counts.tolist()
-        return Accuracy(clean=clean / len(split), robust=robust / len(split))
+        weights = torch.ones(len(total)) if class_weights is None else torch.tensor(class_weights)[: len(total)]
+        clean, robust = ((counts.cpu() * weights.double()).sum(1) / (total * weights.double()).sum()).tolist()
+        return Accuracy(clean=clean, robust=robust, robust_by_class=tuple(counts[1].tolist()))

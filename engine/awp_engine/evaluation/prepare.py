@@ -29,7 +29,7 @@ from awp_engine.evaluation.accuracy import evaluation_seed, spread
 from awp_engine.evaluation.asked import Asked
 from awp_engine.evaluation.attacks.named import EvaluationError
 from awp_engine.evaluation.model.external import load_external
-from awp_engine.evaluation.model.loaded_model import LoadedModel, require_named_data
+from awp_engine.evaluation.model.loaded_model import LoadedModel, require_named_data, require_root
 from awp_engine.evaluation.model.own_classes import among_own_classes
 from awp_engine.evaluation.reports.files import code_digest
 from awp_engine.evaluation.reports.receipt import data_papers, make_receipt
@@ -49,6 +49,7 @@ class Target:
         found: the data as their files have it.
         dataset: those of `whole`, with the classes that compete for an answer.
         class_names: how the names of both compare.
+        folder: the last name of the images' directory, where they have one.
         limit: so many images are measured, evenly spread; None for all.
         device: where to compute.
         seed: of all noise.
@@ -61,6 +62,7 @@ class Target:
     whole: Dataset
     dataset: Dataset
     class_names: str
+    folder: str | None
     limit: int | None
     device: torch.device
     seed: int
@@ -78,7 +80,7 @@ class Target:
             self.loaded.model,
             split,
             checkpoint=self.loaded.papers(),
-            data=data_papers(self.dataset, self.limit, self.class_names),
+            data=data_papers(self.dataset, self.limit, self.class_names, self.folder),
             seed=self.seed,
             batch_size=self.batch_size,
             **more,
@@ -128,12 +130,17 @@ def prepare(asked: Asked, loaded: LoadedModel | None, device: torch.device, say:
     class_names += alone
     if class_names != "the same":
         say(f"class names: {class_names}")
+    root = asked.data_root
+    if root is None and config is not None and asked.data_name in (None, config.data.name):
+        root = config.data.root
     return Target(
         loaded=loaded,
         found=found,
         whole=whole,
         dataset=dataset,
         class_names=class_names,
+        # "." has none of its own
+        folder=None if root is None else root.resolve().name,
         limit=asked.limit,
         device=device,
         seed=evaluation_seed(0 if config is None else config.seed) if asked.seed is None else asked.seed,
@@ -179,7 +186,9 @@ def open_data(
     loading = Loading(loader="auto" if of_files else "resident", resident_share=0.0)
     if config is not None:
         same = name == config.data.name
-        root = config.data.root if root is None and same else root
+        if root is None and same:
+            require_root(config, weights)
+            root = config.data.root
         # what was listed is of the run's own files
         settings = config.data if same else replace(config.data, bad_list=None)
         if root is not None and root != config.data.root and not (root / LIST_NAME).exists():

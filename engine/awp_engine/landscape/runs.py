@@ -14,7 +14,7 @@ from awp_engine.config import Config, ConfigError, config_hash, parse_amount
 from awp_engine.data import DataError, Dataset, Split, load_data, match_classes, shown
 from awp_engine.evaluation.accuracy import spread
 from awp_engine.evaluation.model.external import ExternalModel, load_external
-from awp_engine.evaluation.model.loaded_model import LoadedModel, load_trained, require_named_data
+from awp_engine.evaluation.model.loaded_model import LoadedModel, load_trained, require_named_data, require_root
 from awp_engine.files.run_places import CONFIG_FILE
 from awp_engine.files.text import printable
 from awp_engine.models.class_names import difference
@@ -102,6 +102,8 @@ def open_runs(
         config = loaded.config
         if data_name is None:
             require_named_data(config, path)
+        if data_root is None and data_name in (None, config.data.name):
+            require_root(config, path)
         given = {"name": data_name, "root": data_root}
         given = {key: value for key, value in given.items() if value is not None}
         config = replace(config, data=replace(config.data, **given))

@@ -1,8 +1,10 @@
 """A trained model as an ONNX file, which serves where neither PyTorch nor this package is installed."""
 
+import contextlib
 import importlib.util
+import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -81,10 +83,25 @@ def write_onnx(
         replace_file(path, content)
 
 
+@contextlib.contextmanager
+def _without_torchvision() -> Iterator[None]:
+    """A block in which torch does not tell of each operation of torchvision that it is not there: none is needed."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("torchvision is not installed")
+
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
+
+
 def _exported(model: NormalizedClassifier, images: Tensor, metadata: Mapping[str, str]) -> bytes:
     batch = ({0: torch.export.Dim("batch")},)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _without_torchvision():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 model,

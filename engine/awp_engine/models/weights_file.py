@@ -97,8 +97,8 @@ def read_weights(path: Path) -> WeightsFile:
     if safetensors or not payload.startswith(_SAVED_BY_TORCH):
         if payload.startswith(_LFS):
             raise CheckpointError(f"{path}: a Git LFS pointer in place of the weights; git lfs pull fetches them")
-        # of a .safetensors file its parser says more
-        if path.suffix != ".safetensors" and payload and payload[8:9] != b"{":
+        # of these two their reader says more
+        if path.suffix not in (".safetensors", ".onnx") and payload and payload[8:9] != b"{":
             raise CheckpointError(
                 f"{path}: expected weights as torch.save or safetensors write them, got a file that begins with "
                 f"{payload[:16]!r}; was it downloaded whole?"

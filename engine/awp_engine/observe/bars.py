@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from awp_engine.files.text import duration, printable
@@ -15,6 +15,16 @@ from awp_engine.observe.terminal import console_of
 
 _QUIET_S = 5.0
 _LINES_S = 10.0
+# of the work: what less took says little of the rest, as processes start first and hard images come at any place
+_ESTIMATED = 0.05
+
+
+class _TimeLeft(TimeRemainingColumn):
+    """The time that is left, once enough is done to tell."""
+
+    def render(self, task: Task) -> Text:
+        """As it is shown."""
+        return super().render(task) if task.percentage >= 100 * _ESTIMATED else Text("-:--:--", "progress.remaining")
 
 
 class Bar:
@@ -76,13 +86,13 @@ class Bar:
             self._draw()
         elif now - self._line >= self._interval:
             self._line = now
-            left = duration(spent * (total - done) / done)
-            line = f"{printable(self.label)}: {done / total:.0%}, {duration(spent)} so far, {left} left"
+            left = f", {duration(spent * (total - done) / done)} left" if done >= _ESTIMATED * total else ""
+            line = f"{printable(self.label)}: {done / total:.0%}, {duration(spent)} so far{left}"
             print(line, file=self._console.file, flush=True)
 
     def _draw(self) -> None:
         if self._progress is None:
-            columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+            columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), _TimeLeft()
             self._progress = Progress(
                 *columns,
                 console=self._console,

@@ -96,14 +96,17 @@ def nonfinite_gradients(epoch: Mapping[str, Any]) -> str | None:
     )
 
 
-def catastrophic_overfitting(epochs: Sequence[Mapping[str, Any]]) -> str | None:
+def catastrophic_overfitting(epochs: Sequence[Mapping[str, Any]], *, weighted: bool = False) -> str | None:
     """A warning if training accuracy under attack jumped while held-out PGD accuracy collapsed.
 
     Compares the last epoch with the best one before: held-out PGD accuracy below a third, and training accuracy under
-    attack higher by 5 points.
+    attack higher by 5 points. Where held-out clean accuracy fell below a third as well, the network got worse at all
+    images, not at attacked ones alone, and the warning says that instead.
 
     Args:
-        epochs: a run's metrics so far, with train_pgd_accuracy and held_out_pgd_accuracy where they were measured.
+        epochs: a run's metrics so far, with train_pgd_accuracy, held_out_pgd_accuracy and held_out_clean_accuracy
+            where they were measured.
+        weighted: whether classes have weights in the loss.
 
     Source: Wong, Rice, Kolter: Fast is better than free: Revisiting adversarial training, ICLR 2020.
     """
@@ -116,6 +119,14 @@ def catastrophic_overfitting(epochs: Sequence[Mapping[str, Any]]) -> str | None:
     trained, trained_before = now["train_pgd_accuracy"], best["train_pgd_accuracy"]
     if held_out >= _COLLAPSE * before or trained < trained_before + _JUMP:
         return None
+    clean, clean_before = now.get("held_out_clean_accuracy"), best.get("held_out_clean_accuracy")
+    if clean is not None and clean_before is not None and clean < _COLLAPSE * clean_before:
+        milder = ", or milder --data.class-weights" if weighted else ""
+        return (
+            f"training is unsteady: since epoch {best['epoch']} held-out accuracy fell from {clean_before:.0%} to "
+            f"{clean:.0%} without an attack and from {before:.0%} to {held_out:.0%} under PGD; if it stays so, start "
+            f"again in a new --run-dir with a smaller --optimizer.lr{milder}"
+        )
     return (
         f"catastrophic overfitting: since epoch {best['epoch']} training accuracy under attack rose from "
         f"{trained_before:.0%} to {trained:.0%} while held-out PGD accuracy fell from {before:.0%} to {held_out:.0%}; "
@@ -133,12 +144,21 @@ def skipped_steps(epoch: Mapping[str, Any]) -> str | None:
     )
 
 
-def warnings(epochs: Sequence[Mapping[str, Any]], classes: int, *, attacked: bool = True) -> list[str]:
-    """All that is to be said after the last of `epochs`, on images of so many classes, attacked in training or not."""
+def warnings(
+    epochs: Sequence[Mapping[str, Any]], classes: int, *, attacked: bool = True, weighted: bool = False
+) -> list[str]:
+    """All that is to be said after the last of `epochs`.
+
+    Args:
+        epochs: a run's metrics so far.
+        classes: of the data set.
+        attacked: whether images are attacked in training.
+        weighted: whether classes have weights in the loss.
+    """
     last, collapsed = epochs[-1], collapse(epochs, classes)
     # without a gradient because it has learnt nothing: no masking. Said once, not after every epoch.
     repeated = collapsed is not None and len(epochs) > 1 and collapse(epochs[:-1], classes) is not None
     first = gradient_masking(last) if collapsed is None else None if repeated else collapsed
-    overfitting = catastrophic_overfitting(epochs) if attacked else None
+    overfitting = catastrophic_overfitting(epochs, weighted=weighted) if attacked else None
     said = [first, nonfinite_gradients(last), overfitting, skipped_steps(last)]
     return [text for text in said if text]

@@ -21,6 +21,9 @@ from awp_engine.train.progress import Progress
 from awp_engine.train.selection import Selection
 from awp_engine.train.setup import Setup
 
+# fewer test images of a class say little about it
+_FEW = 10
+_SHOWN = 6
 _ceiling = functools.cache(matmul_ceiling)
 
 
@@ -124,10 +127,20 @@ def write_results(
         )
         # the last one: where it is, the run is finished
         write_report(setup.run_dir, fields)
-        constant = int(torch.bincount(selection.test.labels).max()) / len(selection.test)
+        tested = torch.bincount(selection.test.labels.cpu())
+        constant = int(tested.max()) / len(selection.test)
         if best[0].clean <= constant:
             say(
                 f"clean accuracy {best[0].clean:.2%} is no better than one answer for every image ({constant:.2%}), so "
                 "the other numbers mean little: more --epochs, more images, or a smaller --attack.epsilon"
+            )
+        right = zip(setup.data.class_names, best[0].robust_by_class, tested.tolist(), strict=False)
+        never = [f"{name!r} ({count})" for name, robust, count in right if not robust and count >= _FEW]
+        # where most classes are such, the network has learnt little of any
+        if 0 < 2 * len(never) < len(tested):
+            more = ", ..." if len(never) > _SHOWN else ""
+            say(
+                f"under attack no test image is right of class {', '.join(never[:_SHOWN])}{more}: it may need more "
+                "training images, or more weight (--data.class-weights)"
             )
     return fields

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -85,7 +85,9 @@ class Selection:
                 if seen >= config.average.bn_images:
                     return
 
-    def _measure(self, model: nn.Module, split: Split | StreamedSplit, kind: str) -> Accuracy:
+    def _measure(
+        self, model: nn.Module, split: Split | StreamedSplit, kind: str, class_weights: Sequence[float] | None = None
+    ) -> Accuracy:
         setup, what = self._setup, f"measuring on {len(split):,} {kind} images"
         self._measuring(what, 0.0)
         with gathered(model, now=True) if setup.sharded else contextlib.nullcontext():
@@ -94,6 +96,7 @@ class Selection:
                 split,
                 self._attack,
                 batch_size=self._batch_size,
+                class_weights=class_weights,
                 ranks=setup.ranks,
                 between=self._check_stop,
                 progress=lambda part: self._measuring(what, part),
@@ -106,7 +109,9 @@ class Selection:
     def select(self, epoch: int, progress: Progress) -> dict[str, float]:
         """Measure the epoch on held-out images, and keep its weights if none were better; returns metrics."""
         model = self.measured_model(epoch)
-        found = self._measure(model, self._held_out, "held-out")
+        # by the weights of the loss: held-out images are as uneven as those that are trained on
+        weights = self._setup.fingerprints.get("class_weights")
+        found = self._measure(model, self._held_out, "held-out", weights)
         now, best = (found.robust, found.clean), (progress.best_robust, progress.best_clean)
         if self._setup.config.standard:
             # under an attack that it never saw a network is best before it has learnt anything

@@ -293,7 +293,7 @@ class Setup:
         config, attack = self.config, self.config.attack
         loading = data_loading(config.data, self.device).agreed(self.ranks)
         data = self.data = load_data(config.data, loading, self._announce)
-        self.messages += [*data.notes, *label_notes(data)]
+        self.messages += [*data.notes, *label_notes(data, weighted=config.data.class_weights != "none")]
         try:
             # an l2 ball is too large for images of a size that the configuration does not know
             ball(math.prod(data.train.shape), epsilon=attack.epsilon_value, norm=attack.norm, clip=(0.0, 1.0))
@@ -309,7 +309,8 @@ class Setup:
         if (weights := self.fingerprints.get("class_weights")) is not None:
             self._class_weights = torch.tensor(weights, device=self.device)
             self.messages.append(
-                f"class weights from {min(weights):.4g} to {max(weights):.4g}, mean 1 over the training images"
+                f"class weights from {min(weights):.4g} to {max(weights):.4g}, mean 1 over the training images; "
+                "held-out accuracies weigh images by them, too"
             )
         loaders = [data.loader, "" if extra is None else extra.loader]
         given = [self.config_hash, *map(str, self.fingerprints.values()), *loaders]

@@ -97,8 +97,13 @@ def _given_weights(path: Path, data: Dataset) -> list[float]:
     return list(map(float, found))
 
 
-def label_notes(data: Dataset) -> list[str]:
-    """What is odd about a data set's labels, one line each: a class without images, and classes of unlike sizes."""
+def label_notes(data: Dataset, *, weighted: bool = False) -> list[str]:
+    """What is odd about a data set's labels, one line each: a class without images, and classes of unlike sizes.
+
+    Args:
+        data: the data set.
+        weighted: whether its classes have weights already, which are advised else.
+    """
     counts, tested = _counts(data), torch.bincount(data.test.labels.cpu(), minlength=len(data.class_names)).tolist()
     notes = []
     for only, lacks, images in (
@@ -116,11 +121,12 @@ def label_notes(data: Dataset) -> list[str]:
         if images:
             more = ", ..." if len(images) > _SHOWN else ""
             notes.append(f"{len(images)} of {len(counts)} classes have {only} but no {lacks}: {names}{more}")
-    some = [count for count in counts if count]
-    if some and max(some) >= _UNEVEN * min(some):
+    some = {name: count for name, count in zip(data.class_names, counts, strict=True) if count}
+    if some and max(some.values()) >= _UNEVEN * min(some.values()):
+        least, most = min(some, key=lambda name: some[name]), max(some, key=lambda name: some[name])
+        advice = "" if weighted else "; --data.class-weights balanced lets all count the same"
         notes.append(
-            f"the classes have {min(some):,} to {max(some):,} training images; --data.class-weights balanced lets all "
-            "count the same"
+            f"the classes have {some[least]:,} ({least!r}) to {some[most]:,} ({most!r}) training images{advice}"
         )
     return notes
 

@@ -229,11 +229,11 @@ def hint(part: Path) -> str:
             inside = [entry for entry in root.iterdir() if (entry / part.name).is_dir()]
             meant = shown(inside[0]) if len(inside) == 1 else ""
         if not meant and part.name in TEST_PARTS and has_class_folders(root / "train"):
-            return ": move some images of every class out of train into such folders"
+            return f"; awp data split {shown(root / 'train')} OUT divides the images into training and test ones"
         if not meant and has_class_folders(root):
             return (
-                f"; the class folders lie in {shown(root)} itself: move them into {shown(root / 'train')}, and some "
-                f"images of every class into {shown(root / 'test')}"
+                f"; the class folders lie in {shown(root)} itself: awp data split {shown(root)} OUT divides the images "
+                "into training and test ones"
             )
     return f"; did you mean {meant}?" if meant else ""
 

@@ -76,6 +76,11 @@ _ADVICE = {
     "RGBA": "a colour image with transparency",
     "CMYK": "a CMYK image for print",
 }
+# for a shell; what is transparent becomes white, as the colours below it may be anything
+TO_RGB = (
+    "python -c \"import sys; from PIL import Image; [Image.alpha_composite(Image.new('RGBA', (i := "
+    "Image.open(f).convert('RGBA')).size, 'white'), i).convert('RGB').save(f) for f in sys.argv[1:]]\" FILE"
+)
 _CHUNK = struct.Struct(">I4s")
 _IHDR = struct.Struct(">I4sIIBBBBB")
 _FRAME = struct.Struct(">HBHHB")
@@ -320,7 +325,8 @@ def _check(content: bytes, name: str, suffix: str | None, max_pixels: int) -> tu
             )
         what = _ADVICE.get(mode, f"a {kind} image of another kind")
         raise BadImageError(
-            f"{name} is {what} (mode {mode}); expected RGB or L (8-bit grey): convert it", "colour-mode"
+            f"{name} is {what} (mode {mode}); expected RGB or L (8-bit grey): convert it, such as by {TO_RGB}",
+            "colour-mode",
         )
     if animated:
         what = "is an animated PNG" if kind == "PNG" else f"is a {kind} of several images"

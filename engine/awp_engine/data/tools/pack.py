@@ -227,7 +227,7 @@ def _plan(root: Path, policy: Literal["refuse", "skip"]) -> tuple[dict[str, list
             f"{root} is Tiny-ImageNet as unpacked, which is small enough to train from as it is; expected "
             "<part>/<class>/*: sort val into class folders to pack it"
         )
-    files = list_files(root)
+    files, _ = list_files(root)
     skipped = bad_files(root, policy, remedy="pack with --bad-files skip")
     names = {file: listed_name(file) for file in files}
     for file, bad in files.items():

@@ -66,6 +66,7 @@ def find_parts(root: Path) -> tuple[str, ...]:
     if not others:
         raise DataError(
             f"{root} has neither test nor val (nor valid or validation); expected test/<class>/{IMAGE_NAMES} there"
+            f"{hint(root / 'test')}"
         )
     sorted_ones = tuple(part for part in others if _has_folders(root / part))
     return ("train", *(sorted_ones or others))
@@ -78,10 +79,11 @@ def _has_folders(part: Path) -> bool:
     return True
 
 
-def list_files(root: Path) -> dict[str, Bad | None]:
-    """All files of the folder's parts, as paths below it in a fixed order, and what is wrong with some at first sight.
+def list_files(root: Path) -> tuple[dict[str, Bad | None], list[str]]:
+    """All images of the folder's parts, as paths below it in a fixed order, and what is wrong with some at first sight.
 
-    Names that begin with a dot are left out.
+    Also the files in class folders whose names are not those of images, which training passes over. Names that begin
+    with a dot are left out.
 
     Raises:
         DataError: a part is missing or has fewer than 2 classes, or Tiny-ImageNet's annotations do not fit.
@@ -90,9 +92,10 @@ def list_files(root: Path) -> dict[str, Bad | None]:
     if is_tiny_imagenet(root):
         # where each image has its class by name
         listings = zip(parts, list_tiny_imagenet(root, frozenset()), strict=True)
-        return {f"{part}/{os.fsdecode(name)}": None for part, listing in listings for name in listing.names}
+        return {f"{part}/{os.fsdecode(name)}": None for part, listing in listings for name in listing.names}, []
     files: dict[str, Bad | None] = {}
-    classes = {part: _list_part(root, part, files) for part in parts}
+    others: list[str] = []
+    classes = {part: _list_part(root, part, files, others) for part in parts}
     for part, names in classes.items():
         require_classes(root / part, names)
     lacking: dict[str, Bad] = {}
@@ -108,7 +111,7 @@ def list_files(root: Path) -> dict[str, Bad | None]:
             os.fsencode(file).decode()
         except UnicodeDecodeError:
             files[file] = Bad("bad-name", "has a name that is not UTF-8; rename it")
-    return files
+    return files, others
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -127,14 +130,14 @@ def _entries(root: Path, folder: str, files: dict[str, Bad | None]) -> list[os.D
         return []
 
 
-def _list_part(root: Path, part: str, files: dict[str, Bad | None]) -> set[str]:
-    """Adds the files of a part; its classes."""
+def _list_part(root: Path, part: str, files: dict[str, Bad | None], others: list[str]) -> set[str]:
+    """Adds the files of a part, of which `others` are no images; its classes."""
     classes = set()
     for entry in _entries(root, part, files):
         name = f"{part}/{entry.name}"
         if _is_folder(entry):
             classes.add(entry.name)
-            _list_class(root, name, files)
+            _list_class(root, name, files, others)
         elif entry.name.lower().endswith(_SUFFIXES):
             files[name] = Bad("no-such-class", "lies in no class folder; move or remove it")
         elif entry.is_symlink() and not Path(entry.path).exists():
@@ -142,7 +145,7 @@ def _list_part(root: Path, part: str, files: dict[str, Bad | None]) -> set[str]:
     return classes
 
 
-def _list_class(root: Path, folder: str, files: dict[str, Bad | None]) -> None:
+def _list_class(root: Path, folder: str, files: dict[str, Bad | None], others: list[str]) -> None:
     before, images = len(files), 0
     for entry in _entries(root, folder, files):
         name = f"{folder}/{entry.name}"
@@ -150,8 +153,7 @@ def _list_class(root: Path, folder: str, files: dict[str, Bad | None]) -> None:
             files[name] = None
             images += 1
         elif not _is_folder(entry):
-            why = f"ends in {Path(entry.name).suffix!r}; expected {IMAGE_NAMES} in a class folder: convert or remove it"
-            files[name] = Bad("wrong-extension", why)
+            others.append(name)
         elif not entry.is_symlink():
             for place, folders, names in os.walk(root / name):
                 folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
@@ -203,9 +205,8 @@ def scan_folder(
     Raises:
         DataError: a part is missing or has fewer than 2 classes.
     """
-    inspected = {
-        file: Inspected(bad, file_state(root / file) if bad else None) for file, bad in list_files(root).items()
-    }
+    files, others = list_files(root)
+    inspected = {file: Inspected(bad, file_state(root / file) if bad else None) for file, bad in files.items()}
     todo = [file for file, found in inspected.items() if not found.bad]
     done = len(inspected) - len(todo)
     work = functools.partial(inspect_file, root, pixels, decoder)
@@ -224,8 +225,14 @@ def scan_folder(
             counted.set(done, len(inspected))
     scan = _judge(inspected, pixels=pixels, same_size=same_size)
     left_out = {part for part in ("test", "val") if (root / part).is_dir()}.difference(find_parts(root))
-    notes = tuple(f"{part} has no labels and was left out" for part in sorted(left_out))
-    return dataclasses.replace(scan, notes=scan.notes + notes)
+    notes = [f"{part} has no labels and was left out" for part in sorted(left_out)]
+    if others:
+        such = f"{listed_name(others[0])}: convert them if they are photographs"
+        notes.append(
+            f"files in class folders whose names do not end as those of images are passed over: {len(others):,}, such "
+            f"as {such}"
+        )
+    return dataclasses.replace(scan, notes=(*scan.notes, *notes))
 
 
 def _judge(inspected: dict[str, Inspected], *, pixels: bool, same_size: bool) -> Scan:

@@ -84,6 +84,18 @@ def require_named_data(config: Config, what: Path | str) -> None:
         )
 
 
+def require_root(config: Config, what: Path | str) -> None:
+    """Refuses the directory of images that a run's settings name, where there is none: say from where they name it."""
+    root = config.data.root
+    if root is None or root.is_dir() or is_own(config.data.name):
+        return
+    seen_from = "" if root.is_absolute() else ", as seen from the directory where it was trained"
+    raise EvaluationError(
+        f"{what}: the {CONFIG_FILE} of its run says that its images are in {root}{seen_from}, which is no directory "
+        "here: give --data.root"
+    )
+
+
 def _chosen(path: Path, which: str) -> tuple[Path, Path]:
     """As `find_weights`, where `which` may also be a checkpoint's name or a path."""
     if is_weights(path):

@@ -89,6 +89,8 @@ def export_folder(
         measured,
         repository,
         curves=picture is not None,
+        # of the weights that an unfinished run has selected so far, beside those of its last epoch
+        epoch=metadata.get("best_epoch" if loaded.name == "best" else "epoch", metadata.get("epoch")),
     )
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / WEIGHTS]
@@ -155,6 +157,7 @@ def model_card(
     repository: str,
     *,
     curves: bool,
+    epoch: str | int | None = None,
 ) -> str:
     """README.md: what the Hub reads at its head, and what people read below.
 
@@ -165,6 +168,7 @@ def model_card(
         measured: the day.
         repository: OWNER/NAME.
         curves: whether there is a picture of the learning curves.
+        epoch: of the run, that the weights are of.
     """
     config = loaded.config
     method = "image classifier" if config is None else config.title
@@ -186,13 +190,14 @@ def model_card(
         head["model-index"] = [_index(title, report)]
     # JSON is YAML
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", "", f"# {title}", ""]
-    lines += _facts(description, loaded)
+    lines += _facts(description, loaded, epoch)
     lines += ["", "## Accuracy", "", *_accuracies(report, measured)]
     if curves:
         lines += ["", f"![Learning curves]({CURVES})"]
-    if description.class_names is not None and len(description.class_names) <= _MANY_CLASSES:
-        names = ", ".join(f"{number} {printable(name)}" for number, name in enumerate(description.class_names))
-        lines += ["", "## Classes", "", names]
+    names = [] if description.class_names is None else [printable(name) for name in description.class_names]
+    # digits are named by their numbers
+    if len(names) <= _MANY_CLASSES and names != [str(number) for number in range(len(names))]:
+        lines += ["", "## Classes", "", ", ".join(f"{number} {name}" for number, name in enumerate(names))]
     lines += [
         "",
         "## Use",
@@ -207,7 +212,8 @@ def model_card(
     code = is_code(description.name)
     own = f', model="{printable(description.name)}"' if code else ""
     lines += [f'model = load_model("hf://{repository}"{own})  # maps images in [0, 1] to logits', "```", ""]
-    lines += [f"    awp evaluate hf://{repository} --data.root DIR --attacks clean pgd20 autoattack", ""]
+    root = "" if data == "digits" else " --data.root DIR"
+    lines += [f"    awp evaluate hf://{repository}{root} --attacks clean pgd20 autoattack", ""]
     lines += ["The weights are safetensors; nothing in this repository is run."]
     return "\n".join(lines) + "\n"
 
@@ -216,7 +222,7 @@ def _has_awp(config: Config | None) -> bool:
     return config is not None and config.awp.enabled and config.awp.scale == "relative"
 
 
-def _facts(description: ModelDescription, loaded: LoadedModel) -> list[str]:
+def _facts(description: ModelDescription, loaded: LoadedModel, epoch: str | int | None) -> list[str]:
     """What it is and how it was trained, as a list."""
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     mean, std = (f"({', '.join(f'{value:.4g}' for value in values)})" for values in (description.mean, description.std))
@@ -236,7 +242,8 @@ def _facts(description: ModelDescription, loaded: LoadedModel) -> list[str]:
         if config.attack.noise:
             attack += f", noise of {config.attack.noise:g}"
         gamma = f", gamma {config.awp.gamma:g}" if config.awp.enabled else ""
-        facts.append(f"Training: {config.title}{gamma}, {attack}, {config.epochs} epochs, seed {config.seed}")
+        of = "" if epoch is None else f" (weights of epoch {printable(str(epoch))})"
+        facts.append(f"Training: {config.title}{gamma}, {attack}, {config.epochs} epochs{of}, seed {config.seed}")
         if config.model.pretrained is not None:
             facts.append(f"Started from the weights {config.model.pretrained.name}")
     return [f"- {fact}" for fact in facts]

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from awp_engine.config.data_sets import own_title
+from awp_engine.config.data_sets import data_title, own_title
 from awp_engine.evaluation.reports.confidence import INTERVAL
 from awp_engine.evaluation.reports.figures import Picture
 from awp_engine.evaluation.reports.receipt import percent
@@ -68,6 +68,11 @@ def _normalisation(front: Mapping[str, Any]) -> str:
     return f"mean {numbers(front['mean'])}, deviation {numbers(front['std'])}, {front['where']}"
 
 
+def _data(receipt: Mapping[str, Any]) -> str:
+    # reports of earlier versions name no folder
+    return data_title(receipt["data"]["name"], receipt["data"].get("folder"))
+
+
 def _top(receipt: Mapping[str, Any]) -> str:
     """What was measured, in a few lines."""
     weights, data, known = receipt["checkpoint"], receipt["data"], receipt["versions"] | {"commit": receipt["commit"]}
@@ -86,7 +91,7 @@ def _top(receipt: Mapping[str, Any]) -> str:
         "model": f"{kind}, {receipt['parameters']:,} parameters",
         "weights": f"{weights['name']} ({weights['file']}), SHA-256 {weights['sha256']}{taken}",
         "normalisation": weights.get("normalisation") or _normalisation(receipt["normalisation"]),
-        "data": f"{own_title(data['name'])}, {data['split']} split, {data['images']:,} images{limited}",
+        "data": f"{_data(receipt)}, {data['split']} split, {data['images']:,} images{limited}",
         "ball": f"{receipt['norm']}, epsilon {receipt['epsilon']}",
         **({} if precision == "fp32" else {"precision": f"{precision}: all numbers are those of the model rounded so"}),
         "date": receipt["date"].replace("T", " "),
@@ -180,7 +185,7 @@ def render_page(
     """
     receipt = report["receipt"]
     subject = receipt["checkpoint"].get("method") or receipt["checkpoint"].get("architecture") or "a model"
-    on = f"{own_title(receipt['data']['name'])}, {receipt['norm']} epsilon {receipt['epsilon']}"
+    on = f"{_data(receipt)}, {receipt['norm']} epsilon {receipt['epsilon']}"
     title = f"Evaluation of {own_title(subject)}: {on}"
     sections = [_headline(report)]
     if report["doubts"]:
@@ -188,7 +193,10 @@ def render_page(
         sections.append(f'<div class="banner bad">{doubts}</div>')
     if report["notes"]:
         sections.append(listed(report["notes"]))
-    about = f"Right means {report['right_means']}. {INTERVAL}: {report['confidence_interval_means']}."
+    about = (
+        f"Right means {report['right_means']}. {INTERVAL}: {report['confidence_interval_means']}. largest: by how much "
+        f"the attack changed an image at most, in {receipt['norm']}, on pixels in [0, 1]."
+    )
     shown = (table(rows, "" if number else about) for number, rows in enumerate(tables) if rows)
     sections += [_top(receipt), "<h2>Accuracy</h2>", *shown, listed(_settings(report["attacks"]))]
     sections += _classes(report.get("per_class", ()))

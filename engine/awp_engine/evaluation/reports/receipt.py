@@ -15,16 +15,18 @@ from awp_engine.evaluation.attacks.named import Threat
 from awp_engine.observe.report import source_commit, versions
 
 
-def data_papers(dataset: Dataset, limit: int | None, class_names: str) -> dict[str, Any]:
+def data_papers(dataset: Dataset, limit: int | None, class_names: str, folder: str | None) -> dict[str, Any]:
     """What a receipt says of the images.
 
     Args:
         dataset: whose test split is measured.
         limit: how many of its images, evenly spread; None for all.
         class_names: how they compare with the model's.
+        folder: the last name of its directory, which two data sets of photographs are told apart by.
     """
     return {
         "name": dataset.name,
+        "folder": folder,
         "split": "test",
         "images_in_split": len(dataset.test),
         "sha256_of_split": split_hash(dataset.test),

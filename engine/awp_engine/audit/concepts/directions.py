@@ -20,8 +20,8 @@ Matrix = NDArray[np.float64]
 
 def split_rows(labels: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Rows to fit by and rows held out, 67 to 33, as many of every label as there are."""
-    fit, held_out = train_test_split(np.arange(len(labels)), test_size=0.33, stratify=labels, random_state=seed)
-    return fit, held_out
+    parts: Any = train_test_split(np.arange(len(labels)), test_size=0.33, stratify=labels, random_state=seed)
+    return parts[0], parts[1]
 
 
 def epoch_orders(rows: int, seed: int) -> Iterator[NDArray[np.int64]]:

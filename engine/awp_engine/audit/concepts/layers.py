@@ -39,7 +39,7 @@ class Layer:
         """Why it cannot be audited, or empty."""
         if self.calls != 1:
             return "is never called" if self.calls == 0 else f"is called {self.calls} times for an image"
-        return "gives no single tensor with a row for each image" if self.shape is None else ""
+        return "gives no single tensor of features" if self.shape is None else ""
 
 
 @torch.no_grad()
@@ -103,17 +103,21 @@ class Below:
     Attributes:
         image: [1, C, H, W].
         activation: the layer's output, [1, ...].
-        parts: modules that ended before the layer's output was there, in order, and their outputs, [1, ...].
+        parts: modules that ended before the layer's output was there, in order, and their outputs, [1, ...] or several
+            of such in a tuple.
     """
 
     image: Tensor
     activation: Tensor
-    parts: tuple[tuple[nn.Module, Tensor], ...]
+    parts: tuple[tuple[nn.Module, Any], ...]
 
     @property
     def nbytes(self) -> int:
         """Of all tensors."""
-        return sum(tensor.nbytes for tensor in (self.image, self.activation, *(output for _, output in self.parts)))
+        tensors = [self.image, self.activation]
+        for _, output in self.parts:
+            tensors += output if isinstance(output, tuple) else [output]
+        return sum(tensor.nbytes for tensor in tensors)
 
 
 class Cut:
@@ -175,7 +179,7 @@ class Cut:
     @torch.no_grad()
     def below(self, image: Tensor) -> Below:
         """What one image [1, C, H, W] is up to the layer."""
-        parts: list[tuple[nn.Module, Tensor]] = []
+        parts: list[tuple[nn.Module, Any]] = []
         starts: list[int] = []
         reached: list[Tensor] = []
 
@@ -184,10 +188,11 @@ class Cut:
 
         def end(module: nn.Module, output: Any) -> None:
             first = starts.pop()
-            if not reached and _shape(output) is not None:
+            several = type(output) is tuple
+            if not reached and all(_shape(part) is not None for part in (output if several else [output])):
                 # what it is made of is not asked for again
                 del parts[first:]
-                parts.append((module, output.clone()))
+                parts.append((module, tuple(part.clone() for part in output) if several else output.clone()))
 
         with contextlib.ExitStack() as hooks:
             for module in self._others:
@@ -209,9 +214,11 @@ class Cut:
             [D, classes].
         """
         count = len(activations)
-        given = {self._module: deque([activations])}
+        given: dict[nn.Module, deque[Any]] = {self._module: deque([activations])}
         for module, output in below.parts:
-            given.setdefault(module, deque()).append(self._expanded(output, count))
+            several = isinstance(output, tuple)
+            copies = tuple(self._expanded(part, count) for part in output) if several else self._expanded(output, count)
+            given.setdefault(module, deque()).append(copies)
         own = {module: module.__dict__.get("forward") for module in given}
         try:
             for module, outputs in given.items():
@@ -232,7 +239,7 @@ class Cut:
 class _Told:
     """A module's forward that gives what it is told, as often as it was called below the layer, and then its own."""
 
-    def __init__(self, forward: Callable[..., Any], outputs: deque[Tensor]) -> None:
+    def __init__(self, forward: Callable[..., Any], outputs: deque[Any]) -> None:
         self._forward, self._outputs = forward, outputs
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -174,7 +174,7 @@ def test_a_network_is_left_as_it_was_and_what_is_below_runs_once():
     assert not handle
     model.stem.__class__.forward, own = (lambda self, x: forwards.append(1) or own(self, x)), nn.Conv2d.forward
     try:
-        cut.above(below, below.activation.expand(9, -1, -1, -1))
+        cut.above(below, below.activation.repeat(9, 1, 1, 1))
     finally:
         nn.Conv2d.forward = own
     # that of `twice`, called two times; neither the stem nor the layer
@@ -376,7 +376,7 @@ def test_a_killed_audit_goes_on_to_the_same_bits(run_dir, folders, tmp_path):
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
 
     def start(name: str) -> subprocess.Popen:
-        return subprocess.Popen([*command, "--output", str(tmp_path / name)], env=environment, text=True, stdout=-1)
+        return subprocess.Popen([*command, "--output", str(tmp_path / name)], env=environment, text=True, stdout=subprocess.PIPE)
 
     def report(name: str) -> dict:
         return json.loads((tmp_path / name / "audit-concepts.json").read_text())
@@ -389,9 +389,11 @@ def test_a_killed_audit_goes_on_to_the_same_bits(run_dir, folders, tmp_path):
             break
         time.sleep(0.005)
     killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
     assert not list((tmp_path / "killed").glob("*.json"))
-    assert whole.wait() == 0
+    whole.communicate()
+    assert whole.returncode == 0
     again = start("killed")
     assert "going on after test" in again.communicate()[0]
     assert again.returncode == 0

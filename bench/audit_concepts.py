@@ -103,15 +103,15 @@ def planted_network(images: Tensor, odd: Tensor, seed: int) -> tuple[nn.Sequenti
     return model, {"accuracy": right, **shares}
 
 
-def tested(
-    model: nn.Module, concept: Tensor, others: Tensor, images: Tensor, *, tests: int, seed: int
+def measured(
+    model: nn.Module, concept: Tensor, others: Tensor, images: Tensor, *, tests: int, seed: int, nulls: int = 500
 ) -> tuple[Sensitivity, float]:
     """One test of the class odd, and the classifier's accuracy on held-out images."""
     cut = Cut(model, LAYER, images[:1])
     labels = np.repeat([1, 0], [len(concept), len(others)])
     activations = cut.activations(torch.cat([concept, others])).double().numpy()
     fit, held_out = split_rows(labels, seed)
-    directions = find_directions(activations, labels, fit, held_out, nulls=500, seed=seed)
+    directions = find_directions(activations, labels, fit, held_out, nulls=nulls, seed=seed)
     kept = [cut.below(image) for image in images.split(1)]
     found = measure(cut, lambda: kept, directions, ODD, step=STEP, tests=tests, batch_size=256)
     return found, directions.accuracy
@@ -126,7 +126,7 @@ def planted(images: Tensor, odd: Tensor) -> dict[str, Any]:
         print(networks[-1], flush=True)
         drawn = images[TRAINED:][torch.randperm(len(images) - TRAINED, generator=torch.Generator().manual_seed(seed))]
         for name, with_ in {"mark": mark(drawn[:100]), "decoy": decoy(drawn[:100])}.items():
-            found, accuracy = tested(model, with_, drawn[100:200], looked_at, tests=2, seed=seed)
+            found, accuracy = measured(model, with_, drawn[100:200], looked_at, tests=2, seed=seed)
             told = {"held_out_accuracy": accuracy, "raised": found.raised, "statistic": found.statistic}
             told |= {"nulls": len(found.nulls), "p_corrected": min(1.0, 2 * found.p)}
             rows.append({"seed": seed, "concept": name, **told})
@@ -140,7 +140,7 @@ def shuffled(images: Tensor, odd: Tensor, runs: int = 200) -> dict[str, Any]:
     for seed in range(runs):
         order = torch.randperm(len(images) - TRAINED, generator=torch.Generator().manual_seed(seed))
         ones, others = images[TRAINED:][order[:60]].chunk(2)
-        values.append(tested(model, ones, others, looked_at, tests=1, seed=seed)[0].p)
+        values.append(measured(model, ones, others, looked_at, tests=1, seed=seed)[0].p)
         print(seed, values[-1], flush=True)
     rate = sum(p < LEVEL for p in values) / runs
     return {"runs": runs, "rate_below_05": rate, "bound": LEVEL + 2 * (LEVEL * (1 - LEVEL) / runs) ** 0.5, "p": values}
@@ -149,7 +149,7 @@ def shuffled(images: Tensor, odd: Tensor, runs: int = 200) -> dict[str, Any]:
 def speed(images: Tensor, odd: Tensor) -> dict[str, Any]:
     model, _ = planted_network(images, odd, 0)
     began = time.process_time()
-    found, _ = tested(model, mark(images[:100]), images[100:200], images, tests=1, seed=0)
+    found, _ = measured(model, mark(images[:100]), images[100:200], images, tests=1, seed=0, nulls=100)
     seconds = time.process_time() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {"images": len(images), "directions": 1 + len(found.nulls), "cpu_seconds": seconds, "peak_gib": peak}

@@ -376,7 +376,9 @@ def test_a_killed_audit_goes_on_to_the_same_bits(run_dir, folders, tmp_path):
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
 
     def start(name: str) -> subprocess.Popen:
-        return subprocess.Popen([*command, "--output", str(tmp_path / name)], env=environment, text=True, stdout=subprocess.PIPE)
+        return subprocess.Popen(
+            [*command, "--output", str(tmp_path / name)], env=environment, text=True, stdout=subprocess.PIPE
+        )
 
     def report(name: str) -> dict:
         return json.loads((tmp_path / name / "audit-concepts.json").read_text())

@@ -55,9 +55,9 @@ def plot(tests: Sequence[dict[str, Any]]) -> bytes:
     columns = min(3, len(concepts))
     rows = -(-len(concepts) // columns)
     drawn = Figure(figsize=(3.4 * columns + 0.6, 2.7 * rows + 0.5), layout="constrained")
-    grid = drawn.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
+    grid = drawn.subplots(rows, columns, squeeze=False, sharey=True).flatten()
     lines = []
-    for axes, concept in zip(grid, concepts, strict=False):
+    for place, (axes, concept) in enumerate(zip(grid, concepts, strict=False)):
         lines = []
         for index, model in enumerate(models):
             own = {test["layer"]: test for test in tests if test["concept"] == concept and test["model"] == model}
@@ -70,6 +70,7 @@ def plot(tests: Sequence[dict[str, Any]]) -> bytes:
             axes.plot(x[sure], [y[number] for number in sure], "o", color=style["color"], markersize=7)
         axes.axhline(0.5, color="black", linewidth=1, linestyle=":")
         axes.set_title(drawable(concept), fontsize=10, parse_math=False)
+        axes.set_ylabel("" if place % columns else "images that are raised")
         axes.set_xticks(range(len(layers)), [drawable(layer, 16) for layer in layers], rotation=30, parse_math=False)
         axes.set_ylim(-0.05, 1.05)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))

@@ -308,7 +308,7 @@ def test_concepts_that_are_made_of_the_data():
         assert concept.images.shape == concept.others.shape == (20, 1, 8, 8)
         assert 0 <= float(concept.images.min()) < float(concept.images.max()) <= 1
     assert torch.equal(textures.images, textures.images[:, :, :2, :2].repeat(1, 1, 4, 4))
-    assert torch.equal(colours.images, colours.images.mean((2, 3), keepdim=True).expand(-1, -1, 8, 8))
+    assert torch.equal(colours.images, colours.images[:, :, :1, :1].expand(-1, -1, 8, 8))
     threes = digits().test.images[digits().test.labels == 3].float() / 255
     means = threes.mean((1, 2, 3))
     assert all(bool((means - value).abs().min() < 1e-6) for value in colours.images[:, 0, 0, 0])

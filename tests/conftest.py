@@ -80,6 +80,7 @@ SLOW = (
     "test_bench_launches",
     "test_checkpoint_writer",
     "test_class_names",
+    "test_concepts",
     "test_config_fuzz",
     "test_data_scan",
     "test_export",

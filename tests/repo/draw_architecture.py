@@ -20,6 +20,7 @@ WINGS = {
     "train": ("the loop, its setup and", "state, selection"),
     "compare": ("runs side by side:", "tables, curves, a page"),
     "landscape": ("loss around the weights,", "flatness"),
+    "audit": ("concepts, weights,", "training images"),
     "evaluation": ("attacks, AutoAttack,", "checks, receipts"),
     "step": ("attack, ascent, descent,", "update; the methods"),
     "data": ("sets, loaders, augmentation,", "batches"),

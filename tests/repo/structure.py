@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 # from top to bottom: a wing imports from lower floors; `device` and `objects` are modules
 FLOORS = (
     ("cli", "objects"),
-    ("train", "landscape", "compare"),
+    ("train", "landscape", "compare", "audit"),
     ("evaluation",),
     ("step", "data"),
     ("attack", "optim", "distributed"),

@@ -16,6 +16,7 @@ COMMANDS = {
     "certify": "certify a model's accuracy in L2 by randomised smoothing",
     "predict": "classify image files by a trained model",
     "compare": "show runs side by side: tables, learning curves, one page",
+    "audit": "look for backdoors, telling concepts and images that do not belong",
     "landscape": "draw the loss around trained weights, and measure its flatness",
     "data": "download, scan, split and pack data sets; verify shards",
     "export": "write a trained model for the Hugging Face Hub, PyTorch or ONNX",

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from awp_engine.checkpoint import read_file
+from awp_engine.checkpoint.journal import Journal
 from awp_engine.config.data_sets import own_title
 from awp_engine.data import eval_batches
 from awp_engine.device import choose_device, in_full_precision
@@ -21,78 +19,13 @@ from awp_engine.evaluation.attacks.named import measuring
 from awp_engine.evaluation.prepare import prepare
 from awp_engine.evaluation.reports.files import Reported, Reports
 from awp_engine.evaluation.smoothing import Certificate, Smoothing, certify
-from awp_engine.files.atomic import atomic_write_text
 from awp_engine.files.locking import locked
-from awp_engine.files.signed import Signer
 from awp_engine.files.text import json_text
-from awp_engine.files.user_key import KeyFileError
 from awp_engine.observe.bars import MakeBar, NoBar
 from awp_engine.observe.report import prepare_output, versions
 
 JSON = "certification.json"
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
-_STATE_BYTES = 2**30
-
-
-class Progress:
-    """The certificates of one question so far: a line an image, each with a code that only this user can make.
-
-    That a certificate is right cannot be seen without making it again. So a line carries an HMAC of the question and
-    of itself; from the first one that is not believed on, images are certified anew.
-
-    Args:
-        directory: an existing one.
-        question: all that the certificates depend on.
-        ids: of all images, in their order.
-        say: is told what is wrong with the file.
-    """
-
-    def __init__(
-        self, directory: Path, question: Mapping[str, Any], ids: Sequence[int], say: Callable[[str], None]
-    ) -> None:
-        self._question, self._ids, self._say = json.dumps(question, sort_keys=True), ids, say
-        self.path = directory / f"certify-{hashlib.sha256(self._question.encode()).hexdigest()[:16]}.jsonl"
-        try:
-            self._signer: Signer | None = Signer(f"certificates\n{self._question}")
-        except KeyFileError as error:
-            self._signer = None
-            say(f"no progress will be saved: {error}")
-
-    def load(self) -> list[Certificate]:
-        """What was saved, in order; the file then holds nothing else."""
-        if self._signer is None or not self.path.exists():
-            return []
-        found: list[Certificate] = []
-        lines = read_file(self.path, limit=_STATE_BYTES).decode(errors="replace").splitlines(keepends=True)
-        for line in lines:
-            try:
-                entry = json.loads(line)
-                if not self._signer.made(entry["code"], json.dumps(entry["image"], sort_keys=True)):
-                    raise ValueError("was not written by this user's runs, or was changed since")
-                certificate = Certificate(**entry["image"])
-                if certificate.id != self._ids[len(found)]:
-                    raise ValueError("belongs to another image")
-                found.append(certificate)
-            except (ValueError, LookupError, TypeError, RecursionError):
-                # a kill leaves half a line at the end
-                if line.endswith("\n"):
-                    self._say(f"{self.path}: line {len(found) + 1} is not believed: going on from there")
-                atomic_write_text(self.path, "".join(lines[: len(found)]))
-                break
-        return found
-
-    def add(self, certificate: Certificate) -> None:
-        """Saves one more."""
-        if self._signer is None:
-            return
-        image = asdict(certificate)
-        code = self._signer.code(json.dumps(image, sort_keys=True))
-        try:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"image": image, "code": code}) + "\n")
-        except OSError as error:
-            self._signer = None
-            self._say(f"{self.path}: cannot be written, certifying goes on unsaved: {error.strerror}")
 
 
 def summary(certificates: Sequence[Certificate], radii: Iterable[float] = RADII) -> dict[str, Any]:
@@ -159,8 +92,8 @@ def certify_checkpoint(
     parts = own_title(target.dataset.name), len(split), f"sigma{smoothing.sigma:g}"
     reports = Reports(target.output, parts, question)
     with locked(target.output), measuring(loaded.model):
-        saved = Progress(target.output, question, split.ids.tolist(), say)
-        certificates = saved.load()
+        saved = Journal(target.output, "certify", question, say)
+        certificates = [Certificate(**answer) for answer in saved.load()]
         if certificates:
             receipt["resumed"] = {"images": len(certificates)}
             finished = len(certificates) == len(split)
@@ -178,7 +111,7 @@ def certify_checkpoint(
                     batch_size=target.batch_size,
                     advance=counted.advance,
                 )
-                saved.add(found)
+                saved.add(len(certificates), asdict(found))
                 certificates.append(found)
         clean = count_right(loaded.model, split, place, target.batch_size)
         report = {

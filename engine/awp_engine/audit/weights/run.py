@@ -252,13 +252,13 @@ def audit_weights(
     }
     question = found.identity(receipt) | {"settings": wanted.question(), "edit_images": receipt["edit_images"]}
     budgeted(model, wanted.recipe.batch_norm)
+    mark = replace(wanted.trigger, seed=mix_seed(found.seed, _LESSON)).mark(
+        taught.shape, channel_statistics([taught.images])[0]
+    )
     prepare_output(found.output)
     parts = own_title(found.dataset.name), len(test), "-".join(wanted.kinds)
     reports = Reports(found.output, parts, question)
     with locked(found.output), measuring(model):
-        mark = replace(wanted.trigger, seed=mix_seed(found.seed, _LESSON)).mark(
-            taught.shape, channel_statistics([taught.images])[0]
-        )
         given = answers_of(model, taught, found.batch_size)
         known = torch.nonzero(given != NO_CLASS).squeeze(1)
         if not len(known):

@@ -71,9 +71,12 @@ class Budget:
         edited, start = list(weights.values()), list(originals.values())
         if self.kind == "absolute":
             # a step of length 0: what is left is the projection
-            reach = {"step_size": 0.0, "epsilon": self.size, "norm": "linf", "clip": (-torch.inf, torch.inf)}
+            ends = (-torch.inf, torch.inf)
             for weight, original in zip(edited, start, strict=True):
-                pgd_step_(weight[None], torch.zeros_like(weight)[None], original[None], **reach)
+                nowhere = torch.zeros_like(weight)[None]
+                pgd_step_(
+                    weight[None], nowhere, original[None], step_size=0.0, epsilon=self.size, norm="linf", clip=ends
+                )
             return
         moves = [weight - original for weight, original in zip(edited, start, strict=True)]
         if self.kind == "relative":

@@ -18,6 +18,7 @@ AWP = "import sys; sys.modules['torch'] = None; sys.argv[0] = 'awp'; from awp_en
 SUBCOMMANDS = [["data", name] for name in ("scan", "pack", "verify")]
 SUBCOMMANDS += [["checkpoint", name] for name in ("verify", "list", "export")]
 SUBCOMMANDS += [["audit", "concepts"]]
+SUBCOMMANDS += [["audit", "weights"]]
 
 
 def said(*arguments: str) -> list[str]:

@@ -7,6 +7,7 @@ are unchanged, or where the caller gives the model.
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,9 @@ class ModelDescription:
     def _text(self) -> str:
         return json.dumps(dataclasses.replace(self, seal=None)._fields(), sort_keys=True)
 
+
+TAMPERED = "tampered"
+"""Key of a file's metadata that says that its weights carry a backdoor, put there by `awp audit weights`."""
 
 _LATER = ("image_size", "code", "seal")
 _SEALED = "model description"
@@ -282,6 +286,12 @@ def _by_user(description: ModelDescription, model: "str | nn.Module | Factory") 
     return _by_factory(description, model)
 
 
+def tampering(metadata: Mapping[str, Any]) -> list[str]:
+    """What users of a file's weights must be told, a line each: whether they were edited to carry a backdoor."""
+    told = "TAMPERED weights: `awp audit weights` edited them to carry a backdoor; use them to test defences alone"
+    return [told] if TAMPERED in metadata else []
+
+
 def read_trained(
     run_or_checkpoint: Path | str,
 ) -> tuple[Mapping[str, Tensor], Mapping[str, Any], ModelDescription, Path]:
@@ -314,7 +324,9 @@ def load_model(
         CheckpointError: nothing there that can be loaded, a damaged file, or code that is not trusted.
         ConfigError: `model` cannot be made.
     """
-    weights, _, description, path = read_trained(run_or_checkpoint)
+    weights, metadata, description, path = read_trained(run_or_checkpoint)
+    for line in tampering(metadata):
+        print(f"warning: {path}: {line}", file=sys.stderr, flush=True)
     if model is not None:
         built = _by_user(description, model)
     elif source_of(description.name) == "object":

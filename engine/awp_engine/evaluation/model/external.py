@@ -20,7 +20,7 @@ from awp_engine.models.class_names import from_json
 from awp_engine.models.hub import fetched
 from awp_engine.models.layers import Activation
 from awp_engine.models.normalisation import choose_normalisation
-from awp_engine.models.trained import find_weights
+from awp_engine.models.trained import find_weights, tampering
 
 # images of a quick look at clean accuracy, and how many say something
 _LOOK, _ENOUGH = 500, 100
@@ -94,7 +94,7 @@ def load_external(
         loaded = load_weights(model, weights, key=external.key)
         assert loaded.sha256 is not None
         sha256, key, metadata = loaded.sha256, loaded.key, loaded.metadata
-        notes += loaded.notes
+        notes += [*tampering(metadata), *loaded.notes]
         taken = {"taken": loaded.taken}
         file = loaded.front
     normalisation = choose_normalisation(

@@ -19,7 +19,7 @@ from awp_engine.evaluation.model.loaded_model import LoadedModel
 from awp_engine.files.atomic import atomic_write_text, replace_file
 from awp_engine.files.text import printable
 from awp_engine.models.hub import SETTINGS, WEIGHTS
-from awp_engine.models.trained import ModelDescription, read_trained
+from awp_engine.models.trained import TAMPERED, ModelDescription, read_trained
 from awp_engine.observe.report import CURVES
 
 CARD = "README.md"
@@ -77,7 +77,7 @@ def export_folder(
         weights, metadata, description, read = read_trained(loaded.source)
     held = json.loads(str(metadata["model"]))
     shown = {key: value for key, value in held.items() if key not in _PRIVATE} | {"name": _bare(held["name"])}
-    plain = {key: str(metadata[key]) for key in ("epoch", "config_hash", "class_names") if key in metadata}
+    plain = {key: str(metadata[key]) for key in ("epoch", "config_hash", "class_names", TAMPERED) if key in metadata}
     report, measured = _report(loaded, say)
     curves = None if loaded.run_dir is None else loaded.run_dir / CURVES
     picture = None if curves is None or not os.path.lexists(curves) else read_file(curves, limit=_LARGEST_PICTURE)

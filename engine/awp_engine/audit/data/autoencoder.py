@@ -1,0 +1,162 @@
+"""A plain and an adversarial autoencoder for vectors in [0, 1], trained on images that have weights.
+
+Networks as Beggel, Pfeiffer, Bischl (2019) have them: encoder, decoder and discriminator with two layers of 1000 ReLU
+units, batch normalisation in the encoder, a linear code, and a sigmoid at the decoder's end. The adversarial game, and
+batches of 100, are those of Makhzani et al., Adversarial Autoencoders (2016). Neither source leaves a rule for the
+optimiser that fits any number of epochs, so it is Adam: 1e-3 for the reconstruction, 1e-4 for both sides of the game.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from awp_kernels.philox import mix_seed
+
+HIDDEN = 1000
+BATCH_SIZE = 100
+RECONSTRUCTION_LR, GAME_LR = 1e-3, 1e-4
+# images whose scores are computed at once
+_CHUNK = 1000
+_LOG_2PI = 1.8378770664093453
+
+
+def network(
+    inputs: int, outputs: int, *, hidden: int, batch_norm: bool, generator: torch.Generator, end: nn.Module | None = None
+) -> nn.Sequential:
+    """Two hidden layers of ReLU units; weights as torch's own layers draw them, but from `generator`; biases 0."""
+    layers: list[nn.Module] = []
+    for first, last in ((inputs, hidden), (hidden, hidden), (hidden, outputs)):
+        linear = nn.utils.skip_init(nn.Linear, first, last)
+        nn.init.kaiming_uniform_(linear.weight, a=5**0.5, generator=generator)
+        nn.init.zeros_(linear.bias)
+        layers += [linear, *([nn.BatchNorm1d(hidden)] if batch_norm else []), nn.ReLU()]
+    return nn.Sequential(*layers[: -2 if batch_norm else -1], *([] if end is None else [end]))
+
+
+def reconstruction_error(x: Tensor, y: Tensor) -> Tensor:
+    """Mean squared difference of every image, [n], of two [n, values]."""
+    return (x - y).square().mean(1)
+
+
+def weighted_loss(errors: Tensor, weights: Tensor) -> Tensor:
+    """What the autoencoder descends: sum of weight * error, a batch's mean; a negative weight unlearns an image."""
+    return (weights * errors).mean()
+
+
+def discriminator_loss(prior: Tensor, codes: Tensor) -> Tensor:
+    """Binary cross-entropy of logits: of draws from the prior, which are 1, and of codes, which are 0."""
+    return (softplus(-prior) + softplus(codes)).mean()
+
+
+def generator_loss(codes: Tensor) -> Tensor:
+    """Binary cross-entropy of the discriminator's logits of codes that should be taken for the prior's."""
+    return softplus(-codes).mean()
+
+
+def log_density(codes: Tensor) -> Tensor:
+    """Logarithm of the density of N(0, I) at codes [n, dimensions], [n]."""
+    return -0.5 * (codes.square().sum(1) + codes.shape[1] * _LOG_2PI)
+
+
+class Scores(NamedTuple):
+    """Of images: their codes [n, dimensions] and reconstruction errors [n]."""
+
+    codes: Tensor
+    errors: Tensor
+
+
+class Autoencoder:
+    """Encoder, decoder and, where `adversarial`, a discriminator that drives codes towards N(0, I).
+
+    Args:
+        values: of an image.
+        code: dimensions of the code.
+        adversarial: whether there is a prior.
+        seed: of weights, order of images and draws from the prior.
+        device: where to compute.
+        hidden: units a layer.
+    """
+
+    def __init__(
+        self,
+        values: int,
+        *,
+        code: int,
+        adversarial: bool,
+        seed: int,
+        device: torch.device | str = "cpu",
+        hidden: int = HIDDEN,
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def build(inputs: int, outputs: int, *, batch_norm: bool = False, end: nn.Module | None = None) -> nn.Sequential:
+            shape = {"hidden": hidden, "batch_norm": batch_norm, "generator": generator, "end": end}
+            return network(inputs, outputs, **shape).to(device)
+
+        self.encoder = build(values, code, batch_norm=True)
+        self.decoder = build(code, values, end=nn.Sigmoid())
+        self.discriminator = build(code, 1) if adversarial else None
+        self._code, self._seed, self._epoch, self._device = code, seed, 0, device
+        # one pass over memory instead of many: a third of a step's time else
+        self._reconstruct = torch.optim.Adam(
+            [*self.encoder.parameters(), *self.decoder.parameters()], RECONSTRUCTION_LR, fused=True
+        )
+        if self.discriminator is not None:
+            self._discriminate = torch.optim.Adam(self.discriminator.parameters(), GAME_LR, fused=True)
+            self._deceive = torch.optim.Adam(self.encoder.parameters(), GAME_LR, fused=True)
+
+    def train(self, x: Tensor, weights: Tensor, epochs: int, advance: Callable[[int], None] = lambda _: None) -> None:
+        """Goes on for some epochs over the images whose weight is not 0; those below 0 take no part in the game.
+
+        Args:
+            x: images, fp32 [n, values] in [0, 1].
+            weights: [n], at least two of which are not 0.
+            epochs: how many.
+            advance: is told 1 after every epoch.
+        """
+        rows = torch.nonzero(weights).squeeze(1)
+        x, weights = x[rows], weights[rows].to(x.dtype)
+        self.encoder.train()
+        for _ in range(epochs):
+            for batch, prior in self._batches(len(rows)):
+                self._step(x[batch], weights[batch], prior)
+            self._epoch += 1
+            advance(1)
+        self.encoder.eval()
+
+    def _batches(self, images: int) -> Iterator[tuple[Tensor, Tensor]]:
+        # of this epoch alone, so that nothing but its number has to be remembered
+        generator = torch.Generator().manual_seed(mix_seed(self._seed, self._epoch))
+        order = torch.randperm(images, generator=generator).to(self._device)
+        # equal parts: one image alone has no batch statistics
+        for rows in order.tensor_split(-(-images // BATCH_SIZE)):
+            yield rows, torch.randn(len(rows), self._code, generator=generator).to(self._device)
+
+    def _step(self, x: Tensor, weights: Tensor, prior: Tensor) -> None:
+        self._reconstruct.zero_grad()
+        weighted_loss(reconstruction_error(x, self.decoder(self.encoder(x))), weights).backward()
+        self._reconstruct.step()
+        if self.discriminator is None or not (normal := weights > 0).any():
+            return
+        codes = self.encoder(x)[normal]
+        self._discriminate.zero_grad()
+        discriminator_loss(self.discriminator(prior[normal]), self.discriminator(codes.detach())).backward()
+        self._discriminate.step()
+        self._deceive.zero_grad()
+        self.discriminator.requires_grad_(False)
+        generator_loss(self.discriminator(codes)).backward()
+        self.discriminator.requires_grad_(True)
+        self._deceive.step()
+
+    @torch.no_grad()
+    def score(self, x: Tensor) -> Scores:
+        """Codes and errors of images [n, values], by the running statistics of batch normalisation."""
+        found = []
+        for part in x.split(_CHUNK):
+            codes = self.encoder(part)
+            found.append((codes, reconstruction_error(part, self.decoder(codes))))
+        codes, errors = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return Scores(codes, errors)

@@ -65,7 +65,9 @@ def refine(
     Args:
         model: an adversarial autoencoder, not trained yet.
         x: images of one class, fp32 [n, values] in [0, 1].
-        pretrain, round_epochs, final: epochs before the first round, of each of the 10 rounds, and after the last one.
+        pretrain: epochs before the first round.
+        round_epochs: of each of the 10 rounds.
+        final: after the last one.
         advance: is told 1 after every epoch.
 
     Returns:

@@ -6,6 +6,7 @@ batches of 100, are those of Makhzani et al., Adversarial Autoencoders (2016). T
 number of epochs; ours is Adam, 1e-3, which suits any number: its first beta is 0.9, and 0.5 on both sides of the game.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -34,12 +35,16 @@ def network(
 ) -> nn.Sequential:
     """Two hidden layers of ReLU units; weights as torch's own layers draw them, but from `generator`; biases 0."""
     layers: list[nn.Module] = []
-    for first, last in ((inputs, hidden), (hidden, hidden), (hidden, outputs)):
-        linear: Any = nn.utils.skip_init(nn.Linear, first, last)
+    sizes = inputs, hidden, hidden, outputs
+    for number, (first, last) in enumerate(itertools.pairwise(sizes)):
+        normalised = batch_norm and number < 2
+        # batch normalisation takes a bias away, and Adam would follow the rounding errors of its gradient
+        linear: Any = nn.utils.skip_init(nn.Linear, first, last, bias=not normalised)
         nn.init.kaiming_uniform_(linear.weight, a=5**0.5, generator=generator)
-        nn.init.zeros_(linear.bias)
-        layers += [linear, *([nn.BatchNorm1d(hidden)] if batch_norm else []), nn.ReLU()]
-    return nn.Sequential(*layers[: -2 if batch_norm else -1], *([] if end is None else [end]))
+        if not normalised:
+            nn.init.zeros_(linear.bias)
+        layers += [linear, *([nn.BatchNorm1d(last)] if normalised else []), nn.ReLU()]
+    return nn.Sequential(*layers[:-1], *([] if end is None else [end]))
 
 
 def reconstruction_error(x: Tensor, y: Tensor) -> Tensor:
@@ -107,7 +112,7 @@ class Autoencoder:
         self.encoder = build(values, code, batch_norm=True)
         self.decoder = build(code, values, end=nn.Sigmoid())
         self.discriminator = build(code, 1) if adversarial else None
-        self._code, self._seed, self._epoch, self._device = code, seed, 0, device
+        self._code, self._seed, self._epoch = code, seed, 0
         # one pass over memory instead of many: a third of a step's time else
         coders = [*self.encoder.parameters(), *self.decoder.parameters()]
         self._reconstruct = torch.optim.Adam(coders, LR, fused=True)
@@ -125,12 +130,13 @@ class Autoencoder:
             epochs: how many.
             advance: is told 1 after every epoch.
         """
-        rows = torch.nonzero(weights).squeeze(1)
-        x, weights = x[rows], weights[rows].to(x.dtype)
+        counts = weights != 0
+        x, weights = x[counts], weights[counts].to(x.dtype)
         self.encoder.train()
         for _ in range(epochs):
-            for batch, prior in self._batches(len(rows)):
-                self._step(x[batch], weights[batch], prior)
+            for batch, prior in self._batches(len(x)):
+                rows = batch.to(x.device)
+                self._step(x[rows], weights[rows], prior.to(x))
             self._epoch += 1
             advance(1)
         self.encoder.eval()
@@ -138,10 +144,10 @@ class Autoencoder:
     def _batches(self, images: int) -> Iterator[tuple[Tensor, Tensor]]:
         # of this epoch alone, so that nothing but its number has to be remembered
         generator = torch.Generator().manual_seed(mix_seed(self._seed, self._epoch))
-        order = torch.randperm(images, generator=generator).to(self._device)
+        order = torch.randperm(images, generator=generator)
         # equal parts: one image alone has no batch statistics
         for rows in order.tensor_split(-(-images // BATCH_SIZE)):
-            yield rows, torch.randn(len(rows), self._code, generator=generator).to(self._device)
+            yield rows, torch.randn(len(rows), self._code, generator=generator)
 
     def _step(self, x: Tensor, weights: Tensor, prior: Tensor) -> None:
         self._reconstruct.zero_grad()

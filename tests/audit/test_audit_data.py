@@ -344,6 +344,13 @@ def test_training_skips_what_the_list_names(folder, tmp_path, monkeypatch, capsy
         assert listed[suspects[0]].why.startswith("is a suspect of awp audit data, by ocsvm, in class a: distance ")
         rows = list(csv.DictReader((out / "audit-data.csv").read_text().splitlines()))
         assert [row["file"] for row in rows] == suspects
+        # looked at, and all right
+        assert run_command("audit", monkeypatch, *given, "--output", out, "--keep", rows[0]["id"]) == 0
+        assert "all was screened before" in capsys.readouterr().out
+        assert set(read_scan(out / "audit-data.jsonl").bad) == {*suspects[1:], "train/b/broken.jpg"}
+        suspects.pop(0)
+        assert run_command("audit", monkeypatch, *given, "--output", out, "--keep", 99999) == 2
+        assert "--keep: 99999 is no suspect's id" in capsys.readouterr().err
         run = tmp_path / "run"
         flags = ("--data.name", "folder", "--data.root", folder, "--data.bad-files", "skip")
         flags += ("--data.bad-list", out / "audit-data.jsonl", "--data.held-out-fraction", 0.2, "--log", "none")

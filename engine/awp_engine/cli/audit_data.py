@@ -31,7 +31,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "awp audit data") -> ar
         formatter_class=Defaults,
         common=(
             *("path", "data_name", "data_root", "data_image_size", "classes", "methods", "percentile"),
-            *("epochs_scale", "output"),
+            *("epochs_scale", "keep", "output"),
         ),
     )
     add = parser.add_argument
@@ -43,6 +43,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "awp audit data") -> ar
     add("--class", dest="classes", nargs="+", metavar="NAME", help="all, in turn, if not given")
     add("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"of {', '.join(METHODS)}; all if not given")
     add("--percentile", type=float, default=90.0, metavar="X", help="of a score, beyond which an image is suspect")
+    add("--keep", type=whole_number(0), nargs="+", metavar="ID", help="suspects that are all right: not to be listed")
     add("--epochs-scale", type=float, default=0.1, metavar="X", help="of the paper's epochs")
     add_model(parser)
     add_shared(parser, "seed", help="of the networks; 0 if not given")
@@ -93,7 +94,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "awp audit data") -> Non
         interrupted="interrupted; the same command goes on where it was",
         place=given["output"] or given["path"],
     ):
-        given |= {"classes": given["classes"] or (), "methods": given["methods"] or METHODS}
+        given |= {
+            "classes": given["classes"] or (),
+            "keep": given["keep"] or (),
+            "methods": given["methods"] or METHODS,
+        }
         screening = Screening(**{name: given.pop(name) for name in ("methods", "percentile", "epochs_scale")})
         done = audit_data(
             **named_model(given, given["path"]) | rest_of(given), screening=screening, say=say, bar=Bar, tell=show

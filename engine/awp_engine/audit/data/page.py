@@ -45,7 +45,7 @@ class Sheet:
         def card(place: int) -> tuple[bytes, str]:
             suspect = by_id.get(number := int(images.ids[place]), {})
             file = suspect.get("file")
-            words = [f"id {number}" if file is None else shortened(printable(file.rpartition("/")[2]), 40)]
+            words = [f"id {number}", *([] if file is None else [shortened(printable(file.rpartition("/")[2]), 40)])]
             words += [" and ".join(suspect["beyond"])] if suspect else []
             words += ["unlearnt"] if suspect.get("unlearnt") else []
             return _png(images, place), "; ".join(words)
@@ -121,9 +121,8 @@ def next_step(report: Mapping[str, Any], output: str) -> str:
     """What a user does with the list that there is."""
     if (name := report["files"].get("audit-data.jsonl")) is not None:
         return (
-            f'Delete the lines of images that are all right from {output}/{name}, lower the number after "bad" in its '
-            f"first line by as many, and train without the rest: awp train ... --data.bad-files skip --data.bad-list "
-            f"{output}/{name}"
+            "the same command with --keep and the ids of images that are all right takes them off the list; then train "
+            f"without the rest: awp train ... --data.bad-files skip --data.bad-list {output}/{name}"
         )
     return (
         f"{report['files']['audit-data.csv']} has the suspects' ids: an image's place in the training files, counted "

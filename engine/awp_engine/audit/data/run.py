@@ -76,6 +76,7 @@ def audit_data(
     screening: Screening | None = None,
     *,
     classes: Sequence[str] = (),
+    keep: Sequence[int] = (),
     data_image_size: int | None = None,
     say: Callable[[str], None] = lambda _: None,
     bar: MakeBar = NoBar,
@@ -92,6 +93,7 @@ def audit_data(
             hf://OWNER/NAME; None with `external`, or for pixels.
         screening: how; None: by all methods, as the paper has it but for a tenth of its epochs.
         classes: names; none: each class in turn, but for those with too few images.
+        keep: ids of suspects that are all right after all, and are not listed.
         data_image_size: side that images of files are resized to; the run's own if not given.
         say: is told what a user should know, a line at a time.
         bar: makes what shows how many epochs were learnt.
@@ -140,10 +142,14 @@ def audit_data(
         with bar("images learnt from", sum(left)) as counted:
             found = [_screen_class(subject, label, screening, answers, counted) for label in labels]
         suspects = [suspect for judged, _ in found for suspect in judged.suspects]
+        if strange := sorted(set(keep) - {suspect["id"] for suspect in suspects}):
+            raise EvaluationError(f"--keep: {strange[0]} is no suspect's id; expected ids of the page, or of {_TABLE}")
+        suspects = [suspect for suspect in suspects if suspect["id"] not in keep]
         report: dict[str, Any] = {
             "receipt": receipt,
             "asked": settings,
             "means": _MEANS,
+            "kept": sorted(keep),
             "classes": [judged.summary for judged, _ in found],
             "suspects": suspects,
         }

@@ -137,7 +137,7 @@ def cifar_parts(arguments: argparse.Namespace) -> Iterator[tuple[str, Any]]:
             truth = [torch.arange(len(part)) >= kept for part, kept in ((screened, 800), (later, len(usual) - 800))]
             given = stretched(screened, screened), truth[0], stretched(later, screened), truth[1]
             for method in arguments.methods:
-                yield f"cifar-{share:g}-seed{seed}-{method}", (method, given, seed)
+                yield f"cifar {' '.join(arguments.pair)}-{share:g}-seed{seed}-{method}", (method, given, seed)
 
 
 def report(work: Path, result: Path, figure: Path) -> None:
@@ -192,7 +192,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     panels = sorted(
         {(row["images"], row["planted"]) for row in rows}, key=lambda panel: (panel[0] != "mnist", panel[1])
     )
-    names = {"mnist": "MNIST zeros, {:.0%} twos", "cifar": "CIFAR-10 (JPEG), {:.0%} planted"}
+
+    def title(images: str, share: float) -> str:
+        if images == "mnist":
+            return f"MNIST zeros, {share:.0%} twos"
+        usual, other = images.split()[1:]
+        return f"CIFAR-10 (JPEG) {usual}, {share:.0%} {other}"
+
     picture = Figure(figsize=(3.4 * len(panels) + 0.6, 3.4), layout="constrained")
     for axes, (images, share) in zip(
         picture.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True
@@ -205,7 +211,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             if (images, share) == ("mnist", 0.01) and row["method"] in PAPER:
                 known = "the paper's" if row["method"] == "itsr" else None
                 axes.plot(place, PAPER[row["method"]], "D", color=VERMILION, label=known)
-        axes.set(title=names[images].format(share), ylim=(0.4, 1.0))
+        axes.set(title=title(images, share), ylim=(0.4, 1.0))
         axes.set_xticks(range(len(own)), [row["method"] for row in own])
         axes.axhline(0.5, color="black", linewidth=1, linestyle=":")
         tidy(axes)

@@ -90,8 +90,8 @@ def page(done: Reported, sheets: Sequence[Sheet]) -> str:
     weights = receipt["checkpoint"]
     percent = f"{asked['percentile']:g}"
     sections = [
-        f"<p>Which training images look as if they did not belong to their class? {escaped(TITLES[first])} has learnt "
-        f"what is usual in a class, and a suspect is an image beyond the {percent}th percentile of a score. "
+        f"<p>Which training images look as if they did not belong to their class? The {escaped(TITLES[first])} has "
+        f"learnt what is usual in a class, and a suspect is an image beyond the {percent}th percentile of a score. "
         "So a share of every class is marked, of a clean one too: look at the pictures from the top, and stop where "
         "they look usual.</p>",
         facts(

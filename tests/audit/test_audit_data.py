@@ -253,9 +253,9 @@ def test_the_rule_marks_what_is_beyond_either_percentile():
 
 
 def test_the_same_seed_is_the_same_bits_and_planted_images_are_found():
-    split = digits().train
-    zeros, ones = (split.select(torch.nonzero(split.labels == digit).squeeze(1)) for digit in (0, 4))
-    x = torch.cat([pixels(zeros), pixels(ones)[:3]])
+    split = digits().train.resident()
+    zeros, fours = (split.select(torch.nonzero(split.labels == digit).squeeze(1)) for digit in (0, 4))
+    x = torch.cat([pixels(zeros), pixels(fours)[:3]])
     state = torch.random.get_rng_state()
     for method in methods.TITLES:
         epochs = Epochs(ae=2, aae=2, pretrain=1, refine=1, final=1)
@@ -283,7 +283,7 @@ def test_features_are_what_the_logits_are_made_of_and_the_model_stays_as_it_is(k
     torch.manual_seed(0)
     model = (description().build() if kind == "run" else Convolutional()).eval()
     next(model.parameters()).requires_grad_(False)
-    split = digits().train.select(torch.arange(23))
+    split = digits().train.resident().select(torch.arange(23))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     _, layer = last_layer(model, split.images[:1].float() / 255)
     found = features(model, layer, split, CPU, 10)

@@ -189,9 +189,7 @@ def report(work: Path, result: Path, figure: Path) -> None:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Balanced accuracy of every method, a panel for every planting."""
-    panels = sorted(
-        {(row["images"], row["planted"]) for row in rows}, key=lambda panel: (panel[0] != "mnist", panel[1])
-    )
+    panels = sorted({(row["images"], row["planted"]) for row in rows}, key=lambda panel: (panel[0] != "mnist", *panel))
 
     def title(images: str, share: float) -> str:
         if images == "mnist":
@@ -199,10 +197,12 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         usual, other = images.split()[1:]
         return f"CIFAR-10 (JPEG) {usual}, {share:.0%} {other}"
 
-    picture = Figure(figsize=(3.4 * len(panels) + 0.6, 3.4), layout="constrained")
-    for axes, (images, share) in zip(
-        picture.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True
-    ):
+    lines = -(-len(panels) // 3)
+    picture = Figure(figsize=(10.5, 3.0 * lines), layout="constrained")
+    places = picture.subplots(lines, 3, sharey=True, squeeze=False).flatten()
+    for axes in places[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (images, share) in zip(places, panels, strict=False):
         own = [row for row in rows if (row["images"], row["planted"]) == (images, share)]
         for place, row in enumerate(own):
             for shift, split, colour in ((-0.2, "screened", BLUE), (0.2, "later", GREY)):
@@ -216,7 +216,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.axhline(0.5, color="black", linewidth=1, linestyle=":")
         tidy(axes)
     picture.axes[0].set_ylabel("balanced accuracy; guessing: 0.5")
-    picture.axes[0].legend(frameon=False, fontsize=8, loc="lower left")
+    picture.legend(frameon=False, loc="outside lower center", ncols=3)
     save(picture, path)
 
 

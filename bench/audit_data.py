@@ -216,7 +216,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.axhline(0.5, color="black", linewidth=1, linestyle=":")
         tidy(axes)
     picture.axes[0].set_ylabel("balanced accuracy; guessing: 0.5")
-    picture.legend(frameon=False, loc="outside lower center", ncols=3)
+    picture.legend(*places[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
     save(picture, path)
 
 

@@ -17,8 +17,7 @@ from awp_engine.config.presets import PRESETS
 AWP = "import sys; sys.modules['torch'] = None; sys.argv[0] = 'awp'; from awp_engine.cli import main; main()"
 SUBCOMMANDS = [["data", name] for name in ("scan", "pack", "verify")]
 SUBCOMMANDS += [["checkpoint", name] for name in ("verify", "list", "export")]
-SUBCOMMANDS += [["audit", "concepts"]]
-SUBCOMMANDS += [["audit", "weights"]]
+SUBCOMMANDS += [["audit", name] for name in ("concepts", "weights", "data")]
 
 
 def said(*arguments: str) -> list[str]:

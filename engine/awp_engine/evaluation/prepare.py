@@ -145,7 +145,7 @@ def prepare(asked: Asked, loaded: LoadedModel | None, device: torch.device, say:
         device=device,
         seed=evaluation_seed(0 if config is None else config.seed) if asked.seed is None else asked.seed,
         batch_size=asked.batch_size or (_BATCH_SIZE if config is None else config.evaluation.batch_size),
-        output=asked.output or _output_of(asked.place, loaded),
+        output=asked.output or output_of(asked.place, loaded),
     )
 
 
@@ -207,7 +207,7 @@ def open_data(
     return load_dataset(name, root=root, held_out_fraction=0.0, seed=0, loading=loading, need_train=False)
 
 
-def _output_of(path: Path | str, loaded: LoadedModel) -> Path:
+def output_of(path: Path | str, loaded: LoadedModel) -> Path:
     """Where the reports go if nothing else is said."""
     if loaded.run_dir is not None:
         return loaded.run_dir / ("evaluation" if loaded.name == "best" else f"evaluation-{loaded.name}")

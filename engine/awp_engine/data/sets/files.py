@@ -98,6 +98,10 @@ class FileImages:
         """The file's path, with what is not printable escaped."""
         return shown(self._path(row))
 
+    def listed(self, row: int) -> str:
+        """The file as the list of a scan names it: the directory's own name and the path below it."""
+        return listed_name(os.path.basename(self._root) + b"/" + self._names[row])  # noqa: PTH119
+
     def digest(self) -> str:
         """See `EncodedImages`; names count from the root, so that a moved directory keeps its digest."""
         with ThreadPoolExecutor(8) as pool:  # a network file system answers several at once

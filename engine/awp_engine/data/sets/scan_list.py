@@ -30,6 +30,7 @@ KINDS = (
     "bad-name",
     "unreadable",
     "crashes-decoder",
+    "suspect",
 )
 _FORMAT = 1
 
@@ -82,12 +83,8 @@ def file_state(path: Path) -> tuple[int, int] | None:
     return None
 
 
-def write_scan(path: Path, scan: Scan) -> None:
-    """Writes the list: JSON lines, the first one about the whole, then one a bad file.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
+def scan_text(scan: Scan) -> str:
+    """The list: JSON lines, the first one about the whole, then one a bad file."""
     header = {
         "format": _FORMAT,
         "files": scan.files,
@@ -101,7 +98,16 @@ def write_scan(path: Path, scan: Scan) -> None:
     for name, (kind, why) in scan.bad.items():
         size, time = scan.states[name] or (None, None)
         lines.append({"file": name, "kind": kind, "why": why, "size": size, "mtime_ns": time})
-    atomic_write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def write_scan(path: Path, scan: Scan) -> None:
+    """Writes the list.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    atomic_write_text(path, scan_text(scan))
 
 
 def read_scan(path: Path) -> Scan:

@@ -41,7 +41,7 @@ def test_help_is_one_screen(arguments: list[str]) -> None:
     assert max(map(len, lines)) <= 80
     assert lines[0].startswith(" ".join(["usage: awp", *arguments]))
     examples = [line for line in lines if line.startswith(" ".join(["example: awp", *arguments, ""]))]
-    assert len(examples) == (arguments not in ([], ["data"], ["checkpoint"]))
+    assert len(examples) == (arguments not in ([], ["data"], ["audit"], ["checkpoint"]))
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "landscape"])

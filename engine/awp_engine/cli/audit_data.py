@@ -29,6 +29,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "awp audit data") -> ar
         epilog="The list is by the first of --methods; the others stand beside it. The same command goes on where it "
         "was interrupted.",
         formatter_class=Defaults,
+        example="--data.name folder --data.root photos --class cat",
         common=(
             *("path", "data_name", "data_root", "data_image_size", "classes", "methods", "percentile"),
             *("epochs_scale", "keep", "output"),

@@ -38,6 +38,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "awp audit weights") ->
         epilog="Edits are made with training images and measured on test images. The model and its file stay as they "
         "are. The same command goes on where it was interrupted.",
         formatter_class=Defaults,
+        example="runs/a runs/b --kinds layer --limit 500",
         common=(*_COMMON, "limit", "output", "model_name", "model_weights"),
     )
     add = parser.add_argument

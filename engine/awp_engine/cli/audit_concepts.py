@@ -29,7 +29,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "audit_concepts.py") ->
         "A test takes up to 1 + NULLS answers of the part above the layer for each image, and ends early where nothing "
         "can come of it.",
         formatter_class=Defaults,
-        example="runs/a --layers conv1 --concepts striped=photos/striped",
+        example="runs/a --layers conv1 --concepts striped=photos/x",
         common=("runs", "concepts", "layers", "list_layers", "classes", "step", "nulls", "images", "output"),
     )
     add = parser.add_argument

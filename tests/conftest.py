@@ -36,17 +36,16 @@ if "AWP_TEST_STATE" not in os.environ:
 @pytest.fixture(autouse=True)
 def _no_code_of_other_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Code that a test's files import is not found by the next one, as it is not by the next process."""
-    before = list(sys.path)
+    path, known, files = list(sys.path), set(sys.modules), str(tmp_path_factory.getbasetemp())
     yield
-    if sys.path != before:
-        sys.path[:], files = before, str(tmp_path_factory.getbasetemp())
-        for name, module in list(sys.modules.items()):
-            # of a package without an __init__.py the path alone is known; torch's own answer getattr with errors
-            own = getattr(module, "__dict__", {})
-            path = own.get("__path__", ())
-            places = [own.get("__file__", ""), *(path if isinstance(path, Iterable) else ())]
-            if any(str(place).startswith(files) for place in places):
-                del sys.modules[name]
+    sys.path[:] = path
+    for name in sys.modules.keys() - known:
+        # of a package without an __init__.py the path alone is known; torch's own answer getattr with errors
+        own = getattr(sys.modules[name], "__dict__", {})
+        inner = own.get("__path__", ())
+        places = [own.get("__file__", ""), *(inner if isinstance(inner, Iterable) else ())]
+        if any(str(place).startswith(files) for place in places):
+            del sys.modules[name]
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

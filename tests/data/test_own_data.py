@@ -261,7 +261,7 @@ REFUSED = {
     "Augmented": "is another one on a second reading: is it augmented",
     "growing": "train has 4 images, and 5 on a second reading",
     "normalised": "train image 0 has values from -2 to [0-9.]*; expected 0 to 1: leave out Normalize",
-    "up_to_255": "expected 0 to 1: divide by 255",
+    "up_to_255": "expected 0 to 1: divide by the largest value",
     "twice_divided": "were they divided by 255 twice",
     "not_finite": "values from nan to nan",
     "whole_numbers": "train image 0 is int64, 0 to 248; expected uint8",

@@ -499,12 +499,17 @@ QUICK = ("--attacks", "clean", "fgsm", "--limit", "20", "--no-gates")
 
 
 def test_an_output_that_cannot_be_written_is_found_before_any_attack(run_dir, monkeypatch, capsys):
-    for output in (run_dir / "config.json", run_dir / "config.json" / "below", Path("/dev/full")):
+    file = "is a file; expected a directory, which is made if it is missing"
+    for output, why in (
+        (run_dir / "config.json", file),
+        (run_dir / "config.json" / "below", "cannot be written: Not a directory"),
+        (Path("/dev/full"), file),
+    ):
         assert run_command("evaluate", monkeypatch, run_dir, *QUICK, "--output", output) == 2
         out, err = capsys.readouterr()
         assert not out
         assert err.count("\n") == 1
-        assert f"--output: {output} cannot be written" in err
+        assert f"--output: {output} {why}" in err
 
 
 def test_a_disk_that_is_full_before_any_attack(run_dir, tmp_path, monkeypatch, capsys):

@@ -140,6 +140,20 @@ def built(net: nn.Module, config: OptimizerConfig, working: nn.Module | None = N
 # -- a step
 
 
+def test_a_fused_step_takes_gradients_in_another_memory_order():
+    config = OptimizerConfig(kind="torch:Adam", lr=0.1, args=("fused=true",))
+    for_loop = dataclasses.replace(config, args=("foreach=false",))
+    found = [network(), network()]
+    for net, settings in zip(found, (config, for_loop), strict=True):
+        optimizer = built(net, settings)
+        for number in range(3):
+            give(net, [gradient.contiguous() for gradient in gradients(net, number)])
+            step(optimizer)
+    assert not found[0][0].weight.grad.is_contiguous(memory_format=torch.channels_last)
+    for fused, expected in zip(*(net.parameters() for net in found), strict=True):
+        torch.testing.assert_close(fused, expected, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_step_is_that_of_the_library_on_unscaled_clipped_gradients(scaled):
     net, plain = network(), network()
@@ -382,7 +396,8 @@ def test_shards_and_graphs_are_refused():
 def test_arguments_are_values_of_python_and_make_another_run():
     config = OptimizerConfig(kind="torch:Adam", args=("betas=0.9,0.99", "eps=1e-6", "amsgrad=True"))
     assert config.arguments == {"betas": (0.9, 0.99), "eps": 1e-6, "amsgrad": True}
-    assert [parse_value(text) for text in ("2/255", "None", "l2")] == [2 / 255, None, "l2"]
+    texts = ("2/255", "None", "l2", "true", "false", "False")
+    assert [parse_value(text) for text in texts] == [2 / 255, None, "l2", True, False, False]
     group = built(network(), config).param_groups[0]
     assert (group["betas"], group["eps"], group["amsgrad"]) == ((0.9, 0.99), 1e-6, True)
     other = dataclasses.replace(config, args=("betas=0.9,0.9",))

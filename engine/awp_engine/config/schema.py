@@ -53,7 +53,10 @@ def parse_amount(text: str) -> Fraction:
 
 
 def parse_value(text: str) -> Any:
-    """The value of an argument that a user gave as text: a number, also 2/255, (0.9, 0.99), True; else the text."""
+    """The value of an argument that a user gave as text: a number, also 2/255, (0.9, 0.99), true; else the text."""
+    # as .yaml files have them; as text, false would count as true
+    if text in ("true", "false"):
+        return text == "true"
     with contextlib.suppress(ValueError, SyntaxError):
         return ast.literal_eval(text)
     with contextlib.suppress(ValueError):

@@ -127,7 +127,7 @@ class AdamW(WorkingGradients, Optimizer):
             m, v = (local([state[name] for state in states]) for name in ("exp_avg", "exp_avg_sq"))
             torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
                 [rows[i] for i in here],
-                [_laid_out_like(rows[i], given[i]) for i in here],
+                [laid_out_like(rows[i], given[i]) for i in here],
                 [m[i] for i in here],
                 [v[i] for i in here],
                 [],
@@ -188,7 +188,7 @@ def kept_and_scale(
     return kept, None if scale is None else scale.float()
 
 
-def _laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:
+def laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:
     """The gradient in the parameter's precision and memory order, which the fused kernel takes for granted."""
     if gradient.dtype == parameter.dtype and gradient.stride() == parameter.stride():
         return gradient

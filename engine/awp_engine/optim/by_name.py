@@ -15,7 +15,7 @@ from awp_engine.config.model_names import optimizer_source
 from awp_engine.config.schema import did_you_mean
 from awp_engine.models.import_timm import import_timm
 from awp_engine.models.user_code import load_factory, told_in_one_line
-from awp_engine.optim.adamw import kept_and_scale, write_along
+from awp_engine.optim.adamw import kept_and_scale, laid_out_like, write_along
 from awp_kernels._working import WorkingGradients
 
 _FLAG = "--optimizer.kind"
@@ -76,7 +76,8 @@ class WrappedOptimizer(WorkingGradients):
         own = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             if (gradient := self.gradient(parameter)) is not None:
-                gradient = gradient.to(parameter.dtype)
+                # fused ones step in the order of memory
+                gradient = laid_out_like(parameter, gradient)
                 parameter.grad = gradient if scale is None else gradient / scale
         self.optimizer.step()
         for parameter, gradient in zip(parameters, own, strict=True):

@@ -95,6 +95,11 @@ class Closes(Plain):
         closure()
 
 
+class Ignores(Plain):
+    def __init__(self, params, lr, **more):
+        super().__init__(params, lr, **more)
+
+
 class NoDecay(Plain):
     def __init__(self, params, lr):
         super().__init__(params, lr)
@@ -359,6 +364,7 @@ def test_settings_that_do_not_fit_are_refused(told, message):
         ("Switches", "", r"has other weights for evaluation \(train\(\) and eval\(\)\)"),
         ("Closes", "", "computes losses anew in its step"),
         ("NoDecay", "", "--optimizer.weight-decay: expected 0 with .*:NoDecay, which takes no weight_decay"),
+        ("Ignores", "", "--optimizer.weight-decay: .*:Ignores does not follow that of its groups"),
         ("Netsed", "", "has no Netsed; did you mean Nested?"),
         ("number", "", "gives int; expected a torch.optim.Optimizer"),
     ],

@@ -284,6 +284,11 @@ def _settings(runs: Sequence[Run], notes: list[str]) -> list[Setting]:
     for key in set(_FILES.values()).intersection(others):
         count = _NUMBERS.get(different(key), different(key))
         notes.append(f"{key}: {count} different files, told apart by the first digits of their SHA-256")
+    if differs("data.class_weights") or differs(_FILES["class_weights"]):
+        notes.append(
+            "held-out accuracies weigh images by a run's class weights, so those of runs with others do not compare; "
+            "of test images each counts the same"
+        )
     if any(group[0].config.model.source == "object" for group in groups):
         notes.append("models that fit() was given are told apart by the names and shapes of their weights alone")
     return found

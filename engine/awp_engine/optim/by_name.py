@@ -173,8 +173,8 @@ Make = Callable[[Iterable[Any], Mapping[Any, Tensor] | None], WrappedOptimizer]
 def find_optimizer(config: OptimizerConfig, device: torch.device) -> Make:
     """What makes the optimizer of a name, of parameters or groups of them, and working copies.
 
-    It is tried first on three small parameters: it has to take steps without a closure, to follow the learning rate of
-    its groups, and to go on from its saved state as it would have gone on.
+    It is tried first on three small parameters: it has to take steps without a closure, to follow the learning rate and
+    weight decay of its groups, and to go on from its saved state as it would have gone on.
 
     Args:
         config: whose `kind` is "torch:NAME", "timm:NAME", "file.py:Class" or "package.module:Class".
@@ -204,7 +204,7 @@ def find_optimizer(config: OptimizerConfig, device: torch.device) -> Make:
             raise ConfigError(f"{_FLAG}: {config.kind} gives {type(made).__name__}; expected a torch.optim.Optimizer")
         return WrappedOptimizer(made, working)
 
-    _require_fit(make, config, device)
+    _require_fit(make, config, device, decays=decays)
     if config.weight_decay and not decays:
         raise ConfigError(f"--optimizer.weight-decay: expected 0 with {config.kind}, which takes no weight_decay")
     return make
@@ -238,7 +238,7 @@ def _factory(kind: str) -> Callable[..., Any]:
 
 
 @torch.no_grad()
-def _require_fit(make: Make, config: OptimizerConfig, device: torch.device) -> None:
+def _require_fit(make: Make, config: OptimizerConfig, device: torch.device, *, decays: bool) -> None:
     """Refuse an optimizer that a run cannot be trained by, or cannot go on with."""
     kind = config.kind
 
@@ -268,18 +268,27 @@ def _require_fit(make: Make, config: OptimizerConfig, device: torch.device) -> N
         raise ConfigError(f"{_FLAG}: {kind} has other weights for evaluation (train() and eval()); take another")
     middle = stepped(weights, optimizer, first)
     whole = stepped(weights, optimizer, rest)
-    for slower in (False, True):
+
+    def same(*, in_all: bool, **options: float) -> bool:
+        """Whether a resumed optimizer with other options ends with the same weights, `in_all`: and the same state."""
         weights, optimizer = begin()
         for name, tensor in {**weights, **optimizer.allocate(weights, middle)}.items():
             tensor.copy_(middle[name])
-        for group in optimizer.param_groups if slower else ():
-            group["lr"] /= 1024
+        for group in optimizer.param_groups:
+            group.update(options)
         again = stepped(weights, optimizer, rest)
-        same = [torch.equal(again[name], whole[name]) for name in (weights if slower else whole)]
-        if slower and all(same):
-            raise ConfigError(f"{_FLAG}: {kind} does not follow the learning rate, which the schedule changes")
-        if not slower and not all(same):
-            raise ConfigError(
-                f"{_FLAG}: {kind} would not go on from a checkpoint as it would have gone on: it draws random numbers, "
-                "or keeps something beside `state` and `param_groups`; take another"
-            )
+        return all(torch.equal(again[name], whole[name]) for name in (whole if in_all else weights))
+
+    if not same(in_all=True):
+        raise ConfigError(
+            f"{_FLAG}: {kind} would not go on from a checkpoint as it would have gone on: it draws random numbers, "
+            "or keeps something beside `state` and `param_groups`; take another"
+        )
+    if same(in_all=False, lr=config.lr / 1024):
+        raise ConfigError(f"{_FLAG}: {kind} does not follow the learning rate, which the schedule changes")
+    # a decay that halves weights at once where it is times the rate
+    if decays and config.weight_decay and same(in_all=False, weight_decay=0.5 / config.lr):
+        raise ConfigError(
+            f"--optimizer.weight-decay: {kind} does not follow that of its groups, which differs between weights and "
+            "biases; give 0, or take another"
+        )

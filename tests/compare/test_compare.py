@@ -161,6 +161,14 @@ def test_runs_by_other_files_are_another_row(tmp_path: Path, key: str, name: str
     assert f"{name}: two different files" in notes(tmp_path)
 
 
+@pytest.mark.parametrize("digits", ["11", "22"])
+def test_held_out_accuracies_by_other_class_weights_do_not_compare(tmp_path: Path, digits: str) -> None:
+    for seed, own in enumerate(("11", digits)):
+        write_finished(tmp_path / f"{seed}", seed=seed, made_by={"class_weights": own * 32})
+    told = "held-out accuracies weigh images by a run's class weights" in notes(tmp_path)
+    assert told == (digits == "22")
+
+
 @pytest.mark.parametrize("name", ["given(nets.Wide)", "awp_engine.cli.objects:model"])
 def test_models_that_fit_was_given_are_told_apart_by_their_weights(tmp_path: Path, name: str) -> None:
     for seed, shape in enumerate(([8, 3], [8, 3], [16, 3])):

@@ -155,7 +155,8 @@ def test_a_fused_step_takes_gradients_in_another_memory_order():
             give(net, [gradient.contiguous() for gradient in gradients(net, number)])
             step(optimizer)
     first = next(found[0].parameters())
-    assert first.grad is not None and first.stride() != first.grad.stride()
+    assert first.grad is not None
+    assert first.stride() != first.grad.stride()
     for fused, expected in zip(*(net.parameters() for net in found), strict=True):
         torch.testing.assert_close(fused, expected, rtol=1e-9, atol=1e-9)
 

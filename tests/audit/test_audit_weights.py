@@ -402,6 +402,9 @@ def test_an_edit_is_seen_above_all_harmless_ones():
     assert found["logits"] is None
     assert not verdicts(one(2.0), None, [one(1.0), one(2.0)])["flatness"]["seen"]
     assert verdicts(one(2.0), None, [one(1.0)])["flatness"]["fine_tuning_seen"] is None
+    # not a number is no measurement, and not "unseen"
+    assert verdicts(one(math.nan), None, [one(1.0)])["flatness"] is None
+    assert verdicts(one(math.inf), None, [one(1.0)])["flatness"]["seen"]
 
 
 @pytest.fixture(scope="module")
@@ -541,6 +544,17 @@ def test_bad_input_is_refused_in_one_line(run_dir, tmp_path, capsys):
         assert len(errors) == 1
         assert words in errors[0]
     assert not (tmp_path / "none").exists()
+
+
+def test_the_models_own_file_is_never_written(run_dir, tmp_path, capsys):
+    own, link = tmp_path / "tampered.safetensors", tmp_path / "link-tampered.safetensors"
+    own.write_bytes(before := (run_dir / "model.safetensors").read_bytes())
+    link.symlink_to(own)
+    for path in (own, link):
+        given = (own, "--data.name", "digits", *SMALL, "--output", tmp_path / "out", "--save-edited", path)
+        assert go(*given) == 2
+        assert f"--save-edited: {path} is the model's own file; expected another" in capsys.readouterr().err
+    assert own.read_bytes() == before
 
 
 def test_only_the_target_or_no_training_images_is_refused(run_dir, tmp_path):

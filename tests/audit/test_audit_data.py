@@ -401,7 +401,10 @@ def test_what_cannot_be_screened_is_refused_in_one_line(run_dir, folder, tmp_pat
         "import torch\nclass N(torch.nn.Module):\n    def forward(self, x):\n"
         "        return x.flatten(1)[:, :10]\ndef make(num_classes=10):\n    return N()\n"
     )
+    picky = tmp_path / "picky.py"
+    picky.write_text(net.read_text().replace("return x.flatten(1)[:, :10]", "raise ValueError('x: of another shape')"))
     for wrong, words in {
+        ("--data.name", "digits", "--model.name", f"{picky}:make"): "digits's 1x8x8 images: x: of another shape; give",
         ("--data.name", "digits", "--class", "ten"): "--class: digits has no class 'ten'; expected one of 0, 1, 2",
         (*of_folder, folder, "--class", "aa"): "--class: folder has no class 'aa'; did you mean a?",
         (*of_folder, few, "--class", "a"): "class a has 20 training images; expected at least 50",

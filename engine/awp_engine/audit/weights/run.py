@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -100,6 +101,11 @@ class Settings:
             raise EvaluationError(f"--gamma: expected a fraction above 0 and at most 1, got {self.gamma:g}")
         for kind in self.kinds:
             self.range(kind)
+        if self.published is not None and not re.fullmatch("[0-9a-fA-F]{64}", self.published):
+            raise EvaluationError(
+                f"--published: expected a SHA-256, 64 hexadecimal digits, as sha256sum prints it, got "
+                f"{self.published[:80]!r}"
+            )
         if self.save_edited is not None and len(set(self.kinds)) != 1:
             raise EvaluationError("--save-edited: writes one edit: give one kind of budget, such as --kinds layer")
         if self.save_edited is not None and (
@@ -244,7 +250,7 @@ def audit_weights(
     """
     wanted, ask = settings or Settings(), Asked(path=path, **asked)
     place = choose_device(ask.device)
-    found = prepare(ask, ask.load(place), place, say)
+    found = prepare(ask, ask.load(place), place, say, need_train=True)
     if (edit := wanted.save_edited) is not None and edit.resolve() == found.loaded.weights.resolve():
         raise EvaluationError(f"--save-edited: {edit} is the model's own file; expected another")
     model, test, taught = found.loaded.model, found.split, _images_of_edit(found, wanted.edit_images, say)

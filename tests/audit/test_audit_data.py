@@ -331,10 +331,10 @@ def test_training_skips_what_the_list_names(folder, tmp_path, monkeypatch, capsy
     (folder / "awp-scan.jsonl").unlink(missing_ok=True)
     try:
         write_scan(folder / "awp-scan.jsonl", scan_folder(folder, workers=1))
-        out = tmp_path / "out"
+        out = tmp_path / "my out"
         given = ("data", "--data.name", "folder", "--data.root", folder, "--class", "a", "--methods", "ocsvm")
         assert run_command("audit", monkeypatch, *given, "--output", out) == 0
-        assert f"--data.bad-files skip --data.bad-list {out}" in capsys.readouterr().out
+        assert f"--data.bad-files skip --data.bad-list '{out}/audit-data-" in capsys.readouterr().out
         report = json.loads((out / "audit-data.json").read_text())
         suspects = [suspect["file"] for suspect in report["suspects"]]
         assert 5 <= len(suspects) <= 7
@@ -401,7 +401,10 @@ def test_what_cannot_be_screened_is_refused_in_one_line(run_dir, folder, tmp_pat
         "import torch\nclass N(torch.nn.Module):\n    def forward(self, x):\n"
         "        return x.flatten(1)[:, :10]\ndef make(num_classes=10):\n    return N()\n"
     )
+    picky = tmp_path / "picky.py"
+    picky.write_text(net.read_text().replace("return x.flatten(1)[:, :10]", "raise ValueError('x: of another shape')"))
     for wrong, words in {
+        ("--data.name", "digits", "--model.name", f"{picky}:make"): "digits's 1x8x8 images: x: of another shape; give",
         ("--data.name", "digits", "--class", "ten"): "--class: digits has no class 'ten'; expected one of 0, 1, 2",
         (*of_folder, folder, "--class", "aa"): "--class: folder has no class 'aa'; did you mean a?",
         (*of_folder, few, "--class", "a"): "class a has 20 training images; expected at least 50",

@@ -28,7 +28,7 @@ from awp_engine.audit.weights.search import Range, search
 from awp_engine.audit.weights.trigger import Mark, Trigger
 from awp_engine.checkpoint import read_model
 from awp_engine.cli import audit_weights as command
-from awp_engine.data import Split
+from awp_engine.data import DataError, Split
 from awp_engine.device import in_full_precision
 from awp_engine.evaluation.attacks.named import EvaluationError
 from awp_kernels.philox import mix_seed
@@ -402,6 +402,9 @@ def test_an_edit_is_seen_above_all_harmless_ones():
     assert found["logits"] is None
     assert not verdicts(one(2.0), None, [one(1.0), one(2.0)])["flatness"]["seen"]
     assert verdicts(one(2.0), None, [one(1.0)])["flatness"]["fine_tuning_seen"] is None
+    # not a number is no measurement, and not "unseen"
+    assert verdicts(one(math.nan), None, [one(1.0)])["flatness"] is None
+    assert verdicts(one(math.inf), None, [one(1.0)])["flatness"]["seen"]
 
 
 @pytest.fixture(scope="module")
@@ -533,6 +536,7 @@ def test_bad_input_is_refused_in_one_line(run_dir, tmp_path, capsys):
         ("--gamma", 0): "--gamma: expected a fraction above 0",
         ("--save-edited", "a.safetensors"): "--save-edited: writes one edit: give one kind of budget",
         ("--save-edited", "a.safetensors", "--kinds", "layer"): "--save-edited: expected a name with 'tampered' in it",
+        ("--published", "SHA256:" + "ab" * 32): "--published: expected a SHA-256, 64 hexadecimal digits",
         (run_dir,): "two are called digits",
         (tmp_path, "--published", "ab"): "--save-edited and --published: of one model",
     }.items():
@@ -543,16 +547,35 @@ def test_bad_input_is_refused_in_one_line(run_dir, tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
+def test_the_models_own_file_is_never_written(run_dir, tmp_path, capsys):
+    own, link = tmp_path / "tampered.safetensors", tmp_path / "link-tampered.safetensors"
+    own.write_bytes(before := (run_dir / "model.safetensors").read_bytes())
+    link.symlink_to(own)
+    for path in (own, link):
+        given = (own, "--data.name", "digits", *SMALL, "--output", tmp_path / "out", "--save-edited", path)
+        assert go(*given) == 2
+        assert f"--save-edited: {path} is the model's own file; expected another" in capsys.readouterr().err
+    assert own.read_bytes() == before
+
+
 def test_only_the_target_or_no_training_images_is_refused(run_dir, tmp_path):
     only = str(int(digits().test.labels[0]))
     with pytest.raises(EvaluationError, match="all test images that are used are of class"):
         audit_weights(run_dir, Settings(target=only), limit=1, output=tmp_path)
+    own = tmp_path / "own.py"
+    own.write_text(
+        "import torch\ndef make():\n    part = torch.arange(576).view(9, 1, 8, 8) / 576, torch.arange(9)\n"
+        "    return {'train': part, 'test': part, 'class_names': list('0123456789')}\n"
+    )
+    small = Settings(target="3", edit_images=8, kinds=("layer",), harmless=1, smallest=0.5, recipe=Recipe(epochs=1))
+    done = audit_weights(run_dir, small, data_name=f"{own}:make", output=tmp_path / "own")
+    assert done.report["receipt"]["edit_images"]["images"] == 8
     folder = tmp_path / "test.py"
     folder.write_text(
         "import torch\ndef make():\n    return {'test': (torch.arange(576).view(9, 1, 8, 8) / 576, torch.arange(9)), "
         "'class_names': list('0123456789')}\n"
     )
-    with pytest.raises(EvaluationError, match="has no training images, which edits are made with"):
+    with pytest.raises(DataError, match="gives a mapping of 'test', 'class_names'; expected 'train' and 'test'"):
         audit_weights(run_dir, data_name=f"{folder}:make", output=tmp_path)
     with pytest.raises(EvaluationError, match="--kinds: expected some of absolute, relative, layer, got none"):
         Settings(kinds=())

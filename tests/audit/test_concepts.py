@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,15 @@ from awp_engine.audit.concepts.directions import find_directions, fit_all, split
 from awp_engine.audit.concepts.images import open_concepts
 from awp_engine.audit.concepts.layers import Cut, list_layers
 from awp_engine.audit.concepts.run import Settings, audit_concepts
-from awp_engine.audit.concepts.sensitivity import changes, least_nulls, measure, most_exceedances, statistic
+from awp_engine.audit.concepts.sensitivity import (
+    changes,
+    least_images,
+    least_nulls,
+    measure,
+    most_exceedances,
+    statistic,
+)
+from awp_engine.checkpoint import export_model, read_model
 from awp_engine.evaluation.asked import Asked
 from awp_engine.evaluation.attacks.named import EvaluationError
 
@@ -159,6 +168,15 @@ def test_an_early_end_leaves_no_p_that_would_count():
             # whenever it ends, and whatever the other nulls would be
             assert tests * (1 + most) / (1 + nulls) > 0.05
         assert tests / (1 + least_nulls(tests)) < 0.05 <= tests / least_nulls(tests)
+
+
+@pytest.mark.parametrize("tests", [1, 2, 6, 40])
+def test_fewer_images_cannot_be_more_than_chance(tests):
+    def coins_agree(images: int) -> float:
+        return 2 / 2**images
+
+    least = least_images(tests)
+    assert tests * coins_agree(least) < 0.05 <= tests * coins_agree(least - 1)
 
 
 def test_a_network_is_left_as_it_was_and_what_is_below_runs_once():
@@ -355,12 +373,66 @@ def test_the_command_prints_layers_and_a_table(run_dir, folders, tmp_path, capsy
     assert any(line.split()[:3] == ["layer1.0.conv2", "Conv3x3", "6x8x8"] for line in out)
     flags = ("--concepts", f"c={folders}", "random", "--layers", LAYERS[0], "--classes", 3, 5, "--nulls", 80)
     place = tmp_path / "out"
-    assert run_command("audit_concepts", monkeypatch, run_dir, *flags, "--limit", 5, "--output", place) == 0
+    assert run_command("audit_concepts", monkeypatch, run_dir, *flags, "--limit", 8, "--output", place) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "digits, 1 model, 80 directions of shuffled labels"
-    assert out[1].split() == ["class", "concept", "layer", "held-out", "raised", "statistic", "p", "leans"]
+    assert out[1].split() == ["class", "concept", "layer", "held-out", "images", "raised", "statistic", "p", "leans"]
     assert len([line for line in out if LAYERS[0] in line and line[0] in "35"]) == 4
     assert out[-1] == f"report in {place}"
+
+
+def test_a_run_that_was_renamed_has_its_new_name(run_dir, tmp_path):
+    whole = audit(run_dir, tmp_path, "random", layers=LAYERS[:1], classes=["3", "5"])
+    (journal,) = tmp_path.glob("*.jsonl")
+    journal.write_text(journal.read_text().splitlines(keepends=True)[0])
+    shutil.copytree(run_dir, tmp_path / "renamed")
+    found = audit(tmp_path / "renamed", tmp_path, "random", layers=LAYERS[:1], classes=["3", "5"])["tests"]
+    assert found == [test | {"model": "renamed"} for test in whole["tests"]]
+
+
+def test_models_side_by_side_are_asked_the_same(run_dir, tmp_path):
+    names = "abcdefghij"
+    (tmp_path / "own.py").write_text(
+        "import torch\ndef make():\n    x, y = torch.linspace(0, 1, 2560).view(40, 1, 8, 8), torch.arange(40) % 10\n"
+        f"    return {{'train': (x, y), 'test': (x, y), 'class_names': list({names!r})}}\n"
+    )
+    shutil.copytree(run_dir, other := tmp_path / "other")
+    weights, header = read_model(other / "model.safetensors")
+    export_model(other / "model.safetensors", weights, header | {"class_names": json.dumps(list(names))})
+    asked = [Asked(path=run_dir), Asked(path=other, data_name=f"{tmp_path}/own.py:make")]
+    with pytest.raises(EvaluationError, match=r"other is asked about d of .*, and digits about 3 of digits; expected"):
+        audit_concepts(asked, concepts=["random"], layers=LAYERS[:1], classes=["3"])
+
+
+def test_few_images_of_a_class_are_said_and_precision_is_full(run_dir, tmp_path):
+    told, precisions = [], []
+    settings = Settings(nulls=20, images=5, concept_images=20)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        audit_concepts(
+            [Asked(path=run_dir, output=tmp_path)],
+            concepts=["random"],
+            layers=LAYERS[:1],
+            classes=["3"],
+            settings=settings,
+            say=told.append,
+            tell=lambda _: precisions.append(torch.backends.cuda.matmul.fp32_precision),
+        )
+        assert (precisions, torch.backends.cuda.matmul.fp32_precision) == (["ieee"], "tf32")
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert "digits: class 3 is tested on 5 images; so few move" in "\n".join(told)
+    assert "it takes 6 at least" in "\n".join(told)
+
+
+def test_a_folder_may_have_an_equals_sign_in_its_name(folders, tmp_path):
+    shutil.copytree(folders / "with", tmp_path / "a=b")
+    (found,) = open_concepts([f"{tmp_path}/a=b"], digits(), count=20, seed=0)
+    assert found.name == "a=b"
+    (named,) = open_concepts([f"corner={tmp_path}/a=b"], digits(), count=20, seed=0)
+    assert named.name == "corner"
+    assert torch.equal(found.images, named.images)
 
 
 def without_resume(report: dict) -> dict:

@@ -103,7 +103,14 @@ class Target:
         }
 
 
-def prepare(asked: Asked, loaded: LoadedModel | None, device: torch.device, say: Callable[[str], None]) -> Target:
+def prepare(
+    asked: Asked,
+    loaded: LoadedModel | None,
+    device: torch.device,
+    say: Callable[[str], None],
+    *,
+    need_train: bool = False,
+) -> Target:
     """Opens the images, and makes sure that the model can classify them.
 
     Args:
@@ -111,6 +118,7 @@ def prepare(asked: Asked, loaded: LoadedModel | None, device: torch.device, say:
         loaded: as `asked.load` gives it.
         device: where to compute.
         say: is told what a user should know, a line at a time.
+        need_train: read the training images too, whatever it takes.
 
     Raises:
         EvaluationError, ConfigError, DataError, CheckpointError: one line that says what is wrong.
@@ -118,7 +126,8 @@ def prepare(asked: Asked, loaded: LoadedModel | None, device: torch.device, say:
     config = None if loaded is None else loaded.config
     weights = asked.place if loaded is None else loaded.weights
     corruption = asked.data_corruption, asked.data_severity
-    found = open_data(config, weights, asked.data_name, asked.data_root, corruption, asked.data_framing)
+    place = asked.data_name, asked.data_root
+    found = open_data(config, weights, *place, corruption, asked.data_framing, need_train=need_train)
     for note in found.notes:
         say(note)
     if loaded is None:
@@ -156,6 +165,8 @@ def open_data(
     root: Path | None,
     corruption: tuple[str | None, int | None] = (None, None),
     framing: Framing | None = None,
+    *,
+    need_train: bool = False,
 ) -> Dataset:
     """The test images that a name, or else the settings of a run, stand for.
 
@@ -166,6 +177,7 @@ def open_data(
         root: its directory.
         corruption: kind and severity, of a set of corrupted images.
         framing: how images of files become images of one size; None: as the run does it, else as they are.
+        need_train: as `load_dataset` has it.
 
     Raises:
         EvaluationError, DataError: one line that says what is wrong.
@@ -204,7 +216,7 @@ def open_data(
         return load_shifted(name, root=root, loading=loading)
     if name in corrupted_names:
         return load_corrupted(name, root=root, kind=corruption[0], severity=corruption[1], loading=loading)
-    return load_dataset(name, root=root, held_out_fraction=0.0, seed=0, loading=loading, need_train=False)
+    return load_dataset(name, root=root, held_out_fraction=0.0, seed=0, loading=loading, need_train=need_train)
 
 
 def output_of(path: Path | str, loaded: LoadedModel) -> Path:
@@ -222,7 +234,7 @@ def require_fit(loaded: LoadedModel, dataset: Dataset, device: torch.device, wha
     try:
         with torch.no_grad():
             logits = loaded.model(image)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         shape = "x".join(map(str, image.shape[1:]))
         reason = first_line(error)
         raise EvaluationError(f"{what}: cannot classify {dataset.name}'s {shape} images: {reason}") from None

@@ -107,7 +107,8 @@ def open_concepts(given: Sequence[str], data: Dataset, *, count: int, seed: int)
 
 
 def _open(text: str, data: Dataset, count: int, seed: int) -> Concept:
-    name, equals, source = text.partition("=")
+    # a folder's own name may have the sign
+    name, equals, source = ("", "", text) if Path(text).is_dir() else text.partition("=")
     source = source if equals else text
     name = name if equals and name else Path(source).name or source
     kind, _, rest = source.partition(":")

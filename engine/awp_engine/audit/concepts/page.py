@@ -35,7 +35,8 @@ def rows_of(tests: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     for test in tests:
         row = {"model": shortened(test["model"], 30)} if several else {}
         row |= {name: test[name] for name in ("class", "concept", "layer")}
-        row |= {"held-out": f"{test['held_out_accuracy']:.0%}", "raised": f"{test['raised']:.0%}"}
+        row |= {"held-out": f"{test['held_out_accuracy']:.0%}", "images": str(test["images"])}
+        row |= {"raised": f"{test['raised']:.0%}"}
         row |= {"statistic": f"{test['statistic']:.3f}", "p": f"{test['p_corrected']:.3f}"}
         if swapped:
             tau = (test["swaps"] or {}).get("tau")

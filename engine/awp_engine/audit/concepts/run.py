@@ -15,11 +15,11 @@ from torch import Tensor
 
 from awp_engine.audit.concepts.images import Concept, class_number, images_of, open_concepts
 from awp_engine.audit.concepts.layers import Below, Cut, Layer, list_layers, require_layer
-from awp_engine.audit.concepts.sensitivity import LEVEL, Sensitivity, changes, least_nulls, measure
+from awp_engine.audit.concepts.sensitivity import LEVEL, Sensitivity, changes, least_images, least_nulls, measure
 from awp_engine.checkpoint.journal import Journal
 from awp_engine.config.data_sets import own_title
 from awp_engine.data import shown
-from awp_engine.device import choose_device
+from awp_engine.device import choose_device, in_full_precision
 from awp_engine.evaluation.asked import Asked, require_counts
 from awp_engine.evaluation.attacks.named import EvaluationError, measuring
 from awp_engine.evaluation.prepare import Target, prepare
@@ -97,6 +97,7 @@ def layers_of(asked: Asked, say: Callable[[str], None] = lambda _: None) -> list
         return list_layers(target.loaded.model, _first_image(target))
 
 
+@in_full_precision()
 def audit_concepts(
     asked: Sequence[Asked],
     *,
@@ -140,7 +141,9 @@ def audit_concepts(
     }
     question = {
         "models": [
-            model.target.identity(told) | {"concepts": [_facts(concept) for concept in model.concepts]}
+            # answers name their model
+            model.target.identity(told)
+            | {"label": model.label, "concepts": [_facts(concept) for concept in model.concepts]}
             for model, told in zip(models, receipt["models"], strict=True)
         ],
         "layers": list(layers),
@@ -216,6 +219,7 @@ def _open(
     say: Callable[[str], None],
 ) -> list[_Model]:
     models: list[_Model] = []
+    about: tuple[str, list[str]] | None = None
     names = [shown(os.fsencode(ask.place)) for ask in asked]
     ends = [name.rstrip("/").rpartition("/")[2] for name in names]
     for ask, name, end in zip(asked, names, ends, strict=True):
@@ -225,6 +229,21 @@ def _open(
         place = choose_device(ask.device)
         target = prepare(ask, ask.load(place), place, say)
         numbers = [class_number(target.dataset, text, "--classes") for text in classes]
+        rows = [_rows(target, number, settings.images) for number in numbers]
+        asks = target.dataset.name, [target.dataset.class_names[number] for number in numbers]
+        about = about or asks
+        if asks != about:
+            raise EvaluationError(
+                f"RUN_OR_CHECKPOINT: {label} is asked about {_words(*asks)}, and {models[0].label} about "
+                f"{_words(*about)}; expected models of the same data and classes, or ask one by one"
+            )
+        least = least_images(len(concepts) * len(layers) * len(classes))
+        for own, chosen in zip(asks[1], rows, strict=True):
+            if len(chosen) < least:
+                say(
+                    f"{label}: class {own} is tested on {len(chosen)} images; so few move the same way by chance "
+                    f"too often, and 'no' says little: it takes {least} at least"
+                )
         with measuring(target.loaded.model):
             found = list_layers(target.loaded.model, _first_image(target))
         models.append(
@@ -232,7 +251,7 @@ def _open(
                 label=label,
                 target=target,
                 classes=numbers,
-                rows=[_rows(target, number, settings.images) for number in numbers],
+                rows=rows,
                 layers=[require_layer(found, layer) for layer in layers],
                 concepts=open_concepts(
                     concepts, target.dataset, count=settings.concept_images, seed=mix_seed(settings.seed, 1)
@@ -240,6 +259,10 @@ def _open(
             )
         )
     return models
+
+
+def _words(data: str, classes: Sequence[str]) -> str:
+    return f"{', '.join(classes)} of {data}"
 
 
 def _first_image(target: Target) -> Tensor:

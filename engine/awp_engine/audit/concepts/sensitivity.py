@@ -66,6 +66,12 @@ def least_nulls(tests: int) -> int:
     return math.floor(tests / LEVEL + 1e-9)
 
 
+def least_images(tests: int) -> int:
+    """Images of a class without which even fair coins, one an image, agree too often for p below .05."""
+    # tests * 2 / 2**images < .05
+    return math.floor(1 + math.log2(tests / LEVEL)) + 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity:
     """A test of whether a class leans on a concept.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -122,7 +123,7 @@ def next_step(report: Mapping[str, Any], output: str) -> str:
     if (name := report["files"].get("audit-data.jsonl")) is not None:
         return (
             "the same command with --keep and the ids of images that are all right takes them off the list; then train "
-            f"without the rest: awp train ... --data.bad-files skip --data.bad-list {output}/{name}"
+            f"without the rest: awp train ... --data.bad-files skip --data.bad-list {shlex.quote(f'{output}/{name}')}"
         )
     return (
         f"{report['files']['audit-data.csv']} has the suspects' ids: an image's place in the training files, counted "

@@ -21,6 +21,7 @@ from awp_engine.audit.data.subject import Subject, choose_classes, open_subject
 from awp_engine.audit.data.suspects import file_names, skip_list, table_text
 from awp_engine.checkpoint.journal import Journal
 from awp_engine.config.data_sets import own_title
+from awp_engine.device import in_full_precision
 from awp_engine.evaluation.asked import Asked
 from awp_engine.evaluation.attacks.named import EvaluationError
 from awp_engine.evaluation.prepare import output_of
@@ -71,6 +72,7 @@ class Screening:
         return Epochs().scaled(self.epochs_scale)
 
 
+@in_full_precision()
 def audit_data(
     path: Path | str | None = None,
     screening: Screening | None = None,

@@ -184,7 +184,7 @@ def _find_layer(loaded: LoadedModel, data: Dataset, device: torch.device, what: 
     image = next(eval_batches(data.train.select(torch.arange(1)), 1)).images.to(device)
     try:
         return last_layer(loaded.model, image)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         shape = "x".join(map(str, image.shape[1:]))
         raise EvaluationError(
             f"{what}: cannot take {data.name}'s {shape} images: {first_line(error)}; give --data.image-size, or a "

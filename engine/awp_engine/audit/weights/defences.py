@@ -181,7 +181,7 @@ def verdicts(
     for name in STATISTICS:
         own, values = edit[name], [one[name] for one in harmless]
         known = [value for value in values if value is not None and math.isfinite(value)]
-        if own is None or len(known) < len(values):
+        if own is None or math.isnan(own) or len(known) < len(values):
             found[name] = None
             continue
         threshold = max(known)

@@ -65,7 +65,7 @@ def _images(clean: Tensor, marked: Tensor) -> bytes:
 def _curves(kinds: Sequence[dict[str, Any]], settings: dict[str, Any]) -> bytes:
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(3.6 * len(kinds), 2.8), layout="constrained")
+    drawn = Figure(figsize=(max(7.2, 3.6 * len(kinds)), 2.8), layout="constrained")
     for number, kind in enumerate(kinds):
         axes = drawn.add_subplot(1, len(kinds), number + 1)
         trials = sorted((trial for trial in kind["trials"] if trial["finite"]), key=lambda trial: trial["budget"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from awp_engine.checkpoint.model_file import packable
 from awp_engine.config.data_sets import own_title
 from awp_engine.data import Split, eval_batches
 from awp_engine.data.dataset import channel_statistics
-from awp_engine.device import choose_device
+from awp_engine.device import choose_device, in_full_precision
 from awp_engine.evaluation.accuracy import spread
 from awp_engine.evaluation.asked import Asked, require_counts
 from awp_engine.evaluation.attacks.named import EvaluationError, measuring
@@ -100,6 +101,11 @@ class Settings:
             raise EvaluationError(f"--gamma: expected a fraction above 0 and at most 1, got {self.gamma:g}")
         for kind in self.kinds:
             self.range(kind)
+        if self.published is not None and not re.fullmatch("[0-9a-fA-F]{64}", self.published):
+            raise EvaluationError(
+                f"--published: expected a SHA-256, 64 hexadecimal digits, as sha256sum prints it, got "
+                f"{self.published[:80]!r}"
+            )
         if self.save_edited is not None and len(set(self.kinds)) != 1:
             raise EvaluationError("--save-edited: writes one edit: give one kind of budget, such as --kinds layer")
         if self.save_edited is not None and (
@@ -214,6 +220,7 @@ def digest_of(model: nn.Module) -> str:
     return content_hash(packable(model.state_dict()), {})
 
 
+@in_full_precision()
 def audit_weights(
     path: Path | str | None,
     settings: Settings | None = None,
@@ -243,7 +250,9 @@ def audit_weights(
     """
     wanted, ask = settings or Settings(), Asked(path=path, **asked)
     place = choose_device(ask.device)
-    found = prepare(ask, ask.load(place), place, say)
+    found = prepare(ask, ask.load(place), place, say, need_train=True)
+    if (edit := wanted.save_edited) is not None and edit.resolve() == found.loaded.weights.resolve():
+        raise EvaluationError(f"--save-edited: {edit} is the model's own file; expected another")
     model, test, taught = found.loaded.model, found.split, _images_of_edit(found, wanted.edit_images, say)
     target = _class_of(wanted.target, found, taught)
     receipt = found.receipt(test) | {
@@ -295,13 +304,13 @@ def audit_weights(
             else {"sha256": wanted.published, "is_this_file": wanted.published.lower() == found.loaded.sha256},
             "kinds": kinds,
         }
-        if wanted.save_edited is not None:
-            _save(found, audit, kinds[0], wanted.save_edited, say)
         title = f"{found.dataset.name}: weights of {ask.place}, {len(test)} test images"
         result = Reported(report=report, output=found.output, title=title)
         tell(result)
         reports.put(JSON, json_text(report, indent=2))
         reports.put(PAGE, page([(str(ask.place), report)], _pictures(test, mark), say))
+        if wanted.save_edited is not None:
+            _save(found, audit, kinds[0], wanted.save_edited, say)
         return result
 
 

@@ -15,6 +15,11 @@ __all__ = ["evaluate", "fit", "load_model"]
 
 def __getattr__(name: str) -> Any:
     # torch is imported when it is needed: the command line answers before that
+    if name in __all__:
+        from awp_engine.cli import missing_packages
+
+        if missing := missing_packages():
+            raise ImportError(f"awp_engine.{name} needs more packages: pip install {' '.join(missing)}")
     if name == "load_model":
         from awp_engine.models.trained import load_model
 

@@ -82,6 +82,12 @@ def rows(split: str):
     return [{"image": image, "label": label[None]} for image, label in zip(PIXELS[split], labels(split), strict=True)]
 
 
+def read_only(split: str):
+    """Grey, and as files are read."""
+    grey = PIXELS[split][..., :1]
+    return np.frombuffer(grey.tobytes(), np.uint8).reshape(grey.shape), labels(split)
+
+
 TAKEN = {
     "Maps": (None, True),
     "Streams": (None, False),
@@ -120,6 +126,11 @@ def test_what_a_factory_may_give(name: str) -> None:
     assert len(alone.train) == 0
     # noise is keyed by id: an evaluation of the test part alone is that of the run
     assert name in ("Streams", "generator") or torch.equal(alone.test.ids, data.test.ids)
+
+
+def test_memory_that_cannot_be_written_to_is_taken_without_a_warning() -> None:
+    images = load(own("read_only")).test.resident().images
+    assert torch.equal(images, torch.from_numpy(PIXELS["test"][..., 0]).unsqueeze(1))
 
 
 def test_a_factory_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,13 @@ from awp_kernels import AdversarialWeightPerturbation
 model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
 x_adv = pgd(model, torch.rand(4, 3, 2, 2), torch.arange(4) % 3, epsilon=0.1, step_size=0.05, steps=2)
 assert x_adv.shape == (4, 3, 2, 2)
+import awp_engine
+try:
+    awp_engine.load_model
+except ImportError as error:
+    assert str(error).startswith("awp_engine.load_model needs more packages: pip install numpy safetensors"), error
+else:
+    raise AssertionError
 """
 
 

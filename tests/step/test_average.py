@@ -248,6 +248,16 @@ def test_some_zero_gradients_make_no_collapse_of_what_knew_nothing():
     assert not any("collapsed" in text for text in monitor.warnings([*told[:2], told[2] | {"zero_gradients": 0.1}], 10))
 
 
+def test_answers_that_hang_on_no_pixel_are_a_collapse_whatever_the_share_of_their_class():
+    """16 of 41 held-out images of three classes were of the one that a dead network named."""
+    told = [epoch | {"zero_gradients": 1.0} for epoch in history((1.09, 0.35, 0.39), (1.09, 0.35, 0.39))]
+    assert monitor.warnings(told[:1], 3)[0].startswith("training has collapsed: without an attack 39% of held-out")
+    assert not monitor.warnings(told, 3)
+    # a masked gradient is no collapse
+    masked = [epoch | {"zero_gradients": 1.0} for epoch in history((0.4, 0.35, 0.39))]
+    assert monitor.warnings(masked, 3)[0].startswith("gradient masking: 100%")
+
+
 @pytest.mark.parametrize("of_a_twin", [False, True])
 def test_passes_over_an_average_ask_for_no_gradient_of_it(of_a_twin):
     """An attack on it would otherwise keep what a second set of gradients needs."""

@@ -130,7 +130,7 @@ def test_published_weights_come_before_the_data_and_after_the_file() -> None:
     assert chosen(source="w.pt", file=file, normalize="data") == (0.1, "the data set's", False)
     assert chosen(source="w.pt", file=file, normalize="none") == (0.0, "none, as given", False)
     assert chosen(source="w.pt", file=file, given=([0.9], [0.9]))[:2] == (0.9, "as given")
-    with pytest.raises(ConfigError, match="some data has no training images to compute them of"):
+    with pytest.raises(ConfigError, match="no training images of some data are read here, to compute them of"):
         chosen(source="w.pt", normalize="data", data=None)
     with pytest.raises(ConfigError, match=r"--model\.std: expected finite means and deviations > 0"):
         chosen(given=([0.9], [0.0]))

@@ -154,7 +154,7 @@ def test_what_is_piped_has_every_evaluated_epoch_and_no_zeros(
     run = shlex.quote(str(tmp_path / LONG))
     assert said[-3:] == [
         "next:",
-        f"  python -m awp_engine evaluate {run} --attacks clean pgd20 autoattack",
+        f"  python -m awp_engine evaluate {run} --attacks clean pgd100 autoattack",
         f"  python -m awp_engine compare {run} OTHER_RUN",
     ]
     # all but sentences fits

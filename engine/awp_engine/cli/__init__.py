@@ -34,6 +34,11 @@ NEEDED = {
 }
 
 
+def missing_packages() -> list[str]:
+    """What of `NEEDED` is not installed, as pip names it."""
+    return [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
+
+
 def run(command: str, prog: str) -> None:
     """Run one command, with the arguments in `sys.argv`, and exit.
 
@@ -47,8 +52,7 @@ def run(command: str, prog: str) -> None:
     begin_command(prog)
     # before torch loads OpenMP: threads that spin while they wait run ten times slower beside any other busy process
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
-    if missing:
+    if missing := missing_packages():
         from awp_engine.cli.command_line import fail
 
         fail(f"not installed: {', '.join(missing)}; pip install {' '.join(missing)}", prog=prog, once=True)

@@ -72,7 +72,7 @@ def show(config: Config, trained: list[Trained], prog: str) -> None:
     # code that a run's file names is not run
     own = ("--data.name", config.data.name) if is_own(config.data.name) else ()
     package = importlib.util.find_spec("pyautoattack") is not None
-    attacks = ("clean", "pgd20", "autoattack") if package else ("clean", "pgd100", "--no-gates")
+    attacks = ("clean", "pgd100", "autoattack") if package else ("clean", "pgd100", "--no-gates")
     print("  " + printable(other_command(prog, "evaluate", run_dir, *own, "--attacks", *attacks)))
     print("  " + printable(other_command(prog, "compare", run_dir, other)))
     if not package:

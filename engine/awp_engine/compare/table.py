@@ -72,7 +72,8 @@ class Statistic:
         """Such as "70.56 ± 0.31 (2 of 3)"; the star is explained below the table."""
         if self.mean is None:
             return NONE
-        text = format(self.mean, f"{self.sign}.{self.digits}f")
+        # without the sign of a zero that was rounded
+        text = format(round(self.mean, self.digits) + 0.0, f"{self.sign}.{self.digits}f")
         if self.spread is not None:
             text += f" ± {self.spread:.{self.digits}f}"
         share = "" if len(self.values) == self.runs else f" ({len(self.values)} of {self.runs})"

@@ -112,8 +112,8 @@ def choose_normalisation(
             )
     if data is None:
         raise ConfigError(
-            f"--model.mean: nothing says by what mean and deviation the weights of {name} expect images, and "
-            f"{data_name} has no training images to compute them of; give --model.mean and --model.std, or "
+            f"--model.mean: nothing says by what mean and deviation the weights of {name} expect images, and no "
+            f"training images of {data_name} are read here, to compute them of; give --model.mean and --model.std, or "
             "--model.normalize none"
         )
     return chosen(data, "the data set's", f"those of {data_name}", is_guess=normalize == "auto" and source is not None)

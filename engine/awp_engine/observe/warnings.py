@@ -22,6 +22,8 @@ _FALLEN, _NEVER_ROSE = 2, 5
 _EQUAL_LOGITS = 1.1
 # of the same: less shows that something is learnt
 _NOTHING = 0.98
+# of input gradients that are zero: answers are the same for every image
+_CONSTANT = 0.99
 
 
 def collapse(epochs: Sequence[Mapping[str, Any]], classes: int) -> str | None:
@@ -42,8 +44,11 @@ def collapse(epochs: Sequence[Mapping[str, Any]], classes: int) -> str | None:
     def stuck(epoch: Mapping[str, Any], accuracy: float | None) -> bool:
         loss, attacked = epoch.get("loss"), epoch.get("train_pgd_accuracy") or 0.0
         # NaN is no such loss either
-        guessed = loss is not None and loss <= _EQUAL_LOGITS * uniform and attacked <= guessing
-        return guessed and accuracy is not None and accuracy <= guessing
+        if accuracy is None or loss is None or not loss <= _EQUAL_LOGITS * uniform:
+            return False
+        # answers that hang on no pixel are right on their class's share, which may be large
+        constant = (epoch.get("zero_gradients") or 0.0) >= _CONSTANT and loss >= _NOTHING * uniform
+        return constant or max(attacked, accuracy) <= guessing
 
     def learns(epoch: Mapping[str, Any]) -> bool:
         return epoch.get("loss") is not None and epoch["loss"] < _NOTHING * uniform

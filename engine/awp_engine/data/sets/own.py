@@ -343,7 +343,7 @@ class _Memory:
             self._due += _TOLD_EVERY_S
             of = "" if self._count is None else f" of {self._count:,}"
             self._say(f"{self._name}: {self._taken:,}{of} {self._split} images")
-        self._pieces[-1][place] = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        self._pieces[-1][place] = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))
         self._taken += 1
 
     def _make_room(self, images: int) -> None:

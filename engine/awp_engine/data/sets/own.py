@@ -281,7 +281,7 @@ class OwnData:
         seen = 0
         for number, (image, label) in zip(numbers, self._pairs(source, split, numbers), strict=False):
             where = f"{split} image {number}"
-            pixels = torch.from_numpy(np.ascontiguousarray(self._image(image, where).transpose(2, 0, 1)))
+            pixels = torch.from_numpy(np.array(self._image(image, where).transpose(2, 0, 1), order="C"))
             if not torch.equal(pixels, images[number]) or self._label(label, where) != int(labels[number]):
                 raise self._error(
                     f"{where} is another one on a second reading: is it augmented or chosen at random, or are images "

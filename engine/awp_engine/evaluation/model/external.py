@@ -206,9 +206,9 @@ def look_at_accuracy(loaded: LoadedModel, data: Dataset, device: torch.device, b
     right = count_right(model, split, device, batch_size) / len(split)
     if right < _CHANCE / model.num_classes:
         found.append(
-            f"clean accuracy {right:.1%} on {len(split)} images is that of guessing; likely causes: too little training, "
-            "another normalisation (--model.mean, --model.std, --model.normalize), another variant of the architecture "
-            "(--model.activation, a factory of your own), or classes in another order"
+            f"clean accuracy {right:.1%} on {len(split)} images is that of guessing; likely causes: too little "
+            "training, another normalisation (--model.mean, --model.std, --model.normalize), another variant of the "
+            "architecture (--model.activation, a factory of your own), or classes in another order"
             + (", or weights that were never loaded (--weights)" if unloaded else "")
         )
     if loaded.origin["normalisation_is"] in ("the data set's", "the published weights'"):

@@ -128,7 +128,7 @@ def test_accuracy_at_chance_is_doubted_with_likely_causes(tmp_path: Path, monkey
     assert run_command("evaluate", monkeypatch, "--weights", tmp_path / "w.pt", *given) == 3
     told = capsys.readouterr().out
     assert told.index("WARNING: clean accuracy") < told.index("clean: ")
-    assert "is that of guessing; likely causes: another normalisation (--model.mean" in told
+    assert "is that of guessing; likely causes: too little training, another normalisation (--model.mean" in told
     found = report(tmp_path / "w-evaluation")
     assert found["unreliable"]
     assert "is that of guessing" in found["doubts"][-1]

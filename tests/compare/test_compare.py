@@ -57,6 +57,10 @@ def test_seeds_of_one_setting_are_a_row(study: Path) -> None:
     assert rows[1]["gap"] == "25.00 ± 2.83"
 
 
+def test_a_rounded_zero_has_no_sign() -> None:
+    assert Statistic((-0.001, -0.001), 2).text() == "0.00 ± 0.00"
+
+
 def test_one_seed_has_no_deviation(study: Path) -> None:
     (row,) = table(study / "at-0")
     assert (row["PGD-20"], row["seeds"]) == ("50.00", "1")
@@ -371,6 +375,7 @@ def test_differences_are_paired_by_seed(study: Path) -> None:
     (turned,) = sections(*sorted(study.glob("awp-*")), *sorted(study.glob("at-*")))
     assert (turned.tables[-1].title, turned.tables[-1].rows) == (found.title, found.rows)
     assert "seeds 0 1" in found.notes[0]
+    assert "of two seeds that error says little" in found.notes[-1]
 
 
 def test_without_a_common_seed_there_is_no_difference(study: Path) -> None:

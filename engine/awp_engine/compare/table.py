@@ -500,6 +500,8 @@ def _paired(settings: Sequence[Setting]) -> Table | None:
             f"the two settings at the same seed, mean over seeds {told}, in points",
             "± standard error of that mean (n - 1)",
         ]
+        if len(seeds) == 2:
+            notes.append("of two seeds that error says little: train a third one or more with --seed")
     return Table(f"difference: {other.label} minus {base.label}", rows, notes)
 
 

@@ -132,7 +132,7 @@ def test_test_images_do_not_say_how_weights_want_them_normalised(folder_run: tup
 
     for name, place in ((f"{tmp_path / 'own.py'}:make", None), ("folder", tmp_path / "alone")):
         for normalize in ("auto", "data"):
-            with pytest.raises(ConfigError, match=r"^--model\.mean: .* has no training images .*normalize none$"):
+            with pytest.raises(ConfigError, match=r"^--model\.mean: .* no training images .*normalize none$"):
                 external(name, place, normalize=normalize)
         receipt = external(name, place, mean=(0.5,), std=(0.25,)).report["receipt"]
         assert receipt["normalisation"]["mean"] == [0.5] * 3

@@ -85,3 +85,25 @@ class Journal:
         except OSError as error:
             self._signer = None
             self._say(f"{self.path}: cannot be written, going on unsaved: {error.strerror}")
+
+
+class Answers:
+    """The answers to a question's parts, one after the other: those that a journal has, then new ones.
+
+    Attributes:
+        saved: how many the journal had.
+    """
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal, self._known, self._next = journal, journal.load(), 0
+        self.saved = len(self._known)
+
+    def next(self, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The answer to the next part, by `find` where it is not known."""
+        number = self._next
+        self._next += 1
+        if number < self.saved:
+            return self._known[number]
+        answer = find()
+        self._journal.add(number, answer)
+        return answer

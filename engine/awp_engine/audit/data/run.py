@@ -19,7 +19,7 @@ from awp_engine.audit.data.methods import PERCENTILE, TITLES, Epochs, fit
 from awp_engine.audit.data.page import Sheet, page
 from awp_engine.audit.data.subject import Subject, choose_classes, open_subject
 from awp_engine.audit.data.suspects import file_names, skip_list, table_text
-from awp_engine.checkpoint.journal import Journal
+from awp_engine.checkpoint.journal import Answers, Journal
 from awp_engine.config.data_sets import own_title
 from awp_engine.device import in_full_precision
 from awp_engine.evaluation.asked import Asked
@@ -130,8 +130,8 @@ def audit_data(
     receipt: dict[str, Any] = {"date": datetime.now(UTC).isoformat(timespec="seconds")}
     receipt |= papers | {"commit": source_commit()}
     with locked(output):
-        answers = _Answers(Journal(output, "audit-data", question, say))
-        count = len(answers.known)
+        answers = Answers(Journal(output, "audit-data", question, say))
+        count = answers.saved
         if count:
             receipt["resumed"] = {"parts": count}
             whole = len(labels) * len(screening.methods)
@@ -168,22 +168,8 @@ def audit_data(
         return result
 
 
-class _Answers:
-    """What every method said of every class, in order: of an earlier call first, then anew."""
-
-    def __init__(self, journal: Journal) -> None:
-        self._journal, self.known, self._next = journal, journal.load(), 0
-
-    def next(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        if self._next == len(self.known):
-            self.known.append(make())
-            self._journal.add(self._next, self.known[-1])
-        self._next += 1
-        return self.known[self._next - 1]
-
-
 def _screen_class(
-    subject: Subject, label: int, screening: Screening, answers: _Answers, counted: Bar
+    subject: Subject, label: int, screening: Screening, answers: Answers, counted: Bar
 ) -> tuple[Judged, Sheet]:
     name, train = subject.data.class_names[label], subject.data.train
     split = train.select(torch.nonzero(train.labels.cpu() == label).squeeze(1))

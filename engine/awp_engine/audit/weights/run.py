@@ -20,7 +20,7 @@ from awp_engine.audit.weights.page import page
 from awp_engine.audit.weights.search import Found, Range, search
 from awp_engine.audit.weights.trigger import Mark, Trigger
 from awp_engine.checkpoint import content_hash, export_model
-from awp_engine.checkpoint.journal import Journal
+from awp_engine.checkpoint.journal import Answers, Journal
 from awp_engine.checkpoint.model_file import packable
 from awp_engine.config.data_sets import own_title
 from awp_engine.data import Split, eval_batches
@@ -128,25 +128,6 @@ class Settings:
         """All that numbers depend on, as JSON holds it."""
         given = {name: value for name, value in asdict(self).items() if name not in ("published", "save_edited")}
         return json.loads(json.dumps(given))
-
-
-class _Answers:
-    """Answers in the order of their questions: those of an earlier call, and then new ones."""
-
-    def __init__(self, journal: Journal) -> None:
-        self._journal = journal
-        self.saved: list[Any] = journal.load()
-        self._number = 0
-
-    def get(self, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The next one."""
-        if self._number < len(self.saved):
-            answer = self.saved[self._number]
-        else:
-            answer = find()
-            self._journal.add(self._number, answer)
-        self._number += 1
-        return answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,10 +254,10 @@ def audit_weights(
         if not len(known):
             raise EvaluationError(f"{ask.place}: gives no finite answer to any training image; is it trained?")
         lesson = Lesson(images=taught.select(known), answers=given[known], mark=mark, target=target, seed=found.seed)
-        answered = _Answers(Journal(found.output, "audit-weights", question, say))
+        answered = Answers(Journal(found.output, "audit-weights", question, say))
         if answered.saved:
-            receipt["resumed"] = {"answers": len(answered.saved)}
-            say(f"going on after {len(answered.saved)} saved answers")
+            receipt["resumed"] = {"answers": answered.saved}
+            say(f"going on after {answered.saved} saved answers")
         steps = wanted.recipe.steps(len(known)) * sum(wanted.range(kind).most_trials + 2 for kind in wanted.kinds)
         with bar("steps of edits", steps) as counted:
             audit = _Audit(
@@ -334,11 +315,11 @@ def _pictures(test: Split, mark: Mark) -> tuple[torch.Tensor, torch.Tensor]:
     return clean, mark(clean)
 
 
-def _of_kind(kind: Kind, audit: _Audit, answered: _Answers) -> dict[str, Any]:
+def _of_kind(kind: Kind, audit: _Audit, answered: Answers) -> dict[str, Any]:
     limits = audit.settings.range(kind)
-    found: Found = search(limits, lambda size: answered.get(lambda: audit.trial(Budget(kind=kind, size=size))))
+    found: Found = search(limits, lambda size: answered.next(lambda: audit.trial(Budget(kind=kind, size=size))))
     budget = found.budget
-    edit = None if budget is None else answered.get(lambda: audit.examine(Budget(kind=kind, size=budget)))
+    edit = None if budget is None else answered.next(lambda: audit.examine(Budget(kind=kind, size=budget)))
     effects = next((trial for trial in found.trials if trial["budget"] == budget), None)
     return {"kind": kind, "range": asdict(limits), **asdict(found), "effect": effects, "edit": edit}
 

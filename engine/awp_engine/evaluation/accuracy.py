@@ -69,11 +69,17 @@ def evaluation_attack(config: Config) -> Attack:
 _AnySplit = TypeVar("_AnySplit", bound=Split | StreamedSplit)
 
 
+def evenly(values: Tensor, count: int) -> Tensor:
+    """So many of the values along the first axis, at even distances; all of them where there are fewer."""
+    some = min(count, len(values))
+    return values[torch.arange(some, device=values.device) * len(values) // max(some, 1)]
+
+
 def spread(split: _AnySplit, limit: int | None) -> _AnySplit:
     """`limit` samples at even distances, all of them for None: files are often sorted by class."""
     if limit is None or limit >= len(split):
         return split
-    return split.select(torch.arange(limit) * len(split) // limit)
+    return split.select(evenly(torch.arange(len(split)), limit))
 
 
 def count_right(model: nn.Module, split: Split | StreamedSplit, device: torch.device, batch_size: int) -> int:

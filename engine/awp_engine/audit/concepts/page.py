@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from awp_engine.audit.concepts.images import Concept
 from awp_engine.audit.concepts.run import ENOUGH, verdict
 from awp_engine.audit.concepts.sensitivity import LEVEL
+from awp_engine.evaluation.accuracy import evenly
 from awp_engine.evaluation.reports.files import Reported
 from awp_engine.files.text import shortened
 from awp_engine.observe.drawing import attempt, drawable, legend, line_style, png, tidy
@@ -91,14 +90,10 @@ def sheet(concept: Concept) -> bytes:
     drawn = Figure(figsize=(_SHOWN * 0.9, 2.1), layout="constrained")
     grid = drawn.subplots(2, _SHOWN)
     for line, images in zip(grid, (concept.images, concept.others), strict=True):
-        for axes, image in zip(line, _some(images), strict=True):
+        for axes, image in zip(line, evenly(images, _SHOWN).cpu(), strict=True):
             axes.imshow(image.permute(1, 2, 0).expand(-1, -1, 3).numpy(), vmin=0, vmax=1, interpolation="nearest")
             axes.set_axis_off()
     return png(drawn)
-
-
-def _some(images: Tensor) -> Tensor:
-    return images[torch.arange(_SHOWN) * len(images) // _SHOWN].cpu()
 
 
 def render(result: Reported, concepts: Sequence[Concept], say: Callable[[str], object]) -> str:

@@ -20,6 +20,7 @@ from awp_engine.checkpoint.journal import Journal
 from awp_engine.config.data_sets import own_title
 from awp_engine.data import shown
 from awp_engine.device import choose_device, in_full_precision
+from awp_engine.evaluation.accuracy import evenly
 from awp_engine.evaluation.asked import Asked, require_counts
 from awp_engine.evaluation.attacks.named import EvaluationError, measuring
 from awp_engine.evaluation.prepare import Target, prepare
@@ -270,8 +271,7 @@ def _first_image(target: Target) -> Tensor:
 
 
 def _rows(target: Target, number: int, most: int) -> Tensor:
-    rows = (target.dataset.test.labels == number).nonzero().squeeze(1).cpu()
-    return rows if len(rows) <= most else rows[torch.arange(most) * len(rows) // most]
+    return evenly((target.dataset.test.labels == number).nonzero().squeeze(1).cpu(), most)
 
 
 def _receipt(model: _Model) -> dict[str, Any]:

@@ -12,17 +12,13 @@ import torch
 from torch import Tensor
 
 from awp_engine.checkpoint import CheckpointError, export_model
+from awp_engine.evaluation.accuracy import evenly
 from awp_engine.evaluation.attacks.named import EvaluationError, Trial
 from awp_engine.evaluation.reports.results import PerImage
 from awp_engine.files.atomic import naming, replace_file
 from awp_engine.files.text import json_text
 
 Form = Literal["npz", "parquet"]
-
-
-def _evenly(places: Tensor, count: int) -> Tensor:
-    some = min(count, len(places))
-    return places[torch.arange(some, device=places.device) * len(places) // max(some, 1)]
 
 
 class ImageSaver:
@@ -50,8 +46,8 @@ class ImageSaver:
         if not 0 < self._count < len(right):
             return places
         own, others = places[right], places[~right]
-        chosen = _evenly(own, self._count)
-        return torch.cat([chosen, _evenly(others, self._count - len(chosen))]).sort().values
+        chosen = evenly(own, self._count)
+        return torch.cat([chosen, evenly(others, self._count - len(chosen))]).sort().values
 
     def path(self, attack: str) -> Path:
         """Of an attack's images; a step of 2/255 may be part of its name."""

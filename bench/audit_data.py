@@ -44,6 +44,7 @@ ROOT = Path(__file__).parents[1]
 RESULT, FIGURE = ROOT / "bench" / "results" / "audit-data.json", ROOT / "docs" / "audit-data.png"
 # balanced accuracies of MNIST zeros with 1% twos, on 5,923 zeros (Beggel et al., 2019)
 PLACE = {method: place for place, method in enumerate(("ae", "aae", "itsr", "ocsvm", "forest"))}
+SHOWN = 0.1
 PAPER = {"ae": 0.69, "aae": 0.91, "itsr": 0.94}
 
 
@@ -103,6 +104,11 @@ def measure(
     return result
 
 
+def scaled(arguments: argparse.Namespace, method: str) -> str:
+    """What tells trainings of several lengths apart in a part's name; the baselines have no epochs."""
+    return f"-x{arguments.epochs_scale:g}" if method in PAPER else ""
+
+
 def mnist_parts(arguments: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     """Name and work of every part."""
     x, y = mnist(arguments.images)
@@ -113,7 +119,7 @@ def mnist_parts(arguments: argparse.Namespace) -> Iterator[tuple[str, Any]]:
             rows, rest = torch.cat([zeros[:800], twos[:count]]), torch.cat([zeros[800:], twos[count:]])
             given = x[rows], y[rows] == 2, x[rest], y[rest] == 2
             for method in arguments.methods:
-                yield f"mnist-{share:g}-seed{seed}-{method}", (method, given, seed)
+                yield f"mnist-{share:g}-seed{seed}-{method}{scaled(arguments, method)}", (method, given, seed)
 
 
 def cifar_parts(arguments: argparse.Namespace) -> Iterator[tuple[str, Any]]:
@@ -137,19 +143,23 @@ def cifar_parts(arguments: argparse.Namespace) -> Iterator[tuple[str, Any]]:
             truth = [torch.arange(len(part)) >= kept for part, kept in ((screened, 800), (later, len(usual) - 800))]
             given = stretched(screened, screened), truth[0], stretched(later, screened), truth[1]
             for method in arguments.methods:
-                yield f"cifar {' '.join(arguments.pair)}-{share:g}-seed{seed}-{method}", (method, given, seed)
+                name = f"cifar {' '.join(arguments.pair)}-{share:g}-seed{seed}-{method}{scaled(arguments, method)}"
+                yield name, (method, given, seed)
 
 
 def report(work: Path, result: Path, figure: Path) -> None:
     """All parts that are done, their means over the seeds, and the picture."""
     parts = {path.stem: json.loads(path.read_text()) for path in sorted(work.glob("*.json"))}
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
     for name, part in parts.items():
-        images, share, _, method = name.split("-")
-        groups.setdefault((images, share, method), []).append(part)
+        images, share, _, method, *scale = name.split("-")
+        groups.setdefault((images, share, method, scale[0] if scale else ""), []).append(part)
     rows = []
-    for (images, share, method), found in sorted(groups.items(), key=lambda group: (*group[0][:2], PLACE[group[0][2]])):
+    for (images, share, method, scale), found in sorted(
+        groups.items(), key=lambda group: (*group[0][:2], PLACE[group[0][2]], group[0][3])
+    ):
         row: dict[str, Any] = {"images": images, "planted": float(share), "method": method, "seeds": len(found)}
+        row["epochs_scale"] = float(scale[1:]) if scale else None
         for split in ("screened", "later"):
             for score in found[0][split]["balanced_accuracy"]:
                 values = [part[split]["balanced_accuracy"][score] for part in found]
@@ -179,7 +189,7 @@ def report(work: Path, result: Path, figure: Path) -> None:
         mean, spread = row["screened, any"]
         later = row["later, any"][0]
         print(
-            f"{row['images']} {row['planted']:.0%} {row['method']:7} {row['seeds']} seeds  screened {mean:.3f} "
+            f"{row['images']} {row['planted']:.0%} {row['method']:7} x{row['epochs_scale'] or 0:g} {row['seeds']} seeds  screened {mean:.3f} "
             f"(sd {0 if spread is None else spread:.3f}, auc {row['screened, any, auc']:.3f})  later {later:.3f} (auc "
             f"{row['later, any, auc']:.3f})  top {row['screened, planted among the strangest']:.2f}  "
             f"{row['cpu_seconds']:.0f} s"
@@ -189,6 +199,8 @@ def report(work: Path, result: Path, figure: Path) -> None:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Balanced accuracy of every method, a panel for every planting."""
+    # one length of training, the one that most parts have
+    rows = [row for row in rows if row["epochs_scale"] in (None, SHOWN)]
     panels = sorted({(row["images"], row["planted"]) for row in rows}, key=lambda panel: (panel[0] != "mnist", *panel))
 
     def title(images: str, share: float) -> str:

@@ -143,7 +143,11 @@ def cost(out: Path) -> None:
 
 
 def report(out: Path, path: Path, picture: Path) -> None:
-    """Writes what the audits found, as JSON and as a figure, and prints the tables of docs/audit-weights.md."""
+    """Writes what the audits found, as JSON and as a figure, and prints the tables of docs/audit-weights.md.
+
+    What is in the file already and was not measured again in OUT stays.
+    """
+    before = json.loads(path.read_text()) if path.exists() else {"models": []}
     found: dict[str, Any] = {"command": "python -m bench.audit_weights, see its --help", "audit": AUDIT, "models": []}
     for data in AUDIT:
         found[f"train {data}"] = " ".join(settings(data, Path("OUT")))
@@ -154,16 +158,24 @@ def report(out: Path, path: Path, picture: Path) -> None:
                     one = json.loads(file.read_text())
                     of = {"data": data, "how": how, "seed": int(seed), "before": one["before"]}
                     found["models"].append(of | one["kinds"][0] | {"receipt": one["receipt"]})
+    again = {_key(model) for model in found["models"]}
+    found["models"] += [model for model in before["models"] if _key(model) not in again]
+    found["models"].sort(key=lambda model: (list(AUDIT).index(model["data"]), list(KINDS).index(model["kind"])))
     for data in AUDIT:
-        found[f"robust {data}"] = {
+        found[f"robust {data}"] = before.get(f"robust {data}", {}) | {
             name: json.loads((run_dir / "report.json").read_text())["pgd5_accuracy"]
             for name, run_dir in runs(data, out).items()
             if (run_dir / "report.json").exists()
         }
-    found["cost"] = json.loads((out / "cost.json").read_text()) if (out / "cost.json").exists() else None
+    cost = out / "cost.json"
+    found["cost"] = json.loads(cost.read_text()) if cost.exists() else before.get("cost")
     path.write_text(json.dumps(found, indent=1) + "\n")
     print_rows(found["models"])
     draw(found["models"], picture)
+
+
+def _key(model: dict[str, Any]) -> tuple[str, str, int, str]:
+    return model["data"], model["how"], model["seed"], model["kind"]
 
 
 def print_rows(models: Sequence[dict[str, Any]]) -> None:

@@ -187,12 +187,12 @@ def report(work: Path, result: Path, figure: Path) -> None:
     atomic_write_text(result, json_text(facts, indent=1))
     for row in rows:
         mean, spread = row["screened, any"]
-        later = row["later, any"][0]
+        later, scale = row["later, any"][0], row["epochs_scale"] or 0
         print(
-            f"{row['images']} {row['planted']:.0%} {row['method']:7} x{row['epochs_scale'] or 0:g} {row['seeds']} seeds  screened {mean:.3f} "
-            f"(sd {0 if spread is None else spread:.3f}, auc {row['screened, any, auc']:.3f})  later {later:.3f} (auc "
-            f"{row['later, any, auc']:.3f})  top {row['screened, planted among the strangest']:.2f}  "
-            f"{row['cpu_seconds']:.0f} s"
+            f"{row['images']} {row['planted']:.0%} {row['method']:7} x{scale:g} {row['seeds']} seeds  "
+            f"screened {mean:.3f} (sd {spread or 0:.3f}, auc {row['screened, any, auc']:.3f})  "
+            f"later {later:.3f} (auc {row['later, any, auc']:.3f})  "
+            f"top {row['screened, planted among the strangest']:.2f}  {row['cpu_seconds']:.0f} s"
         )
     draw(rows, figure)
 

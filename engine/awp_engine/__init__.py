@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from awp_engine.audit.objects import audit_concepts, audit_data, audit_weights
     from awp_engine.models.trained import load_model
     from awp_engine.objects import evaluate, fit
 
     __version__: str
 
-__all__ = ["evaluate", "fit", "load_model"]
+_AUDITS = ("audit_concepts", "audit_data", "audit_weights")
+__all__ = ["audit_concepts", "audit_data", "audit_weights", "evaluate", "fit", "load_model"]
 
 
 def __getattr__(name: str) -> Any:
@@ -26,6 +28,10 @@ def __getattr__(name: str) -> Any:
         return load_model
     if name in ("evaluate", "fit"):
         from awp_engine import objects
+
+        return getattr(objects, name)
+    if name in _AUDITS:
+        from awp_engine.audit import objects
 
         return getattr(objects, name)
     if name == "__version__":

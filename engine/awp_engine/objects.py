@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import inspect
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,20 +150,28 @@ def evaluate(
     if unknown := next((name for name in more if name not in known), None):
         hint = "gates_limit=None leaves the gates out" if "gates" in unknown else did_you_mean(unknown, known, "")
         raise ConfigError(f"evaluate: has no argument {unknown!r}; {hint}".removesuffix("; "))
+    with as_asked(model, class_names, test=images if labels is None else (images, labels)) as asked:
+        return evaluate_checkpoint(
+            None, **asked, epsilon=epsilon, norm=norm, attacks=attacks, output=Path(output), **more
+        )
+
+
+@contextlib.contextmanager
+def as_asked(model: nn.Module, class_names: Sequence[str] | None = None, **parts: Any) -> Iterator[dict[str, Any]]:
+    """A block in which a module and images go by names; gives the arguments of `Asked` that say them.
+
+    Args:
+        model: gives logits [N, classes] of images [N, C, H, W] in [0, 1]; it normalises them itself.
+        class_names: in the order of the labels; those that the model has if not given.
+        parts: train and test: images and labels, or a data set of (image, label).
+    """
     if class_names is None and isinstance(model, NormalizedClassifier):
         class_names = model.class_names
-    parts = {"test": images if labels is None else (images, labels)}
     names = {} if class_names is None else {"class_names": class_names}
     # one of this package's has its own in front of it, others do it inside
     normalize = "model" if isinstance(model, WrappedClassifier) else "none"
     with given(model, parts | names):
-        return evaluate_checkpoint(
-            None,
-            external=ExternalModel(name=name_of(model), normalize=normalize, is_object=True),
-            data_name=GIVEN_IMAGES,
-            epsilon=epsilon,
-            norm=norm,
-            attacks=attacks,
-            output=Path(output),
-            **more,
-        )
+        yield {
+            "external": ExternalModel(name=name_of(model), normalize=normalize, is_object=True),
+            "data_name": GIVEN_IMAGES,
+        }

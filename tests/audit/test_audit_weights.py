@@ -505,7 +505,7 @@ def test_models_stand_side_by_side(run_dir, tmp_path, capsys):
         "digits",
         "other",
     ]
-    assert "not reached at the largest budget, 0.1" in told
+    assert "was not reached at any budget up to 0.1: the nearest edit, at 0.1, has success of" in told
     page = (tmp_path / "both" / "audit-weights.html").read_text()
     assert all(f"<h2>{name}</h2>" in page for name in ("digits", "other"))
     reports = [without_resume(tmp_path / "both" / name) for name in ("digits", "other")]
@@ -521,8 +521,8 @@ def test_bad_input_is_refused_in_one_line(run_dir, tmp_path, capsys):
         ("--tolerance", 1): "--tolerance: expected a factor above 1",
         ("--success", 1.1): "--success: expected a part of the images, above 0 and at most 1, got 1.1",
         ("--agreement", 0): "--agreement: expected a part",
-        ("--target", "eleven"): "--target: expected a class (0, 1, 2, 3, 4, 5, 6, 7, 8, 9) or its number, got 'eleven'",
-        ("--target", 10): "--target: expected a class",
+        ("--target", "eleven"): "--target: digits has no class 'eleven'; expected one of 0, 1, 2, 3, 4, 5, 6, 7, 8, 9",
+        ("--target", 10): "--target: digits has no class '10'",
         ("--trigger-size", "33/32"): "larger than the image; expected at most 1",
         ("--trigger-size", 0): "--trigger-size: expected a part of the image's side above 0",
         ("--trigger", "star"): "--trigger: expected one of square, pixels, blend, got 'star'",

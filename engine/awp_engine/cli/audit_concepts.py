@@ -93,12 +93,20 @@ def show(done: "Reported") -> None:
             print_text(f"{model}: {name} leans on {concept}, which makes it {effect} probable (at {', '.join(layers)})")
         if not leans:
             print_text(f"{model}: leans on none of these concepts, as far as these images and layers tell")
-    weak = sorted({f"{test['concept']} at {test['layer']}" for test in tests if test["held_out_accuracy"] < ENOUGH})
+    # that nobody can tell a concept without meaning from others is as it should be
+    controls = {concept["name"] for concept in done.report["receipt"]["concepts"] if concept["source"] == "random"}
+    shown = [test for test in tests if test["concept"] not in controls]
+    weak = sorted({f"{test['concept']} at {test['layer']}" for test in shown if test["held_out_accuracy"] < ENOUGH})
     if weak:
         some = ", ".join(weak[:4]) + f" and {len(weak) - 4} more" * (len(weak) > 4)
         print_text(
             f"warning: less than {ENOUGH:.0%} of held-out images are told apart for {some}: there the direction may "
             "not be that of the concept; give more images, or another layer"
+        )
+    if blind := sorted({test["layer"] for test in shown if test["raised"] in (0, 1) and verdict(test) == "no"}):
+        print_text(
+            f"at {', '.join(blind)} all images moved the same way for a concept, and for shuffled labels as well: 'no' "
+            "says little there; try an earlier layer or a smaller --step"
         )
     print_text("p is corrected for all tests of a model; raised: images whose probability of the class does not fall")
     sys.stdout.flush()

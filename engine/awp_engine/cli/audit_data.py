@@ -13,7 +13,8 @@ from awp_engine.files.text import printable
 if TYPE_CHECKING:
     from awp_engine.evaluation.reports.files import Reported
 
-METHODS = ("itsr", "aae", "ae", "ocsvm", "forest")
+METHODS = ("forest", "ocsvm", "itsr", "aae", "ae")
+_DEFAULT = METHODS[:2]
 
 
 def parse(argv: Sequence[str] | None = None, prog: str = "awp audit data") -> argparse.Namespace:
@@ -24,8 +25,8 @@ def parse(argv: Sequence[str] | None = None, prog: str = "awp audit data") -> ar
     """
     parser = OneLineParser(
         prog=prog,
-        description="Lists training images that do not look like their class (Beggel et al., 2019), by pixels, or by "
-        "the features of a model.",
+        description="Lists training images that do not look like their class, by pixels, or by the features of a "
+        "model.",
         epilog="The list is by the first of --methods; the others stand beside it. The same command goes on where it "
         "was interrupted.",
         formatter_class=Defaults,
@@ -42,7 +43,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "awp audit data") -> ar
     size = whole_number(1, 4096)
     add("--data.image-size", dest="data_image_size", type=size, metavar="N", help="resize images of files to NxN")
     add("--class", dest="classes", nargs="+", metavar="NAME", help="all, in turn, if not given")
-    add("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"of {', '.join(METHODS)}; all if not given")
+    add("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"of {', '.join(METHODS)} (the first two)")
     add("--percentile", type=float, default=90.0, metavar="X", help="of a score, beyond which an image is suspect")
     add("--keep", type=whole_number(0), nargs="+", metavar="ID", help="suspects that are all right: not to be listed")
     add("--epochs-scale", type=float, default=0.1, metavar="X", help="of the paper's epochs")
@@ -98,7 +99,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "awp audit data") -> Non
         given |= {
             "classes": given["classes"] or (),
             "keep": given["keep"] or (),
-            "methods": given["methods"] or METHODS,
+            "methods": given["methods"] or _DEFAULT,
         }
         screening = Screening(**{name: given.pop(name) for name in ("methods", "percentile", "epochs_scale")})
         done = audit_data(

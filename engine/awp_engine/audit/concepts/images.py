@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from awp_engine.audit.classes import class_number
 from awp_engine.config.model_names import is_code
-from awp_engine.config.schema import did_you_mean
 from awp_engine.data import Dataset, Framing, Split, StreamedSplit, eval_batches, shown
 from awp_engine.evaluation.attacks.named import EvaluationError
 from awp_engine.evaluation.predict import Intake, find_images
@@ -65,19 +65,12 @@ class Concept:
         return content.hexdigest()
 
 
-def class_number(data: Dataset, name: str, flag: str) -> int:
-    """The class of that name, or, if there is no such name, of that number.
-
-    Raises:
-        EvaluationError: there is none, or it has no images.
-    """
-    names = list(data.class_names)
-    number = names.index(name) if name in names else int(name) if name.isdecimal() else len(names)
-    if number >= len(names):
-        shown_names = ", ".join(names[:10]) + ", ..." * (len(names) > 10)
-        raise EvaluationError(f"{flag}: no class {name[:80]!r}; {did_you_mean(name, names, f'expected {shown_names}')}")
+def tested_class(data: Dataset, text: str, flag: str) -> int:
+    """As `class_number`, of a class that has test images."""
+    number = class_number(data, text, flag)
     if not bool((data.test.labels == number).any()):
-        raise EvaluationError(f"{flag}: class {names[number]} has no images in {data.name}'s test split; take another")
+        name = data.class_names[number]
+        raise EvaluationError(f"{flag}: class {name} has no images in {data.name}'s test split; take another")
     return number
 
 
@@ -119,7 +112,7 @@ def _open(text: str, data: Dataset, count: int, seed: int) -> Concept:
         rows = _drawn(data.test, torch.arange(len(data.test)), 2 * count, seed)
         images, others = images_of(data.test, rows).chunk(2)
     elif kind in _CUT:
-        number = class_number(data, rest, _FLAG)
+        number = tested_class(data, rest, _FLAG)
         images, others = (
             _CUT[kind](images_of(data.test, rows), data.test.ids_of(rows.cpu()), seed)
             for of_class in (data.test.labels == number, data.test.labels != number)

@@ -72,13 +72,14 @@ def require_layer(layers: list[Layer], name: str) -> Layer:
     Raises:
         EvaluationError: there is none, or it cannot be audited.
     """
-    found = next((layer for layer in layers if layer.name == name), None)
+    # a module of others stands inside of one that normalises; its own names are known to whoever made it
+    found = next((layer for end in (name, f"network.{name}") for layer in layers if layer.name == end), None)
     if found is None:
         names = [layer.name for layer in layers if not layer.problem]
         hint = did_you_mean(name, names, "--list-layers prints the layers")
         raise EvaluationError(f"--layers: the model has no layer {name[:80]!r}; {hint}")
     if found.problem:
-        raise EvaluationError(f"--layers: {name} {found.problem}; take another layer, as --list-layers prints them")
+        raise EvaluationError(f"--layers: {found.name} {found.problem}; take another layer, as --list-layers prints them")
     return found
 
 

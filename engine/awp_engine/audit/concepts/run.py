@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from awp_engine.audit.concepts.images import Concept, class_number, images_of, open_concepts
+from awp_engine.audit.concepts.images import Concept, images_of, open_concepts, tested_class
 from awp_engine.audit.concepts.layers import Below, Cut, Layer, list_layers, require_layer
 from awp_engine.audit.concepts.sensitivity import LEVEL, Sensitivity, changes, least_images, least_nulls, measure
 from awp_engine.checkpoint.journal import Journal
@@ -229,7 +229,7 @@ def _open(
             raise EvaluationError(f"RUN_OR_CHECKPOINT: {label} is given twice; give each once")
         place = choose_device(ask.device)
         target = prepare(ask, ask.load(place), place, say)
-        numbers = [class_number(target.dataset, text, "--classes") for text in classes]
+        numbers = [tested_class(target.dataset, text, "--classes") for text in classes]
         rows = [_rows(target, number, settings.images) for number in numbers]
         asks = target.dataset.name, [target.dataset.class_names[number] for number in numbers]
         about = about or asks

@@ -47,7 +47,9 @@ class Sheet:
             suspect = by_id.get(number := int(images.ids[place]), {})
             file = suspect.get("file")
             words = [f"id {number}", *([] if file is None else [shortened(printable(file.rpartition("/")[2]), 40)])]
-            words += [" and ".join(suspect["beyond"])] if suspect else []
+            # a score alone says little: the limit stands beside it
+            beyond = suspect.get("beyond", {}).items()
+            words += [f"{score} {value:.3g} (limit {limit:.3g})" for score, (value, limit) in beyond]
             words += ["unlearnt"] if suspect.get("unlearnt") else []
             return _png(images, place), "; ".join(words)
 
@@ -72,11 +74,15 @@ def rows_of(summary: Mapping[str, Any]) -> list[dict[str, str]]:
             "method": f"{row['method']}: {TITLES[row['method']]}",
             "suspects": f"{row['suspects']:,}",
             "share": f"{row['suspects'] / summary['images']:.1%}",
-            f"of the strangest {len(row['strangest'])}, also {first}'s": str(row["agreed"]),
+            f"of its {len(row['strangest'])} strangest, also {first}'s": str(row["agreed"]),
             "seconds": f"{row['seconds']:.0f}",
         }
         for row in summary["methods"]
     ]
+
+
+def _learnt(method: str, epochs: Mapping[str, int]) -> str:
+    return f"{method} ({epochs[method]:,} epochs)" if method in epochs else method
 
 
 def _pictures(cards: Sequence[tuple[bytes, str]]) -> str:
@@ -101,7 +107,7 @@ def page(done: Reported, sheets: Sequence[Sheet]) -> str:
                 "screened": asked["on"],
                 "model": "none" if weights is None else f"{weights['name']}, SHA-256 {weights['sha256']}",
                 "data": f"{receipt['data']['name']}, training images, SHA-256 {receipt['data']['sha256']}",
-                "epochs": ", ".join(f"{name} {number}" for name, number in asked["epochs"].items()),
+                "methods": ", ".join(_learnt(method, asked["epochs"]) for method in asked["methods"]),
                 "seed": str(receipt["seed"]),
                 "date": receipt["date"].replace("T", " "),
                 "versions": ", ".join(f"{name} {version}" for name, version in receipt["versions"].items() if version),

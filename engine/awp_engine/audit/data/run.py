@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from awp_engine.audit.data.judge import Judged, judge
-from awp_engine.audit.data.methods import PERCENTILE, TITLES, Epochs, fit
+from awp_engine.audit.data.methods import DEFAULT, PERCENTILE, TITLES, Epochs, fit
 from awp_engine.audit.data.page import Sheet, page
 from awp_engine.audit.data.subject import Subject, choose_classes, open_subject
 from awp_engine.audit.data.suspects import file_names, skip_list, table_text
@@ -52,7 +52,7 @@ class Screening:
         epochs_scale: of the paper's numbers of epochs, so much.
     """
 
-    methods: Sequence[str] = tuple(TITLES)
+    methods: Sequence[str] = DEFAULT
     percentile: float = PERCENTILE
     epochs_scale: float = 0.1
 
@@ -93,7 +93,7 @@ def audit_data(
     Args:
         path: a model whose features are screened: a run directory, one of its checkpoints, a .safetensors file, or
             hf://OWNER/NAME; None with `external`, or for pixels.
-        screening: how; None: by all methods, as the paper has it but for a tenth of its epochs.
+        screening: how; None: by isolation forest and one-class SVM.
         classes: names; none: each class in turn, but for those with too few images.
         keep: ids of suspects that are all right after all, and are not listed.
         data_image_size: side that images of files are resized to; the run's own if not given.
@@ -119,7 +119,7 @@ def audit_data(
         "classes": [data.class_names[label] for label in labels],
         "methods": list(screening.methods),
         "percentile": screening.percentile,
-        "epochs": vars(screening.epochs),
+        "epochs": {method: count for method in screening.methods if (count := screening.epochs.of(method))},
         "on": subject.seen,
     }
     papers = subject.papers()

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from awp_engine.audit.classes import class_number
 from awp_engine.audit.data.features import MOST_PIXELS, features, last_layer, pixels, stretched
 from awp_engine.config import DataConfig
-from awp_engine.config.schema import did_you_mean
 from awp_engine.data import Dataset, Split, data_loading, eval_batches, load_dataset, source_names
 from awp_engine.data.sets.scan_list import LIST_NAME
 from awp_engine.device import choose_device
@@ -198,13 +198,9 @@ def choose_classes(data: Dataset, names: Sequence[str], say: Callable[[str], Non
     Raises:
         EvaluationError: there is no such class, or it has too few images.
     """
-    for name in names:
-        if name not in data.class_names:
-            known = ", ".join(data.class_names[:_SHOWN]) + (", ..." if len(data.class_names) > _SHOWN else "")
-            hint = did_you_mean(name, list(data.class_names), f"expected one of {known}")
-            raise EvaluationError(f"--class: {data.name} has no class {name[:80]!r}; {hint}")
+    named = {class_number(data, name, "--class") for name in names}
     counts = torch.bincount(data.train.labels.cpu(), minlength=len(data.class_names)).tolist()
-    chosen = [label for label, name in enumerate(data.class_names) if not names or name in names]
+    chosen = [label for label in range(len(data.class_names)) if not names or label in named]
     for label in [label for label in chosen if counts[label] < LEAST_IMAGES]:
         line = f"class {data.class_names[label]} has {counts[label]} training images"
         if names:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from awp_engine.audit.classes import class_number
 from awp_engine.audit.weights.budget import KINDS, Budget, Kind, budgeted
 from awp_engine.audit.weights.defences import Defender, harmless, size_of, verdicts
 from awp_engine.audit.weights.edit import Effect, Lesson, Recipe, answers_of, edited, effect
@@ -342,14 +343,7 @@ def _class_of(text: str, found: Target, taught: Split) -> int:
     Raises:
         EvaluationError: no such class, or none of its or of other images to measure on.
     """
-    names = found.dataset.class_names
-    if text in names:
-        number = names.index(text)
-    elif text.isdecimal() and int(text) < len(names):
-        number = int(text)
-    else:
-        shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-        raise EvaluationError(f"--target: expected a class ({shown}) or its number, got {text[:80]!r}")
+    names, number = found.dataset.class_names, class_number(found.dataset, text, "--target")
     counts = [int((labels == number).sum()) for labels in (found.split.labels, taught.labels)]
     for part, of_class in zip(("test", "training"), counts, strict=True):
         if not of_class:

@@ -14,6 +14,13 @@ def budget_of(kind: Mapping[str, Any]) -> str:
     return f"{'at most ' if kind['not_enough'] is None else ''}{kind['budget']:.3g}"
 
 
+def best_of(kind: Mapping[str, Any], settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The edit that came nearest to what is asked for, by what it lacks most; None where all broke the model."""
+    trials = [trial for trial in kind["trials"] if trial["finite"]]
+    lacks = [max(settings[what] - trial[what] for what in ("success", "agreement")) for trial in trials]
+    return trials[lacks.index(min(lacks))] if trials else None
+
+
 def budget_rows(models: Named) -> list[dict[str, str]]:
     """A row for every model and kind of budget."""
     rows = []
@@ -21,6 +28,7 @@ def budget_rows(models: Named) -> list[dict[str, str]]:
         for kind in report["kinds"]:
             row = {"model": name, "budget": kind["kind"], "smallest": budget_of(kind)}
             found, edit = kind["effect"], kind["edit"]
+            best = best_of(kind, report["receipt"]["settings"])
             row |= dict.fromkeys(("success", "agreement", "clean", "median |dw|/|w|", "seen by"), "-")
             if edit is not None:
                 seen = [what for what, one in edit["defences"].items() if one is not None and one["seen"]]
@@ -31,6 +39,8 @@ def budget_rows(models: Named) -> list[dict[str, str]]:
                     "median |dw|/|w|": f"{edit['size']['relative_percentiles'].get('50', 0):.2%}",
                     "seen by": ", ".join(["checksum", *seen]),
                 }
+            elif best is not None:
+                row |= {what: f"{best[what]:.1%} at best" for what in ("success", "agreement")}
             rows.append(row)
     return rows
 
@@ -81,9 +91,18 @@ def conclusions(report: Mapping[str, Any]) -> list[str]:
         said.append("the trigger needs no edit: another trigger or target says more of the weights")
     for kind in report["kinds"]:
         if kind["budget"] is None:
+            best = best_of(kind, settings)
+            nearest = (
+                "all edits broke the model"
+                if best is None
+                else (
+                    f"the nearest edit, at {best['budget']:.3g}, has success of {best['success']:.1%} at agreement of "
+                    f"{best['agreement']:.1%}"
+                )
+            )
             said.append(
-                f"{kind['kind']}: {wanted} was not reached at the largest budget, {kind['range']['largest']:g}, nor at "
-                "any other that was tried; another attack may reach it"
+                f"{kind['kind']}: {wanted} was not reached at any budget up to {kind['range']['largest']:g}: "
+                f"{nearest}. That is no proof of safety: another attack may reach it"
             )
         elif kind["not_enough"] is None:
             said.append(f"{kind['kind']}: the smallest budget of the range is enough; give a smaller --smallest")

@@ -112,6 +112,10 @@ def test_piecewise_changes_at_epoch_boundaries_only() -> None:
     # 0.75 of 30 epochs is 22.5: the rate changes with the next epoch.
     assert [learning_rate(optimizer, 30, p) for p in (22.5, 22.99, 23.0)] == pytest.approx([0.1, 0.1, 0.01])
     assert learning_rate(OptimizerConfig(milestones=(0.7,)), 30, 21) == pytest.approx(0.01)
+    dropping = OptimizerConfig(drop=1 / 1.5)
+    assert [learning_rate(dropping, 200, epoch) for epoch in (99, 100, 150)] == pytest.approx(
+        [0.1, 0.1 / 1.5, 0.1 / 2.25]
+    )
 
 
 def test_other_schedules() -> None:

@@ -64,6 +64,8 @@ ADDED: dict[str, Any] = {
     "attack.noise_samples": 1,
     "optimizer.layer_decay": 1.0,
     "optimizer.args": [],
+    "optimizer.drop": 0.1,
+    "optimizer.decay_norms": True,
     "model.checkpoint_activations": False,
     "threads": None,
 }

@@ -289,13 +289,18 @@ class OptimizerConfig(Checked, section="optimizer."):
     schedule: Literal["piecewise", "cosine", "linear", "one-cycle", "constant"] = "piecewise"
     """How the learning rate changes: x0.1 at each milestone, down to 0 by half a cosine or a line, or up and down."""
     milestones: tuple[float, ...] = (0.5, 0.75)
-    """Where the piecewise schedule multiplies the rate by 0.1: fractions of the epochs (0.5), or epochs (100)."""
+    """Where the piecewise schedule multiplies the rate by --optimizer.drop: fractions of the epochs (0.5), or epochs
+    (100)."""
+    drop: Annotated[float, Range("a number > 0, at most 1", gt=0, le=1)] = 0.1
+    """What the piecewise schedule multiplies the rate by at every milestone."""
     warmup: Annotated[float, Range("a finite number of epochs >= 0", ge=0)] = 0.0
     """Epochs in which the learning rate rises from 0 along a line; cosine and linear begin to fall after them."""
     clip_norm: Annotated[float | None, Range("a finite number > 0, or none", gt=0)] = None
     """Largest norm of the whole gradient; a longer one is scaled down to it; none means no clipping."""
     decay_all: bool = True
     """Apply weight decay to biases and normalisation weights as well, as the papers do."""
+    decay_norms: bool = True
+    """Apply it to weights and biases of normalisation layers, too; biases of other layers are not concerned."""
     layer_decay: Annotated[float, Range("a number > 0, at most 1", gt=0, le=1)] = 1.0
     """Each layer learns at this times the rate of the layer after it, the last one at the full rate (BEiT); 1: all do.
     For fine-tuning: 0.65 to 0.9 are usual."""

@@ -24,7 +24,7 @@ def learning_rate(config: OptimizerConfig, epochs: int, progress_in_epochs: floa
         factor = done / 0.4 if done < 0.4 else (1 - done) / 0.6
     else:
         passed = sum(progress_in_epochs >= milestone for milestone in config.milestone_epochs(epochs))
-        factor = 0.1**passed
+        factor = config.drop**passed
     if progress_in_epochs < config.warmup:
         factor *= progress_in_epochs / config.warmup
     return config.lr * factor

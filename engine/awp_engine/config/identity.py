@@ -66,6 +66,8 @@ ADDED: dict[str, Any] = {
     "optimizer.args": [],
     "optimizer.drop": 0.1,
     "optimizer.decay_norms": True,
+    "optimizer.per_epoch": False,
+    "optimizer.cycle_momentum": False,
     "model.checkpoint_activations": False,
     "threads": None,
 }

@@ -64,6 +64,8 @@ def choose_speed(config: Config, *, cuda: bool, ranks: int) -> Speed:
         "no CUDA device": not cuda,
         "several ranks": ranks > 1,
         f"--optimizer.kind {config.optimizer.kind}": config.optimizer.kind != "sgd",
+        # a graph holds one momentum
+        "--optimizer.cycle-momentum at every step": config.optimizer.cycle_momentum and not config.optimizer.per_epoch,
         # the losses decide how many passes are made
         "--awp.c-min": config.awp.c_min is not None,
         # nor is it known what another's forward pass does

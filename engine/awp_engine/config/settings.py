@@ -286,15 +286,21 @@ class OptimizerConfig(Checked, section="optimizer."):
     of others have their own rules."""
     nesterov: bool = False
     """Nesterov's momentum."""
-    schedule: Literal["piecewise", "cosine", "linear", "one-cycle", "constant"] = "piecewise"
-    """How the learning rate changes: x0.1 at each milestone, down to 0 by half a cosine or a line, or up and down."""
+    schedule: Literal["piecewise", "cosine", "linear", "one-cycle", "one-cycle-cosine", "constant"] = "piecewise"
+    """How the learning rate changes: x0.1 at each milestone, down to 0 by half a cosine or a line, or up and down; by
+    cosines as torch's OneCycleLR does, from lr / 25 up to lr over --optimizer.warmup and down to lr / 250000."""
+    per_epoch: bool = False
+    """Change the rate, and a momentum in a cycle, as an epoch begins, not at every step."""
+    cycle_momentum: bool = False
+    """Have the momentum go from 0.95 down to 0.85 as the rate of one-cycle-cosine rises, and up again as that falls."""
     milestones: tuple[float, ...] = (0.5, 0.75)
     """Where the piecewise schedule multiplies the rate by --optimizer.drop: fractions of the epochs (0.5), or epochs
     (100)."""
     drop: Annotated[float, Range("a number > 0, at most 1", gt=0, le=1)] = 0.1
     """What the piecewise schedule multiplies the rate by at every milestone."""
     warmup: Annotated[float, Range("a finite number of epochs >= 0", ge=0)] = 0.0
-    """Epochs in which the learning rate rises from 0 along a line; cosine and linear begin to fall after them."""
+    """Epochs in which the learning rate rises from 0 along a line, or by one-cycle-cosine; cosine and linear begin to
+    fall after them."""
     clip_norm: Annotated[float | None, Range("a finite number > 0, or none", gt=0)] = None
     """Largest norm of the whole gradient; a longer one is scaled down to it; none means no clipping."""
     decay_all: bool = True
@@ -326,6 +332,14 @@ class OptimizerConfig(Checked, section="optimizer."):
         self.require(rising and (fractions or epochs), "milestones", expected)
         own = self.warmup == 0 or self.schedule != "one-cycle"
         self.require(own, "warmup", "0 with --optimizer.schedule one-cycle, which has its own")
+        cycle = self.schedule == "one-cycle-cosine"
+        from_zero = self.schedule == "one-cycle" or (self.warmup > 0 and not cycle)
+        expected = "false where the rate begins at 0, which would be that of a whole epoch"
+        self.require(not (self.per_epoch and from_zero), "per_epoch", expected)
+        expected = "false without --optimizer.kind sgd and --optimizer.schedule one-cycle-cosine"
+        self.require(not self.cycle_momentum or (cycle and self.kind == "sgd"), "cycle_momentum", expected)
+        if self.cycle_momentum:
+            self.require_value("momentum", 0.9, "with --optimizer.cycle-momentum, which has its own")
 
     @property
     def by_name(self) -> bool:

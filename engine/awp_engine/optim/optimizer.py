@@ -115,6 +115,12 @@ def allocate_optimizer_tensors(
     return tensors
 
 
+def set_momentum(optimizer: Optimizer, momentum: float) -> None:
+    """Set SGD's momentum of all groups."""
+    for group in optimizer.param_groups:
+        group["momentum"] = momentum
+
+
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
     """Set the rate of all groups, times their `lr_scale` where they have one; in place where it is a tensor."""
     for group in optimizer.param_groups:

@@ -20,6 +20,7 @@ class Phase:
         perturb: whether the weights are perturbed.
         free: whether one pass serves image and weights; see `FreeStep`.
         lr: learning rate; None leaves it as it is.
+        momentum: of SGD; None leaves it as it is.
         noise: on the images that the weights are trained by, or None.
         layer_seed: of what layers draw from torch's global generator, such as dropout; None leaves that as it is.
     """
@@ -29,6 +30,7 @@ class Phase:
     perturb: bool = True
     free: bool = False
     lr: float | None = None
+    momentum: float | None = None
     noise: Noise | None = None
     layer_seed: int | None = None
 

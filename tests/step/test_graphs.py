@@ -8,7 +8,6 @@ from samples import images
 from steps import make_step
 
 from awp_engine.config import AttackConfig, AverageConfig, AwpConfig, Config, OptimizerConfig
-from awp_engine.data import Batch
 from awp_engine.models import build_model
 from awp_engine.optim.average import WeightAverage
 from awp_engine.optim.optimizer import build_optimizer, set_learning_rate
@@ -155,14 +154,14 @@ def test_a_captured_step_launches_nothing_of_its_own():
 def test_a_momentum_that_changes_reaches_captured_steps(monkeypatch):
     """Weights after steps whose momentum changes twice; a graph that went on with an old one would differ."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    attack, weights = setup.training_attack(AttackConfig(epsilon="8/255", step_size="2/255", steps=1)), []
+    weights = []
     for graphed in (False, True):
         model, step, _ = build_step("cuda", Precision())
-        taken = GraphedStep(step.step) if graphed else step.step
+        if graphed:
+            step.taken = GraphedStep(step.step)
         for index in range(12):
             x, y, ids = batch(index, 32, "cuda")
-            momentum = (0.95, 0.5, 0.85)[index // 4]
-            taken(Batch(x, y, ids, len(x)), Phase(attack=attack, seed=index, momentum=momentum))
+            step(x, y, sample_ids=ids, seed=index, momentum=(0.95, 0.5, 0.85)[index // 4])
         weights.append(list(model.parameters()))
-        assert not graphed or taken.captured == 1
+        assert not graphed or step.taken.captured == 1
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))

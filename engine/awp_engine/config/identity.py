@@ -64,6 +64,7 @@ ADDED: dict[str, Any] = {
     "attack.noise_samples": 1,
     "optimizer.layer_decay": 1.0,
     "optimizer.args": [],
+    "model.bn_momentum": None,
     "optimizer.drop": 0.1,
     "optimizer.decay_norms": True,
     "optimizer.per_epoch": False,

@@ -134,6 +134,9 @@ class ModelConfig(Checked, section="model."):
     """Mean of every channel, on pixels in [0, 1]; nothing means as --model.normalize says."""
     std: tuple[float, ...] = ()
     """Deviation of every channel, likewise."""
+    bn_momentum: Annotated[float | None, Range("a number > 0, at most 1, or none", gt=0, le=1)] = None
+    """Part of a batch's statistics in the running ones of batch normalisation. Where it is given, the first step of the
+    run takes those of its batch whole. None: the model's own, 0.1 in built-in ones."""
     checkpoint_activations: bool = False
     """Keep the inputs of the model's blocks alone, and compute what is inside anew in backward passes: the same
     numbers with less memory, in up to half more time."""

@@ -22,6 +22,8 @@ class Phase:
         lr: learning rate; None leaves it as it is.
         momentum: of SGD; None leaves it as it is.
         noise: on the images that the weights are trained by, or None.
+        whole_statistics: whether running statistics become those of the batch, as in the first step of a run that has a
+            momentum of its own for them.
         layer_seed: of what layers draw from torch's global generator, such as dropout; None leaves that as it is.
     """
 
@@ -32,6 +34,7 @@ class Phase:
     lr: float | None = None
     momentum: float | None = None
     noise: Noise | None = None
+    whole_statistics: bool = False
     layer_seed: int | None = None
 
 

@@ -72,5 +72,6 @@ class Schedule:
             lr=self.lr(epoch, step),
             momentum=self.momentum(epoch, step),
             noise=self.noise(epoch),
+            whole_statistics=config.model.bn_momentum is not None and self.number(epoch, step) == 0,
             layer_seed=self.layer_seed(epoch, step),
         )

@@ -28,7 +28,7 @@ from awp_engine.device import choose_convolutions, choose_device
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.sharding import gather, shard
 from awp_engine.files.run_places import CHECKPOINTS
-from awp_engine.models.batch_norm import synchronize
+from awp_engine.models.batch_norm import set_momentum, synchronize
 from awp_engine.models.checkpointing import checkpoint_activations_
 from awp_engine.models.depth import layer_numbers
 from awp_engine.models.trained import described
@@ -352,6 +352,11 @@ class Setup:
         if self.config.model.checkpoint_activations:
             checkpoint_activations_(built.model, self.data.train.shape, self.config.model.name)
         # before the run directory is made
+        if (momentum := self.config.model.bn_momentum) is not None:
+            try:
+                set_momentum(self.model, momentum)
+            except ValueError as error:
+                raise ConfigError(f"--model.bn-momentum: {error}, got {momentum:g}") from None
         choice(self.model, self.config.awp.layers)
         if (layers := layers_with_rates(self.config, self.model)) is not None:
             count, optimizer = max(layers.values()) + 1, self.config.optimizer

@@ -30,6 +30,7 @@ from awp_engine.config.schema import (
     Share,
     Switch,
     did_you_mean,
+    flag,
     nearest,
     parse_amount,
     parse_value,
@@ -92,8 +93,15 @@ class DataConfig(Checked, section="data."):
     """Weights of the classes in the loss: none, balanced (rare classes count more) or FILE.json, {"CLASS": WEIGHT}."""
     extra: Path | None = None
     """Further images, synthetic or pseudo-labelled: .npz with `image`, uint8 [N, H, W, C], and `label`, or shards."""
-    extra_fraction: Part = 0.5
+    extra_fraction: Share = 0.5
     """Part of every batch that is taken from the extra images."""
+    extra_replacement: bool = False
+    """Draw every extra image anew from all of them, not each once before any comes again."""
+    extra_alone: Annotated[int, Range("a whole number of epochs >= 0", ge=0)] = 0
+    """Epochs at the beginning that have extra images alone; with --data.epoch-images."""
+    epoch_images: OptionalCount = None
+    """Make an epoch of this many images, own and extra ones together, in full batches; a short end of the own images is
+    filled up with extra ones. None: an epoch is one pass over the own images."""
 
     def _check(self) -> None:
         known = self.name in DATA_SETS or is_own(self.name)
@@ -109,6 +117,9 @@ class DataConfig(Checked, section="data."):
         )
         self.require(not resized or self.pad == 0, "crop", "pad, unless --data.pad is 0")
         self.require(resized or self.crop_scale == 0.08, "crop_scale", "0.08, unless --data.crop is resized")
+        whole = self.epoch_images is not None
+        self.require(whole or self.extra_alone == 0, "extra_alone", "0 without --data.epoch-images")
+        self.require(whole or self.extra_fraction < 1, "extra_fraction", "less than 1 without --data.epoch-images")
         self.require(0 <= self.mixup <= 1 - self.cutmix, "mixup", "a probability, 0 to 1 less --data.cutmix")
 
 
@@ -509,11 +520,18 @@ class Config(Checked):
                 "--data.extra: expected an .npz, or a directory of shards, of pseudo-labelled or generated images for "
                 "--method rst, got nothing; to train without such images use --method trades"
             )
-        if self.data.extra is None and self.data.extra_fraction != 0.5:
-            raise ConfigError(
-                f"--data.extra: expected an .npz, or a directory of shards, for --data.extra-fraction "
-                f"{self.data.extra_fraction:g}, got nothing"
-            )
+        for key, default in (
+            ("extra_fraction", 0.5),
+            ("extra_replacement", False),
+            ("extra_alone", 0),
+            ("epoch_images", None),
+        ):
+            if self.data.extra is None and (value := getattr(self.data, key)) != default:
+                shown = f"{value:g}" if isinstance(value, float) else str(value).lower()
+                raise ConfigError(
+                    f"--data.extra: expected an .npz, or a directory of shards, for {flag('data.' + key)} {shown}, "
+                    "got nothing"
+                )
 
     @property
     def standard(self) -> bool:

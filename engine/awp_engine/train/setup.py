@@ -390,6 +390,9 @@ class Setup:
             ranks=self.ranks.world,
             extra=None if extra is None else extra.split,
             extra_fraction=config.data.extra_fraction,
+            extra_replacement=config.data.extra_replacement,
+            extra_alone=config.data.extra_alone,
+            epoch_images=config.data.epoch_images,
             memory_format=self._memory_format,
         )
 

@@ -72,6 +72,7 @@ ADDED: dict[str, Any] = {
     "optimizer.decay_norms": True,
     "optimizer.per_epoch": False,
     "optimizer.cycle_momentum": False,
+    "evaluation.loss": "ce",
     "model.checkpoint_activations": False,
     "threads": None,
 }

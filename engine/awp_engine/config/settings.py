@@ -405,6 +405,9 @@ class EvaluationConfig(Checked, section="evaluation."):
     """Number of steps."""
     step_size: OptionalAmount = None
     """Length of one step, at most 2 epsilon, as an exact fraction or a decimal; none means epsilon / 4."""
+    loss: Literal["ce", "margin"] = "ce"
+    """What is climbed on the held-out images that choose the epoch: cross-entropy, or the largest wrong logit less the
+    right one (Carlini, Wagner 2017). What the report says of the test split is by cross-entropy."""
     batch_size: Count = 512
     """Images in a batch."""
     evaluate_every: Annotated[int, Range("a whole number of epochs >= 1", ge=1)] = 1

@@ -75,6 +75,7 @@ ADDED: dict[str, Any] = {
     "evaluation.loss": "ce",
     "model.checkpoint_activations": False,
     "threads": None,
+    "method_args": [],
 }
 
 

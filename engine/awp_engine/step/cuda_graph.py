@@ -1,5 +1,6 @@
 """A whole training step in one CUDA graph."""
 
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ class CaptureError(RuntimeError):
 
 # steps of each kind that are taken one by one first: libraries choose their algorithms and allocate in them
 _WARM_UP = 3
-_Kind = tuple[bool, Attack]
+_Kind = tuple[bool, Attack, Hashable]
 
 
 class _Captured(NamedTuple):
@@ -30,10 +31,11 @@ class _Captured(NamedTuple):
 class GraphedStep:
     """Takes the steps of an `AwpStep`, captured in CUDA graphs: one launch in place of thousands.
 
-    A graph is captured for each kind of step (with and without weight perturbation, by attack) after a few plain ones,
-    which train like any other. Batches of another size than the first run plainly, and so does nothing else; both ways
-    compute the same. Rates, scales and averages are read from device tensors at every replay, and the attack's start,
-    which depends on the seed, is drawn outside. A momentum that changes has a step captured anew.
+    A graph is captured for each kind of step (with and without weight perturbation, by attack, by the method's stage)
+    after a few plain ones, which train like any other. Batches of another size than the first run plainly, and so does
+    nothing else; both ways compute the same. Rates, scales and averages are read from device tensors at every replay,
+    and the attack's start, which depends on the seed, is drawn outside. A momentum that changes has a step captured
+    anew.
 
     Args:
         step: `capturable`, on a CUDA device.
@@ -73,7 +75,7 @@ class GraphedStep:
                 f"{batch.whole_size}"
             )
         start = self.step.prepare(batch, phase)
-        kind = (phase.perturb and self.step.awp is not None, phase.attack)
+        kind = (phase.perturb and self.step.awp is not None, phase.attack, self.step.passes.objective.stage)
         given = (batch.images, batch.labels, batch.ids, start)
         # a graph would replay one noise
         if phase.noise is not None or self.step.passes.largest_batch not in (None, len(batch.images)):

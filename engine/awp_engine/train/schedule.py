@@ -74,4 +74,7 @@ class Schedule:
             noise=self.noise(epoch),
             whole_statistics=config.model.bn_momentum is not None and self.number(epoch, step) == 0,
             layer_seed=self.layer_seed(epoch, step),
+            done=self.number(epoch, step) / (config.epochs * self.steps),
+            epoch=epoch,
+            step=step,
         )

@@ -12,8 +12,15 @@ if TYPE_CHECKING:
     from awp_engine.config.settings import Config
 
 
-def own_images(batch_size: int, extra_fraction: float) -> int:
-    """How many images of a full batch are the data set's own, the others being extra ones."""
+def own_images(batch_size: int, extra_fraction: float, *, filled: bool = False) -> int:
+    """How many images of a full batch are the data set's own, the others being extra ones.
+
+    Rounded half up; where batches are filled up with extra images (`data.epoch_images`) these are rounded down, as
+    Wang 2023's public code does.
+    """
+    if filled:
+        # 1e-9: 0.29 of 100 is 29
+        return batch_size - math.floor(batch_size * extra_fraction + 1e-9)
     return math.floor(batch_size * (1 - extra_fraction) + 0.5)
 
 
@@ -64,6 +71,8 @@ def choose_speed(config: Config, *, cuda: bool, ranks: int) -> Speed:
         "no CUDA device": not cuda,
         "several ranks": ranks > 1,
         f"--optimizer.kind {config.optimizer.kind}": config.optimizer.kind != "sgd",
+        # a graph holds one momentum
+        "--optimizer.cycle-momentum at every step": config.optimizer.cycle_momentum and not config.optimizer.per_epoch,
         # the losses decide how many passes are made
         "--awp.c-min": config.awp.c_min is not None,
         # nor is it known what another's forward pass does
@@ -137,8 +146,9 @@ def _require_step(config: Config) -> None:
         config.require_value(
             "awp.ascent", "exact", "with --data.class-weights, as the attack's last pass knows no weights"
         )
-    size = config.global_batch_size
-    both = config.data.extra is None or 0 < own_images(size, config.data.extra_fraction) < size
+    size, data = config.global_batch_size, config.data
+    own = own_images(size, data.extra_fraction, filled=data.epoch_images is not None)
+    both = data.extra is None or data.extra_fraction == 1 or 0 < own < size
     config.require(both, "data.extra_fraction", f"a part that gives a batch of {size} images of both kinds")
     if config.attack.kind == "none" or config.attack.noise:
         like = "at, or a class of your own, with --attack.kind none or --attack.noise"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from awp_engine.attack import Loss, summed_margin
 from awp_engine.data import Split, StreamedSplit
 from awp_engine.distributed.sharding import gathered, scatter_
 from awp_engine.evaluation import Accuracy, evaluate, evaluation_attack, spread
@@ -36,6 +37,7 @@ class Selection:
         self._setup, self._check_stop, self._measuring = setup, check_stop, measuring
         self._batch_size = settings.batch_size
         self._attack = evaluation_attack(setup.config)
+        self._loss = summed_margin if settings.loss == "margin" else None
         self._held_out = spread(data.held_out, settings.held_out_limit)
         self.test = spread(data.test, settings.test_limit)
         # as many training images as test images: the gap between the two is the overfitting
@@ -91,7 +93,12 @@ class Selection:
                     return
 
     def _measure(
-        self, model: nn.Module, split: Split | StreamedSplit, kind: str, class_weights: Sequence[float] | None = None
+        self,
+        model: nn.Module,
+        split: Split | StreamedSplit,
+        kind: str,
+        loss: Loss | None = None,
+        class_weights: Sequence[float] | None = None,
     ) -> Accuracy:
         setup, what = self._setup, f"measuring on {len(split):,} {kind} images"
         self._measuring(what, 0.0)
@@ -101,6 +108,7 @@ class Selection:
                 split,
                 self._attack,
                 batch_size=self._batch_size,
+                loss=loss,
                 class_weights=class_weights,
                 ranks=setup.ranks,
                 between=self._check_stop,
@@ -116,7 +124,7 @@ class Selection:
         model = self.measured_model(epoch)
         # by the weights of the loss: held-out images are as uneven as those that are trained on
         weights = self._setup.fingerprints.get("class_weights")
-        found = self._measure(model, self._held_out, "held-out", weights)
+        found = self._measure(model, self._held_out, "held-out", self._loss, weights)
         now, best = (found.robust, found.clean), (progress.best_robust, progress.best_clean)
         if self._setup.config.standard:
             # under an attack that it never saw a network is best before it has learnt anything

@@ -30,7 +30,7 @@ from awp_engine.device import choose_convolutions, choose_device
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.sharding import gather, shard
 from awp_engine.files.run_places import CHECKPOINTS
-from awp_engine.models.batch_norm import synchronize
+from awp_engine.models.batch_norm import set_momentum, synchronize
 from awp_engine.models.checkpointing import checkpoint_activations_
 from awp_engine.models.depth import layer_numbers
 from awp_engine.models.trained import described
@@ -382,6 +382,12 @@ class Setup:
         self.messages += built.messages
         if self.config.model.checkpoint_activations:
             checkpoint_activations_(built.model, self.data.train.shape, self.config.model.name)
+        # before the run directory is made
+        if (momentum := self.config.model.bn_momentum) is not None:
+            try:
+                set_momentum(self.model, momentum)
+            except ValueError as error:
+                raise ConfigError(f"--model.bn-momentum: {error}, got {momentum:g}") from None
         choice(self.model, self.config.awp.layers)
         if (layers := layers_with_rates(self.config, self.model)) is not None:
             count, optimizer = max(layers.values()) + 1, self.config.optimizer
@@ -415,6 +421,9 @@ class Setup:
             ranks=self.ranks.world,
             extra=None if extra is None else extra.split,
             extra_fraction=config.data.extra_fraction,
+            extra_replacement=config.data.extra_replacement,
+            extra_alone=config.data.extra_alone,
+            epoch_images=config.data.epoch_images,
             memory_format=self._memory_format,
         )
 

@@ -76,6 +76,9 @@ ADDED: dict[str, Any] = {
     "model.checkpoint_activations": False,
     "threads": None,
     "method_args": [],
+    "average.ramp": True,
+    "average.warmup": 0.0,
+    "average.statistics": "attacked",
 }
 
 
@@ -201,6 +204,8 @@ def why_not_longer(config: Config) -> str | None:
     schedule = config.optimizer.schedule
     if schedule not in ("constant", "piecewise"):
         return f"its learning rate falls over all epochs (--optimizer.schedule {schedule})"
+    if config.method in ("adr", "adr-trades"):
+        return f"its loss changes over all epochs (--method {config.method})"
     if config.average.kind == "swa":
         return "its average begins after a part of all epochs (--average.kind swa)"
     return None

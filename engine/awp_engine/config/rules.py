@@ -105,6 +105,9 @@ def choose_speed(config: Config, *, cuda: bool, ranks: int) -> Speed:
 def require_average(config: Config) -> None:
     """Refuse an average that no loss can use in every step: its method does."""
     config.require_value("average.kind", "ema", f"with --method {config.method}, whose loss uses the average")
+    fits = config.average.statistics in ("averaged", "live")
+    like = f"averaged or live with --method {config.method}, whose loss uses the average in every step"
+    config.require(fits, "average.statistics", like)
 
 
 def _always_fast(config: Config) -> bool:
@@ -132,8 +135,11 @@ def _require_reach(config: Config, key: str, step_size: str, steps: int) -> None
 
 
 def _require_step(config: Config) -> None:
-    for key in ("label_smoothing", "data.cutmix", "data.mixup") if config.method == "mart" else ():
-        config.require_value(key, 0, "with --method mart, whose loss needs one right class")
+    one_class = config.method in ("mart", "adr", "adr-trades")
+    for key in ("label_smoothing", "data.cutmix", "data.mixup") if one_class else ():
+        config.require_value(key, 0, f"with --method {config.method}, whose loss needs one right class")
+    if config.method in ("adr", "adr-trades", "rebat"):
+        require_average(config)
     if config.data.class_weights != "none":
         for key in ("data.cutmix", "data.mixup"):
             config.require_value(key, 0, "with --data.class-weights: an image of two classes has no one weight")
@@ -148,7 +154,7 @@ def _require_step(config: Config) -> None:
         like = "at, or a class of your own, with --attack.kind none or --attack.noise"
         config.require(config.method == "at" or is_code(config.method), "method", like)
     if config.attack.kind == "apgd":
-        if config.method in ("trades", "rst"):
+        if config.method in ("trades", "rst", "adr-trades"):
             config.require_value("attack.kind", "pgd", f"with --method {config.method}: apgd climbs cross-entropy")
         if config.awp.enabled:
             config.require_value("awp.ascent", "exact", "with --attack.kind apgd, whose last pass has no gradient")

@@ -37,7 +37,7 @@ from awp_engine.config.schema import (
 )
 
 _PRESET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
-_METHODS = ("at", "trades", "mart", "rst")
+_METHODS = ("at", "trades", "mart", "rst", "adr", "adr-trades", "rebat")
 _Pixels = Annotated[int, Range("a whole number of pixels, 0 to 1024", ge=0, le=1024)]
 
 
@@ -377,11 +377,25 @@ class AverageConfig(Checked, section="average."):
     kind: Literal["none", "ema", "swa"] = "none"
     """Exponential moving average of every step's weights, or equal average of every epoch's."""
     decay: Fading = 0.995
-    """Share of the average that an EMA keeps in a step; smaller in the first steps."""
+    """Share of the average that an EMA keeps in a step."""
+    ramp: bool = True
+    """Keep less in the first steps: (1 + n) / (10 + n) in step n, from 0, where that is smaller."""
+    warmup: Annotated[float, Range("a finite number of epochs >= 0", ge=0)] = 0.0
+    """Epochs in which an EMA is a copy of the weights; it begins after them."""
     start: Fading = 0.5
     """Fraction of the epochs after which SWA begins to average."""
     bn_images: Count = 2048
-    """Training images, attacked, that the average's BN statistics are computed anew from."""
+    """Training images that the average's BN statistics are computed anew from."""
+    statistics: Literal["attacked", "clean", "averaged", "live"] = "attacked"
+    """The average's BN statistics: computed anew over attacked training images or clean ones, averaged like the weights
+    in every step, or those of the model in training."""
+
+    def _check(self) -> None:
+        if self.kind == "swa":
+            for name, value in (("ramp", True), ("warmup", 0)):
+                self.require_value(name, value, "with --average.kind swa, which has --average.start")
+            anew = self.statistics in ("attacked", "clean")
+            self.require(anew, "statistics", "attacked or clean with --average.kind swa")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -442,10 +456,12 @@ class Config(Checked):
     preset: str = "digits"
     """Preset that the other settings start from; giving it as the first argument says the same."""
     method: str = "at"
-    """Loss: at, cross-entropy on the attacked images; trades; mart; rst, TRADES with pseudo-labelled images; or an
-    Objective of your own: file.py:Class or package.module:Class."""
+    """Loss: at, cross-entropy on the attacked images; trades; mart; rst, TRADES with pseudo-labelled images; adr,
+    adr-trades and rebat, which learn from the average of the weights too; or an Objective of your own: file.py:Class or
+    package.module:Class."""
     beta: Annotated[float, Range("a finite number >= 0", ge=0)] = 6.0
-    """Weight of the divergence between attacked and clean images: beta of TRADES and RST, lambda of MART."""
+    """Weight of the divergence between attacked and clean images: beta of TRADES and RST, lambda of MART; of that from
+    the average in ReBAT, whose paper has 1."""
     label_smoothing: Fading = 0.0
     """Part of a label that is spread over all classes, in AT's loss and in TRADES' clean one."""
     method_args: tuple[str, ...] = ()

@@ -57,6 +57,8 @@ class Selection:
         average, ranks = self._setup.average, self._setup.ranks
         if average is None or not average.started:
             return self._setup.model
+        if average.keeps_statistics:
+            return average.model
         pairs = zip(other_buffers(self._setup.model), other_buffers(average.model), strict=True)
         for (_, _, live), (_, _, averaged) in pairs:
             # no average of them is taken, and only batch normalisation's can be computed anew
@@ -68,20 +70,23 @@ class Selection:
         return average.model
 
     def _forward_passes(self, model: nn.Module, epoch: int) -> Iterator[None]:
-        """Forward passes over attacked training images, the ones that training itself makes."""
+        """Forward passes over training images: clean ones, or those over attacked ones that training itself makes."""
         config, passes, seen = self._setup.config, self._setup.awp_step.passes, 0
         # by the batch's statistics: the running ones are what is being computed
         attack = dataclasses.replace(training_attack(config.attack), bn_mode="train")
-        seed = mix_seed(config.seed, epoch, _AVERAGE_NOISE)
+        seed, clean = mix_seed(config.seed, epoch, _AVERAGE_NOISE), config.average.statistics == "clean"
         with contextlib.closing(self._setup.batches.epoch(epoch)) as batches:
             for batch in batches:
                 with region("average"):
                     for rows, _ in passes.share(len(batch.images), batch.whole_size).pieces:
                         piece = passes.aimed(attack, batch.part(rows))
-                        x_adv = passes.attack_whole(attack, model, piece, seed=seed)
+                        x = piece.images if clean else passes.attack_whole(attack, model, piece, seed=seed)
                         for number in range(passes.copies):
-                            noisy = passes.noisy(x_adv, piece.ids, number)
-                            passes.objective.losses(model, noisy, piece.images, piece.labels)
+                            noisy = passes.noisy(x, piece.ids, number)
+                            if clean:
+                                model(noisy)
+                            else:
+                                passes.objective.losses(model, noisy, piece.images, piece.labels)
                 yield
                 seen += batch.whole_size
                 if seen >= config.average.bn_images:

@@ -189,6 +189,7 @@ def objective_of(config: Config, device: torch.device, num_classes: int | None =
         config.method,
         beta=config.beta,
         label_smoothing=config.label_smoothing,
+        average_warmup=config.average.warmup,
         arguments=parse_arguments(config.method_args),
         num_classes=num_classes,
         device=device,
@@ -246,6 +247,11 @@ def _doubts(config: Config, data: Dataset) -> list[str]:
         notes.append(
             f"--attack.epsilon {attack.epsilon} is far more than colour images are usually attacked with: try "
             "--attack.epsilon 8/255 --attack.step-size 2/255"
+        )
+    if config.average.kind == "ema" and config.average.warmup >= config.epochs:
+        notes.append(
+            f"--average.warmup {config.average.warmup:g} leaves none of {config.epochs} epochs to average: the average "
+            "stays a copy of the weights"
         )
     if 0 < held_out < _FEW_HELD_OUT:
         notes.append(
@@ -451,7 +457,7 @@ class Setup:
                 # shards cannot be copied
                 twin = self.description.build().to(self.device)
                 distribute_(config, twin, self.ranks, self.precision)
-            self.average = WeightAverage(self.model, config.average, config.epochs, twin=twin)
+            self.average = WeightAverage(self.model, config.average, config.epochs, steps=len(self.batches), twin=twin)
             self.average.follow(self.optimizer)
             self.awp_step.update.average = self.average
             self._objective.average = self.average.model

@@ -81,7 +81,8 @@ def autocontrast(levels: Tensor, *_: Tensor) -> Tensor:
     """Every channel stretched to all levels."""
     flat = levels.flatten(2).double()
     low, high = flat.amin(2, keepdim=True), flat.amax(2, keepdim=True)
-    scale = 255 / (high - low)
+    # a number over a tensor would be its reciprocal times the number, which may round otherwise
+    scale = torch.full_like(high, 255) / (high - low)
     stretched = (flat * scale + -low * scale).trunc().clamp(0, 255)
     return torch.where(high <= low, flat, stretched).to(torch.int32).view(levels.shape)
 

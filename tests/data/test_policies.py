@@ -17,6 +17,7 @@ from awp_engine.data import Augmentation, Split, train_batches
 from awp_engine.data.augment import auto_augment, color_shape
 from awp_engine.data.augment.crop_shift import draw_crop_shift
 from awp_engine.data.augment.erase import draw_erase
+from awp_engine.data.augment.image_operations import autocontrast
 from awp_engine.data.augment.policy import POLICIES
 from awp_engine.data.augment.rotation import draw_rotation, random_rotation
 from awp_kernels.philox import mix_seed, sample_words
@@ -153,6 +154,14 @@ def test_every_operation_of_auto_augment_is_pillows(name, channels):
                 side = -1 if words_of(sample_id, 3, 16)[2] & 1 else 1
                 expected = from_pillow(policy_operation(name, to_pillow(image), magnitude, side))
                 assert torch.equal(found, expected), (magnitude, side)
+
+
+def test_autocontrast_rounds_as_pillow_does_for_every_range():
+    """255 * (1 / 249) * 83 is less than 85, and 255 / 249 * 83 is not."""
+    spread = [torch.arange(low, 256) for low in range(0, 256, 5)] + [torch.arange(0, high) for high in range(2, 256)]
+    for levels in spread:
+        image = levels.byte().view(1, 1, -1)
+        assert torch.equal(autocontrast(image[None].int())[0], from_pillow(ImageOps.autocontrast(to_pillow(image))))
 
 
 # -- whole policies, a sample at a time

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from awp_engine.config import Config, DistributedConfig, OptimizerConfig, PrecisionConfig
 from awp_engine.config.presets import PRESETS, build_preset
 from awp_engine.data import Batch
+from awp_engine.optim.average import WeightAverage
 from awp_engine.step.free import FreeStep
 from awp_engine.step.values import Phase
 from awp_engine.train import setup
@@ -55,7 +56,10 @@ def counted(config: Config) -> float:
         # not all of RWP's passes where no loss is small enough
         awp=dataclasses.replace(config.awp, c_min=None if config.awp.c_min is None else 1e9),
     )
-    step = setup.build_step(config, network())
+    model = network()
+    step = setup.build_step(config, model)
+    if config.average.kind == "ema":
+        step.passes.objective.average = WeightAverage(model, config.average, config.epochs).model
     x = images((_IMAGES, 3, 8, 8))
     y = torch.arange(_IMAGES) % 10
     free = config.attack.fast == "free"

@@ -60,6 +60,8 @@ WANG = dataclasses.replace(
     method="rst",
     data=DataConfig(pad=1, train_limit=100, extra_fraction=0.7, extra_replacement=True, epoch_images=50, extra_alone=1),
     model=ModelConfig(width=2, bn_momentum=0.01),
+    average=AverageConfig(kind="ema", warmup=0.5, statistics="live"),
+    evaluation=dataclasses.replace(AWP_EMA.evaluation, loss="margin"),
     optimizer=OptimizerConfig(
         schedule="one-cycle-cosine", warmup=1.5, cycle_momentum=True, nesterov=True, decay_norms=False
     ),

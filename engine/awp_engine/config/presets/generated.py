@@ -78,7 +78,7 @@ def wang(data: str, network: str, batch_size: int, epochs: int, *, awp: bool, no
         norm: "linf" (8/255) or "l2" (128/255).
     """
     known, l2 = _SETS[data], norm == "l2"
-    plain = data == "svhn"
+    plain, steps = data == "svhn", -(-known.images // batch_size)
     return Config(
         # TRADES that asks for extra images
         method="rst",
@@ -116,7 +116,8 @@ def wang(data: str, network: str, batch_size: int, epochs: int, *, awp: bool, no
             cycle_momentum=True,
             decay_norms=False,
         ),
-        average=AverageConfig(kind="ema", decay=0.995),
+        # the last step of the rise is the first one that is averaged
+        average=AverageConfig(kind="ema", decay=0.995, warmup=_RISE * epochs - 1 / steps, statistics="live"),
         evaluation=EvaluationConfig(steps=40, step_size="15/255" if l2 else "2/255", loss="margin"),
         epochs=epochs,
         global_batch_size=batch_size,

@@ -26,9 +26,11 @@ from awp_engine.data.loaders import choose
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.sharding import gather
 from awp_engine.models import build_model
+from awp_engine.models.batch_norm import set_momentum
 from awp_engine.optim.average import WeightAverage
 from awp_engine.optim.optimizer import set_learning_rate
-from awp_engine.train.setup import Setup
+from awp_engine.step.precision import Precision
+from awp_engine.train.setup import Setup, distribute_
 
 EVAL_ATTACK = AttackConfig(steps=2, bn_mode="eval", epsilon="0.2", step_size="0.1")
 BASE = Config(
@@ -41,6 +43,7 @@ BASE = Config(
     precision=PrecisionConfig(attack="fp32", ascent="fp32", descent="fp32"),
 )
 SHARDED = DistributedConfig(strategy="fsdp", sync_batch_norm=True)
+TEACHER = AverageConfig(kind="ema", decay=0.9, ramp=False, statistics="averaged")
 CASES: dict[str, Config] = {
     "at": BASE,
     "uneven shares": dataclasses.replace(BASE, global_batch_size=11),
@@ -49,11 +52,26 @@ CASES: dict[str, Config] = {
     "clipped, nesterov": dataclasses.replace(BASE, optimizer=OptimizerConfig(lr=0.05, nesterov=True, clip_norm=0.1)),
     "cutmix": dataclasses.replace(BASE, data=DataConfig(cutmix=0.8, pad=1, flip=True)),
     "extra": dataclasses.replace(BASE, data=DataConfig(extra_fraction=0.4, pad=1)),
+    "filled epochs, statistics of the first step": dataclasses.replace(
+        BASE,
+        method="rst",
+        data=DataConfig(extra_fraction=0.4, extra_replacement=True, epoch_images=36, extra_alone=1, pad=1),
+        model=ModelConfig(bn_momentum=0.01),
+        optimizer=OptimizerConfig(lr=0.05, nesterov=True, decay_norms=False),
+    ),
     "shared ascent": dataclasses.replace(BASE, awp=AwpConfig(gamma=0.01, ascent="shared")),
     "rwp": dataclasses.replace(BASE, awp=AwpConfig(gamma=0.01, ascent_steps=3, c_min=2.4, scope="global")),
     "sam": dataclasses.replace(BASE, awp=AwpConfig(gamma=0.05, scope="global", scale="absolute")),
     "free": dataclasses.replace(BASE, attack=dataclasses.replace(EVAL_ATTACK, fast="free"), awp=AwpConfig(gamma=0.0)),
     "average": dataclasses.replace(BASE, average=AverageConfig(kind="ema", decay=0.9)),
+    "adr": dataclasses.replace(BASE, method="adr", average=TEACHER, awp=AwpConfig(gamma=0.01, layers=("*",))),
+    "rebat, micro-batches, frozen statistics": dataclasses.replace(
+        BASE,
+        method="rebat",
+        average=dataclasses.replace(TEACHER, statistics="live"),
+        distributed=DistributedConfig(),
+        micro_batch_size=2,
+    ),
     "frozen statistics": dataclasses.replace(BASE, distributed=DistributedConfig()),
     "micro-batches, frozen statistics": dataclasses.replace(BASE, distributed=DistributedConfig(), micro_batch_size=2),
     "micro-batches, shared ascent, frozen statistics": dataclasses.replace(
@@ -66,6 +84,7 @@ CASES: dict[str, Config] = {
     "shards, trades, clipped": dataclasses.replace(
         BASE, distributed=SHARDED, method="trades", optimizer=OptimizerConfig(lr=0.05, clip_norm=0.1)
     ),
+    "shards, adr-trades": dataclasses.replace(BASE, distributed=SHARDED, method="adr-trades", average=TEACHER),
     "shards, rwp": dataclasses.replace(
         BASE, distributed=SHARDED, awp=AwpConfig(gamma=0.01, ascent_steps=3, c_min=2.4, scope="global")
     ),
@@ -91,11 +110,23 @@ def trained(config: Config, ranks: Ranks, *, dtype: torch.dtype = torch.float64,
         model.eval()
     weights = torch.linspace(0.2, 3, 10, dtype=dtype) if config.data.class_weights != "none" else None
     step = build_step(config, model, ranks, weights)
-    average = WeightAverage(model, config.average, 1) if config.average.kind == "ema" else None
-    if average is not None:
+    average = None
+    if config.average.kind == "ema":
+        # shards cannot be copied
+        twin = (
+            build_model("preact-resnet-digits", 10, (0.3,), (0.4,), width=4).to(dtype) if step.models.sharded else None
+        )
+        if twin is not None:
+            distribute_(config, twin, ranks, Precision())
+        average = WeightAverage(model, config.average, 1, twin=twin)
         average.follow(step.optimizer)
+        step.step.update.average, step.passes.objective.average = average, average.model
     split, extra = samples(26), samples(40, 1000) if config.data.extra_fraction != 0.5 else None
     sizes = batch_sizes(26, config.global_batch_size, None if extra is None else config.data.extra_fraction)
+    if config.data.epoch_images is not None:
+        sizes = [config.global_batch_size] * (config.data.epoch_images // config.global_batch_size)
+    if config.model.bn_momentum is not None:
+        set_momentum(model, config.model.bn_momentum)
     augmentation = Augmentation(pad=config.data.pad, flip=config.data.flip, cutmix=config.data.cutmix, num_classes=10)
     losses = []
     for epoch in range(1, epochs + 1):
@@ -107,20 +138,22 @@ def trained(config: Config, ranks: Ranks, *, dtype: torch.dtype = torch.float64,
             epoch=epoch,
             extra=extra,
             extra_fraction=config.data.extra_fraction,
+            extra_replacement=config.data.extra_replacement,
+            extra_alone=config.data.extra_alone,
+            epoch_images=config.data.epoch_images,
             rank=ranks.rank,
             ranks=ranks.world,
         )
         for batch, size in zip(batches, sizes, strict=True):
             set_learning_rate(step.optimizer, 0.05)
-            if average is not None:
-                average.before_step()
             x, labels = batch.images.to(dtype), batch.labels
             if labels.is_floating_point():
                 labels = labels.to(dtype)
             if config.attack.fast == "free":
                 result = step.free(x, labels, torch.zeros_like(x), of=size)
             else:
-                result = step(x, labels, sample_ids=batch.ids, seed=epoch, of=size)
+                whole = config.model.bn_momentum is not None and not losses
+                result = step(x, labels, sample_ids=batch.ids, seed=epoch, of=size, whole_statistics=whole)
             numbers = torch.stack([result.loss, result.correct, result.zero_gradients]).double()
             ranks.sum_([numbers])
             losses.append(numbers)

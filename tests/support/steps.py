@@ -44,8 +44,10 @@ class TensorStep:
         perturb: bool = True,
         fast: bool = False,
         of: int | None = None,
+        **changes: Any,
     ) -> StepResult:
-        return self.taken(Batch(x, y, sample_ids, len(x) if of is None else of), self.phase(seed, perturb, fast))
+        phase = dataclasses.replace(self.phase(seed, perturb, fast), **changes)
+        return self.taken(Batch(x, y, sample_ids, len(x) if of is None else of), phase)
 
     def free(self, x: Tensor, y: Tensor, delta: Tensor, of: int | None = None) -> StepResult:
         """One update of free training."""

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
@@ -23,6 +24,7 @@ from awp_engine.config import (
     DistributedConfig,
     EvaluationConfig,
     ModelConfig,
+    OptimizerConfig,
     load_config,
 )
 from awp_engine.distributed.ranks import Ranks
@@ -50,6 +52,26 @@ FREE_SWA = dataclasses.replace(
     attack=AttackConfig(fast="free", replays=2),
     awp=AwpConfig(gamma=0.0),
     average=AverageConfig(kind="swa", start=0.0, bn_images=10),
+)
+
+WANG = dataclasses.replace(
+    AWP_EMA,
+    epochs=2,
+    method="rst",
+    data=DataConfig(pad=1, train_limit=100, extra_fraction=0.7, extra_replacement=True, epoch_images=50, extra_alone=1),
+    model=ModelConfig(width=2, bn_momentum=0.01),
+    average=AverageConfig(kind="ema", warmup=0.5, statistics="live"),
+    evaluation=dataclasses.replace(AWP_EMA.evaluation, loss="margin"),
+    optimizer=OptimizerConfig(
+        schedule="one-cycle-cosine", warmup=1.5, cycle_momentum=True, nesterov=True, decay_norms=False
+    ),
+)
+
+ADR = dataclasses.replace(
+    AWP_EMA,
+    method="adr",
+    method_args=("tau=2.5,1.5",),
+    average=AverageConfig(kind="ema", decay=0.9, ramp=False, warmup=0.3, statistics="averaged"),
 )
 
 
@@ -99,6 +121,8 @@ def resumed_everywhere(rank: int, world: int, directory: Path, config: Config, e
 CASES = [
     pytest.param(AWP_EMA, 1, 5, id="1 rank, 1 epoch"),
     pytest.param(FREE_SWA, 1, 5, id="1 rank, 2 epochs"),
+    pytest.param(WANG, 1, 5, id="1 rank, generated images"),
+    pytest.param(ADR, 1, 5, id="1 rank, teacher"),
     pytest.param(AWP_EMA, 2, 10, id="2 ranks, 1 epoch"),
     pytest.param(FREE_SWA, 2, 10, id="2 ranks, 2 epochs", marks=pytest.mark.long),
     *(
@@ -108,6 +132,13 @@ CASES = [
     ),
     pytest.param(
         dataclasses.replace(AWP_EMA, distributed=DistributedConfig(strategy="fsdp")), 2, 10, id="2 ranks, shards"
+    ),
+    pytest.param(
+        dataclasses.replace(ADR, distributed=DistributedConfig(strategy="fsdp")),
+        2,
+        10,
+        id="2 ranks, shards, teacher",
+        marks=pytest.mark.long,
     ),
     pytest.param(AWP_EMA, 4, 4, id="4 ranks", marks=pytest.mark.long),
     pytest.param(
@@ -130,6 +161,10 @@ CASES = [
 @pytest.mark.parametrize(("config", "world", "every"), CASES)
 def test_resume_at_a_step_ends_bit_equal(tmp_path, config, world, every) -> None:
     """Weights, momentum, average, sums, metrics and selection: no bit differs."""
+    if config.method == "rst":
+        images = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 1), dtype=np.uint8)
+        np.savez(tmp_path / "extra.npz", image=images, label=np.arange(30) % 10)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, extra=tmp_path / "extra.npz"))
     if world == 1:
         compared, wrong = resumed_everywhere(0, 1, tmp_path, config, every)
     else:

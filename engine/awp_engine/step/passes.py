@@ -16,7 +16,7 @@ from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.share import rank_share
 from awp_engine.models import WrappedClassifier
 from awp_engine.models.answers import predicted
-from awp_engine.models.batch_norm import Statistics, batch_norm_mode
+from awp_engine.models.batch_norm import Statistics, batch_norm_mode, whole_statistics
 from awp_engine.step.noise import Noise, Smoothed
 from awp_engine.step.objectives import Objective
 from awp_engine.step.precision import LossScale, WorkingModels
@@ -97,6 +97,7 @@ class Passes:
         self._reducers = {id(module): _reducer(module) for module in reduced} if several else {}
         self._warm = not self._reducers
         self.noise: Noise | None = None
+        self._whole_statistics = False
 
     def begin(self, x: Tensor) -> None:
         """Begin a step on images like `x`: without gradients of the one before.
@@ -113,9 +114,10 @@ class Passes:
             self._warm = True
         self.clear_gradients()
 
-    def seed(self, phase: Phase) -> None:
-        """Take a step's noise; what layers draw from torch's global generator depends on step and rank alone."""
-        self.noise = phase.noise
+    def prepare(self, phase: Phase) -> None:
+        """Take what the host says of a step; what layers draw from torch's generator depends on step and rank alone."""
+        self.objective.begin_step(phase.done, phase.epoch, phase.step)
+        self.noise, self._whole_statistics = phase.noise, phase.whole_statistics
         if phase.layer_seed is not None:
             torch.manual_seed(mix_seed(phase.layer_seed, self.ranks.rank))
 
@@ -165,6 +167,15 @@ class Passes:
 
         return Block(steps)
 
+    @torch.no_grad()
+    def aimed(self, attack: Attack, batch: Batch) -> Batch:
+        """A batch, or a piece of one, with the objective's targets for labels."""
+        if type(self.objective).targets is Objective.targets:
+            return batch
+        model = self.models.attack
+        with batch_norm_mode(model, attack.bn_mode, update_statistics=False, synchronized=False):
+            return batch._replace(labels=self.objective.targets(model, batch.images, batch.labels))
+
     def attack_whole(
         self, attack: Attack, model: nn.Module, batch: Batch, start: Tensor | None = None, **given: Any
     ) -> Tensor:
@@ -187,8 +198,8 @@ class Passes:
 
     def attack(
         self, attack: Attack, batch: Batch, share: RankShare, start: Tensor, shared: Sequence[nn.Parameter] = ()
-    ) -> tuple[Tensor, Tensor]:
-        """The attacked images, and the parts of the last gradient that `gradient_marks` tells.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The attacked images, the step's targets, and the parts of the last gradient that `gradient_marks` tells.
 
         Args:
             attack: how.
@@ -204,11 +215,12 @@ class Passes:
             nonlocal marks
             marks = marks + gradient_marks(gradient, x)
 
-        attacked = []
+        attacked, targets = [], []
         with self.models.held():
             for rows, _ in share.pieces:
                 before = [parameter.grad for parameter in shared]
-                piece = batch.part(rows)
+                piece = self.aimed(attack, batch.part(rows))
+                targets.append(piece.labels)
                 model = self._runner(self.models.attack, piece.images)
                 given = {"shared": shared, "observe": look, "observe_from": attack.steps - 1}
                 attacked.append(self.attack_whole(attack, model, piece, start[rows], **given))
@@ -217,11 +229,13 @@ class Passes:
                         parameter.grad += gradient
         # what was kept for the attack's passes is twice as large as all that the rest of the step adds
         conv3x3_forget()
-        return attacked[0] if len(attacked) == 1 else torch.cat(attacked), marks
+        x_adv, y = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (attacked, targets))
+        return x_adv, y, marks
 
     def _runner(self, model: nn.Module, x: Tensor) -> nn.Module:
         """`model` as it is called: compiled, for full batches."""
-        if not self._compile:
+        # the first step may have another momentum, which would be compiled for
+        if not self._compile or self._whole_statistics:
             return model
         self._compiled_size = self._compiled_size or len(x)
         if len(x) != self._compiled_size:
@@ -242,15 +256,19 @@ class Passes:
         update_statistics: bool,
         c_min: float | None = None,
         followed: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the mean loss in the parameters of `model`, over all ranks if `averaged`, times `followed`.
 
-        With noise it is the mean over all noisy copies.
+        The loss compares with `targets`, by default the labels; with noise it is the mean over all noisy copies.
 
         Returns:
             The mean loss, the part of right answers, and how many losses lie below c_min; of this rank's images.
         """
-        x, y = batch.images, batch.labels
+        x, y, objective = batch.images, batch.labels, self.objective
+        targets = y if targets is None else targets
+        # the descent alone moves them
+        compute = objective.losses if update_statistics else objective.ascent_losses
         reducer = self._reducers.get(id(model)) if averaged else None
         loss, correct, below = (x.new_zeros(()) for _ in range(3))
         copies = range(self.copies)
@@ -265,7 +283,9 @@ class Passes:
                 contextlib.nullcontext() if last or reducer is None else reducer.no_sync(),
             ):
                 noisy = self.noisy(x_adv[rows], batch.ids[rows], number)
-                losses, logits = self.objective.losses(called, noisy, x[rows], y[rows])
+                objective.descending = update_statistics
+                losses, logits = compute(called, noisy, x[rows], targets[rows])
+                objective.descending = False
                 if c_min is not None:
                     counted = losses.detach() < c_min
                     below += counted.sum()
@@ -297,12 +317,26 @@ class Passes:
         moved.restore_()
 
     def descend(
-        self, x_adv: Tensor, batch: Batch, share: RankShare, followed: Tensor | None = None
+        self,
+        x_adv: Tensor,
+        batch: Batch,
+        share: RankShare,
+        followed: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Gradients of the training loss; returns it and the part of right answers. Moves the BN statistics."""
-        loss, correct, _ = self.backward(
-            self.models.descent, x_adv, batch, share, averaged=True, update_statistics=True, followed=followed
-        )
+        model = self.models.descent
+        with whole_statistics(model) if self._whole_statistics else contextlib.nullcontext():
+            loss, correct, _ = self.backward(
+                model,
+                x_adv,
+                batch,
+                share,
+                averaged=True,
+                update_statistics=True,
+                followed=followed,
+                targets=targets,
+            )
         self.models.settle_()
         return loss, correct
 

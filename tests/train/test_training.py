@@ -381,6 +381,7 @@ OPTIONS = {
     "ema": {"average": AverageConfig(kind="ema", decay=0.9, bn_images=300)},
     "swa": {"average": AverageConfig(kind="swa", start=0.3, bn_images=300)},
     "trades-awp": {"method": "trades", "attack": AttackConfig(steps=2, bn_mode="eval", start="normal")},
+    "ramp": {"attack": AttackConfig(steps=2, ramp="linear"), "average": AverageConfig(kind="ema", bn_images=300)},
     "free": {"attack": AttackConfig(fast="free", replays=2, fast_epochs=3), "awp": AwpConfig(gamma=0.005, warmup=3)},
     "n-fgsm": {"attack": AttackConfig(steps=2, fast="n-fgsm", fast_epochs=2)},
     "mixed": {"data": DataConfig(pad=1, cutout=2, cutmix=0.5, train_limit=600), "label_smoothing": 0.1},

@@ -189,6 +189,9 @@ class AttackConfig(Checked, section="attack."):
     """Mode of batch normalisation during the attack: by the batch's statistics, or by the running ones."""
     start: Literal["uniform", "normal", "none"] = "uniform"
     """First iterate: a uniform random point of the ball, the image plus 0.001 N(0, 1), or the image itself."""
+    ramp: Literal["none", "linear"] = "none"
+    """Epsilon and step size of training are these throughout, or grow to these in proportion to the epoch (Addepalli
+    2022); the evaluation keeps the whole ball."""
     fast: Literal["none", "fgsm-rs", "n-fgsm", "free"] = "none"
     """Cheap attack in the first epochs: one step (Wong 2020; de Jorge 2022), or replayed batches (Shafahi 2019)."""
     fast_epochs: OptionalCount = None
@@ -211,6 +214,8 @@ class AttackConfig(Checked, section="attack."):
         self.require(self.fast != "n-fgsm" or epsilon <= Fraction(1, 2), "epsilon", noise)
         alone = self.fast == "none" or (self.kind != "none" and self.noise == 0)
         self.require(alone, "fast", "none with --attack.kind none or --attack.noise")
+        grows = self.fast == "none" and self.training_epsilon > 0
+        self.require(self.ramp == "none" or grows, "ramp", "none with --attack.fast, or where training does not attack")
         self.require(self.noise > 0 or self.noise_samples == 1, "noise_samples", "1 without --attack.noise")
 
     @property

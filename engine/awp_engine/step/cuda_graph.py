@@ -17,15 +17,17 @@ class CaptureError(RuntimeError):
 # steps of each kind that are taken one by one first: libraries choose their algorithms and allocate in them
 _WARM_UP = 3
 _Kind = tuple[bool, Attack]
+# those of two attacks, each with and without weight perturbation; where the attack changes with the epoch no older ones
+_KEPT = 4
 
 
 class GraphedStep:
     """Takes the steps of an `AwpStep`, captured in CUDA graphs: one launch in place of thousands.
 
     A graph is captured for each kind of step (with and without weight perturbation, by attack) after a few plain ones,
-    which train like any other. Batches of another size than the first run plainly, and so does nothing else; both ways
-    compute the same. Rates, scales and averages are read from device tensors at every replay, and the attack's start,
-    which depends on the seed, is drawn outside.
+    which train like any other; the newest four are kept. Batches of another size than the first run plainly, and so
+    does nothing else; both ways compute the same. Rates, scales and averages are read from device tensors at every
+    replay, and the attack's start, which depends on the seed, is drawn outside.
 
     Args:
         step: `capturable`, on a CUDA device.
@@ -81,10 +83,17 @@ class GraphedStep:
             return self._plainly(self._inputs, phase)
         if kind not in self._graphs:
             self._graphs[kind] = self._capture(self._inputs, phase)
+            self._drop_oldest()
         graph, result = self._graphs[kind]
         graph.replay()
         # the next replay writes over the graph's own
         return StepResult(*(tensor.clone() for tensor in result))
+
+    def _drop_oldest(self) -> None:
+        """After a capture, as the pool of memory lives only as long as one of its graphs."""
+        while len(self._graphs) > _KEPT:
+            oldest = next(iter(self._graphs))
+            del self._graphs[oldest], self._taken[oldest]
 
     def _take(self, inputs: tuple[Tensor, ...], phase: Phase) -> StepResult:
         images, labels, ids, start = inputs

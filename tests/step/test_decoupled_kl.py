@@ -1,20 +1,30 @@
 """IKL and GKL against their definitions with all pairs of classes, in fp64."""
 
 import plain_dkl
+import plain_methods
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from samples import images
 from torch import Tensor, nn
 
+from awp_engine.attack import Attack, starting_point
+from awp_engine.config import OptimizerConfig
 from awp_engine.data import Batch
 from awp_engine.distributed.ranks import Ranks
+from awp_engine.models import build_model
+from awp_engine.optim.optimizer import build_optimizer
+from awp_engine.step.awp_step import AwpStep
 from awp_engine.step.objectives.decoupled_kl import (
     GeneralizedKL,
     ImprovedKL,
     soft_cross_entropy,
     weighted_squared_error,
 )
+from awp_engine.step.precision import WorkingModels
+from awp_engine.step.values import Phase
+from awp_kernels import AdversarialWeightPerturbation
 
 ALPHA, BETA, TEMPERATURE, GAMMA = 3.0, 20.0, 4.0, 0.4
 CPU = torch.device("cpu")
@@ -160,3 +170,83 @@ def test_an_epoch_that_begins_again_begins_alike():
     made.begin_step(0.5, 2, 0)
     assert torch.equal(made.means, once)
     assert not made.sums.any()
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return build_model("preact-resnet-digits", 10, (0.5,), (0.25,), width=4).double().train()
+
+
+def digits(seed: int) -> Batch:
+    x, y = images((8, 1, 8, 8), torch.float64, seed=seed), torch.arange(8) * (1 + seed) % 7
+    return Batch(x, y, torch.arange(8) + 100 * seed, 8)
+
+
+ATTACK = Attack(epsilon=8 / 255, step_size=4 / 255, steps=3, start="normal", bn_mode="eval")
+SGD = OptimizerConfig(lr=0.1, momentum=0.9, weight_decay=5e-4)
+
+
+@pytest.mark.parametrize("kind", ["ikl", "gkl"])
+@pytest.mark.parametrize("attack_beta", [0.0, 1.0])
+def test_whole_steps_agree(kind, attack_beta):
+    """Attack, ascent, descent and update over two epochs; weights, BN statistics, the classes' mean answers."""
+    ours, theirs, momentum = network(), network(), {}
+    made, plain = objective(kind, 10, attack_beta=attack_beta), plain_dkl.ClassMeans(10, TEMPERATURE)
+    step = AwpStep(
+        models=WorkingModels(ours),
+        optimizer=build_optimizer(ours, SGD),
+        objective=made,
+        awp=AdversarialWeightPerturbation(ours, 0.01),
+    )
+    clean = []
+
+    def loss(model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor, beta: float) -> Tensor:
+        adv, natural = model(x_adv), model(x)
+        clean.append(natural.detach())
+        return defined(kind, natural, adv, y, plain.means)
+
+    for epoch, number in ((1, 0), (1, 1), (2, 0)):
+        batch = digits(2 * epoch + number)
+        x, y, ids, _ = batch
+        if epoch == 2:
+            plain.end_epoch()
+        start = starting_point(x, "normal", epsilon=1.0, norm="linf", sample_ids=ids, seed=epoch)
+        given = {"attack_beta": attack_beta, "epsilon": 8 / 255, "step_size": 4 / 255, "steps": 3}
+        x_adv = plain_dkl.iterates(theirs, x, y, start, plain.means, **given)[-1]
+        plain_methods.awp_step(
+            theirs, momentum, x_adv, x, y, kind=loss, beta=BETA, gamma=0.01, lr=0.1, mu=0.9, weight_decay=5e-4
+        )
+        # those of the descent, at the perturbed weights
+        plain.add(clean[-1], y)
+        result = step(batch, Phase(attack=ATTACK, seed=epoch, epoch=epoch, step=number))
+        assert not result.skipped
+        for found, expected in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
+            assert close(found.double(), expected.double())
+    assert close(made.means, plain.means)
+    assert not close(made.means, torch.full_like(plain.means, 0.1))
+
+
+def test_a_step_that_is_left_out_leaves_the_sums_alone():
+    model, made = network(), objective("ikl", 10)
+    step = AwpStep(models=WorkingModels(model), optimizer=build_optimizer(model, SGD), objective=made)
+    batch = digits(1)
+    step(batch, Phase(attack=ATTACK, epoch=1, step=0))
+    before = {name: tensor.clone() for name, tensor in made.state().items()}
+    broken = batch._replace(images=torch.full_like(batch.images, torch.nan))
+    assert step(broken, Phase(attack=ATTACK, epoch=1, step=1)).skipped
+    assert all(torch.equal(tensor, before[name]) for name, tensor in made.state().items())
+    step(batch, Phase(attack=ATTACK, epoch=1, step=2))
+    assert made.sums[:, -1].sum() == 16
+
+
+def test_what_moves_statistics_is_the_descent_alone():
+    """The clean pass of the attack, its steps and the ascent leave them; two passes of the descent move them."""
+    model, made = network(), objective("gkl", 10)
+    awp = AdversarialWeightPerturbation(model, 0.01)
+    step = AwpStep(models=WorkingModels(model), optimizer=build_optimizer(model, SGD), objective=made, awp=awp)
+    before = model.bn.num_batches_tracked.clone()
+    calls = []
+    model.register_forward_hook(lambda module, inputs, output: calls.append(1))
+    step(digits(1), Phase(attack=ATTACK, epoch=1, step=0))
+    assert len(calls) == 3 + 1 + 2 + 2
+    assert model.bn.num_batches_tracked == before + 2

@@ -1,7 +1,7 @@
 """IKL-AT and GKL-AT: the divergence of TRADES taken apart into a squared error and a cross-entropy.
 
 Source: Cui et al.: Decoupled Kullback-Leibler Divergence Loss, NeurIPS 2024 (IKL); Cui et al.: Generalized
-Kullback-Leibler Divergence Loss, 2025 (GKL); and their public code, jiequancui/DKL.
+Kullback-Leibler Divergence Loss, TPAMI 2026 (GKL); and their public code, jiequancui/DKL.
 """
 
 import torch

@@ -24,6 +24,7 @@ TYPES = key_types()
 KNOWN = {
     "preset": st.sampled_from(sorted(PRESETS)),
     "method": st.sampled_from(["at", "trades", "mart", "rst"]),
+    "method_args": st.sampled_from([[], ["tau=2.5,2.0", "far=true"]]),
     "data.name": st.sampled_from(["digits", "cifar10", "mnist", "folder", "shards"]),
     "data.class_weights": st.sampled_from(["none", "balanced", "weights.json"]),
     "model.name": st.sampled_from(["preact-resnet-18", "wrn-34-10", "preact-resnet-digits"]),

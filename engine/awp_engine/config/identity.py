@@ -67,6 +67,7 @@ ADDED: dict[str, Any] = {
     "optimizer.args": [],
     "model.checkpoint_activations": False,
     "threads": None,
+    "method_args": [],
 }
 
 

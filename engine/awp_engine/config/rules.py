@@ -93,6 +93,11 @@ def choose_speed(config: Config, *, cuda: bool, ranks: int) -> Speed:
     return Speed(graphs, compiles, ", ".join(parts) or None)
 
 
+def require_average(config: Config) -> None:
+    """Refuse an average that no loss can use in every step: its method does."""
+    config.require_value("average.kind", "ema", f"with --method {config.method}, whose loss uses the average")
+
+
 def _always_fast(config: Config) -> bool:
     """Whether every epoch has the cheap attack."""
     attack = config.attack

@@ -64,6 +64,14 @@ def parse_value(text: str) -> Any:
     return text
 
 
+def parse_arguments(words: Iterable[str]) -> dict[str, Any] | None:
+    """Words NAME=VALUE by name, as Python's values; None where they are anything else, or a name comes twice."""
+    pairs = [word.partition("=") for word in words]
+    if len({name for name, _, _ in pairs}) < len(pairs) or not all(n.isidentifier() and text for n, _, text in pairs):
+        return None
+    return {name: parse_value(text) for name, _, text in pairs}
+
+
 class Amounts:
     """The text that `parse_amount` takes."""
 

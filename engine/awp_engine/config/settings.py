@@ -32,7 +32,7 @@ from awp_engine.config.schema import (
     did_you_mean,
     nearest,
     parse_amount,
-    parse_value,
+    parse_arguments,
 )
 
 _PRESET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
@@ -316,8 +316,7 @@ class OptimizerConfig(Checked, section="optimizer."):
                 self.require_value(name, default, f"with --optimizer.kind {self.kind}, which takes --optimizer.args")
         fits = self.by_name or not self.args
         self.require(fits, "args", f"nothing with --optimizer.kind {self.kind}, which has flags of its own")
-        named = all(re.fullmatch(r"[^\W\d]\w*=.+", word) for word in self.args)
-        self.require(named and len(self.arguments) == len(self.args), "args", "NAME=VALUE, every name once")
+        self.require(parse_arguments(self.args) is not None, "args", "NAME=VALUE, every name once")
         self.require(not self.nesterov or self.momentum > 0, "nesterov", "a momentum > 0 to go with it")
         rising = all(a < b for a, b in itertools.pairwise((0.0, *self.milestones)))
         fractions = max(self.milestones, default=1) <= 1
@@ -335,7 +334,7 @@ class OptimizerConfig(Checked, section="optimizer."):
     @property
     def arguments(self) -> dict[str, Any]:
         """`args` by name, as Python's values."""
-        return {name: parse_value(text) for name, _, text in (word.partition("=") for word in self.args)}
+        return parse_arguments(self.args) or {}
 
     def milestone_epochs(self, epochs: int) -> list[int]:
         """How many epochs of a run of `epochs` come before each milestone: rates change as an epoch begins."""
@@ -418,6 +417,8 @@ class Config(Checked):
     """Weight of the divergence between attacked and clean images: beta of TRADES and RST, lambda of MART."""
     label_smoothing: Fading = 0.0
     """Part of a label that is spread over all classes, in AT's loss and in TRADES' clean one."""
+    method_args: tuple[str, ...] = ()
+    """NAME=VALUE, such as tau=2.5,2.0: what a method, also one of your own, is made with beside these."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     attack: AttackConfig = AttackConfig()
@@ -471,6 +472,8 @@ class Config(Checked):
         near = in_file(self.method) or nearest(self.method, _METHODS)
         # AWP goes with every one of them
         self.require(known, "method", own, "did you mean --awp.gamma?" if "awp" in self.method.lower() else near)
+        given = parse_arguments(self.method_args) is not None
+        self.require(given, "method_args", "NAME=VALUE, every name once")
         named = _PRESET_NAME.fullmatch(self.preset) is not None
         self.require(named, "preset", "a name of small letters, digits and '-'")
         alone = "none" not in self.log or self.log == ("none",)

@@ -111,7 +111,7 @@ class AwpStep:
     def prepare(self, batch: Batch, phase: Phase) -> Tensor:
         """All of a step that the host decides; returns where the attack begins, [N, C, H, W]."""
         self.update.prepare(phase)
-        self.passes.seed(phase)
+        self.passes.prepare(phase)
         return phase.attack.first(batch.images, sample_ids=batch.ids, seed=phase.seed)
 
     def __call__(self, batch: Batch, phase: Phase, start: Tensor | None = None) -> StepResult:
@@ -122,36 +122,51 @@ class AwpStep:
         names = [] if awp is None or not self._shared else awp.parameters
         passes.begin(batch.images)
         share = passes.share(len(batch.images), batch.whole_size)
-        statistics = Statistics(self.models.statistics)
+        statistics = Statistics([*self.models.statistics, *passes.objective.state().values()])
         with passes.rollback(statistics, self.awp.restore_ if self.awp is not None else None):
             with region("attack"):
                 shared = [self.models.attack.get_parameter(name) for name in names]
-                x_adv, marks = passes.attack(phase.attack, batch, share, start, shared)
-            climbed = contextlib.nullcontext() if awp is None else self.climbed(awp, x_adv, batch, share, phase)
+                x_adv, targets, marks = passes.attack(phase.attack, batch, share, start, shared)
+            climbed = (
+                contextlib.nullcontext() if awp is None else self.climbed(awp, x_adv, batch, share, phase, targets)
+            )
             with climbed as followed, region("descent"):
-                loss, correct = passes.descend(x_adv, batch, share, followed)  # at w + v
+                loss, correct = passes.descend(x_adv, batch, share, followed, targets)  # at w + v
             with region("update"):
                 skipped = self.update()  # at w
             passes.average_statistics(share.share)
+            passes.objective.after_step(passes.ranks)
             statistics.restore_where(skipped)
         return StepResult(loss, correct, skipped, *(marks * share.share))
 
     @contextlib.contextmanager
     def climbed(
-        self, awp: AdversarialWeightPerturbation, x_adv: Tensor, batch: Batch, share: RankShare, phase: Phase
+        self,
+        awp: AdversarialWeightPerturbation,
+        x_adv: Tensor,
+        batch: Batch,
+        share: RankShare,
+        phase: Phase,
+        targets: Tensor,
     ) -> Iterator[Tensor]:
         """A block at w + v; gives, on the device, 1, or NaN where a direction was not finite on this rank.
 
         After it w is back, but in a working copy, which the update writes anew; `awp.perturbed()` would restore that.
         """
         with region("ascent"):
-            followed = self._climb(awp, x_adv, batch, share, phase)
+            followed = self._climb(awp, x_adv, batch, share, phase, targets)
         yield followed
         if awp.working is None:
             awp.restore_()
 
     def _climb(
-        self, awp: AdversarialWeightPerturbation, x_adv: Tensor, batch: Batch, share: RankShare, phase: Phase
+        self,
+        awp: AdversarialWeightPerturbation,
+        x_adv: Tensor,
+        batch: Batch,
+        share: RankShare,
+        phase: Phase,
+        targets: Tensor,
     ) -> Tensor:
         sums: dict[str, Tensor] = {}
         ascent, model, ranks = self.ascent, self.models.ascent, self.passes.ranks
@@ -160,7 +175,14 @@ class AwpStep:
             if not self._shared or phase.attack.epsilon == 0:
                 averaged = self._reduced_ascent
                 *_, below = self.passes.backward(
-                    model, x_adv, batch, share, averaged=averaged, update_statistics=False, c_min=ascent.c_min
+                    model,
+                    x_adv,
+                    batch,
+                    share,
+                    averaged=averaged,
+                    update_statistics=False,
+                    c_min=ascent.c_min,
+                    targets=targets,
                 )
                 if ascent.c_min is not None and step:
                     # synchronised statistics need as many passes on every rank

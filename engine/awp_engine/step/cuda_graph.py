@@ -1,5 +1,7 @@
 """A whole training step in one CUDA graph."""
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ class CaptureError(RuntimeError):
 
 # steps of each kind that are taken one by one first: libraries choose their algorithms and allocate in them
 _WARM_UP = 3
-_Kind = tuple[bool, Attack]
+_Kind = tuple[bool, Attack, Hashable]
 # those of two attacks, each with and without weight perturbation; where the attack changes with the epoch no older ones
 _KEPT = 4
 
@@ -24,10 +26,10 @@ _KEPT = 4
 class GraphedStep:
     """Takes the steps of an `AwpStep`, captured in CUDA graphs: one launch in place of thousands.
 
-    A graph is captured for each kind of step (with and without weight perturbation, by attack) after a few plain ones,
-    which train like any other; the newest four are kept. Batches of another size than the first run plainly, and so
-    does nothing else; both ways compute the same. Rates, scales and averages are read from device tensors at every
-    replay, and the attack's start, which depends on the seed, is drawn outside.
+    A graph is captured for each kind of step (with and without weight perturbation, by attack, by the method's stage)
+    after a few plain ones, which train like any other; the newest four are kept. Batches of another size than the first
+    run plainly, and so does nothing else; both ways compute the same. Rates, scales and averages are read from device
+    tensors at every replay, and the attack's start, which depends on the seed, is drawn outside.
 
     Args:
         step: `capturable`, on a CUDA device.
@@ -67,7 +69,7 @@ class GraphedStep:
                 f"{batch.whole_size}"
             )
         start = self.step.prepare(batch, phase)
-        kind = (phase.perturb and self.step.awp is not None, phase.attack)
+        kind = (phase.perturb and self.step.awp is not None, phase.attack, self.step.passes.objective.stage)
         given = (batch.images, batch.labels, batch.ids, start)
         # a graph would replay one noise
         if phase.noise is not None or self.step.passes.largest_batch not in (None, len(batch.images)):

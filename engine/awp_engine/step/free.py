@@ -44,7 +44,7 @@ class FreeStep:
         if self._delta is None or self._delta.shape[0] < len(x):
             self._delta, self._whole_size = torch.zeros_like(x), batch.whole_size
         delta, results = self._delta[: len(x)], []
-        self._step.passes.seed(phase)
+        self._step.passes.prepare(phase)
         for _ in range(self._replays):
             self._step.update.prepare(phase)
             results.append(self.replay(batch, phase, delta))

@@ -113,8 +113,9 @@ class Passes:
             self._warm = True
         self.clear_gradients()
 
-    def seed(self, phase: Phase) -> None:
-        """Take a step's noise; what layers draw from torch's global generator depends on step and rank alone."""
+    def prepare(self, phase: Phase) -> None:
+        """Take what the host says of a step; what layers draw from torch's generator depends on step and rank alone."""
+        self.objective.begin_step(phase.done, phase.epoch, phase.step)
         self.noise = phase.noise
         if phase.layer_seed is not None:
             torch.manual_seed(mix_seed(phase.layer_seed, self.ranks.rank))
@@ -165,6 +166,15 @@ class Passes:
 
         return Block(steps)
 
+    @torch.no_grad()
+    def aimed(self, attack: Attack, batch: Batch) -> Batch:
+        """A batch, or a piece of one, with the objective's targets for labels."""
+        if type(self.objective).targets is Objective.targets:
+            return batch
+        model = self.models.attack
+        with batch_norm_mode(model, attack.bn_mode, update_statistics=False, synchronized=False):
+            return batch._replace(labels=self.objective.targets(model, batch.images, batch.labels))
+
     def attack_whole(
         self, attack: Attack, model: nn.Module, batch: Batch, start: Tensor | None = None, **given: Any
     ) -> Tensor:
@@ -187,8 +197,8 @@ class Passes:
 
     def attack(
         self, attack: Attack, batch: Batch, share: RankShare, start: Tensor, shared: Sequence[nn.Parameter] = ()
-    ) -> tuple[Tensor, Tensor]:
-        """The attacked images, and the parts of the last gradient that `gradient_marks` tells.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The attacked images, the step's targets, and the parts of the last gradient that `gradient_marks` tells.
 
         Args:
             attack: how.
@@ -204,11 +214,12 @@ class Passes:
             nonlocal marks
             marks = marks + gradient_marks(gradient, x)
 
-        attacked = []
+        attacked, targets = [], []
         with self.models.held():
             for rows, _ in share.pieces:
                 before = [parameter.grad for parameter in shared]
-                piece = batch.part(rows)
+                piece = self.aimed(attack, batch.part(rows))
+                targets.append(piece.labels)
                 model = self._runner(self.models.attack, piece.images)
                 given = {"shared": shared, "observe": look, "observe_from": attack.steps - 1}
                 attacked.append(self.attack_whole(attack, model, piece, start[rows], **given))
@@ -217,7 +228,8 @@ class Passes:
                         parameter.grad += gradient
         # what was kept for the attack's passes is twice as large as all that the rest of the step adds
         conv3x3_forget()
-        return attacked[0] if len(attacked) == 1 else torch.cat(attacked), marks
+        x_adv, y = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (attacked, targets))
+        return x_adv, y, marks
 
     def _runner(self, model: nn.Module, x: Tensor) -> nn.Module:
         """`model` as it is called: compiled, for full batches."""
@@ -242,15 +254,19 @@ class Passes:
         update_statistics: bool,
         c_min: float | None = None,
         followed: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the mean loss in the parameters of `model`, over all ranks if `averaged`, times `followed`.
 
-        With noise it is the mean over all noisy copies.
+        The loss compares with `targets`, by default the labels; with noise it is the mean over all noisy copies.
 
         Returns:
             The mean loss, the part of right answers, and how many losses lie below c_min; of this rank's images.
         """
-        x, y = batch.images, batch.labels
+        x, y, objective = batch.images, batch.labels, self.objective
+        targets = y if targets is None else targets
+        # the descent alone moves them
+        compute = objective.losses if update_statistics else objective.ascent_losses
         reducer = self._reducers.get(id(model)) if averaged else None
         loss, correct, below = (x.new_zeros(()) for _ in range(3))
         copies = range(self.copies)
@@ -265,7 +281,9 @@ class Passes:
                 contextlib.nullcontext() if last or reducer is None else reducer.no_sync(),
             ):
                 noisy = self.noisy(x_adv[rows], batch.ids[rows], number)
-                losses, logits = self.objective.losses(called, noisy, x[rows], y[rows])
+                objective.descending = update_statistics
+                losses, logits = compute(called, noisy, x[rows], targets[rows])
+                objective.descending = False
                 if c_min is not None:
                     counted = losses.detach() < c_min
                     below += counted.sum()
@@ -297,11 +315,23 @@ class Passes:
         moved.restore_()
 
     def descend(
-        self, x_adv: Tensor, batch: Batch, share: RankShare, followed: Tensor | None = None
+        self,
+        x_adv: Tensor,
+        batch: Batch,
+        share: RankShare,
+        followed: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Gradients of the training loss; returns it and the part of right answers. Moves the BN statistics."""
         loss, correct, _ = self.backward(
-            self.models.descent, x_adv, batch, share, averaged=True, update_statistics=True, followed=followed
+            self.models.descent,
+            x_adv,
+            batch,
+            share,
+            averaged=True,
+            update_statistics=True,
+            followed=followed,
+            targets=targets,
         )
         self.models.settle_()
         return loss, correct

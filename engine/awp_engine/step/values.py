@@ -22,6 +22,9 @@ class Phase:
         lr: learning rate; None leaves it as it is.
         noise: on the images that the weights are trained by, or None.
         layer_seed: of what layers draw from torch's global generator, such as dropout; None leaves that as it is.
+        done: part of the run's steps that come before this one.
+        epoch: that this step is of, from 1.
+        step: of the epoch, from 0.
     """
 
     attack: Attack
@@ -31,6 +34,9 @@ class Phase:
     lr: float | None = None
     noise: Noise | None = None
     layer_seed: int | None = None
+    done: float = 0.0
+    epoch: int = 1
+    step: int = 0
 
 
 class StepResult(NamedTuple):

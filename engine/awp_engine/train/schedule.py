@@ -75,4 +75,7 @@ class Schedule:
             lr=self.lr(epoch, step),
             noise=self.noise(epoch),
             layer_seed=self.layer_seed(epoch, step),
+            done=self.number(epoch, step) / (config.epochs * self.steps),
+            epoch=epoch,
+            step=step,
         )

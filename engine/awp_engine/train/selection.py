@@ -60,7 +60,7 @@ class Selection:
             # no average of them is taken, and only batch normalisation's can be computed anew
             averaged.copy_(live)
         # past the epoch's last step
-        self._setup.awp_step.passes.seed(self._setup.schedule(epoch, self._setup.schedule.steps))
+        self._setup.awp_step.passes.prepare(self._setup.schedule(epoch, self._setup.schedule.steps))
         recompute_statistics(average.model, self._forward_passes(average.model, epoch))
         ranks.mean_([buffer for buffer in average.model.buffers() if buffer.is_floating_point()])
         return average.model
@@ -75,7 +75,7 @@ class Selection:
             for batch in batches:
                 with region("average"):
                     for rows, _ in passes.share(len(batch.images), batch.whole_size).pieces:
-                        piece = batch.part(rows)
+                        piece = passes.aimed(attack, batch.part(rows))
                         x_adv = passes.attack_whole(attack, model, piece, seed=seed)
                         for number in range(passes.copies):
                             noisy = passes.noisy(x_adv, piece.ids, number)

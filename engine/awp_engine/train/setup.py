@@ -14,6 +14,8 @@ from awp_engine.attack import Attack, fast_attack
 from awp_engine.attack.checks import ball
 from awp_engine.checkpoint import Checkpoint, CheckpointError
 from awp_engine.config import AttackConfig, Config, ConfigError, choose_speed, config_hash
+from awp_engine.config.rules import require_average
+from awp_engine.config.schema import parse_arguments
 from awp_engine.data import (
     Augmentation,
     Batches,
@@ -40,7 +42,7 @@ from awp_engine.optim.optimizer import build_optimizer
 from awp_engine.step.awp_step import Ascent, AwpStep
 from awp_engine.step.cuda_graph import GraphedStep
 from awp_engine.step.free import FreeStep
-from awp_engine.step.objectives import build_objective
+from awp_engine.step.objectives import Objective, build_objective
 from awp_engine.step.precision import PARTS, Precision, WorkingModels, has_fast_bfloat16
 from awp_engine.step.values import Step
 from awp_engine.train.inputs import fingerprints, made_by, require_same, require_same_code, said
@@ -120,6 +122,7 @@ def build_step(
     precision: Precision | None = None,
     largest_batch: int | None = None,
     class_weights: Tensor | None = None,
+    objective: Objective | None = None,
 ) -> AwpStep:
     """The step for `model`, with an optimizer and working copies of its own.
 
@@ -130,6 +133,7 @@ def build_step(
         precision: as `choose_precision` says if not given.
         largest_batch: images of a full batch, over all ranks; None: that is the first.
         class_weights: of the loss, fp32 [classes] on the model's device, or None.
+        objective: what is climbed and minimised; None: that of `objective_of`.
 
     Raises:
         ConfigError: a precision that the device does not have, or as `require_ranks` and `choose_speed`.
@@ -162,7 +166,7 @@ def build_step(
         optimizer=build_optimizer(
             model, config.optimizer, working=models.updated, layers=layers_with_rates(config, model)
         ),
-        objective=build_objective(config.method, beta=config.beta, label_smoothing=config.label_smoothing),
+        objective=objective or objective_of(config, device),
         awp=perturbation,
         ascent=Ascent(kind=awp.ascent, steps=awp.ascent_steps, c_min=awp.c_min, sync=config.distributed.ascent_sync),
         clip_norm=config.optimizer.clip_norm,
@@ -173,6 +177,25 @@ def build_step(
         micro_batch_size=config.micro_batch_size,
         largest_batch=largest_batch,
     )
+
+
+def objective_of(config: Config, device: torch.device, num_classes: int | None = None) -> Objective:
+    """What the settings have a run climb and minimise.
+
+    Raises:
+        ConfigError: as `build_objective`; or there is no average of the kind that it needs.
+    """
+    objective = build_objective(
+        config.method,
+        beta=config.beta,
+        label_smoothing=config.label_smoothing,
+        arguments=parse_arguments(config.method_args),
+        num_classes=num_classes,
+        device=device,
+    )
+    if objective.uses_average:
+        require_average(config)
+    return objective
 
 
 def layers_with_rates(config: Config, model: nn.Module) -> dict[str, int] | None:
@@ -345,13 +368,14 @@ class Setup:
 
     def _build_model(self) -> None:
         before = None if self.found is None else described(self.found.state, self.found.path)
+        # before the run directory is made, as all that may be refused
+        self._objective = objective_of(self.config, self.device, len(self.data.class_names))
         built = build_network(self.config, self.data, self.device, self.precision, before)
         self.model: nn.Module = built.model
         self.description, self._memory_format = built.description, built.memory_format
         self.messages += built.messages
         if self.config.model.checkpoint_activations:
             checkpoint_activations_(built.model, self.data.train.shape, self.config.model.name)
-        # before the run directory is made
         choice(self.model, self.config.awp.layers)
         if (layers := layers_with_rates(self.config, self.model)) is not None:
             count, optimizer = max(layers.values()) + 1, self.config.optimizer
@@ -391,7 +415,13 @@ class Setup:
     def _build_step(self) -> None:
         config, attack = self.config, self.config.attack
         self.awp_step = build_step(
-            config, self.model, self.ranks, self.precision, self.batches.sizes[0], self._class_weights
+            config,
+            self.model,
+            self.ranks,
+            self.precision,
+            self.batches.sizes[0],
+            self._class_weights,
+            self._objective,
         )
         self.optimizer = self.awp_step.update.optimizer
         if self.awp_step.awp is not None:
@@ -420,6 +450,7 @@ class Setup:
             self.average = WeightAverage(self.model, config.average, config.epochs, twin=twin)
             self.average.follow(self.optimizer)
             self.awp_step.update.average = self.average
+            self._objective.average = self.average.model
         self.schedule = Schedule(
             config=config, steps=len(self.batches), attack=training_attack(attack), cheap=cheap_attack(attack)
         )

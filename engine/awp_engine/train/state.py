@@ -18,7 +18,7 @@ from awp_engine.train.progress import Progress
 from awp_engine.train.setup import Setup
 
 # groups that a checkpoint may lack; SGD without momentum has an empty one, which is there
-_OPTIONAL = ("average", "loss_scale")
+_OPTIONAL = ("average", "loss_scale", "method")
 Tensors = Mapping[str, Tensor]
 
 
@@ -74,6 +74,7 @@ class RunState:
         if average is not None:
             # nothing before it has begun
             averaged = [TensorState(lambda: average.state() if average.started else {}, lambda _: average.state())]
+        method = TensorState(setup.awp_step.passes.objective.state)
         # what each group of tensors in a checkpoint is made of
         self._groups: dict[str, list[Stateful]] = {
             "model": [model],
@@ -82,9 +83,11 @@ class RunState:
             "epoch": [sums, *([] if setup.free is None else [setup.free])],
             "average": averaged,
             "loss_scale": [] if loss_scale is None else [loss_scale],
+            "method": [method] if method.state() else [],
         }
         # what must be equal to the bit on all ranks
         self._replicated = [("", model), ("momentum of ", optimizer), *(("average of ", part) for part in averaged)]
+        self._replicated += [("method's ", method)]
         self.progress = Progress()
         self._directory = setup.run_dir / CHECKPOINTS
         self.writer = checkpoint.Writer(self._directory)
@@ -175,7 +178,8 @@ class RunState:
         self.progress = Progress.read(state)
         for group, parts in self._groups.items():
             # an average that has not begun has none; a loss scale that is new here begins anew
-            if group in tensors or group not in _OPTIONAL or (group == "average" and self.progress.averaged):
+            may_lack = {"average": not self.progress.averaged, "loss_scale": True}
+            if group in tensors or not may_lack.get(group, False):
                 for part in parts:
                     part.load(tensors[group])
         if self._average is not None:

@@ -1,9 +1,14 @@
 """What a method climbs when it attacks the images, and what it minimises over the weights; one file a family."""
 
 import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
 
 from awp_engine.config import ConfigError
 from awp_engine.config.model_names import is_code
+from awp_engine.config.schema import did_you_mean
 from awp_engine.models.user_code import load_factory, told_in_one_line
 from awp_engine.step.objectives.adversarial_training import AdversarialTraining
 from awp_engine.step.objectives.mart import Mart
@@ -12,45 +17,66 @@ from awp_engine.step.objectives.trades import Trades
 
 __all__ = ["AdversarialTraining", "Mart", "Objective", "Trades", "build_objective"]
 
+# robust self-training differs from TRADES in the images, not in the loss
+_METHODS: dict[str, Callable[..., Objective]] = {
+    "at": AdversarialTraining,
+    "trades": Trades,
+    "rst": Trades,
+    "mart": Mart,
+}
+# what is given beside arguments: settings with a flag of their own, and what only the run knows
+_GIVEN = ("beta", "label_smoothing", "num_classes", "device")
 
-def build_objective(method: str, *, beta: float = 6.0, label_smoothing: float = 0.0) -> Objective:
-    """The objective of a method.
+
+def build_objective(
+    method: str,
+    *,
+    beta: float = 6.0,
+    label_smoothing: float = 0.0,
+    arguments: Mapping[str, Any] | None = None,
+    num_classes: int | None = None,
+    device: torch.device | None = None,
+) -> Objective:
+    """The objective of a method, called with those of beta, label_smoothing, num_classes and device that it names.
 
     Args:
-        method: "at", "trades", "mart" or "rst" (TRADES; robust self-training differs in the images, not in the loss);
-            or file.py:Class, package.module:Class: what makes an `Objective`, whose code is run. It is called with
-            those of beta and label_smoothing that its signature names.
+        method: a name of `--method`; or file.py:Class, package.module:Class: what makes an `Objective`, whose code is
+            run.
         beta: weight of the divergence in TRADES, RST and MART (whose paper calls it lambda).
-        label_smoothing: part of a label spread over all classes, in [0, 1); not for MART.
+        label_smoothing: part of a label spread over all classes, in [0, 1).
+        arguments: further ones by name, of `--method-args`.
+        num_classes: of the images; None where the caller does not know.
+        device: where tensors that it keeps belong; None is the CPU.
 
     Raises:
-        ValueError: unknown method, or label smoothing with MART.
-        ConfigError: code that cannot be run, or makes no objective.
+        ConfigError: an unknown method or argument, a value that it refuses, label smoothing that it does not take, code
+            that cannot be run, or makes no objective.
     """
+    arguments = {} if arguments is None else arguments
+    given = {"beta": beta, "label_smoothing": label_smoothing, "device": device or torch.device("cpu")}
+    if num_classes is not None:
+        given["num_classes"] = num_classes
     if is_code(method):
-        return _own(method, {"beta": beta, "label_smoothing": label_smoothing})
-    if method == "at":
-        return AdversarialTraining(label_smoothing)
-    if method in ("trades", "rst"):
-        return Trades(beta, label_smoothing)
-    if method == "mart":
-        if label_smoothing:
-            raise ValueError(
-                f"label_smoothing: expected 0 for mart, whose loss needs one right class; got {label_smoothing}"
-            )
-        return Mart(beta)
-    raise ValueError(f"method: expected at, trades, mart or rst, got {method!r}")
-
-
-def _own(method: str, settings: dict[str, float]) -> Objective:
-    factory, _ = load_factory(method, "--method")
+        factory, _ = load_factory(method, "--method")
+    elif method in _METHODS:
+        factory = _METHODS[method]
+    else:
+        raise ConfigError(f"--method: expected {', '.join(_METHODS)} or file.py:Class, got {method!r}")
+    taken = inspect.signature(factory).parameters
+    named = [name for name, kind in taken.items() if kind.kind not in (kind.VAR_KEYWORD, kind.VAR_POSITIONAL)]
+    own = [name for name in named if name not in _GIVEN]
+    for name in arguments:
+        if name in _GIVEN:
+            raise ConfigError(f"--method-args: expected no {name}, which is given by itself or has a flag of its own")
+        if name not in named and len(named) == len(taken):
+            known = f"expected some of {', '.join(own)}" if own else "it takes none"
+            raise ConfigError(f"--method-args: {method} takes no {name}; {did_you_mean(name, own, known)}")
+    if label_smoothing and "label_smoothing" not in named:
+        raise ConfigError(f"--label-smoothing: expected 0 with {method}, which takes no label_smoothing")
     with told_in_one_line(method, "its call", "--method"):
-        taken = inspect.signature(factory).parameters.keys() & settings.keys()
-        made = factory(**{name: settings[name] for name in taken})
+        made = factory(**{name: value for name, value in given.items() if name in named}, **arguments)
     if not isinstance(made, Objective):
         raise ConfigError(
             f"--method: {method} gives {type(made).__name__}; expected an awp_engine.step.objectives.Objective"
         )
-    if settings["label_smoothing"] and "label_smoothing" not in taken:
-        raise ConfigError(f"--label-smoothing: expected 0 with {method}, which takes no label_smoothing")
     return made

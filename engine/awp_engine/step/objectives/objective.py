@@ -1,6 +1,8 @@
 """The interface that all methods share."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -8,13 +10,54 @@ from torch import Tensor, nn
 
 from awp_engine.attack import Loss, summed_cross_entropy
 from awp_engine.attack.losses import log_probabilities
+from awp_engine.distributed.ranks import Ranks
 
 
 class Objective(ABC):
     """A method: what the attack climbs, and what weights are trained by.
 
-    The ascent of the weight perturbation climbs `losses` as well, as in the AWP paper.
+    Whatever else than `losses` is left out makes a method that keeps nothing and does not change in time. In a step
+    these are called, in this order: `begin_step`, `targets`, `attack_loss`, `ascent_losses`, `losses`, `after_step`.
+
+    Attributes:
+        uses_average: whether it needs `average`.
+        average: the run's average of the weights, in eval mode and without gradients, as the step before left it.
+        descending: whether `losses` is called for the descent, and not for the ascent or to compute statistics anew.
+        stage: what decides which operations a step consists of, where that changes in time; a CUDA graph is captured
+            for each. Set by `begin_step`.
     """
+
+    uses_average: ClassVar[bool] = False
+    average: nn.Module | None = None
+    descending: bool = False
+    stage: Hashable = None
+
+    def begin_step(self, done: float, epoch: int, step: int) -> None:  # noqa: B027
+        """What the host says of the step to come.
+
+        A captured step reads tensors again and numbers never: what changes in time is written into tensors, in place.
+
+        Args:
+            done: part of the run's steps that come before it, in [0, 1].
+            epoch: counted from 1.
+            step: of the epoch, from 0.
+        """
+
+    def targets(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """What attack and losses get as labels in this step; here the labels themselves.
+
+        Called once a step for each image, without gradients and in the attack's mode of batch normalisation. Accuracy
+        and class weights go by the labels still.
+
+        Args:
+            model: the classifier.
+            x: [N, C, H, W], clean images.
+            y: int64 [N], or fp32 [N, classes] of a mixture.
+
+        Returns:
+            int64 [N], or probabilities [N, classes], at least fp32.
+        """
+        return y
 
     def attack_loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Loss:
         """The loss that the attack on a batch climbs; here cross-entropy.
@@ -25,7 +68,7 @@ class Objective(ABC):
         Args:
             model: the classifier.
             x: [N, C, H, W], clean images.
-            y: int64 [N], or fp32 [N, classes] of a mixture.
+            y: as `targets` gave them.
         """
         return summed_cross_entropy
 
@@ -37,11 +80,29 @@ class Objective(ABC):
             model: the classifier, in train mode.
             x_adv: [N, C, H, W], attacked images.
             x: [N, C, H, W], clean images.
-            y: int64 [N], or fp32 [N, classes] of a mixture.
+            y: as `targets` gave them.
 
         Returns:
             Losses [N], at least fp32, and the logits of x_adv, [N, classes].
         """
+
+    def ascent_losses(self, model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """What the weight perturbation climbs; here `losses`, as in the AWP paper. Arguments and result are as there.
+
+        A shared ascent (`--awp.ascent shared`) climbs `attack_loss` instead.
+        """
+        return self.losses(model, x_adv, x, y)
+
+    def after_step(self, ranks: Ranks) -> None:  # noqa: B027
+        """Take in what the step has gathered, summed over the ranks (`ranks.sum_`); on all of them alike."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that are kept between steps, by name; equal on all ranks between two steps.
+
+        The same tensors every time: they are part of checkpoints, written back in place, and put back where a step is
+        left out or fails.
+        """
+        return {}
 
 
 def at_least_fp32(logits: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from samples import images
 from torch import Tensor, nn
 
 from awp_engine.attack import Attack, starting_point
-from awp_engine.config import OptimizerConfig
+from awp_engine.config import ConfigError, OptimizerConfig
 from awp_engine.data import Batch
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.models import build_model
@@ -157,7 +157,7 @@ def test_weights_are_the_classes_mean_answers_of_the_epoch_before():
     [("alpha", -1.0), ("temperature", 0), ("temperature", "warm"), ("attack_beta", float("inf")), ("alpha", True)],
 )
 def test_values_that_mean_nothing_are_refused(kind, name, value):
-    with pytest.raises(ValueError, match=rf"{name}: expected a number >=? 0, got"):
+    with pytest.raises(ConfigError, match=rf"--method-args: {name}: expected a number >=? 0, got"):
         objective(kind, 3, **{name: value})
 
 
@@ -241,12 +241,12 @@ def test_a_step_that_is_left_out_leaves_the_sums_alone():
 
 def test_what_moves_statistics_is_the_descent_alone():
     """The clean pass of the attack, its steps and the ascent leave them; two passes of the descent move them."""
-    model, made = network(), objective("gkl", 10)
+    model, made, calls = network(), objective("gkl", 10), []
+    # before the copies that parts of the step run on are made
+    model.register_forward_hook(lambda module, inputs, output: calls.append(1))
     awp = AdversarialWeightPerturbation(model, 0.01)
     step = AwpStep(models=WorkingModels(model), optimizer=build_optimizer(model, SGD), objective=made, awp=awp)
     before = model.bn.num_batches_tracked.clone()
-    calls = []
-    model.register_forward_hook(lambda module, inputs, output: calls.append(1))
     step(digits(1), Phase(attack=ATTACK, epoch=1, step=0))
     assert len(calls) == 3 + 1 + 2 + 2
     assert model.bn.num_batches_tracked == before + 2

@@ -44,8 +44,10 @@ class TensorStep:
         perturb: bool = True,
         fast: bool = False,
         of: int | None = None,
+        **fields: Any,
     ) -> StepResult:
-        return self.taken(Batch(x, y, sample_ids, len(x) if of is None else of), self.phase(seed, perturb, fast))
+        phase = dataclasses.replace(self.phase(seed, perturb, fast), **fields)
+        return self.taken(Batch(x, y, sample_ids, len(x) if of is None else of), phase)
 
     def free(self, x: Tensor, y: Tensor, delta: Tensor, of: int | None = None) -> StepResult:
         """One update of free training."""
@@ -78,5 +80,6 @@ def make_step(
 def build_step(
     config: Config, model: nn.Module, ranks: Ranks | None = None, class_weights: Tensor | None = None
 ) -> TensorStep:
-    """The step that a configuration describes."""
-    return TensorStep(setup.build_step(config, model, ranks, class_weights=class_weights), config.attack)
+    """The step that a configuration describes, for ten classes."""
+    given = {"class_weights": class_weights, "objective": setup.objective_of(config, torch.device("cpu"), 10)}
+    return TensorStep(setup.build_step(config, model, ranks, **given), config.attack)

@@ -123,8 +123,8 @@ def _require_reach(config: Config, key: str, step_size: str, steps: int) -> None
 
 
 def _require_step(config: Config) -> None:
-    for key in ("label_smoothing", "data.cutmix", "data.mixup") if config.method == "mart" else ():
-        config.require_value(key, 0, "with --method mart, whose loss needs one right class")
+    for key in ("label_smoothing", "data.cutmix", "data.mixup") if config.method in ("mart", "ikl", "gkl") else ():
+        config.require_value(key, 0, f"with --method {config.method}, whose loss needs one right class")
     if config.data.class_weights != "none":
         for key in ("data.cutmix", "data.mixup"):
             config.require_value(key, 0, "with --data.class-weights: an image of two classes has no one weight")
@@ -138,7 +138,7 @@ def _require_step(config: Config) -> None:
         like = "at, or a class of your own, with --attack.kind none or --attack.noise"
         config.require(config.method == "at" or is_code(config.method), "method", like)
     if config.attack.kind == "apgd":
-        if config.method in ("trades", "rst"):
+        if config.method in ("trades", "rst", "ikl", "gkl"):
             config.require_value("attack.kind", "pgd", f"with --method {config.method}: apgd climbs cross-entropy")
         if config.awp.enabled:
             config.require_value("awp.ascent", "exact", "with --attack.kind apgd, whose last pass has no gradient")

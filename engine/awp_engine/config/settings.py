@@ -36,7 +36,7 @@ from awp_engine.config.schema import (
 )
 
 _PRESET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
-_METHODS = ("at", "trades", "mart", "rst")
+_METHODS = ("at", "trades", "mart", "rst", "ikl", "gkl")
 _Pixels = Annotated[int, Range("a whole number of pixels, 0 to 1024", ge=0, le=1024)]
 
 
@@ -411,10 +411,11 @@ class Config(Checked):
     preset: str = "digits"
     """Preset that the other settings start from; giving it as the first argument says the same."""
     method: str = "at"
-    """Loss: at, cross-entropy on the attacked images; trades; mart; rst, TRADES with pseudo-labelled images; or an
-    Objective of your own: file.py:Class or package.module:Class."""
+    """Loss: at, cross-entropy on the attacked images; trades; mart; rst, TRADES with pseudo-labelled images; ikl, gkl,
+    with weights by class for its divergence; or an Objective of your own: file.py:Class or package.module:Class."""
     beta: Annotated[float, Range("a finite number >= 0", ge=0)] = 6.0
-    """Weight of the divergence between attacked and clean images: beta of TRADES and RST, lambda of MART."""
+    """Weight of the divergence between attacked and clean images: beta of TRADES and RST, of the squared error in IKL
+    and GKL, lambda of MART."""
     label_smoothing: Fading = 0.0
     """Part of a label that is spread over all classes, in AT's loss and in TRADES' clean one."""
     method_args: tuple[str, ...] = ()

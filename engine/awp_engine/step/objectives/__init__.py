@@ -11,11 +11,12 @@ from awp_engine.config.model_names import is_code
 from awp_engine.config.schema import did_you_mean
 from awp_engine.models.user_code import load_factory, told_in_one_line
 from awp_engine.step.objectives.adversarial_training import AdversarialTraining
+from awp_engine.step.objectives.decoupled_kl import GeneralizedKL, ImprovedKL
 from awp_engine.step.objectives.mart import Mart
 from awp_engine.step.objectives.objective import Objective
 from awp_engine.step.objectives.trades import Trades
 
-__all__ = ["AdversarialTraining", "Mart", "Objective", "Trades", "build_objective"]
+__all__ = ["AdversarialTraining", "GeneralizedKL", "ImprovedKL", "Mart", "Objective", "Trades", "build_objective"]
 
 # robust self-training differs from TRADES in the images, not in the loss
 _METHODS: dict[str, Callable[..., Objective]] = {
@@ -23,6 +24,8 @@ _METHODS: dict[str, Callable[..., Objective]] = {
     "trades": Trades,
     "rst": Trades,
     "mart": Mart,
+    "ikl": ImprovedKL,
+    "gkl": GeneralizedKL,
 }
 # what is given beside arguments: settings with a flag of their own, and what only the run knows
 _GIVEN = ("beta", "label_smoothing", "num_classes", "device")

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from awp_engine.attack import DivergenceFrom, Loss
 from awp_engine.attack.losses import log_probabilities
+from awp_engine.config import ConfigError
+from awp_engine.config.schema import show
 from awp_engine.distributed.batch import Batch
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.step.objectives.objective import Objective, at_least_fp32
@@ -55,10 +57,8 @@ class ImprovedKL(Objective):
         sums: fp64 [classes, classes + 1], of the epoch so far, over all ranks; the last column counts images.
 
     Raises:
-        ValueError: a weight that is no number >= 0, or a temperature that is none > 0.
+        ConfigError: a weight that is no number >= 0, or a temperature that is none > 0.
     """
-
-    descending = False
 
     def __init__(
         self,
@@ -149,7 +149,7 @@ class GeneralizedKL(ImprovedKL):
         gamma: the power; at 1 it is IKL, but for rounding.
 
     Raises:
-        ValueError: as `ImprovedKL`, and a power that is no number >= 0.
+        ConfigError: as `ImprovedKL`, and a power that is no number >= 0.
     """
 
     def __init__(
@@ -186,4 +186,5 @@ class GeneralizedKL(ImprovedKL):
 def _require_number(name: str, value: object, *, positive: bool = False) -> None:
     fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
     if not fits or (positive and value == 0):
-        raise ValueError(f"{name}: expected a number {'>' if positive else '>='} 0, got {value!r}")
+        sign = ">" if positive else ">="
+        raise ConfigError(f"--method-args: {name}: expected a number {sign} 0, got {show(value)}")

@@ -10,7 +10,7 @@ from samples import images
 from torch import Tensor, nn
 
 from awp_engine.attack import Attack, starting_point
-from awp_engine.config import ConfigError, OptimizerConfig
+from awp_engine.config import AttackConfig, Config, ConfigError, DataConfig, OptimizerConfig
 from awp_engine.data import Batch
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.models import build_model
@@ -250,3 +250,20 @@ def test_what_moves_statistics_is_the_descent_alone():
     step(digits(1), Phase(attack=ATTACK, epoch=1, step=0))
     assert len(calls) == 3 + 1 + 2 + 2
     assert model.bn.num_batches_tracked == before + 2
+
+
+@pytest.mark.parametrize("method", ["ikl", "gkl"])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"label_smoothing": 0.1}, "--label-smoothing: expected 0"),
+        ({"data": DataConfig(cutmix=0.5)}, r"--data\.cutmix: expected 0"),
+        ({"data": DataConfig(mixup=0.5)}, r"--data\.mixup: expected 0"),
+        ({"attack": AttackConfig(kind="apgd")}, r"--attack\.kind: expected pgd"),
+        ({"attack": AttackConfig(fast="n-fgsm")}, r"--attack\.fast: expected none"),
+        ({"attack": AttackConfig(kind="none")}, "--method: expected at"),
+    ],
+)
+def test_settings_that_do_not_go_with_them_are_refused(method, wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        Config(method=method, **wrong)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from hypothesis import given, settings
+import torch
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from awp_engine.cli.command_line import parse_train
@@ -37,7 +38,7 @@ from awp_engine.config import (
     to_json,
 )
 from awp_engine.config.presets import PRESETS, build_preset
-from awp_engine.optim.learning_rate import learning_rate
+from awp_engine.optim.learning_rate import cycled_momentum, learning_rate
 
 
 def run_python(code: str, *args: str) -> subprocess.CompletedProcess[str]:
@@ -112,6 +113,10 @@ def test_piecewise_changes_at_epoch_boundaries_only() -> None:
     # 0.75 of 30 epochs is 22.5: the rate changes with the next epoch.
     assert [learning_rate(optimizer, 30, p) for p in (22.5, 22.99, 23.0)] == pytest.approx([0.1, 0.1, 0.01])
     assert learning_rate(OptimizerConfig(milestones=(0.7,)), 30, 21) == pytest.approx(0.01)
+    dropping = OptimizerConfig(drop=1 / 1.5)
+    assert [learning_rate(dropping, 200, epoch) for epoch in (99, 100, 150)] == pytest.approx(
+        [0.1, 0.1 / 1.5, 0.1 / 2.25]
+    )
 
 
 def test_other_schedules() -> None:
@@ -130,6 +135,42 @@ def test_other_schedules() -> None:
     assert learning_rate(OptimizerConfig(schedule="cosine", warmup=10.0), 10, 10) == 0.1
     stepped = OptimizerConfig(warmup=6.0)
     assert [learning_rate(stepped, 10, p) for p in (3, 5, 6)] == pytest.approx([0.05, 0.1 * 0.1 * 5 / 6, 0.01])
+
+
+@given(
+    epochs=st.integers(1, 12), steps=st.integers(1, 5), part=st.floats(0, 1), lr=st.floats(1e-3, 1), whole=st.booleans()
+)
+def test_one_cycle_by_cosines_is_that_of_torch(epochs: int, steps: int, part: float, lr: float, whole: bool) -> None:
+    """Rate and momentum of every step, against OneCycleLR stepped once a step, or once an epoch."""
+    changes = epochs if whole else epochs * steps
+    # torch divides by 0 where the rise has one step
+    assume(changes > 1 and abs(part * changes - 1) > 1e-6)
+    weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    theirs = torch.optim.SGD([weight], lr=1.0, momentum=0.9, nesterov=True)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(theirs, max_lr=lr, total_steps=changes, pct_start=part)
+    warmup = part * epochs
+    ours = OptimizerConfig(schedule="one-cycle-cosine", lr=lr, warmup=warmup, per_epoch=whole, cycle_momentum=True)
+    for number in range(epochs * steps):
+        place = number // steps + number % steps / steps
+        (group,) = theirs.param_groups
+        found = learning_rate(ours, epochs, place, steps=steps)
+        assert found == pytest.approx(group["lr"], rel=1e-9, abs=1e-9 * lr)
+        assert cycled_momentum(ours, epochs, place, steps=steps) == pytest.approx(group["momentum"], rel=1e-9)
+        if number + 1 < epochs * steps and (not whole or (number + 1) % steps == 0):
+            weight.grad = torch.zeros_like(weight)
+            theirs.step()
+            cycle.step()
+
+
+def test_rates_may_change_by_epochs() -> None:
+    whole = OptimizerConfig(schedule="cosine", per_epoch=True)
+    assert [learning_rate(whole, 10, p) for p in (5, 5.9, 6)] == pytest.approx([0.05, 0.05, 0.1 * 0.3454915])
+    assert cycled_momentum(whole, 10, 5, steps=3) is None
+    # Wang 2023: 400 epochs, the top at index 9
+    cycle = OptimizerConfig(schedule="one-cycle-cosine", lr=0.2, warmup=10, per_epoch=True, cycle_momentum=True)
+    rates = [learning_rate(cycle, 400, p, steps=98) for p in (0, 9, 9.99, 399, 399.9)]
+    assert rates == pytest.approx([0.008, 0.2, 0.2, 8e-7, 8e-7])
+    assert cycled_momentum(cycle, 400, 9.5, steps=98) == pytest.approx(0.85)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +269,9 @@ BAD = {
     "--awp.ascent-steps": lambda: AwpConfig(ascent_steps=0),
     "--awp.c-min": lambda: AwpConfig(c_min=0.0),
     "--optimizer.warmup": lambda: OptimizerConfig(schedule="one-cycle", warmup=1.0),
+    "--optimizer.per-epoch": lambda: OptimizerConfig(schedule="cosine", warmup=1.0, per_epoch=True),
+    "--optimizer.cycle-momentum": lambda: OptimizerConfig(schedule="cosine", cycle_momentum=True),
+    "--optimizer.drop": lambda: OptimizerConfig(drop=0.0),
     "--optimizer.clip-norm": lambda: OptimizerConfig(clip_norm=0.0),
     "--average.decay": lambda: AverageConfig(decay=1.0),
     "--average.start": lambda: AverageConfig(start=-0.1),
@@ -448,6 +492,8 @@ ADAMW, COUNTED = OptimizerConfig(kind="adamw"), AwpConfig(c_min=1.7)
 FREE, FREE_AT_FIRST = (
     {"attack": AttackConfig(fast="free", fast_epochs=epochs), "awp": AwpConfig(gamma=0.0)} for epochs in (None, 2)
 )
+CYCLED = OptimizerConfig(schedule="one-cycle-cosine", cycle_momentum=True)
+BY_EPOCH = dataclasses.replace(CYCLED, per_epoch=True)
 UNMEASURED = "torch.compile off (auto: not measured yet)"
 
 
@@ -460,6 +506,15 @@ UNMEASURED = "torch.compile off (auto: not measured yet)"
         ({}, False, 2, False, False, None),
         ({"optimizer": ADAMW}, True, 1, False, False, f"CUDA graphs off (auto: --optimizer.kind adamw), {UNMEASURED}"),
         ({"awp": COUNTED}, True, 1, False, False, f"CUDA graphs off (auto: --awp.c-min), {UNMEASURED}"),
+        (
+            {"optimizer": CYCLED},
+            True,
+            1,
+            False,
+            False,
+            f"CUDA graphs off (auto: --optimizer.cycle-momentum at every step), {UNMEASURED}",
+        ),
+        ({"optimizer": BY_EPOCH}, True, 1, True, False, f"CUDA graphs on (auto: one rank), {UNMEASURED}"),
         (FREE, True, 1, False, False, f"CUDA graphs off (auto: --attack.fast free), {UNMEASURED}"),
         (FREE_AT_FIRST, True, 1, True, False, f"CUDA graphs on (auto: one rank), {UNMEASURED}"),
         ({"cuda_graphs": True}, True, 1, True, False, f"CUDA graphs on (as told), {UNMEASURED}"),

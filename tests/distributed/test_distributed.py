@@ -26,6 +26,7 @@ from awp_engine.data.loaders import choose
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.sharding import gather
 from awp_engine.models import build_model
+from awp_engine.models.batch_norm import set_momentum
 from awp_engine.optim.average import WeightAverage
 from awp_engine.optim.optimizer import set_learning_rate
 from awp_engine.train.setup import Setup
@@ -55,6 +56,13 @@ CASES: dict[str, Config] = {
     "clipped, nesterov": dataclasses.replace(BASE, optimizer=OptimizerConfig(lr=0.05, nesterov=True, clip_norm=0.1)),
     "cutmix": dataclasses.replace(BASE, data=DataConfig(cutmix=0.8, pad=1, flip=True)),
     "extra": dataclasses.replace(BASE, data=DataConfig(extra_fraction=0.4, pad=1)),
+    "filled epochs, statistics of the first step": dataclasses.replace(
+        BASE,
+        method="rst",
+        data=DataConfig(extra_fraction=0.4, extra_replacement=True, epoch_images=36, extra_alone=1, pad=1),
+        model=ModelConfig(bn_momentum=0.01),
+        optimizer=OptimizerConfig(lr=0.05, nesterov=True, decay_norms=False),
+    ),
     "shared ascent": dataclasses.replace(BASE, awp=AwpConfig(gamma=0.01, ascent="shared")),
     "rwp": dataclasses.replace(BASE, awp=AwpConfig(gamma=0.01, ascent_steps=3, c_min=2.4, scope="global")),
     "sam": dataclasses.replace(BASE, awp=AwpConfig(gamma=0.05, scope="global", scale="absolute")),
@@ -102,6 +110,10 @@ def trained(config: Config, ranks: Ranks, *, dtype: torch.dtype = torch.float64,
         average.follow(step.optimizer)
     split, extra = samples(26), samples(40, 1000) if config.data.extra_fraction != 0.5 else None
     sizes = batch_sizes(26, config.global_batch_size, None if extra is None else config.data.extra_fraction)
+    if config.data.epoch_images is not None:
+        sizes = [config.global_batch_size] * (config.data.epoch_images // config.global_batch_size)
+    if config.model.bn_momentum is not None:
+        set_momentum(model, config.model.bn_momentum)
     augmentation = Augmentation(pad=config.data.pad, flip=config.data.flip, cutmix=config.data.cutmix, num_classes=10)
     losses = []
     for epoch in range(1, epochs + 1):
@@ -113,6 +125,9 @@ def trained(config: Config, ranks: Ranks, *, dtype: torch.dtype = torch.float64,
             epoch=epoch,
             extra=extra,
             extra_fraction=config.data.extra_fraction,
+            extra_replacement=config.data.extra_replacement,
+            extra_alone=config.data.extra_alone,
+            epoch_images=config.data.epoch_images,
             rank=ranks.rank,
             ranks=ranks.world,
         )
@@ -126,7 +141,9 @@ def trained(config: Config, ranks: Ranks, *, dtype: torch.dtype = torch.float64,
             if config.attack.fast == "free":
                 result = step.free(x, labels, torch.zeros_like(x), of=size)
             else:
-                result = step(x, labels, sample_ids=batch.ids, seed=epoch, of=size, epoch=epoch, step=number)
+                whole = config.model.bn_momentum is not None and not losses
+                fields = {"epoch": epoch, "step": number, "whole_statistics": whole}
+                result = step(x, labels, sample_ids=batch.ids, seed=epoch, of=size, **fields)
             numbers = torch.stack([result.loss, result.correct, result.zero_gradients]).double()
             ranks.sum_([numbers])
             losses.append(numbers)

@@ -5,13 +5,16 @@ import copy
 import pytest
 import torch
 from samples import images
+from steps import make_step
 from torch import nn
 
-from awp_engine.config import AverageConfig
+from awp_engine.config import AttackConfig, AverageConfig, OptimizerConfig
 from awp_engine.models import build_model
 from awp_engine.models.batch_norm import recompute_statistics
 from awp_engine.observe import warnings as monitor
 from awp_engine.optim.average import WeightAverage
+from awp_engine.optim.optimizer import build_optimizer
+from awp_engine.step.objectives import build_objective
 from awp_kernels import SGD
 
 
@@ -55,20 +58,81 @@ def test_swa_is_the_plain_mean_of_the_epochs_after_its_start():
         torch.testing.assert_close(averaged.detach(), torch.stack(epochs).mean(0), rtol=1e-12, atol=1e-12)
 
 
-def test_ema_follows_its_recursion():
+@pytest.mark.parametrize(("ramp", "warmup"), [(True, 0.0), (False, 0.0), (True, 0.7), (False, 2.3)])
+def test_ema_follows_its_recursion(ramp, warmup):
+    """By steps, 10 an epoch: copies in the warm-up, then a decay that rises, or one decay from the first weights on."""
     model = small_model()
-    average = WeightAverage(model, AverageConfig(kind="ema", decay=0.9), epochs=1)
-    expected = None
+    config = AverageConfig(kind="ema", decay=0.9, ramp=ramp, warmup=warmup)
+    average = WeightAverage(model, config, epochs=3, steps=10)
+    copied = {0.0: 0, 0.7: 7, 2.3: 23}[warmup]
+    expected = [p.detach().clone() for p in model.parameters()]
     for step in range(30):
         weights = walk(model, step)
         step_where_it_stands(model, average)
-        decay = min(0.9, (1 + step) / (10 + step))
-        if expected is None:
-            expected = weights
-        else:
-            expected = [decay * old + (1 - decay) * new for old, new in zip(expected, weights, strict=True)]
-    for averaged, reference in zip(average.model.parameters(), expected, strict=True):
-        torch.testing.assert_close(averaged.detach(), reference, rtol=1e-12, atol=1e-12)
+        n = step - copied
+        decay = min(0.9, (1 + n) / (10 + n)) if ramp else 0.9
+        if n < 0 or (ramp and step == 0):
+            decay = 0.0
+        expected = [decay * old + (1 - decay) * new for old, new in zip(expected, weights, strict=True)]
+        for averaged, reference in zip(average.model.parameters(), expected, strict=True):
+            torch.testing.assert_close(averaged.detach(), reference, rtol=1e-12, atol=1e-12)
+
+
+class Drifting(nn.Module):
+    """Batch normalisation, and a buffer of its own that every pass in train mode moves."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.fc = nn.BatchNorm2d(1), nn.Linear(16, 3)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.seen += 1
+        return self.fc(self.norm(x).flatten(1))
+
+
+@pytest.mark.parametrize("statistics", ["averaged", "live"])
+@pytest.mark.parametrize("free", [False, True])
+def test_statistics_follow_in_every_step_that_is_not_left_out(statistics, free):
+    torch.manual_seed(0)
+    model = Drifting().double().train()
+    average = WeightAverage(
+        model, AverageConfig(kind="ema", decay=0.8, ramp=False, warmup=0.2, statistics=statistics), 1, steps=5
+    )
+    optimizer = build_optimizer(model, OptimizerConfig(lr=0.1))
+    average.follow(optimizer)
+    settings = AttackConfig(epsilon="8/255", step_size="2/255", steps=1, bn_mode="eval")
+    step = make_step(model, optimizer=optimizer, objective=build_objective("at"), attack=settings, average=average)
+    expected = {name: buffer.detach().clone() for name, buffer in model.state_dict().items()}
+    x, y = 0.9 * images((6, 1, 4, 4), torch.float64), torch.tensor([0, 1, 2, 0, 1, 2])
+    for number in range(5):
+        if number == 3:
+            # finite images and statistics, and a gradient that is not
+            kept = model.fc.bias[0].item()
+            with torch.no_grad():
+                model.fc.bias[0] = torch.inf
+        if free:
+            # `FreeStep` calls it before each replay
+            average.before_step()
+        result = (
+            step.free(x + 0.01 * number, y, torch.zeros_like(x))
+            if free
+            else step(x + 0.01 * number, y, sample_ids=torch.arange(6), seed=number)
+        )
+        assert bool(result.skipped.all()) == (number == 3)
+        if number == 3:
+            with torch.no_grad():
+                model.fc.bias[0] = kept
+            continue
+        for name, now in model.state_dict().items():
+            weight = statistics == "averaged" and now.is_floating_point() and name != "seen"
+            share = 0.2 if number and (weight or "fc" in name or name in ("norm.weight", "norm.bias")) else 1.0
+            expected[name] = (expected[name] + share * (now - expected[name])).to(now.dtype)
+    for name, averaged in average.model.state_dict().items():
+        torch.testing.assert_close(averaged, expected[name], rtol=1e-12, atol=1e-12, msg=name)
+    assert average.model.state_dict().keys() == average.state().keys()
+    assert not torch.equal(average.model.norm.running_mean, torch.zeros(1, dtype=torch.float64))
 
 
 def test_the_average_shares_no_memory_with_the_model():

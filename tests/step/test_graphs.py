@@ -148,3 +148,20 @@ def test_a_captured_step_launches_nothing_of_its_own():
     kernels = [event.name for event in recorded.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     own = [name for name in kernels if any(word in name for word in ("perturb", "sgd", "norm_kernel", "total_norm"))]
     assert 0 < len(own) <= 8
+
+
+@pytest.mark.gpu
+def test_a_momentum_that_changes_reaches_captured_steps(monkeypatch):
+    """Weights after steps whose momentum changes twice; a graph that went on with an old one would differ."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    weights = []
+    for graphed in (False, True):
+        model, step, _ = build_step("cuda", Precision())
+        if graphed:
+            step.taken = GraphedStep(step.step)
+        for index in range(12):
+            x, y, ids = batch(index, 32, "cuda")
+            step(x, y, sample_ids=ids, seed=index, momentum=(0.95, 0.5, 0.85)[index // 4])
+        weights.append(list(model.parameters()))
+        assert not graphed or step.taken.captured == 1
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))

@@ -13,7 +13,7 @@ from steps import TensorStep, make_step
 from torch import nn
 
 from awp_engine.attack import NORMAL_START, fast_attack, starting_point, summed_margin
-from awp_engine.config import AttackConfig, AwpConfig, OptimizerConfig
+from awp_engine.config import AttackConfig, AwpConfig, ConfigError, OptimizerConfig
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.models import build_model
 from awp_engine.optim.optimizer import build_optimizer
@@ -433,6 +433,23 @@ def test_decay_can_leave_out_biases_and_normalisation():
     for p in model.parameters():
         assert decays[id(p)] == (5e-4 if p.ndim > 1 else 0.0)
     assert len(decays) == len(list(model.parameters()))
+
+
+def test_decay_can_leave_out_normalisation_alone():
+    """By the layers' types: biases of convolutions and classifiers decay, a layer norm of three dimensions does not."""
+    layers = [nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.LayerNorm((2, 6, 6)), nn.GroupNorm(1, 2)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(72, 3))
+    changes = {"decay_norms": False, "weight_decay": 0.1, "lr": 0.5}
+    decays = {}
+    for decay_all in (True, False):
+        optimizer = build_optimizer(model, OptimizerConfig(decay_all=decay_all, **changes))
+        named = {id(p): name for name, p in model.named_parameters()}
+        decays[decay_all] = {named[id(p)]: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    norms = {f"{layer}.{kind}": 0.0 for layer in (1, 2, 3) for kind in ("weight", "bias")}
+    assert decays[True] == {"0.weight": 0.1, "0.bias": 0.1, "5.weight": 0.1, "5.bias": 0.1} | norms
+    assert decays[False] == {"0.weight": 0.1, "0.bias": 0.0, "5.weight": 0.1, "5.bias": 0.0} | norms
+    with pytest.raises(ConfigError, match=r"^--optimizer\.decay-norms: expected true for a model without"):
+        build_optimizer(nn.Linear(2, 2), OptimizerConfig(decay_norms=False))
 
 
 @given(shape=st.tuples(st.integers(1, 6), st.integers(2, 7)), seed=st.integers(0, 10**6))

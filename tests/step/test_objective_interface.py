@@ -143,7 +143,7 @@ def test_what_is_kept_is_put_back_where_a_step_is_left_out_or_fails():
     step(batch(), phase)
     with torch.no_grad():
         # the images are sound, so that the attack takes them
-        model[3].bias[0] = torch.nan
+        model.get_parameter("3.bias")[0] = torch.nan
     assert step(batch(), phase).skipped
     assert objective.counts.tolist() == [3, 1, 1]
     objective.after_step = None  # fails after all else  # pyright: ignore[reportAttributeAccessIssue]

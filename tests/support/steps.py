@@ -44,9 +44,9 @@ class TensorStep:
         perturb: bool = True,
         fast: bool = False,
         of: int | None = None,
-        **fields: Any,
+        **changes: Any,
     ) -> StepResult:
-        phase = dataclasses.replace(self.phase(seed, perturb, fast), **fields)
+        phase = dataclasses.replace(self.phase(seed, perturb, fast), **changes)
         return self.taken(Batch(x, y, sample_ids, len(x) if of is None else of), phase)
 
     def free(self, x: Tensor, y: Tensor, delta: Tensor, of: int | None = None) -> StepResult:

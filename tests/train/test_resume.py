@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
@@ -23,6 +24,7 @@ from awp_engine.config import (
     DistributedConfig,
     EvaluationConfig,
     ModelConfig,
+    OptimizerConfig,
     load_config,
 )
 from awp_engine.distributed.ranks import Ranks
@@ -60,6 +62,17 @@ GKL_EPOCHS = dataclasses.replace(
     method_args=("gamma=0.4", "attack_beta=1"),
     attack=AttackConfig(steps=2, ramp="linear"),
     average=AverageConfig(kind="epochs", decay=0.9, statistics="averaged"),
+)
+
+WANG = dataclasses.replace(
+    AWP_EMA,
+    epochs=2,
+    method="rst",
+    data=DataConfig(pad=1, train_limit=100, extra_fraction=0.7, extra_replacement=True, epoch_images=50, extra_alone=1),
+    model=ModelConfig(width=2, bn_momentum=0.01),
+    optimizer=OptimizerConfig(
+        schedule="one-cycle-cosine", warmup=1.5, cycle_momentum=True, nesterov=True, decay_norms=False
+    ),
 )
 
 
@@ -110,6 +123,7 @@ CASES = [
     pytest.param(AWP_EMA, 1, 5, id="1 rank, 1 epoch"),
     pytest.param(FREE_SWA, 1, 5, id="1 rank, 2 epochs"),
     pytest.param(GKL_EPOCHS, 1, 5, id="1 rank, GKL, 2 epochs"),
+    pytest.param(WANG, 1, 5, id="1 rank, generated images"),
     pytest.param(AWP_EMA, 2, 10, id="2 ranks, 1 epoch"),
     pytest.param(GKL_EPOCHS, 2, 10, id="2 ranks, GKL, 2 epochs", marks=pytest.mark.long),
     pytest.param(FREE_SWA, 2, 10, id="2 ranks, 2 epochs", marks=pytest.mark.long),
@@ -142,6 +156,10 @@ CASES = [
 @pytest.mark.parametrize(("config", "world", "every"), CASES)
 def test_resume_at_a_step_ends_bit_equal(tmp_path, config, world, every) -> None:
     """Weights, momentum, average, sums, metrics and selection: no bit differs."""
+    if config.method == "rst":
+        images = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 1), dtype=np.uint8)
+        np.savez(tmp_path / "extra.npz", image=images, label=np.arange(30) % 10)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, extra=tmp_path / "extra.npz"))
     if world == 1:
         compared, wrong = resumed_everywhere(0, 1, tmp_path, config, every)
     else:

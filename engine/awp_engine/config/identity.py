@@ -65,9 +65,21 @@ ADDED: dict[str, Any] = {
     "attack.noise_samples": 1,
     "optimizer.layer_decay": 1.0,
     "optimizer.args": [],
+    "data.extra_replacement": False,
+    "data.extra_alone": 0,
+    "data.epoch_images": None,
+    "model.bn_momentum": None,
+    "optimizer.drop": 0.1,
+    "optimizer.decay_norms": True,
+    "optimizer.per_epoch": False,
+    "optimizer.cycle_momentum": False,
+    "evaluation.loss": "ce",
     "model.checkpoint_activations": False,
     "threads": None,
     "method_args": [],
+    "average.ramp": True,
+    "average.warmup": 0.0,
+    "average.statistics": "attacked",
 }
 
 
@@ -193,6 +205,8 @@ def why_not_longer(config: Config) -> str | None:
     schedule = config.optimizer.schedule
     if schedule not in ("constant", "piecewise"):
         return f"its learning rate falls over all epochs (--optimizer.schedule {schedule})"
+    if config.method in ("adr", "adr-trades"):
+        return f"its loss changes over all epochs (--method {config.method})"
     if config.average.kind == "swa":
         return "its average begins after a part of all epochs (--average.kind swa)"
     if config.attack.ramp != "none":

@@ -12,8 +12,15 @@ if TYPE_CHECKING:
     from awp_engine.config.settings import Config
 
 
-def own_images(batch_size: int, extra_fraction: float) -> int:
-    """How many images of a full batch are the data set's own, the others being extra ones."""
+def own_images(batch_size: int, extra_fraction: float, *, filled: bool = False) -> int:
+    """How many images of a full batch are the data set's own, the others being extra ones.
+
+    Rounded half up; where batches are filled up with extra images (`data.epoch_images`) these are rounded down, as
+    Wang 2023's public code does.
+    """
+    if filled:
+        # 1e-9: 0.29 of 100 is 29
+        return batch_size - math.floor(batch_size * extra_fraction + 1e-9)
     return math.floor(batch_size * (1 - extra_fraction) + 0.5)
 
 
@@ -64,6 +71,8 @@ def choose_speed(config: Config, *, cuda: bool, ranks: int) -> Speed:
         "no CUDA device": not cuda,
         "several ranks": ranks > 1,
         f"--optimizer.kind {config.optimizer.kind}": config.optimizer.kind != "sgd",
+        # a graph holds one momentum
+        "--optimizer.cycle-momentum at every step": config.optimizer.cycle_momentum and not config.optimizer.per_epoch,
         # the losses decide how many passes are made
         "--awp.c-min": config.awp.c_min is not None,
         # nor is it known what another's forward pass does
@@ -96,6 +105,9 @@ def choose_speed(config: Config, *, cuda: bool, ranks: int) -> Speed:
 def require_average(config: Config) -> None:
     """Refuse an average that no loss can use in every step: its method does."""
     config.require_value("average.kind", "ema", f"with --method {config.method}, whose loss uses the average")
+    fits = config.average.statistics in ("averaged", "live")
+    like = f"averaged or live with --method {config.method}, whose loss uses the average in every step"
+    config.require(fits, "average.statistics", like)
 
 
 def _always_fast(config: Config) -> bool:
@@ -123,22 +135,26 @@ def _require_reach(config: Config, key: str, step_size: str, steps: int) -> None
 
 
 def _require_step(config: Config) -> None:
-    for key in ("label_smoothing", "data.cutmix", "data.mixup") if config.method in ("mart", "ikl", "gkl") else ():
+    one_class = config.method in ("mart", "ikl", "gkl", "adr", "adr-trades")
+    for key in ("label_smoothing", "data.cutmix", "data.mixup") if one_class else ():
         config.require_value(key, 0, f"with --method {config.method}, whose loss needs one right class")
+    if config.method in ("adr", "adr-trades", "rebat"):
+        require_average(config)
     if config.data.class_weights != "none":
         for key in ("data.cutmix", "data.mixup"):
             config.require_value(key, 0, "with --data.class-weights: an image of two classes has no one weight")
         config.require_value(
             "awp.ascent", "exact", "with --data.class-weights, as the attack's last pass knows no weights"
         )
-    size = config.global_batch_size
-    both = config.data.extra is None or 0 < own_images(size, config.data.extra_fraction) < size
+    size, data = config.global_batch_size, config.data
+    own = own_images(size, data.extra_fraction, filled=data.epoch_images is not None)
+    both = data.extra is None or data.extra_fraction == 1 or 0 < own < size
     config.require(both, "data.extra_fraction", f"a part that gives a batch of {size} images of both kinds")
     if config.attack.kind == "none" or config.attack.noise:
         like = "at, or a class of your own, with --attack.kind none or --attack.noise"
         config.require(config.method == "at" or is_code(config.method), "method", like)
     if config.attack.kind == "apgd":
-        if config.method in ("trades", "rst", "ikl", "gkl"):
+        if config.method in ("trades", "rst", "ikl", "gkl", "adr-trades"):
             config.require_value("attack.kind", "pgd", f"with --method {config.method}: apgd climbs cross-entropy")
         if config.awp.enabled:
             config.require_value("awp.ascent", "exact", "with --attack.kind apgd, whose last pass has no gradient")

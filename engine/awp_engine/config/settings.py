@@ -30,13 +30,14 @@ from awp_engine.config.schema import (
     Share,
     Switch,
     did_you_mean,
+    flag,
     nearest,
     parse_amount,
     parse_arguments,
 )
 
 _PRESET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
-_METHODS = ("at", "trades", "mart", "rst", "ikl", "gkl")
+_METHODS = ("at", "trades", "mart", "rst", "ikl", "gkl", "adr", "adr-trades", "rebat")
 _Pixels = Annotated[int, Range("a whole number of pixels, 0 to 1024", ge=0, le=1024)]
 
 
@@ -92,8 +93,15 @@ class DataConfig(Checked, section="data."):
     """Weights of the classes in the loss: none, balanced (rare classes count more) or FILE.json, {"CLASS": WEIGHT}."""
     extra: Path | None = None
     """Further images, synthetic or pseudo-labelled: .npz with `image`, uint8 [N, H, W, C], and `label`, or shards."""
-    extra_fraction: Part = 0.5
+    extra_fraction: Share = 0.5
     """Part of every batch that is taken from the extra images."""
+    extra_replacement: bool = False
+    """Draw every extra image anew from all of them, not each once before any comes again."""
+    extra_alone: Annotated[int, Range("a whole number of epochs >= 0", ge=0)] = 0
+    """Epochs at the beginning that have extra images alone; with --data.epoch-images."""
+    epoch_images: OptionalCount = None
+    """Make an epoch of this many images, own and extra ones together, in full batches; a short end of the own images is
+    filled up with extra ones. None: an epoch is one pass over the own images."""
 
     def _check(self) -> None:
         known = self.name in DATA_SETS or is_own(self.name)
@@ -109,6 +117,9 @@ class DataConfig(Checked, section="data."):
         )
         self.require(not resized or self.pad == 0, "crop", "pad, unless --data.pad is 0")
         self.require(resized or self.crop_scale == 0.08, "crop_scale", "0.08, unless --data.crop is resized")
+        whole = self.epoch_images is not None
+        self.require(whole or self.extra_alone == 0, "extra_alone", "0 without --data.epoch-images")
+        self.require(whole or self.extra_fraction < 1, "extra_fraction", "less than 1 without --data.epoch-images")
         self.require(0 <= self.mixup <= 1 - self.cutmix, "mixup", "a probability, 0 to 1 less --data.cutmix")
 
 
@@ -134,6 +145,9 @@ class ModelConfig(Checked, section="model."):
     """Mean of every channel, on pixels in [0, 1]; nothing means as --model.normalize says."""
     std: tuple[float, ...] = ()
     """Deviation of every channel, likewise."""
+    bn_momentum: Annotated[float | None, Range("a number > 0, at most 1, or none", gt=0, le=1)] = None
+    """Part of a batch's statistics in the running ones of batch normalisation. Where it is given, the first step of the
+    run takes those of its batch whole. None: the model's own, 0.1 in built-in ones."""
     checkpoint_activations: bool = False
     """Keep the inputs of the model's blocks alone, and compute what is inside anew in backward passes: the same
     numbers with less memory, in up to half more time."""
@@ -291,16 +305,27 @@ class OptimizerConfig(Checked, section="optimizer."):
     of others have their own rules."""
     nesterov: bool = False
     """Nesterov's momentum."""
-    schedule: Literal["piecewise", "cosine", "linear", "one-cycle", "constant"] = "piecewise"
-    """How the learning rate changes: x0.1 at each milestone, down to 0 by half a cosine or a line, or up and down."""
+    schedule: Literal["piecewise", "cosine", "linear", "one-cycle", "one-cycle-cosine", "constant"] = "piecewise"
+    """How the learning rate changes: x0.1 at each milestone, down to 0 by half a cosine or a line, or up and down; by
+    cosines as torch's OneCycleLR does, from lr / 25 up to lr over --optimizer.warmup and down to lr / 250000."""
+    per_epoch: bool = False
+    """Change the rate, and a momentum in a cycle, as an epoch begins, not at every step."""
+    cycle_momentum: bool = False
+    """Have the momentum go from 0.95 down to 0.85 as the rate of one-cycle-cosine rises, and up again as that falls."""
     milestones: tuple[float, ...] = (0.5, 0.75)
-    """Where the piecewise schedule multiplies the rate by 0.1: fractions of the epochs (0.5), or epochs (100)."""
+    """Where the piecewise schedule multiplies the rate by --optimizer.drop: fractions of the epochs (0.5), or epochs
+    (100)."""
+    drop: Annotated[float, Range("a number > 0, at most 1", gt=0, le=1)] = 0.1
+    """What the piecewise schedule multiplies the rate by at every milestone."""
     warmup: Annotated[float, Range("a finite number of epochs >= 0", ge=0)] = 0.0
-    """Epochs in which the learning rate rises from 0 along a line; cosine and linear begin to fall after them."""
+    """Epochs in which the learning rate rises from 0 along a line, or by one-cycle-cosine; cosine and linear begin to
+    fall after them."""
     clip_norm: Annotated[float | None, Range("a finite number > 0, or none", gt=0)] = None
     """Largest norm of the whole gradient; a longer one is scaled down to it; none means no clipping."""
     decay_all: bool = True
     """Apply weight decay to biases and normalisation weights as well, as the papers do."""
+    decay_norms: bool = True
+    """Apply it to weights and biases of normalisation layers, too; biases of other layers are not concerned."""
     layer_decay: Annotated[float, Range("a number > 0, at most 1", gt=0, le=1)] = 1.0
     """Each layer learns at this times the rate of the layer after it, the last one at the full rate (BEiT); 1: all do.
     For fine-tuning: 0.65 to 0.9 are usual."""
@@ -325,6 +350,14 @@ class OptimizerConfig(Checked, section="optimizer."):
         self.require(rising and (fractions or epochs), "milestones", expected)
         own = self.warmup == 0 or self.schedule != "one-cycle"
         self.require(own, "warmup", "0 with --optimizer.schedule one-cycle, which has its own")
+        cycle = self.schedule == "one-cycle-cosine"
+        from_zero = self.schedule == "one-cycle" or (self.warmup > 0 and not cycle)
+        expected = "false where the rate begins at 0, which would be that of a whole epoch"
+        self.require(not (self.per_epoch and from_zero), "per_epoch", expected)
+        expected = "false without --optimizer.kind sgd and --optimizer.schedule one-cycle-cosine"
+        self.require(not self.cycle_momentum or (cycle and self.kind == "sgd"), "cycle_momentum", expected)
+        if self.cycle_momentum:
+            self.require_value("momentum", 0.9, "with --optimizer.cycle-momentum, which has its own")
 
     @property
     def by_name(self) -> bool:
@@ -349,11 +382,25 @@ class AverageConfig(Checked, section="average."):
     kind: Literal["none", "ema", "swa"] = "none"
     """Exponential moving average of every step's weights, or equal average of every epoch's."""
     decay: Fading = 0.995
-    """Share of the average that an EMA keeps in a step; smaller in the first steps."""
+    """Share of the average that an EMA keeps in a step."""
+    ramp: bool = True
+    """Keep less in the first steps: (1 + n) / (10 + n) in step n, from 0, where that is smaller."""
+    warmup: Annotated[float, Range("a finite number of epochs >= 0", ge=0)] = 0.0
+    """Epochs in which an EMA is a copy of the weights; it begins after them."""
     start: Fading = 0.5
     """Fraction of the epochs after which SWA begins to average."""
     bn_images: Count = 2048
-    """Training images, attacked, that the average's BN statistics are computed anew from."""
+    """Training images that the average's BN statistics are computed anew from."""
+    statistics: Literal["attacked", "clean", "averaged", "live"] = "attacked"
+    """The average's BN statistics: computed anew over attacked training images or clean ones, averaged like the weights
+    in every step, or those of the model in training."""
+
+    def _check(self) -> None:
+        if self.kind == "swa":
+            for name, value in (("ramp", True), ("warmup", 0)):
+                self.require_value(name, value, "with --average.kind swa, which has --average.start")
+            anew = self.statistics in ("attacked", "clean")
+            self.require(anew, "statistics", "attacked or clean with --average.kind swa")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -376,6 +423,9 @@ class EvaluationConfig(Checked, section="evaluation."):
     """Number of steps."""
     step_size: OptionalAmount = None
     """Length of one step, at most 2 epsilon, as an exact fraction or a decimal; none means epsilon / 4."""
+    loss: Literal["ce", "margin"] = "ce"
+    """What is climbed on the held-out images that choose the epoch: cross-entropy, or the largest wrong logit less the
+    right one (Carlini, Wagner 2017). What the report says of the test split is by cross-entropy."""
     batch_size: Count = 512
     """Images in a batch."""
     evaluate_every: Annotated[int, Range("a whole number of epochs >= 1", ge=1)] = 1
@@ -412,10 +462,11 @@ class Config(Checked):
     """Preset that the other settings start from; giving it as the first argument says the same."""
     method: str = "at"
     """Loss: at, cross-entropy on the attacked images; trades; mart; rst, TRADES with pseudo-labelled images; ikl, gkl,
-    with weights by class for its divergence; or an Objective of your own: file.py:Class or package.module:Class."""
+    with weights by class for its divergence; adr, adr-trades and rebat, which learn from the average of the weights too;
+    or an Objective of your own: file.py:Class or package.module:Class."""
     beta: Annotated[float, Range("a finite number >= 0", ge=0)] = 6.0
     """Weight of the divergence between attacked and clean images: beta of TRADES and RST, of the squared error in IKL
-    and GKL, lambda of MART."""
+    and GKL, lambda of MART; of that from the average in ReBAT, whose paper has 1."""
     label_smoothing: Fading = 0.0
     """Part of a label that is spread over all classes, in AT's loss and in TRADES' clean one."""
     method_args: tuple[str, ...] = ()
@@ -496,11 +547,18 @@ class Config(Checked):
                 "--data.extra: expected an .npz, or a directory of shards, of pseudo-labelled or generated images for "
                 "--method rst, got nothing; to train without such images use --method trades"
             )
-        if self.data.extra is None and self.data.extra_fraction != 0.5:
-            raise ConfigError(
-                f"--data.extra: expected an .npz, or a directory of shards, for --data.extra-fraction "
-                f"{self.data.extra_fraction:g}, got nothing"
-            )
+        for key, default in (
+            ("extra_fraction", 0.5),
+            ("extra_replacement", False),
+            ("extra_alone", 0),
+            ("epoch_images", None),
+        ):
+            if self.data.extra is None and (value := getattr(self.data, key)) != default:
+                shown = f"{value:g}" if isinstance(value, float) else str(value).lower()
+                raise ConfigError(
+                    f"--data.extra: expected an .npz, or a directory of shards, for {flag('data.' + key)} {shown}, "
+                    "got nothing"
+                )
 
     @property
     def standard(self) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from awp_engine.config import own_images
 from awp_engine.data.augment.augmentation import Augmentation, DrawnSamples
 from awp_engine.data.loaders.framing import Images, Request, Requests, every_row
-from awp_engine.data.order import epoch_order, extra_rows, random_order_key
+from awp_engine.data.order import drawn_rows, extra_rows, own_rows, random_order_key
 from awp_engine.data.split import AugmentArgs, Samples, Split, StreamedSplit
 from awp_engine.distributed.batch import Batch
 from awp_engine.distributed.share import rank_share
@@ -31,18 +31,22 @@ def train_batches(
     drop_last: bool = False,
     extra: Samples | None = None,
     extra_fraction: float = 0.5,
+    extra_replacement: bool = False,
+    extra_alone: int = 0,
+    epoch_images: int | None = None,
     first: int = 0,
     rank: int = 0,
     ranks: int = 1,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Generator[Batch, None, None]:
-    """One epoch of shuffled, augmented batches; every sample of `split` comes exactly once.
+    """One epoch of shuffled, augmented batches; every sample of `split` comes exactly once, unless `epoch_images`.
 
     What a sample looks like depends on (seed, epoch, id) alone, and under CutMix and MixUp on the set it belongs to.
 
     Extra images are taken in a random order that goes on from epoch to epoch: each is used before any is used again,
     and the order is drawn anew for every pass, the first of which begins with epoch 1. An epoch that takes more of them
-    than there are has some more than once, with the same pixels. In which place of its batch a sample stands is random
+    than there are has some more than once, with the same pixels. With `extra_replacement` each place of an epoch draws
+    its own from all of them. In which place of its batch a sample stands is random
     too.
 
     Args:
@@ -55,7 +59,12 @@ def train_batches(
         extra: further images, of the same shape on the same device, with ids of their own. They are mixed with each
             other, not with those of `split`.
         extra_fraction: part of every batch that is extra, rounded to whole images, more than 0 and less than 1. The
-            last batch keeps the ratio as closely as it can.
+            last batch keeps the ratio as closely as it can. With `epoch_images` it is rounded down, and may be 1.
+        extra_replacement: see above.
+        extra_alone: epochs at the beginning whose batches are extra images alone; with `epoch_images`.
+        epoch_images: an epoch is as many full batches as hold this many images, of both kinds together. Where a pass
+            over `split` ends in its middle, another one begins; the last own images of a pass are filled up to a batch
+            with extra ones.
         first: batches of the epoch that are left out, for a run that goes on in its middle.
         rank: whose part of every batch is wanted: see `rank_share`.
         ranks: how many there are.
@@ -65,13 +74,16 @@ def train_batches(
         DataError: an image cannot be read or decoded.
         ValueError: an argument is out of range or missing, or does not fit `split`.
 
-    Source of the batches' composition: Carmon et al.: Unlabeled Data Improves Adversarial Robustness, NeurIPS 2019.
+    Source of the batches' composition: Carmon et al.: Unlabeled Data Improves Adversarial Robustness, NeurIPS 2019;
+    that of `epoch_images` Wang et al.: Better Diffusion Models Further Improve Adversarial Training, ICML 2023.
     """
     if not 0 <= rank < ranks:
         raise ValueError(f"rank: {rank}; expected 0 to {ranks - 1}, of {ranks} ranks")
     augmentation.require_fit(split, "split")
-    sizes = _sizes(len(split), batch_size, None if extra is None else extra_fraction, drop_last)
-    order = epoch_order(split.ids_of(torch.arange(len(split))), seed=seed, epoch=epoch)
+    fraction = None if extra is None else extra_fraction
+    sizes = _sizes(len(split), batch_size, fraction, drop_last, epoch_images, alone=epoch <= extra_alone)
+    count = sum(own for own, _ in sizes)
+    order = own_rows(split.ids_of(torch.arange(len(split))), count=count, seed=seed, epoch=epoch)
     drawn = [augmentation.draw(split, order, seed=seed, epoch=epoch)]
     pieces = [_pieces(own for own, _ in sizes)]
     if extra is not None:
@@ -85,7 +97,14 @@ def train_batches(
             )
         pieces.append(_pieces(more for _, more in sizes))
         count = sum(more for _, more in sizes)
-        rows = extra_rows(len(extra), first=(epoch - 1) * count, count=count, seed=seed)
+        if extra_replacement:
+            rows = drawn_rows(len(extra), count=count, seed=mix_seed(seed, epoch))
+        else:
+            # epochs of extra images alone take more of them
+            alone = min(epoch - 1, extra_alone)
+            later = sum(more for _, more in _sizes(len(split), batch_size, fraction, drop_last, epoch_images))
+            taken = alone * batch_size * len(sizes) + (epoch - 1 - alone) * later
+            rows = extra_rows(len(extra), first=taken, count=count, seed=seed)
         drawn.append(augmentation.draw(extra, rows, seed=seed, epoch=epoch))
     plan = _Plan(drawn, list(zip(*pieces, strict=True)), mix_seed(seed, epoch), rank, ranks)
     return _made(plan, range(first, len(sizes)), augmentation.args, batch_size, memory_format)
@@ -100,7 +119,8 @@ class Batches:
     Args:
         split: what is trained on; where it lies and what makes its images is its own affair.
         global_batch_size: images of a batch, over all ranks.
-        augmentation, seed, rank, ranks, extra, extra_fraction, drop_last, memory_format: see `train_batches`.
+        augmentation, seed, rank, ranks, extra, extra_fraction, extra_replacement, extra_alone, epoch_images, drop_last,
+            memory_format: see `train_batches`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -127,11 +147,15 @@ class Batches:
         ranks: int = 1,
         extra: Samples | None = None,
         extra_fraction: float = 0.5,
+        extra_replacement: bool = False,
+        extra_alone: int = 0,
+        epoch_images: int | None = None,
         drop_last: bool = False,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         fraction = None if extra is None else extra_fraction
-        self.sizes = [own + more for own, more in _sizes(len(split), global_batch_size, fraction, drop_last)]
+        sizes = _sizes(len(split), global_batch_size, fraction, drop_last, epoch_images)
+        self.sizes = [own + more for own, more in sizes]
         """Images of every batch, over all ranks."""
         self._train_batches = functools.partial(
             train_batches,
@@ -142,6 +166,9 @@ class Batches:
             drop_last=drop_last,
             extra=extra,
             extra_fraction=extra_fraction,
+            extra_replacement=extra_replacement,
+            extra_alone=extra_alone,
+            epoch_images=epoch_images,
             rank=rank,
             ranks=ranks,
             memory_format=memory_format,
@@ -232,9 +259,30 @@ def _evaluated(
             yield Batch(images, labels, ids, len(images))
 
 
-def _sizes(count: int, batch_size: int, extra_fraction: float | None, drop_last: bool) -> list[tuple[int, int]]:
+def _sizes(
+    count: int,
+    batch_size: int,
+    extra_fraction: float | None,
+    drop_last: bool,
+    epoch_images: int | None = None,
+    *,
+    alone: bool = False,
+) -> list[tuple[int, int]]:
     """Own images and extra ones of every batch; the latter rounded half up in the last one, as in the full ones."""
     _check_batch_size(batch_size)
+    if alone and epoch_images is None:
+        raise ValueError("extra_alone: expected 0 without epoch_images")
+    if epoch_images is not None:
+        if epoch_images < 1 or extra_fraction is None or not 0 < extra_fraction <= 1:
+            raise ValueError(
+                f"epoch_images: {epoch_images} with a part {extra_fraction} of extra images; expected at least 1, with "
+                "extra images that are more than 0 of a batch and at most all"
+            )
+        size = 0 if alone else own_images(batch_size, extra_fraction, filled=True)
+        # of one pass over the own images
+        chunks = [min(size, count - start) for start in range(0, count, size)] if size else [0]
+        number = -(-epoch_images // batch_size)
+        return [(own, batch_size - own) for own in (chunks[index % len(chunks)] for index in range(number))]
     size = batch_size
     if extra_fraction is not None:
         if not 0 < extra_fraction < 1:

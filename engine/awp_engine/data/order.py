@@ -9,6 +9,7 @@ from awp_kernels.philox import mix_seed, sample_words
 
 _STREAM_EPOCH = 3
 _STREAM_EXTRA = 8
+_STREAM_DRAWN = 30
 _ROUNDS = 6
 
 
@@ -23,6 +24,13 @@ def epoch_order(ids: Tensor, *, seed: int, epoch: int) -> Tensor:
     return torch.argsort(random_order_key(ids, seed=mix_seed(seed, epoch), stream=_STREAM_EPOCH), stable=True)
 
 
+def own_rows(ids: Tensor, *, count: int, seed: int, epoch: int) -> Tensor:
+    """The first `count` places of an epoch's shuffled passes over the samples with these ids, int64 [count]."""
+    passes = range(-(-count // max(len(ids), 1)))
+    orders = [epoch_order(ids, seed=mix_seed(seed, number) if number else seed, epoch=epoch) for number in passes]
+    return torch.cat([torch.empty(0, dtype=torch.int64), *orders])[:count]
+
+
 def extra_rows(size: int, *, first: int, count: int, seed: int) -> Tensor:
     """Places `first` to `first + count - 1` of an endless sequence of shuffled passes over `size` rows."""
     pieces = [torch.empty(0, dtype=torch.int64)]
@@ -31,6 +39,12 @@ def extra_rows(size: int, *, first: int, count: int, seed: int) -> Tensor:
         places = torch.arange(max(first - start, 0), min(first + count - start, size))
         pieces.append(shuffled(places, size, seed=mix_seed(seed, number)))
     return torch.cat(pieces)
+
+
+def drawn_rows(size: int, *, count: int, seed: int) -> Tensor:
+    """`count` of `size` rows, each drawn from all of them, int64 [count]."""
+    # of 63 random bits: no row is favoured by more than 2^-30 of its chance
+    return random_order_key(torch.arange(count), seed=seed, stream=_STREAM_DRAWN) % size
 
 
 def shuffled(places: Tensor, size: int, *, seed: int) -> Tensor:

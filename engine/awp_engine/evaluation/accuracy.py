@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from awp_engine.attack import Attack
+from awp_engine.attack import Attack, Loss
 from awp_engine.config import Config
 from awp_engine.data import Split, StreamedSplit, eval_batches
 from awp_engine.distributed.ranks import Ranks
@@ -97,6 +97,7 @@ def evaluate(
     attack: Attack,
     *,
     batch_size: int,
+    loss: Loss | None = None,
     class_weights: Sequence[float] | None = None,
     ranks: Ranks | None = None,
     between: Callable[[], None] | None = None,
@@ -112,6 +113,7 @@ def evaluate(
         split: the samples.
         attack: how they are attacked.
         batch_size: images a batch; does not change the result beyond rounding.
+        loss: what PGD climbs; None: cross-entropy.
         class_weights: what an image of every class counts for; all count the same if not given.
         ranks: that share the images among them; every image counts once, and all ranks return the same.
         between: called before every batch, as often on every rank.
@@ -149,7 +151,7 @@ def evaluate(
                         with torch.no_grad():
                             right = predicted(model(x)) == y
                         nonfinite = NonfiniteGradients(x)
-                        x_adv = attack(model, x, y, sample_ids=ids, observe=watch)
+                        x_adv = attack(model, x, y, sample_ids=ids, observe=watch, loss=loss)
                         with torch.no_grad():
                             robust = right & ~nonfinite.found & (predicted(model(x_adv)) == y)
                         counts.index_add_(1, y, torch.stack([right, robust]).long())

@@ -1,7 +1,8 @@
 """Batch normalisation's statistics: shared by all ranks, held still, put back, computed anew."""
 
+import contextlib
 import functools
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,32 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 def layers(model: nn.Module) -> list[_BatchNorm]:
     """The model's batch-normalisation layers."""
     return [module for module in model.modules() if isinstance(module, _BatchNorm)]
+
+
+def set_momentum(model: nn.Module, momentum: float) -> None:
+    """What part of a batch's statistics all batch normalisation of the model takes into its running ones.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = layers(model)
+    if not found:
+        raise ValueError("expected none for a model without batch normalisation")
+    for layer in found:
+        layer.momentum = momentum
+
+
+@contextlib.contextmanager
+def whole_statistics(model: nn.Module) -> Iterator[None]:
+    """A block in which running statistics become those of the batch, whatever they were before."""
+    before = [(layer, layer.momentum) for layer in layers(model)]
+    try:
+        for layer, _ in before:
+            layer.momentum = 1.0
+        yield
+    finally:
+        for layer, momentum in before:
+            layer.momentum = momentum
 
 
 def synchronize(model: nn.Module) -> None:

@@ -5,14 +5,17 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
-from awp_engine.config import OptimizerConfig
+from awp_engine.config import ConfigError, OptimizerConfig
 from awp_engine.optim.adamw import AdamW
 from awp_engine.optim.by_name import WrappedOptimizer, find_optimizer
 from awp_kernels import SGD
 
 Optimizer: TypeAlias = SGD | AdamW | WrappedOptimizer
 
+# batch and instance normalisation, with and without running statistics, have one base
+_NORMALISATIONS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _MOMENTUM, _ADAMW = "momentum_buffer", ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -32,7 +35,7 @@ def build_optimizer(
         layers: the layer of every parameter, see `layer_numbers`, for rates by layer; None: all learn at one rate.
 
     Raises:
-        ConfigError: as `find_optimizer`.
+        ConfigError: as `find_optimizer`; no normalisation to leave out where the settings leave it out.
 
     Source: the rates by layer are those of Bao et al.: BEiT: BERT Pre-Training of Image Transformers, ICLR 2022.
     """
@@ -41,14 +44,19 @@ def build_optimizer(
     dtype = torch.float64 if config.kind == "sgd" else torch.float32
     device = next(iter(parameters.values())).device
     numbers = dict.fromkeys(parameters, 0) if layers is None else layers
+    exempt = set() if config.decay_norms else set(normalisation_parameters(model))
+    if not (config.decay_norms or exempt):
+        raise ConfigError("--optimizer.decay-norms: expected true for a model without weights of normalisation layers")
     parts = []
     for layer in sorted(set(numbers.values())):
         scale = config.layer_decay ** (max(numbers.values()) - layer)
         lr = config.lr * scale if config.by_name else torch.tensor(config.lr * scale, dtype=dtype, device=device)
         own = [p for name, p in parameters.items() if numbers[name] == layer]
         # biases and normalisation weights are the parameters of one dimension
-        groups = [[p for p in own if p.ndim > 1], [p for p in own if p.ndim <= 1]]
-        decays = [config.weight_decay, config.weight_decay if config.decay_all else 0.0]
+        others = [p for p in own if p not in exempt]
+        groups = [[p for p in others if p.ndim > 1], [p for p in others if p.ndim <= 1]]
+        groups.append([p for p in own if p in exempt])
+        decays = [config.weight_decay, config.weight_decay if config.decay_all else 0.0, 0.0]
         parts += [
             {"params": group, "weight_decay": decay, "lr": lr, "lr_scale": scale}
             for group, decay in zip(groups, decays, strict=True)
@@ -61,6 +69,12 @@ def build_optimizer(
     if config.kind == "adamw":
         return AdamW(parts, lr=config.lr, beta1=config.momentum, beta2=config.beta2, working=copied)
     return SGD(parts, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, working=copied)
+
+
+def normalisation_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Weights and biases of the layers that normalise, by the layers' types; those of a module's own class are not."""
+    found = (module for module in model.modules() if isinstance(module, _NORMALISATIONS))
+    return [parameter for module in found for parameter in module.parameters(recurse=False)]
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -99,6 +113,12 @@ def allocate_optimizer_tensors(
     if strange := sorted(wanted - tensors.keys()):
         raise ValueError(f"{strange[0]}: expected the state of {type(optimizer).__name__}")
     return tensors
+
+
+def set_momentum(optimizer: Optimizer, momentum: float) -> None:
+    """Set SGD's momentum of all groups."""
+    for group in optimizer.param_groups:
+        group["momentum"] = momentum
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:

@@ -122,7 +122,7 @@ class AwpStep:
         names = [] if awp is None or not self._shared else awp.parameters
         passes.begin(batch.images)
         share = passes.share(len(batch.images), batch.whole_size)
-        statistics = Statistics([*self.models.statistics, *passes.objective.state().values()])
+        statistics = self.kept()
         with passes.rollback(statistics, self.awp.restore_ if self.awp is not None else None):
             passes.objective.begin_batch(batch, share.share, passes.ranks)
             with region("attack"):
@@ -135,10 +135,21 @@ class AwpStep:
                 loss, correct = passes.descend(x_adv, batch, share, followed, targets)  # at w + v
             with region("update"):
                 skipped = self.update()  # at w
-            passes.average_statistics(share.share)
-            passes.objective.after_step(passes.ranks)
-            statistics.restore_where(skipped)
+            self.finish(statistics, share, skipped)
         return StepResult(loss, correct, skipped, *(marks * share.share))
+
+    def kept(self) -> Statistics:
+        """Copies of all that a step moves beside weights."""
+        average = [] if self.update.average is None else self.update.average.statistics
+        return Statistics([*self.models.statistics, *self.passes.objective.state().values(), *average])
+
+    def finish(self, statistics: Statistics, share: RankShare, skipped: Tensor) -> None:
+        """Take in what the passes of all ranks left beside weights; or put it back, where the step is left out."""
+        self.passes.average_statistics(share.share)
+        if self.update.average is not None:
+            self.update.average.take_statistics_(self.models.statistics)
+        self.passes.objective.after_step(self.passes.ranks)
+        statistics.restore_where(skipped)
 
     @contextlib.contextmanager
     def climbed(

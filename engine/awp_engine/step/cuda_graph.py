@@ -1,6 +1,7 @@
 """A whole training step in one CUDA graph."""
 
 from collections.abc import Hashable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,13 +24,20 @@ _Kind = tuple[bool, Attack, Hashable]
 _KEPT = 4
 
 
+class _Captured(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    result: StepResult
+    momentum: float | None
+
+
 class GraphedStep:
     """Takes the steps of an `AwpStep`, captured in CUDA graphs: one launch in place of thousands.
 
     A graph is captured for each kind of step (with and without weight perturbation, by attack, by the method's stage)
     after a few plain ones, which train like any other; the newest four are kept. Batches of another size than the first
     run plainly, and so does nothing else; both ways compute the same. Rates, scales and averages are read from device
-    tensors at every replay, and the attack's start, which depends on the seed, is drawn outside.
+    tensors at every replay, and the attack's start, which depends on the seed, is drawn outside. A momentum that
+    changes has a step captured anew.
 
     Args:
         step: `capturable`, on a CUDA device.
@@ -49,7 +57,7 @@ class GraphedStep:
         self._pool = torch.cuda.graph_pool_handle()
         self._inputs: tuple[Tensor, ...] | None = None
         self._taken: dict[_Kind, int] = {}
-        self._graphs: dict[_Kind, tuple[torch.cuda.CUDAGraph, StepResult]] = {}
+        self._graphs: dict[_Kind, _Captured] = {}
 
     @property
     def captured(self) -> int:
@@ -83,13 +91,16 @@ class GraphedStep:
         self._taken[kind] = self._taken.get(kind, 0) + 1
         if self._taken[kind] <= _WARM_UP:
             return self._plainly(self._inputs, phase)
+        if kind in self._graphs and self._graphs[kind].momentum != phase.momentum:
+            # a number in its launches: gone before another one takes its memory
+            del self._graphs[kind]
         if kind not in self._graphs:
             self._graphs[kind] = self._capture(self._inputs, phase)
             self._drop_oldest()
-        graph, result = self._graphs[kind]
-        graph.replay()
+        captured = self._graphs[kind]
+        captured.graph.replay()
         # the next replay writes over the graph's own
-        return StepResult(*(tensor.clone() for tensor in result))
+        return StepResult(*(tensor.clone() for tensor in captured.result))
 
     def _drop_oldest(self) -> None:
         """After a capture, as the pool of memory lives only as long as one of its graphs."""
@@ -109,7 +120,7 @@ class GraphedStep:
         torch.cuda.current_stream().wait_stream(self._stream)
         return result
 
-    def _capture(self, inputs: tuple[Tensor, ...], phase: Phase) -> tuple[torch.cuda.CUDAGraph, StepResult]:
+    def _capture(self, inputs: tuple[Tensor, ...], phase: Phase) -> _Captured:
         """Capturing computes nothing; gradients of the steps before would be kept alive by the graph."""
         self.step.passes.clear_gradients()
         try:
@@ -121,4 +132,4 @@ class GraphedStep:
             raise CaptureError(
                 f"a step cannot be captured ({first_line(error)}); start again with --no-cuda-graphs"
             ) from error
-        return graph, result
+        return _Captured(graph, result, phase.momentum)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from awp_engine.distributed.batch import Batch
-from awp_engine.models.batch_norm import Statistics
 from awp_engine.step.awp_step import AwpStep
 from awp_engine.step.passes import gradient_marks
 from awp_engine.step.values import Phase, Step, StepResult
@@ -55,15 +54,14 @@ class FreeStep:
         passes, x, epsilon = self._step.passes, batch.images, phase.attack.epsilon
         passes.begin(x)
         share = passes.share(len(x), batch.whole_size)
-        statistics = Statistics(self._step.models.statistics)
+        statistics = self._step.kept()
         with passes.rollback(statistics):
             x_adv = (x + delta).clamp_(0, 1).requires_grad_()
             loss, correct = passes.descend(x_adv, batch, share)
             assert x_adv.grad is not None
             delta.add_(x_adv.grad.sign(), alpha=epsilon).clamp_(-epsilon, epsilon)
             skipped = self._step.update()
-            passes.average_statistics(share.share)
-            statistics.restore_where(skipped)
+            self._step.finish(statistics, share, skipped)
         return StepResult(loss, correct, skipped, *(gradient_marks(x_adv.grad, x) * share.share))
 
     def state(self) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.share import rank_share
 from awp_engine.models import WrappedClassifier
 from awp_engine.models.answers import predicted
-from awp_engine.models.batch_norm import Statistics, batch_norm_mode
+from awp_engine.models.batch_norm import Statistics, batch_norm_mode, whole_statistics
 from awp_engine.step.noise import Noise, Smoothed
 from awp_engine.step.objectives import Objective
 from awp_engine.step.precision import LossScale, WorkingModels
@@ -97,6 +97,7 @@ class Passes:
         self._reducers = {id(module): _reducer(module) for module in reduced} if several else {}
         self._warm = not self._reducers
         self.noise: Noise | None = None
+        self._whole_statistics = False
 
     def begin(self, x: Tensor) -> None:
         """Begin a step on images like `x`: without gradients of the one before.
@@ -116,7 +117,7 @@ class Passes:
     def prepare(self, phase: Phase) -> None:
         """Take what the host says of a step; what layers draw from torch's generator depends on step and rank alone."""
         self.objective.begin_step(phase.done, phase.epoch, phase.step)
-        self.noise = phase.noise
+        self.noise, self._whole_statistics = phase.noise, phase.whole_statistics
         if phase.layer_seed is not None:
             torch.manual_seed(mix_seed(phase.layer_seed, self.ranks.rank))
 
@@ -233,7 +234,8 @@ class Passes:
 
     def _runner(self, model: nn.Module, x: Tensor) -> nn.Module:
         """`model` as it is called: compiled, for full batches."""
-        if not self._compile:
+        # the first step may have another momentum, which would be compiled for
+        if not self._compile or self._whole_statistics:
             return model
         self._compiled_size = self._compiled_size or len(x)
         if len(x) != self._compiled_size:
@@ -323,16 +325,18 @@ class Passes:
         targets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Gradients of the training loss; returns it and the part of right answers. Moves the BN statistics."""
-        loss, correct, _ = self.backward(
-            self.models.descent,
-            x_adv,
-            batch,
-            share,
-            averaged=True,
-            update_statistics=True,
-            followed=followed,
-            targets=targets,
-        )
+        model = self.models.descent
+        with whole_statistics(model) if self._whole_statistics else contextlib.nullcontext():
+            loss, correct, _ = self.backward(
+                model,
+                x_adv,
+                batch,
+                share,
+                averaged=True,
+                update_statistics=True,
+                followed=followed,
+                targets=targets,
+            )
         self.models.settle_()
         return loss, correct
 

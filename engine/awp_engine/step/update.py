@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from awp_engine.optim.average import WeightAverage
-from awp_engine.optim.optimizer import Optimizer, set_learning_rate
+from awp_engine.optim.optimizer import Optimizer, set_learning_rate, set_momentum
 from awp_engine.step.precision import LossScale, WorkingModels
 from awp_engine.step.values import Phase
 from awp_kernels import AdversarialWeightPerturbation, total_norm
@@ -39,6 +39,8 @@ class Update:
         """What the host says of an update to come; the device reads it, in a captured step too."""
         if phase.lr is not None:
             set_learning_rate(self.optimizer, phase.lr)
+        if phase.momentum is not None:
+            set_momentum(self.optimizer, phase.momentum)
         if self.average is not None:
             self.average.before_step()
 

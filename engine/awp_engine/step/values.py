@@ -20,7 +20,10 @@ class Phase:
         perturb: whether the weights are perturbed.
         free: whether one pass serves image and weights; see `FreeStep`.
         lr: learning rate; None leaves it as it is.
+        momentum: of SGD; None leaves it as it is.
         noise: on the images that the weights are trained by, or None.
+        whole_statistics: whether running statistics become those of the batch, as in the first step of a run that has a
+            momentum of its own for them.
         layer_seed: of what layers draw from torch's global generator, such as dropout; None leaves that as it is.
         done: part of the run's steps that come before this one.
         epoch: that this step is of, from 1.
@@ -32,7 +35,9 @@ class Phase:
     perturb: bool = True
     free: bool = False
     lr: float | None = None
+    momentum: float | None = None
     noise: Noise | None = None
+    whole_statistics: bool = False
     layer_seed: int | None = None
     done: float = 0.0
     epoch: int = 1

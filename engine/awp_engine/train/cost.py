@@ -15,10 +15,12 @@ def forward_units(config: Config, *, cheap: bool = False) -> float:
     steps = config.attack.steps if config.attack.training_epsilon > 0 else 0
     if cheap:
         steps = min(steps, 0 if config.attack.fast == "free" else 1)
-    # AT passes attacked images alone, the others clean ones as well
-    training = 3.0 if config.method == "at" else 6.0
+    # AT passes attacked images alone, the others clean ones as well; the average has no backward pass
+    training = {"at": 3.0, "adr": 3.0, "rebat": 4.0}.get(config.method, 6.0)
     # TRADES, IKL and GKL pass clean images once before the attack, and Auto-PGD attacked ones after its last step
-    once_more = config.method in ("trades", "rst", "ikl", "gkl") or (config.attack.kind == "apgd" and not cheap)
+    once_more = config.method in ("trades", "rst", "ikl", "gkl", "adr-trades") or (
+        config.attack.kind == "apgd" and not cheap
+    )
     attack = 2.0 * steps + (1.0 if once_more and steps else 0.0)
     if not config.awp.enabled:
         ascent = 0.0
@@ -26,4 +28,5 @@ def forward_units(config: Config, *, cheap: bool = False) -> float:
         ascent = 1.0 / config.awp.every
     else:
         ascent = training * config.awp.ascent_steps / config.awp.every
-    return (attack + ascent + training) * config.attack.noise_samples
+    teacher = 1.0 if config.method in ("adr", "adr-trades") else 0.0
+    return (attack + ascent + training) * config.attack.noise_samples + teacher

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from awp_engine.attack import Attack
 from awp_engine.config import Config
 from awp_engine.config.model_names import is_code
-from awp_engine.optim.learning_rate import learning_rate
+from awp_engine.optim.learning_rate import cycled_momentum, learning_rate
 from awp_engine.step.noise import Noise
 from awp_engine.step.values import Phase
 from awp_kernels.philox import mix_seed
@@ -37,7 +37,13 @@ class Schedule:
 
     def lr(self, epoch: int, step: int) -> float:
         """The learning rate of that step."""
-        return learning_rate(self.config.optimizer, self.config.epochs, epoch - 1 + step / self.steps)
+        place = epoch - 1 + step / self.steps
+        return learning_rate(self.config.optimizer, self.config.epochs, place, steps=self.steps)
+
+    def momentum(self, epoch: int, step: int) -> float | None:
+        """That of SGD in that step, where it changes over the run."""
+        place = epoch - 1 + step / self.steps
+        return cycled_momentum(self.config.optimizer, self.config.epochs, place, steps=self.steps)
 
     def is_cheap(self, epoch: int) -> bool:
         """Whether `epoch` has the cheap attack."""
@@ -73,7 +79,9 @@ class Schedule:
             perturb=epoch > config.awp.warmup and self.number(epoch, step) % config.awp.every == 0,
             free=cheap and config.attack.fast == "free",
             lr=self.lr(epoch, step),
+            momentum=self.momentum(epoch, step),
             noise=self.noise(epoch),
+            whole_statistics=config.model.bn_momentum is not None and self.number(epoch, step) == 0,
             layer_seed=self.layer_seed(epoch, step),
             done=self.number(epoch, step) / (config.epochs * self.steps),
             epoch=epoch,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from awp_engine.attack import Loss, summed_margin
 from awp_engine.data import Split, StreamedSplit
 from awp_engine.distributed.sharding import gathered, scatter_
 from awp_engine.evaluation import Accuracy, evaluate, evaluation_attack, spread
@@ -36,6 +37,7 @@ class Selection:
         self._setup, self._check_stop, self._measuring = setup, check_stop, measuring
         self._batch_size = settings.batch_size
         self._attack = evaluation_attack(setup.config)
+        self._loss = summed_margin if settings.loss == "margin" else None
         self._held_out = spread(data.held_out, settings.held_out_limit)
         self.test = spread(data.test, settings.test_limit)
         # as many training images as test images: the gap between the two is the overfitting
@@ -55,6 +57,8 @@ class Selection:
         average, ranks = self._setup.average, self._setup.ranks
         if average is None or not average.started:
             return self._setup.model
+        if average.keeps_statistics:
+            return average.model
         pairs = zip(other_buffers(self._setup.model), other_buffers(average.model), strict=True)
         for (_, _, live), (_, _, averaged) in pairs:
             # no average of them is taken, and only batch normalisation's can be computed anew
@@ -66,27 +70,35 @@ class Selection:
         return average.model
 
     def _forward_passes(self, model: nn.Module, epoch: int) -> Iterator[None]:
-        """Forward passes over attacked training images, the ones that training itself makes."""
+        """Forward passes over training images: clean ones, or those over attacked ones that training itself makes."""
         config, passes, seen = self._setup.config, self._setup.awp_step.passes, 0
         # by the batch's statistics: the running ones are what is being computed
         attack = dataclasses.replace(self._setup.schedule.full_attack(epoch), bn_mode="train")
-        seed = mix_seed(config.seed, epoch, _AVERAGE_NOISE)
+        seed, clean = mix_seed(config.seed, epoch, _AVERAGE_NOISE), config.average.statistics == "clean"
         with contextlib.closing(self._setup.batches.epoch(epoch)) as batches:
             for batch in batches:
                 with region("average"):
                     for rows, _ in passes.share(len(batch.images), batch.whole_size).pieces:
                         piece = passes.aimed(attack, batch.part(rows))
-                        x_adv = passes.attack_whole(attack, model, piece, seed=seed)
+                        x = piece.images if clean else passes.attack_whole(attack, model, piece, seed=seed)
                         for number in range(passes.copies):
-                            noisy = passes.noisy(x_adv, piece.ids, number)
-                            passes.objective.losses(model, noisy, piece.images, piece.labels)
+                            noisy = passes.noisy(x, piece.ids, number)
+                            if clean:
+                                model(noisy)
+                            else:
+                                passes.objective.losses(model, noisy, piece.images, piece.labels)
                 yield
                 seen += batch.whole_size
                 if seen >= config.average.bn_images:
                     return
 
     def _measure(
-        self, model: nn.Module, split: Split | StreamedSplit, kind: str, class_weights: Sequence[float] | None = None
+        self,
+        model: nn.Module,
+        split: Split | StreamedSplit,
+        kind: str,
+        loss: Loss | None = None,
+        class_weights: Sequence[float] | None = None,
     ) -> Accuracy:
         setup, what = self._setup, f"measuring on {len(split):,} {kind} images"
         self._measuring(what, 0.0)
@@ -96,6 +108,7 @@ class Selection:
                 split,
                 self._attack,
                 batch_size=self._batch_size,
+                loss=loss,
                 class_weights=class_weights,
                 ranks=setup.ranks,
                 between=self._check_stop,
@@ -111,7 +124,7 @@ class Selection:
         model = self.measured_model(epoch)
         # by the weights of the loss: held-out images are as uneven as those that are trained on
         weights = self._setup.fingerprints.get("class_weights")
-        found = self._measure(model, self._held_out, "held-out", weights)
+        found = self._measure(model, self._held_out, "held-out", self._loss, weights)
         now, best = (found.robust, found.clean), (progress.best_robust, progress.best_clean)
         if self._setup.config.standard:
             # under an attack that it never saw a network is best before it has learnt anything

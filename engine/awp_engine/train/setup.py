@@ -30,7 +30,7 @@ from awp_engine.device import choose_convolutions, choose_device
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.sharding import gather, shard
 from awp_engine.files.run_places import CHECKPOINTS
-from awp_engine.models.batch_norm import synchronize
+from awp_engine.models.batch_norm import set_momentum, synchronize
 from awp_engine.models.checkpointing import checkpoint_activations_
 from awp_engine.models.depth import layer_numbers
 from awp_engine.models.trained import described
@@ -189,6 +189,7 @@ def objective_of(config: Config, device: torch.device, num_classes: int | None =
         config.method,
         beta=config.beta,
         label_smoothing=config.label_smoothing,
+        average_warmup=config.average.warmup,
         arguments=parse_arguments(config.method_args),
         num_classes=num_classes,
         device=device,
@@ -246,6 +247,11 @@ def _doubts(config: Config, data: Dataset) -> list[str]:
         notes.append(
             f"--attack.epsilon {attack.epsilon} is far more than colour images are usually attacked with: try "
             "--attack.epsilon 8/255 --attack.step-size 2/255"
+        )
+    if config.average.kind == "ema" and config.average.warmup >= config.epochs:
+        notes.append(
+            f"--average.warmup {config.average.warmup:g} leaves none of {config.epochs} epochs to average: the average "
+            "stays a copy of the weights"
         )
     if 0 < held_out < _FEW_HELD_OUT:
         notes.append(
@@ -376,6 +382,12 @@ class Setup:
         self.messages += built.messages
         if self.config.model.checkpoint_activations:
             checkpoint_activations_(built.model, self.data.train.shape, self.config.model.name)
+        # before the run directory is made
+        if (momentum := self.config.model.bn_momentum) is not None:
+            try:
+                set_momentum(self.model, momentum)
+            except ValueError as error:
+                raise ConfigError(f"--model.bn-momentum: {error}, got {momentum:g}") from None
         choice(self.model, self.config.awp.layers)
         if (layers := layers_with_rates(self.config, self.model)) is not None:
             count, optimizer = max(layers.values()) + 1, self.config.optimizer
@@ -409,6 +421,9 @@ class Setup:
             ranks=self.ranks.world,
             extra=None if extra is None else extra.split,
             extra_fraction=config.data.extra_fraction,
+            extra_replacement=config.data.extra_replacement,
+            extra_alone=config.data.extra_alone,
+            epoch_images=config.data.epoch_images,
             memory_format=self._memory_format,
         )
 
@@ -447,7 +462,7 @@ class Setup:
                 # shards cannot be copied
                 twin = self.description.build().to(self.device)
                 distribute_(config, twin, self.ranks, self.precision)
-            self.average = WeightAverage(self.model, config.average, config.epochs, twin=twin)
+            self.average = WeightAverage(self.model, config.average, config.epochs, steps=len(self.batches), twin=twin)
             self.average.follow(self.optimizer)
             self.awp_step.update.average = self.average
             self._objective.average = self.average.model

@@ -184,4 +184,6 @@ class RunState:
                     part.load(tensors[group])
         if self._average is not None:
             self._average.count = self.progress.averaged
+            if not self._average.started:
+                self._average.restart_()
         self._saved = (self.progress.epoch, self.progress.step)

@@ -10,13 +10,26 @@ from awp_engine.config import ConfigError
 from awp_engine.config.model_names import is_code
 from awp_engine.config.schema import did_you_mean
 from awp_engine.models.user_code import load_factory, told_in_one_line
+from awp_engine.step.objectives.adr import Adr, AdrTrades
 from awp_engine.step.objectives.adversarial_training import AdversarialTraining
 from awp_engine.step.objectives.decoupled_kl import GeneralizedKL, ImprovedKL
 from awp_engine.step.objectives.mart import Mart
 from awp_engine.step.objectives.objective import Objective
+from awp_engine.step.objectives.rebat import Rebat
 from awp_engine.step.objectives.trades import Trades
 
-__all__ = ["AdversarialTraining", "GeneralizedKL", "ImprovedKL", "Mart", "Objective", "Trades", "build_objective"]
+__all__ = [
+    "Adr",
+    "AdrTrades",
+    "AdversarialTraining",
+    "GeneralizedKL",
+    "ImprovedKL",
+    "Mart",
+    "Objective",
+    "Rebat",
+    "Trades",
+    "build_objective",
+]
 
 # robust self-training differs from TRADES in the images, not in the loss
 _METHODS: dict[str, Callable[..., Objective]] = {
@@ -26,9 +39,12 @@ _METHODS: dict[str, Callable[..., Objective]] = {
     "mart": Mart,
     "ikl": ImprovedKL,
     "gkl": GeneralizedKL,
+    "adr": Adr,
+    "adr-trades": AdrTrades,
+    "rebat": Rebat,
 }
 # what is given beside arguments: settings with a flag of their own, and what only the run knows
-_GIVEN = ("beta", "label_smoothing", "num_classes", "device")
+_GIVEN = ("beta", "label_smoothing", "average_warmup", "num_classes", "device")
 
 
 def build_objective(
@@ -36,17 +52,19 @@ def build_objective(
     *,
     beta: float = 6.0,
     label_smoothing: float = 0.0,
+    average_warmup: float = 0.0,
     arguments: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
     device: torch.device | None = None,
 ) -> Objective:
-    """The objective of a method, called with those of beta, label_smoothing, num_classes and device that it names.
+    """The objective of a method, which is called with those of the arguments that its signature names.
 
     Args:
         method: a name of `--method`; or file.py:Class, package.module:Class: what makes an `Objective`, whose code is
             run.
         beta: weight of the divergence in TRADES, RST and MART (whose paper calls it lambda).
         label_smoothing: part of a label spread over all classes, in [0, 1).
+        average_warmup: epochs in which the average of the weights is a copy of them.
         arguments: further ones by name, of `--method-args`.
         num_classes: of the images; None where the caller does not know.
         device: where tensors that it keeps belong; None is the CPU.
@@ -56,7 +74,12 @@ def build_objective(
             that cannot be run, or makes no objective.
     """
     arguments = {} if arguments is None else arguments
-    given = {"beta": beta, "label_smoothing": label_smoothing, "device": device or torch.device("cpu")}
+    given: dict[str, Any] = {
+        "beta": beta,
+        "label_smoothing": label_smoothing,
+        "average_warmup": average_warmup,
+        "device": device or torch.device("cpu"),
+    }
     if num_classes is not None:
         given["num_classes"] = num_classes
     if is_code(method):

@@ -379,10 +379,11 @@ class OptimizerConfig(Checked, section="optimizer."):
 class AverageConfig(Checked, section="average."):
     """Average of the weights over training, which is then what is measured, selected and exported."""
 
-    kind: Literal["none", "ema", "swa"] = "none"
-    """Exponential moving average of every step's weights, or equal average of every epoch's."""
+    kind: Literal["none", "ema", "swa", "epochs"] = "none"
+    """Exponential moving average of every step's weights, equal average of every epoch's, or exponential one of every
+    epoch's from the first on (IKL: decay 0.9, statistics averaged)."""
     decay: Fading = 0.995
-    """Share of the average that an EMA keeps in a step."""
+    """Share of the average that an exponential one keeps in a step, or epoch."""
     ramp: bool = True
     """Keep less in the first steps: (1 + n) / (10 + n) in step n, from 0, where that is smaller."""
     warmup: Annotated[float, Range("a finite number of epochs >= 0", ge=0)] = 0.0
@@ -392,13 +393,14 @@ class AverageConfig(Checked, section="average."):
     bn_images: Count = 2048
     """Training images that the average's BN statistics are computed anew from."""
     statistics: Literal["attacked", "clean", "averaged", "live"] = "attacked"
-    """The average's BN statistics: computed anew over attacked training images or clean ones, averaged like the weights
-    in every step, or those of the model in training."""
+    """The average's BN statistics: computed anew over attacked training images or clean ones, averaged as weights are,
+    or those of the model in training."""
 
     def _check(self) -> None:
-        if self.kind == "swa":
+        if self.kind in ("swa", "epochs"):
             for name, value in (("ramp", True), ("warmup", 0)):
-                self.require_value(name, value, "with --average.kind swa, which has --average.start")
+                self.require_value(name, value, f"with --average.kind {self.kind}, which takes epochs in, not steps")
+        if self.kind == "swa":
             anew = self.statistics in ("attacked", "clean")
             self.require(anew, "statistics", "attacked or clean with --average.kind swa")
 
@@ -462,8 +464,8 @@ class Config(Checked):
     """Preset that the other settings start from; giving it as the first argument says the same."""
     method: str = "at"
     """Loss: at, cross-entropy on the attacked images; trades; mart; rst, TRADES with pseudo-labelled images; ikl, gkl,
-    with weights by class for its divergence; adr, adr-trades and rebat, which learn from the average of the weights too;
-    or an Objective of your own: file.py:Class or package.module:Class."""
+    with weights by class for its divergence; adr, adr-trades, rebat, which learn from the weights' average too; or an
+    Objective of your own: file.py:Class or package.module:Class."""
     beta: Annotated[float, Range("a finite number >= 0", ge=0)] = 6.0
     """Weight of the divergence between attacked and clean images: beta of TRADES and RST, of the squared error in IKL
     and GKL, lambda of MART; of that from the average in ReBAT, whose paper has 1."""

@@ -91,10 +91,8 @@ class GraphedStep:
         self._taken[kind] = self._taken.get(kind, 0) + 1
         if self._taken[kind] <= _WARM_UP:
             return self._plainly(self._inputs, phase)
-        if kind in self._graphs and self._graphs[kind].momentum != phase.momentum:
-            # a number in its launches: gone before another one takes its memory
-            del self._graphs[kind]
-        if kind not in self._graphs:
+        # momentum is a number in its launches
+        if kind not in self._graphs or self._graphs[kind].momentum != phase.momentum:
             self._graphs[kind] = self._capture(self._inputs, phase)
             self._drop_oldest()
         captured = self._graphs[kind]
@@ -103,7 +101,7 @@ class GraphedStep:
         return StepResult(*(tensor.clone() for tensor in captured.result))
 
     def _drop_oldest(self) -> None:
-        """After a capture, as the pool of memory lives only as long as one of its graphs."""
+        """After a capture: the pool of memory ends with the last of its graphs, and takes no other after that."""
         while len(self._graphs) > _KEPT:
             oldest = next(iter(self._graphs))
             del self._graphs[oldest], self._taken[oldest]

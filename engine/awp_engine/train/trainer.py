@@ -172,7 +172,7 @@ class Trainer(Setup):
         self.progress.step += 1
         if self.progress.step == self.schedule.steps:
             if self.average is not None:
-                self.average.after_epoch(epoch)
+                self.average.after_epoch(epoch, self.awp_step.models.statistics)
             if self.free is not None:
                 self.free.begin_epoch()
 

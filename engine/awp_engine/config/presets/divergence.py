@@ -25,7 +25,7 @@ def _growing(data: str, model: str, *, steps: int, step_size: str) -> Config:
         ),
         # from epoch 10 on, counted from 1
         awp=AwpConfig(gamma=0.005, warmup=9),
-        optimizer=OptimizerConfig(lr=0.2, momentum=0.9, weight_decay=5e-4, schedule="cosine"),
+        optimizer=OptimizerConfig(lr=0.2, momentum=0.9, weight_decay=5e-4, schedule="cosine", per_epoch=True),
     )
 
 
@@ -51,7 +51,7 @@ def kullback_leibler(data: str, method: str) -> Config:
         method=method,
         beta=20.0,
         method_args=tuple(f"{name}={value:g}" for name, value in arguments.items()),
-        average=AverageConfig(kind="epochs", decay=0.9),
+        average=AverageConfig(kind="epochs", decay=0.9, statistics="averaged"),
     )
 
 
@@ -68,7 +68,8 @@ def acat(data: str, model: str) -> Config:
         _growing(data, model, steps=2, step_size="8/255"),
         beta=(10.0 if wide else 11.0) if ten else 9.0,
         label_smoothing=0.0 if ten else 10 / 99,
-        average=AverageConfig(kind="ema", decay=0.9996),
+        # a copy up to the end of epoch 110 * 150 / 200
+        average=AverageConfig(kind="ema", decay=0.9996, ramp=False, warmup=82.0, statistics="averaged"),
         epochs=110,
     )
 

@@ -13,9 +13,8 @@ from image_folders import write_images
 from PIL import Image
 from places import TRAIN
 
-from awp_engine.config import Config, ConfigError, EvaluationConfig
+from awp_engine.config import Config, ConfigError, EvaluationConfig, own_images
 from awp_engine.config.presets import PRESETS, build_preset
-from awp_engine.data import batch_sizes
 from awp_engine.observe.run_log import RunLog
 from awp_engine.train.trainer import Trainer
 
@@ -43,7 +42,7 @@ def tiny(config: Config, root: Path, run_dir: Path) -> Config:
     if config.data.name != "digits":
         data = dataclasses.replace(data, name="folder", root=root, image_size=data.image_size and 32, workers=1)
     if config.method == "rst":
-        data = dataclasses.replace(data, extra=root / "extra.npz")
+        data = dataclasses.replace(data, extra=root / "extra.npz", epoch_images=data.epoch_images and 20)
     return dataclasses.replace(
         config,
         data=data,
@@ -70,8 +69,9 @@ def test_every_network_is_trained_in_one_preset():
 def test_two_steps(name, colour_images, tmp_path):
     whole = build_preset(name)
     config = tiny(whole, colour_images, tmp_path / "run")
-    if config.model.name.startswith("wrn") and name not in WHOLE:
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, name="wrn-10-1"))
+    if "wrn-" in config.model.name and name not in WHOLE:
+        kind, _, _ = config.model.name.partition("wrn-")
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=f"{kind}wrn-10-1"))
     elif name.startswith("imagenet") or (config.model.name == "preact-resnet-18" and name not in WHOLE):
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, width=16))
     elif config.model.name.startswith("wrn"):
@@ -107,9 +107,14 @@ def test_the_recipes_for_larger_images_and_generated_ones():
     awp = build_preset("cifar10-wrn-28-10-silu-trades-awp-edm")
     assert dataclasses.replace(awp, awp=plain.awp, preset=plain.preset) == plain
     assert (plain.beta, plain.data.extra_fraction, plain.average.decay, awp.awp.gamma) == (5.0, 0.7, 0.995, 0.005)
-    # the public code's number of steps: 400 times 50,000 / 512
-    steps = len(batch_sizes(49_000, plain.global_batch_size, plain.data.extra_fraction)) * plain.epochs
-    assert steps == pytest.approx(400 * 98, rel=0.005)
+    data, optimizer = plain.data, plain.optimizer
+    assert (data.epoch_images, plain.global_batch_size, plain.epochs, optimizer.warmup) == (50_000, 512, 400, 10)
+    assert own_images(512, data.extra_fraction, filled=True) == 154
+    # of all images one in 50,000 / 1,024 is held out
+    assert round(data.held_out_fraction * 50_000) == 1024
+    large = build_preset("cifar10-wrn-94-16-trades-scaled")
+    assert (large.epochs * large.data.epoch_images, large.data.extra_alone) == (500_000_000, 6000)
+    assert own_images(large.global_batch_size, large.data.extra_fraction, filled=True) == 256
     with pytest.raises(ConfigError, match=r"--data\.extra: expected an \.npz"):
         dataclasses.replace(plain, data=dataclasses.replace(plain.data, root=Path())).require_files()
 

@@ -70,9 +70,18 @@ WANG = dataclasses.replace(
     method="rst",
     data=DataConfig(pad=1, train_limit=100, extra_fraction=0.7, extra_replacement=True, epoch_images=50, extra_alone=1),
     model=ModelConfig(width=2, bn_momentum=0.01),
+    average=AverageConfig(kind="ema", warmup=0.5, statistics="live"),
+    evaluation=dataclasses.replace(AWP_EMA.evaluation, loss="margin"),
     optimizer=OptimizerConfig(
         schedule="one-cycle-cosine", warmup=1.5, cycle_momentum=True, nesterov=True, decay_norms=False
     ),
+)
+
+ADR = dataclasses.replace(
+    AWP_EMA,
+    method="adr",
+    method_args=("tau=2.5,1.5",),
+    average=AverageConfig(kind="ema", decay=0.9, ramp=False, warmup=0.3, statistics="averaged"),
 )
 
 
@@ -124,6 +133,7 @@ CASES = [
     pytest.param(FREE_SWA, 1, 5, id="1 rank, 2 epochs"),
     pytest.param(GKL_EPOCHS, 1, 5, id="1 rank, GKL, 2 epochs"),
     pytest.param(WANG, 1, 5, id="1 rank, generated images"),
+    pytest.param(ADR, 1, 5, id="1 rank, teacher"),
     pytest.param(AWP_EMA, 2, 10, id="2 ranks, 1 epoch"),
     pytest.param(GKL_EPOCHS, 2, 10, id="2 ranks, GKL, 2 epochs", marks=pytest.mark.long),
     pytest.param(FREE_SWA, 2, 10, id="2 ranks, 2 epochs", marks=pytest.mark.long),
@@ -134,6 +144,13 @@ CASES = [
     ),
     pytest.param(
         dataclasses.replace(AWP_EMA, distributed=DistributedConfig(strategy="fsdp")), 2, 10, id="2 ranks, shards"
+    ),
+    pytest.param(
+        dataclasses.replace(ADR, distributed=DistributedConfig(strategy="fsdp")),
+        2,
+        10,
+        id="2 ranks, shards, teacher",
+        marks=pytest.mark.long,
     ),
     pytest.param(AWP_EMA, 4, 4, id="4 ranks", marks=pytest.mark.long),
     pytest.param(

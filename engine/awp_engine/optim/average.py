@@ -64,8 +64,9 @@ class WeightAverage:
     @torch.no_grad()
     def restart_(self) -> None:
         """Become a copy of the model as it is, which counts as no step's."""
-        torch._foreach_copy_(list(self.model.parameters()), self._live)  # pyright: ignore[reportPrivateImportUsage]
-        for averaged, live in zip(self.model.buffers(), self._source.buffers(), strict=True):
+        # one by one: torch copies no list of shards
+        pairs = zip(self.model.state_dict().values(), self._source.state_dict().values(), strict=True)
+        for averaged, live in pairs:
             averaged.copy_(live)
 
     def follow(self, optimizer: Optimizer) -> None:
@@ -117,15 +118,15 @@ class WeightAverage:
         config = self.config
         if config.kind == "ema" or (config.kind == "swa" and epoch <= config.start * self.epochs):
             return
-        averages: list[Tensor] = list(self.model.parameters())
-        share = 1 - config.decay if config.kind == "epochs" and self.count else 1 / (self.count + 1)
         if self.count == 0:
-            torch._foreach_copy_(averages, self._live)  # pyright: ignore[reportPrivateImportUsage]
+            self.restart_()
         else:
+            averages: list[Tensor] = list(self.model.parameters())
+            share = 1 - config.decay if config.kind == "epochs" else 1 / (self.count + 1)
             torch._foreach_lerp_(averages, self._live, share)  # pyright: ignore[reportPrivateImportUsage]
-        if self.keeps_statistics:
-            self._weight.fill_(share)
-            self._take(live)
+            if self.keeps_statistics:
+                self._weight.fill_(share)
+                self._take(live)
         self.count += 1
 
     def state(self) -> dict[str, Tensor]:

@@ -1,0 +1,87 @@
+"""What a step costs: the passes of every preset counted, layer by layer, against what the log and the docs say."""
+
+import dataclasses
+import math
+import re
+
+import pytest
+import torch
+from places import ROOT
+from samples import images
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from awp_engine.config import Config, DistributedConfig, OptimizerConfig, PrecisionConfig
+from awp_engine.config.presets import PRESETS, build_preset
+from awp_engine.data import Batch
+from awp_engine.optim.average import WeightAverage
+from awp_engine.step.free import FreeStep
+from awp_engine.step.values import Phase
+from awp_engine.train import setup
+from awp_engine.train.cost import forward_units
+
+_IMAGES, _IN, _OUT = 8, 5, 7
+RECIPES = (ROOT / "docs" / "recipes.md").read_text()
+
+
+class _Products(TorchDispatchMode):
+    """Counts the images in the products of the layer from _IN to _OUT features: forward, and for both gradients."""
+
+    images = 0.0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            *_, left, right = args
+            sizes = (*left.shape, right.shape[1])
+            if {_IN, _OUT} <= set(sizes):
+                self.images += math.prod(sizes) / (_IN * _OUT)
+        return function(*args, **(kwargs or {}))
+
+
+def network() -> nn.Module:
+    """Its layer in the middle needs the gradient of its input in every training pass."""
+    torch.manual_seed(0)
+    first = (nn.Conv2d(3, _IN, 3), nn.BatchNorm2d(_IN), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(*first, nn.Linear(_IN, _OUT), nn.ReLU(), nn.Linear(_OUT, 10)).train()
+
+
+def counted(config: Config) -> float:
+    """Passes of an update, in forward passes of an image; a backward pass has one part for each kind of gradient."""
+    config = dataclasses.replace(
+        config,
+        precision=PrecisionConfig(attack="fp32", ascent="fp32", descent="fp32"),
+        distributed=DistributedConfig(),
+        optimizer=OptimizerConfig(),
+        micro_batch_size=None,
+        # not all of RWP's passes where no loss is small enough
+        awp=dataclasses.replace(config.awp, c_min=None if config.awp.c_min is None else 1e9),
+    )
+    model = network()
+    step = setup.build_step(config, model)
+    if config.average.kind == "ema":
+        step.passes.objective.average = WeightAverage(model, config.average, config.epochs).model
+    x = images((_IMAGES, 3, 8, 8))
+    y = torch.arange(_IMAGES) % 10
+    free = config.attack.fast == "free"
+    attack = (setup.training_attack if config.attack.fast == "none" else setup.cheap_attack)(config.attack)
+    taken = FreeStep(step, step, replays=1, memory_format=torch.contiguous_format) if free else step
+    with _Products() as products:
+        taken(Batch(x, y, torch.arange(_IMAGES), _IMAGES), Phase(attack=attack, free=free))
+    return products.images / _IMAGES
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_step_of_a_preset_costs_what_is_said(name: str) -> None:
+    config = build_preset(name)
+    assert counted(config) == forward_units(config, cheap=config.attack.fast != "none")
+
+
+ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in RECIPES.splitlines() if line.startswith("| ")]
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row[-1].isdigit()], ids=lambda row: row[0])
+def test_the_docs_table_of_recipes_is_true(row: list[str]) -> None:
+    """Every preset that a row names exists and costs what its last column says."""
+    names = re.findall(r"`([a-z0-9.-]+)`", row[2])
+    assert names
+    assert {forward_units(build_preset(name)) for name in names} == {float(row[-1])}

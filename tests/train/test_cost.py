@@ -57,7 +57,7 @@ def counted(config: Config) -> float:
         awp=dataclasses.replace(config.awp, c_min=None if config.awp.c_min is None else 1e9),
     )
     model = network()
-    step = setup.build_step(config, model)
+    step = setup.build_step(config, model, objective=setup.objective_of(config, torch.device("cpu"), 10))
     if config.average.kind == "ema":
         step.passes.objective.average = WeightAverage(model, config.average, config.epochs).model
     x = images((_IMAGES, 3, 8, 8))

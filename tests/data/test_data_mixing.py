@@ -426,6 +426,7 @@ def test_one_image_cannot_be_mixed() -> None:
     "options",
     [
         {"rand_augment": 9.0},
+        {"policy": "autoaugment-svhn", "policy_first": True},
         {"erase": 1.0, "fill": (0.5,) * 3, "erase_std": (0.2,) * 3},
         {"cutmix": 0.5, "mixup": 0.5, "num_classes": _CLASSES},
         {"extra": _split(9, (3, 5, 7), _FIRST_EXTRA), "extra_fraction": 0.5},

@@ -45,6 +45,7 @@ pytest.importorskip("nvidia.dali", reason="the extra `dali` is for Linux")
 _CROPPED = Augmentation(pad=1, flip=True)
 _LIGHT = Augmentation(pad=2, flip=True, cutout=3, fill=(0.5, 0.25, 0.75), cutmix=0.5, num_classes=3)
 _HEAVY = dataclasses.replace(_LIGHT, mixup=0.4, rand_augment=9.0, erase=0.5, erase_std=(0.2, 0.2, 0.2))
+_POLICY = Augmentation(pad=2, flip=True, cutout=3, fill=(0.5, 0.25, 0.75), policy="autoaugment-svhn", policy_first=True)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def test_loaders_give_equal_batches(tmp_path: Path, suffix: str) -> None:
     assert isinstance(sets["resident"].train, Split)
     assert isinstance(sets["dali"].train, StreamedSplit)
     assert len({(data.fingerprint, data.mean, data.std) for data in sets.values()}) == 1
-    for augmentation in (Augmentation(), _LIGHT, _HEAVY):
+    for augmentation in (Augmentation(), _LIGHT, _HEAVY, _POLICY):
         found = {
             loader: list(Batches(data.train, augmentation, global_batch_size=8, seed=5))
             for loader, data in sets.items()

@@ -175,3 +175,17 @@ def test_the_recipes_with_a_growing_ball():
         assert wrong == pytest.approx(0.1 if acat and "cifar100" in name else 0.0)
     assert build_preset(names[0]).method_args == ("alpha=3", "temperature=4", "attack_beta=0")
     assert build_preset(names[3]).method_args == ("alpha=4", "temperature=1", "attack_beta=1", "gamma=0.4")
+
+
+def test_the_recipes_of_idbh():
+    strong, weak = build_preset("cifar10-preact-resnet18-at-awp-idbh"), build_preset("cifar10-wrn-34-10-at-idbh")
+    for config in (strong, weak):
+        data, attack, optimizer, average = config.data, config.attack, config.optimizer, config.average
+        assert (data.flip, data.pad, data.cutout, data.erase, config.model.normalize) == (True, 0, 0, 0, "none")
+        assert (attack.epsilon, attack.step_size, attack.steps, attack.start) == ("8/255", "2/255", 10, "none")
+        assert (optimizer.lr, optimizer.weight_decay, optimizer.milestone_epochs(200)) == (0.1, 5e-4, [100, 150])
+        assert (config.epochs, config.global_batch_size, optimizer.nesterov) == (200, 128, False)
+        assert (average.kind, average.decay, average.ramp, average.statistics) == ("ema", 0.999, False, "clean")
+    assert (strong.data.policy, strong.awp.gamma) == ("idbh-strong", 0.01)
+    assert (weak.data.policy, weak.awp.gamma) == ("idbh-weak", 0)
+    assert build_preset("svhn-preact-resnet18-at-awp-idbh").data.policy == "idbh-svhn"

@@ -56,6 +56,9 @@ _FREE_ON_RESUME = frozenset(
 ADDED: dict[str, Any] = {
     "log": ["tensorboard"],
     "data.class_weights": "none",
+    "data.policy": "none",
+    "data.policy_first": False,
+    "data.rotate": 0.0,
     "model.normalize": "auto",
     "model.mean": [],
     "model.std": [],

@@ -85,6 +85,12 @@ class DataConfig(Checked, section="data."):
     """Both parameters of the Beta distribution that MixUp's shares come from."""
     rand_augment: Annotated[float | None, Range("a magnitude, 0 to 10, or none", ge=0, le=10)] = None
     """Magnitude of RandAugment's two operations on every training image; none means no RandAugment."""
+    policy: Literal["none", "idbh-weak", "idbh-strong", "idbh-svhn", "autoaugment-cifar10", "autoaugment-svhn"] = "none"
+    """Augmentation that is named as a whole: IDBH (CropShift, ColorShape, erasing), or a policy of AutoAugment."""
+    policy_first: bool = False
+    """Do AutoAugment before crops and mirroring, not after them."""
+    rotate: Annotated[float, Range("degrees, 0 to 180", ge=0, le=180)] = 0.0
+    """Turn every training image by up to as many degrees, to either side; 0 means no rotation."""
     erase: Probability = 0.0
     """Probability that a rectangle of a training image is filled with noise."""
     train_limit: OptionalCount = None
@@ -117,10 +123,26 @@ class DataConfig(Checked, section="data."):
         )
         self.require(not resized or self.pad == 0, "crop", "pad, unless --data.pad is 0")
         self.require(resized or self.crop_scale == 0.08, "crop_scale", "0.08, unless --data.crop is resized")
+        self._check_policy()
         whole = self.epoch_images is not None
         self.require(whole or self.extra_alone == 0, "extra_alone", "0 without --data.epoch-images")
         self.require(whole or self.extra_fraction < 1, "extra_fraction", "less than 1 without --data.epoch-images")
         self.require(0 <= self.mixup <= 1 - self.cutmix, "mixup", "a probability, 0 to 1 less --data.cutmix")
+
+    def _check_policy(self) -> None:
+        reason = f"with --data.policy {self.policy}"
+        if self.policy != "none":
+            self.require(self.rand_augment is None, "rand_augment", f"none {reason}: one policy at a time")
+        if self.policy.startswith("idbh"):
+            for name, value in (("pad", 0), ("crop", "pad"), ("cutout", 0), ("erase", 0)):
+                self.require_value(name, value, f"{reason}, which crops and erases by itself")
+            self.require_value("flip", True, f"{reason}, which begins by mirroring")
+        if self.policy != "none" or self.rand_augment is not None:
+            why = reason if self.policy != "none" else "with --data.rand-augment"
+            self.require_value("rotate", 0, f"{why}, which rotates by itself")
+        useful = self.policy.startswith("autoaugment") and (self.pad > 0 or self.flip)
+        expected = "false, unless --data.policy is one of AutoAugment, and --data.pad or --data.flip is given"
+        self.require(useful or not self.policy_first, "policy_first", expected)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -406,12 +406,17 @@ class Setup:
     def _build_batches(self) -> None:
         config, data, extra = self.config, self.data, self._extra
         same = ("pad", "flip", "cutout", "cutmix", "mixup", "mixup_alpha", "rand_augment", "erase")
+        same += ("policy", "policy_first", "rotate")
         augmentation = Augmentation(
             **{name: getattr(config.data, name) for name in same},
             fill=data.mean,
             erase_std=data.std,
             num_classes=len(data.class_names),
         )
+        try:
+            augmentation.require_fit(data.train, "name")
+        except ValueError as error:
+            raise ConfigError(f"--data.{error}") from None
         self.batches = Batches(
             data.train,
             augmentation,

@@ -88,6 +88,7 @@ def wang(data: str, network: str, batch_size: int, epochs: int, *, awp: bool, no
             held_out_fraction=_HELD_OUT / known.images,
             pad=0 if plain else 4,
             flip=not plain,
+            rotate=15.0 if data == "cifar100" else 0.0,
             extra_fraction=0.7,
             extra_replacement=True,
             epoch_images=known.images,

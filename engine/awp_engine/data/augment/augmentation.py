@@ -7,12 +7,16 @@ import torch
 from torch import Tensor
 
 from awp_engine.data.augment.erase import draw_erase, erase
+from awp_engine.data.augment.image_operations import to_levels
 from awp_engine.data.augment.mixing import mixed_labels, replace_boxes
 from awp_engine.data.augment.mixup import Mixture, blend_images, draw_mixture
+from awp_engine.data.augment.policy import POLICIES, apply_policy, least_side
 from awp_engine.data.augment.rand_augment import rand_augment
+from awp_engine.data.augment.rotation import random_rotation
 from awp_engine.data.loaders.framing import Request
 from awp_engine.data.split import AugmentArgs, Samples
 from awp_engine.distributed.batch import Batch
+from awp_kernels import augment
 from awp_kernels.philox import mix_seed
 
 
@@ -20,8 +24,8 @@ from awp_kernels.philox import mix_seed
 class Augmentation:
     """How training images and their labels are made; by default nothing is done to them.
 
-    First comes the crop, then mirroring, Cutout, RandAugment, random erasing, and last CutMix or MixUp, whose partner
-    is treated as in its own place.
+    First comes the crop, then mirroring, rotation or a policy, Cutout, RandAugment, random erasing, and last CutMix or
+    MixUp, whose partner is treated as in its own place.
 
     Args:
         pad: zero padding of the random crop, in pixels; 0 for no crop.
@@ -34,6 +38,9 @@ class Augmentation:
         mixup: probability that an image is blended with another; one that is boxed is not blended too, so both
             probabilities are 1 together at most.
         mixup_alpha: both parameters of the Beta distribution of the blended shares.
+        rotate: degrees; images are turned by up to as many to either side, 0 for not.
+        policy: one of `POLICIES`, or "none". An IDBH policy has crops, shifts and erasing of its own.
+        policy_first: AutoAugment comes before crop and mirroring.
         rand_augment: magnitude of RandAugment's two operations, 0 to 10; None for none.
         erase: probability that a rectangle of an image is filled with noise; 0 for never.
         erase_std: deviation of that noise, one value a channel; None fills with `fill` itself.
@@ -50,6 +57,9 @@ class Augmentation:
     cutmix: float = 0.0
     mixup: float = 0.0
     mixup_alpha: float = 0.8
+    rotate: float = 0.0
+    policy: str = "none"
+    policy_first: bool = False
     rand_augment: float | None = None
     erase: float = 0.0
     erase_std: tuple[float, ...] | None = None
@@ -59,6 +69,12 @@ class Augmentation:
         for key in ("pad", "cutout"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key}: {getattr(self, key)}; expected at least 0 pixels")
+        if self.policy not in ("none", *POLICIES):
+            raise ValueError(f"policy: {self.policy!r}; expected none, {', '.join(POLICIES)}")
+        if not 0 <= self.rotate <= 180:
+            raise ValueError(f"rotate: {self.rotate}; expected 0 to 180 degrees")
+        if self.rotate and self.policy != "none":
+            raise ValueError(f"rotate: {self.rotate}; expected 0 with a policy, which rotates by itself")
         for key in ("cutmix", "mixup", "erase"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"{key}: {getattr(self, key)}; expected a probability, 0 to 1")
@@ -79,6 +95,11 @@ class Augmentation:
             self.fill is not None and len(self.fill) == channels and all(0 <= value <= 1 for value in self.fill)
         ):
             raise ValueError(f"fill: {self.fill}; expected {channels} values in [0, 1], one a channel, for {filled}")
+        if self.rotate or self.policy != "none":
+            what, least = ("rotate", 1) if self.rotate else (f"policy {self.policy}", least_side(self.policy))
+            if channels not in (1, 3) or min(split.shape[1:]) < least:
+                size = f"images of at least {least}x{least} pixels, gray or RGB"
+                raise ValueError(f"{what}: expected {size}, got [C, H, W] {list(split.shape)}")
         if self.mixes:
             if len(split) < 2:
                 raise ValueError(f"{name}: {len(split)} images; expected at least 2 for cutmix or mixup")
@@ -95,8 +116,50 @@ class Augmentation:
 
     @property
     def args(self) -> AugmentArgs:
-        """What is done to each image by itself, in one pass."""
-        return AugmentArgs(self.pad, self.flip, self.cutout, self.fill if self.cutout else None)
+        """What is done first to each image by itself, in one pass."""
+        return self._passes[0]
+
+    @property
+    def _passes(self) -> tuple[AugmentArgs, AugmentArgs]:
+        """What is done in one pass to each image before a rotation or a policy, and after it."""
+        fill = self.fill if self.cutout else None
+        whole = AugmentArgs(self.pad, self.flip, self.cutout, fill)
+        if not self.rotate and self.policy == "none":
+            return whole, AugmentArgs()
+        if self.policy_first:
+            return AugmentArgs(), whole
+        return AugmentArgs(self.pad, self.flip), AugmentArgs(cutout=self.cutout, fill=fill)
+
+    def change(self, images: Tensor, ids: Tensor, *, seed: int, epoch: int) -> Tensor:
+        """What is done to images after `args`, by themselves.
+
+        Args:
+            images: fp32 [n, C, H, W], multiples of 1/255 in [0, 1].
+            ids: int64 [n] on the CPU.
+            seed: the run's seed.
+            epoch: with seed and id, all that is drawn depends on.
+
+        Returns:
+            fp32 [n, C, H, W], in [0, 1].
+        """
+        on_device = ids.to(images.device, non_blocking=True)
+        if self.rotate or self.policy != "none":
+            levels = to_levels(images, "a rotation or a policy")
+            if self.rotate:
+                levels = random_rotation(levels, ids, seed=seed, epoch=epoch, degrees=self.rotate)
+            else:
+                levels = apply_policy(self.policy, levels, ids, seed=seed, epoch=epoch)
+            last = self._passes[1]._asdict()
+            images = augment(levels.to(torch.uint8), sample_ids=on_device, seed=mix_seed(seed, epoch), **last)
+        if self.rand_augment is not None:
+            images = rand_augment(
+                images, on_device, seed=seed, epoch=epoch, magnitude=self.rand_augment, fill=self.fill
+            )
+        if self.erase and self.fill is not None:
+            _, _, height, width = images.shape
+            boxes = draw_erase(on_device, seed=seed, epoch=epoch, probability=self.erase, height=height, width=width)
+            images = erase(images, boxes, on_device, seed=seed, epoch=epoch, mean=self.fill, std=self.erase_std)
+        return images
 
     def draw(self, split: Samples, rows: Tensor, *, seed: int, epoch: int) -> "DrawnSamples":
         """Draws what mixes the samples at `rows`, int64 [K] on the CPU, with others."""
@@ -144,7 +207,7 @@ class DrawnSamples(NamedTuple):
     def batch(self, places: Tensor, augmented: Tensor, whole_size: int) -> Batch:
         """The samples at `places`, made of the images of `request`, as a share of a batch of `whole_size`."""
         request, device, count = self.request(places), augmented.device, len(places)
-        augmented = self._change(augmented, request.ids.to(device, non_blocking=True))
+        augmented = self.augmentation.change(augmented, request.ids, seed=self.seed, epoch=self.epoch)
         labels = self.split.labels_of(request.rows[:count])
         ids = request.ids[:count].to(device, non_blocking=True)
         if self.mixture is None:
@@ -160,14 +223,3 @@ class DrawnSamples(NamedTuple):
         share = mixture.own_share(*augmented.shape[2:])
         mixed = mixed_labels(labels, partner_labels, share, num_classes=self.augmentation.num_classes or 0)
         return Batch(replace_boxes(images, mixture.boxes, content), mixed, ids, whole_size)
-
-    def _change(self, images: Tensor, ids: Tensor) -> Tensor:
-        """RandAugment and erasing: fp32 [n, C, H, W] of samples int64 [n] on the same device."""
-        given, seed, epoch = self.augmentation, self.seed, self.epoch
-        if given.rand_augment is not None:
-            images = rand_augment(images, ids, seed=seed, epoch=epoch, magnitude=given.rand_augment, fill=given.fill)
-        if given.erase and given.fill is not None:
-            _, _, height, width = images.shape
-            boxes = draw_erase(ids, seed=seed, epoch=epoch, probability=given.erase, height=height, width=width)
-            images = erase(images, boxes, ids, seed=seed, epoch=epoch, mean=given.fill, std=given.erase_std)
-        return images

@@ -19,10 +19,12 @@ _SHAPES = 4096
 
 
 @functools.cache
-def _shapes(least: float) -> Tensor:
-    """Roots of ratios height / width between `least` and its inverse, at even steps of their logarithm."""
+def _shapes(ratio: tuple[float, float]) -> Tensor:
+    """Roots of ratios height / width in a range, at even steps of their logarithm."""
+    low, high = map(math.log, ratio)
+    middle, half = (low + high) / 4, (high - low) / 4
     return torch.tensor(
-        [math.exp(math.log(least) * (1 - (2 * i + 1) / _SHAPES) / 2) for i in range(_SHAPES)], dtype=torch.float64
+        [math.exp(middle + half * ((2 * i + 1) / _SHAPES - 1)) for i in range(_SHAPES)], dtype=torch.float64
     )
 
 
@@ -35,7 +37,7 @@ def draw_erase(
     height: int,
     width: int,
     area: tuple[float, float] = (0.02, 1 / 3),
-    least_ratio: float = 0.3,
+    ratio: tuple[float, float] = (0.3, 1 / 0.3),
 ) -> Boxes:
     """Rectangles to be erased, the same on every device; empty ones where nothing is.
 
@@ -51,14 +53,14 @@ def draw_erase(
         height: of the images.
         width: of the images.
         area: least and largest part of the image's pixels.
-        least_ratio: of height to width; the largest is its inverse.
+        ratio: least and largest of height to width.
     """
     words = sample_words(ids, 1 + 4 * _ATTEMPTS, seed=mix_seed(seed, epoch), stream=_STREAM)
     sizes, shapes, rows, columns = words[:, 1:].view(-1, _ATTEMPTS, 4).unbind(2)
     low, high = area
     root = ((low + (high - low) * (sizes.double() * 2.0**-32)) * (height * width)).sqrt()
-    ratio = _shapes(least_ratio).to(ids.device)[(shapes * _SHAPES) >> 32]
-    tall, wide = (root * ratio).round().long(), (root / ratio).round().long()
+    shape = _shapes(ratio).to(ids.device)[(shapes * _SHAPES) >> 32]
+    tall, wide = (root * shape).round().long(), (root / shape).round().long()
     fits = (tall < height) & (wide < width)
     first = fits.long().argmax(1, keepdim=True)
     erased = (words[:, :1] < round(probability * 2**32)) & fits.any(1, keepdim=True)

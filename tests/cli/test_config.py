@@ -261,6 +261,7 @@ BAD = {
     "--attack.fast": lambda: Config(attack=AttackConfig(fast="free"), awp=AwpConfig(gamma=0.01)),
     "--attack.fast-epochs": lambda: AttackConfig(fast_epochs=0),
     "--attack.replays": lambda: AttackConfig(replays=0),
+    "--attack.ramp": lambda: AttackConfig(ramp="linear", fast="free"),
     "--attack.start": lambda: AttackConfig(start="x"),
     "--awp.every": lambda: AwpConfig(every=0),
     "--awp.scale": lambda: AwpConfig(scale="x"),

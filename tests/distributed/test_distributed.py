@@ -49,6 +49,12 @@ CASES: dict[str, Config] = {
     "uneven shares": dataclasses.replace(BASE, global_batch_size=11),
     "trades": dataclasses.replace(BASE, method="trades"),
     "mart": dataclasses.replace(BASE, method="mart"),
+    "ikl": dataclasses.replace(BASE, method="ikl", method_args=("attack_beta=1",)),
+    "gkl": dataclasses.replace(BASE, method="gkl", method_args=("gamma=0.4", "temperature=1")),
+    "gkl, micro-batches, frozen statistics": dataclasses.replace(
+        BASE, method="gkl", method_args=("gamma=0.4",), distributed=DistributedConfig(), micro_batch_size=2
+    ),
+    "shards, gkl": dataclasses.replace(BASE, method="gkl", method_args=("gamma=0.4",), distributed=SHARDED),
     "clipped, nesterov": dataclasses.replace(BASE, optimizer=OptimizerConfig(lr=0.05, nesterov=True, clip_norm=0.1)),
     "cutmix": dataclasses.replace(BASE, data=DataConfig(cutmix=0.8, pad=1, flip=True)),
     "extra": dataclasses.replace(BASE, data=DataConfig(extra_fraction=0.4, pad=1)),
@@ -144,7 +150,7 @@ def trained(config: Config, ranks: Ranks, *, dtype: torch.dtype = torch.float64,
             rank=ranks.rank,
             ranks=ranks.world,
         )
-        for batch, size in zip(batches, sizes, strict=True):
+        for number, (batch, size) in enumerate(zip(batches, sizes, strict=True)):
             set_learning_rate(step.optimizer, 0.05)
             x, labels = batch.images.to(dtype), batch.labels
             if labels.is_floating_point():
@@ -153,7 +159,8 @@ def trained(config: Config, ranks: Ranks, *, dtype: torch.dtype = torch.float64,
                 result = step.free(x, labels, torch.zeros_like(x), of=size)
             else:
                 whole = config.model.bn_momentum is not None and not losses
-                result = step(x, labels, sample_ids=batch.ids, seed=epoch, of=size, whole_statistics=whole)
+                fields = {"epoch": epoch, "step": number, "whole_statistics": whole}
+                result = step(x, labels, sample_ids=batch.ids, seed=epoch, of=size, **fields)
             numbers = torch.stack([result.loss, result.correct, result.zero_gradients]).double()
             ranks.sum_([numbers])
             losses.append(numbers)
@@ -161,7 +168,8 @@ def trained(config: Config, ranks: Ranks, *, dtype: torch.dtype = torch.float64,
     momentum = {f"momentum.{i}": buffer for i, buffer in buffers}
     averaged = {} if average is None else {f"average.{n}": t for n, t in average.state().items()}
     # .clone(): statistics are views of one tensor
-    found = {**model.state_dict(), **momentum, **averaged, "numbers": torch.stack(losses)}
+    method = step.passes.objective.state()
+    found = {**model.state_dict(), **momentum, **averaged, **method, "numbers": torch.stack(losses)}
     if step.models.sharded:
         return gather(found, every_rank=True)
     return {name: tensor.detach().clone() for name, tensor in found.items()}
@@ -172,7 +180,7 @@ def trained_on_rank(rank: int, world: int, cases: dict[str, Config]) -> dict[str
 
 
 # what depends on the number of ranks: shares that differ, batches of fewer images, several all-reduces, shards
-ON_FOUR = ["at", "uneven shares", "extra", "rwp", "micro-batches, frozen statistics", "shards, trades, clipped"]
+ON_FOUR = ["at", "uneven shares", "extra", "rwp", "gkl", "micro-batches, frozen statistics", "shards, trades, clipped"]
 
 
 @functools.cache

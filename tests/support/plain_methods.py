@@ -4,6 +4,7 @@ Formulas as in the papers: probabilities and logarithms spelled out, one perturb
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -67,15 +68,18 @@ def awp_step(
     x: Tensor,
     y: Tensor,
     *,
-    kind: str,
+    kind: str | Callable[..., Tensor],
     beta: float,
     gamma: float,
     lr: float,
     mu: float,
     weight_decay: float,
 ) -> None:
-    """One whole step: gradient at w on a copy, gradient at w + gamma v, SGD with decay at w."""
-    loss = {"trades": trades_loss, "mart": mart_loss}[kind]
+    """One whole step: gradient at w on a copy, gradient at w + gamma v, SGD with decay at w.
+
+    kind: trades, mart, or a loss with the arguments of `trades_loss`.
+    """
+    loss = {"trades": trades_loss, "mart": mart_loss}[kind] if isinstance(kind, str) else kind
     climber = copy.deepcopy(model).train()
     loss(climber, x_adv, x, y, beta).backward()
     originals = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -80,5 +80,6 @@ def make_step(
 def build_step(
     config: Config, model: nn.Module, ranks: Ranks | None = None, class_weights: Tensor | None = None
 ) -> TensorStep:
-    """The step that a configuration describes."""
-    return TensorStep(setup.build_step(config, model, ranks, class_weights=class_weights), config.attack)
+    """The step that a configuration describes, for ten classes."""
+    given = {"class_weights": class_weights, "objective": setup.objective_of(config, torch.device("cpu"), 10)}
+    return TensorStep(setup.build_step(config, model, ranks, **given), config.attack)

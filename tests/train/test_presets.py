@@ -37,7 +37,7 @@ def colour_images(tmp_path_factory) -> Path:
 
 
 def tiny(config: Config, root: Path, run_dir: Path) -> Config:
-    """Two steps an epoch; the weight perturbation and every stage of the attack begin at once."""
+    """Two steps an epoch; the weight perturbation, the average and every stage of the attack begin at once."""
     data = dataclasses.replace(config.data, held_out_fraction=0.3, train_limit=10)
     if config.data.name != "digits":
         data = dataclasses.replace(data, name="folder", root=root, image_size=data.image_size and 32, workers=1)
@@ -48,6 +48,7 @@ def tiny(config: Config, root: Path, run_dir: Path) -> Config:
         data=data,
         attack=dataclasses.replace(config.attack, steps=1, replays=2),
         awp=dataclasses.replace(config.awp, warmup=0, ascent_steps=min(config.awp.ascent_steps, 2)),
+        average=dataclasses.replace(config.average, warmup=0.0),
         evaluation=EvaluationConfig(steps=1),
         epochs=1,
         global_batch_size=5 if config.method != "rst" else 10,
@@ -151,6 +152,30 @@ def test_a_small_run_of_a_recipe_for_larger_images(model, tmp_path):
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["attack"]["epsilon"] == "4/255"
     assert 0 <= report["pgd1_accuracy"] <= report["clean_accuracy"] <= 1
+
+
+def test_the_recipes_with_a_growing_ball():
+    names = [f"{data}-wrn-34-10-{method}-awp" for data in ("cifar10", "cifar100") for method in ("ikl", "gkl")]
+    names += [f"{data}-{model}-acat" for data in ("cifar10", "cifar100") for model in ("preact-resnet18", "wrn-34-10")]
+    for name in names:
+        config = build_preset(name)
+        attack, optimizer = config.attack, config.optimizer
+        assert (attack.ramp, attack.epsilon, attack.bn_mode, attack.start) == ("linear", "8/255", "eval", "normal")
+        assert (optimizer.lr, optimizer.schedule, optimizer.per_epoch) == (0.2, "cosine", True)
+        assert not optimizer.nesterov
+        # the public codes count epochs from 1 and perturb from 10 on
+        assert (config.awp.gamma, config.awp.warmup, config.model.normalize) == (0.005, 9, "none")
+        acat = name.endswith("acat")
+        assert (attack.steps, attack.step_size) == ((2, "8/255") if acat else (5, "4/255"))
+        average = config.average
+        expected = ("ema", 0.9996, False, 82) if acat else ("epochs", 0.9, True, 0)
+        assert (average.kind, average.decay, average.ramp, average.warmup) == expected
+        assert average.statistics == "averaged"
+        assert config.epochs == (110 if acat else 200)
+        wrong = config.label_smoothing * 99 / 100
+        assert wrong == pytest.approx(0.1 if acat and "cifar100" in name else 0.0)
+    assert build_preset(names[0]).method_args == ("alpha=3", "temperature=4", "attack_beta=0")
+    assert build_preset(names[3]).method_args == ("alpha=4", "temperature=1", "attack_beta=1", "gamma=0.4")
 
 
 def test_the_recipes_of_idbh():

@@ -53,6 +53,16 @@ FREE_SWA = dataclasses.replace(
     awp=AwpConfig(gamma=0.0),
     average=AverageConfig(kind="swa", start=0.0, bn_images=10),
 )
+# what classes were answered in the epoch before, and in this one so far
+GKL_EPOCHS = dataclasses.replace(
+    AWP_EMA,
+    epochs=2,
+    global_batch_size=10,
+    method="gkl",
+    method_args=("gamma=0.4", "attack_beta=1"),
+    attack=AttackConfig(steps=2, ramp="linear"),
+    average=AverageConfig(kind="epochs", decay=0.9, statistics="averaged"),
+)
 
 WANG = dataclasses.replace(
     AWP_EMA,
@@ -121,9 +131,11 @@ def resumed_everywhere(rank: int, world: int, directory: Path, config: Config, e
 CASES = [
     pytest.param(AWP_EMA, 1, 5, id="1 rank, 1 epoch"),
     pytest.param(FREE_SWA, 1, 5, id="1 rank, 2 epochs"),
+    pytest.param(GKL_EPOCHS, 1, 5, id="1 rank, GKL, 2 epochs"),
     pytest.param(WANG, 1, 5, id="1 rank, generated images"),
     pytest.param(ADR, 1, 5, id="1 rank, teacher"),
     pytest.param(AWP_EMA, 2, 10, id="2 ranks, 1 epoch"),
+    pytest.param(GKL_EPOCHS, 2, 10, id="2 ranks, GKL, 2 epochs", marks=pytest.mark.long),
     pytest.param(FREE_SWA, 2, 10, id="2 ranks, 2 epochs", marks=pytest.mark.long),
     *(
         pytest.param(config, world, 1, id=f"every step, {world} rank, {config.epochs} epoch", marks=pytest.mark.long)

@@ -1,7 +1,7 @@
 """An attack as one value: made once, called on every batch."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -47,6 +47,11 @@ class Attack:
             raise ValueError(f"kind: expected pgd or apgd, got {self.kind!r}")
         if self.kind == "pgd" and self.step_size is None:
             raise ValueError("step_size: expected a length for kind pgd, got None; only apgd chooses its own")
+
+    def scaled(self, part: float) -> "Attack":
+        """This attack in a ball of `part` of the radius, with steps as much shorter."""
+        lengths = {name: getattr(self, name) for name in ("epsilon", "step_size", "start_epsilon")}
+        return replace(self, **{name: part * length for name, length in lengths.items() if length is not None})
 
     def first(self, x: Tensor, *, sample_ids: Tensor, seed: int) -> Tensor:
         """Where the attack on a batch begins, [N, C, H, W]: all of it that depends on the seed."""

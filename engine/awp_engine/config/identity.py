@@ -63,6 +63,7 @@ ADDED: dict[str, Any] = {
     "model.mean": [],
     "model.std": [],
     "awp.layers": [],
+    "attack.ramp": "none",
     "attack.noise": 0.0,
     "attack.noise_samples": 1,
     "optimizer.layer_decay": 1.0,
@@ -211,6 +212,8 @@ def why_not_longer(config: Config) -> str | None:
         return f"its loss changes over all epochs (--method {config.method})"
     if config.average.kind == "swa":
         return "its average begins after a part of all epochs (--average.kind swa)"
+    if config.attack.ramp != "none":
+        return f"its epsilon grows over all epochs (--attack.ramp {config.attack.ramp})"
     return None
 
 

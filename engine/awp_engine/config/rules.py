@@ -135,7 +135,7 @@ def _require_reach(config: Config, key: str, step_size: str, steps: int) -> None
 
 
 def _require_step(config: Config) -> None:
-    one_class = config.method in ("mart", "adr", "adr-trades")
+    one_class = config.method in ("mart", "ikl", "gkl", "adr", "adr-trades")
     for key in ("label_smoothing", "data.cutmix", "data.mixup") if one_class else ():
         config.require_value(key, 0, f"with --method {config.method}, whose loss needs one right class")
     if config.method in ("adr", "adr-trades", "rebat"):
@@ -154,7 +154,7 @@ def _require_step(config: Config) -> None:
         like = "at, or a class of your own, with --attack.kind none or --attack.noise"
         config.require(config.method == "at" or is_code(config.method), "method", like)
     if config.attack.kind == "apgd":
-        if config.method in ("trades", "rst", "adr-trades"):
+        if config.method in ("trades", "rst", "ikl", "gkl", "adr-trades"):
             config.require_value("attack.kind", "pgd", f"with --method {config.method}: apgd climbs cross-entropy")
         if config.awp.enabled:
             config.require_value("awp.ascent", "exact", "with --attack.kind apgd, whose last pass has no gradient")

@@ -37,7 +37,7 @@ from awp_engine.config.schema import (
 )
 
 _PRESET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
-_METHODS = ("at", "trades", "mart", "rst", "adr", "adr-trades", "rebat")
+_METHODS = ("at", "trades", "mart", "rst", "ikl", "gkl", "adr", "adr-trades", "rebat")
 _Pixels = Annotated[int, Range("a whole number of pixels, 0 to 1024", ge=0, le=1024)]
 
 
@@ -225,6 +225,9 @@ class AttackConfig(Checked, section="attack."):
     """Mode of batch normalisation during the attack: by the batch's statistics, or by the running ones."""
     start: Literal["uniform", "normal", "none"] = "uniform"
     """First iterate: a uniform random point of the ball, the image plus 0.001 N(0, 1), or the image itself."""
+    ramp: Literal["none", "linear"] = "none"
+    """Epsilon and step size of training are these throughout, or grow to these in proportion to the epoch (Addepalli
+    2022); the evaluation keeps the whole ball."""
     fast: Literal["none", "fgsm-rs", "n-fgsm", "free"] = "none"
     """Cheap attack in the first epochs: one step (Wong 2020; de Jorge 2022), or replayed batches (Shafahi 2019)."""
     fast_epochs: OptionalCount = None
@@ -247,6 +250,8 @@ class AttackConfig(Checked, section="attack."):
         self.require(self.fast != "n-fgsm" or epsilon <= Fraction(1, 2), "epsilon", noise)
         alone = self.fast == "none" or (self.kind != "none" and self.noise == 0)
         self.require(alone, "fast", "none with --attack.kind none or --attack.noise")
+        grows = self.fast == "none" and self.training_epsilon > 0
+        self.require(self.ramp == "none" or grows, "ramp", "none with --attack.fast, or where training does not attack")
         self.require(self.noise > 0 or self.noise_samples == 1, "noise_samples", "1 without --attack.noise")
 
     @property
@@ -396,10 +401,11 @@ class OptimizerConfig(Checked, section="optimizer."):
 class AverageConfig(Checked, section="average."):
     """Average of the weights over training, which is then what is measured, selected and exported."""
 
-    kind: Literal["none", "ema", "swa"] = "none"
-    """Exponential moving average of every step's weights, or equal average of every epoch's."""
+    kind: Literal["none", "ema", "swa", "epochs"] = "none"
+    """Exponential moving average of every step's weights, equal average of every epoch's, or exponential one of every
+    epoch's from the first on (IKL: decay 0.9, statistics averaged)."""
     decay: Fading = 0.995
-    """Share of the average that an EMA keeps in a step."""
+    """Share of the average that an exponential one keeps in a step, or epoch."""
     ramp: bool = True
     """Keep less in the first steps: (1 + n) / (10 + n) in step n, from 0, where that is smaller."""
     warmup: Annotated[float, Range("a finite number of epochs >= 0", ge=0)] = 0.0
@@ -409,13 +415,14 @@ class AverageConfig(Checked, section="average."):
     bn_images: Count = 2048
     """Training images that the average's BN statistics are computed anew from."""
     statistics: Literal["attacked", "clean", "averaged", "live"] = "attacked"
-    """The average's BN statistics: computed anew over attacked training images or clean ones, averaged like the weights
-    in every step, or those of the model in training."""
+    """The average's BN statistics: computed anew over attacked training images or clean ones, averaged as weights are,
+    or those of the model in training."""
 
     def _check(self) -> None:
-        if self.kind == "swa":
+        if self.kind in ("swa", "epochs"):
             for name, value in (("ramp", True), ("warmup", 0)):
-                self.require_value(name, value, "with --average.kind swa, which has --average.start")
+                self.require_value(name, value, f"with --average.kind {self.kind}, which takes epochs in, not steps")
+        if self.kind == "swa":
             anew = self.statistics in ("attacked", "clean")
             self.require(anew, "statistics", "attacked or clean with --average.kind swa")
 
@@ -478,12 +485,12 @@ class Config(Checked):
     preset: str = "digits"
     """Preset that the other settings start from; giving it as the first argument says the same."""
     method: str = "at"
-    """Loss: at, cross-entropy on the attacked images; trades; mart; rst, TRADES with pseudo-labelled images; adr,
-    adr-trades and rebat, which learn from the average of the weights too; or an Objective of your own: file.py:Class or
-    package.module:Class."""
+    """Loss: at, cross-entropy on the attacked images; trades; mart; rst, TRADES with pseudo-labelled images; ikl, gkl,
+    with weights by class for its divergence; adr, adr-trades, rebat, which learn from the weights' average too; or an
+    Objective of your own: file.py:Class or package.module:Class."""
     beta: Annotated[float, Range("a finite number >= 0", ge=0)] = 6.0
-    """Weight of the divergence between attacked and clean images: beta of TRADES and RST, lambda of MART; of that from
-    the average in ReBAT, whose paper has 1."""
+    """Weight of the divergence between attacked and clean images: beta of TRADES and RST, of the squared error in IKL
+    and GKL, lambda of MART; of that from the average in ReBAT, whose paper has 1."""
     label_smoothing: Fading = 0.0
     """Part of a label that is spread over all classes, in AT's loss and in TRADES' clean one."""
     method_args: tuple[str, ...] = ()

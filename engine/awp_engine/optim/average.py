@@ -5,6 +5,7 @@ al.: Uncovering the Limits of Adversarial Training, 2020 (EMA in adversarial tra
 """
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from awp_engine.optim.optimizer import Optimizer
 class WeightAverage:
     """A second model that holds the average of the first one's parameters; the two share no memory.
 
-    Its batch-normalisation statistics are those of no model that ever ran, unless they follow the model's in every step
+    Its batch-normalisation statistics are those of no model that ever ran, unless they follow the model's as weights do
     (`config.statistics`): `recompute_statistics` of `models.batch_norm` has to compute them anew before it is used.
 
     Args:
@@ -30,7 +31,7 @@ class WeightAverage:
     Attributes:
         model: the average, in eval mode.
         count: how many sets of weights are in it.
-        statistics: its running statistics and other buffers, where they follow the model's in every step; else empty.
+        statistics: its running statistics and other buffers, where they follow the model's; else empty.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class WeightAverage:
 
     @property
     def keeps_statistics(self) -> bool:
-        """Whether its statistics follow the model's in every step."""
+        """Whether its statistics follow the model's as the weights do."""
         return self.config.statistics in ("averaged", "live")
 
     @torch.no_grad()
@@ -95,8 +96,10 @@ class WeightAverage:
         Args:
             live: `WorkingModels.statistics`; as `statistics` is laid out.
         """
-        if not self.keeps_statistics:
-            return
+        if self.config.kind == "ema" and self.keeps_statistics:
+            self._take(live)
+
+    def _take(self, live: Sequence[Tensor]) -> None:
         for index, (ours, current) in enumerate(zip(self.statistics, live, strict=True)):
             of_batch_norm = index < len(self._averaged) and ours.is_floating_point()
             if self.config.statistics == "averaged" and of_batch_norm:
@@ -105,15 +108,25 @@ class WeightAverage:
                 ours.copy_(current)
 
     @torch.no_grad()
-    def after_epoch(self, epoch: int) -> None:
-        """Take the weights in after an epoch, counted from 1 (SWA)."""
-        if self.config.kind != "swa" or epoch <= self.config.start * self.epochs:
+    def after_epoch(self, epoch: int, live: Sequence[Tensor] = ()) -> None:
+        """Take the weights in after an epoch (SWA; an EMA of epochs, which begins as the first one).
+
+        Args:
+            epoch: counted from 1.
+            live: as in `take_statistics_`, where they are kept.
+        """
+        config = self.config
+        if config.kind == "ema" or (config.kind == "swa" and epoch <= config.start * self.epochs):
             return
         if self.count == 0:
             self.restart_()
         else:
             averages: list[Tensor] = list(self.model.parameters())
-            torch._foreach_lerp_(averages, self._live, 1 / (self.count + 1))  # pyright: ignore[reportPrivateImportUsage]
+            share = 1 - config.decay if config.kind == "epochs" else 1 / (self.count + 1)
+            torch._foreach_lerp_(averages, self._live, share)  # pyright: ignore[reportPrivateImportUsage]
+            if self.keeps_statistics:
+                self._weight.fill_(share)
+                self._take(live)
         self.count += 1
 
     def state(self) -> dict[str, Tensor]:

@@ -124,6 +124,7 @@ class AwpStep:
         share = passes.share(len(batch.images), batch.whole_size)
         statistics = self.kept()
         with passes.rollback(statistics, self.awp.restore_ if self.awp is not None else None):
+            passes.objective.begin_batch(batch, share.share, passes.ranks)
             with region("attack"):
                 shared = [self.models.attack.get_parameter(name) for name in names]
                 x_adv, targets, marks = passes.attack(phase.attack, batch, share, start, shared)

@@ -20,6 +20,8 @@ class CaptureError(RuntimeError):
 # steps of each kind that are taken one by one first: libraries choose their algorithms and allocate in them
 _WARM_UP = 3
 _Kind = tuple[bool, Attack, Hashable]
+# those of two attacks, each with and without weight perturbation; where the attack changes with the epoch no older ones
+_KEPT = 4
 
 
 class _Captured(NamedTuple):
@@ -32,10 +34,10 @@ class GraphedStep:
     """Takes the steps of an `AwpStep`, captured in CUDA graphs: one launch in place of thousands.
 
     A graph is captured for each kind of step (with and without weight perturbation, by attack, by the method's stage)
-    after a few plain ones, which train like any other. Batches of another size than the first run plainly, and so does
-    nothing else; both ways compute the same. Rates, scales and averages are read from device tensors at every replay,
-    and the attack's start, which depends on the seed, is drawn outside. A momentum that changes has a step captured
-    anew.
+    after a few plain ones, which train like any other; the newest four are kept. Batches of another size than the first
+    run plainly, and so does nothing else; both ways compute the same. Rates, scales and averages are read from device
+    tensors at every replay, and the attack's start, which depends on the seed, is drawn outside. A momentum that
+    changes has a step captured anew.
 
     Args:
         step: `capturable`, on a CUDA device.
@@ -89,15 +91,20 @@ class GraphedStep:
         self._taken[kind] = self._taken.get(kind, 0) + 1
         if self._taken[kind] <= _WARM_UP:
             return self._plainly(self._inputs, phase)
-        if kind in self._graphs and self._graphs[kind].momentum != phase.momentum:
-            # a number in its launches: gone before another one takes its memory
-            del self._graphs[kind]
-        if kind not in self._graphs:
+        # momentum is a number in its launches
+        if kind not in self._graphs or self._graphs[kind].momentum != phase.momentum:
             self._graphs[kind] = self._capture(self._inputs, phase)
+            self._drop_oldest()
         captured = self._graphs[kind]
         captured.graph.replay()
         # the next replay writes over the graph's own
         return StepResult(*(tensor.clone() for tensor in captured.result))
+
+    def _drop_oldest(self) -> None:
+        """After a capture: the pool of memory ends with the last of its graphs, and takes no other after that."""
+        while len(self._graphs) > _KEPT:
+            oldest = next(iter(self._graphs))
+            del self._graphs[oldest], self._taken[oldest]
 
     def _take(self, inputs: tuple[Tensor, ...], phase: Phase) -> StepResult:
         images, labels, ids, start = inputs

@@ -22,7 +22,7 @@ class Schedule:
     Attributes:
         config: of the run.
         steps: of an epoch.
-        attack: how images are attacked.
+        attack: how images are attacked, with a ramp in the last epoch.
         cheap: how in the first epochs, if those have a cheap attack.
     """
 
@@ -50,6 +50,15 @@ class Schedule:
         attack = self.config.attack
         return attack.fast != "none" and (attack.fast_epochs is None or epoch <= attack.fast_epochs)
 
+    def full_attack(self, epoch: int) -> Attack:
+        """The attack of `epoch` where it has no cheap one.
+
+        Source of the linear ramp: Addepalli et al.: Efficient and Effective Augmentation Strategy for Adversarial
+        Training (DAJAT), NeurIPS 2022.
+        """
+        config = self.config
+        return self.attack if config.attack.ramp == "none" else self.attack.scaled(epoch / config.epochs)
+
     def layer_seed(self, epoch: int, step: int) -> int | None:
         """Of dropout and the like in that step; built-in models and methods have none."""
         config = self.config
@@ -65,7 +74,7 @@ class Schedule:
         """The phase of that step."""
         config, cheap = self.config, self.is_cheap(epoch)
         return Phase(
-            attack=self.cheap if cheap else self.attack,
+            attack=self.cheap if cheap else self.full_attack(epoch),
             seed=mix_seed(config.seed, epoch, _ATTACK_NOISE),
             perturb=epoch > config.awp.warmup and self.number(epoch, step) % config.awp.every == 0,
             free=cheap and config.attack.fast == "free",

@@ -13,7 +13,7 @@ from awp_engine.evaluation import Accuracy, evaluate, evaluation_attack, spread
 from awp_engine.models.batch_norm import other_buffers, recompute_statistics
 from awp_engine.observe.regions import region
 from awp_engine.train.progress import Progress
-from awp_engine.train.setup import Setup, training_attack
+from awp_engine.train.setup import Setup
 from awp_kernels.philox import mix_seed
 
 _AVERAGE_NOISE = 3
@@ -73,7 +73,7 @@ class Selection:
         """Forward passes over training images: clean ones, or those over attacked ones that training itself makes."""
         config, passes, seen = self._setup.config, self._setup.awp_step.passes, 0
         # by the batch's statistics: the running ones are what is being computed
-        attack = dataclasses.replace(training_attack(config.attack), bn_mode="train")
+        attack = dataclasses.replace(self._setup.schedule.full_attack(epoch), bn_mode="train")
         seed, clean = mix_seed(config.seed, epoch, _AVERAGE_NOISE), config.average.statistics == "clean"
         with contextlib.closing(self._setup.batches.epoch(epoch)) as batches:
             for batch in batches:

@@ -449,6 +449,11 @@ class Setup:
         if attack.noise:
             copies = "a noisy copy" if attack.noise_samples == 1 else f"{attack.noise_samples} noisy copies"
             self.messages.append(f"{copies} of every training image, for awp certify --sigma {attack.noise:g}")
+        if attack.ramp != "none":
+            self.messages.append(
+                f"epsilon grows in proportion to the epoch, to {attack.epsilon} in epoch {config.epochs}, and the "
+                "attack's steps with it; accuracies under attack in training are those of the epoch's own ball"
+            )
         self.step = capture_step(config, self.awp_step)
         self.free = None
         if attack.fast == "free":

@@ -172,7 +172,7 @@ class Trainer(Setup):
         self.progress.step += 1
         if self.progress.step == self.schedule.steps:
             if self.average is not None:
-                self.average.after_epoch(epoch)
+                self.average.after_epoch(epoch, self.awp_step.models.statistics)
             if self.free is not None:
                 self.free.begin_epoch()
 
@@ -190,7 +190,9 @@ class Trainer(Setup):
             told = metrics | {"seconds": self.progress.seconds}
             self._log.end_epoch(epoch, told, best=self.progress.best_epoch == epoch)
         self._history.append({"epoch": epoch, **metrics})
-        settings = {"attacked": config.attack.training_epsilon > 0, "weighted": config.data.class_weights != "none"}
+        # accuracies under attacks of growing strength tell nothing side by side
+        attacked = config.attack.training_epsilon > 0 and config.attack.ramp == "none"
+        settings = {"attacked": attacked, "weighted": config.data.class_weights != "none"}
         for warning in warnings.warnings(self._history, len(self.data.class_names), **settings):
             self._say(f"warning: {warning}")
         if epoch % config.checkpoint_every == 0 or last or self._out_of_patience():

@@ -239,6 +239,7 @@ def _facts(description: ModelDescription, loaded: LoadedModel, epoch: str | int 
         if config.attack.training_epsilon:
             ball = f"{config.attack.norm} epsilon {config.attack.epsilon}"
             attack = f"{ball}, {config.attack.steps} steps of {config.attack.step_size}"
+            attack += ", both lengths growing with the epoch" * (config.attack.ramp != "none")
         if config.attack.noise:
             attack += f", noise of {config.attack.noise:g}"
         gamma = f", gamma {config.awp.gamma:g}" if config.awp.enabled else ""

@@ -12,12 +12,24 @@ from awp_engine.config.schema import did_you_mean
 from awp_engine.models.user_code import load_factory, told_in_one_line
 from awp_engine.step.objectives.adr import Adr, AdrTrades
 from awp_engine.step.objectives.adversarial_training import AdversarialTraining
+from awp_engine.step.objectives.decoupled_kl import GeneralizedKL, ImprovedKL
 from awp_engine.step.objectives.mart import Mart
 from awp_engine.step.objectives.objective import Objective
 from awp_engine.step.objectives.rebat import Rebat
 from awp_engine.step.objectives.trades import Trades
 
-__all__ = ["Adr", "AdrTrades", "AdversarialTraining", "Mart", "Objective", "Rebat", "Trades", "build_objective"]
+__all__ = [
+    "Adr",
+    "AdrTrades",
+    "AdversarialTraining",
+    "GeneralizedKL",
+    "ImprovedKL",
+    "Mart",
+    "Objective",
+    "Rebat",
+    "Trades",
+    "build_objective",
+]
 
 # robust self-training differs from TRADES in the images, not in the loss
 _METHODS: dict[str, Callable[..., Objective]] = {
@@ -25,6 +37,8 @@ _METHODS: dict[str, Callable[..., Objective]] = {
     "trades": Trades,
     "rst": Trades,
     "mart": Mart,
+    "ikl": ImprovedKL,
+    "gkl": GeneralizedKL,
     "adr": Adr,
     "adr-trades": AdrTrades,
     "rebat": Rebat,

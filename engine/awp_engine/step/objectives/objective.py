@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from awp_engine.attack import Loss, summed_cross_entropy
 from awp_engine.attack.losses import log_probabilities
+from awp_engine.distributed.batch import Batch
 from awp_engine.distributed.ranks import Ranks
 
 
@@ -17,7 +18,8 @@ class Objective(ABC):
     """A method: what the attack climbs, and what weights are trained by.
 
     Whatever else than `losses` is left out makes a method that keeps nothing and does not change in time. In a step
-    these are called, in this order: `begin_step`, `targets`, `attack_loss`, `ascent_losses`, `losses`, `after_step`.
+    these are called, in this order: `begin_step`, `begin_batch`, `targets`, `attack_loss`, `ascent_losses`, `losses`,
+    `after_step`.
 
     Attributes:
         uses_average: whether it needs `average`.
@@ -41,6 +43,17 @@ class Objective(ABC):
             done: part of the run's steps that come before it, in [0, 1].
             epoch: counted from 1.
             step: of the epoch, from 0.
+        """
+
+    def begin_batch(self, batch: Batch, share: float, ranks: Ranks) -> None:  # noqa: B027
+        """What a loss needs to know of the whole batch, once a step: micro-batches are parts of it.
+
+        On the device; sums over the ranks by `ranks.sum_`, on all of them alike.
+
+        Args:
+            batch: this rank's part; of a batch with fewer images than there are ranks, all of it.
+            share: the part of the batch's mean that it stands for.
+            ranks: that train together.
         """
 
     def targets(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -1,0 +1,91 @@
+"""A ball that grows with the epoch, `--attack.ramp linear`."""
+
+import dataclasses
+from pathlib import Path
+
+import plain_methods
+import pytest
+import torch
+from samples import images
+from torch import nn
+
+from awp_engine.attack import starting_point
+from awp_engine.config import (
+    AttackConfig,
+    AverageConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+)
+from awp_engine.config.identity import require_same_run
+from awp_engine.evaluation import evaluation_attack
+from awp_engine.models import build_model
+from awp_engine.step.cuda_graph import GraphedStep
+from awp_engine.train.trainer import Trainer
+
+SETTINGS = Config(
+    device="cpu",
+    epochs=4,
+    global_batch_size=50,
+    data=DataConfig(train_limit=100),
+    model=ModelConfig(width=2),
+    attack=AttackConfig(epsilon="8/255", step_size="4/255", steps=5, bn_mode="eval", start="normal", ramp="linear"),
+    average=AverageConfig(kind="ema", bn_images=10),
+    precision=PrecisionConfig(attack="fp32"),
+    evaluation=EvaluationConfig(steps=1, step_size="2/255", held_out_limit=8, test_limit=8),
+)
+
+
+def test_iterates_are_those_of_the_epochs_ball(tmp_path):
+    """DAJAT's `eps * epoch / epochs`, epochs from 1; steps in proportion."""
+    trainer = Trainer(dataclasses.replace(SETTINGS, run_dir=tmp_path / "run"))
+    torch.manual_seed(0)
+    model = build_model("preact-resnet-digits", 10, (0.5,), (0.25,), width=4).double().train()
+    x, y, ids = images((6, 1, 8, 8), torch.float64), torch.arange(6), torch.arange(6)
+    for epoch in range(1, 5):
+        attack = trainer.schedule(epoch, 1).attack
+        start = starting_point(x, "normal", epsilon=1.0, norm="linf", sample_ids=ids, seed=5)
+        radius, step = 8 / 255 * epoch / 4, 4 / 255 * epoch / 4
+        expected = plain_methods.attack(model, x, y, start, kind="at", epsilon=radius, step_size=step, steps=5)[-1]
+        found = attack(model, x, y, sample_ids=ids, seed=5)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+        assert float((found - x).abs().max()) == pytest.approx(radius)
+    assert attack == trainer.schedule.attack
+    assert evaluation_attack(trainer.config).epsilon == 8 / 255
+
+
+def test_an_averages_statistics_are_of_the_epochs_ball(tmp_path):
+    trainer = Trainer(dataclasses.replace(SETTINGS, run_dir=tmp_path / "run"))
+    moved = []
+
+    def look(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        moved.append(inputs[0].detach().clone())
+
+    trainer.average.before_step()
+    trainer.average.model.register_forward_pre_hook(look)
+    trainer.selection.measured_model(1)
+    # the clean images are where the attack began, but for its noise of 0.001
+    assert 0.5 * 2 / 255 < float((moved[-1] - moved[0]).abs().max()) < 2 / 255 + 0.006
+
+
+def test_what_cannot_grow_is_refused():
+    for wrong in ({"kind": "none"}, {"epsilon": "0"}, {"fast": "n-fgsm"}):
+        with pytest.raises(ConfigError, match=r"--attack\.ramp: expected none with"):
+            AttackConfig(ramp="linear", **wrong)
+    saved = dataclasses.replace(SETTINGS, optimizer=OptimizerConfig(schedule="constant"))
+    with pytest.raises(ConfigError, match=r"--epochs: .*its epsilon grows over all epochs \(--attack\.ramp linear\)"):
+        require_same_run(saved, dataclasses.replace(saved, epochs=5), Path("run"))
+
+
+def test_graphs_of_earlier_balls_are_dropped():
+    graphed = GraphedStep.__new__(GraphedStep)  # what it keeps alone: to capture takes a GPU
+    graphed._graphs, graphed._taken = {}, {}
+    for kind in range(7):
+        graphed._graphs[kind], graphed._taken[kind] = ("graph", "result"), 4
+        graphed._drop_oldest()
+        assert kind in graphed._graphs
+    assert list(graphed._graphs) == list(graphed._taken) == [3, 4, 5, 6]

@@ -3,13 +3,16 @@
 import itertools
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from awp_engine.config import Config, ConfigError, DataConfig
+from awp_engine.config import Config, ConfigError, DataConfig, ModelConfig
 from awp_engine.data import Augmentation, Batch, Batches, Split, train_batches
+from awp_engine.distributed.ranks import Ranks
+from awp_engine.train.setup import Setup
 
 FIRST_EXTRA = 1000
 
@@ -123,6 +126,7 @@ def test_what_does_not_go_together_is_refused() -> None:
         ({"epoch_images": 20, "extra": None}, "epoch_images"),
         ({"epoch_images": 20, "extra_fraction": 1.1}, "epoch_images"),
         ({"extra_alone": 1}, "extra_alone"),
+        ({"epoch_images": 20, "extra_alone": -1}, "extra_alone"),
     ):
         with pytest.raises(ValueError, match=rf"^{named}: .*expected"):
             epoch_of(9, 14, 1, **told)
@@ -133,3 +137,31 @@ def test_what_does_not_go_together_is_refused() -> None:
     for told in ({"epoch_images": 50}, {"extra_replacement": True}, {"epoch_images": 50, "extra_alone": 1}):
         with pytest.raises(ConfigError, match=r"^--data\.extra: expected an \.npz.* for --data\.e.*, got nothing"):
             Config(data=DataConfig(**told)).require_files()
+
+
+def test_images_that_are_read_as_they_come_are_the_same(tmp_path) -> None:
+    """Drawn anew from a file, by a loader that keeps none of them; some of an epoch's come more than once."""
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 1), dtype=np.uint8)
+    np.savez(tmp_path / "extra.npz", image=pixels, label=np.arange(12) % 10)
+    found = []
+    for loader in ("resident", "torch"):
+        data = DataConfig(
+            loader=loader,
+            workers=0,
+            pad=1,
+            train_limit=20,
+            extra=tmp_path / "extra.npz",
+            extra_fraction=0.7,
+            extra_replacement=True,
+            extra_alone=1,
+            epoch_images=40,
+        )
+        model = ModelConfig(name="preact-resnet-digits", width=2)
+        config = Config(device="cpu", run_dir=tmp_path / loader, global_batch_size=10, data=data, model=model)
+        batches = Setup(config, Ranks()).batches
+        found.append([batch for epoch in (1, 2) for batch in batches.epoch(epoch)])
+    assert len(found[0]) == len(found[1]) == 8
+    for one, other in zip(*found, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one[:3], other[:3], strict=True))
+    ids = torch.cat([batch.ids for batch in found[0]])
+    assert len(ids.unique()) < len(ids)

@@ -29,7 +29,8 @@ from awp_engine.models import build_model
 from awp_engine.models.batch_norm import set_momentum
 from awp_engine.optim.average import WeightAverage
 from awp_engine.optim.optimizer import set_learning_rate
-from awp_engine.train.setup import Setup
+from awp_engine.step.precision import Precision
+from awp_engine.train.setup import Setup, distribute_
 
 EVAL_ATTACK = AttackConfig(steps=2, bn_mode="eval", epsilon="0.2", step_size="0.1")
 BASE = Config(
@@ -42,6 +43,7 @@ BASE = Config(
     precision=PrecisionConfig(attack="fp32", ascent="fp32", descent="fp32"),
 )
 SHARDED = DistributedConfig(strategy="fsdp", sync_batch_norm=True)
+TEACHER = AverageConfig(kind="ema", decay=0.9, ramp=False, statistics="averaged")
 CASES: dict[str, Config] = {
     "at": BASE,
     "uneven shares": dataclasses.replace(BASE, global_batch_size=11),
@@ -62,6 +64,14 @@ CASES: dict[str, Config] = {
     "sam": dataclasses.replace(BASE, awp=AwpConfig(gamma=0.05, scope="global", scale="absolute")),
     "free": dataclasses.replace(BASE, attack=dataclasses.replace(EVAL_ATTACK, fast="free"), awp=AwpConfig(gamma=0.0)),
     "average": dataclasses.replace(BASE, average=AverageConfig(kind="ema", decay=0.9)),
+    "adr": dataclasses.replace(BASE, method="adr", average=TEACHER, awp=AwpConfig(gamma=0.01, layers=("*",))),
+    "rebat, micro-batches, frozen statistics": dataclasses.replace(
+        BASE,
+        method="rebat",
+        average=dataclasses.replace(TEACHER, statistics="live"),
+        distributed=DistributedConfig(),
+        micro_batch_size=2,
+    ),
     "frozen statistics": dataclasses.replace(BASE, distributed=DistributedConfig()),
     "micro-batches, frozen statistics": dataclasses.replace(BASE, distributed=DistributedConfig(), micro_batch_size=2),
     "micro-batches, shared ascent, frozen statistics": dataclasses.replace(
@@ -74,6 +84,7 @@ CASES: dict[str, Config] = {
     "shards, trades, clipped": dataclasses.replace(
         BASE, distributed=SHARDED, method="trades", optimizer=OptimizerConfig(lr=0.05, clip_norm=0.1)
     ),
+    "shards, adr-trades": dataclasses.replace(BASE, distributed=SHARDED, method="adr-trades", average=TEACHER),
     "shards, rwp": dataclasses.replace(
         BASE, distributed=SHARDED, awp=AwpConfig(gamma=0.01, ascent_steps=3, c_min=2.4, scope="global")
     ),
@@ -99,9 +110,17 @@ def trained(config: Config, ranks: Ranks, *, dtype: torch.dtype = torch.float64,
         model.eval()
     weights = torch.linspace(0.2, 3, 10, dtype=dtype) if config.data.class_weights != "none" else None
     step = build_step(config, model, ranks, weights)
-    average = WeightAverage(model, config.average, 1) if config.average.kind == "ema" else None
-    if average is not None:
+    average = None
+    if config.average.kind == "ema":
+        # shards cannot be copied
+        twin = (
+            build_model("preact-resnet-digits", 10, (0.3,), (0.4,), width=4).to(dtype) if step.models.sharded else None
+        )
+        if twin is not None:
+            distribute_(config, twin, ranks, Precision())
+        average = WeightAverage(model, config.average, 1, twin=twin)
         average.follow(step.optimizer)
+        step.step.update.average, step.passes.objective.average = average, average.model
     split, extra = samples(26), samples(40, 1000) if config.data.extra_fraction != 0.5 else None
     sizes = batch_sizes(26, config.global_batch_size, None if extra is None else config.data.extra_fraction)
     if config.data.epoch_images is not None:
@@ -127,8 +146,6 @@ def trained(config: Config, ranks: Ranks, *, dtype: torch.dtype = torch.float64,
         )
         for batch, size in zip(batches, sizes, strict=True):
             set_learning_rate(step.optimizer, 0.05)
-            if average is not None:
-                average.before_step()
             x, labels = batch.images.to(dtype), batch.labels
             if labels.is_floating_point():
                 labels = labels.to(dtype)

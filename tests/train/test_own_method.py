@@ -1,16 +1,21 @@
 """A training method of somebody's own, `--method file.py:Class`."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from awp_engine import checkpoint
+from awp_engine.checkpoint import CheckpointError
 from awp_engine.cli.command_line import parse_train
 from awp_engine.config import ConfigError
 from awp_engine.files.digest import sha256_of
 from awp_engine.step.objectives import Mart, build_objective
 
 CODE = """
+import torch
 from torch.nn.functional import cross_entropy
 
 from awp_engine.step.objectives import AdversarialTraining, Objective
@@ -28,6 +33,22 @@ class Pairing(Objective):
         logits_adv, logits = model(x_adv).float(), model(x).float()
         distance = (logits_adv - logits).square().mean(1)
         return cross_entropy(logits_adv, y, reduction="none") + self.beta * distance, logits_adv
+
+
+class Counting(AdversarialTraining):
+    # smooths more with every image that it has seen
+    def __init__(self):
+        super().__init__()
+        self.seen = torch.zeros(1)
+
+    def losses(self, model, x_adv, x, y):
+        if self.descending:
+            self.seen += len(x)
+        self.label_smoothing = min(float(self.seen) / 1000, 0.5)
+        return super().losses(model, x_adv, x, y)
+
+    def state(self):
+        return {"seen": self.seen}
 
 
 def number():
@@ -69,6 +90,28 @@ def test_another_loss_of_the_same_name_is_another_run(code, tmp_path):
     with pytest.raises(ConfigError, match="was trained by other code of --method"):
         train("--method", f"{code}:Pairing", "--run-dir", run, "--beta", "0.5")
     assert json.loads((run / "config.json").read_text())["method"] == f"{code}:Pairing"
+
+
+def test_what_it_keeps_goes_on_from_a_checkpoint(code, tmp_path):
+    flags = "--method", f"{code}:Counting", "--global-batch-size", 16, "--checkpoint-steps", 1, "--keep-checkpoints", 9
+    whole = tmp_path / "whole"
+    train(*flags, "--run-dir", whole)
+    assert load_file(whole / "checkpoints" / "epoch-1" / "method.safetensors")["seen"] == 64
+    run = shutil.copytree(whole, tmp_path / "run")
+    (run / "report.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "epoch-1")
+    (run / "checkpoints" / "latest").write_text("epoch-0.step-2\n")
+    shutil.rmtree(run / "checkpoints" / "epoch-0.step-3")
+    train(*flags, "--run-dir", run)
+    assert load_file(run / "checkpoints" / "epoch-1" / "method.safetensors")["seen"] == 64
+    ends = [folder / "checkpoints" / "epoch-1" / "model.safetensors" for folder in (whole, run)]
+    assert ends[0].read_bytes() == ends[1].read_bytes()
+    (run / "report.json").unlink()
+    held = checkpoint.load(run / "checkpoints" / "epoch-1")
+    del held.tensors["method"]
+    checkpoint.save(run / "checkpoints", "epoch-9", held.tensors, held.state, checkpoint.Retention())
+    with pytest.raises(CheckpointError, match=r"epoch-9: lacks what this run needs.*method"):
+        train(*flags, "--run-dir", run)
 
 
 def test_it_is_given_what_it_names(code):

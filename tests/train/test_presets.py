@@ -112,7 +112,7 @@ def test_the_recipes_for_larger_images_and_generated_ones():
     assert own_images(512, data.extra_fraction, filled=True) == 154
     # of all images one in 50,000 / 1,024 is held out
     assert round(data.held_out_fraction * 50_000) == 1024
-    large = build_preset("cifar10-wrn-94-16-silu-trades-scaled")
+    large = build_preset("cifar10-wrn-94-16-trades-scaled")
     assert (large.epochs * large.data.epoch_images, large.data.extra_alone) == (500_000_000, 6000)
     assert own_images(large.global_batch_size, large.data.extra_fraction, filled=True) == 256
     with pytest.raises(ConfigError, match=r"--data\.extra: expected an \.npz"):

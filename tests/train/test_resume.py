@@ -67,6 +67,13 @@ WANG = dataclasses.replace(
     ),
 )
 
+ADR = dataclasses.replace(
+    AWP_EMA,
+    method="adr",
+    method_args=("tau=2.5,1.5",),
+    average=AverageConfig(kind="ema", decay=0.9, ramp=False, warmup=0.3, statistics="averaged"),
+)
+
 
 def on(rank: int, world: int) -> Ranks:
     return Ranks(rank=rank, world=world, local_rank=rank)
@@ -115,6 +122,7 @@ CASES = [
     pytest.param(AWP_EMA, 1, 5, id="1 rank, 1 epoch"),
     pytest.param(FREE_SWA, 1, 5, id="1 rank, 2 epochs"),
     pytest.param(WANG, 1, 5, id="1 rank, generated images"),
+    pytest.param(ADR, 1, 5, id="1 rank, teacher"),
     pytest.param(AWP_EMA, 2, 10, id="2 ranks, 1 epoch"),
     pytest.param(FREE_SWA, 2, 10, id="2 ranks, 2 epochs", marks=pytest.mark.long),
     *(
@@ -124,6 +132,13 @@ CASES = [
     ),
     pytest.param(
         dataclasses.replace(AWP_EMA, distributed=DistributedConfig(strategy="fsdp")), 2, 10, id="2 ranks, shards"
+    ),
+    pytest.param(
+        dataclasses.replace(ADR, distributed=DistributedConfig(strategy="fsdp")),
+        2,
+        10,
+        id="2 ranks, shards, teacher",
+        marks=pytest.mark.long,
     ),
     pytest.param(AWP_EMA, 4, 4, id="4 ranks", marks=pytest.mark.long),
     pytest.param(

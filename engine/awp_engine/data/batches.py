@@ -79,9 +79,11 @@ def train_batches(
     """
     if not 0 <= rank < ranks:
         raise ValueError(f"rank: {rank}; expected 0 to {ranks - 1}, of {ranks} ranks")
+    if extra_alone < 0 or (extra_alone and epoch_images is None):
+        raise ValueError(f"extra_alone: {extra_alone}; expected at least 0, and 0 without epoch_images")
     augmentation.require_fit(split, "split")
     fraction = None if extra is None else extra_fraction
-    sizes = _sizes(len(split), batch_size, fraction, drop_last, epoch_images, alone=epoch <= extra_alone)
+    sizes = _sizes(len(split), batch_size, fraction, drop_last, epoch_images, alone=epoch <= extra_alone > 0)
     count = sum(own for own, _ in sizes)
     order = own_rows(split.ids_of(torch.arange(len(split))), count=count, seed=seed, epoch=epoch)
     drawn = [augmentation.draw(split, order, seed=seed, epoch=epoch)]
@@ -101,7 +103,7 @@ def train_batches(
             rows = drawn_rows(len(extra), count=count, seed=mix_seed(seed, epoch))
         else:
             # epochs of extra images alone take more of them
-            alone = min(epoch - 1, extra_alone)
+            alone = min(max(epoch - 1, 0), extra_alone)
             later = sum(more for _, more in _sizes(len(split), batch_size, fraction, drop_last, epoch_images))
             taken = alone * batch_size * len(sizes) + (epoch - 1 - alone) * later
             rows = extra_rows(len(extra), first=taken, count=count, seed=seed)
@@ -270,8 +272,6 @@ def _sizes(
 ) -> list[tuple[int, int]]:
     """Own images and extra ones of every batch; the latter rounded half up in the last one, as in the full ones."""
     _check_batch_size(batch_size)
-    if alone and epoch_images is None:
-        raise ValueError("extra_alone: expected 0 without epoch_images")
     if epoch_images is not None:
         if epoch_images < 1 or extra_fraction is None or not 0 < extra_fraction <= 1:
             raise ValueError(

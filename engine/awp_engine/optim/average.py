@@ -63,8 +63,9 @@ class WeightAverage:
     @torch.no_grad()
     def restart_(self) -> None:
         """Become a copy of the model as it is, which counts as no step's."""
-        torch._foreach_copy_(list(self.model.parameters()), self._live)  # pyright: ignore[reportPrivateImportUsage]
-        for averaged, live in zip(self.model.buffers(), self._source.buffers(), strict=True):
+        # one by one: torch copies no list of shards
+        pairs = zip(self.model.state_dict().values(), self._source.state_dict().values(), strict=True)
+        for averaged, live in pairs:
             averaged.copy_(live)
 
     def follow(self, optimizer: Optimizer) -> None:
@@ -108,10 +109,10 @@ class WeightAverage:
         """Take the weights in after an epoch, counted from 1 (SWA)."""
         if self.config.kind != "swa" or epoch <= self.config.start * self.epochs:
             return
-        averages: list[Tensor] = list(self.model.parameters())
         if self.count == 0:
-            torch._foreach_copy_(averages, self._live)  # pyright: ignore[reportPrivateImportUsage]
+            self.restart_()
         else:
+            averages: list[Tensor] = list(self.model.parameters())
             torch._foreach_lerp_(averages, self._live, 1 / (self.count + 1))  # pyright: ignore[reportPrivateImportUsage]
         self.count += 1
 

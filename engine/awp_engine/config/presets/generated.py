@@ -33,19 +33,18 @@ _HELD_OUT = 1024
 
 
 class _Set(NamedTuple):
-    """A data set: how messages name it, its training images, and the public code's mean and deviation of a channel."""
+    """A data set: its training images, and the public code's mean and deviation of every channel."""
 
-    title: str
     images: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
 _SETS = {
-    "cifar10": _Set("CIFAR-10", 50_000, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
-    "cifar100": _Set("CIFAR-100", 50_000, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "svhn": _Set("SVHN", 73_257, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "tiny-imagenet": _Set("Tiny-ImageNet", 100_000, (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
+    "cifar10": _Set(50_000, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
+    "cifar100": _Set(50_000, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "svhn": _Set(73_257, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "tiny-imagenet": _Set(100_000, (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
 }
 # batch size and epochs by data set, network, generated images and norm; [?]: all but the first row, whose values the
 # README has, and the 2,000 epochs of WRN-70-16: the others lie in files that could not be read
@@ -152,15 +151,16 @@ def _presets() -> dict[str, Preset]:
     for awp in (False, True):
         suffix, with_awp = ("-awp", "-AWP") if awp else ("", "")
         for (data, network, images, norm), (size, epochs) in _WANG.items():
-            parts = [*[images] * (images != "1m"), *["l2"] * (norm == "l2")]
-            name = "-".join([f"{data}-wrn-{network}-silu-trades{suffix}-edm", *parts])
-            ball = "L2 128/255" if norm == "l2" else "Linf 8/255"
-            summary = f"TRADES{with_awp}, {images.upper()} generated {_SETS[data].title} images, {ball}."
+            last = "-l2" if norm == "l2" else "" if images == "1m" else f"-{images}"
+            # one had its name in earlier versions
+            kind = "silu-trades" if (data, images) == ("cifar10", "1m") else "trades"
+            name = f"{data}-wrn-{network}-{kind}{suffix}-edm{last}"
+            summary = f"TRADES{with_awp}{', L2' * (norm == 'l2')}, {images.upper()} images by EDM."
             presets[name] = (summary, functools.partial(wang, data, network, size, epochs, awp=awp, norm=norm))
         for network, epochs, alone in (("94-16", 10_000, 6_000), ("82-8", 6_820, 0)):
-            summary = f"TRADES{with_awp}, {epochs * 50_000 // 10**6}M images seen, most generated, Linf 8/255."
+            summary = f"TRADES{with_awp}, {epochs * 50_000 // 10**6}M images seen."
             recipe = functools.partial(bartoldson, network, epochs, alone=alone, awp=awp)
-            presets[f"cifar10-wrn-{network}-silu-trades{suffix}-scaled"] = (summary, recipe)
+            presets[f"cifar10-wrn-{network}-trades{suffix}-scaled"] = (summary, recipe)
     return presets
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from samples import images
 from steps import TensorStep, make_step
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from awp_engine.config import AttackConfig, AverageConfig, AwpConfig, Config, ConfigError, OptimizerConfig
 from awp_engine.distributed.batch import Batch
@@ -41,7 +42,7 @@ def batch(index: int, n: int = 7) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def objective_of(method: str) -> Objective:
-    arguments = {} if method == "rebat" else {"tau": TAU, "lam": LAM}
+    arguments = {} if method in ("at", "rebat") else {"tau": TAU, "lam": LAM}
     return build_objective(method, beta=BETA, average_warmup=1.0, arguments=arguments)
 
 
@@ -173,6 +174,31 @@ def test_pieces_of_a_batch_add_up(method):
         found.append((model, average.model))
     for whole, pieces in zip(*found, strict=True):
         assert difference(whole, pieces) <= 1e-9
+
+
+class _Reads(TorchDispatchMode):
+    """Counts how often the host waits for a value."""
+
+    reads = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.reads += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_can_be_captured(method):
+    """The host reads no more than in AT, whose reads are checks that a GPU makes by itself."""
+    counts = []
+    for name in ("at", method):
+        step, _ = build_step(small_model(), name)
+        x, y, ids = batch(1)
+        phase = dataclasses.replace(step.phase(1, True, False), epoch=3)
+        start = step.step.prepare(Batch(x, y, ids, len(x)), phase)
+        with _Reads() as found:
+            step.step(Batch(x, y, ids, len(x)), phase, start)
+        counts.append(found.reads)
+    assert counts[0] >= counts[1] > 0
 
 
 @given(

@@ -28,12 +28,14 @@ def build_step(device: str, precision: Precision, method: str = "at", options: A
     options = options or AwpConfig(gamma=0.005)
     models = WorkingModels(model, precision, shared_ascent=options.ascent == "shared")
     optimizer = build_optimizer(model, OptimizerConfig(), working=models.updated)
-    average = WeightAverage(model, AverageConfig(kind="ema"), epochs=1)
+    average = WeightAverage(model, AverageConfig(kind="ema", statistics="averaged"), epochs=1)
     average.follow(optimizer)
+    objective = build_objective(method, device=torch.device(device))
+    objective.average = average.model
     step = make_step(
         model,
         optimizer=optimizer,
-        objective=build_objective(method),
+        objective=objective,
         attack=AttackConfig(epsilon="8/255", step_size="2/255", steps=3, bn_mode="eval", fast="fgsm-rs", fast_epochs=1),
         average=average,
         awp=AdversarialWeightPerturbation(model, options.gamma, working=models.working),
@@ -82,7 +84,7 @@ def test_a_step_is_captured_where_there_is_a_gpu(device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", [Precision(), HALF], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("method", ["at", "trades"])
+@pytest.mark.parametrize("method", ["at", "trades", "adr", "rebat"])
 @pytest.mark.parametrize("ascent", ["exact", "shared"])
 def test_graphs_and_plain_steps_give_the_same_numbers(precision, method, ascent, monkeypatch):
     """Weights, momentum, averages and statistics after steps of both kinds, a short batch and changing rates."""
@@ -98,10 +100,10 @@ def test_graphs_and_plain_steps_give_the_same_numbers(precision, method, ascent,
             set_learning_rate(step.optimizer, 0.1 / (1 + index))
             x, y, ids = batch(index, 7 if index == 9 else 32, "cuda")
             fast, perturb = index in (1, 2, 3, 10, 11), index % 5 != 4
-            result = step(x, y, sample_ids=ids, seed=index // 4, perturb=perturb, fast=fast)
+            result = step(x, y, sample_ids=ids, seed=index // 4, perturb=perturb, fast=fast, done=index / 16)
             losses.append(result.loss)
         if graphed:
-            kinds = {(perturbed, attack.steps) for perturbed, attack in step.taken._graphs}
+            kinds = {(perturbed, attack.steps) for perturbed, attack, _ in step.taken._graphs}
             assert kinds == {(True, 3), (True, 1)}
         momentum = [step.optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
         runs.append((model, average.model, momentum, losses))

@@ -66,7 +66,7 @@ def counted(config: Config) -> float:
     attack = (setup.training_attack if config.attack.fast == "none" else setup.cheap_attack)(config.attack)
     taken = FreeStep(step, step, replays=1, memory_format=torch.contiguous_format) if free else step
     with _Products() as products:
-        taken(Batch(x, y, torch.arange(_IMAGES), _IMAGES), Phase(attack=attack, free=free))
+        taken(Batch(x, y, torch.arange(_IMAGES), _IMAGES), Phase(attack=attack, free=free, epoch=config.epochs))
     return products.images / _IMAGES
 
 

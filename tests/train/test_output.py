@@ -92,6 +92,10 @@ def test_a_longer_run_killed_before_its_first_checkpoint_goes_on(tmp_path: Path)
             "the rate of .* fell at other epochs; .* --epochs 3 --optimizer.milestones 0.333",
         ),
         ("--optimizer.schedule constant --average.kind swa", "its average begins after a part of all epochs"),
+        (
+            "--optimizer.schedule constant --method adr --average.kind ema --average.statistics live",
+            "its loss changes over all epochs",
+        ),
     ],
 )
 def test_more_epochs_are_refused_where_the_first_ones_would_have_been_others(

@@ -37,7 +37,7 @@ def colour_images(tmp_path_factory) -> Path:
 
 
 def tiny(config: Config, root: Path, run_dir: Path) -> Config:
-    """Two steps an epoch; the weight perturbation and every stage of the attack begin at once."""
+    """Two steps an epoch; the weight perturbation, the average and every stage of the attack begin at once."""
     data = dataclasses.replace(config.data, held_out_fraction=0.3, train_limit=10)
     if config.data.name != "digits":
         data = dataclasses.replace(data, name="folder", root=root, image_size=data.image_size and 32, workers=1)
@@ -48,6 +48,7 @@ def tiny(config: Config, root: Path, run_dir: Path) -> Config:
         data=data,
         attack=dataclasses.replace(config.attack, steps=1, replays=2),
         awp=dataclasses.replace(config.awp, warmup=0, ascent_steps=min(config.awp.ascent_steps, 2)),
+        average=dataclasses.replace(config.average, warmup=0.0),
         evaluation=EvaluationConfig(steps=1),
         epochs=1,
         global_batch_size=5 if config.method != "rst" else 10,

@@ -416,6 +416,36 @@ def test_an_averages_statistics_are_computed_in_micro_batches(tmp_path):
     assert 0 < max(sizes) <= 20
 
 
+@pytest.mark.parametrize("statistics", ["clean", "averaged", "live"])
+def test_an_averages_statistics_are_those_that_were_chosen(statistics, tmp_path):
+    """Of a layer near the images: by formula over augmented clean ones, or as the steps left them, without a pass."""
+    averaged = AverageConfig(kind="ema", decay=0.9, bn_images=64, statistics=statistics)
+    trainer = Trainer(small_config(tmp_path / "run", epochs=1, global_batch_size=32, average=averaged))
+    average, seen = trainer.average.model, []
+    average.conv1.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+    for index, batch in zip(range(2), trainer.batches.epoch(1), strict=False):
+        trainer.step(batch, trainer.schedule(1, index))
+    before = [buffer.clone() for buffer in average.buffers()]
+    model = trainer.selection.measured_model(1)
+    assert model is average
+    if statistics != "clean":
+        assert not seen
+        assert all(torch.equal(a, b) for a, b in zip(before, average.buffers(), strict=True))
+        alike = [torch.equal(a, b) for a, b in zip(average.buffers(), trainer.model.buffers(), strict=True)]
+        assert all(alike) == (statistics == "live")
+        return
+    with torch.no_grad():
+        batches = [batch.images for _, batch in zip(range(2), trainer.batches.epoch(1), strict=False)]
+        expected = [average.conv1(average.normalize(x)) for x in batches]
+    for found, wanted in zip(seen[:2], expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+    layer = average.layer1[0].bn1
+    mean = torch.stack([x.mean((0, 2, 3)) for x in expected]).mean(0)
+    var = torch.stack([x.var((0, 2, 3), unbiased=True) for x in expected]).mean(0)
+    torch.testing.assert_close(layer.running_mean, mean)
+    torch.testing.assert_close(layer.running_var, var)
+
+
 def test_the_average_is_what_is_measured_and_exported(tmp_path):
     averaged = AverageConfig(kind="ema", decay=0.9, bn_images=300)
     trainer = Trainer(small_config(tmp_path / "run", epochs=1, average=averaged))

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from awp_engine.config.presets import augmented, digits, fast, generated, imagenet, paper, perturbed
+from awp_engine.config.presets import augmented, digits, distillation, fast, generated, imagenet, paper, perturbed
 from awp_engine.config.presets.preset import Preset
 from awp_engine.config.schema import ConfigError, did_you_mean, show
 from awp_engine.config.settings import Config
@@ -10,7 +10,7 @@ from awp_engine.config.settings import Config
 DEFAULT = "digits"
 
 _ALL: dict[str, Preset] = {}
-for _family in (digits, paper, perturbed, fast, imagenet, generated, augmented):
+for _family in (digits, paper, perturbed, fast, imagenet, generated, augmented, distillation):
     _ALL |= _family.PRESETS
 
 PRESETS: dict[str, str] = {name: summary for name, (summary, _) in _ALL.items()}

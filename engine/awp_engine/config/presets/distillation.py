@@ -82,14 +82,14 @@ def _presets() -> dict[str, Preset]:
     for data, variant in _ADR:
         for short, model in (("preact-resnet18", "preact-resnet-18"), ("wrn-34-10", "wrn-34-10")):
             if short == "preact-resnet18" or (data != "tiny-imagenet" and "trades" not in variant):
-                summary = f"{variant.upper()} on {_TITLES[data]}, Linf 8/255."
+                summary = f"{variant.upper()} on {_TITLES[data]}, Linf."
                 presets[f"{data}-{short}-{variant}"] = (summary, functools.partial(adr, data, model, variant))
     presets["cifar10-preact-resnet18-rebat"] = (
-        "ReBAT on CIFAR-10, Linf 8/255.",
+        "ReBAT on CIFAR-10, Linf.",
         functools.partial(rebat, "preact-resnet-18"),
     )
     presets["cifar10-wrn-34-10-rebat"] = (
-        "ReBAT with CutMix on CIFAR-10, Linf 8/255.",
+        "ReBAT with CutMix on CIFAR-10, Linf.",
         functools.partial(rebat, "wrn-34-10"),
     )
     return presets

@@ -39,14 +39,14 @@ def idbh(data: str, model: str, policy: str, *, awp: bool) -> Config:
 
 
 PRESETS: dict[str, Preset] = {
-    "cifar10-wrn-34-10-at-idbh": (
-        "AT on CIFAR-10, IDBH-weak, EMA.",
-        functools.partial(idbh, "cifar10", "wrn-34-10", "idbh-weak", awp=False),
-    ),
-} | {
-    f"{data}-preact-resnet18-at-awp-idbh": (
-        f"AT-AWP on {title}, {'IDBH for SVHN' if data == 'svhn' else 'IDBH-strong'}, EMA.",
-        functools.partial(idbh, data, "preact-resnet-18", "idbh-svhn" if data == "svhn" else "idbh-strong", awp=True),
+    f"{data}-{model.replace('resnet-', 'resnet')}-at{'-awp' if awp else ''}-idbh": (
+        f"AT{'-AWP' if awp else ''}, {title}, {policy.replace('idbh', 'IDBH')}.",
+        functools.partial(idbh, data, model, policy, awp=awp),
     )
-    for data, title in (("cifar10", "CIFAR-10"), ("cifar100", "CIFAR-100"), ("svhn", "SVHN"))
+    for data, title, model, policy, awp in (
+        ("cifar10", "CIFAR-10", "wrn-34-10", "idbh-weak", False),
+        ("cifar10", "CIFAR-10", "preact-resnet-18", "idbh-strong", True),
+        ("cifar100", "CIFAR-100", "preact-resnet-18", "idbh-strong", True),
+        ("svhn", "SVHN", "preact-resnet-18", "idbh-svhn", True),
+    )
 }

@@ -152,9 +152,7 @@ class Augmentation:
             last = self._passes[1]._asdict()
             images = augment(levels.to(torch.uint8), sample_ids=on_device, seed=mix_seed(seed, epoch), **last)
         if self.rand_augment is not None:
-            images = rand_augment(
-                images, on_device, seed=seed, epoch=epoch, magnitude=self.rand_augment, fill=self.fill
-            )
+            images = rand_augment(images, ids, seed=seed, epoch=epoch, magnitude=self.rand_augment, fill=self.fill)
         if self.erase and self.fill is not None:
             _, _, height, width = images.shape
             boxes = draw_erase(on_device, seed=seed, epoch=epoch, probability=self.erase, height=height, width=width)

@@ -5,6 +5,7 @@ code, whose pixels are Pillow's (by torchvision).
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -80,7 +81,9 @@ def draw_color_shape(ids: Tensor, space: Space, *, seed: int, epoch: int) -> tup
     amounts = [low + (high - low) * share for low, high in _FACTORS]
     amounts += 2 * [torch.zeros_like(share)]
     low, high = space.shear
-    amounts += 2 * [sign * (low + (high - low) * share).tan()]
+    # torch's tangents differ in the last bit from device to device
+    tangents = [math.tan(angle) for angle in (low + (high - low) * share).tolist()]
+    amounts += 2 * [sign * torch.tensor(tangents, dtype=torch.float64, device=ids.device)]
     low, high = space.degrees
     amounts.append((sign * (low + ((words[:, 1] * (high - low + 1)) >> 32))).double())
     return choice, torch.stack(amounts, 1).gather(1, choice)

@@ -4,6 +4,7 @@ Images are levels, int32 [n, C, H, W] in [0, 255], of 1 or 3 channels. An amount
 each image, and may be on the CPU while the images are elsewhere. Results are new levels of the same shape.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
@@ -36,7 +37,7 @@ def to_images(levels: Tensor) -> Tensor:
 
 
 def apply_in_turn(levels: Tensor, choice: Tensor, operations: Sequence[Operation], *amounts: Tensor) -> None:
-    """Do to each image, in place, the operations that were chosen for it; a choice on another device is waited for.
+    """Do to each image, in place, the operations that were chosen for it. A choice on a GPU is waited for.
 
     Args:
         levels: int32 [B, C, H, W].
@@ -123,9 +124,14 @@ def solarize_add(levels: Tensor, added: Tensor) -> Tensor:
 
 def rotation(degrees: Tensor, height: int, width: int) -> Matrix:
     """Against the clock, around the middle."""
-    angle = torch.deg2rad(degrees)
-    cos, sin, x, y = angle.cos(), angle.sin(), width / 2, height / 2
-    return cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y
+    # Python's sines, as Pillow takes them: those of torch differ in the last bit, and from device to device
+    angles = [-math.radians(angle % 360.0) for angle in degrees.tolist()]
+    cos, sin = (
+        torch.tensor([round(turned(angle), 15) for angle in angles], dtype=torch.float64)
+        for turned in (math.cos, math.sin)
+    )
+    x, y = width / 2, height / 2
+    return cos, sin, (-x * cos + -y * sin) + x, -sin, cos, (-x * -sin + -y * cos) + y
 
 
 def rotate(levels: Tensor, degrees: Tensor, *, fill: Fill) -> Tensor:
@@ -136,10 +142,7 @@ def rotate(levels: Tensor, degrees: Tensor, *, fill: Fill) -> Tensor:
 def affine(
     levels: Tensor, matrix: Matrix, *, fill: Fill, resample: Literal["nearest", "bilinear", "bicubic"]
 ) -> Tensor:
-    """Pixels from elsewhere in the image, between their centres; up to the border its own value goes on.
-
-    On another device the sine of a rotation may differ in its last bit, and with it, rarely, a pixel.
-    """
+    """Pixels from elsewhere in the image, between their centres; up to the border its own value goes on."""
     count, _, height, width = levels.shape
     a, b, c, d, e, f = (
         torch.as_tensor(entry, dtype=torch.float64)

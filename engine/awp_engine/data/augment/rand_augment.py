@@ -104,15 +104,14 @@ def rand_augment(
 def apply_rand_augment(
     images: Tensor, drawn: Operations, *, increasing: bool = True, fill: Sequence[float] | None = None
 ) -> Tensor:
-    """Do to each image what was drawn for it; the host waits for the device once.
+    """Do to each image what was drawn for it.
 
     Every operation takes and gives 8-bit levels, to the last level what Pillow gives on the CPU. Geometry interpolates
-    bilinearly (timm takes the interpolation of the crop). On another device the sine of a rotation may differ in its
-    last bit, and with it, rarely, a pixel by one level.
+    bilinearly (timm takes the interpolation of the crop).
 
     Args:
         images: fp32 [B, C, H, W], multiples of 1/255 in [0, 1]; 1 or 3 channels.
-        drawn: as `draw_rand_augment` gives it, on the same device.
+        drawn: as `draw_rand_augment` gives it. On the CPU nothing waits for another device, where the images may be.
         increasing: whether a higher level means more of every operation; else posterize and solarize do less, and
             colour, contrast, brightness and sharpness go from little to much.
         fill: what comes in from outside, in [0, 1], one value a channel; by default 128/255.

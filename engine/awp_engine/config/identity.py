@@ -60,6 +60,7 @@ ADDED: dict[str, Any] = {
     "model.mean": [],
     "model.std": [],
     "awp.layers": [],
+    "awp.max_rise": None,
     "attack.noise": 0.0,
     "attack.noise_samples": 1,
     "optimizer.layer_decay": 1.0,

@@ -64,7 +64,8 @@ class FreeStep:
             skipped = self._step.update()
             passes.average_statistics(share.share)
             statistics.restore_where(skipped)
-        return StepResult(loss, correct, skipped, *(gradient_marks(x_adv.grad, x) * share.share))
+        zeros, nonfinite = gradient_marks(x_adv.grad, x) * share.share
+        return StepResult(loss, correct, skipped, zeros, nonfinite, torch.zeros_like(loss), torch.zeros_like(loss))
 
     def state(self) -> dict[str, Tensor]:
         """The perturbation of all ranks' images, for a checkpoint in mid-epoch; all ranks have to call it."""

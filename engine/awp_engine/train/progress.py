@@ -65,18 +65,7 @@ class EpochSums:
         # what broke the model says nothing of an epoch's mean
         known = rise.isfinite() & room.isfinite() & (room > 0)
         risen, could = (torch.where(known, value * size, 0.0) for value in (rise, room))
-        counted = [
-            learned,
-            trained,
-            correct * size,
-            ones * size,
-            zeros,
-            skipped.double(),
-            ones,
-            nonfinite,
-            risen,
-            could,
-        ]
+        counted = [learned, trained, correct * size, ones * size, zeros, skipped.double(), ones, nonfinite]
         self.values += torch.stack([*counted, risen, could])
 
     def state(self) -> dict[str, Tensor]:

@@ -3,8 +3,8 @@
     python -m bench.rise train OUT
     python -m bench.rise report OUT
 
-Digits, PreActResNet of width 8, 20 epochs, AT and MART, without an epoch of warm-up: gamma from 0 to 0.2, and gamma 0.2
-with --awp.max-rise. `train` goes on where it was stopped. `report` writes bench/results/rise-cpu.json, docs/rise.png.
+Digits, Linf 0.1, PreActResNet of width 8, 20 epochs, AT and MART, without an epoch of warm-up: gamma from 0 to 0.2, and
+gamma 0.2 with --awp.max-rise. `train` goes on where it was stopped. `report` writes bench/results/rise-cpu.json, docs/rise.png.
 """
 
 import argparse
@@ -31,6 +31,7 @@ LIMITS = (0.1, 0.25, 0.5)
 PRESETS = {"at": "digits", "mart": "digits-mart-awp"}
 FLAGS = [
     *("--awp.warmup", "0", "--epochs", "20", "--model.width", "8", "--evaluation.evaluate-every", "5"),
+    *("--attack.epsilon", "0.1", "--attack.step-size", "0.04"),
     *("--log", "none", "--device", "cpu", "--threads", "1"),
 ]
 

@@ -4,7 +4,8 @@
     python -m bench.rise report OUT
 
 Digits, Linf 0.1, PreActResNet of width 8, 20 epochs, AT and MART, without an epoch of warm-up: gamma from 0 to 0.2, and
-gamma 0.2 with --awp.max-rise. `train` goes on where it was stopped. `report` writes bench/results/rise-cpu.json, docs/rise.png.
+gamma 0.2 with --awp.max-rise. `train` goes on where it was stopped. `report` writes bench/results/rise-cpu.json and
+docs/rise.png.
 """
 
 import argparse

@@ -143,6 +143,8 @@ class AdversarialWeightPerturbation:
             (or of a step with `again` after it) was not finite, and so was not followed, else 0; of shards on all ranks
             alike, else this process's.
         weight_norms: their norms, fp64, if they are known (of a sharded model, this rank's): `take_weight_norms`.
+        factor: on gamma, for whoever decides it on the device: a float64 scalar there, >= 0; None: gamma as it is. For
+            scale "relative", and not for scope "filter".
 
     Raises:
         ValueError: a number out of range, an unknown scope or scale, a model without a parameter to perturb, with one
@@ -172,6 +174,7 @@ class AdversarialWeightPerturbation:
         self.model, self.gamma, self.scope, self.eps = model, gamma, scope, eps
         self.scale, self.eta, self.bound, self.working = scale, eta, bound, working
         self._select, self._adaptive_choice = select, adaptive
+        self.factor: Tensor | None = None
         self._check_options()
         self.weight_norms: Tensor | None = None
         self.found_inf: Tensor | None = None
@@ -194,6 +197,11 @@ class AdversarialWeightPerturbation:
         _checks.finite("eps", self.eps, minimum=0, maximum=_LARGEST)
         _checks.one_of("scope", self.scope, _checks.SCOPES)
         _checks.scaling(self.scale, self.eta, self.bound, maximum=_LARGEST)
+        if self.factor is not None and (self.scale != "relative" or self.scope == "filter"):
+            raise ValueError(
+                f"factor: expected None for scale {self.scale!r} and scope {self.scope!r}; it takes 'relative', and "
+                "'layer' or 'global'"
+            )
         if self._adaptive_choice is not None and self.scale != "elementwise":
             raise ValueError(f"adaptive: scale 'elementwise' alone takes it, got scale {self.scale!r}")
 
@@ -460,10 +468,15 @@ class AdversarialWeightPerturbation:
     def _options(self, names: list[str], bound: float | None) -> dict[str, Any]:
         if names[0] in self._measured:
             lengths = torch.stack([self._measured[name] for name in names])
+            lengths = lengths if self.factor is None else lengths * self.factor
             return {"weight_norms": lengths, "bound": bound, "eps": _EPS_OF_SHARDS, "found_inf": self.found_inf}
         known = self.scale == "relative" and self.scope != "filter" and len(names) == len(self._found)
+        norms = self.weight_norms if known and not self._active else None
+        if self.factor is not None:
+            # a length is gamma * ||w||, and operations take gamma from the host
+            norms = (local_norms([self._rows[name] for name in names]) if norms is None else norms) * self.factor
         return {
-            "weight_norms": self.weight_norms if known and not self._active else None,
+            "weight_norms": norms,
             "scope": self.scope,
             "scale": self.scale,
             "eta": self.eta,

@@ -64,6 +64,7 @@ ADDED: dict[str, Any] = {
     "model.std": [],
     "awp.layers": [],
     "attack.ramp": "none",
+    "awp.max_rise": None,
     "attack.noise": 0.0,
     "attack.noise_samples": 1,
     "optimizer.layer_decay": 1.0,

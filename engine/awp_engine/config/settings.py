@@ -290,6 +290,8 @@ class AwpConfig(Checked, section="awp."):
     """Ascent passes whose gradients are added up, each at the weights that the ones before it moved to (RWP: 10)."""
     c_min: Annotated[float | None, Range("a number > 0, or none", gt=0)] = None
     """Perturb the weights by the samples whose loss is below this alone (RWP: 1.7); none means by all."""
+    max_rise: Annotated[float | None, Range("a number > 0, at most 1, or none", gt=0, le=1)] = None
+    """Make gamma smaller where the loss would rise farther, as a part of the way to that of guessing; none: never."""
     layers: tuple[str, ...] = ()
     """Patterns such as 'blocks.*.weight' of the parameters to perturb; nothing means the paper's rule: tensors of two
     or more dimensions named weight (AWP), or all (SAM, ASAM)."""
@@ -302,6 +304,9 @@ class AwpConfig(Checked, section="awp."):
     def _check(self) -> None:
         whole = self.ascent == "exact" or (self.ascent_steps == 1 and self.c_min is None)
         self.require(whole, "ascent", "exact with --awp.ascent-steps > 1 or --awp.c-min")
+        known = self.ascent == "exact" and self.c_min is None and self.scale == "relative" and self.scope != "filter"
+        expected = "none, unless the ascent is exact, without --awp.c-min, its scale relative and its scope not filter"
+        self.require(self.max_rise is None or known, "max_rise", expected)
         self.require("" not in self.layers, "layers", "patterns of parameters' names, such as 'layer1.*'")
 
 

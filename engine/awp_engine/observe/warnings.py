@@ -22,6 +22,8 @@ _FALLEN, _NEVER_ROSE = 2, 5
 _EQUAL_LOGITS = 1.1
 # of the same: less shows that something is learnt
 _NOTHING = 0.98
+# of the way from the loss at w to that of guessing
+_RISE = 0.75
 # of input gradients that are zero: answers are the same for every image
 _CONSTANT = 0.99
 
@@ -139,6 +141,18 @@ def catastrophic_overfitting(epochs: Sequence[Mapping[str, Any]], *, weighted: b
     )
 
 
+def rise(epoch: Mapping[str, Any]) -> str | None:
+    """A warning if the perturbed weights know next to nothing: the descent from there teaches little."""
+    part = epoch.get("awp_rise")
+    if part is None or part < _RISE:
+        return None
+    return (
+        f"the weight perturbation takes the loss {part:.0%} of the way to that of guessing in epoch {epoch['epoch']}, "
+        "which leaves little to learn from; start again in a new --run-dir with a smaller --awp.gamma, a longer "
+        "--awp.warmup, or --awp.max-rise, which makes gamma smaller by itself"
+    )
+
+
 def skipped_steps(epoch: Mapping[str, Any]) -> str | None:
     """A word on steps that were left out."""
     skipped = epoch.get("skipped_steps")
@@ -165,5 +179,5 @@ def warnings(
     repeated = collapsed is not None and len(epochs) > 1 and collapse(epochs[:-1], classes) is not None
     first = gradient_masking(last) if collapsed is None else None if repeated else collapsed
     overfitting = catastrophic_overfitting(epochs, weighted=weighted) if attacked else None
-    said = [first, nonfinite_gradients(last), overfitting, skipped_steps(last)]
+    said = [first, nonfinite_gradients(last), overfitting, rise(last), skipped_steps(last)]
     return [text for text in said if text]

@@ -6,7 +6,7 @@ Source: Wu, Xia, Wang: Adversarial Weight Perturbation Helps Robust Generalizati
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ from awp_engine.observe.regions import region
 from awp_engine.optim.average import WeightAverage
 from awp_engine.optim.optimizer import Optimizer
 from awp_engine.step.objectives import Objective
-from awp_engine.step.passes import Passes, RankShare
+from awp_engine.step.passes import Mean, Passes, RankShare
 from awp_engine.step.precision import WorkingModels
+from awp_engine.step.rise import RiseLimit
 from awp_engine.step.update import Update
 from awp_engine.step.values import Phase, StepResult
 from awp_kernels import AdversarialWeightPerturbation
@@ -43,6 +44,18 @@ class Ascent:
     sync: Literal["global", "local"] = "global"
 
 
+class Climb(NamedTuple):
+    """What an ascent has found.
+
+    Attributes:
+        followed: 1, or NaN where a direction was not finite on this rank; on the device.
+        at_w: of the first pass, where it is the whole training loss.
+    """
+
+    followed: Tensor
+    at_w: Mean | None
+
+
 class AwpStep:
     """Attack, ascent, descent, update: Algorithm 1 of the paper.
 
@@ -61,6 +74,10 @@ class AwpStep:
         compile: by torch.compile; batches of another size run uncompiled.
         micro_batch_size: most images that are computed at once, or None.
         largest_batch: images of a full batch, over all ranks, which alone is compiled; None: that is the first.
+        rise_limit: makes the gamma of `awp` smaller where it would take the loss too far; or None.
+
+    Raises:
+        ValueError: a limit where the loss at w is not known: see `measures_rise`.
     """
 
     def __init__(
@@ -79,10 +96,22 @@ class AwpStep:
         compile: bool = False,
         micro_batch_size: int | None = None,
         largest_batch: int | None = None,
+        rise_limit: RiseLimit | None = None,
     ) -> None:
         ranks = ranks or Ranks()
         self.models, self.awp, self.ascent = models, awp, ascent or Ascent()
         self._shared = awp is not None and self.ascent.kind == "shared"
+        # whether the loss at w is that of the training loss on the whole batch
+        whole = self.ascent.kind == "exact" and self.ascent.c_min is None
+        self.measures_rise = whole and type(objective).ascent_losses is Objective.ascent_losses
+        self.rise_limit = rise_limit
+        if rise_limit is not None:
+            if awp is None or not self.measures_rise:
+                raise ValueError(
+                    "rise_limit: expected None without a perturbation, with ascent 'shared' or c_min, and with a "
+                    "method whose ascent climbs another loss, where the loss at w is not known"
+                )
+            awp.factor = rise_limit.factor
         self._reduced_ascent = awp is not None and self.ascent.sync == "global" and ranks.world > 1
         reduced = [models.descent]
         if self._reduced_ascent and not self._shared and models.ascent is not models.descent:
@@ -131,12 +160,26 @@ class AwpStep:
             climbed = (
                 contextlib.nullcontext() if awp is None else self.climbed(awp, x_adv, batch, share, phase, targets)
             )
-            with climbed as followed, region("descent"):
+            with climbed as climb, region("descent"):
+                followed = None if climb is None else climb.followed
                 loss, correct = passes.descend(x_adv, batch, share, followed, targets)  # at w + v
             with region("update"):
                 skipped = self.update()  # at w
             self.finish(statistics, share, skipped)
-        return StepResult(loss, correct, skipped, *(marks * share.share))
+            rise, room = self._rise(loss, None if climb is None else climb.at_w)
+        zeros, nonfinite = marks * share.share
+        return StepResult(loss, correct, skipped, zeros, nonfinite, rise, room)
+
+    def _rise(self, loss: Tensor, at_w: Mean | None) -> Tensor:
+        """How far the loss rose, and how far it could have before it was that of guessing; of this rank's images."""
+        if at_w is None:
+            return loss.new_zeros(2)
+        told = torch.stack([loss - at_w.loss, at_w.guess - at_w.loss])
+        if self.rise_limit is not None:
+            whole = told.clone()
+            self.passes.ranks.sum_([whole])
+            self.rise_limit.update_(*whole)
+        return told
 
     def kept(self) -> Statistics:
         """Copies of all that a step moves beside weights."""
@@ -160,14 +203,14 @@ class AwpStep:
         share: RankShare,
         phase: Phase,
         targets: Tensor,
-    ) -> Iterator[Tensor]:
-        """A block at w + v; gives, on the device, 1, or NaN where a direction was not finite on this rank.
+    ) -> Iterator[Climb]:
+        """A block at w + v.
 
         After it w is back, but in a working copy, which the update writes anew; `awp.perturbed()` would restore that.
         """
         with region("ascent"):
-            followed = self._climb(awp, x_adv, batch, share, phase, targets)
-        yield followed
+            climb = self._climb(awp, x_adv, batch, share, phase, targets)
+        yield climb
         if awp.working is None:
             awp.restore_()
 
@@ -179,14 +222,15 @@ class AwpStep:
         share: RankShare,
         phase: Phase,
         targets: Tensor,
-    ) -> Tensor:
+    ) -> Climb:
+        first: Mean | None = None
         sums: dict[str, Tensor] = {}
         ascent, model, ranks = self.ascent, self.models.ascent, self.passes.ranks
         several = ascent.steps > 1
         for step in range(ascent.steps):
             if not self._shared or phase.attack.epsilon == 0:
                 averaged = self._reduced_ascent
-                *_, below = self.passes.backward(
+                found = self.passes.backward(
                     model,
                     x_adv,
                     batch,
@@ -195,12 +239,14 @@ class AwpStep:
                     update_statistics=False,
                     c_min=ascent.c_min,
                     targets=targets,
+                    guess=self.measures_rise and step == 0,
                 )
+                first = first or found
                 if ascent.c_min is not None and step:
                     # synchronised statistics need as many passes on every rank
                     if averaged or self.passes.sync_batch_norm:
-                        ranks.sum_([below])
-                    if below == 0:
+                        ranks.sum_([found.below])
+                    if found.below == 0:
                         break
             for name in awp.parameters:
                 gradient = model.get_parameter(name).grad
@@ -215,4 +261,5 @@ class AwpStep:
             self.passes.clear_gradients()
         # of the last pass: what was not finite in one before it is in the sum still
         assert awp.found_inf is not None
-        return torch.ones_like(awp.found_inf).masked_fill_(awp.found_inf > 0, torch.nan)
+        followed = torch.ones_like(awp.found_inf).masked_fill_(awp.found_inf > 0, torch.nan)
+        return Climb(followed, first if self.measures_rise else None)

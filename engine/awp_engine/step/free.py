@@ -62,7 +62,8 @@ class FreeStep:
             delta.add_(x_adv.grad.sign(), alpha=epsilon).clamp_(-epsilon, epsilon)
             skipped = self._step.update()
             self._step.finish(statistics, share, skipped)
-        return StepResult(loss, correct, skipped, *(gradient_marks(x_adv.grad, x) * share.share))
+        zeros, nonfinite = gradient_marks(x_adv.grad, x) * share.share
+        return StepResult(loss, correct, skipped, zeros, nonfinite, torch.zeros_like(loss), torch.zeros_like(loss))
 
     def state(self) -> dict[str, Tensor]:
         """The perturbation of all ranks' images, for a checkpoint in mid-epoch; all ranks have to call it."""

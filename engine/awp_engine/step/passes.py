@@ -20,6 +20,7 @@ from awp_engine.models.batch_norm import Statistics, batch_norm_mode, whole_stat
 from awp_engine.step.noise import Noise, Smoothed
 from awp_engine.step.objectives import Objective
 from awp_engine.step.precision import LossScale, WorkingModels
+from awp_engine.step.rise import Guess
 from awp_engine.step.values import Phase
 from awp_kernels import conv3x3_forget
 from awp_kernels._block import Block
@@ -38,6 +39,22 @@ class RankShare(NamedTuple):
     share: float
     pieces: list[tuple[slice, float]]
     undivided: bool
+
+
+class Mean(NamedTuple):
+    """What a pass over this rank's images has found; scalars on the device.
+
+    Attributes:
+        loss: the mean.
+        correct: the part of right answers.
+        below: how many losses lie below c_min.
+        guess: the mean loss of guessing, where that was asked for, else 0.
+    """
+
+    loss: Tensor
+    correct: Tensor
+    below: Tensor
+    guess: Tensor
 
 
 def gradient_marks(gradient: Tensor, images: Tensor) -> Tensor:
@@ -257,20 +274,19 @@ class Passes:
         c_min: float | None = None,
         followed: Tensor | None = None,
         targets: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        guess: bool = False,
+    ) -> Mean:
         """Gradients of the mean loss in the parameters of `model`, over all ranks if `averaged`, times `followed`.
 
         The loss compares with `targets`, by default the labels; with noise it is the mean over all noisy copies.
-
-        Returns:
-            The mean loss, the part of right answers, and how many losses lie below c_min; of this rank's images.
+        `guess`: whether that of guessing is wanted, too.
         """
         x, y, objective = batch.images, batch.labels, self.objective
         targets = y if targets is None else targets
         # the descent alone moves them
         compute = objective.losses if update_statistics else objective.ascent_losses
         reducer = self._reducers.get(id(model)) if averaged else None
-        loss, correct, below = (x.new_zeros(()) for _ in range(3))
+        loss, correct, below, guessed = (x.new_zeros(()) for _ in range(4))
         copies = range(self.copies)
         parts = [(rows, number, part / len(copies)) for rows, part in share.pieces for number in copies]
         for index, (rows, number, part) in enumerate(parts):
@@ -290,9 +306,8 @@ class Passes:
                     counted = losses.detach() < c_min
                     below += counted.sum()
                     losses = losses * counted
-                if self._class_weights is not None:
-                    losses = losses * self._class_weights[y[rows]]
-                mean = losses.mean()
+                weights = None if self._class_weights is None else self._class_weights[y[rows]]
+                mean = (losses if weights is None else losses * weights).mean()
                 # the reducer takes the mean over the ranks of what is to be added up
                 scale = part * self.ranks.world
                 lifted = mean if scale == 1 else mean * scale
@@ -302,7 +317,11 @@ class Passes:
             labels = y[rows] if y.ndim == 1 else y[rows].argmax(1)
             loss = loss + mean.detach() * part
             correct = correct + (predicted(logits.detach()) == labels).to(x.dtype).mean() * part
-        return loss, correct, below
+            if guess:
+                with torch.no_grad():
+                    losses, _ = compute(Guess(logits.shape[1]), noisy, x[rows], targets[rows])
+                guessed = guessed + (losses if weights is None else losses * weights).mean() * part
+        return Mean(loss, correct, below, guessed)
 
     @contextlib.contextmanager
     def _statistics_held(self) -> Iterator[None]:
@@ -327,7 +346,7 @@ class Passes:
         """Gradients of the training loss; returns it and the part of right answers. Moves the BN statistics."""
         model = self.models.descent
         with whole_statistics(model) if self._whole_statistics else contextlib.nullcontext():
-            loss, correct, _ = self.backward(
+            done = self.backward(
                 model,
                 x_adv,
                 batch,
@@ -338,7 +357,7 @@ class Passes:
                 targets=targets,
             )
         self.models.settle_()
-        return loss, correct
+        return done.loss, done.correct
 
     @torch.no_grad()
     def average_statistics(self, share: float) -> None:

@@ -58,6 +58,8 @@ class StepResult(NamedTuple):
             as they were.
         zero_gradients: the part of exactly zero entries in the attack's last gradient; a mask's mark.
         nonfinite_gradients: the part of entries there that are not finite; an overflow's mark.
+        rise: how much higher the loss is at the perturbed weights than at w; 0 where it is not known.
+        room: how much higher that of guessing is than that at w; likewise.
     """
 
     loss: Tensor
@@ -65,6 +67,8 @@ class StepResult(NamedTuple):
     skipped: Tensor
     zero_gradients: Tensor
     nonfinite_gradients: Tensor
+    rise: Tensor
+    room: Tensor
 
 
 class Step(Protocol):

@@ -46,37 +46,40 @@ class EpochSums:
     """What an epoch's metrics are made of, added up on the device.
 
     Attributes:
-        values: fp64 [8].
+        values: fp64 [10].
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.values = torch.zeros(8, dtype=torch.float64, device=device)
+        self.values = torch.zeros(10, dtype=torch.float64, device=device)
 
     def reset_(self) -> None:
         """Begin an epoch."""
         self.values.zero_()
 
     def add_(self, numbers: Tensor, skipped: Tensor, size: int) -> None:
-        """Take a step over `size` images in: loss, part of right answers, of zero and nonfinite gradients, fp64 [4]."""
-        loss, correct, zeros, nonfinite = numbers
+        """Take a step over `size` images in: what `stacked` tells, but for the last, fp64 [6]."""
+        loss, correct, zeros, nonfinite, rise, room = numbers
         trained = torch.where(skipped, 0.0, float(size))
         learned = torch.where(skipped, 0.0, loss * size)
         ones = torch.ones_like(loss)
+        # what broke the model says nothing of an epoch's mean
+        known = rise.isfinite() & room.isfinite() & (room > 0)
+        risen, could = (torch.where(known, value * size, 0.0) for value in (rise, room))
         counted = [learned, trained, correct * size, ones * size, zeros, skipped.double(), ones, nonfinite]
-        self.values += torch.stack(counted)
+        self.values += torch.stack([*counted, risen, could])
 
     def state(self) -> dict[str, Tensor]:
         """For a checkpoint."""
         return {"sums": self.values}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """What `state` gave; those of earlier versions end before the gradients that are not finite."""
+        """What `state` gave; those of earlier versions are shorter."""
         self.reset_()
         self.values[: len(state["sums"])].copy_(state["sums"])
 
     def metrics(self) -> dict[str, float]:
         """Means over the images, or over the steps; the loss is NaN where no step was taken. Waits for the device."""
-        loss, trained, correct, seen, zeros, skipped, steps, nonfinite = self.values.tolist()
+        loss, trained, correct, seen, zeros, skipped, steps, nonfinite, rise, room = self.values.tolist()
         return {
             # not 0 where every step was left out
             "loss": loss / trained if trained else math.nan,
@@ -84,11 +87,12 @@ class EpochSums:
             "zero_gradients": zeros / steps,
             "nonfinite_gradients": nonfinite / steps,
             "skipped_steps": skipped,
+            **({"awp_rise": rise / room} if room else {}),
         }
 
 
 def stacked(result: StepResult, stop: bool) -> Tensor:
-    """What is told of every update of a step, and whether this rank was asked to stop: fp64 [5, updates]."""
+    """What is told of every update of a step, and whether this rank was asked to stop: fp64 [7, updates]."""
     asked = torch.full_like(result.loss, float(stop))
-    numbers = [result.loss, result.correct, result.zero_gradients, result.nonfinite_gradients, asked]
-    return torch.stack(numbers).double().reshape(5, -1)
+    numbers = [result.loss, result.correct, result.zero_gradients, result.nonfinite_gradients]
+    return torch.stack([*numbers, result.rise, result.room, asked]).double().reshape(7, -1)

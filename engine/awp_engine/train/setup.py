@@ -44,6 +44,7 @@ from awp_engine.step.cuda_graph import GraphedStep
 from awp_engine.step.free import FreeStep
 from awp_engine.step.objectives import Objective, build_objective
 from awp_engine.step.precision import PARTS, Precision, WorkingModels, has_fast_bfloat16
+from awp_engine.step.rise import RiseLimit
 from awp_engine.step.values import Step
 from awp_engine.train.inputs import fingerprints, made_by, require_same, require_same_code, said
 from awp_engine.train.network import build_network
@@ -176,6 +177,7 @@ def build_step(
         compile=choose_speed(config, cuda=device.type == "cuda", ranks=ranks.world).compile,
         micro_batch_size=config.micro_batch_size,
         largest_batch=largest_batch,
+        rise_limit=RiseLimit(awp.max_rise, device) if awp.enabled and awp.max_rise is not None else None,
     )
 
 

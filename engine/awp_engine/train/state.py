@@ -18,7 +18,7 @@ from awp_engine.train.progress import Progress
 from awp_engine.train.setup import Setup
 
 # groups that a checkpoint may lack; SGD without momentum has an empty one, which is there
-_OPTIONAL = ("average", "loss_scale", "method")
+_OPTIONAL = ("average", "loss_scale", "method", "awp")
 Tensors = Mapping[str, Tensor]
 
 
@@ -74,6 +74,7 @@ class RunState:
         if average is not None:
             # nothing before it has begun
             averaged = [TensorState(lambda: average.state() if average.started else {}, lambda _: average.state())]
+        limit = setup.awp_step.rise_limit
         method = TensorState(setup.awp_step.passes.objective.state)
         # what each group of tensors in a checkpoint is made of
         self._groups: dict[str, list[Stateful]] = {
@@ -84,6 +85,7 @@ class RunState:
             "average": averaged,
             "loss_scale": [] if loss_scale is None else [loss_scale],
             "method": [method] if method.state() else [],
+            "awp": [] if limit is None else [TensorState(limit.state)],
         }
         # what must be equal to the bit on all ranks
         self._replicated = [("", model), ("momentum of ", optimizer), *(("average of ", part) for part in averaged)]

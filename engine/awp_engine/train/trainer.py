@@ -162,9 +162,9 @@ class Trainer(Setup):
         self.ranks.sum_([told])
         lr = self.schedule.lr(epoch, self.progress.step)
         skips = result.skipped.reshape(-1)
-        self._watch.count(told[4], skips)
+        self._watch.count(told[-1], skips)
         for numbers, skipped in zip(told.unbind(1), skips, strict=True):
-            self._sums.add_(numbers[:4], skipped, size)
+            self._sums.add_(numbers[:-1], skipped, size)
             if self._log is not None:
                 self._log.step(numbers[0], lr, size)
         if message := self._profiler.step():
@@ -180,6 +180,8 @@ class Trainer(Setup):
         """Measure, log, warn, write a checkpoint: each at its own cadence."""
         config, last = self.config, epoch == self.config.epochs
         metrics: dict[str, Any] = {**self._sums.metrics(), "lr": self.schedule.lr(epoch, self.schedule.steps - 1)}
+        if (limit := self.awp_step.rise_limit) is not None:
+            metrics["awp_gamma"] = config.awp.gamma * limit.factor.item()
         if images:
             metrics |= throughput(self, images / seconds, cheap=self.schedule.is_cheap(epoch))
         if epoch % config.evaluation.evaluate_every == 0 or last:

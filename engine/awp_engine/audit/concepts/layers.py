@@ -79,7 +79,9 @@ def require_layer(layers: list[Layer], name: str) -> Layer:
         hint = did_you_mean(name, names, "--list-layers prints the layers")
         raise EvaluationError(f"--layers: the model has no layer {name[:80]!r}; {hint}")
     if found.problem:
-        raise EvaluationError(f"--layers: {found.name} {found.problem}; take another layer, as --list-layers prints them")
+        raise EvaluationError(
+            f"--layers: {found.name} {found.problem}; take another layer, as --list-layers prints them"
+        )
     return found
 
 

@@ -4,7 +4,7 @@ r"""Does the audit of concepts find what was planted, and nothing where labels a
     python -m bench.audit_concepts shuffled DIR    # 200 concepts without meaning
     python -m bench.audit_concepts speed DIR       # 10,000 images
     M=bench/audit_concepts.py
-    awp audit concepts digits-at digits-at-awp digits-standard --classes 8 --limit 36 --step 2 --output OUT \
+    PYTHONPATH=. awp audit concepts digits-at digits-at-awp digits-standard --classes 8 --limit 36 --step 2 --output OUT \
         --layers layer1.0.conv1 layer2.0.conv2 --concepts thicker=$M:thicker darker=$M:darker crops:8 random
     python -m bench.audit_concepts models OUT/audit-concepts.json
     python -m bench.audit_concepts figure

@@ -3,14 +3,18 @@ r"""Does the audit of concepts find what was planted, and nothing where labels a
     python -m bench.audit_concepts planted DIR     # odd or even: images with a mark in the corner are odd; 3 networks
     python -m bench.audit_concepts shuffled DIR    # 200 concepts without meaning
     python -m bench.audit_concepts speed DIR       # 10,000 images
-    M=bench/audit_concepts.py
-    PYTHONPATH=. awp audit concepts digits-at digits-at-awp digits-standard --classes 8 --limit 36 --step 2 --output OUT \
+    M=bench/audit_concepts.py; export PYTHONPATH=.
+    awp audit concepts digits-at digits-at-awp digits-standard --classes 8 --limit 36 --step 2 --output OUT \
         --layers layer1.0.conv1 layer2.0.conv2 --concepts thicker=$M:thicker darker=$M:darker crops:8 random
     python -m bench.audit_concepts models OUT/audit-concepts.json
+    awp audit concepts AT AT-AWP STANDARD --classes frog --limit 100 --step 2 --output OUT0 \
+        --layers layer1.0.conv1 layer2.0.conv2 --concepts colours:frog textures:frog darker=$M:darker random
+    python -m bench.audit_concepts cifar OUT0/audit-concepts.json OUT1/... OUT2/...
     python -m bench.audit_concepts figure
 
 DIR has MNIST's 10,000 test images: t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz. The runs are those of
-`awp train digits-at`, `digits`, and `digits-at --attack.kind none`, each with --model.width 8. Each command adds its
+`awp train digits-at`, `digits`, and `digits-at --attack.kind none`, each with --model.width 8; those of `cifar` are of
+bench/audit_weights.py, a seed a report. Each command adds its
 part to bench/results/audit-concepts.json; `figure` draws it.
 """
 
@@ -159,23 +163,30 @@ def figure(result: dict[str, Any]) -> None:
     FIGURE.write_bytes(plot(result["models"]["tests"]))
 
 
+def _of_models(place: Path) -> dict[str, Any]:
+    """A report, without the numbers of single images and nulls."""
+    report = json.loads(place.read_text())
+    return report | {"tests": [test | {"null_statistics": None, "changes": None} for test in report["tests"]]}
+
+
 def main() -> None:
     """Parse, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("planted", "shuffled", "speed", "models", "figure"))
-    parser.add_argument("place", type=Path, nargs="?")
+    parser.add_argument("part", choices=("planted", "shuffled", "speed", "models", "cifar", "figure"))
+    parser.add_argument("place", type=Path, nargs="*")
     arguments = parser.parse_args()
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     if arguments.part == "figure":
         figure(result)
         return
-    if arguments.place is None:
+    if not arguments.place:
         parser.error(f"{arguments.part}: expected DIR, or the report")
     if arguments.part == "models":
-        report = json.loads(arguments.place.read_text())
-        found = report | {"tests": [test | {"null_statistics": None, "changes": None} for test in report["tests"]]}
+        found = _of_models(arguments.place[0])
+    elif arguments.part == "cifar":
+        found = [_of_models(place) for place in arguments.place]
     else:
-        data = load_dataset("mnist", root=arguments.place, held_out_fraction=0.0, seed=0, need_train=False)
+        data = load_dataset("mnist", root=arguments.place[0], held_out_fraction=0.0, seed=0, need_train=False)
         split = data.test.resident()
         found = {"planted": planted, "shuffled": shuffled, "speed": speed}[arguments.part](
             split.images.float() / 255, split.labels % 2

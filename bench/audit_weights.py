@@ -147,7 +147,7 @@ def report(out: Path, path: Path, picture: Path) -> None:
 
     What is in the file already and was not measured again in OUT stays.
     """
-    before = json.loads(path.read_text()) if path.exists() else {"models": []}
+    before: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"models": []}
     found: dict[str, Any] = {"command": "python -m bench.audit_weights, see its --help", "audit": AUDIT, "models": []}
     for data in AUDIT:
         found[f"train {data}"] = " ".join(settings(data, Path("OUT")))

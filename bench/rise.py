@@ -87,12 +87,13 @@ def report(out: Path) -> None:
             own = [run for run in runs if (run["method"], run["choice"]) == (method, name)]
             if own:
                 robust, clean = ([run["last"][key] for run in own] for key in ("pgd20_accuracy", "clean_accuracy"))
-                share = statistics.mean(run["rise"][-1] or 0 for run in own)
+                rises = [run["rise"][-1] for run in own if run["rise"][-1] is not None]
+                share = f"{statistics.mean(rises):.0%}" if rises else "-"
                 gammas = [run["gamma"][-1] for run in own if run["gamma"][-1] is not None]
                 last = f"{statistics.mean(gammas):.3f}" if gammas else name.split()[1]
                 print(
                     f"| {method} | {name} | {', '.join(f'{value:.1%}' for value in robust)} | "
-                    f"{', '.join(f'{value:.1%}' for value in clean)} | {share:.0%} | {last} |"
+                    f"{', '.join(f'{value:.1%}' for value in clean)} | {share} | {last} |"
                 )
     draw(runs)
 

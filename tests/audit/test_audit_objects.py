@@ -90,5 +90,9 @@ def test_concepts_of_modules_are_asked_by_the_modules_own_names(digits, network,
     # two modules of the same numbers
     assert [test["changes"] for test in tests["a"]] == [test["changes"] for test in tests["b"]]
     assert {place.parent.name for place in tmp_path.glob("*/audit-concepts.json")} == {"a", "b"}
+    with pytest.raises(EvaluationError, match="has no argument 'step'"):
+        awp_engine.audit_concepts({"a": network}, x, y, layers=("1",), step=2, **asked)
+    with pytest.raises(EvaluationError, match=r"expected modules by plain names, got \.\./a"):
+        awp_engine.audit_concepts({"../a": network}, x, y, layers=("1",), **asked)
     with pytest.raises(EvaluationError, match=r"--layers: the model has no layer '9'"):
         awp_engine.audit_concepts({"a": network}, x, y, layers=("9",), settings=settings, **asked)

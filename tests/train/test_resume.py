@@ -39,7 +39,7 @@ AWP_EMA = Config(
     data=DataConfig(pad=1, train_limit=100),
     model=ModelConfig(width=2),
     attack=AttackConfig(steps=2),
-    awp=AwpConfig(gamma=0.005),
+    awp=AwpConfig(gamma=0.005, max_rise=0.25),
     average=AverageConfig(kind="ema", bn_images=10),
     evaluation=EvaluationConfig(steps=1, held_out_limit=8, test_limit=8),
     keep_checkpoints=100,

@@ -1,6 +1,7 @@
 """The audits of a module and images that are objects of Python, in a notebook or a script."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ from torch import nn
 from awp_engine.audit.concepts import run as concepts_run
 from awp_engine.audit.data import run as data_run
 from awp_engine.audit.weights import run as weights_run
+from awp_engine.config.schema import did_you_mean
 from awp_engine.evaluation.asked import Asked
+from awp_engine.evaluation.attacks.named import EvaluationError
 from awp_engine.evaluation.reports.files import Reported
 from awp_engine.objects import as_asked
 
@@ -45,6 +48,9 @@ def audit_concepts(
         EvaluationError, ConfigError, DataError: one line that says what is wrong.
     """
     settings, done = settings or concepts_run.Settings(), {}
+    _require_known("audit_concepts", more, ("say", "bar", "tell"))
+    if not models or any(not name or "/" in name or name.startswith(".") for name in models):
+        raise EvaluationError(f"models: expected modules by plain names, got {', '.join(models)[:80] or 'none'}")
     told = {name: more.pop(name) for name in ("say", "bar", "tell") if name in more}
     for name, model in models.items():
         with as_asked(model, class_names, test=(images, labels)) as asked:
@@ -79,6 +85,7 @@ def audit_weights(
     Raises:
         EvaluationError, ConfigError, DataError: one line that says what is wrong.
     """
+    _require_known("audit_weights", more, ("say", "bar", "tell"))
     with as_asked(model, class_names, train=train, test=test) as asked:
         return weights_run.audit_weights(None, settings, **asked, output=Path(output), **more)
 
@@ -107,5 +114,13 @@ def audit_data(
     Raises:
         EvaluationError, ConfigError, DataError: one line that says what is wrong.
     """
+    _require_known("audit_data", more, ("say", "bar", "tell", "classes", "keep"))
     with as_asked(model, class_names, train=(images, labels), test=(images, labels)) as asked:
         return data_run.audit_data(None, screening, **asked, output=Path(output), **more)
+
+
+def _require_known(function: str, more: Mapping[str, Any], own: Sequence[str]) -> None:
+    known = [*own, *(field.name for field in fields(Asked))]
+    if unknown := next((name for name in more if name not in known), None):
+        hint = did_you_mean(unknown, known, "settings and screening hold what flags say")
+        raise EvaluationError(f"{function}: has no argument {unknown!r}; {hint}")

@@ -185,6 +185,8 @@ def _require_fast(config: Config) -> None:
     attack, awp = config.attack, config.awp
     if config.method != "at":
         config.require_value("attack.fast", "none", f"with --method {config.method}")
+    if attack.fast == "free":
+        config.require_value("average.warmup", 0.0, "with --attack.fast free, whose replays are steps of their own")
     until = config.epochs if attack.fast_epochs is None else attack.fast_epochs
     expected = f"another, or --awp.warmup {until}: one pass for image and weights leaves none for the ascent"
     config.require(attack.fast != "free" or not awp.enabled or awp.warmup >= until, "attack.fast", expected)

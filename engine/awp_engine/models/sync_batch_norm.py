@@ -47,7 +47,9 @@ def synchronized_batch_norm(layer: "BatchNorm", x: Tensor, residual: Tensor | No
     if settings["momentum"] is None:
         count = layer.num_batches_tracked
         settings["momentum"] = 0.0 if count is None else count.double().reciprocal()
-    if not bn_act_available(x, layer.weight, layer.bias):
+    # a copy's order would reach the next convolution, whose oneDNN may not be safe in it: see `fast_memory_format`
+    ordered = x.is_contiguous(memory_format=torch.channels_last)
+    if not ordered or not bn_act_available(x, layer.weight, layer.bias):
         z, y = reference.bn_act(x, residual, **settings)
         return y if residual is None else (z, y)
     return bn_act(x, **settings) if residual is None else add_bn_act(x, residual, **settings)

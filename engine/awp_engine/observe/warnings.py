@@ -148,8 +148,8 @@ def rise(epoch: Mapping[str, Any]) -> str | None:
         return None
     return (
         f"the weight perturbation takes the loss {part:.0%} of the way to that of guessing in epoch {epoch['epoch']}, "
-        "which leaves little to learn from; start again in a new --run-dir with a smaller --awp.gamma, a longer "
-        "--awp.warmup, or --awp.max-rise, which makes gamma smaller by itself"
+        "which leaves little to learn from; start again in a new --run-dir with a smaller --awp.gamma, or with "
+        "--awp.max-rise 0.1, which makes gamma smaller by itself"
     )
 
 

@@ -56,6 +56,11 @@ class Climb(NamedTuple):
     at_w: Mean | None
 
 
+def climbs_another_loss(objective: Objective) -> bool:
+    """Whether the ascent's loss is not the one that is minimised."""
+    return type(objective).ascent_losses is not Objective.ascent_losses
+
+
 class AwpStep:
     """Attack, ascent, descent, update: Algorithm 1 of the paper.
 
@@ -102,11 +107,13 @@ class AwpStep:
         self.models, self.awp, self.ascent = models, awp, ascent or Ascent()
         self._shared = awp is not None and self.ascent.kind == "shared"
         # whether the loss at w is that of the training loss on the whole batch
-        whole = self.ascent.kind == "exact" and self.ascent.c_min is None
-        self.measures_rise = whole and type(objective).ascent_losses is Objective.ascent_losses
+        known = self.ascent.kind == "exact" and self.ascent.c_min is None and not climbs_another_loss(objective)
+        # losses of others may do more with a model than call it; the average would be called once more
+        plain = type(objective).__module__.startswith("awp_engine.") and not objective.uses_average
+        self.measures_rise = known and (plain or rise_limit is not None)
         self.rise_limit = rise_limit
         if rise_limit is not None:
-            if awp is None or not self.measures_rise:
+            if awp is None or not known:
                 raise ValueError(
                     "rise_limit: expected None without a perturbation, with ascent 'shared' or c_min, and with a "
                     "method whose ascent climbs another loss, where the loss at w is not known"
@@ -166,15 +173,17 @@ class AwpStep:
             with region("update"):
                 skipped = self.update()  # at w
             self.finish(statistics, share, skipped)
-            rise, room = self._rise(loss, None if climb is None else climb.at_w)
+            rise, room = self._rise(loss, climb)
         zeros, nonfinite = marks * share.share
         return StepResult(loss, correct, skipped, zeros, nonfinite, rise, room)
 
-    def _rise(self, loss: Tensor, at_w: Mean | None) -> Tensor:
+    def _rise(self, loss: Tensor, climb: Climb | None) -> Tensor:
         """How far the loss rose, and how far it could have before it was that of guessing; of this rank's images."""
-        if at_w is None:
+        if climb is None or climb.at_w is None:
             return loss.new_zeros(2)
-        told = torch.stack([loss - at_w.loss, at_w.guess - at_w.loss])
+        at_w = climb.at_w
+        # NaN where no direction was followed, which says nothing of gamma
+        told = torch.stack([loss - at_w.loss, at_w.guess - at_w.loss]) * climb.followed
         if self.rise_limit is not None:
             whole = told.clone()
             self.passes.ranks.sum_([whole])
@@ -192,7 +201,11 @@ class AwpStep:
         if self.update.average is not None:
             self.update.average.take_statistics_(self.models.statistics)
         self.passes.objective.after_step(self.passes.ranks)
+        first = [buffer.clone() for buffer in self.models.batch_statistics] if self.passes.whole_statistics else []
         statistics.restore_where(skipped)
+        # a first step that is left out has seen its batch all the same, and no later one takes statistics whole
+        for buffer, seen in zip(self.models.batch_statistics, first, strict=bool(first)):
+            buffer.copy_(torch.where(seen.isfinite().all(), seen, buffer))
 
     @contextlib.contextmanager
     def climbed(

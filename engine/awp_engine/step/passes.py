@@ -114,7 +114,7 @@ class Passes:
         self._reducers = {id(module): _reducer(module) for module in reduced} if several else {}
         self._warm = not self._reducers
         self.noise: Noise | None = None
-        self._whole_statistics = False
+        self.whole_statistics = False
 
     def begin(self, x: Tensor) -> None:
         """Begin a step on images like `x`: without gradients of the one before.
@@ -134,7 +134,7 @@ class Passes:
     def prepare(self, phase: Phase) -> None:
         """Take what the host says of a step; what layers draw from torch's generator depends on step and rank alone."""
         self.objective.begin_step(phase.done, phase.epoch, phase.step)
-        self.noise, self._whole_statistics = phase.noise, phase.whole_statistics
+        self.noise, self.whole_statistics = phase.noise, phase.whole_statistics
         if phase.layer_seed is not None:
             torch.manual_seed(mix_seed(phase.layer_seed, self.ranks.rank))
 
@@ -252,7 +252,7 @@ class Passes:
     def _runner(self, model: nn.Module, x: Tensor) -> nn.Module:
         """`model` as it is called: compiled, for full batches."""
         # the first step may have another momentum, which would be compiled for
-        if not self._compile or self._whole_statistics:
+        if not self._compile or self.whole_statistics:
             return model
         self._compiled_size = self._compiled_size or len(x)
         if len(x) != self._compiled_size:
@@ -345,7 +345,7 @@ class Passes:
     ) -> tuple[Tensor, Tensor]:
         """Gradients of the training loss; returns it and the part of right answers. Moves the BN statistics."""
         model = self.models.descent
-        with whole_statistics(model) if self._whole_statistics else contextlib.nullcontext():
+        with whole_statistics(model) if self.whole_statistics else contextlib.nullcontext():
             done = self.backward(
                 model,
                 x_adv,

@@ -39,7 +39,7 @@ from awp_engine.observe.trackers import require_trackers
 from awp_engine.optim.average import WeightAverage
 from awp_engine.optim.by_name import find_optimizer
 from awp_engine.optim.optimizer import build_optimizer
-from awp_engine.step.awp_step import Ascent, AwpStep
+from awp_engine.step.awp_step import Ascent, AwpStep, climbs_another_loss
 from awp_engine.step.cuda_graph import GraphedStep
 from awp_engine.step.free import FreeStep
 from awp_engine.step.objectives import Objective, build_objective
@@ -150,6 +150,12 @@ def build_step(
         shared_ascent=awp.enabled and awp.ascent == "shared",
         sharded=config.distributed.strategy == "fsdp",
     )
+    objective = objective or objective_of(config, device)
+    if awp.enabled and awp.max_rise is not None and climbs_another_loss(objective):
+        raise ConfigError(
+            f"--awp.max-rise: expected none with --method {config.method}, whose ascent climbs another loss than the "
+            "descent, so that no rise is known"
+        )
     perturbation = None
     # none given: each has a rule of its own
     chosen: dict[str, Any] = {"select": choice(model, awp.layers)} if awp.layers else {}
@@ -167,7 +173,7 @@ def build_step(
         optimizer=build_optimizer(
             model, config.optimizer, working=models.updated, layers=layers_with_rates(config, model)
         ),
-        objective=objective or objective_of(config, device),
+        objective=objective,
         awp=perturbation,
         ascent=Ascent(kind=awp.ascent, steps=awp.ascent_steps, c_min=awp.c_min, sync=config.distributed.ascent_sync),
         clip_norm=config.optimizer.clip_norm,
@@ -240,6 +246,8 @@ def capture_step(config: Config, step: AwpStep) -> Step:
 _FEW_HELD_OUT = 30
 # beyond it no published network withstands attacks on colour images; 8/255 and 4/255 are usual
 _LARGE_EPSILON = 0.1
+# of methods whose papers have another weight than TRADES
+_USUAL_BETA = {"rebat": 1, "ikl": 20, "gkl": 20}
 
 
 def _doubts(config: Config, data: Dataset) -> list[str]:
@@ -255,6 +263,8 @@ def _doubts(config: Config, data: Dataset) -> list[str]:
             f"--average.warmup {config.average.warmup:g} leaves none of {config.epochs} epochs to average: the average "
             "stays a copy of the weights"
         )
+    if config.beta == Config.beta and (usual := _USUAL_BETA.get(config.method)) is not None:
+        notes.append(f"--beta {config.beta:g} is TRADES' weight of the divergence; {config.method}'s paper has {usual}")
     if 0 < held_out < _FEW_HELD_OUT:
         notes.append(
             f"only {held_out} held-out images choose the best epoch: --data.held-out-fraction takes more than "

@@ -73,7 +73,7 @@ def require_layer(layers: list[Layer], name: str) -> Layer:
         EvaluationError: there is none, or it cannot be audited.
     """
     # a module of others stands inside of one that normalises; its own names are known to whoever made it
-    found = next((layer for end in (name, f"network.{name}") for layer in layers if layer.name == end), None)
+    found = next((layer for end in (f"network.{name}", name) for layer in layers if layer.name == end), None)
     if found is None:
         names = [layer.name for layer in layers if not layer.problem]
         hint = did_you_mean(name, names, "--list-layers prints the layers")

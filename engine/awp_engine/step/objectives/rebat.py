@@ -28,7 +28,7 @@ class Rebat(AdversarialTraining):
 
     def begin_step(self, done: float, epoch: int, step: int) -> None:
         """Whether the average has begun: before that it is not asked."""
-        self.stage = epoch > self._average_warmup
+        self.stage = epoch - 1 >= self._average_warmup
 
     def losses(self, model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """CE(f(x'), y) + beta * KL(f_ema(x') || f(x')), without gradients through f_ema."""

@@ -148,17 +148,20 @@ def test_an_l2_ball_that_no_image_fits_is_refused_before_anything_is_written(tmp
 
 
 def test_sums_of_an_earlier_version_are_gone_on_from():
-    """They end before the gradients that are not finite."""
-    numbers, skipped = torch.tensor([2.0, 0.5, 0.1, 0.3], dtype=torch.float64), torch.tensor(False)
+    """They end before the gradients that are not finite, or before the rise of the loss."""
+    numbers = torch.tensor([2.0, 0.5, 0.1, 0.3, 0.2, 0.8], dtype=torch.float64)
     sums, loaded = EpochSums(torch.device("cpu")), EpochSums(torch.device("cpu"))
-    sums.add_(numbers, skipped, 10)
-    loaded.values.fill_(7.0)
-    loaded.load({"sums": sums.values[:7]})
-    assert loaded.metrics() == sums.metrics() | {"nonfinite_gradients": 0.0}
+    sums.add_(numbers, torch.tensor(False), 10)
+    whole = sums.metrics()
+    assert whole["awp_rise"] == pytest.approx(0.25)
+    for count, known in ((7, {"nonfinite_gradients": 0.0}), (8, {})):
+        loaded.values.fill_(7.0)
+        loaded.load({"sums": sums.values[:count]})
+        assert loaded.metrics() == {name: value for name, value in whole.items() if name != "awp_rise"} | known
     loaded.load(sums.state())
-    assert loaded.metrics()["nonfinite_gradients"] == pytest.approx(0.3)
+    assert loaded.metrics() == whole
     with pytest.raises(RuntimeError):
-        loaded.load({"sums": torch.zeros(9)})
+        loaded.load({"sums": torch.zeros(11)})
 
 
 def test_a_run_starts_from_given_weights(finished, tmp_path):

@@ -1,6 +1,7 @@
 """How far the perturbation takes the loss, and what makes gamma smaller where that is too far."""
 
 import copy
+import dataclasses
 import math
 
 import hypothesis.strategies as st
@@ -207,3 +208,70 @@ def test_a_factor_is_part_of_gamma(known):
         F.cross_entropy(wrong.model(X), Y).backward()
         with pytest.raises(ValueError, match="factor: expected None for scale"):
             wrong.perturb_()
+
+
+class Counts(Objective):
+    """Cross-entropy, whose gradient is not finite where it is told so."""
+
+    def __init__(self, broken: bool = False) -> None:
+        self.models: list[str] = []
+        self.broken = broken
+
+    def losses(self, model, x_adv, x, y):
+        self.models.append(type(model).__name__)
+        logits = model(x_adv)
+        losses = F.cross_entropy(logits, y, reduction="none")
+        # 0, with a gradient of 0 * inf
+        return losses + (0 * logits.sum()).abs().sqrt() if self.broken else losses, logits
+
+
+def test_methods_of_others_are_asked_of_a_guess_where_a_limit_is_wanted_alone():
+    for limit, models in ((None, ["Sequential", "Sequential"]), (0.5, ["Sequential", "Guess", "Sequential"])):
+        objective, model = Counts(), small_model()
+        step = make_step(
+            model,
+            objective=objective,
+            attack=ATTACK,
+            awp=AdversarialWeightPerturbation(model, GAMMA),
+            optimizer=build_optimizer(model, OptimizerConfig()),
+            rise_limit=None if limit is None else RiseLimit(limit, torch.device("cpu")),
+        )
+        step.step(BATCH, step.phase(0, True, False))
+        assert objective.models == models
+
+
+def test_a_direction_that_is_not_followed_says_nothing_of_gamma():
+    model = small_model()
+    limit = RiseLimit(0.5, torch.device("cpu"))
+    limit.factor.fill_(0.3)
+    step = make_step(
+        model,
+        objective=Counts(broken=True),
+        attack=ATTACK,
+        awp=AdversarialWeightPerturbation(model, GAMMA),
+        optimizer=build_optimizer(model, OptimizerConfig()),
+        rise_limit=limit,
+    )
+    result = step.step(BATCH, step.phase(0, True, False))
+    assert bool(result.skipped)
+    assert math.isfinite(float(result.loss))
+    assert float(limit.factor) == 0.3
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_first_batchs_statistics_are_taken_whole_even_where_the_step_is_left_out(broken):
+    model = small_model()
+    step = make_step(
+        model,
+        objective=Counts(broken),
+        attack=AttackConfig(epsilon="0"),
+        optimizer=build_optimizer(model, OptimizerConfig()),
+    )
+    before = copy.deepcopy(model)
+    phase = dataclasses.replace(step.phase(0, False, False), whole_statistics=True)
+    assert bool(step.step(BATCH, phase).skipped) == broken
+    values = before[0](X).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(model[1].running_mean, values.mean(1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model[1].running_var, values.var(1), rtol=1e-12, atol=1e-12)
+    # what else the step moves is put back
+    assert torch.equal(model[0].weight, before[0].weight) == broken

@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from awp_engine.audit.objects import audit_concepts, audit_data, audit_weights
     from awp_engine.models.trained import load_model
-    from awp_engine.objects import evaluate, fit
+    from awp_engine.objects import audit_concepts, audit_data, audit_weights, evaluate, fit
 
     __version__: str
 
-_AUDITS = ("audit_concepts", "audit_data", "audit_weights")
 __all__ = ["audit_concepts", "audit_data", "audit_weights", "evaluate", "fit", "load_model"]
 
 
@@ -26,12 +24,8 @@ def __getattr__(name: str) -> Any:
         from awp_engine.models.trained import load_model
 
         return load_model
-    if name in ("evaluate", "fit"):
+    if name in __all__:
         from awp_engine import objects
-
-        return getattr(objects, name)
-    if name in _AUDITS:
-        from awp_engine.audit import objects
 
         return getattr(objects, name)
     if name == "__version__":

@@ -190,6 +190,11 @@ class AwpStep:
             self.rise_limit.update_(*whole)
         return told
 
+    def limited(self) -> dict[str, float]:
+        """What the limit has made of gamma, as a metric; nothing without one. Waits for the device."""
+        limit, awp = self.rise_limit, self.awp
+        return {} if limit is None or awp is None else {"awp_gamma": awp.gamma * limit.factor.item()}
+
     def kept(self) -> Statistics:
         """Copies of all that a step moves beside weights."""
         average = [] if self.update.average is None else self.update.average.statistics

@@ -180,8 +180,7 @@ class Trainer(Setup):
         """Measure, log, warn, write a checkpoint: each at its own cadence."""
         config, last = self.config, epoch == self.config.epochs
         metrics: dict[str, Any] = {**self._sums.metrics(), "lr": self.schedule.lr(epoch, self.schedule.steps - 1)}
-        if (limit := self.awp_step.rise_limit) is not None:
-            metrics["awp_gamma"] = config.awp.gamma * limit.factor.item()
+        metrics |= self.awp_step.limited()
         if images:
             metrics |= throughput(self, images / seconds, cheap=self.schedule.is_cheap(epoch))
         if epoch % config.evaluation.evaluate_every == 0 or last:

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from awp_engine.evaluation.reports.files import Reported
 
 METHODS = ("forest", "ocsvm", "itsr", "aae", "ae")
-_DEFAULT = METHODS[:2]
 
 
 def parse(argv: Sequence[str] | None = None, prog: str = "awp audit data") -> argparse.Namespace:
@@ -96,12 +95,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "awp audit data") -> Non
         interrupted="interrupted; the same command goes on where it was",
         place=given["output"] or given["path"],
     ):
-        given |= {
-            "classes": given["classes"] or (),
-            "keep": given["keep"] or (),
-            "methods": given["methods"] or _DEFAULT,
-        }
-        screening = Screening(**{name: given.pop(name) for name in ("methods", "percentile", "epochs_scale")})
+        given |= {"classes": given["classes"] or (), "keep": given["keep"] or ()}
+        asked = {name: given.pop(name) for name in ("methods", "percentile", "epochs_scale")}
+        screening = Screening(**{name: value for name, value in asked.items() if value is not None})
         done = audit_data(
             **named_model(given, given["path"]) | rest_of(given), screening=screening, say=say, bar=Bar, tell=show
         )

@@ -46,8 +46,7 @@ def train_batches(
     Extra images are taken in a random order that goes on from epoch to epoch: each is used before any is used again,
     and the order is drawn anew for every pass, the first of which begins with epoch 1. An epoch that takes more of them
     than there are has some more than once, with the same pixels. With `extra_replacement` each place of an epoch draws
-    its own from all of them. In which place of its batch a sample stands is random
-    too.
+    its own from all of them. In which place of its batch a sample stands is random too.
 
     Args:
         split: what is trained on, in memory or made batch by batch.

@@ -3,8 +3,6 @@
 Source: Wu, Xia, Wang: Adversarial Weight Perturbation Helps Robust Generalization, NeurIPS 2020.
 """
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -164,12 +162,16 @@ class AwpStep:
             with region("attack"):
                 shared = [self.models.attack.get_parameter(name) for name in names]
                 x_adv, targets, marks = passes.attack(phase.attack, batch, share, start, shared)
-            climbed = (
-                contextlib.nullcontext() if awp is None else self.climbed(awp, x_adv, batch, share, phase, targets)
-            )
-            with climbed as climb, region("descent"):
+            climb = None
+            if awp is not None:
+                with region("ascent"):
+                    climb = self._climb(awp, x_adv, batch, share, phase, targets)
+            with region("descent"):
                 followed = None if climb is None else climb.followed
                 loss, correct = passes.descend(x_adv, batch, share, followed, targets)  # at w + v
+            if awp is not None and awp.working is None:
+                # a working copy is written anew by the update
+                awp.restore_()
             with region("update"):
                 skipped = self.update()  # at w
             self.finish(statistics, share, skipped)
@@ -211,26 +213,6 @@ class AwpStep:
         # a first step that is left out has seen its batch all the same, and no later one takes statistics whole
         for buffer, seen in zip(self.models.batch_statistics, first, strict=bool(first)):
             buffer.copy_(torch.where(seen.isfinite().all(), seen, buffer))
-
-    @contextlib.contextmanager
-    def climbed(
-        self,
-        awp: AdversarialWeightPerturbation,
-        x_adv: Tensor,
-        batch: Batch,
-        share: RankShare,
-        phase: Phase,
-        targets: Tensor,
-    ) -> Iterator[Climb]:
-        """A block at w + v.
-
-        After it w is back, but in a working copy, which the update writes anew; `awp.perturbed()` would restore that.
-        """
-        with region("ascent"):
-            climb = self._climb(awp, x_adv, batch, share, phase, targets)
-        yield climb
-        if awp.working is None:
-            awp.restore_()
 
     def _climb(
         self,

@@ -56,7 +56,7 @@ class RiseLimit:
         rise, room = rise.double(), room.double()
         allowed = self.limit * room.clamp_min(0)
         # a rise of nothing allows the most, one that is not finite the least
-        ratio = torch.where(rise > 0, allowed / rise, torch.inf).nan_to_num(nan=0.0, posinf=torch.inf)
+        ratio = torch.where(rise > 0, allowed / rise, torch.inf)
         ratio = torch.where(rise.isfinite() & (allowed > 0), ratio, 0.0)
         moved = (self.factor * ratio.sqrt().clamp(_SHRINK, _GROW)).clamp(_FLOOR, 1.0)
         self.factor.copy_(torch.where(room.isfinite(), moved, self.factor))

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 
 from awp_engine.config.presets.paper import paper
-from awp_engine.config.presets.preset import Preset
+from awp_engine.config.presets.preset import TITLES, Preset, short
 from awp_engine.config.settings import AverageConfig, Config
 
 
@@ -39,14 +39,14 @@ def idbh(data: str, model: str, policy: str, *, awp: bool) -> Config:
 
 
 PRESETS: dict[str, Preset] = {
-    f"{data}-{model.replace('resnet-', 'resnet')}-at{'-awp' if awp else ''}-idbh": (
-        f"AT{'-AWP' if awp else ''}, {title}, {policy.replace('idbh', 'IDBH')}.",
+    f"{data}-{short(model)}-at{'-awp' if awp else ''}-idbh": (
+        f"AT{'-AWP' if awp else ''}, {TITLES[data]}, {policy.replace('idbh', 'IDBH')}.",
         functools.partial(idbh, data, model, policy, awp=awp),
     )
-    for data, title, model, policy, awp in (
-        ("cifar10", "CIFAR-10", "wrn-34-10", "idbh-weak", False),
-        ("cifar10", "CIFAR-10", "preact-resnet-18", "idbh-strong", True),
-        ("cifar100", "CIFAR-100", "preact-resnet-18", "idbh-strong", True),
-        ("svhn", "SVHN", "preact-resnet-18", "idbh-svhn", True),
+    for data, model, policy, awp in (
+        ("cifar10", "wrn-34-10", "idbh-weak", False),
+        ("cifar10", "preact-resnet-18", "idbh-strong", True),
+        ("cifar100", "preact-resnet-18", "idbh-strong", True),
+        ("svhn", "preact-resnet-18", "idbh-svhn", True),
     )
 }

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 
 from awp_engine.config.presets.paper import paper
-from awp_engine.config.presets.preset import Preset
+from awp_engine.config.presets.preset import TITLES, Preset, short
 from awp_engine.config.settings import AverageConfig, AwpConfig, Config, OptimizerConfig
 
 _Ends = tuple[float, float]
@@ -27,7 +27,6 @@ _ADR: dict[tuple[str, str], tuple[_Ends, _Ends]] = {
     ("cifar10", "adr-trades-awp"): ((2.5, 1.5), (0.7, 0.85)),
     ("cifar100", "adr-trades-awp"): ((1.5, 1.0), (0.7, 0.95)),
 }
-_TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "tiny-imagenet": "Tiny-ImageNet"}
 
 
 def adr(data: str, model: str, variant: str) -> Config:
@@ -80,10 +79,10 @@ def rebat(model: str) -> Config:
 def _presets() -> dict[str, Preset]:
     presets: dict[str, Preset] = {}
     for data, variant in _ADR:
-        for short, model in (("preact-resnet18", "preact-resnet-18"), ("wrn-34-10", "wrn-34-10")):
-            if short == "preact-resnet18" or (data != "tiny-imagenet" and "trades" not in variant):
-                summary = f"{variant.upper()} on {_TITLES[data]}, Linf."
-                presets[f"{data}-{short}-{variant}"] = (summary, functools.partial(adr, data, model, variant))
+        for model in ("preact-resnet-18", "wrn-34-10"):
+            if model == "preact-resnet-18" or (data != "tiny-imagenet" and "trades" not in variant):
+                summary = f"{variant.upper()} on {TITLES[data]}, Linf."
+                presets[f"{data}-{short(model)}-{variant}"] = (summary, functools.partial(adr, data, model, variant))
     presets["cifar10-preact-resnet18-rebat"] = (
         "ReBAT on CIFAR-10, Linf.",
         functools.partial(rebat, "preact-resnet-18"),

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 
 from awp_engine.config.presets.paper import paper
-from awp_engine.config.presets.preset import Preset
+from awp_engine.config.presets.preset import TITLES, Preset, short
 from awp_engine.config.settings import (
     AttackConfig,
     AverageConfig,
@@ -74,23 +74,21 @@ def acat(data: str, model: str) -> Config:
     )
 
 
-_SETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
-
 PRESETS: dict[str, Preset] = {
     **{
         f"{data}-wrn-34-10-{method}-awp": (
-            f"{method.upper()}-AWP on {name}, Linf 8/255.",
+            f"{method.upper()}-AWP on {TITLES[data]}, Linf 8/255.",
             functools.partial(kullback_leibler, data, method),
         )
-        for data, name in _SETS.items()
+        for data in ("cifar10", "cifar100")
         for method in ("ikl", "gkl")
     },
     **{
-        f"{data}-{model.replace('resnet-', 'resnet')}-acat": (
-            f"ACAT on {name}, Linf 8/255.",
+        f"{data}-{short(model)}-acat": (
+            f"ACAT on {TITLES[data]}, Linf 8/255.",
             functools.partial(acat, data, model),
         )
-        for data, name in _SETS.items()
+        for data in ("cifar10", "cifar100")
         for model in ("preact-resnet-18", "wrn-34-10")
     },
 }

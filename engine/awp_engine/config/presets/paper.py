@@ -6,7 +6,7 @@ and its public code.
 
 import functools
 
-from awp_engine.config.presets.preset import Preset
+from awp_engine.config.presets.preset import TITLES, Preset, short
 from awp_engine.config.settings import (
     AttackConfig,
     AwpConfig,
@@ -16,8 +16,6 @@ from awp_engine.config.settings import (
     ModelConfig,
     OptimizerConfig,
 )
-
-_SETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN"}
 
 
 def paper(data: str, model: str, method: str, *, awp: bool, norm: str = "linf") -> Config:
@@ -81,9 +79,9 @@ def _grid() -> dict[str, Preset]:
     presets = {}
     for data, model, method, norm in grid:
         for awp in (False, True):
-            parts = [data, model.replace("resnet-", "resnet"), method, *["awp"] * awp, *["l2"] * (norm == "l2")]
+            parts = [data, short(model), method, *["awp"] * awp, *["l2"] * (norm == "l2")]
             ball = "L2 128/255" if norm == "l2" else "Linf 8/255"
-            summary = f"{method.upper()}{'-AWP' if awp else ''} on {_SETS[data]}, {ball}."
+            summary = f"{method.upper()}{'-AWP' if awp else ''} on {TITLES[data]}, {ball}."
             presets["-".join(parts)] = (summary, functools.partial(paper, data, model, method, awp=awp, norm=norm))
     return presets
 

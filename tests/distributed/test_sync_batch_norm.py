@@ -1,6 +1,7 @@
 """Batch normalisation over ranks against one process with the whole batch, in fp64."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from awp_kernels import bn_act_available, use_backend
 
 # images a rank: unequal, and one rank without any
 SHARDS = {2: [5, 2], 4: [3, 0, 1, 4]}
+# the kernels serve the second
+ORDERS = {"planes": torch.contiguous_format, "channels last": torch.channels_last}
 
 
 def layer(momentum=0.1, dtype=torch.float64, activation="silu") -> ActivatedBatchNorm:
@@ -54,7 +57,8 @@ def sum_pass(normalise: nn.Module, x: torch.Tensor, residual: torch.Tensor, weig
     x.requires_grad_(), residual.requires_grad_()
     z, out = normalise(x, residual)
     # what the kernels serve is one operation, without the sum or the activation beside it
-    fused = bn_act_available(x, normalise.weight, normalise.bias)
+    in_order = x.is_contiguous(memory_format=torch.channels_last)
+    fused = in_order and bn_act_available(x, normalise.weight, normalise.bias)
     assert fused == (type(out.grad_fn).__name__ == "_BnActBackward")
     loss = (out * weight).sum() + (z * weight.flip(1)).sum()
     return [z.detach(), out.detach(), *torch.autograd.grad(loss, [x, residual, normalise.weight, normalise.bias])]
@@ -81,14 +85,16 @@ def _all_of_a_rank(rank, world):
         for _ in range(2):
             outputs = layer_pass(normalise, shard(whole, rank, world), shard(images(len(whole), seed=2), rank, world))
         results[f"layer {momentum}"] = outputs, buffers(normalise)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, (order, memory_format) in itertools.product((torch.float32, torch.bfloat16), ORDERS.items()):
         normalise = layer(dtype=torch.float32)
         normalise.synchronized = True
         x = images(len(whole), mean=300 if dtype == torch.float32 else 3).to(dtype)
-        outputs = layer_pass(normalise, shard(x, rank, world), shard(images(len(whole), seed=2), rank, world).to(dtype))
-        results[str(dtype)] = outputs, buffers(normalise)
-        residual, weight = (shard(images(len(whole), seed=seed).to(dtype), rank, world) for seed in (3, 2))
-        results[f"{dtype} sum"] = sum_pass(normalise, shard(x, rank, world), residual, weight), buffers(normalise)
+        x, residual, weight = (
+            shard(t, rank, world).to(dtype, memory_format=memory_format)
+            for t in (x, images(len(whole), seed=3), images(len(whole), seed=2))
+        )
+        results[f"{dtype} {order}"] = layer_pass(normalise, x.clone(), weight), buffers(normalise)
+        results[f"{dtype} {order} sum"] = sum_pass(normalise, x.clone(), residual, weight), buffers(normalise)
 
     # refused by every rank before it waits for the others
     normalise, x = layer(), shard(whole, rank, world).requires_grad_()
@@ -183,11 +189,12 @@ def test_statistics_have_the_same_bits_on_all_ranks(ranks):
 
 
 @pytest.mark.parametrize("name", ["", " sum"])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_lower_precision_is_as_exact_as_torch(ranks, dtype, name):
+def test_lower_precision_is_as_exact_as_torch(ranks, dtype, order, name):
     """The error against fp64 is at most twice that of nn.BatchNorm2d in the same precision; fp32 far from 0."""
     total = sum(SHARDS[len(ranks)])
-    outputs, statistics = joined(ranks, str(dtype) + name, 4 if name else 2)
+    outputs, statistics = joined(ranks, f"{dtype} {order}{name}", 4 if name else 2)
     x, weight = images(total, mean=300 if dtype == torch.float32 else 3).to(dtype), images(total, seed=2).to(dtype)
 
     def run(precision, of_images):

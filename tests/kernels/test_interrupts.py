@@ -149,6 +149,8 @@ def test_of_1000_interrupts_spread_over_a_perturbed_block_none_leaves_a_weight_m
 class FailingUpdate:
     """As where the descent fails: the update is not reached."""
 
+    average = None
+
     def prepare(self, phase):
         pass
 

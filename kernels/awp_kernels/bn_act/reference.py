@@ -90,7 +90,9 @@ class _OverRanks(torch.autograd.Function):
         own = x.new_zeros((2, channels), dtype=torch.float64)
         if count:
             mean, variance = torch.batch_norm_update_stats(wide, None, None, 0.0)
-            own[0], own[1] = mean, variance.double() * count
+            # ranks' means are weighed in fp64: what fp32 rounded off of one far from 0 would stay
+            rest = (wide - _channelwise(mean, wide)).mean([0, *range(2, wide.ndim)])
+            own[0], own[1] = mean.double() + rest, variance.double() * count
         mean, variance, total = over_ranks(ranks, own, count, running_mean, running_var, momentum)
         mean, variance = mean.to(wide.dtype), variance.to(wide.dtype)
         ctx.save_for_backward(x, weight, mean, variance, total)

@@ -7,8 +7,10 @@ import torch
 
 from bench.clocks import seconds
 
-# matrices of this many rows and columns; bytes of a copied block, several times the last cache
+# matrices of at most so many rows and columns; bytes of a copied block, several times the last cache
 _SIZE = {"cpu": 2048, "cuda": 8192}
+# CPUs without instructions for 16-bit numbers take seconds for what others do in milliseconds
+_ENOUGH_SECONDS = 0.1
 _COPY_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
 _REPEATS = {"cpu": 7, "cuda": 20}
 
@@ -32,14 +34,18 @@ class Ceilings:
         return asdict(self)
 
 
-def _matmul(device: str, dtype: torch.dtype, precision: str) -> float:
+def _matmul(device: str, dtype: torch.dtype, precision: str) -> tuple[float, int]:
+    """TFLOP/s, and of matrices of what size: the largest that does not take long."""
     torch.set_float32_matmul_precision(precision)
-    size = _SIZE[device]
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    out = torch.empty(size, size, dtype=dtype, device=device)
-    times = [seconds(lambda: torch.mm(a, b, out=out), device) for _ in range(3 + _REPEATS[device])]
+    size, times = 128, [0.0]
+    while size < _SIZE[device] and times[-1] < _ENOUGH_SECONDS:
+        size *= 2
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        out = torch.empty(size, size, dtype=dtype, device=device)
+        times = [seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device) for _ in range(2)]
+    times = [seconds(lambda: torch.mm(a, b, out=out), device) for _ in range(1 + _REPEATS[device])]
     torch.set_float32_matmul_precision("highest")
-    return 2 * size**3 / statistics.median(times[3:]) / 1e12
+    return 2 * size**3 / statistics.median(times[1:]) / 1e12, size
 
 
 def measure_ceilings(device: str) -> Ceilings:
@@ -52,6 +58,7 @@ def measure_ceilings(device: str) -> Ceilings:
     target = torch.empty_like(source)
     times = [seconds(lambda: target.copy_(source), device) for _ in range(3 + _REPEATS[device])]
     copied = 2 * source.nbytes / statistics.median(times[3:]) / 1e9
-    size, block, repeats = _SIZE[device], _COPY_BYTES[device] >> 20, _REPEATS[device]
-    method = f"medians of {repeats} after 3: {size} x {size} x {size} product, copy of {block} MiB, random data"
-    return Ceilings(matmul, copied, method)
+    sizes = ", ".join(f"{name} {size}" for name, (_, size) in matmul.items())
+    block, repeats = _COPY_BYTES[device] >> 20, _REPEATS[device]
+    method = f"medians of {repeats}: products of square matrices ({sizes}), copy of {block} MiB, random data"
+    return Ceilings({name: rate for name, (rate, _) in matmul.items()}, copied, method)

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from awp_engine.distributed.share import rank_share
 from awp_kernels.philox import mix_seed
 
 _STREAM_PLACE = 9
+_VIEW = 6
 
 
 def train_batches(
@@ -38,6 +39,7 @@ def train_batches(
     rank: int = 0,
     ranks: int = 1,
     memory_format: torch.memory_format = torch.contiguous_format,
+    view: int = 0,
 ) -> Generator[Batch, None, None]:
     """One epoch of shuffled, augmented batches; every sample of `split` comes exactly once, unless `epoch_images`.
 
@@ -68,6 +70,7 @@ def train_batches(
         rank: whose part of every batch is wanted: see `rank_share`.
         ranks: how many there are.
         memory_format: of the images.
+        view: another one has the same samples in the same places, and augments them by draws of its own.
 
     Raises:
         DataError: an image cannot be read or decoded.
@@ -85,7 +88,8 @@ def train_batches(
     sizes = _sizes(len(split), batch_size, fraction, drop_last, epoch_images, alone=epoch <= extra_alone > 0)
     count = sum(own for own, _ in sizes)
     order = own_rows(split.ids_of(torch.arange(len(split))), count=count, seed=seed, epoch=epoch)
-    drawn = [augmentation.draw(split, order, seed=seed, epoch=epoch)]
+    look = mix_seed(seed, view, _VIEW) if view else seed
+    drawn = [augmentation.draw(split, order, seed=look, epoch=epoch)]
     pieces = [_pieces(own for own, _ in sizes)]
     if extra is not None:
         augmentation.require_fit(extra, "extra")
@@ -106,7 +110,7 @@ def train_batches(
             later = sum(more for _, more in _sizes(len(split), batch_size, fraction, drop_last, epoch_images))
             taken = alone * batch_size * len(sizes) + (epoch - 1 - alone) * later
             rows = extra_rows(len(extra), first=taken, count=count, seed=seed)
-        drawn.append(augmentation.draw(extra, rows, seed=seed, epoch=epoch))
+        drawn.append(augmentation.draw(extra, rows, seed=look, epoch=epoch))
     plan = _Plan(drawn, list(zip(*pieces, strict=True)), mix_seed(seed, epoch), rank, ranks)
     return _made(plan, range(first, len(sizes)), augmentation.args, batch_size, memory_format)
 
@@ -122,6 +126,7 @@ class Batches:
         global_batch_size: images of a batch, over all ranks.
         augmentation, seed, rank, ranks, extra, extra_fraction, extra_replacement, extra_alone, epoch_images, drop_last,
             memory_format: see `train_batches`.
+        views: how further views of each image are augmented, which stand beside the first one as channels.
 
     Raises:
         ValueError: an argument is out of range.
@@ -153,15 +158,16 @@ class Batches:
         epoch_images: int | None = None,
         drop_last: bool = False,
         memory_format: torch.memory_format = torch.contiguous_format,
+        views: Sequence[Augmentation] = (),
     ) -> None:
         fraction = None if extra is None else extra_fraction
         sizes = _sizes(len(split), global_batch_size, fraction, drop_last, epoch_images)
         self.sizes = [own + more for own, more in sizes]
         """Images of every batch, over all ranks."""
+        self._views = [augmentation, *views]
         self._train_batches = functools.partial(
             train_batches,
             split,
-            augmentation,
             batch_size=global_batch_size,
             seed=seed,
             drop_last=drop_last,
@@ -196,7 +202,11 @@ class Batches:
 
     def epoch(self, epoch: int, *, first: int = 0) -> Generator[Batch, None, None]:
         """The batches of an epoch from number `first` on, whatever the state is."""
-        return self._train_batches(epoch=epoch, first=first)
+        views = [
+            self._train_batches(augmentation, epoch=epoch, first=first, view=view)
+            for view, augmentation in enumerate(self._views)
+        ]
+        return views[0] if len(views) == 1 else _side_by_side(views)
 
     def set_epoch(self, epoch: int) -> None:
         """Begin an epoch; the one that a state has just been loaded for is gone on with."""
@@ -223,6 +233,15 @@ class Batches:
         if not 0 <= state["batch"] <= len(self):
             raise ValueError(f"state_dict: batch {state['batch']}; expected 0 to {len(self)}")
         self._epoch, self._next, self._just_loaded = state["epoch"], state["batch"], True
+
+
+def _side_by_side(views: Sequence[Generator[Batch, None, None]]) -> Generator[Batch, None, None]:
+    """Batches of the same samples as one, whose images are channel by channel those of all."""
+    with contextlib.ExitStack() as stack:
+        for batches in views:
+            stack.enter_context(contextlib.closing(batches))
+        for same in zip(*views, strict=True):
+            yield same[0]._replace(images=torch.cat([batch.images for batch in same], 1))
 
 
 def batch_sizes(split_size: int, batch_size: int, extra_fraction: float | None = None) -> list[int]:

@@ -9,7 +9,7 @@ class Batch(NamedTuple):
     """A rank's share of a batch; extra images are those with an id of at least the data set's `first_extra_id`.
 
     Attributes:
-        images: fp32 [B, C, H, W] in [0, 1].
+        images: fp32 [B, C, H, W] in [0, 1]; of several views of each image [B, views * C, H, W], side by side.
         labels: int64 [B], or fp32 [B, classes] under CutMix and MixUp.
         ids: int64 [B].
         whole_size: images of the whole batch, over all ranks.

@@ -48,6 +48,25 @@ def whole_statistics(model: nn.Module) -> Iterator[None]:
             layer.momentum = momentum
 
 
+def own_layers(model: nn.Module) -> list[BatchNorm]:
+    """`layers`, as those of `awp_engine.models`: torch's BatchNorm2d, which a module of others has, becomes one.
+
+    Raises:
+        ValueError: one of another kind.
+    """
+    found: list[Any] = layers(model)
+    for layer in found:
+        if type(layer) is nn.BatchNorm2d:
+            layer.__class__ = BatchNorm
+            layer.synchronized = False  # as its constructor does  # pyright: ignore[reportArgumentType]
+        elif not isinstance(layer, BatchNorm):
+            raise ValueError(
+                f"model: {type(layer).__name__} cannot be synchronised, or have a second set; expected BatchNorm2d or "
+                "those of awp_engine.models"
+            )
+    return found
+
+
 def synchronize(model: nn.Module) -> None:
     """Let the model's batch normalisation in train mode take the statistics of the batch over all ranks.
 
@@ -60,17 +79,7 @@ def synchronize(model: nn.Module) -> None:
     Raises:
         ValueError: a batch-normalisation layer of another kind.
     """
-    found: list[Any] = layers(model)
-    for layer in found:
-        if type(layer) is nn.BatchNorm2d:
-            # a module of others has torch's
-            layer.__class__ = BatchNorm
-        elif not hasattr(layer, "synchronized"):
-            raise ValueError(
-                f"model: {type(layer).__name__} cannot be synchronised; expected BatchNorm2d or those of "
-                "awp_engine.models"
-            )
-    for layer in found:
+    for layer in own_layers(model):
         layer.synchronized = True
 
 

@@ -24,6 +24,8 @@ from awp_kernels.bn_act.reference import in_one_order
 from awp_kernels.pooled_linear import reference as pooled_linear_reference
 
 Activation = Literal["relu", "silu"]
+# what a layer's second set is called: see `awp_engine.models.views`
+AUXILIARY = "auxiliary_batch_norm"
 
 
 def make_activation(name: str) -> nn.Module:
@@ -47,9 +49,11 @@ class BatchNorm(nn.BatchNorm2d):
     Attributes:
         synchronized: in train mode by the statistics of all ranks: see `awp_engine.models.batch_norm.synchronize`.
         kind: the activation that is part of it.
+        by_auxiliary: whether its second set takes its place.
     """
 
     kind: Literal["none", "relu", "silu"] = "none"
+    by_auxiliary = False
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -58,6 +62,8 @@ class BatchNorm(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Any:
         """[N, C, H, W] -> the same."""
+        if self.by_auxiliary:
+            return self.get_submodule(AUXILIARY)(input)
         super()._check_input_dim(input)
         if self._shares_statistics():
             return self._synchronized(input)
@@ -107,6 +113,8 @@ class ActivatedBatchNorm(BatchNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Any:
         """[N, C, H, W] -> the same; given a residual, also of that shape, (input + residual, what becomes of it)."""
+        if self.by_auxiliary:
+            return self.get_submodule(AUXILIARY)(input, residual)
         if self._shares_statistics():
             return self._synchronized(input, residual)
         if self._is_fused(input):

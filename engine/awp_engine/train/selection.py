@@ -11,6 +11,7 @@ from awp_engine.data import Split, StreamedSplit
 from awp_engine.distributed.sharding import gathered, scatter_
 from awp_engine.evaluation import Accuracy, evaluate, evaluation_attack, spread
 from awp_engine.models.batch_norm import other_buffers, recompute_statistics
+from awp_engine.models.views import base_set
 from awp_engine.observe.regions import region
 from awp_engine.train.progress import Progress
 from awp_engine.train.setup import Setup
@@ -144,5 +145,5 @@ class Selection:
         last = self._measure_both(model)
         if progress.best_epoch == progress.epoch:
             return last, last
-        scatter_(model.state_dict(), self.best_weights)
+        scatter_(base_set(model.state_dict()), self.best_weights)
         return self._measure_both(model), last

@@ -13,12 +13,13 @@ from awp_engine.checkpoint import CheckpointError
 from awp_engine.distributed.replicas import check_replicas
 from awp_engine.distributed.sharding import gather, is_sharded, scatter_
 from awp_engine.files.run_places import CHECKPOINTS
+from awp_engine.models.views import auxiliary_set, base_set
 from awp_engine.optim.optimizer import allocate_optimizer_tensors, optimizer_tensors
 from awp_engine.train.progress import Progress
 from awp_engine.train.setup import Setup
 
 # groups that a checkpoint may lack; SGD without momentum has an empty one, which is there
-_OPTIONAL = ("average", "loss_scale", "method", "awp")
+_OPTIONAL = ("average", "loss_scale", "method", "awp", "auxiliary")
 Tensors = Mapping[str, Tensor]
 
 
@@ -68,12 +69,18 @@ class RunState:
         held, average = (setup.model, setup.optimizer), setup.average
         self._setup, self._ranks, self._average = setup, setup.ranks, average
         loss_scale = setup.awp_step.passes.loss_scale
-        model = TensorState(setup.model.state_dict)
+        # without second sets of batch normalisation: files of weights have the names of the plain model
+        model = TensorState(lambda: base_set(setup.model.state_dict()))
         optimizer = TensorState(partial(optimizer_tensors, *held), partial(allocate_optimizer_tensors, *held))
         averaged: list[Stateful] = []
         if average is not None:
             # nothing before it has begun
-            averaged = [TensorState(lambda: average.state() if average.started else {}, lambda _: average.state())]
+            averaged = [
+                TensorState(
+                    lambda: base_set(average.state()) if average.started else {}, lambda _: base_set(average.state())
+                )
+            ]
+        second = TensorState(self._second_sets)
         limit = setup.awp_step.rise_limit
         method = TensorState(setup.awp_step.passes.objective.state)
         # what each group of tensors in a checkpoint is made of
@@ -86,16 +93,24 @@ class RunState:
             "loss_scale": [] if loss_scale is None else [loss_scale],
             "method": [method] if method.state() else [],
             "awp": [] if limit is None else [TensorState(limit.state)],
+            "auxiliary": [second] if second.state() else [],
         }
         # what must be equal to the bit on all ranks
         self._replicated = [("", model), ("momentum of ", optimizer), *(("average of ", part) for part in averaged)]
-        self._replicated += [("method's ", method)]
+        self._replicated += [("method's ", method), ("", second)]
         self.progress = Progress()
         self._directory = setup.run_dir / CHECKPOINTS
         self.writer = checkpoint.Writer(self._directory)
         self._identity = {"config_hash": setup.config_hash, **setup.fingerprints}
         self._saved: tuple[int, int] | None = None
         self._clock = time.monotonic()
+
+    def _second_sets(self) -> Tensors:
+        """Those of model and average, where they have any."""
+        held = {"model": self._setup.model.state_dict(), "average": {}}
+        if self._average is not None:
+            held["average"] = self._average.state()
+        return {f"{whose}.{name}": t for whose, all_ in held.items() for name, t in auxiliary_set(all_).items()}
 
     def start_clock(self) -> None:
         """Count seconds from now on."""

@@ -21,16 +21,17 @@ from awp_engine.config import (
     OptimizerConfig,
     PrecisionConfig,
 )
-from awp_engine.data import Augmentation, Split, batch_sizes, train_batches
+from awp_engine.data import Augmentation, Batches, Split, batch_sizes
 from awp_engine.data.loaders import choose
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.sharding import gather
 from awp_engine.models import build_model
 from awp_engine.models.batch_norm import set_momentum
+from awp_engine.models.views import add_auxiliary_
 from awp_engine.optim.average import WeightAverage
 from awp_engine.optim.optimizer import set_learning_rate
 from awp_engine.step.precision import Precision
-from awp_engine.train.setup import Setup, distribute_
+from awp_engine.train.setup import Setup, distribute_, objective_of
 
 EVAL_ATTACK = AttackConfig(steps=2, bn_mode="eval", epsilon="0.2", step_size="0.1")
 BASE = Config(
@@ -44,6 +45,7 @@ BASE = Config(
 )
 SHARDED = DistributedConfig(strategy="fsdp", sync_batch_norm=True)
 TEACHER = AverageConfig(kind="ema", decay=0.9, ramp=False, statistics="averaged")
+VIEWS = DataConfig(policy="autoaugment-cifar10", pad=1)
 CASES: dict[str, Config] = {
     "at": BASE,
     "uneven shares": dataclasses.replace(BASE, global_batch_size=11),
@@ -69,6 +71,10 @@ CASES: dict[str, Config] = {
     "rwp": dataclasses.replace(BASE, awp=AwpConfig(gamma=0.01, ascent_steps=3, c_min=2.4, scope="global")),
     "sam": dataclasses.replace(BASE, awp=AwpConfig(gamma=0.05, scope="global", scale="absolute")),
     "free": dataclasses.replace(BASE, attack=dataclasses.replace(EVAL_ATTACK, fast="free"), awp=AwpConfig(gamma=0.0)),
+    "dajat": dataclasses.replace(BASE, method="dajat", data=VIEWS, average=TEACHER),
+    "dajat, micro-batches, frozen statistics": dataclasses.replace(
+        BASE, method="dajat", data=VIEWS, distributed=DistributedConfig(), micro_batch_size=2
+    ),
     "average": dataclasses.replace(BASE, average=AverageConfig(kind="ema", decay=0.9)),
     "adr": dataclasses.replace(BASE, method="adr", average=TEACHER, awp=AwpConfig(gamma=0.01, layers=("*",))),
     "rebat, micro-batches, frozen statistics": dataclasses.replace(
@@ -115,6 +121,9 @@ def trained(config: Config, ranks: Ranks, *, dtype: torch.dtype = torch.float64,
     if frozen:
         model.eval()
     weights = torch.linspace(0.2, 3, 10, dtype=dtype) if config.data.class_weights != "none" else None
+    views = objective_of(config, torch.device("cpu"), 10).views
+    if views > 1:
+        add_auxiliary_(model)
     step = build_step(config, model, ranks, weights)
     average = None
     if config.average.kind == "ema":
@@ -134,23 +143,23 @@ def trained(config: Config, ranks: Ranks, *, dtype: torch.dtype = torch.float64,
     if config.model.bn_momentum is not None:
         set_momentum(model, config.model.bn_momentum)
     augmentation = Augmentation(pad=config.data.pad, flip=config.data.flip, cutmix=config.data.cutmix, num_classes=10)
+    batches = Batches(
+        split,
+        augmentation,
+        views=[augmentation] * (views - 1),
+        global_batch_size=config.global_batch_size,
+        seed=3,
+        extra=extra,
+        extra_fraction=config.data.extra_fraction,
+        extra_replacement=config.data.extra_replacement,
+        extra_alone=config.data.extra_alone,
+        epoch_images=config.data.epoch_images,
+        rank=ranks.rank,
+        ranks=ranks.world,
+    )
     losses = []
     for epoch in range(1, epochs + 1):
-        batches = train_batches(
-            split,
-            augmentation,
-            batch_size=config.global_batch_size,
-            seed=3,
-            epoch=epoch,
-            extra=extra,
-            extra_fraction=config.data.extra_fraction,
-            extra_replacement=config.data.extra_replacement,
-            extra_alone=config.data.extra_alone,
-            epoch_images=config.data.epoch_images,
-            rank=ranks.rank,
-            ranks=ranks.world,
-        )
-        for number, (batch, size) in enumerate(zip(batches, sizes, strict=True)):
+        for number, (batch, size) in enumerate(zip(batches.epoch(epoch), sizes, strict=True)):
             set_learning_rate(step.optimizer, 0.05)
             x, labels = batch.images.to(dtype), batch.labels
             if labels.is_floating_point():

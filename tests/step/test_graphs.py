@@ -1,6 +1,7 @@
 """Whole steps in CUDA graphs; they run on a GPU (`pytest -m gpu`)."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from steps import make_step
 
 from awp_engine.config import AttackConfig, AverageConfig, AwpConfig, Config, OptimizerConfig
 from awp_engine.models import build_model
+from awp_engine.models.views import add_auxiliary_
 from awp_engine.optim.average import WeightAverage
 from awp_engine.optim.optimizer import build_optimizer, set_learning_rate
 from awp_engine.step.cuda_graph import CaptureError, GraphedStep
@@ -24,6 +26,8 @@ HALF = Precision(attack=torch.float16, ascent=torch.float16, descent=torch.float
 def build_step(device: str, precision: Precision, method: str = "at", options: AwpConfig | None = None):
     torch.manual_seed(0)
     model = build_model("preact-resnet-18", 10, (0.5,) * 3, (0.25,) * 3, width=16).to(device).train()
+    if method == "dajat":
+        add_auxiliary_(model)
     model.to(memory_format=torch.channels_last)
     options = options or AwpConfig(gamma=0.005)
     models = WorkingModels(model, precision, shared_ascent=options.ascent == "shared")
@@ -46,9 +50,9 @@ def build_step(device: str, precision: Precision, method: str = "at", options: A
     return model, step, average
 
 
-def batch(index: int, n: int, device: str):
+def batch(index: int, n: int, device: str, channels: int = 3):
     y = torch.randint(0, 10, (n,), generator=torch.Generator().manual_seed(index))
-    x = images((n, 3, 32, 32), seed=index).to(device).contiguous(memory_format=torch.channels_last)
+    x = images((n, channels, 32, 32), seed=index).to(device).contiguous(memory_format=torch.channels_last)
     return x, y.to(device), torch.arange(n, device=device) + 100 * index
 
 
@@ -84,8 +88,10 @@ def test_a_step_is_captured_where_there_is_a_gpu(device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", [Precision(), HALF], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("method", ["at", "trades", "adr", "rebat"])
-@pytest.mark.parametrize("ascent", ["exact", "shared"])
+@pytest.mark.parametrize(
+    ("method", "ascent"),
+    [*itertools.product(["at", "trades", "adr", "rebat"], ["exact", "shared"]), ("dajat", "exact")],
+)
 def test_graphs_and_plain_steps_give_the_same_numbers(precision, method, ascent, monkeypatch):
     """Weights, momentum, averages and statistics after steps of both kinds, a short batch and changing rates."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
@@ -98,7 +104,7 @@ def test_graphs_and_plain_steps_give_the_same_numbers(precision, method, ascent,
         losses = []
         for index in range(16):
             set_learning_rate(step.optimizer, 0.1 / (1 + index))
-            x, y, ids = batch(index, 7 if index == 9 else 32, "cuda")
+            x, y, ids = batch(index, 7 if index == 9 else 32, "cuda", 9 if method == "dajat" else 3)
             fast, perturb = index in (1, 2, 3, 10, 11), index % 5 != 4
             result = step(x, y, sample_ids=ids, seed=index // 4, perturb=perturb, fast=fast, done=index / 16)
             losses.append(result.loss)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from awp_engine.config import Config, DistributedConfig, OptimizerConfig, PrecisionConfig
 from awp_engine.config.presets import PRESETS, build_preset
 from awp_engine.data import Batch
+from awp_engine.models.views import add_auxiliary_
 from awp_engine.optim.average import WeightAverage
 from awp_engine.step.free import FreeStep
 from awp_engine.step.values import Phase
@@ -56,11 +57,14 @@ def counted(config: Config) -> float:
         # not all of RWP's passes where no loss is small enough
         awp=dataclasses.replace(config.awp, c_min=None if config.awp.c_min is None else 1e9),
     )
-    model = network()
-    step = setup.build_step(config, model, objective=setup.objective_of(config, torch.device("cpu"), 10))
+    model, objective = network(), setup.objective_of(config, torch.device("cpu"), 10)
+    if objective.views > 1:
+        model.register_buffer("mean", torch.zeros(1, 3, 1, 1))
+        add_auxiliary_(model)
+    step = setup.build_step(config, model, objective=objective)
     if config.average.kind == "ema":
         step.passes.objective.average = WeightAverage(model, config.average, config.epochs).model
-    x = images((_IMAGES, 3, 8, 8))
+    x = images((_IMAGES, 3 * objective.views, 8, 8))
     y = torch.arange(_IMAGES) % 10
     free = config.attack.fast == "free"
     attack = (setup.training_attack if config.attack.fast == "none" else setup.cheap_attack)(config.attack)

@@ -157,6 +157,7 @@ def test_a_small_run_of_a_recipe_for_larger_images(model, tmp_path):
 def test_the_recipes_with_a_growing_ball():
     names = [f"{data}-wrn-34-10-{method}-awp" for data in ("cifar10", "cifar100") for method in ("ikl", "gkl")]
     names += [f"{data}-{model}-acat" for data in ("cifar10", "cifar100") for model in ("preact-resnet18", "wrn-34-10")]
+    names += [name for name in PRESETS if name.endswith("-dajat")]
     for name in names:
         config = build_preset(name)
         attack, optimizer = config.attack, config.optimizer
@@ -165,15 +166,25 @@ def test_the_recipes_with_a_growing_ball():
         assert not optimizer.nesterov
         # the public codes count epochs from 1 and perturb from 10 on
         assert (config.awp.gamma, config.awp.warmup, config.model.normalize) == (0.005, 9, "none")
-        acat = name.endswith("acat")
+        acat, dajat = name.endswith("acat"), name.endswith("dajat")
         assert (attack.steps, attack.step_size) == ((2, "8/255") if acat else (5, "4/255"))
         average = config.average
-        expected = ("ema", 0.9996, False, 82) if acat else ("epochs", 0.9, True, 0)
+        expected = ("ema", 0.9996, False, 82 if acat else 150) if acat or dajat else ("epochs", 0.9, True, 0)
         assert (average.kind, average.decay, average.ramp, average.warmup) == expected
         assert average.statistics == "averaged"
         assert config.epochs == (110 if acat else 200)
         wrong = config.label_smoothing * 99 / 100
-        assert wrong == pytest.approx(0.1 if acat and "cifar100" in name else 0.0)
+        assert wrong == pytest.approx(0.1 if (acat or dajat) and "cifar100" in name else 0.0)
+        assert (config.data.policy, config.data.policy_first) == (
+            ("autoaugment-cifar10", True) if dajat else ("none", False)
+        )
+    # beta and the weight between views
+    of_views = {name: (build_preset(name).beta, *build_preset(name).method_args) for name in names if "dajat" in name}
+    assert of_views == {
+        "cifar10-preact-resnet18-dajat": (11, "js_weight=2", "views=3"),
+        "cifar10-wrn-34-10-dajat": (10, "js_weight=3", "views=3"),
+        "cifar100-preact-resnet18-dajat": (9, "js_weight=2", "views=3"),
+    }
     assert build_preset(names[0]).method_args == ("alpha=3", "temperature=4", "attack_beta=0")
     assert build_preset(names[3]).method_args == ("alpha=4", "temperature=1", "attack_beta=1", "gamma=0.4")
 

@@ -83,6 +83,18 @@ ADR = dataclasses.replace(
     method_args=("tau=2.5,1.5",),
     average=AverageConfig(kind="ema", decay=0.9, ramp=False, warmup=0.3, statistics="averaged"),
 )
+# two sets of batch normalisation, of the model and of an average that has not begun in the first epoch
+DAJAT = dataclasses.replace(
+    AWP_EMA,
+    epochs=2,
+    global_batch_size=10,
+    method="dajat",
+    method_args=("views=2",),
+    data=DataConfig(policy="autoaugment-cifar10", policy_first=True, pad=1, train_limit=100),
+    attack=AttackConfig(steps=2, bn_mode="eval", ramp="linear"),
+    awp=AwpConfig(gamma=0.005),
+    average=AverageConfig(kind="epochs", decay=0.9, statistics="averaged"),
+)
 
 
 def on(rank: int, world: int) -> Ranks:
@@ -134,8 +146,10 @@ CASES = [
     pytest.param(GKL_EPOCHS, 1, 5, id="1 rank, GKL, 2 epochs"),
     pytest.param(WANG, 1, 5, id="1 rank, generated images"),
     pytest.param(ADR, 1, 5, id="1 rank, teacher"),
+    pytest.param(DAJAT, 1, 5, id="1 rank, views, 2 epochs", marks=pytest.mark.long),
     pytest.param(AWP_EMA, 2, 10, id="2 ranks, 1 epoch"),
     pytest.param(GKL_EPOCHS, 2, 10, id="2 ranks, GKL, 2 epochs", marks=pytest.mark.long),
+    pytest.param(DAJAT, 2, 5, id="2 ranks, views, 2 epochs", marks=pytest.mark.long),
     pytest.param(FREE_SWA, 2, 10, id="2 ranks, 2 epochs", marks=pytest.mark.long),
     *(
         pytest.param(config, world, 1, id=f"every step, {world} rank, {config.epochs} epoch", marks=pytest.mark.long)

@@ -110,6 +110,30 @@ def require_average(config: Config) -> None:
     config.require(fits, "average.statistics", like)
 
 
+def require_views(config: Config) -> None:
+    """Refuse what does not go with a method that has several views of each image."""
+    reason = f"with --method {config.method}, whose loss has several views of an image"
+    for key, value in (
+        ("data.cutmix", 0),
+        ("data.mixup", 0),
+        ("attack.kind", "pgd"),
+        # a norm would be that of all views together
+        ("attack.norm", "linf"),
+        ("attack.noise", 0),
+        ("awp.ascent", "exact"),
+        ("model.checkpoint_activations", False),
+        ("distributed.strategy", "ddp"),
+    ):
+        config.require_value(key, value, reason)
+    like = f"one of AutoAugment {reason}: that of all but the first"
+    config.require(config.data.policy.startswith("autoaugment"), "data.policy", like)
+    config.require(config.model.source == "built-in", "model.name", f"a built-in model {reason}")
+    config.require(config.compile is not True, "compile", f"auto or false {reason}")
+    config.require(config.awp.max_rise is None, "awp.max_rise", f"none {reason}, and whose ascent climbs another")
+    kept = config.average.kind == "none" or config.average.statistics in ("averaged", "live")
+    config.require(kept, "average.statistics", f"averaged or live {reason}")
+
+
 def _always_fast(config: Config) -> bool:
     """Whether every epoch has the cheap attack."""
     attack = config.attack
@@ -140,6 +164,8 @@ def _require_step(config: Config) -> None:
         config.require_value(key, 0, f"with --method {config.method}, whose loss needs one right class")
     if config.method in ("adr", "adr-trades", "rebat"):
         require_average(config)
+    if config.method == "dajat":
+        require_views(config)
     if config.data.class_weights != "none":
         for key in ("data.cutmix", "data.mixup"):
             config.require_value(key, 0, "with --data.class-weights: an image of two classes has no one weight")

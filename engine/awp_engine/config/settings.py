@@ -37,7 +37,7 @@ from awp_engine.config.schema import (
 )
 
 _PRESET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
-_METHODS = ("at", "trades", "mart", "rst", "ikl", "gkl", "adr", "adr-trades", "rebat")
+_METHODS = ("at", "trades", "mart", "rst", "ikl", "gkl", "adr", "adr-trades", "rebat", "dajat")
 _Pixels = Annotated[int, Range("a whole number of pixels, 0 to 1024", ge=0, le=1024)]
 
 
@@ -86,7 +86,8 @@ class DataConfig(Checked, section="data."):
     rand_augment: Annotated[float | None, Range("a magnitude, 0 to 10, or none", ge=0, le=10)] = None
     """Magnitude of RandAugment's two operations on every training image; none means no RandAugment."""
     policy: Literal["none", "idbh-weak", "idbh-strong", "idbh-svhn", "autoaugment-cifar10", "autoaugment-svhn"] = "none"
-    """Augmentation that is named as a whole: IDBH (CropShift, ColorShape, erasing), or a policy of AutoAugment."""
+    """Augmentation that is named as a whole: IDBH (CropShift, ColorShape, erasing), or a policy of AutoAugment; with
+    --method dajat that of all views but the first."""
     policy_first: bool = False
     """Do AutoAugment before crops and mirroring, not after them."""
     rotate: Annotated[float, Range("degrees, 0 to 180", ge=0, le=180)] = 0.0
@@ -491,8 +492,8 @@ class Config(Checked):
     """Preset that the other settings start from; giving it as the first argument says the same."""
     method: str = "at"
     """Loss: at, cross-entropy on the attacked images; trades; mart; rst, TRADES with pseudo-labelled images; ikl, gkl,
-    with weights by class for its divergence; adr, adr-trades, rebat, which learn from the weights' average too; or an
-    Objective of your own: file.py:Class or package.module:Class."""
+    with weights by class for its divergence; adr, adr-trades, rebat, which learn from the weights' average too; dajat,
+    TRADES on several views of each image; or an Objective of your own: file.py:Class or package.module:Class."""
     beta: Annotated[float, Range("a finite number >= 0", ge=0)] = 6.0
     """Weight of the divergence between attacked and clean images: beta of TRADES and RST, of the squared error in IKL
     and GKL, lambda of MART; of that from the average in ReBAT, whose paper has 1."""

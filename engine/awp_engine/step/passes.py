@@ -17,6 +17,7 @@ from awp_engine.distributed.share import rank_share
 from awp_engine.models import WrappedClassifier
 from awp_engine.models.answers import predicted
 from awp_engine.models.batch_norm import Statistics, batch_norm_mode, whole_statistics
+from awp_engine.models.views import EachView
 from awp_engine.step.noise import Noise, Smoothed
 from awp_engine.step.objectives import Objective
 from awp_engine.step.precision import LossScale, WorkingModels
@@ -71,8 +72,8 @@ def _reducer(model: nn.Module) -> DistributedDataParallel:
             model,
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
-            # a module of others may have some that it does not use
-            find_unused_parameters=isinstance(model, WrappedClassifier),
+            # a module of others may have some that it does not use; an ascent by one view needs one set alone
+            find_unused_parameters=isinstance(model, WrappedClassifier | EachView),
         )
 
 
@@ -111,10 +112,14 @@ class Passes:
             self._compiled_size = piece.stop - piece.start
         self._compiled: dict[int, nn.Module] = {}
         several = ranks.world > 1 and not models.sharded
-        self._reducers = {id(module): _reducer(module) for module in reduced} if several else {}
+        self._reducers = {id(module): _reducer(self._seen(module)) for module in reduced} if several else {}
         self._warm = not self._reducers
         self.noise: Noise | None = None
         self.whole_statistics = False
+
+    def _seen(self, model: nn.Module) -> nn.Module:
+        """A model as the objective calls it."""
+        return EachView(model) if self.objective.views > 1 else model
 
     def begin(self, x: Tensor) -> None:
         """Begin a step on images like `x`: without gradients of the one before.
@@ -197,6 +202,7 @@ class Passes:
         self, attack: Attack, model: nn.Module, batch: Batch, start: Tensor | None = None, **given: Any
     ) -> Tensor:
         """The attacked images of a batch: climbs the objective's loss on `model`; `given` are arguments of `attack`."""
+        model = self._seen(model)
         if self.noise is not None:
             model = Smoothed(model, self.noise, batch.ids)
         # the step ignores it
@@ -290,7 +296,7 @@ class Passes:
         copies = range(self.copies)
         parts = [(rows, number, part / len(copies)) for rows, part in share.pieces for number in copies]
         for index, (rows, number, part) in enumerate(parts):
-            called = self._runner(reducer or model, x[rows])
+            called = self._runner(reducer or self._seen(model), x[rows])
             last = index == len(parts) - 1
             if self.models.sharded:
                 model.set_requires_gradient_sync(last)  # pyright: ignore[reportCallIssue]

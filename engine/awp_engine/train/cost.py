@@ -1,6 +1,7 @@
 """What a step costs, for the log and for the benchmarks."""
 
 from awp_engine.config import Config
+from awp_engine.config.schema import parse_arguments
 
 
 def forward_units(config: Config, *, cheap: bool = False) -> float:
@@ -17,10 +18,12 @@ def forward_units(config: Config, *, cheap: bool = False) -> float:
         steps = min(steps, 0 if config.attack.fast == "free" else 1)
     # AT passes attacked images alone, the others clean ones as well; the average has no backward pass
     training = {"at": 3.0, "adr": 3.0, "rebat": 4.0}.get(config.method, 6.0)
-    # TRADES, IKL and GKL pass clean images once before the attack, and Auto-PGD attacked ones after its last step
-    once_more = config.method in ("trades", "rst", "ikl", "gkl", "adr-trades") or (
+    # these pass clean images once before the attack, and Auto-PGD attacked ones after its last step
+    once_more = config.method in ("trades", "rst", "ikl", "gkl", "adr-trades", "dajat") or (
         config.attack.kind == "apgd" and not cheap
     )
+    # the ascent has the first one alone
+    views = (parse_arguments(config.method_args) or {}).get("views", 3) if config.method == "dajat" else 1
     attack = 2.0 * steps + (1.0 if once_more and steps else 0.0)
     if not config.awp.enabled:
         ascent = 0.0
@@ -29,4 +32,4 @@ def forward_units(config: Config, *, cheap: bool = False) -> float:
     else:
         ascent = training * config.awp.ascent_steps / config.awp.every
     teacher = 1.0 if config.method in ("adr", "adr-trades") else 0.0
-    return (attack + ascent + training) * config.attack.noise_samples + teacher
+    return (views * (attack + training) + ascent) * config.attack.noise_samples + teacher

@@ -1,5 +1,6 @@
 """From settings to objects: the one place that knows both. Nothing below the trainer sees a `Config`."""
 
+import dataclasses
 import math
 import os
 from pathlib import Path
@@ -14,7 +15,7 @@ from awp_engine.attack import Attack, fast_attack
 from awp_engine.attack.checks import ball
 from awp_engine.checkpoint import Checkpoint, CheckpointError
 from awp_engine.config import AttackConfig, Config, ConfigError, choose_speed, config_hash
-from awp_engine.config.rules import require_average
+from awp_engine.config.rules import require_average, require_views
 from awp_engine.config.schema import parse_arguments
 from awp_engine.data import (
     Augmentation,
@@ -34,6 +35,7 @@ from awp_engine.models.batch_norm import set_momentum, synchronize
 from awp_engine.models.checkpointing import checkpoint_activations_
 from awp_engine.models.depth import layer_numbers
 from awp_engine.models.trained import described
+from awp_engine.models.views import add_auxiliary_, base_set
 from awp_engine.observe.throughput import forward_flops
 from awp_engine.observe.trackers import require_trackers
 from awp_engine.optim.average import WeightAverage
@@ -191,7 +193,8 @@ def objective_of(config: Config, device: torch.device, num_classes: int | None =
     """What the settings have a run climb and minimise.
 
     Raises:
-        ConfigError: as `build_objective`; or there is no average of the kind that it needs.
+        ConfigError: as `build_objective`; or there is no average of the kind that it needs, or what does not go with
+            several views.
     """
     objective = build_objective(
         config.method,
@@ -204,6 +207,8 @@ def objective_of(config: Config, device: torch.device, num_classes: int | None =
     )
     if objective.uses_average:
         require_average(config)
+    if objective.views > 1:
+        require_views(config)
     return objective
 
 
@@ -247,7 +252,7 @@ _FEW_HELD_OUT = 30
 # beyond it no published network withstands attacks on colour images; 8/255 and 4/255 are usual
 _LARGE_EPSILON = 0.1
 # of methods whose papers have another weight than TRADES
-_USUAL_BETA = {"rebat": 1, "ikl": 20, "gkl": 20}
+_USUAL_BETA = {"rebat": 1, "ikl": 20, "gkl": 20, "dajat": 11}
 
 
 def _doubts(config: Config, data: Dataset) -> list[str]:
@@ -394,6 +399,12 @@ class Setup:
         self.messages += built.messages
         if self.config.model.checkpoint_activations:
             checkpoint_activations_(built.model, self.data.train.shape, self.config.model.name)
+        if self._objective.views > 1:
+            # what the run starts from has one set
+            try:
+                add_auxiliary_(self.model)
+            except ValueError as error:
+                raise ConfigError(f"--model.name: {str(error).removeprefix('model: ')}") from None
         # before the run directory is made
         if (momentum := self.config.model.bn_momentum) is not None:
             try:
@@ -429,9 +440,13 @@ class Setup:
             augmentation.require_fit(data.train, "name")
         except ValueError as error:
             raise ConfigError(f"--data.{error}") from None
+        views = self._objective.views
+        # a policy is that of further views alone
+        first = augmentation if views == 1 else dataclasses.replace(augmentation, policy="none", policy_first=False)
         self.batches = Batches(
             data.train,
-            augmentation,
+            first,
+            views=[augmentation] * (views - 1),
             global_batch_size=config.global_batch_size,
             seed=config.seed,
             rank=self.ranks.rank,
@@ -488,5 +503,5 @@ class Setup:
         )
 
     def whole(self, model: nn.Module) -> dict[str, Tensor]:
-        """Copies of a model's tensors on the CPU, without shards, on every rank; all ranks have to call it."""
-        return gather(model.state_dict(), every_rank=True)
+        """Copies of a model's tensors on the CPU, without shards or second sets, on every rank; all have to call it."""
+        return gather(base_set(model.state_dict()), every_rank=True)

@@ -12,6 +12,7 @@ from awp_engine.config.schema import did_you_mean
 from awp_engine.models.user_code import load_factory, told_in_one_line
 from awp_engine.step.objectives.adr import Adr, AdrTrades
 from awp_engine.step.objectives.adversarial_training import AdversarialTraining
+from awp_engine.step.objectives.dajat import Dajat
 from awp_engine.step.objectives.decoupled_kl import GeneralizedKL, ImprovedKL
 from awp_engine.step.objectives.mart import Mart
 from awp_engine.step.objectives.objective import Objective
@@ -22,6 +23,7 @@ __all__ = [
     "Adr",
     "AdrTrades",
     "AdversarialTraining",
+    "Dajat",
     "GeneralizedKL",
     "ImprovedKL",
     "Mart",
@@ -42,6 +44,7 @@ _METHODS: dict[str, Callable[..., Objective]] = {
     "adr": Adr,
     "adr-trades": AdrTrades,
     "rebat": Rebat,
+    "dajat": Dajat,
 }
 # what is given beside arguments: settings with a flag of their own, and what only the run knows
 _GIVEN = ("beta", "label_smoothing", "average_warmup", "num_classes", "device")

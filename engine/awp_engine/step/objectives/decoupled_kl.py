@@ -10,11 +10,9 @@ from torch import Tensor, nn
 
 from awp_engine.attack import DivergenceFrom, Loss
 from awp_engine.attack.losses import log_probabilities
-from awp_engine.config import ConfigError
-from awp_engine.config.schema import show
 from awp_engine.distributed.batch import Batch
 from awp_engine.distributed.ranks import Ranks
-from awp_engine.step.objectives.objective import Objective, at_least_fp32
+from awp_engine.step.objectives.objective import Objective, at_least_fp32, require_number
 
 
 def weighted_squared_error(logits: Tensor, logits_adv: Tensor, weights: Tensor) -> Tensor:
@@ -69,9 +67,9 @@ class ImprovedKL(Objective):
         temperature: float = 4.0,
         attack_beta: float = 0.0,
     ) -> None:
-        _require_number("alpha", alpha)
-        _require_number("attack_beta", attack_beta)
-        _require_number("temperature", temperature, positive=True)
+        require_number("alpha", alpha)
+        require_number("attack_beta", attack_beta)
+        require_number("temperature", temperature, positive=True)
         self.beta, self.alpha, self.temperature, self.attack_beta = beta, alpha, temperature, attack_beta
         self.means = torch.full((num_classes, num_classes), 1 / num_classes, dtype=torch.float64, device=device)
         self.sums = torch.zeros((num_classes, num_classes + 1), dtype=torch.float64, device=device)
@@ -163,7 +161,7 @@ class GeneralizedKL(ImprovedKL):
         gamma: float = 1.0,
     ) -> None:
         super().__init__(beta, num_classes, device, alpha, temperature, attack_beta)
-        _require_number("gamma", gamma)
+        require_number("gamma", gamma)
         self.gamma = gamma
         self._scale = torch.ones((), dtype=torch.float64, device=device)
 
@@ -181,10 +179,3 @@ class GeneralizedKL(ImprovedKL):
     def weights(self, y: Tensor) -> Tensor:
         """Of wMSE, with the batch's divisor in them."""
         return self.means[y].pow(self.gamma) * self._scale
-
-
-def _require_number(name: str, value: object, *, positive: bool = False) -> None:
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
-    if not fits or (positive and value == 0):
-        sign = ">" if positive else ">="
-        raise ConfigError(f"--method-args: {name}: expected a number {sign} 0, got {show(value)}")

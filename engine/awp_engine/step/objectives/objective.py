@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from awp_engine.attack import Loss, summed_cross_entropy
 from awp_engine.attack.losses import log_probabilities
+from awp_engine.config import ConfigError
+from awp_engine.config.schema import show
 from awp_engine.distributed.batch import Batch
 from awp_engine.distributed.ranks import Ranks
 
@@ -25,6 +27,8 @@ class Objective(ABC):
         uses_average: whether it needs `average`.
         average: the run's average of the weights, in eval mode and without gradients, as the step before left it.
         descending: whether `losses` is called for the descent, and not for the ascent or to compute statistics anew.
+        views: of each image in a batch, side by side as channels. The model that attack and losses get then answers to
+            each: see `EachView`.
         stage: what decides which operations a step consists of, where that changes in time; a CUDA graph is captured
             for each. Set by `begin_step`.
     """
@@ -32,6 +36,7 @@ class Objective(ABC):
     uses_average: ClassVar[bool] = False
     average: nn.Module | None = None
     descending: bool = False
+    views: int = 1
     stage: Hashable = None
 
     def begin_step(self, done: float, epoch: int, step: int) -> None:  # noqa: B027
@@ -127,3 +132,11 @@ def divergence(logits_adv: Tensor, logits_clean: Tensor) -> Tensor:
     """KL(p_clean || p_adv) of every sample, [N]."""
     adv, clean = log_probabilities(logits_adv), log_probabilities(logits_clean)
     return F.kl_div(adv, clean, reduction="none", log_target=True).sum(1)
+
+
+def require_number(name: str, value: object, *, positive: bool = False) -> None:
+    """Refuse an argument of `--method-args` that is not a number >= 0, or > 0, by a `ConfigError`."""
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+    if not fits or (positive and value == 0):
+        sign = ">" if positive else ">="
+        raise ConfigError(f"--method-args: {name}: expected a number {sign} 0, got {show(value)}")

@@ -36,12 +36,17 @@ def colour_images(tmp_path_factory) -> Path:
     return root
 
 
+def takes_extra(config: Config) -> bool:
+    return config.method == "rst" or config.data.epoch_images is not None
+
+
 def tiny(config: Config, root: Path, run_dir: Path) -> Config:
     """Two steps an epoch; the weight perturbation, the average and every stage of the attack begin at once."""
     data = dataclasses.replace(config.data, held_out_fraction=0.3, train_limit=10)
     if config.data.name != "digits":
         data = dataclasses.replace(data, name="folder", root=root, image_size=data.image_size and 32, workers=1)
-    if config.method == "rst":
+    extra = takes_extra(config)
+    if extra:
         data = dataclasses.replace(data, extra=root / "extra.npz", epoch_images=data.epoch_images and 20)
     return dataclasses.replace(
         config,
@@ -51,7 +56,7 @@ def tiny(config: Config, root: Path, run_dir: Path) -> Config:
         average=dataclasses.replace(config.average, warmup=0.0),
         evaluation=EvaluationConfig(steps=1),
         epochs=1,
-        global_batch_size=5 if config.method != "rst" else 10,
+        global_batch_size=10 if extra else 5,
         run_dir=run_dir,
     )
 
@@ -77,8 +82,8 @@ def test_two_steps(name, colour_images, tmp_path):
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, width=16))
     elif config.model.name.startswith("wrn"):
         # one image at a time: a forward pass of WRN-34-10 alone takes 13 GFLOP
-        extra = 2 if config.method == "rst" else 1
-        config = dataclasses.replace(config, global_batch_size=extra, data=dataclasses.replace(config.data, pad=0))
+        size = 2 if takes_extra(config) else 1
+        config = dataclasses.replace(config, global_batch_size=size, data=dataclasses.replace(config.data, pad=0))
     trainer = Trainer(config)
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
     results = []

@@ -154,7 +154,7 @@ def _require_step(config: Config) -> None:
         like = "at, or a class of your own, with --attack.kind none or --attack.noise"
         config.require(config.method == "at" or is_code(config.method), "method", like)
     if config.attack.kind == "apgd":
-        if config.method in ("trades", "rst", "ikl", "gkl", "adr-trades"):
+        if config.method in ("trades", "rst", "ikl", "gkl", "adr-trades", "score", "score-trades"):
             config.require_value("attack.kind", "pgd", f"with --method {config.method}: apgd climbs cross-entropy")
         if config.awp.enabled:
             config.require_value("awp.ascent", "exact", "with --attack.kind apgd, whose last pass has no gradient")

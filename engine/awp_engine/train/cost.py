@@ -16,9 +16,9 @@ def forward_units(config: Config, *, cheap: bool = False) -> float:
     if cheap:
         steps = min(steps, 0 if config.attack.fast == "free" else 1)
     # AT passes attacked images alone, the others clean ones as well; the average has no backward pass
-    training = {"at": 3.0, "adr": 3.0, "rebat": 4.0}.get(config.method, 6.0)
-    # TRADES, IKL and GKL pass clean images once before the attack, and Auto-PGD attacked ones after its last step
-    once_more = config.method in ("trades", "rst", "ikl", "gkl", "adr-trades") or (
+    training = {"at": 3.0, "adr": 3.0, "score": 3.0, "rebat": 4.0}.get(config.method, 6.0)
+    # these pass clean images once before the attack, and Auto-PGD attacked ones after its last step
+    once_more = config.method in ("trades", "rst", "ikl", "gkl", "adr-trades", "score-trades") or (
         config.attack.kind == "apgd" and not cheap
     )
     attack = 2.0 * steps + (1.0 if once_more and steps else 0.0)

@@ -247,7 +247,7 @@ _FEW_HELD_OUT = 30
 # beyond it no published network withstands attacks on colour images; 8/255 and 4/255 are usual
 _LARGE_EPSILON = 0.1
 # of methods whose papers have another weight than TRADES
-_USUAL_BETA = {"rebat": 1, "ikl": 20, "gkl": 20}
+_USUAL_BETA = {"rebat": 1, "ikl": 20, "gkl": 20, "score-trades": 3}
 
 
 def _doubts(config: Config, data: Dataset) -> list[str]:

@@ -12,9 +12,11 @@ import torch
 from image_folders import write_images
 from PIL import Image
 from places import TRAIN
+from teachers import write_teacher
 
-from awp_engine.config import Config, ConfigError, EvaluationConfig, own_images
+from awp_engine.config import Config, ConfigError, EvaluationConfig, TeacherConfig, own_images
 from awp_engine.config.presets import PRESETS, build_preset
+from awp_engine.config.rules import TAUGHT
 from awp_engine.observe.run_log import RunLog
 from awp_engine.train.trainer import Trainer
 
@@ -33,6 +35,7 @@ def colour_images(tmp_path_factory) -> Path:
                 Image.fromarray(pixels).save(folder / f"{index}.png")
     pixels = generator.integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
     np.savez(root / "extra.npz", image=pixels, label=np.arange(30) % 10)
+    write_teacher(root / "teacher.safetensors", channels=3)
     return root
 
 
@@ -51,6 +54,7 @@ def tiny(config: Config, root: Path, run_dir: Path) -> Config:
     return dataclasses.replace(
         config,
         data=data,
+        teacher=TeacherConfig(weights=str(root / "teacher.safetensors") if config.method in TAUGHT else None),
         attack=dataclasses.replace(config.attack, steps=1, replays=2),
         awp=dataclasses.replace(config.awp, warmup=0, ascent_steps=min(config.awp.ascent_steps, 2)),
         average=dataclasses.replace(config.average, warmup=0.0),

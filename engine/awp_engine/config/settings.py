@@ -231,7 +231,8 @@ class TeacherConfig(Checked, section="teacher."):
     """Deviation of every channel, likewise."""
 
     def _check(self) -> None:
-        self.require(self.weights != "", "weights", "a path, an address or none")
+        fits = self.weights is None or (self.weights != "" and "\0" not in self.weights)
+        self.require(fits, "weights", "a path, hf://OWNER/NAME or none")
         if self.name is None:
             for name in ("key", "activation", "normalize", "mean", "std"):
                 default = getattr(TeacherConfig, name)

@@ -35,5 +35,5 @@ def generated() -> Config:
 
 PRESETS: dict[str, Preset] = {
     "cifar10-preact-resnet18-score": ("SCORE on CIFAR-10, Linf 8/255.", clipped),
-    "cifar10-wrn-28-10-score-trades-ddpm": ("SCORE in the form of TRADES, 1M images by DDPM.", generated),
+    "cifar10-wrn-28-10-score-trades-ddpm": ("SCORE-TRADES, 1M images by DDPM.", generated),
 }

@@ -36,6 +36,6 @@ def hat() -> Config:
 
 
 PRESETS: dict[str, Preset] = {
-    "cifar10-preact-resnet18-rslad": ("RSLAD on CIFAR-10, with --teacher.weights.", rslad),
-    "cifar10-preact-resnet18-hat": ("HAT on CIFAR-10, with --teacher.weights.", hat),
+    "cifar10-preact-resnet18-rslad": ("RSLAD on CIFAR-10, with a teacher.", rslad),
+    "cifar10-preact-resnet18-hat": ("HAT on CIFAR-10, with a teacher.", hat),
 }

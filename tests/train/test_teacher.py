@@ -28,6 +28,7 @@ from awp_engine.config import (
     to_json,
 )
 from awp_engine.distributed.ranks import Ranks
+from awp_engine.evaluation.reports.hub_folder import without_paths
 from awp_engine.files.digest import sha256_of
 from awp_engine.train.run_dir import finished_report
 from awp_engine.train.setup import Setup
@@ -166,6 +167,14 @@ def test_what_does_not_fit_is_refused_in_one_line(case, tmp_path):
     assert message in str(told.value)
     assert "\n" not in str(told.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_to_publish_does_not_say_where_it_was(tmp_path):
+    for name in ("large/", "large.safetensors"):
+        teacher = TeacherConfig(weights=f"{tmp_path}/{name}")
+        public = without_paths(dataclasses.replace(taught(tmp_path), teacher=teacher))
+        assert public.teacher.weights == name.rstrip("/")
+        assert str(tmp_path) not in to_json(public)
 
 
 def test_runs_of_earlier_versions_have_no_teacher():

@@ -1,7 +1,7 @@
 """SCORE: squared errors of probabilities in place of cross-entropy and divergence.
 
 Pang, Lin, Yang, Zhu, Yan: Robustness and Accuracy Could Be Reconcilable by (Proper) Definition, ICML 2022, and its
-public code (P2333/SCORE at e82f442). What differs from their code stands in docs/recipes.md. Not run here.
+public code (P2333/SCORE at e82f442). What differs from their code stands in docs/methods.md. Not run here.
 """
 
 import dataclasses

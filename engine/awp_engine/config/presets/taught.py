@@ -5,7 +5,7 @@
 - Rade, Moosavi-Dezfooli: Reducing Excessive Margin to Achieve a Better Accuracy vs. Robustness Trade-off, ICLR 2022,
   and its public code (imrahulr/hat at 3177a4f).
 
-What differs from their code stands in docs/recipes.md. Not run here.
+What differs from their code stands in docs/methods.md. Not run here.
 """
 
 import dataclasses

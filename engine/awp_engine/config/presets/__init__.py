@@ -12,6 +12,8 @@ from awp_engine.config.presets import (
     imagenet,
     paper,
     perturbed,
+    score,
+    taught,
 )
 from awp_engine.config.presets.preset import Preset
 from awp_engine.config.schema import ConfigError, did_you_mean, show
@@ -20,7 +22,19 @@ from awp_engine.config.settings import Config
 DEFAULT = "digits"
 
 _ALL: dict[str, Preset] = {}
-for _family in (digits, paper, perturbed, divergence, fast, imagenet, generated, augmented, distillation):
+for _family in (
+    digits,
+    paper,
+    perturbed,
+    divergence,
+    fast,
+    imagenet,
+    generated,
+    augmented,
+    distillation,
+    score,
+    taught,
+):
     _ALL |= _family.PRESETS
 
 PRESETS: dict[str, str] = {name: summary for name, (summary, _) in _ALL.items()}

@@ -14,6 +14,7 @@ from awp_engine.config import ConfigError
 from awp_engine.config.schema import show
 from awp_engine.distributed.batch import Batch
 from awp_engine.distributed.ranks import Ranks
+from awp_engine.step.precision import WorkingModels
 
 
 class Objective(ABC):
@@ -21,11 +22,14 @@ class Objective(ABC):
 
     Whatever else than `losses` is left out makes a method that keeps nothing and does not change in time. In a step
     these are called, in this order: `begin_step`, `begin_batch`, `targets`, `attack_loss`, `ascent_losses`, `losses`,
-    `after_step`.
+    `after_step`; and `attack_model` with `attack_loss`.
 
     Attributes:
         uses_average: whether it needs `average`.
         average: the run's average of the weights, in eval mode and without gradients, as the step before left it.
+        uses_teacher: whether it needs `teacher`.
+        teacher: a frozen classifier, in eval mode and without gradients of its weights, for each part of a step in the
+            precision of that part.
         descending: whether `losses` is called for the descent, and not for the ascent or to compute statistics anew.
         views: of each image in a batch, side by side as channels. The model that attack and losses get then answers to
             each: see `EachView`.
@@ -35,6 +39,8 @@ class Objective(ABC):
 
     uses_average: ClassVar[bool] = False
     average: nn.Module | None = None
+    uses_teacher: ClassVar[bool] = False
+    teacher: WorkingModels | None = None
     descending: bool = False
     views: int = 1
     stage: Hashable = None
@@ -89,6 +95,13 @@ class Objective(ABC):
             y: as `targets` gave them.
         """
         return summed_cross_entropy
+
+    def attack_model(self, model: nn.Module) -> nn.Module:
+        """What the attack calls and differentiates, whose outputs its loss gets; here the classifier itself.
+
+        Its modules are in the attack's mode of batch normalisation.
+        """
+        return model
 
     @abstractmethod
     def losses(self, model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -78,6 +78,7 @@ CASES: dict[str, Config] = {
         distributed=DistributedConfig(),
         micro_batch_size=2,
     ),
+    "liet": dataclasses.replace(BASE, method="liet", beta=100.0, label_smoothing=0.6, method_args=("every=2",)),
     "frozen statistics": dataclasses.replace(BASE, distributed=DistributedConfig()),
     "micro-batches, frozen statistics": dataclasses.replace(BASE, distributed=DistributedConfig(), micro_batch_size=2),
     "micro-batches, shared ascent, frozen statistics": dataclasses.replace(
@@ -91,6 +92,7 @@ CASES: dict[str, Config] = {
         BASE, distributed=SHARDED, method="trades", optimizer=OptimizerConfig(lr=0.05, clip_norm=0.1)
     ),
     "shards, adr-trades": dataclasses.replace(BASE, distributed=SHARDED, method="adr-trades", average=TEACHER),
+    "shards, liet": dataclasses.replace(BASE, distributed=SHARDED, method="liet"),
     "shards, rwp": dataclasses.replace(
         BASE, distributed=SHARDED, awp=AwpConfig(gamma=0.01, ascent_steps=3, c_min=2.4, scope="global")
     ),

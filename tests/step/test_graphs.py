@@ -30,7 +30,7 @@ def build_step(device: str, precision: Precision, method: str = "at", options: A
     optimizer = build_optimizer(model, OptimizerConfig(), working=models.updated)
     average = WeightAverage(model, AverageConfig(kind="ema", statistics="averaged"), epochs=1)
     average.follow(optimizer)
-    objective = build_objective(method, device=torch.device(device))
+    objective = build_objective(method, num_classes=10, image_shape=(3, 32, 32), device=torch.device(device))
     objective.average = average.model
     step = make_step(
         model,
@@ -84,7 +84,7 @@ def test_a_step_is_captured_where_there_is_a_gpu(device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", [Precision(), HALF], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("method", ["at", "trades", "adr", "rebat"])
+@pytest.mark.parametrize("method", ["at", "trades", "adr", "rebat", "liet"])
 @pytest.mark.parametrize("ascent", ["exact", "shared"])
 def test_graphs_and_plain_steps_give_the_same_numbers(precision, method, ascent, monkeypatch):
     """Weights, momentum, averages and statistics after steps of both kinds, a short batch and changing rates."""

@@ -84,6 +84,15 @@ ADR = dataclasses.replace(
     average=AverageConfig(kind="ema", decay=0.9, ramp=False, warmup=0.3, statistics="averaged"),
 )
 
+LIET = dataclasses.replace(
+    AWP_EMA,
+    method="liet",
+    label_smoothing=0.6,
+    method_args=("every=3",),
+    attack=AttackConfig(epsilon="0.1", step_size="0.1", steps=1),
+    average=AverageConfig(kind="ema", decay=0.9, bn_images=10),
+)
+
 
 def on(rank: int, world: int) -> Ranks:
     return Ranks(rank=rank, world=world, local_rank=rank)
@@ -134,6 +143,7 @@ CASES = [
     pytest.param(GKL_EPOCHS, 1, 5, id="1 rank, GKL, 2 epochs"),
     pytest.param(WANG, 1, 5, id="1 rank, generated images"),
     pytest.param(ADR, 1, 5, id="1 rank, teacher"),
+    pytest.param(LIET, 1, 10, id="1 rank, table of classes"),
     pytest.param(AWP_EMA, 2, 10, id="2 ranks, 1 epoch"),
     pytest.param(GKL_EPOCHS, 2, 10, id="2 ranks, GKL, 2 epochs", marks=pytest.mark.long),
     pytest.param(FREE_SWA, 2, 10, id="2 ranks, 2 epochs", marks=pytest.mark.long),

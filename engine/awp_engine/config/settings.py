@@ -37,7 +37,7 @@ from awp_engine.config.schema import (
 )
 
 _PRESET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
-_METHODS = ("at", "trades", "mart", "rst", "ikl", "gkl", "adr", "adr-trades", "rebat")
+_METHODS = ("at", "trades", "mart", "rst", "ikl", "gkl", "adr", "adr-trades", "rebat", "liet")
 _Pixels = Annotated[int, Range("a whole number of pixels, 0 to 1024", ge=0, le=1024)]
 
 
@@ -491,13 +491,15 @@ class Config(Checked):
     """Preset that the other settings start from; giving it as the first argument says the same."""
     method: str = "at"
     """Loss: at, cross-entropy on the attacked images; trades; mart; rst, TRADES with pseudo-labelled images; ikl, gkl,
-    with weights by class for its divergence; adr, adr-trades, rebat, which learn from the weights' average too; or an
-    Objective of your own: file.py:Class or package.module:Class."""
+    with weights by class for its divergence; adr, adr-trades, rebat, which learn from the weights' average too; liet,
+    for attacks of one step; or an Objective of your own: file.py:Class or package.module:Class."""
     beta: Annotated[float, Range("a finite number >= 0", ge=0)] = 6.0
     """Weight of the divergence between attacked and clean images: beta of TRADES and RST, of the squared error in IKL
-    and GKL, lambda of MART; of that from the average in ReBAT, whose paper has 1."""
+    and GKL, lambda of MART; of that from the average in ReBAT, whose paper has 1; in the last epoch
+    of LIET, which has 100."""
     label_smoothing: Fading = 0.0
-    """Part of a label that is spread over all classes, in AT's loss and in TRADES' clean one."""
+    """Part of a label that is spread over all classes, in AT's loss and in TRADES' clean one; in LIET at random
+    over the wrong ones."""
     method_args: tuple[str, ...] = ()
     """NAME=VALUE, such as tau=2.5,2.0: what a method, also one of your own, is made with beside these."""
     data: DataConfig = DataConfig()

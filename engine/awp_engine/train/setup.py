@@ -187,8 +187,13 @@ def build_step(
     )
 
 
-def objective_of(config: Config, device: torch.device, num_classes: int | None = None) -> Objective:
-    """What the settings have a run climb and minimise.
+def objective_of(
+    config: Config,
+    device: torch.device,
+    num_classes: int | None = None,
+    image_shape: tuple[int, int, int] | None = None,
+) -> Objective:
+    """What the settings have a run climb and minimise, on images of that many classes and that shape.
 
     Raises:
         ConfigError: as `build_objective`; or there is no average of the kind that it needs.
@@ -198,8 +203,10 @@ def objective_of(config: Config, device: torch.device, num_classes: int | None =
         beta=config.beta,
         label_smoothing=config.label_smoothing,
         average_warmup=config.average.warmup,
+        epochs=config.epochs,
         arguments=parse_arguments(config.method_args),
         num_classes=num_classes,
+        image_shape=image_shape,
         device=device,
     )
     if objective.uses_average:
@@ -247,7 +254,7 @@ _FEW_HELD_OUT = 30
 # beyond it no published network withstands attacks on colour images; 8/255 and 4/255 are usual
 _LARGE_EPSILON = 0.1
 # of methods whose papers have another weight than TRADES
-_USUAL_BETA = {"rebat": 1, "ikl": 20, "gkl": 20}
+_USUAL_BETA = {"rebat": 1, "ikl": 20, "gkl": 20, "liet": 100}
 
 
 def _doubts(config: Config, data: Dataset) -> list[str]:
@@ -387,7 +394,7 @@ class Setup:
     def _build_model(self) -> None:
         before = None if self.found is None else described(self.found.state, self.found.path)
         # before the run directory is made, as all that may be refused
-        self._objective = objective_of(self.config, self.device, len(self.data.class_names))
+        self._objective = objective_of(self.config, self.device, len(self.data.class_names), self.data.train.shape)
         built = build_network(self.config, self.data, self.device, self.precision, before)
         self.model: nn.Module = built.model
         self.description, self._memory_format = built.description, built.memory_format

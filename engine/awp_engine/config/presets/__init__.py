@@ -8,6 +8,7 @@ from awp_engine.config.presets import (
     distillation,
     divergence,
     fast,
+    fast_benchmark,
     generated,
     imagenet,
     paper,
@@ -20,7 +21,8 @@ from awp_engine.config.settings import Config
 DEFAULT = "digits"
 
 _ALL: dict[str, Preset] = {}
-for _family in (digits, paper, perturbed, divergence, fast, imagenet, generated, augmented, distillation):
+_PAPERS = (perturbed, divergence, fast, fast_benchmark, imagenet, generated, augmented, distillation)
+for _family in (digits, paper, *_PAPERS):
     _ALL |= _family.PRESETS
 
 PRESETS: dict[str, str] = {name: summary for name, (summary, _) in _ALL.items()}

@@ -90,6 +90,7 @@ LIET = dataclasses.replace(
     label_smoothing=0.6,
     method_args=("every=3",),
     attack=AttackConfig(epsilon="0.1", step_size="0.1", steps=1),
+    optimizer=OptimizerConfig(schedule="cosine", warmup=0.5, warmup_lr=0.01, min_lr=0.001, no_decay=("*bn*",)),
     average=AverageConfig(kind="ema", decay=0.9, bn_images=10),
 )
 

@@ -473,6 +473,11 @@ class Setup:
                 f"epsilon grows in proportion to the epoch, to {attack.epsilon} in epoch {config.epochs}, and the "
                 "attack's steps with it; accuracies under attack in training are those of the epoch's own ball"
             )
+        if attack.step_warmup:
+            self.messages.append(
+                f"the attack's steps grow from 0 in epoch 1 to {attack.step_size} in epoch {attack.step_warmup + 1}; "
+                "accuracies under attack in training are those of the epoch's own steps"
+            )
         self.step = capture_step(config, self.awp_step)
         self.free = None
         if attack.fast == "free":

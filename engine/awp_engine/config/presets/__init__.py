@@ -11,6 +11,7 @@ from awp_engine.config.presets import (
     fast_benchmark,
     generated,
     imagenet,
+    imagenet_timm,
     paper,
     perturbed,
 )
@@ -21,7 +22,7 @@ from awp_engine.config.settings import Config
 DEFAULT = "digits"
 
 _ALL: dict[str, Preset] = {}
-_PAPERS = (perturbed, divergence, fast, fast_benchmark, imagenet, generated, augmented, distillation)
+_PAPERS = (perturbed, divergence, fast, fast_benchmark, imagenet, imagenet_timm, generated, augmented, distillation)
 for _family in (digits, paper, *_PAPERS):
     _ALL |= _family.PRESETS
 

@@ -64,7 +64,7 @@ PRESETS: dict[str, Preset] = {
         for data in _LIET
     },
     "cifar10-preact-resnet18-at-wa": (
-        "AT of FastAT Benchmark on CIFAR-10, averaged.",
+        "AT of FastAT on CIFAR-10, averaged.",
         functools.partial(benchmark, "cifar10"),
     ),
 }

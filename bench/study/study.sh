@@ -1,51 +1,72 @@
 #!/usr/bin/env bash
-# The robust-overfitting study of docs/study.md: 500 training images, AT and TRADES, with and without AWP, two seeds.
+# The studies of docs/study.md on 500 training images, two seeds each: `overfitting`, AT and TRADES with and without AWP;
+# `recipes`, what came after AWP, and AWP's own variants.
 #
-#   bench/study/study.sh DATA OUT [STAGE]     DATA holds train/<class>/*.jpg and test/<class>/*.jpg; STAGE: train, measure, draw, all
+#   bench/study/study.sh STUDY DATA OUT [STAGE]     DATA: train/<class>/*.jpg, test/<class>/*.jpg; STAGE: train, measure, draw, all
 #
 # One process a core, one thread a process. What is done already is not done again.
 set -euo pipefail
-data=$1 out=$2 stage=${3:-all}
+study=$1 data=$2 out=$3 stage=${4:-all}
 jobs=${JOBS:-$(nproc)}
 root=$(cd "$(dirname "$0")/../.." && pwd)
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 mkdir -p "$out"
 
 # no augmentation, small batches, many steps: what makes 500 images overfit within minutes
-common=(--data.name folder --data.root "$data" --data.train-limit 500 --data.pad 0 --data.no-flip
-  --model.width 8 --global-batch-size 32 --epochs 80 --optimizer.milestones 0.25 0.85 --attack.steps 5
+common=(--data.name folder --data.root "$data" --data.train-limit 500 --data.pad 0
+  --model.width 8 --global-batch-size 32 --awp.warmup 0
   --evaluation.steps 10 --evaluation.evaluate-every 8 --evaluation.held-out-limit 500 --evaluation.test-limit 1000)
+# of the recipes whose rate falls in steps and whose attack is theirs to choose
+plain="--optimizer.milestones 0.25 0.85 --attack.steps 5 --data.no-flip"
 
-train() { # preset gamma seed
-  local run="$out/$1-seed$3"
+# name, preset, flags
+case $study in
+  overfitting)
+    common+=(--epochs 80) checkpoints="last"
+    arms=("at at $plain" "at-awp at-awp $plain" "trades trades $plain" "trades-awp trades-awp $plain") ;;
+  recipes)
+    # averages of the last 50 steps or so, since all are but 960
+    common+=(--epochs 60) checkpoints="best last"
+    arms=("at at $plain" "at-awp at-awp $plain" "at-awp-shared at-awp $plain --awp.ascent shared"
+      "at-awp-limited at-awp $plain --awp.gamma 0.2 --awp.max-rise 0.1"
+      "adr-awp adr-awp $plain --average.decay 0.98" "idbh-awp at-awp-idbh ${plain% *} --average.decay 0.98"
+      "ikl-awp wrn-34-10-ikl-awp --model.name preact-resnet-18 --optimizer.lr 0.1 --data.no-flip"
+      "acat-awp acat --data.no-flip --optimizer.lr 0.1 --average.decay 0.98 --average.warmup 45") ;;
+  *) echo "bench/study/study.sh: STUDY: expected overfitting or recipes, got '$study'" >&2; exit 2 ;;
+esac
+
+train() { # seed name preset flags...
+  local run="$out/$2-seed$1" preset=cifar10-preact-resnet18-$3
+  [[ $3 == wrn* ]] && preset=cifar10-$3
   [ -e "$run/report.json" ] ||
-    python "$root/engine/train.py" "cifar10-preact-resnet18-$1" "${common[@]}" --awp.gamma "$2" --awp.warmup 0 \
-      --seed "$3" --run-dir "$run" > "$run.log" 2>&1
+    python "$root/engine/train.py" "$preset" "${common[@]}" "${@:4}" --seed "$1" --run-dir "$run" > "$run.log" 2>&1
 }
 
-measure() { # preset gamma seed
-  local run="$out/$1-seed$3"
-  [ -e "$run/evaluation/evaluation.json" ] ||
-    python "$root/engine/evaluate.py" "$run" --checkpoint last --attacks clean pgd20 autoattack --limit 500 --output "$run/evaluation" \
-      > "$run-evaluation.log" 2>&1 || [ $? = 3 ] # 3: measured, with doubts, which the report names
-  [ -e "$run/landscape/flatness.json" ] ||
+measure() { # seed name
+  local run="$out/$2-seed$1"
+  for checkpoint in $checkpoints; do
+    local measured="$run/evaluation-$checkpoint"
+    [ -e "$measured/evaluation.json" ] ||
+      python "$root/engine/evaluate.py" "$run" --checkpoint "$checkpoint" --attacks clean pgd20 autoattack --limit 500 \
+        --output "$measured" > "$run-$checkpoint.log" 2>&1 || [ $? = 3 ] # 3: measured, with doubts, which the report names
+  done
+  [ "$study" = recipes ] || [ -e "$run/landscape/flatness.json" ] ||
     python "$root/engine/landscape.py" "$run" --checkpoint last --mode flatness --images 200 --attempts 2 --epochs 10 \
       > "$run-flatness.log" 2>&1
 }
 
 draw() {
-  python "$root/engine/landscape.py" "$out"/{at,at-awp,trades,trades-awp}-seed0 --checkpoint last --mode 1d --images 200 \
-    --points 15 --output "$out/landscape" > "$out/landscape.log" 2>&1
-  python "$root/bench/study/study.py" "$out"
+  [ "$study" = recipes ] || python "$root/engine/landscape.py" "$out"/{at,at-awp,trades,trades-awp}-seed0 --checkpoint last \
+    --mode 1d --images 200 --points 15 --output "$out/landscape" > "$out/landscape.log" 2>&1
+  python "$root/bench/study/study.py" "$study" "$out"
 }
 
 grid() {
   for seed in 0 1; do
-    for row in "at 0" "at-awp 0.01" "trades 0" "trades-awp 0.005"; do
-      # shellcheck disable=SC2086
-      set -- $row
+    for arm in "${arms[@]}"; do
       while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n; done
-      "$what" "$1" "$2" "$seed" &
+      # shellcheck disable=SC2086
+      "$what" "$seed" $arm &
     done
   done
   wait

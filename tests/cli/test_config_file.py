@@ -33,6 +33,8 @@ KNOWN = {
     "evaluation.step_size": st.sampled_from([None, "5/255", "0.02"]),
     "model.mean": st.sampled_from([[], [0.5], [0.485, 0.456, 0.406]]),
     "model.std": st.sampled_from([[], [0.25], [0.229, 0.224, 0.225]]),
+    "teacher.mean": st.sampled_from([[], [0.5]]),
+    "teacher.std": st.sampled_from([[], [0.25]]),
     "awp.layers": st.sampled_from([[], ["fc.weight", "layer?.*.weight"]]),
     "optimizer.kind": st.sampled_from(["sgd", "adamw", "torch:Adam", "timm:lion"]),
     "optimizer.args": st.sampled_from([[], ["betas=0.9,0.99", "eps=1e-6"]]),
@@ -53,7 +55,12 @@ def value_of(key: str) -> st.SearchStrategy[Any]:
         return st.booleans()
     if get_origin(hint) is Literal:
         return st.sampled_from(parts)
-    some = {int: st.integers(0, 40), float: st.floats(0, 1) | st.sampled_from([1e-5, 2.0]), Path: paths}[parts[0]]
+    some = {
+        int: st.integers(0, 40),
+        float: st.floats(0, 1) | st.sampled_from([1e-5, 2.0]),
+        Path: paths,
+        str: paths,
+    }[parts[0]]
     return some | st.none() if type(None) in parts else some
 
 

@@ -74,6 +74,9 @@ def malformed(name: str) -> st.SearchStrategy[str]:
         wrong = words.map(lambda text: "no such " + text)
     elif name in ("--method", "--model.name", "--data.name", "--data.class-weights", "--optimizer.kind"):
         wrong = words
+    elif name.startswith("--teacher."):
+        # the method of the default has none
+        wrong = words
     else:
         wrong = st.sampled_from(["", "a\0b"]) if Path in parts else st.nothing()
     return wrong.filter(lambda text: not (optional and text.lower() == "none"))

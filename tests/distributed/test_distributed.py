@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
-from steps import build_step
+from steps import as_teacher, build_step
 from torch import Tensor
 
 from awp_engine.config import (
@@ -79,6 +79,10 @@ CASES: dict[str, Config] = {
         micro_batch_size=2,
     ),
     "liet": dataclasses.replace(BASE, method="liet", beta=100.0, label_smoothing=0.6, method_args=("every=2",)),
+    "adaad": dataclasses.replace(BASE, method="adaad", beta=0.1, method_args=("alpha=0.7",)),
+    "hat, micro-batches, frozen statistics": dataclasses.replace(
+        BASE, method="hat", distributed=DistributedConfig(), micro_batch_size=2
+    ),
     "frozen statistics": dataclasses.replace(BASE, distributed=DistributedConfig()),
     "micro-batches, frozen statistics": dataclasses.replace(BASE, distributed=DistributedConfig(), micro_batch_size=2),
     "micro-batches, shared ascent, frozen statistics": dataclasses.replace(
@@ -129,6 +133,10 @@ def trained(config: Config, ranks: Ranks, *, dtype: torch.dtype = torch.float64,
         average = WeightAverage(model, config.average, 1, twin=twin)
         average.follow(step.optimizer)
         step.step.update.average, step.passes.objective.average = average, average.model
+    if step.passes.objective.uses_teacher:
+        torch.manual_seed(1)
+        teacher = build_model("preact-resnet-digits", 10, (0.4,), (0.5,), width=3)
+        step.passes.objective.teacher = as_teacher(teacher.to(dtype))
     split, extra = samples(26), samples(40, 1000) if config.data.extra_fraction != 0.5 else None
     sizes = batch_sizes(26, config.global_batch_size, None if extra is None else config.data.extra_fraction)
     if config.data.epoch_images is not None:

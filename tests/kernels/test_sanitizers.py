@@ -17,6 +17,7 @@ from places import ROOT, SOAK, SUPPORT
 FLAGS = ["-fsanitize=address,undefined", "-O1", "-g1"]
 
 pytestmark = [
+    pytest.mark.compile,
     pytest.mark.skipif(shutil.which("g++") is None or shutil.which("cmake") is None, reason="needs g++ and cmake"),
     pytest.mark.timeout(600),
 ]

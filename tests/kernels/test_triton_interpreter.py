@@ -41,6 +41,7 @@ SMALL = ["scalar", "one", "warp_edges", "primes", "empty_tensors"]
 LEAST_TESTS = 700
 
 
+@pytest.mark.compile
 @pytest.mark.timeout(900)
 def test_kernels_in_the_interpreter(tmp_path):
     triton = pytest.importorskip("triton", reason="triton is not installed: pip install triton")

@@ -32,6 +32,9 @@ def build_step(device: str, precision: Precision, method: str = "at", options: A
     average.follow(optimizer)
     objective = build_objective(method, num_classes=10, image_shape=(3, 32, 32), device=torch.device(device))
     objective.average = average.model
+    if objective.uses_teacher:
+        teacher = build_model("preact-resnet-18", 10, (0.4,) * 3, (0.3,) * 3, width=16).to(device).eval()
+        objective.teacher = WorkingModels(teacher.requires_grad_(False), precision)
     step = make_step(
         model,
         optimizer=optimizer,
@@ -84,7 +87,7 @@ def test_a_step_is_captured_where_there_is_a_gpu(device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", [Precision(), HALF], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("method", ["at", "trades", "adr", "rebat", "liet"])
+@pytest.mark.parametrize("method", ["at", "trades", "adr", "rebat", "score-trades", "adaad", "hat", "liet"])
 @pytest.mark.parametrize("ascent", ["exact", "shared"])
 def test_graphs_and_plain_steps_give_the_same_numbers(precision, method, ascent, monkeypatch):
     """Weights, momentum, averages and statistics after steps of both kinds, a short batch and changing rates."""

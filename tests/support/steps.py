@@ -61,6 +61,11 @@ class TensorStep:
         return self.passes.attack_whole(attack, model, Batch(x, y, ids, len(x)), seed=seed)
 
 
+def as_teacher(teacher: nn.Module) -> WorkingModels:
+    """A network as a method's teacher."""
+    return WorkingModels(teacher.eval().requires_grad_(False))
+
+
 def make_step(
     model: nn.Module,
     *,

@@ -8,6 +8,7 @@ import pytest
 import torch
 from places import ROOT
 from samples import images
+from steps import as_teacher
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -60,6 +61,8 @@ def counted(config: Config) -> float:
     step = setup.build_step(config, model, objective=setup.objective_of(config, torch.device("cpu"), 10, (3, 8, 8)))
     if config.average.kind == "ema":
         step.passes.objective.average = WeightAverage(model, config.average, config.epochs).model
+    if step.passes.objective.uses_teacher:
+        step.passes.objective.teacher = as_teacher(network())
     x = images((_IMAGES, 3, 8, 8))
     y = torch.arange(_IMAGES) % 10
     free = config.attack.fast == "free"
@@ -70,6 +73,14 @@ def counted(config: Config) -> float:
         phase = Phase(attack=attack, free=free, epoch=config.epochs, step=1)
         taken(Batch(x, y, torch.arange(_IMAGES), _IMAGES), phase)
     return products.images / _IMAGES
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.01])
+@pytest.mark.parametrize("method", ["ard", "adaad"])
+def test_a_step_of_a_method_without_a_preset_costs_what_is_said(method: str, gamma: float) -> None:
+    base = build_preset("cifar10-preact-resnet18-rslad")
+    config = dataclasses.replace(base, method=method, awp=dataclasses.replace(base.awp, gamma=gamma))
+    assert counted(config) == forward_units(config)
 
 
 @pytest.mark.parametrize("name", PRESETS)

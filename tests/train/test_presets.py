@@ -12,9 +12,11 @@ import torch
 from image_folders import write_images
 from PIL import Image
 from places import ROOT, TRAIN
+from teachers import write_teacher
 
-from awp_engine.config import Config, ConfigError, EvaluationConfig, own_images
+from awp_engine.config import Config, ConfigError, EvaluationConfig, TeacherConfig, own_images
 from awp_engine.config.presets import PRESETS, build_preset
+from awp_engine.config.rules import TAUGHT
 from awp_engine.models import build_model
 from awp_engine.observe.run_log import RunLog
 from awp_engine.train.trainer import Trainer
@@ -34,7 +36,12 @@ def colour_images(tmp_path_factory) -> Path:
                 Image.fromarray(pixels).save(folder / f"{index}.png")
     pixels = generator.integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
     np.savez(root / "extra.npz", image=pixels, label=np.arange(30) % 10)
+    write_teacher(root / "teacher.safetensors", channels=3)
     return root
+
+
+def takes_extra(config: Config) -> bool:
+    return config.method == "rst" or config.data.epoch_images is not None
 
 
 def tiny(config: Config, root: Path, run_dir: Path) -> Config:
@@ -42,17 +49,19 @@ def tiny(config: Config, root: Path, run_dir: Path) -> Config:
     data = dataclasses.replace(config.data, held_out_fraction=0.3, train_limit=10)
     if config.data.name != "digits":
         data = dataclasses.replace(data, name="folder", root=root, image_size=data.image_size and 32, workers=1)
-    if config.method == "rst":
+    extra = takes_extra(config)
+    if extra:
         data = dataclasses.replace(data, extra=root / "extra.npz", epoch_images=data.epoch_images and 20)
     return dataclasses.replace(
         config,
         data=data,
+        teacher=TeacherConfig(weights=str(root / "teacher.safetensors") if config.method in TAUGHT else None),
         attack=dataclasses.replace(config.attack, steps=1, replays=2),
         awp=dataclasses.replace(config.awp, warmup=0, ascent_steps=min(config.awp.ascent_steps, 2)),
         average=dataclasses.replace(config.average, warmup=0.0),
         evaluation=EvaluationConfig(steps=1),
         epochs=1,
-        global_batch_size=5 if config.method != "rst" else 10,
+        global_batch_size=10 if extra else 5,
         run_dir=run_dir,
     )
 
@@ -82,8 +91,8 @@ def test_two_steps(name, colour_images, tmp_path):
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, width=16))
     elif config.model.name.startswith("wrn"):
         # one image at a time: a forward pass of WRN-34-10 alone takes 13 GFLOP
-        extra = 2 if config.method == "rst" else 1
-        config = dataclasses.replace(config, global_batch_size=extra, data=dataclasses.replace(config.data, pad=0))
+        size = 2 if takes_extra(config) else 1
+        config = dataclasses.replace(config, global_batch_size=size, data=dataclasses.replace(config.data, pad=0))
     trainer = Trainer(config)
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
     results = []

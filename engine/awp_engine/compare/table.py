@@ -30,6 +30,7 @@ _FILES = {
     "optimizer": "own optimizer",
     "class_weights": "class weights",
     "pretrained": "pretrained weights",
+    "teacher": "teacher",
 }
 _FACTS = (*_TRAINING, *_FILES.values())
 # of a SHA-256

@@ -22,6 +22,7 @@ from awp_engine.config.settings import (
     ModelConfig,
     OptimizerConfig,
     PrecisionConfig,
+    TeacherConfig,
 )
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "PrecisionConfig",
+    "TeacherConfig",
     "choose_speed",
     "config_hash",
     "decisive",

@@ -33,6 +33,7 @@ _FREE_ON_RESUME = frozenset(
         "data.loader",
         "data.resident_share",
         "data.workers",
+        "teacher.weights",
         "model.checkpoint_activations",
         "keep_checkpoints",
         "keep_every",
@@ -88,6 +89,13 @@ ADDED: dict[str, Any] = {
     "average.ramp": True,
     "average.warmup": 0.0,
     "average.statistics": "attacked",
+    "teacher.weights": None,
+    "teacher.name": None,
+    "teacher.key": None,
+    "teacher.activation": "relu",
+    "teacher.normalize": "auto",
+    "teacher.mean": [],
+    "teacher.std": [],
 }
 
 
@@ -139,8 +147,9 @@ def _flatten(values: Any, source: str, cls: type = Config, prefix: str = "", *, 
                 hint = "expected the group {0}, and {2} inside it".format(*key.partition("."))
             raise ConfigError(f"{source}: {prefix}{show(str(key))[1:-1]}: unknown key; {hint}")
     for key, (hint, _) in known.items():
-        if key in values and dataclasses.is_dataclass(hint):
-            flat |= _flatten(values[key], source, typing.cast(type, hint), f"{prefix}{key}.", whole=whole)
+        if dataclasses.is_dataclass(hint) and (key in values or (whole and key == "teacher")):
+            # earlier versions had no such group
+            flat |= _flatten(values.get(key, {}), source, typing.cast(type, hint), f"{prefix}{key}.", whole=whole)
         elif key in values:
             flat[prefix + key] = values[key]
         elif whole and prefix + key in ADDED:

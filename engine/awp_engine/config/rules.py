@@ -11,6 +11,9 @@ from awp_engine.config.schema import ConfigError, parse_amount
 if TYPE_CHECKING:
     from awp_engine.config.settings import Config
 
+TAUGHT = ("ard", "rslad", "adaad", "hat")
+"""Methods that learn from a frozen network."""
+
 
 def own_images(batch_size: int, extra_fraction: float, *, filled: bool = False) -> int:
     """How many images of a full batch are the data set's own, the others being extra ones.
@@ -28,6 +31,9 @@ def require_combinations(config: Config) -> None:
     """Refuse settings that do not go together, by a `ConfigError` that names the flag."""
     _require_attack(config)
     _require_step(config)
+    taught = config.method in TAUGHT or is_code(config.method)
+    useful = taught or config.teacher.weights is None
+    config.require(useful, "teacher.weights", f"none with --method {config.method}, which learns from no other network")
     if config.distributed.strategy == "fsdp":
         reason = "with --distributed.strategy fsdp, where no rank has a whole model"
         for key, value in (("distributed.ascent_sync", "global"), ("awp.ascent", "exact")):
@@ -159,7 +165,7 @@ def _require_step(config: Config) -> None:
         like = "at, or a class of your own, with --attack.kind none or --attack.noise"
         config.require(config.method == "at" or is_code(config.method), "method", like)
     if config.attack.kind == "apgd":
-        if config.method in ("trades", "rst", "ikl", "gkl", "adr-trades"):
+        if config.method in ("trades", "rst", "ikl", "gkl", "adr-trades", "score", "score-trades", "adaad", "hat"):
             config.require_value("attack.kind", "pgd", f"with --method {config.method}: apgd climbs cross-entropy")
         if config.awp.enabled:
             config.require_value("awp.ascent", "exact", "with --attack.kind apgd, whose last pass has no gradient")

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from awp_engine.config.data_sets import DATA_SETS, OWN, is_own, where_to_get
 from awp_engine.config.model_names import BUILT_IN, EXPECTED, Source, in_file, is_code, optimizer_source, source_of
-from awp_engine.config.rules import require_combinations
+from awp_engine.config.rules import TAUGHT, require_combinations
 from awp_engine.config.schema import (
     Amount,
     Checked,
@@ -37,7 +37,10 @@ from awp_engine.config.schema import (
 )
 
 _PRESET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
-_METHODS = ("at", "trades", "mart", "rst", "ikl", "gkl", "adr", "adr-trades", "rebat", "liet")
+_METHODS = (
+    *("at", "trades", "mart", "rst", "ikl", "gkl", "adr", "adr-trades", "rebat", "score", "score-trades", "liet"),
+    *TAUGHT,
+)
 _Pixels = Annotated[int, Range("a whole number of pixels, 0 to 1024", ge=0, le=1024)]
 
 
@@ -204,6 +207,44 @@ class ModelConfig(Checked, section="model."):
         self.require(not self.mean or self.normalize == "auto", "normalize", "auto where --model.mean is given")
         fits = source != "built-in" or self.normalize != "model"
         self.require(fits, "normalize", f"another with --model.name {self.name}, which has no normalisation of its own")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherConfig(Checked, section="teacher."):
+    """The frozen network that ARD, RSLAD, AdaAD and HAT learn from."""
+
+    weights: str | None = None
+    """Run directory (the weights that it selected), checkpoint, .safetensors file or hf://OWNER/NAME; with
+    --teacher.name weights of any usual layout."""
+    name: str | None = None
+    """Architecture of weights that are no run's, as --model.name, but for code of your own."""
+    key: str | None = None
+    """Which weights of several in that file."""
+    activation: Literal["relu", "silu"] = "relu"
+    """Nonlinearity of a built-in model of that name."""
+    normalize: Literal["auto", "data", "model", "none"] = "auto"
+    """Mean and deviation that it expects images to be normalised by, as in --model.normalize; auto: as the file says.
+    A run says it."""
+    mean: tuple[float, ...] = ()
+    """Mean of every channel, on pixels in [0, 1], where the file does not say it."""
+    std: tuple[float, ...] = ()
+    """Deviation of every channel, likewise."""
+
+    def _check(self) -> None:
+        fits = self.weights is None or (self.weights != "" and "\0" not in self.weights)
+        self.require(fits, "weights", "a path, hf://OWNER/NAME or none")
+        if self.name is None:
+            for name in ("key", "activation", "normalize", "mean", "std"):
+                default = getattr(TeacherConfig, name)
+                fits = getattr(self, name) == default
+                self.require(fits, name, "nothing without --teacher.name; weights of a run say it themselves")
+        else:
+            known = source_of(self.name) in ("built-in", "timm", "torchvision")
+            hint = "" if known else did_you_mean(self.name, BUILT_IN, "")
+            self.require(known, "name", "a built-in model, timm:NAME or torchvision:NAME", hint)
+            self.require(self.weights is not None, "name", "none without --teacher.weights")
+        self.require(len(self.mean) == len(self.std), "std", f"as many numbers as --teacher.mean has, {len(self.mean)}")
+        self.require(all(value > 0 for value in self.std), "std", "numbers > 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -507,19 +548,22 @@ class Config(Checked):
     """Preset that the other settings start from; giving it as the first argument says the same."""
     method: str = "at"
     """Loss: at, cross-entropy on the attacked images; trades; mart; rst, TRADES with pseudo-labelled images; ikl, gkl,
-    with weights by class for its divergence; adr, adr-trades, rebat, which learn from the weights' average too; liet,
+    with weights by class for its divergence; adr, adr-trades, rebat, which learn from the weights' average too; ard,
+    rslad, adaad, hat, which learn from a frozen network; score, score-trades, AT and TRADES by squared errors; liet,
     for attacks of one step; or an Objective of your own: file.py:Class or package.module:Class."""
     beta: Annotated[float, Range("a finite number >= 0", ge=0)] = 6.0
     """Weight of the divergence between attacked and clean images: beta of TRADES and RST, of the squared error in IKL
-    and GKL, lambda of MART; of that from the average in ReBAT, whose paper has 1; in the last epoch
-    of LIET, which has 100."""
+    and GKL, lambda of MART; of that from the average in ReBAT, whose paper has 1; of the error between both in
+    score-trades (3); of the divergence from the teacher in ard, rslad and adaad (1 / classes); of that in LIET's last
+    epoch (100)."""
     label_smoothing: Fading = 0.0
-    """Part of a label that is spread over all classes, in AT's loss and in TRADES' clean one; in LIET at random
-    over the wrong ones."""
+    """Part of a label that is spread over all classes, in AT's loss and in TRADES' clean one, and in SCORE's; in LIET
+    at random over the wrong ones."""
     method_args: tuple[str, ...] = ()
     """NAME=VALUE, such as tau=2.5,2.0: what a method, also one of your own, is made with beside these."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
+    teacher: TeacherConfig = TeacherConfig()
     attack: AttackConfig = AttackConfig()
     awp: AwpConfig = AwpConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -593,6 +637,11 @@ class Config(Checked):
             raise ConfigError(
                 "--data.extra: expected an .npz, or a directory of shards, of pseudo-labelled or generated images for "
                 "--method rst, got nothing; to train without such images use --method trades"
+            )
+        if self.method in TAUGHT and self.teacher.weights is None:
+            raise ConfigError(
+                f"--teacher.weights: expected a run, a checkpoint or a file of the network that --method {self.method} "
+                "learns from, got nothing"
             )
         for key, default in (
             ("extra_fraction", 0.5),

@@ -106,8 +106,9 @@ class AwpStep:
         self._shared = awp is not None and self.ascent.kind == "shared"
         # whether the loss at w is that of the training loss on the whole batch
         known = self.ascent.kind == "exact" and self.ascent.c_min is None and not climbs_another_loss(objective)
-        # losses of others may do more with a model than call it; the average would be called once more
-        plain = type(objective).__module__.startswith("awp_engine.") and not objective.uses_average
+        # losses of others may do more with a model than call it; average and teacher would be called once more
+        asks = objective.uses_average or objective.uses_teacher
+        plain = type(objective).__module__.startswith("awp_engine.") and not asks
         self.measures_rise = known and (plain or rise_limit is not None)
         self.rise_limit = rise_limit
         if rise_limit is not None:

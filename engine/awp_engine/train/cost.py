@@ -16,9 +16,11 @@ def forward_units(config: Config, *, cheap: bool = False) -> float:
     if cheap:
         steps = min(steps, 0 if config.attack.fast == "free" else 1)
     # AT passes attacked images alone, the others clean ones as well; the average has no backward pass
-    training = {"at": 3.0, "adr": 3.0, "rebat": 4.0}.get(config.method, 6.0)
-    # TRADES, IKL and GKL pass clean images once before the attack, and Auto-PGD attacked ones after its last step
-    once_more = config.method in ("trades", "rst", "ikl", "gkl", "adr-trades") or (
+    training = {"at": 3.0, "adr": 3.0, "score": 3.0, "rebat": 4.0, "hat": 9.0}.get(config.method, 6.0)
+    # a teacher counts as a network of the same size, and has no backward pass of its weights
+    training += 1.0 if config.method in ("ard", "adaad", "hat") else 0.0
+    # these pass clean images once before the attack, and Auto-PGD attacked ones after its last step
+    once_more = config.method in ("trades", "rst", "ikl", "gkl", "adr-trades", "score-trades", "hat") or (
         config.attack.kind == "apgd" and not cheap
     )
     attack = 2.0 * steps + (1.0 if once_more and steps else 0.0)
@@ -28,5 +30,7 @@ def forward_units(config: Config, *, cheap: bool = False) -> float:
         ascent = 1.0 / config.awp.every
     else:
         ascent = training * config.awp.ascent_steps / config.awp.every
-    teacher = 1.0 if config.method in ("adr", "adr-trades") else 0.0
+    teacher = 1.0 if config.method in ("adr", "adr-trades", "rslad", "adaad") else 0.0
+    if config.method == "adaad":
+        teacher += 2.0 * steps
     return (attack + ascent + training) * config.attack.noise_samples + teacher

@@ -12,6 +12,7 @@ from awp_engine.files.digest import sha256_of
 from awp_engine.models import build_model
 from awp_engine.models.class_names import difference
 from awp_engine.models.user_code import load_code
+from awp_engine.train.teacher import teacher_sha256
 
 _FLAGS = {"model": "--model.name", "data": "--data.name", "method": "--method", "optimizer": "--optimizer.kind"}
 
@@ -26,12 +27,16 @@ def fingerprints(config: Config, data: Dataset, extra: str | None) -> dict[str, 
 
 
 def code_digests(config: Config) -> dict[str, str]:
-    """SHA-256 of the user's own code, which is run: of "model", "data", "method", "optimizer", where they are such."""
+    """SHA-256 of the user's own code, which is run: of "model", "data", "method", "optimizer", where they are such.
+
+    And of the "teacher"'s weights, which are no less a part of what is trained.
+    """
     named = {"model": config.model.name, "data": config.data.name, "method": config.method}
     own = {part: name for part, name in named.items() if is_code(name)}
     if optimizer_source(config.optimizer.kind) == "code":
         own["optimizer"] = config.optimizer.kind
-    return {part: load_code(name, _FLAGS[part])[1].sha256 for part, name in own.items()}
+    found = {part: load_code(name, _FLAGS[part])[1].sha256 for part, name in own.items()}
+    return found if config.teacher.weights is None else found | {"teacher": teacher_sha256(config.teacher)}
 
 
 def made_by(config: Config, before: Mapping[str, Any] | None) -> dict[str, str]:
@@ -58,7 +63,7 @@ def said(of: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def require_same_code(before: Mapping[str, Any], now: Mapping[str, str], config: Config) -> None:
-    """Refuses what was trained by other code of model, method or optimizer; images have fingerprints.
+    """Refuses what other code of model, method or optimizer trained, or another teacher; images have fingerprints.
 
     Args:
         before: what a checkpoint or a report has said.
@@ -75,6 +80,11 @@ def require_same_code(before: Mapping[str, Any], now: Mapping[str, str], config:
                 f"--run-dir: {config.resolved_run_dir} was trained by other code of {_FLAGS[part]} {name}; restore "
                 "it, and all that it imports, or choose another"
             )
+    if before.get("teacher") != now.get("teacher"):
+        raise ConfigError(
+            f"--teacher.weights: {config.resolved_run_dir} learnt from other weights than {config.teacher.weights} "
+            "holds now; restore them, or choose another --run-dir"
+        )
 
 
 def require_same(

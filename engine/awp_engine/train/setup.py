@@ -51,6 +51,7 @@ from awp_engine.train.network import build_network
 from awp_engine.train.perturbed import choice, perturbed_message
 from awp_engine.train.run_dir import known_hashes, prepare_run_dir, require_own_run_dir
 from awp_engine.train.schedule import Schedule
+from awp_engine.train.teacher import load_teacher
 from awp_kernels import AdversarialWeightPerturbation, asam, sam
 from awp_kernels.philox import mix_seed
 
@@ -254,7 +255,8 @@ _FEW_HELD_OUT = 30
 # beyond it no published network withstands attacks on colour images; 8/255 and 4/255 are usual
 _LARGE_EPSILON = 0.1
 # of methods whose papers have another weight than TRADES
-_USUAL_BETA = {"rebat": 1, "ikl": 20, "gkl": 20, "liet": 100}
+_USUAL_BETA = {"rebat": 1, "ikl": 20, "gkl": 20, "score-trades": 3, "hat": 2.5, "liet": 100}
+_USUAL_BETA |= dict.fromkeys(("ard", "rslad", "adaad"), "1 / classes")
 
 
 def _doubts(config: Config, data: Dataset) -> list[str]:
@@ -374,6 +376,7 @@ class Setup:
             )
         if extra is not None:
             self.messages.append(f"{len(extra.split):,} extra images, loader {extra.loader}")
+        self._teacher = load_teacher(config, data, self.device, self.messages.append)
 
     def _find_checkpoint(self) -> None:
         """Read the newest sound checkpoint of this run, if there is one, on the first rank, and tell the others."""
@@ -395,6 +398,10 @@ class Setup:
         before = None if self.found is None else described(self.found.state, self.found.path)
         # before the run directory is made, as all that may be refused
         self._objective = objective_of(self.config, self.device, len(self.data.class_names), self.data.train.shape)
+        if self._objective.uses_teacher != (self._teacher is not None):
+            needs = "a run or weights" if self._objective.uses_teacher else "none"
+            got = self.config.teacher.weights or "nothing"
+            raise ConfigError(f"--teacher.weights: expected {needs} with --method {self.config.method}, got {got}")
         built = build_network(self.config, self.data, self.device, self.precision, before)
         self.model: nn.Module = built.model
         self.description, self._memory_format = built.description, built.memory_format
@@ -453,6 +460,8 @@ class Setup:
 
     def _build_step(self) -> None:
         config, attack = self.config, self.config.attack
+        if self._teacher is not None:
+            self._objective.teacher = WorkingModels(self._teacher, self.precision)
         self.awp_step = build_step(
             config,
             self.model,

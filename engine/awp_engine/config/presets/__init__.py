@@ -14,6 +14,8 @@ from awp_engine.config.presets import (
     imagenet_timm,
     paper,
     perturbed,
+    score,
+    taught,
 )
 from awp_engine.config.presets.preset import Preset
 from awp_engine.config.schema import ConfigError, did_you_mean, show
@@ -22,8 +24,21 @@ from awp_engine.config.settings import Config
 DEFAULT = "digits"
 
 _ALL: dict[str, Preset] = {}
-_PAPERS = (perturbed, divergence, fast, fast_benchmark, imagenet, imagenet_timm, generated, augmented, distillation)
-for _family in (digits, paper, *_PAPERS):
+for _family in (
+    digits,
+    paper,
+    perturbed,
+    divergence,
+    fast,
+    fast_benchmark,
+    imagenet,
+    imagenet_timm,
+    generated,
+    augmented,
+    distillation,
+    score,
+    taught,
+):
     _ALL |= _family.PRESETS
 
 PRESETS: dict[str, str] = {name: summary for name, (summary, _) in _ALL.items()}

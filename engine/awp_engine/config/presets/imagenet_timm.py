@@ -82,5 +82,5 @@ PRESETS: dict[str, Preset] = {
         "AT of ARES on ImageNet, Linf 4/255.",
         functools.partial(ares, "timm:vit_base_patch16_224", _VIT),
     ),
-    "imagenet-vit-s-at": ("AT by two steps on ImageNet, Linf 4/255.", revisiting_vit),
+    "imagenet-vit-s-at": ("AT by two steps, ImageNet, Linf 4/255.", revisiting_vit),
 }

@@ -34,7 +34,7 @@ _DATA_SETS = {
 # of the description, what is about this machine
 _PRIVATE = frozenset({"code", "seal"})
 # settings whose type is text
-_MAY_BE_PATHS = {"model.name", "data.name", "data.class_weights", "method", "optimizer.kind"}
+_MAY_BE_PATHS = {"model.name", "data.name", "data.class_weights", "method", "optimizer.kind", "teacher.weights"}
 _MANY_CLASSES = 20
 _LARGEST_PICTURE = 1 << 26
 
@@ -113,7 +113,7 @@ def export_folder(
 
 def _bare(text: str) -> str:
     """A path, or file.py:NAME, without directories."""
-    return text.rpartition("/")[2]
+    return text.rstrip("/").rpartition("/")[2]
 
 
 def without_paths(config: Config) -> Config:
@@ -249,6 +249,8 @@ def _facts(description: ModelDescription, loaded: LoadedModel, epoch: str | int 
         facts.append(f"Training: {config.title}{gamma}, {attack}, {config.epochs} epochs{of}, seed {config.seed}")
         if config.model.pretrained is not None:
             facts.append(f"Started from the weights {config.model.pretrained.name}")
+        if config.teacher.weights is not None:
+            facts.append(f"Learnt from the network {_bare(config.teacher.weights)}, which was frozen")
     return [f"- {fact}" for fact in facts]
 
 

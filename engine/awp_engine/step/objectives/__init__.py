@@ -17,18 +17,26 @@ from awp_engine.step.objectives.liet import Liet
 from awp_engine.step.objectives.mart import Mart
 from awp_engine.step.objectives.objective import Objective
 from awp_engine.step.objectives.rebat import Rebat
+from awp_engine.step.objectives.score import Score, ScoreTrades
+from awp_engine.step.objectives.taught import AdaAd, Ard, Hat, Rslad
 from awp_engine.step.objectives.trades import Trades
 
 __all__ = [
+    "AdaAd",
     "Adr",
     "AdrTrades",
     "AdversarialTraining",
+    "Ard",
     "GeneralizedKL",
+    "Hat",
     "ImprovedKL",
     "Liet",
     "Mart",
     "Objective",
     "Rebat",
+    "Rslad",
+    "Score",
+    "ScoreTrades",
     "Trades",
     "build_objective",
 ]
@@ -45,6 +53,12 @@ _METHODS: dict[str, Callable[..., Objective]] = {
     "adr-trades": AdrTrades,
     "rebat": Rebat,
     "liet": Liet,
+    "score": Score,
+    "score-trades": ScoreTrades,
+    "ard": Ard,
+    "rslad": Rslad,
+    "adaad": AdaAd,
+    "hat": Hat,
 }
 # what is given beside arguments: settings with a flag of their own, and what only the run knows
 _GIVEN = ("beta", "label_smoothing", "average_warmup", "epochs", "num_classes", "image_shape", "device")

@@ -12,6 +12,7 @@ from awp_engine.attack import Attack, Loss, summed_cross_entropy
 from awp_engine.attack.losses import log_probabilities
 from awp_engine.distributed.batch import Batch
 from awp_engine.distributed.ranks import Ranks
+from awp_engine.step.precision import WorkingModels
 
 
 class Objective(ABC):
@@ -19,13 +20,16 @@ class Objective(ABC):
 
     Whatever else than `losses` is left out makes a method that keeps nothing and does not change in time. In a step
     these are called, in this order: `begin_step`, `start`, `begin_batch`, `targets`, `attack_loss`, `ascent_losses`,
-    `losses`, `after_step`.
+    `losses`, `after_step`; and `attack_model` with `attack_loss`.
 
     Attributes:
         uses_average: whether it needs `average`.
         average: the run's average of the weights, in eval mode and without gradients, as the step before left it.
         compares_with_start: whether `losses` gets, for x, where the attack began.
         ids: int64 [N], of the images that `targets` is called with: what random numbers of an image are keyed by.
+        uses_teacher: whether it needs `teacher`.
+        teacher: a frozen classifier, in eval mode and without gradients of its weights, for each part of a step in the
+            precision of that part.
         descending: whether `losses` is called for the descent, and not for the ascent or to compute statistics anew.
         stage: what decides which operations a step consists of, where that changes in time; a CUDA graph is captured
             for each. Set by `begin_step`.
@@ -35,6 +39,8 @@ class Objective(ABC):
     compares_with_start: ClassVar[bool] = False
     average: nn.Module | None = None
     ids: Tensor | None = None
+    uses_teacher: ClassVar[bool] = False
+    teacher: WorkingModels | None = None
     descending: bool = False
     stage: Hashable = None
 
@@ -106,6 +112,13 @@ class Objective(ABC):
             y: as `targets` gave them.
         """
         return summed_cross_entropy
+
+    def attack_model(self, model: nn.Module) -> nn.Module:
+        """What the attack calls and differentiates, whose outputs its loss gets; here the classifier itself.
+
+        Its modules are in the attack's mode of batch normalisation.
+        """
+        return model
 
     @abstractmethod
     def losses(self, model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

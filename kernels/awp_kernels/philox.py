@@ -47,12 +47,14 @@ def mix_seed(seed: int, *values: int) -> int:
     return state >> 1
 
 
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int | Tensor, int | Tensor]
+) -> tuple[Tensor, ...]:
     """Ten rounds of Philox4x32.
 
     Args:
         counter: four int64 tensors of broadcastable shape holding 32-bit words.
-        key: two 32-bit words.
+        key: two 32-bit words, or int64 tensors of one.
 
     Returns:
         Four int64 tensors holding 32-bit words.
@@ -72,13 +74,13 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
     return c0, c1, c2, c3
 
 
-def sample_words(sample_ids: Tensor, count: int, *, seed: int, stream: int) -> Tensor:
+def sample_words(sample_ids: Tensor, count: int, *, seed: int | Tensor, stream: int) -> Tensor:
     """The first `count` random words of every sample.
 
     Args:
         sample_ids: int64 [N].
         count: words a sample.
-        seed: in [0, 2^63).
+        seed: in [0, 2^63); an int64 tensor of one number, where a captured step is to read it anew.
         stream: which of a sample's independent sequences.
 
     Returns:
@@ -91,7 +93,7 @@ def sample_words(sample_ids: Tensor, count: int, *, seed: int, stream: int) -> T
     return torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :count]
 
 
-def uniform_integers(sample_ids: Tensor, count: int, *, seed: int) -> Tensor:
+def uniform_integers(sample_ids: Tensor, count: int, *, seed: int | Tensor) -> Tensor:
     """Odd integers in (-2^24, 2^24), uniform and symmetric; times 2^-24 they are uniform in (-1, 1).
 
     Returns:

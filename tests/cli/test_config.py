@@ -124,6 +124,8 @@ def test_other_schedules() -> None:
     assert [learning_rate(cosine, 10, p) for p in (0, 5, 10)] == pytest.approx([0.1, 0.05, 0.0])
     assert learning_rate(OptimizerConfig(schedule="constant"), 10, 9.9) == 0.1
     linear = OptimizerConfig(schedule="linear")
+    ares = OptimizerConfig(schedule="cosine", lr=0.1, warmup=2.0, warmup_lr=0.02, min_lr=0.01)
+    assert [learning_rate(ares, 10, p) for p in (0, 1, 2, 6, 10)] == pytest.approx([0.02, 0.06, 0.1, 0.055, 0.01])
     assert [learning_rate(linear, 10, p) for p in (0, 2.5, 10)] == pytest.approx([0.1, 0.075, 0.0])
     cycle = OptimizerConfig(schedule="one-cycle", lr=0.2)
     rates = [learning_rate(cycle, 30, p) for p in (0, 6, 12, 21, 30)]
@@ -133,6 +135,15 @@ def test_other_schedules() -> None:
         rates = [learning_rate(warm, 10, p) for p in (0, 1, 2, 6, 10)]
         assert rates == pytest.approx([0, 0.05, 0.1, half, 0.1 if schedule == "constant" else 0])
     assert learning_rate(OptimizerConfig(schedule="cosine", warmup=10.0), 10, 10) == 0.1
+    for wrong, key in (
+        ({"warmup_lr": 0.01}, "warmup-lr"),
+        ({"warmup_lr": 0.1, "warmup": 1.0}, "warmup-lr"),
+        ({"warmup_lr": 0.01, "warmup": 1.0, "schedule": "one-cycle-cosine"}, "warmup-lr"),
+        ({"min_lr": 0.01}, "min-lr"),
+        ({"min_lr": 0.2, "schedule": "cosine"}, "min-lr"),
+    ):
+        with pytest.raises(ConfigError, match=rf"--optimizer\.{key}: expected 0, or less than --optimizer\.lr with"):
+            OptimizerConfig(**wrong)
     stepped = OptimizerConfig(warmup=6.0)
     assert [learning_rate(stepped, 10, p) for p in (3, 5, 6)] == pytest.approx([0.05, 0.1 * 0.1 * 5 / 6, 0.01])
 

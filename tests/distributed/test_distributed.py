@@ -84,6 +84,7 @@ CASES: dict[str, Config] = {
         distributed=DistributedConfig(),
         micro_batch_size=2,
     ),
+    "liet": dataclasses.replace(BASE, method="liet", beta=100.0, label_smoothing=0.6, method_args=("every=2",)),
     "adaad": dataclasses.replace(BASE, method="adaad", beta=0.1, method_args=("alpha=0.7",)),
     "hat, micro-batches, frozen statistics": dataclasses.replace(
         BASE, method="hat", distributed=DistributedConfig(), micro_batch_size=2
@@ -101,6 +102,7 @@ CASES: dict[str, Config] = {
         BASE, distributed=SHARDED, method="trades", optimizer=OptimizerConfig(lr=0.05, clip_norm=0.1)
     ),
     "shards, adr-trades": dataclasses.replace(BASE, distributed=SHARDED, method="adr-trades", average=TEACHER),
+    "shards, liet": dataclasses.replace(BASE, distributed=SHARDED, method="liet"),
     "shards, rwp": dataclasses.replace(
         BASE, distributed=SHARDED, awp=AwpConfig(gamma=0.01, ascent_steps=3, c_min=2.4, scope="global")
     ),

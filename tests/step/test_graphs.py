@@ -34,7 +34,7 @@ def build_step(device: str, precision: Precision, method: str = "at", options: A
     optimizer = build_optimizer(model, OptimizerConfig(), working=models.updated)
     average = WeightAverage(model, AverageConfig(kind="ema", statistics="averaged"), epochs=1)
     average.follow(optimizer)
-    objective = build_objective(method, device=torch.device(device))
+    objective = build_objective(method, num_classes=10, image_shape=(3, 32, 32), device=torch.device(device))
     objective.average = average.model
     if objective.uses_teacher:
         teacher = build_model("preact-resnet-18", 10, (0.4,) * 3, (0.3,) * 3, width=16).to(device).eval()
@@ -94,7 +94,9 @@ def test_a_step_is_captured_where_there_is_a_gpu(device):
 @pytest.mark.parametrize(
     ("method", "ascent"),
     [
-        *itertools.product(["at", "trades", "adr", "rebat", "score-trades", "adaad", "hat"], ["exact", "shared"]),
+        *itertools.product(
+            ["at", "trades", "adr", "rebat", "score-trades", "adaad", "hat", "liet"], ["exact", "shared"]
+        ),
         ("dajat", "exact"),
     ],
 )

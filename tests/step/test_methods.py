@@ -448,6 +448,12 @@ def test_decay_can_leave_out_normalisation_alone():
     norms = {f"{layer}.{kind}": 0.0 for layer in (1, 2, 3) for kind in ("weight", "bias")}
     assert decays[True] == {"0.weight": 0.1, "0.bias": 0.1, "5.weight": 0.1, "5.bias": 0.1} | norms
     assert decays[False] == {"0.weight": 0.1, "0.bias": 0.0, "5.weight": 0.1, "5.bias": 0.0} | norms
+    named_out = build_optimizer(model, OptimizerConfig(weight_decay=0.1, no_decay=("0.*", "*.bias")))
+    decays = {named[id(p)]: g["weight_decay"] for g in named_out.param_groups for p in g["params"]}
+    spared = {name for name in named.values() if name.startswith("0.") or name.endswith(".bias")}
+    assert decays == {name: 0.0 if name in spared else 0.1 for name in named.values()}
+    with pytest.raises(ConfigError, match=r"^--optimizer\.no-decay: no trainable parameter matches 'pos\*'; there are"):
+        build_optimizer(model, OptimizerConfig(no_decay=("*.bias", "pos*")))
     with pytest.raises(ConfigError, match=r"^--optimizer\.decay-norms: expected true for a model without"):
         build_optimizer(nn.Linear(2, 2), OptimizerConfig(decay_norms=False))
 

@@ -86,5 +86,6 @@ def build_step(
     config: Config, model: nn.Module, ranks: Ranks | None = None, class_weights: Tensor | None = None
 ) -> TensorStep:
     """The step that a configuration describes, for ten classes."""
-    given = {"class_weights": class_weights, "objective": setup.objective_of(config, torch.device("cpu"), 10)}
+    objective = setup.objective_of(config, torch.device("cpu"), 10, (1, 8, 8))
+    given = {"class_weights": class_weights, "objective": objective}
     return TensorStep(setup.build_step(config, model, ranks, **given), config.attack)

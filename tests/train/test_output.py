@@ -96,6 +96,7 @@ def test_a_longer_run_killed_before_its_first_checkpoint_goes_on(tmp_path: Path)
             "--optimizer.schedule constant --method adr --average.kind ema --average.statistics live",
             "its loss changes over all epochs",
         ),
+        ("--optimizer.schedule constant --method liet", "its loss changes over all epochs"),
     ],
 )
 def test_more_epochs_are_refused_where_the_first_ones_would_have_been_others(

@@ -11,12 +11,13 @@ import pytest
 import torch
 from image_folders import write_images
 from PIL import Image
-from places import TRAIN
+from places import ROOT, TRAIN
 from teachers import write_teacher
 
 from awp_engine.config import Config, ConfigError, EvaluationConfig, TeacherConfig, own_images
 from awp_engine.config.presets import PRESETS, build_preset
 from awp_engine.config.rules import TAUGHT
+from awp_engine.models import build_model
 from awp_engine.observe.run_log import RunLog
 from awp_engine.train.trainer import Trainer
 
@@ -82,6 +83,10 @@ def test_two_steps(name, colour_images, tmp_path):
     if "wrn-" in config.model.name and name not in WHOLE:
         kind, _, _ = config.model.name.partition("wrn-")
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=f"{kind}wrn-10-1"))
+    elif config.model.source == "timm":
+        kind = config.model.name.removeprefix("timm:").partition("_")[0]
+        small = dataclasses.replace(config.model, name=f"{ROOT / 'tests' / 'support' / 'small_timm.py'}:{kind}")
+        config = dataclasses.replace(config, model=small)
     elif name.startswith("imagenet") or (config.model.name == "preact-resnet-18" and name not in WHOLE):
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, width=16))
     elif config.model.name.startswith("wrn"):
@@ -113,6 +118,19 @@ def test_the_recipes_for_larger_images_and_generated_ones():
         assert (attack.kind, attack.steps, attack.epsilon, attack.bn_mode) == ("apgd", 2, "4/255", "eval")
         assert (optimizer.kind, optimizer.lr, optimizer.momentum, optimizer.beta2) == ("adamw", 1e-3, 0.9, 0.95)
         assert (optimizer.weight_decay, optimizer.decay_all, plain.label_smoothing) == (0.05, False, 0.1)
+    for kind in ("swin", "convnext", "vit"):
+        config = build_preset(f"imagenet-{kind}-b-at")
+        attack, optimizer, average = config.attack, config.optimizer, config.average
+        assert (attack.epsilon, attack.step_size, attack.steps, attack.start) == ("4/255", "8/765", 3, "uniform")
+        assert (attack.bn_mode, attack.step_warmup, config.precision.attack) == ("eval", 5, "fp32")
+        rates = (optimizer.lr * 512 / config.global_batch_size, optimizer.warmup_lr, optimizer.min_lr, optimizer.warmup)
+        assert rates == (5e-4, 1e-6, 1e-5, 5)
+        assert (optimizer.momentum, optimizer.beta2, optimizer.weight_decay) == (0.9, 0.999, 0.05)
+        assert (average.decay, average.ramp, average.statistics, config.epochs) == (0.9998, False, "averaged", 300)
+        assert (config.label_smoothing, config.data.mixup, config.data.cutmix) == (0.1, 0.5, 0.5)
+    vit = build_preset("imagenet-vit-s-at")
+    assert vit.attack == build_preset("imagenet-convnext-t-at").attack
+    assert (vit.optimizer.warmup_lr, vit.optimizer.min_lr, vit.optimizer.lr) == (1e-7, 5e-6, 1e-3)
     plain = build_preset("cifar10-wrn-28-10-silu-trades-edm")
     awp = build_preset("cifar10-wrn-28-10-silu-trades-awp-edm")
     assert dataclasses.replace(awp, awp=plain.awp, preset=plain.preset) == plain
@@ -127,6 +145,15 @@ def test_the_recipes_for_larger_images_and_generated_ones():
     assert own_images(large.global_batch_size, large.data.extra_fraction, filled=True) == 256
     with pytest.raises(ConfigError, match=r"--data\.extra: expected an \.npz"):
         dataclasses.replace(plain, data=dataclasses.replace(plain.data, root=Path())).require_files()
+
+
+def test_networks_of_timm_need_it(monkeypatch):
+    """In one line that says what to install; the preset itself does not."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    name = build_preset("imagenet-swin-b-at").model.name
+    expected = r"^--model\.name: this model needs the package timm, which is not installed: pip install timm [^\n]*$"
+    with pytest.raises(ConfigError, match=expected):
+        build_model(name, 10, (0.5,) * 3, (0.25,) * 3, image_size=(224, 224))
 
 
 def test_presets_cover_what_the_paper_reports():

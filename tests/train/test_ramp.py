@@ -25,6 +25,8 @@ from awp_engine.config.identity import require_same_run
 from awp_engine.evaluation import evaluation_attack
 from awp_engine.models import build_model
 from awp_engine.step.cuda_graph import GraphedStep
+from awp_engine.train import setup
+from awp_engine.train.schedule import Schedule
 from awp_engine.train.trainer import Trainer
 
 SETTINGS = Config(
@@ -89,3 +91,22 @@ def test_graphs_of_earlier_balls_are_dropped():
         graphed._drop_oldest()
         assert kind in graphed._graphs
     assert list(graphed._graphs) == list(graphed._taken) == [3, 4, 5, 6]
+
+
+def test_steps_that_grow_reach_their_length_after_so_many_epochs():
+    """ARES: min(epoch, 5) / 5 of the step, epochs from 0; the first one has nothing but the random start."""
+    settings = AttackConfig(epsilon="4/255", step_size="8/765", steps=3, bn_mode="eval", step_warmup=5)
+    config, attack = Config(epochs=9, attack=settings), setup.training_attack(settings)
+    schedule = Schedule(config=config, steps=2, attack=attack, cheap=attack)
+    torch.manual_seed(0)
+    model = build_model("preact-resnet-digits", 10, (0.5,), (0.25,), width=4).double().train()
+    x, y, ids = images((6, 1, 8, 8), torch.float64), torch.arange(6), torch.arange(6)
+    start = starting_point(x, "uniform", epsilon=4 / 255, norm="linf", sample_ids=ids, seed=5)
+    for epoch in (1, 3, 6, 9):
+        step = 8 / 3 / 255 * min(epoch - 1, 5) / 5
+        expected = plain_methods.attack(model, x, y, start, kind="at", epsilon=4 / 255, step_size=step, steps=3)[-1]
+        found = schedule(epoch, 1).attack(model, x, y, sample_ids=ids, seed=5)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    for wrong in ({"kind": "apgd"}, {"epsilon": "0"}, {"fast": "n-fgsm"}):
+        with pytest.raises(ConfigError, match=r"--attack\.step-warmup: expected 0, unless training attacks by"):
+            AttackConfig(step_warmup=1, **wrong)

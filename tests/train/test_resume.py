@@ -96,6 +96,17 @@ DAJAT = dataclasses.replace(
     average=AverageConfig(kind="epochs", decay=0.9, statistics="averaged"),
 )
 
+LIET = dataclasses.replace(
+    AWP_EMA,
+    global_batch_size=20,
+    method="liet",
+    label_smoothing=0.6,
+    method_args=("every=3",),
+    attack=AttackConfig(epsilon="0.1", step_size="0.1", steps=1),
+    optimizer=OptimizerConfig(schedule="cosine", warmup=0.5, warmup_lr=0.01, min_lr=0.001, no_decay=("*bn*",)),
+    average=AverageConfig(kind="ema", decay=0.9, bn_images=10),
+)
+
 
 def on(rank: int, world: int) -> Ranks:
     return Ranks(rank=rank, world=world, local_rank=rank)
@@ -147,6 +158,7 @@ CASES = [
     pytest.param(WANG, 1, 5, id="1 rank, generated images"),
     pytest.param(ADR, 1, 5, id="1 rank, teacher"),
     pytest.param(DAJAT, 1, 5, id="1 rank, views, 2 epochs", marks=pytest.mark.long),
+    pytest.param(LIET, 1, 3, id="1 rank, table of classes"),
     pytest.param(AWP_EMA, 2, 10, id="2 ranks, 1 epoch"),
     pytest.param(GKL_EPOCHS, 2, 10, id="2 ranks, GKL, 2 epochs", marks=pytest.mark.long),
     pytest.param(DAJAT, 2, 5, id="2 ranks, views, 2 epochs", marks=pytest.mark.long),
@@ -196,7 +208,8 @@ def test_resume_at_a_step_ends_bit_equal(tmp_path, config, world, every) -> None
     else:
         compared, wrong = run_ranks(resumed_everywhere, world, tmp_path, config, every, timeout=270)[0]
     print(f"{compared - len(wrong)}/{compared} bit-equal")
-    assert compared == -(-20 // every)
+    steps = config.epochs * (config.data.epoch_images or 100) // config.global_batch_size
+    assert compared == -(-steps // every)
     assert not wrong
 
 

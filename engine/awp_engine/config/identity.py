@@ -65,6 +65,10 @@ ADDED: dict[str, Any] = {
     "model.std": [],
     "awp.layers": [],
     "attack.ramp": "none",
+    "attack.step_warmup": 0,
+    "optimizer.warmup_lr": 0.0,
+    "optimizer.min_lr": 0.0,
+    "optimizer.no_decay": [],
     "awp.max_rise": None,
     "attack.noise": 0.0,
     "attack.noise_samples": 1,
@@ -218,7 +222,7 @@ def why_not_longer(config: Config) -> str | None:
     schedule = config.optimizer.schedule
     if schedule not in ("constant", "piecewise"):
         return f"its learning rate falls over all epochs (--optimizer.schedule {schedule})"
-    if config.method in ("adr", "adr-trades"):
+    if config.method in ("adr", "adr-trades", "liet"):
         return f"its loss changes over all epochs (--method {config.method})"
     if config.average.kind == "swa":
         return "its average begins after a part of all epochs (--average.kind swa)"

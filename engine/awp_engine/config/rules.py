@@ -172,6 +172,11 @@ def _require_step(config: Config) -> None:
         require_average(config)
     if config.method == "dajat":
         require_views(config)
+    if config.method == "liet":
+        for key, value in (("attack.kind", "pgd"), ("attack.norm", "linf"), ("attack.start", "uniform")):
+            config.require_value(key, value, "with --method liet, whose attack begins at signs and uniform noise")
+        for key in ("data.cutmix", "data.mixup"):
+            config.require_value(key, 0, "with --method liet, whose attack begins by one right class")
     if config.data.class_weights != "none":
         for key in ("data.cutmix", "data.mixup"):
             config.require_value(key, 0, "with --data.class-weights: an image of two classes has no one weight")

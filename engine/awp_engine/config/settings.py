@@ -38,7 +38,21 @@ from awp_engine.config.schema import (
 
 _PRESET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _METHODS = (
-    *("at", "trades", "mart", "rst", "ikl", "gkl", "adr", "adr-trades", "rebat", "dajat", "score", "score-trades"),
+    *(
+        "at",
+        "trades",
+        "mart",
+        "rst",
+        "ikl",
+        "gkl",
+        "adr",
+        "adr-trades",
+        "rebat",
+        "dajat",
+        "liet",
+        "score",
+        "score-trades",
+    ),
     *TAUGHT,
 )
 _Pixels = Annotated[int, Range("a whole number of pixels, 0 to 1024", ge=0, le=1024)]
@@ -270,6 +284,8 @@ class AttackConfig(Checked, section="attack."):
     ramp: Literal["none", "linear"] = "none"
     """Epsilon and step size of training are these throughout, or grow to these in proportion to the epoch (Addepalli
     2022); the evaluation keeps the whole ball."""
+    step_warmup: Annotated[int, Range("a whole number of epochs >= 0", ge=0)] = 0
+    """Epochs in which PGD's step grows in proportion to the epochs before, from 0 in the first one (ARES: 5)."""
     fast: Literal["none", "fgsm-rs", "n-fgsm", "free"] = "none"
     """Cheap attack in the first epochs: one step (Wong 2020; de Jorge 2022), or replayed batches (Shafahi 2019)."""
     fast_epochs: OptionalCount = None
@@ -294,6 +310,8 @@ class AttackConfig(Checked, section="attack."):
         self.require(alone, "fast", "none with --attack.kind none or --attack.noise")
         grows = self.fast == "none" and self.training_epsilon > 0
         self.require(self.ramp == "none" or grows, "ramp", "none with --attack.fast, or where training does not attack")
+        grows = self.kind == "pgd" and self.fast == "none" and self.training_epsilon > 0
+        self.require(self.step_warmup == 0 or grows, "step_warmup", "0, unless training attacks by --attack.kind pgd")
         self.require(self.noise > 0 or self.noise_samples == 1, "noise_samples", "1 without --attack.noise")
 
     @property
@@ -389,12 +407,18 @@ class OptimizerConfig(Checked, section="optimizer."):
     warmup: Annotated[float, Range("a finite number of epochs >= 0", ge=0)] = 0.0
     """Epochs in which the learning rate rises from 0 along a line, or by one-cycle-cosine; cosine and linear begin to
     fall after them."""
+    warmup_lr: Annotated[float, Range("a finite number >= 0", ge=0)] = 0.0
+    """Where the rate of that line begins, in place of 0."""
+    min_lr: Annotated[float, Range("a finite number >= 0", ge=0)] = 0.0
+    """Where cosine and linear end, in place of 0."""
     clip_norm: Annotated[float | None, Range("a finite number > 0, or none", gt=0)] = None
     """Largest norm of the whole gradient; a longer one is scaled down to it; none means no clipping."""
     decay_all: bool = True
     """Apply weight decay to biases and normalisation weights as well, as the papers do."""
     decay_norms: bool = True
     """Apply it to weights and biases of normalisation layers, too; biases of other layers are not concerned."""
+    no_decay: tuple[str, ...] = ()
+    """Patterns such as '*pos_embed' of the parameters that weight decay leaves alone, beside those above."""
     layer_decay: Annotated[float, Range("a number > 0, at most 1", gt=0, le=1)] = 1.0
     """Each layer learns at this times the rate of the layer after it, the last one at the full rate (BEiT); 1: all do.
     For fine-tuning: 0.65 to 0.9 are usual."""
@@ -420,9 +444,15 @@ class OptimizerConfig(Checked, section="optimizer."):
         own = self.warmup == 0 or self.schedule != "one-cycle"
         self.require(own, "warmup", "0 with --optimizer.schedule one-cycle, which has its own")
         cycle = self.schedule == "one-cycle-cosine"
-        from_zero = self.schedule == "one-cycle" or (self.warmup > 0 and not cycle)
+        from_zero = self.schedule == "one-cycle" or (self.warmup > 0 and not cycle and self.warmup_lr == 0)
         expected = "false where the rate begins at 0, which would be that of a whole epoch"
         self.require(not (self.per_epoch and from_zero), "per_epoch", expected)
+        expected = "0, or less than --optimizer.lr with --optimizer.warmup > 0, and no one-cycle-cosine"
+        begins = self.warmup_lr == 0 or (self.warmup > 0 and not cycle and self.warmup_lr < self.lr)
+        self.require(begins, "warmup_lr", expected)
+        ends = self.min_lr == 0 or (self.schedule in ("cosine", "linear") and self.min_lr < self.lr)
+        self.require(ends, "min_lr", "0, or less than --optimizer.lr with --optimizer.schedule cosine or linear")
+        self.require("" not in self.no_decay, "no_decay", "patterns of parameters' names, such as '*pos_embed'")
         expected = "false without --optimizer.kind sgd and --optimizer.schedule one-cycle-cosine"
         self.require(not self.cycle_momentum or (cycle and self.kind == "sgd"), "cycle_momentum", expected)
         if self.cycle_momentum:
@@ -535,13 +565,16 @@ class Config(Checked):
     """Loss: at, cross-entropy on the attacked images; trades; mart; rst, TRADES with pseudo-labelled images; ikl, gkl,
     with weights by class for its divergence; adr, adr-trades, rebat, which learn from the weights' average too; ard,
     rslad, adaad, hat, which learn from a frozen network; score, score-trades, AT and TRADES by squared errors; dajat,
-    TRADES on several views of each image; or an Objective of your own: file.py:Class or package.module:Class."""
+    TRADES on several views of each image; liet, for attacks of one step; or an Objective of your own: file.py:Class or
+    package.module:Class."""
     beta: Annotated[float, Range("a finite number >= 0", ge=0)] = 6.0
     """Weight of the divergence between attacked and clean images: beta of TRADES and RST, of the squared error in IKL
     and GKL, lambda of MART; of that from the average in ReBAT, whose paper has 1; of the error between both in
-    score-trades (3); of the divergence from the teacher in ard, rslad and adaad (1 / classes)."""
+    score-trades (3); of the divergence from the teacher in ard, rslad and adaad (1 / classes); of that in LIET's last
+    epoch (100)."""
     label_smoothing: Fading = 0.0
-    """Part of a label that is spread over all classes, in AT's loss and in TRADES' clean one, and in SCORE's."""
+    """Part of a label that is spread over all classes, in AT's loss and in TRADES' clean one, and in SCORE's; in LIET
+    at random over the wrong ones."""
     method_args: tuple[str, ...] = ()
     """NAME=VALUE, such as tau=2.5,2.0: what a method, also one of your own, is made with beside these."""
     data: DataConfig = DataConfig()

@@ -14,8 +14,9 @@ def learning_rate(config: OptimizerConfig, epochs: int, progress_in_epochs: floa
 
     The piecewise schedule changes at the start of an epoch only, as the paper's does (x0.1 at 100 and 150 of 200);
     one-cycle rises from 0 to lr in the first 40% and falls to 0 in the rest (Wong, Rice, Kolter, ICLR 2020). During
-    warm-up the rate rises from 0 along a line; cosine and linear fall to 0 over the epochs after it. one-cycle-cosine
-    is torch.optim.lr_scheduler.OneCycleLR with pct_start = warmup / epochs, stepped once a step, or once an epoch.
+    warm-up the rate rises from warmup_lr along a line; cosine and linear fall to min_lr over the epochs after it.
+    one-cycle-cosine is torch.optim.lr_scheduler.OneCycleLR with pct_start = warmup / epochs, stepped once a step, or
+    once an epoch.
     """
     progress = _begun(config, progress_in_epochs)
     if config.schedule == "one-cycle-cosine":
@@ -34,9 +35,12 @@ def learning_rate(config: OptimizerConfig, epochs: int, progress_in_epochs: floa
     else:
         passed = sum(progress >= milestone for milestone in config.milestone_epochs(epochs))
         factor = config.drop**passed
+    # of schedules that end at such a rate
+    rest = config.min_lr * (1 - factor)
     if progress < config.warmup:
         factor *= progress / config.warmup
-    return config.lr * factor
+        rest = config.warmup_lr * (1 - progress / config.warmup)
+    return config.lr * factor + rest
 
 
 def cycled_momentum(config: OptimizerConfig, epochs: int, progress_in_epochs: float, *, steps: int) -> float | None:

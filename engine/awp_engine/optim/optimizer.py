@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from awp_engine.config import ConfigError, OptimizerConfig
+from awp_engine.models.chosen import chosen
 from awp_engine.optim.adamw import AdamW
 from awp_engine.optim.by_name import WrappedOptimizer, find_optimizer
 from awp_kernels import SGD
@@ -35,7 +36,7 @@ def build_optimizer(
         layers: the layer of every parameter, see `layer_numbers`, for rates by layer; None: all learn at one rate.
 
     Raises:
-        ConfigError: as `find_optimizer`; no normalisation to leave out where the settings leave it out.
+        ConfigError: as `find_optimizer`; nothing to leave out of weight decay where the settings leave it out.
 
     Source: the rates by layer are those of Bao et al.: BEiT: BERT Pre-Training of Image Transformers, ICLR 2022.
     """
@@ -47,6 +48,7 @@ def build_optimizer(
     exempt = set() if config.decay_norms else set(normalisation_parameters(model))
     if not (config.decay_norms or exempt):
         raise ConfigError("--optimizer.decay-norms: expected true for a model without weights of normalisation layers")
+    exempt |= {parameters[name] for name in chosen(model, config.no_decay, "--optimizer.no-decay")}
     parts = []
     for layer in sorted(set(numbers.values())):
         scale = config.layer_decay ** (max(numbers.values()) - layer)

@@ -143,6 +143,19 @@ class Passes:
         if phase.layer_seed is not None:
             torch.manual_seed(mix_seed(phase.layer_seed, self.ranks.rank))
 
+    def first(self, attack: Attack, batch: Batch, seed: int) -> Tensor:
+        """Where the attack on a batch begins, [N, C, H, W]; drawn on the host."""
+        first = attack.first(batch.images, sample_ids=batch.ids, seed=seed)
+        # shards are gathered for nothing
+        if type(self.objective).start is Objective.start:
+            return first
+        with self.models.held():
+            return self.objective.start(self.models.attack, batch, first, attack, seed, self.ranks)
+
+    def compared(self, batch: Batch, start: Tensor) -> Batch:
+        """A batch with the images that the losses compare attacked ones with."""
+        return batch._replace(images=start) if self.objective.compares_with_start else batch
+
     @property
     def copies(self) -> int:
         """How often an image is trained on in a step."""
@@ -194,7 +207,7 @@ class Passes:
         """A batch, or a piece of one, with the objective's targets for labels."""
         if type(self.objective).targets is Objective.targets:
             return batch
-        model = self.models.attack
+        model, self.objective.ids = self.models.attack, batch.ids
         with batch_norm_mode(model, attack.bn_mode, update_statistics=False, synchronized=False):
             return batch._replace(labels=self.objective.targets(model, batch.images, batch.labels))
 

@@ -1,6 +1,6 @@
 """What each step of a run is to do."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from awp_engine.attack import Attack
 from awp_engine.config import Config
@@ -53,11 +53,15 @@ class Schedule:
     def full_attack(self, epoch: int) -> Attack:
         """The attack of `epoch` where it has no cheap one.
 
-        Source of the linear ramp: Addepalli et al.: Efficient and Effective Augmentation Strategy for Adversarial
-        Training (DAJAT), NeurIPS 2022.
+        Sources: of the linear ramp Addepalli et al.: Efficient and Effective Augmentation Strategy for Adversarial
+        Training (DAJAT), NeurIPS 2022; of the step's warm-up the public code of ARES, thu-ml/ares.
         """
-        config = self.config
-        return self.attack if config.attack.ramp == "none" else self.attack.scaled(epoch / config.epochs)
+        config, attack = self.config, self.attack
+        if config.attack.ramp != "none":
+            attack = attack.scaled(epoch / config.epochs)
+        if epoch <= config.attack.step_warmup and attack.step_size is not None:
+            attack = replace(attack, step_size=attack.step_size * (epoch - 1) / config.attack.step_warmup)
+        return attack
 
     def layer_seed(self, epoch: int, step: int) -> int | None:
         """Of dropout and the like in that step; built-in models and methods have none."""

@@ -80,14 +80,17 @@ class Selection:
             for batch in batches:
                 with region("average"):
                     for rows, _ in passes.share(len(batch.images), batch.whole_size).pieces:
-                        piece = passes.aimed(attack, batch.part(rows))
-                        x = piece.images if clean else passes.attack_whole(attack, model, piece, seed=seed)
+                        piece = batch.part(rows)
+                        start = passes.first(attack, piece, seed)
+                        piece = passes.aimed(attack, piece)
+                        x = piece.images if clean else passes.attack_whole(attack, model, piece, start)
+                        compared = passes.compared(piece, start).images
                         for number in range(passes.copies):
                             noisy = passes.noisy(x, piece.ids, number)
                             if clean:
                                 model(noisy)
                             else:
-                                passes.objective.losses(model, noisy, piece.images, piece.labels)
+                                passes.objective.losses(model, noisy, compared, piece.labels)
                 yield
                 seen += batch.whole_size
                 if seen >= config.average.bn_images:

@@ -190,8 +190,13 @@ def build_step(
     )
 
 
-def objective_of(config: Config, device: torch.device, num_classes: int | None = None) -> Objective:
-    """What the settings have a run climb and minimise.
+def objective_of(
+    config: Config,
+    device: torch.device,
+    num_classes: int | None = None,
+    image_shape: tuple[int, int, int] | None = None,
+) -> Objective:
+    """What the settings have a run climb and minimise, on images of that many classes and that shape.
 
     Raises:
         ConfigError: as `build_objective`; or there is no average of the kind that it needs, or what does not go with
@@ -202,8 +207,10 @@ def objective_of(config: Config, device: torch.device, num_classes: int | None =
         beta=config.beta,
         label_smoothing=config.label_smoothing,
         average_warmup=config.average.warmup,
+        epochs=config.epochs,
         arguments=parse_arguments(config.method_args),
         num_classes=num_classes,
+        image_shape=image_shape,
         device=device,
     )
     if objective.uses_average:
@@ -253,7 +260,7 @@ _FEW_HELD_OUT = 30
 # beyond it no published network withstands attacks on colour images; 8/255 and 4/255 are usual
 _LARGE_EPSILON = 0.1
 # of methods whose papers have another weight than TRADES
-_USUAL_BETA = {"rebat": 1, "ikl": 20, "gkl": 20, "dajat": 11, "score-trades": 3, "hat": 2.5}
+_USUAL_BETA = {"rebat": 1, "ikl": 20, "gkl": 20, "dajat": 11, "score-trades": 3, "hat": 2.5, "liet": 100}
 _USUAL_BETA |= dict.fromkeys(("ard", "rslad", "adaad"), "1 / classes")
 
 
@@ -395,7 +402,7 @@ class Setup:
     def _build_model(self) -> None:
         before = None if self.found is None else described(self.found.state, self.found.path)
         # before the run directory is made, as all that may be refused
-        self._objective = objective_of(self.config, self.device, len(self.data.class_names))
+        self._objective = objective_of(self.config, self.device, len(self.data.class_names), self.data.train.shape)
         if self._objective.uses_teacher != (self._teacher is not None):
             needs = "a run or weights" if self._objective.uses_teacher else "none"
             got = self.config.teacher.weights or "nothing"
@@ -489,6 +496,11 @@ class Setup:
             self.messages.append(
                 f"epsilon grows in proportion to the epoch, to {attack.epsilon} in epoch {config.epochs}, and the "
                 "attack's steps with it; accuracies under attack in training are those of the epoch's own ball"
+            )
+        if attack.step_warmup:
+            self.messages.append(
+                f"the attack's steps grow from 0 in epoch 1 to {attack.step_size} in epoch {attack.step_warmup + 1}; "
+                "accuracies under attack in training are those of the epoch's own steps"
             )
         self.step = capture_step(config, self.awp_step)
         self.free = None

@@ -239,6 +239,8 @@ def _facts(description: ModelDescription, loaded: LoadedModel, epoch: str | int 
         if config.attack.training_epsilon:
             ball = f"{config.attack.norm} epsilon {config.attack.epsilon}"
             attack = f"{ball}, {config.attack.steps} steps of {config.attack.step_size}"
+            if config.attack.step_warmup:
+                attack += f", which grow over the first {config.attack.step_warmup} epochs"
             attack += ", both lengths growing with the epoch" * (config.attack.ramp != "none")
         if config.attack.noise:
             attack += f", noise of {config.attack.noise:g}"

@@ -14,6 +14,7 @@ from awp_engine.step.objectives.adr import Adr, AdrTrades
 from awp_engine.step.objectives.adversarial_training import AdversarialTraining
 from awp_engine.step.objectives.dajat import Dajat
 from awp_engine.step.objectives.decoupled_kl import GeneralizedKL, ImprovedKL
+from awp_engine.step.objectives.liet import Liet
 from awp_engine.step.objectives.mart import Mart
 from awp_engine.step.objectives.objective import Objective
 from awp_engine.step.objectives.rebat import Rebat
@@ -31,6 +32,7 @@ __all__ = [
     "GeneralizedKL",
     "Hat",
     "ImprovedKL",
+    "Liet",
     "Mart",
     "Objective",
     "Rebat",
@@ -53,6 +55,7 @@ _METHODS: dict[str, Callable[..., Objective]] = {
     "adr-trades": AdrTrades,
     "rebat": Rebat,
     "dajat": Dajat,
+    "liet": Liet,
     "score": Score,
     "score-trades": ScoreTrades,
     "ard": Ard,
@@ -61,7 +64,7 @@ _METHODS: dict[str, Callable[..., Objective]] = {
     "hat": Hat,
 }
 # what is given beside arguments: settings with a flag of their own, and what only the run knows
-_GIVEN = ("beta", "label_smoothing", "average_warmup", "num_classes", "device")
+_GIVEN = ("beta", "label_smoothing", "average_warmup", "epochs", "num_classes", "image_shape", "device")
 
 
 def build_objective(
@@ -70,8 +73,10 @@ def build_objective(
     beta: float = 6.0,
     label_smoothing: float = 0.0,
     average_warmup: float = 0.0,
+    epochs: int = 1,
     arguments: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
+    image_shape: tuple[int, int, int] | None = None,
     device: torch.device | None = None,
 ) -> Objective:
     """The objective of a method, which is called with those of the arguments that its signature names.
@@ -82,8 +87,10 @@ def build_objective(
         beta: weight of the divergence in TRADES, RST and MART (whose paper calls it lambda).
         label_smoothing: part of a label spread over all classes, in [0, 1).
         average_warmup: epochs in which the average of the weights is a copy of them.
+        epochs: of the run.
         arguments: further ones by name, of `--method-args`.
         num_classes: of the images; None where the caller does not know.
+        image_shape: of an image, (C, H, W); None likewise.
         device: where tensors that it keeps belong; None is the CPU.
 
     Raises:
@@ -95,10 +102,11 @@ def build_objective(
         "beta": beta,
         "label_smoothing": label_smoothing,
         "average_warmup": average_warmup,
+        "epochs": epochs,
         "device": device or torch.device("cpu"),
     }
-    if num_classes is not None:
-        given["num_classes"] = num_classes
+    given |= {"num_classes": num_classes} if num_classes is not None else {}
+    given |= {"image_shape": image_shape} if image_shape is not None else {}
     if is_code(method):
         factory, _ = load_factory(method, "--method")
     elif method in _METHODS:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awp_engine.attack import Loss, summed_cross_entropy
+from awp_engine.attack import Attack, Loss, summed_cross_entropy
 from awp_engine.attack.losses import log_probabilities
 from awp_engine.config import ConfigError
 from awp_engine.config.schema import show
@@ -21,12 +21,14 @@ class Objective(ABC):
     """A method: what the attack climbs, and what weights are trained by.
 
     Whatever else than `losses` is left out makes a method that keeps nothing and does not change in time. In a step
-    these are called, in this order: `begin_step`, `begin_batch`, `targets`, `attack_loss`, `ascent_losses`, `losses`,
-    `after_step`; and `attack_model` with `attack_loss`.
+    these are called, in this order: `begin_step`, `start`, `begin_batch`, `targets`, `attack_loss`, `ascent_losses`,
+    `losses`, `after_step`; and `attack_model` with `attack_loss`.
 
     Attributes:
         uses_average: whether it needs `average`.
         average: the run's average of the weights, in eval mode and without gradients, as the step before left it.
+        compares_with_start: whether `losses` gets, for x, where the attack began.
+        ids: int64 [N], of the images that `targets` is called with: what random numbers of an image are keyed by.
         uses_teacher: whether it needs `teacher`.
         teacher: a frozen classifier, in eval mode and without gradients of its weights, for each part of a step in the
             precision of that part.
@@ -38,7 +40,9 @@ class Objective(ABC):
     """
 
     uses_average: ClassVar[bool] = False
+    compares_with_start: ClassVar[bool] = False
     average: nn.Module | None = None
+    ids: Tensor | None = None
     uses_teacher: ClassVar[bool] = False
     teacher: WorkingModels | None = None
     descending: bool = False
@@ -55,6 +59,24 @@ class Objective(ABC):
             epoch: counted from 1.
             step: of the epoch, from 0.
         """
+
+    def start(self, model: nn.Module, batch: Batch, first: Tensor, attack: Attack, seed: int, ranks: Ranks) -> Tensor:
+        """Where the attack on a batch begins; here where the attack itself does.
+
+        Called on the host before every step, outside of graphs. The attack projects it in its first step.
+
+        Args:
+            model: the classifier, in no mode that could be relied on.
+            batch: this rank's part.
+            first: [N, C, H, W], the attack's own first iterate, such as random noise; may be written to.
+            attack: that begins there.
+            seed: of random numbers, the same in all steps of an epoch; an image is keyed by its id.
+            ranks: that train together; they call this alike.
+
+        Returns:
+            [N, C, H, W], of any values that `model` takes.
+        """
+        return first
 
     def begin_batch(self, batch: Batch, share: float, ranks: Ranks) -> None:  # noqa: B027
         """What a loss needs to know of the whole batch, once a step: micro-batches are parts of it.

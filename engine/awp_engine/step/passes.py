@@ -205,6 +205,7 @@ class Passes:
         if attack.kind == "apgd" and type(self.objective).attack_loss is not Objective.attack_loss:
             name = type(self.objective).__name__
             raise ValueError(f"attack: apgd climbs cross-entropy, {name} another loss; expected kind pgd")
+        model = self.objective.watched(model, batch.labels)
         if attack.kind == "pgd" and attack.epsilon > 0:
             modes = batch_norm_mode(model, attack.bn_mode, update_statistics=False, synchronized=False)
             with torch.no_grad(), modes:

@@ -16,12 +16,15 @@ def forward_units(config: Config, *, cheap: bool = False) -> float:
     if cheap:
         steps = min(steps, 0 if config.attack.fast == "free" else 1)
     # AT passes attacked images alone, the others clean ones as well; the average has no backward pass
-    training = {"at": 3.0, "adr": 3.0, "rebat": 4.0}.get(config.method, 6.0)
+    training = {"at": 3.0, "e-at": 3.0, "msd": 3.0, "adr": 3.0, "rebat": 4.0}.get(config.method, 6.0)
     # TRADES, IKL and GKL pass clean images once before the attack, and Auto-PGD attacked ones after its last step
     once_more = config.method in ("trades", "rst", "ikl", "gkl", "adr-trades") or (
         config.attack.kind == "apgd" and not cheap
     )
     attack = 2.0 * steps + (1.0 if once_more and steps else 0.0)
+    if config.method == "msd":
+        # every step tries a point in each ball
+        attack += steps * (1 + len(config.attack.also))
     if not config.awp.enabled:
         ascent = 0.0
     elif config.awp.ascent == "shared":

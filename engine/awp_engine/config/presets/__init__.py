@@ -10,6 +10,7 @@ from awp_engine.config.presets import (
     fast,
     generated,
     imagenet,
+    norms,
     paper,
     perturbed,
 )
@@ -20,7 +21,7 @@ from awp_engine.config.settings import Config
 DEFAULT = "digits"
 
 _ALL: dict[str, Preset] = {}
-for _family in (digits, paper, perturbed, divergence, fast, imagenet, generated, augmented, distillation):
+for _family in (digits, paper, perturbed, divergence, fast, imagenet, generated, augmented, distillation, norms):
     _ALL |= _family.PRESETS
 
 PRESETS: dict[str, str] = {name: summary for name, (summary, _) in _ALL.items()}

@@ -16,15 +16,18 @@ from awp_engine.step.objectives.decoupled_kl import GeneralizedKL, ImprovedKL
 from awp_engine.step.objectives.mart import Mart
 from awp_engine.step.objectives.objective import Objective
 from awp_engine.step.objectives.rebat import Rebat
+from awp_engine.step.objectives.several_norms import ExtremeNorm, MultiSteepestDescent
 from awp_engine.step.objectives.trades import Trades
 
 __all__ = [
     "Adr",
     "AdrTrades",
     "AdversarialTraining",
+    "ExtremeNorm",
     "GeneralizedKL",
     "ImprovedKL",
     "Mart",
+    "MultiSteepestDescent",
     "Objective",
     "Rebat",
     "Trades",
@@ -42,9 +45,11 @@ _METHODS: dict[str, Callable[..., Objective]] = {
     "adr": Adr,
     "adr-trades": AdrTrades,
     "rebat": Rebat,
+    "e-at": ExtremeNorm,
+    "msd": MultiSteepestDescent,
 }
 # what is given beside arguments: settings with a flag of their own, and what only the run knows
-_GIVEN = ("beta", "label_smoothing", "average_warmup", "num_classes", "device")
+_GIVEN = ("beta", "label_smoothing", "average_warmup", "num_classes", "device", "balls", "run_seed")
 
 
 def build_objective(
@@ -53,6 +58,8 @@ def build_objective(
     beta: float = 6.0,
     label_smoothing: float = 0.0,
     average_warmup: float = 0.0,
+    balls: int = 1,
+    run_seed: int = 0,
     arguments: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
     device: torch.device | None = None,
@@ -65,6 +72,8 @@ def build_objective(
         beta: weight of the divergence in TRADES, RST and MART (whose paper calls it lambda).
         label_smoothing: part of a label spread over all classes, in [0, 1).
         average_warmup: epochs in which the average of the weights is a copy of them.
+        balls: that images are attacked in, >= 1.
+        run_seed: of what a method draws.
         arguments: further ones by name, of `--method-args`.
         num_classes: of the images; None where the caller does not know.
         device: where tensors that it keeps belong; None is the CPU.
@@ -79,6 +88,8 @@ def build_objective(
         "label_smoothing": label_smoothing,
         "average_warmup": average_warmup,
         "device": device or torch.device("cpu"),
+        "balls": balls,
+        "run_seed": run_seed,
     }
     if num_classes is not None:
         given["num_classes"] = num_classes

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awp_engine.attack import Loss, summed_cross_entropy
+from awp_engine.attack import Attack, Loss, summed_cross_entropy
 from awp_engine.attack.losses import log_probabilities
 from awp_engine.distributed.batch import Batch
 from awp_engine.distributed.ranks import Ranks
@@ -18,8 +18,8 @@ class Objective(ABC):
     """A method: what the attack climbs, and what weights are trained by.
 
     Whatever else than `losses` is left out makes a method that keeps nothing and does not change in time. In a step
-    these are called, in this order: `begin_step`, `begin_batch`, `targets`, `attack_loss`, `ascent_losses`, `losses`,
-    `after_step`.
+    these are called, in this order: `begin_step`, `choose`, `begin_batch`, `targets`, `attack_loss`, `watched`,
+    `ascent_losses`, `losses`, `after_step`.
 
     Attributes:
         uses_average: whether it needs `average`.
@@ -44,6 +44,14 @@ class Objective(ABC):
             epoch: counted from 1.
             step: of the epoch, from 0.
         """
+
+    def choose(self, attack: Attack) -> Attack:
+        """How the images of this step are attacked, where the schedule says `attack`; here just so.
+
+        On the host. Between one `begin_step` and the next the same is chosen every time. Where it differs from step to
+        step, `stage` has to differ with it.
+        """
+        return attack
 
     def begin_batch(self, batch: Batch, share: float, ranks: Ranks) -> None:  # noqa: B027
         """What a loss needs to know of the whole batch, once a step: micro-batches are parts of it.
@@ -84,6 +92,13 @@ class Objective(ABC):
             y: as `targets` gave them.
         """
         return summed_cross_entropy
+
+    def watched(self, model: nn.Module, y: Tensor) -> nn.Module:
+        """What the attack on images of labels y calls in place of the model; here the model itself.
+
+        A module that has the model as a part, gives the same logits, and sees them.
+        """
+        return model
 
     @abstractmethod
     def losses(self, model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -84,6 +84,13 @@ ADR = dataclasses.replace(
     average=AverageConfig(kind="ema", decay=0.9, ramp=False, warmup=0.3, statistics="averaged"),
 )
 
+# each step draws its ball by what all steps before have counted
+E_AT = dataclasses.replace(
+    AWP_EMA,
+    method="e-at",
+    attack=AttackConfig(kind="apgd", steps=2, start="none", also=("l1=2",)),
+)
+
 
 def on(rank: int, world: int) -> Ranks:
     return Ranks(rank=rank, world=world, local_rank=rank)
@@ -134,6 +141,7 @@ CASES = [
     pytest.param(GKL_EPOCHS, 1, 5, id="1 rank, GKL, 2 epochs"),
     pytest.param(WANG, 1, 5, id="1 rank, generated images"),
     pytest.param(ADR, 1, 5, id="1 rank, teacher"),
+    pytest.param(E_AT, 1, 10, id="1 rank, several norms"),
     pytest.param(AWP_EMA, 2, 10, id="2 ranks, 1 epoch"),
     pytest.param(GKL_EPOCHS, 2, 10, id="2 ranks, GKL, 2 epochs", marks=pytest.mark.long),
     pytest.param(FREE_SWA, 2, 10, id="2 ranks, 2 epochs", marks=pytest.mark.long),

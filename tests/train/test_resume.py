@@ -141,7 +141,7 @@ CASES = [
     pytest.param(GKL_EPOCHS, 1, 5, id="1 rank, GKL, 2 epochs"),
     pytest.param(WANG, 1, 5, id="1 rank, generated images"),
     pytest.param(ADR, 1, 5, id="1 rank, teacher"),
-    pytest.param(E_AT, 1, 10, id="1 rank, several norms"),
+    pytest.param(E_AT, 1, 20, id="1 rank, several norms"),
     pytest.param(AWP_EMA, 2, 10, id="2 ranks, 1 epoch"),
     pytest.param(GKL_EPOCHS, 2, 10, id="2 ranks, GKL, 2 epochs", marks=pytest.mark.long),
     pytest.param(FREE_SWA, 2, 10, id="2 ranks, 2 epochs", marks=pytest.mark.long),

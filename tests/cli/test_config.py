@@ -248,7 +248,7 @@ def test_the_evaluations_step_fits_the_ball_as_well() -> None:
 BAD = {
     "--attack.epsilon": lambda: AttackConfig(epsilon="1.01"),
     "--attack.steps": lambda: AttackConfig(steps=0),
-    "--attack.norm": lambda: AttackConfig(norm="l1"),
+    "--attack.norm": lambda: AttackConfig(norm="l3"),
     "--attack.bn-mode": lambda: AttackConfig(bn_mode="x"),
     "--awp.gamma": lambda: AwpConfig(gamma=float("nan")),
     "--awp.warmup": lambda: AwpConfig(warmup=-1),

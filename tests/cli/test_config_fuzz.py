@@ -209,7 +209,7 @@ REAL = [
     ["--epochs", "9" * 30],
     ["--seed", "three"],
     ["--gpu", "0"],
-    ["--attack.norm", "l1"],
+    ["--attack.norm", "l3"],
 ]
 
 

@@ -89,6 +89,16 @@ CASES: dict[str, Config] = {
     "hat, micro-batches, frozen statistics": dataclasses.replace(
         BASE, method="hat", distributed=DistributedConfig(), micro_batch_size=2
     ),
+    "e-at": dataclasses.replace(
+        BASE, method="e-at", attack=dataclasses.replace(EVAL_ATTACK, kind="apgd", start="none", also=("l1=2",))
+    ),
+    "msd, micro-batches, frozen statistics": dataclasses.replace(
+        BASE,
+        method="msd",
+        attack=dataclasses.replace(EVAL_ATTACK, start="none", also=("l2=1", "l1=2")),
+        distributed=DistributedConfig(),
+        micro_batch_size=2,
+    ),
     "frozen statistics": dataclasses.replace(BASE, distributed=DistributedConfig()),
     "micro-batches, frozen statistics": dataclasses.replace(BASE, distributed=DistributedConfig(), micro_batch_size=2),
     "micro-batches, shared ascent, frozen statistics": dataclasses.replace(

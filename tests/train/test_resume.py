@@ -107,6 +107,13 @@ LIET = dataclasses.replace(
     average=AverageConfig(kind="ema", decay=0.9, bn_images=10),
 )
 
+# each step draws its ball by what all steps before have counted
+E_AT = dataclasses.replace(
+    AWP_EMA,
+    method="e-at",
+    attack=AttackConfig(kind="apgd", steps=2, start="none", also=("l1=2",)),
+)
+
 
 def on(rank: int, world: int) -> Ranks:
     return Ranks(rank=rank, world=world, local_rank=rank)
@@ -159,6 +166,7 @@ CASES = [
     pytest.param(ADR, 1, 5, id="1 rank, teacher"),
     pytest.param(DAJAT, 1, 5, id="1 rank, views, 2 epochs", marks=pytest.mark.long),
     pytest.param(LIET, 1, 3, id="1 rank, table of classes"),
+    pytest.param(E_AT, 1, 20, id="1 rank, several norms"),
     pytest.param(AWP_EMA, 2, 10, id="2 ranks, 1 epoch"),
     pytest.param(GKL_EPOCHS, 2, 10, id="2 ranks, GKL, 2 epochs", marks=pytest.mark.long),
     pytest.param(DAJAT, 2, 5, id="2 ranks, views, 2 epochs", marks=pytest.mark.long),

@@ -2,31 +2,35 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from awp_engine.attack.apgd import apgd
-from awp_engine.attack.common import Start, starting_point
+from awp_engine.attack.common import Norm, Start, starting_point
+from awp_engine.attack.l1 import apgd_l1
 from awp_engine.attack.losses import Loss, summed_cross_entropy
+from awp_engine.attack.msd import msd
 from awp_engine.attack.pgd import pgd
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attack:
-    """How images are attacked: `attack(model, x, y)` calls `pgd`, or `apgd`, with these arguments.
+    """How images are attacked: `attack(model, x, y)` calls `pgd`, `apgd`, `apgd_l1` or `msd` with these arguments.
 
     Attributes:
         kind: "pgd", or "apgd", which chooses its own step sizes.
         epsilon: radius of the ball, on pixels in [0, 1]; 0 leaves images as they are.
         step_size: length of a step of PGD, in the same units; None for apgd alone.
         steps: number of steps.
-        norm: "linf" or "l2".
+        norm: "linf", "l2" or "l1". In L1 there is apgd, which begins at the image for the start "none", and else at
+            Gaussian noise; pgd is part of `msd` alone.
         start: first iterate; see `pgd`.
         start_epsilon: radius of the ball that a uniform start is drawn from; None means epsilon.
         bn_mode: how batch normalisation behaves during the attack: "train", by the batch's statistics, or "eval".
         seed: of the noise, where a call gives no other.
+        others: attacks in further balls. One of `balls` attacks in one; with all of them a call is multi steepest
+            descent (kind pgd, start "none"), whose number of steps, modes and seed are this one's.
 
     Raises:
         ValueError: another kind, or pgd without a step size.
@@ -36,11 +40,12 @@ class Attack:
     epsilon: float
     step_size: float | None = None
     steps: int
-    norm: Literal["linf", "l2"] = "linf"
+    norm: Norm = "linf"
     start: Start = "uniform"
     start_epsilon: float | None = None
     bn_mode: Literal["train", "eval"] = "eval"
     seed: int = 0
+    others: tuple["Attack", ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in ("pgd", "apgd"):
@@ -48,10 +53,16 @@ class Attack:
         if self.kind == "pgd" and self.step_size is None:
             raise ValueError("step_size: expected a length for kind pgd, got None; only apgd chooses its own")
 
+    @property
+    def balls(self) -> tuple["Attack", ...]:
+        """An attack for each ball, this one's first."""
+        return replace(self, others=()), *self.others
+
     def scaled(self, part: float) -> "Attack":
         """This attack in a ball of `part` of the radius, with steps as much shorter."""
         lengths = {name: getattr(self, name) for name in ("epsilon", "step_size", "start_epsilon")}
-        return replace(self, **{name: part * length for name, length in lengths.items() if length is not None})
+        changed = {name: part * length for name, length in lengths.items() if length is not None}
+        return replace(self, **changed, others=tuple(other.scaled(part) for other in self.others))
 
     def first(self, x: Tensor, *, sample_ids: Tensor, seed: int) -> Tensor:
         """Where the attack on a batch begins, [N, C, H, W]: all of it that depends on the seed."""
@@ -95,41 +106,35 @@ class Attack:
             observe_from: the first step that it is called for.
 
         Raises:
-            ValueError: as `pgd`; a loss or shared parameters with apgd, which climbs cross-entropy.
+            ValueError: as `pgd`; a loss or shared parameters with apgd or several balls, which climb cross-entropy;
+                several balls with apgd or another start.
         """
         if self.epsilon == 0:
             return x
+        fixed = self.kind == "apgd" or self.others
+        other = loss is not None and (self.kind == "apgd" or loss is not summed_cross_entropy)
+        if fixed and (other or shared):
+            what = "in several balls" if self.others else "of kind apgd"
+            raise ValueError(f"loss, shared: expected neither with an attack {what}, which climbs cross-entropy")
+        seed = self.seed if seed is None else seed
+        given: dict[str, Any] = {"steps": self.steps, "bn_mode": self.bn_mode, "loss_scale": loss_scale}
+        given |= {"observe": observe, "observe_from": observe_from}
+        if self.others:
+            if self.kind != "pgd" or self.start != "none":
+                raise ValueError("others: expected none but with kind pgd and start none; take one of `balls`")
+            balls: list[tuple[Norm, float, float]] = [
+                (ball.norm, ball.epsilon, ball.step_size or 0.0) for ball in self.balls
+            ]
+            return msd(model, x, y, balls=balls, seed=seed, start=start, **given)
+        given |= {"epsilon": self.epsilon, "sample_ids": sample_ids, "seed": seed}
+        if self.kind == "apgd" and self.norm == "l1":
+            return apgd_l1(model, x, y, start=x if start is None and self.start == "none" else start, **given)
+        given |= {"norm": self.norm, "start": self.start if start is None else start, "nonfinite": "ignore"}
         if self.kind == "apgd":
-            if loss is not None or shared:
-                raise ValueError(
-                    "loss, shared: expected neither with an attack of kind apgd, which climbs cross-entropy"
-                )
-            attack = partial(apgd, loss_scale=loss_scale)
-        else:
-            assert self.step_size is not None
-            attack = partial(
-                pgd,
-                step_size=self.step_size,
-                start_epsilon=self.start_epsilon,
-                loss=loss or summed_cross_entropy,
-                loss_scale=loss_scale,
-                shared=shared,
-            )
-        return attack(
-            model,
-            x,
-            y,
-            epsilon=self.epsilon,
-            steps=self.steps,
-            norm=self.norm,
-            start=self.start if start is None else start,
-            bn_mode=self.bn_mode,
-            sample_ids=sample_ids,
-            seed=self.seed if seed is None else seed,
-            nonfinite="ignore",
-            observe=observe,
-            observe_from=observe_from,
-        )
+            return apgd(model, x, y, **given)
+        assert self.step_size is not None
+        lengths = {"step_size": self.step_size, "start_epsilon": self.start_epsilon}
+        return pgd(model, x, y, loss=loss or summed_cross_entropy, shared=shared, **lengths, **given)
 
 
 def fast_attack(

@@ -37,16 +37,19 @@ def number(name: str, value: float, *, minimum: float = -math.inf) -> None:
         raise ValueError(f"{name}: expected a finite number{least}, got {repr(value)[:80]}")
 
 
-def ball(values: int, *, epsilon: float, norm: str, clip: Clip, step_size: float | None = None) -> None:
-    """Refuse a ball, a range or a step that an image of so many values cannot be meant to have."""
+def ball(
+    values: int, *, epsilon: float, norm: str, clip: Clip, step_size: float | None = None, l1: bool = False
+) -> None:
+    """Refuse a ball, a range or a step that an image of so many values cannot be meant to have; `l1`: that is known."""
     low, high = clip
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(f"clip: expected (low, high), finite, with low < high, got ({low}, {high})")
     number("epsilon", epsilon, minimum=0)
-    if norm not in ("linf", "l2"):
-        raise ValueError(f"norm: expected one of linf, l2, got {norm!r}")
+    reaches = {"linf": 1.0, "l2": math.sqrt(values) + 1} | ({"l1": float(values)} if l1 else {})
+    if norm not in reaches:
+        raise ValueError(f"norm: expected one of {', '.join(reaches)}, got {norm!r}")
     # beyond this radius every image can be made into every other
-    reach = high - low if norm == "linf" else (high - low) * (math.sqrt(values) + 1)
+    reach = (high - low) * reaches[norm]
     if epsilon > reach:
         raise ValueError(
             f"epsilon: expected at most {reach:g} for {norm}, as values lie in [{low:g}, {high:g}], got {epsilon:g}; "

@@ -11,6 +11,7 @@ from awp_engine.attack import checks
 from awp_kernels import pgd_init_, pgd_init_normal_, pgd_step_
 
 Start = Literal["uniform", "normal", "none"]
+Norm = Literal["linf", "l2", "l1"]
 
 # what TRADES and MART start from: at the image itself the divergence has no gradient
 NORMAL_START = 0.001
@@ -22,7 +23,7 @@ class Ball(NamedTuple):
     """Where attacked images may lie."""
 
     epsilon: float
-    norm: Literal["linf", "l2"]
+    norm: Norm
     clip: checks.Clip
 
     def project_(self, x_adv: Tensor, x: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ def starting_point(
     start: Start | Tensor,
     *,
     epsilon: float,
-    norm: Literal["linf", "l2"],
+    norm: Norm,
     sample_ids: Tensor,
     seed: int,
     clip: checks.Clip = (0.0, 1.0),

@@ -237,7 +237,7 @@ _COMMON = {
     "optimizer.lr": ("X", "learning rate"),
     "method": ("NAME", "loss: at, trades, mart, rst, ikl or gkl"),
     "awp.gamma": ("X", "size of weight perturbation; 0 turns it off"),
-    "attack.norm": ("NAME", "norm of the attack: linf or l2"),
+    "attack.norm": ("NAME", "norm of the attack: linf, l2 or l1"),
     "attack.epsilon": ("X", "radius of the attack, exact: 8/255 or 0.2"),
     "attack.step_size": ("X", "length of its steps, exact"),
     "attack.steps": ("N", "steps of the attack"),

@@ -151,7 +151,9 @@ def _attack(run: Run) -> str:
 
 
 def _ball(run: Run) -> tuple[str, Fraction]:
-    return run.config.attack.norm, parse_amount(run.config.attack.epsilon)
+    """Norm and radius; of several balls all are named, as no evaluation in one of them is like such a measurement."""
+    attack = run.config.attack
+    return attack.balls if attack.also else attack.norm, parse_amount(attack.epsilon)
 
 
 def _asked(run: Run) -> tuple:
@@ -518,7 +520,7 @@ def _title(runs: Sequence[Run]) -> str:
     first = runs[0]
     measured = next((run.result.test_images for run in runs if run.result is not None), None)
     count = "" if measured is None else f"{measured} image{'s' * (measured != 1)}, "
-    ball = f"{first.config.attack.norm} epsilon {first.config.attack.epsilon}"
+    ball = first.config.attack.balls
     step = "" if first.config.evaluation.step_size is None else f" of step {first.settings['evaluation.step_size']}"
     return f"{_model(runs)}{first.config.data.name} test split, {count}{ball}, {_attack(first)}{step}"
 

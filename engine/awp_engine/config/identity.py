@@ -69,6 +69,7 @@ ADDED: dict[str, Any] = {
     "optimizer.warmup_lr": 0.0,
     "optimizer.min_lr": 0.0,
     "optimizer.no_decay": [],
+    "attack.also": [],
     "awp.max_rise": None,
     "attack.noise": 0.0,
     "attack.noise_samples": 1,
@@ -196,6 +197,7 @@ def decisive(config: Config) -> dict[str, Any]:
     quarter = parse_amount(config.attack.epsilon) / 4  # the evaluation's step where none is given
     for key in ("attack.epsilon", "attack.step_size", "evaluation.step_size"):
         values[key] = str(quarter if values[key] is None else parse_amount(values[key]))
+    values["attack.also"] = [f"{norm}={epsilon},{step}" for norm, epsilon, step in config.attack.further]
     return {key: value for key, value in values.items() if key not in _FREE_ON_RESUME}
 
 

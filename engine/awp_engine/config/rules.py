@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 TAUGHT = ("ard", "rslad", "adaad", "hat")
 """Methods that learn from a frozen network."""
+# adversarial training against several balls
+_SEVERAL_NORMS = ("e-at", "msd")
 
 
 def own_images(batch_size: int, extra_fraction: float, *, filled: bool = False) -> int:
@@ -83,7 +85,8 @@ def choose_speed(config: Config, *, cuda: bool, ranks: int) -> Speed:
         "--awp.c-min": config.awp.c_min is not None,
         # nor is it known what another's forward pass does
         f"--model.name {config.model.name}": config.model.source != "built-in",
-        f"--method {config.method}": is_code(config.method),
+        # whose steps in l1 differ in how many values they change
+        f"--method {config.method}": is_code(config.method) or config.method == "msd",
         # its replays are not captured, and no other step is taken
         "--attack.fast free": config.attack.fast == "free" and _always_fast(config),
         # a graph would replay one noise
@@ -148,6 +151,27 @@ def _always_fast(config: Config) -> bool:
 
 def _require_attack(config: Config) -> None:
     attack, evaluation = config.attack, config.evaluation
+    several, reason = config.method in _SEVERAL_NORMS, f"with --method {config.method}"
+    like = f"further balls {reason}, such as l1=12" if several else "none without --method e-at or msd"
+    config.require(bool(attack.also) == several, "attack.also", like)
+    if several:
+        config.require_value("attack.kind", "apgd" if config.method == "e-at" else "pgd", reason)
+        config.require(attack.epsilon_value > 0, "attack.epsilon", f"more than 0 {reason}")
+    if config.method == "e-at":
+        own = all("," not in word for word in attack.also)
+        config.require(own, "attack.also", f"NORM=EPSILON {reason}, whose attack chooses its own steps")
+    elif several:
+        config.require_value("attack.start", "none", f"{reason}, which begins at the image")
+        config.require_value("awp.ascent", "exact", f"{reason}, whose last pass has no gradient")
+    else:
+        fits = attack.kind != "pgd" or attack.norm != "l1"
+        like = "linf or l2 with --attack.kind pgd; apgd, of methods whose attack climbs cross-entropy, knows l1"
+        config.require(fits, "attack.norm", like)
+    if attack.has_l1:
+        config.require_value("evaluation.loss", "ce", "with an attack in l1, which climbs cross-entropy")
+    if attack.norm == "l1":
+        like = "none with --attack.norm l1, whose steps are chosen by Auto-PGD"
+        config.require(evaluation.step_size is None, "evaluation.step_size", like)
     if attack.kind == "pgd" and not _always_fast(config):
         _require_reach(config, "attack.step_size", attack.step_size, attack.steps)
     if evaluation.step_size is not None:

@@ -11,7 +11,7 @@ import math
 import re
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from awp_engine.config.data_sets import DATA_SETS, OWN, is_own, where_to_get
 from awp_engine.config.model_names import BUILT_IN, EXPECTED, Source, in_file, is_code, optimizer_source, source_of
@@ -38,22 +38,8 @@ from awp_engine.config.schema import (
 
 _PRESET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _METHODS = (
-    *(
-        "at",
-        "trades",
-        "mart",
-        "rst",
-        "ikl",
-        "gkl",
-        "adr",
-        "adr-trades",
-        "rebat",
-        "dajat",
-        "liet",
-        "score",
-        "score-trades",
-    ),
-    *TAUGHT,
+    *("at", "trades", "mart", "rst", "ikl", "gkl", "adr", "adr-trades", "rebat", "dajat", "liet", "e-at", "msd"),
+    *("score", "score-trades", *TAUGHT),
 )
 _Pixels = Annotated[int, Range("a whole number of pixels, 0 to 1024", ge=0, le=1024)]
 
@@ -224,6 +210,25 @@ class ModelConfig(Checked, section="model."):
         self.require(fits, "normalize", f"another with --model.name {self.name}, which has no normalisation of its own")
 
 
+_FURTHER = re.compile(r"(linf|l2|l1)=([^=,]*)(?:,([^=,]*))?")
+
+
+def _is_length(*texts: str | None) -> bool:
+    """Whether all of them are amounts > 0, or None."""
+    try:
+        return all(text is None or parse_amount(text) > 0 for text in texts)
+    except ValueError:
+        return False
+
+
+class FurtherBall(NamedTuple):
+    """A ball beside the first one, on pixels in [0, 1]."""
+
+    norm: Literal["linf", "l2", "l1"]
+    epsilon: Fraction
+    step_size: Fraction
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherConfig(Checked, section="teacher."):
     """The frozen network that ARD, RSLAD, AdaAD and HAT learn from."""
@@ -269,10 +274,13 @@ class AttackConfig(Checked, section="attack."):
     kind: Literal["pgd", "apgd", "none"] = "pgd"
     """Steps of one length; Auto-PGD (Croce, Hein 2020), which chooses its own, for AT and MART; or no attack: epsilon
     is then that of the evaluation alone."""
-    norm: Literal["linf", "l2"] = "linf"
-    """Norm of the ball around an image."""
+    norm: Literal["linf", "l2", "l1"] = "linf"
+    """Norm of the ball around an image; l1 with --attack.kind apgd, or --method msd."""
     epsilon: Amount = "0.2"
     """Radius of the ball, on pixels in [0, 1], as an exact fraction or a decimal: 8/255, 0.2."""
+    also: tuple[str, ...] = ()
+    """Further balls of --method e-at and msd: NORM=EPSILON, such as l1=12; or NORM=EPSILON,STEP, where steps of msd are
+    not the same part of epsilon."""
     step_size: Amount = "0.05"
     """Length of one step of PGD, in epsilon's units and at most 2 epsilon, exact as well: 2/255, 0.05."""
     steps: Annotated[int, Range("a whole number >= 1 (--attack.epsilon 0 trains without an attack)", ge=1)] = 10
@@ -303,7 +311,8 @@ class AttackConfig(Checked, section="attack."):
         if self.norm == "linf" and epsilon > 1:
             hint = f" (did you mean {epsilon}/255?)" if epsilon <= 255 and epsilon.denominator == 1 else ""
             self.require(False, "epsilon", f"at most 1 for linf, as pixels lie in [0, 1]{hint}")
-        self.require(self.fast == "none" or self.norm == "linf", "fast", "none with --attack.norm l2")
+        self._check_balls()
+        self.require(self.fast == "none" or self.norm == "linf", "fast", f"none with --attack.norm {self.norm}")
         noise = "at most 1/2 with --attack.fast n-fgsm, whose noise reaches twice as far"
         self.require(self.fast != "n-fgsm" or epsilon <= Fraction(1, 2), "epsilon", noise)
         alone = self.fast == "none" or (self.kind != "none" and self.noise == 0)
@@ -313,6 +322,44 @@ class AttackConfig(Checked, section="attack."):
         grows = self.kind == "pgd" and self.fast == "none" and self.training_epsilon > 0
         self.require(self.step_warmup == 0 or grows, "step_warmup", "0, unless training attacks by --attack.kind pgd")
         self.require(self.noise > 0 or self.noise_samples == 1, "noise_samples", "1 without --attack.noise")
+
+    def _check_balls(self) -> None:
+        read = [_FURTHER.fullmatch(word) for word in self.also]
+        fits = all(match is not None and _is_length(match[2], match[3]) for match in read)
+        self.require(fits, "also", "NORM=EPSILON of linf, l2 or l1, EPSILON > 0 such as 8/255, or NORM=EPSILON,STEP")
+        norms = [self.norm, *(ball.norm for ball in self.further)]
+        self.require(len({*norms}) == len(norms), "also", "every norm once, and not that of --attack.norm again")
+        small = all(ball.norm != "linf" or ball.epsilon <= 1 for ball in self.further)
+        self.require(small, "also", "at most 1 for linf, as pixels lie in [0, 1]")
+        fits = all(ball.step_size <= 2 * ball.epsilon for ball in self.further)
+        self.require(fits, "also", "steps of at most twice their epsilon")
+        if "l1" in norms and self.kind != "none":
+            self.require(self.start == "none", "start", "none with an attack in l1, which begins at the image")
+
+    @property
+    def further(self) -> list[FurtherBall]:
+        """The balls of `also`; steps are the same part of epsilon where none is given."""
+        part = parse_amount(self.step_size) / (parse_amount(self.epsilon) or 1)
+        found = []
+        for word in self.also:
+            match = _FURTHER.fullmatch(word)
+            assert match is not None  # checked
+            norm: Any = match[1]
+            radius = parse_amount(match[2])
+            found.append(FurtherBall(norm, radius, parse_amount(match[3]) if match[3] else part * radius))
+        return found
+
+    @property
+    def balls(self) -> str:
+        """The ball or balls in words: "linf epsilon 8/255"."""
+        own = f"{self.norm} epsilon {self.epsilon}"
+        words = (word.partition(",")[0].replace("=", " epsilon ") for word in self.also)
+        return " and ".join(["union of " * bool(self.also) + own, *words])
+
+    @property
+    def has_l1(self) -> bool:
+        """Whether one of the balls is an L1 ball."""
+        return "l1" in (self.norm, *(ball.norm for ball in self.further))
 
     @property
     def epsilon_value(self) -> float:
@@ -565,7 +612,8 @@ class Config(Checked):
     """Loss: at, cross-entropy on the attacked images; trades; mart; rst, TRADES with pseudo-labelled images; ikl, gkl,
     with weights by class for its divergence; adr, adr-trades, rebat, which learn from the weights' average too; ard,
     rslad, adaad, hat, which learn from a frozen network; score, score-trades, AT and TRADES by squared errors; dajat,
-    TRADES on several views of each image; liet, for attacks of one step; or an Objective of your own: file.py:Class or
+    TRADES on several views of each image; liet, for attacks of one step; e-at, msd, at against several balls
+    (--attack.also); or an Objective of your own: file.py:Class or
     package.module:Class."""
     beta: Annotated[float, Range("a finite number >= 0", ge=0)] = 6.0
     """Weight of the divergence between attacked and clean images: beta of TRADES and RST, of the squared error in IKL

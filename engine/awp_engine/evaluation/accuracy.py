@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from awp_engine.attack import Attack, Loss
+from awp_engine.attack import Attack, Loss, Norm
 from awp_engine.config import Config
 from awp_engine.data import Split, StreamedSplit, eval_batches
 from awp_engine.distributed.ranks import Ranks
@@ -42,12 +42,15 @@ class Accuracy:
     """Fractions in [0, 1] of the same samples; an image counts as robust if it is right both clean and attacked.
 
     Attributes:
+        robust: under every attack, where there are several: the worst case over the union of their balls.
         robust_by_class: how many images of every label are robust, up to the last label that there is.
+        robust_by_attack: of each attack alone.
     """
 
     clean: float
     robust: float
     robust_by_class: tuple[int, ...] = ()
+    robust_by_attack: tuple[float, ...] = ()
 
 
 def evaluation_seed(run_seed: int) -> int:
@@ -55,15 +58,28 @@ def evaluation_seed(run_seed: int) -> int:
     return mix_seed(run_seed, _EVALUATION_NOISE)
 
 
-def evaluation_attack(config: Config) -> Attack:
-    """The attack that a run is measured by: cross-entropy PGD from a random start, BN in eval mode."""
-    return Attack(
-        epsilon=config.attack.epsilon_value,
-        step_size=config.evaluation_step_size,
-        steps=config.evaluation.steps,
-        norm=config.attack.norm,
-        seed=evaluation_seed(config.seed),
+def evaluation_attacks(config: Config) -> tuple[Attack, ...]:
+    """The attacks that a run is measured by, one for each of its balls; see `evaluation_attack`."""
+    balls: list[tuple[Norm, float, float]] = [
+        (config.attack.norm, config.attack.epsilon_value, config.evaluation_step_size),
+        *((ball.norm, float(ball.epsilon), float(ball.epsilon / 4)) for ball in config.attack.further),
+    ]
+    return tuple(
+        Attack(
+            kind="apgd" if norm == "l1" else "pgd",
+            epsilon=epsilon,
+            step_size=step_size,
+            steps=config.evaluation.steps,
+            norm=norm,
+            seed=evaluation_seed(config.seed),
+        )
+        for norm, epsilon, step_size in balls
     )
+
+
+def evaluation_attack(config: Config) -> Attack:
+    """That of the first ball: cross-entropy PGD from a random start (L1: Auto-PGD from noise), BN in eval mode."""
+    return evaluation_attacks(config)[0]
 
 
 _AnySplit = TypeVar("_AnySplit", bound=Split | StreamedSplit)
@@ -94,7 +110,7 @@ def count_right(model: nn.Module, split: Split | StreamedSplit, device: torch.de
 def evaluate(
     model: nn.Module,
     split: Split | StreamedSplit,
-    attack: Attack,
+    attack: Attack | Sequence[Attack],
     *,
     batch_size: int,
     loss: Loss | None = None,
@@ -111,7 +127,7 @@ def evaluate(
     Args:
         model: maps images in [0, 1] to logits, on the split's device.
         split: the samples.
-        attack: how they are attacked.
+        attack: how they are attacked; of several by each in turn.
         batch_size: images a batch; does not change the result beyond rounding.
         loss: what PGD climbs; None: cross-entropy.
         class_weights: what an image of every class counts for; all count the same if not given.
@@ -128,7 +144,8 @@ def evaluate(
     device = split.device
     rows = torch.arange(len(split))[ranks.rank :: ranks.world]
     own = split if ranks.world == 1 else split.select(rows)
-    whole, done = len(own) * attack.steps, 0
+    attacks = [attack] if isinstance(attack, Attack) else attack
+    whole, done = len(own) * sum(one.steps for one in attacks), 0
 
     def watch(step: int, gradient: Tensor) -> None:
         nonlocal done
@@ -140,7 +157,7 @@ def evaluate(
     with layer_modes(model, "eval", update_statistics=True):
         total = torch.bincount(split.labels.cpu())
         # whole numbers: any number of ranks gets the same bits
-        counts = torch.zeros(2, len(total), dtype=torch.int64, device=device)
+        counts = torch.zeros(2 + len(attacks), len(total), dtype=torch.int64, device=device)
         with contextlib.closing(eval_batches(own, batch_size)) as batches:
             # the first rank has the most images
             for _ in range(-(-len(split) // ranks.world // batch_size) or 1):
@@ -150,12 +167,16 @@ def evaluate(
                     with region("evaluation"):
                         with torch.no_grad():
                             right = predicted(model(x)) == y
-                        nonfinite = NonfiniteGradients(x)
-                        x_adv = attack(model, x, y, sample_ids=ids, observe=watch, loss=loss)
-                        with torch.no_grad():
-                            robust = right & ~nonfinite.found & (predicted(model(x_adv)) == y)
-                        counts.index_add_(1, y, torch.stack([right, robust]).long())
+                        held = []
+                        for one in attacks:
+                            nonfinite = NonfiniteGradients(x)
+                            x_adv = one(model, x, y, sample_ids=ids, observe=watch, loss=loss)
+                            with torch.no_grad():
+                                held.append(right & ~nonfinite.found & (predicted(model(x_adv)) == y))
+                        robust = torch.stack(held).all(0)
+                        counts.index_add_(1, y, torch.stack([right, robust, *held]).long())
         ranks.sum_([counts])
         weights = torch.ones(len(total)) if class_weights is None else torch.tensor(class_weights)[: len(total)]
-        clean, robust = ((counts.cpu() * weights.double()).sum(1) / (total * weights.double()).sum()).tolist()
-        return Accuracy(clean=clean, robust=robust, robust_by_class=tuple(counts[1].tolist()))
+        clean, robust, *each = ((counts.cpu() * weights.double()).sum(1) / (total * weights.double()).sum()).tolist()
+        by_class = tuple(counts[1].tolist())
+        return Accuracy(clean=clean, robust=robust, robust_by_class=by_class, robust_by_attack=tuple(each))

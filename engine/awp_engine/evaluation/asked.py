@@ -174,6 +174,8 @@ class AttacksAsked(Asked):
         config = None if loaded is None else loaded.config
         epsilon, norm, step_size = self.epsilon, self.norm, self.step_size
         if config is not None:
+            further = {ball.norm: str(ball.epsilon) for ball in config.attack.further}
+            epsilon = further.get(norm) if epsilon is None and norm is not None else epsilon
             if epsilon is None and norm not in (None, config.attack.norm):
                 own = f"{config.attack.epsilon}, is of {config.attack.norm}"
                 raise EvaluationError(f"--norm {norm}: give --epsilon too, as the run's own, {own}")

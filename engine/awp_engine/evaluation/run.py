@@ -94,6 +94,10 @@ def evaluate_checkpoint(
     # before anything is measured; a path that is not there is the plainer mistake
     require_packages(ask.named, ask.gates_limit)
     threat, step_size = ask.ball(loaded)
+    own = None if loaded is None or loaded.config is None else loaded.config.attack
+    if own is not None and own.also and ask.epsilon is None:
+        alone = f"{threat.norm} epsilon {threat.epsilon} alone"
+        say(f"{ask.place} was trained against the {own.balls}: measured in {alone}; --norm takes another of them")
     target = prepare(ask, loaded, device, say)
     require_ball(threat, target.dataset)
     second = None if ask.transfer_to is None else _second(ask.transfer_to, target, str(ask.place))

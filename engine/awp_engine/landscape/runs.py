@@ -100,6 +100,8 @@ def open_runs(
                 "give weights inside a run directory, or --model.name NAME with the weights, --data.name and --epsilon"
             )
         config = loaded.config
+        if config.attack.norm == "l1":
+            raise ConfigError(f"{path}: was trained in l1; landscapes are of losses under attacks in linf or l2")
         if data_name is None:
             require_named_data(config, path)
         if data_root is None and data_name in (None, config.data.name):

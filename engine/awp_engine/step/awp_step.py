@@ -147,7 +147,7 @@ class AwpStep:
         """All of a step that the host decides; returns where the attack begins, [N, C, H, W]."""
         self.update.prepare(phase)
         self.passes.prepare(phase)
-        return self.passes.first(phase.attack, batch, phase.seed)
+        return self.passes.first(self.passes.objective.choose(phase.attack), batch, phase.seed)
 
     def __call__(self, batch: Batch, phase: Phase, start: Tensor | None = None) -> StepResult:
         """Train on one batch, or on this rank's part of it; `start` is of `prepare`, where that was called before."""
@@ -162,7 +162,8 @@ class AwpStep:
             passes.objective.begin_batch(batch, share.share, passes.ranks)
             with region("attack"):
                 shared = [self.models.attack.get_parameter(name) for name in names]
-                x_adv, targets, marks = passes.attack(phase.attack, batch, share, start, shared)
+                attack = passes.objective.choose(phase.attack)
+                x_adv, targets, marks = passes.attack(attack, batch, share, start, shared)
             batch = passes.compared(batch, start)
             climb = None
             if awp is not None:

@@ -228,7 +228,7 @@ class Passes:
             modes = batch_norm_mode(model, attack.bn_mode, update_statistics=False, synchronized=False)
             with torch.no_grad(), modes:
                 loss = self.objective.attack_loss(model, batch.images, batch.labels)
-        climbed = self.objective.attack_model(model)
+        climbed = self.objective.attack_model(model, batch.labels)
         return attack(
             climbed, batch.images, batch.labels, sample_ids=batch.ids, start=start, loss=loss, loss_scale=scale, **given
         )

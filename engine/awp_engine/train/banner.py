@@ -17,7 +17,7 @@ def banner(setup: Setup) -> list[str]:
     """
     config = setup.config
     parameters = f"{sum(p.numel() for p in setup.model.parameters()):,}"
-    ball = f"{config.attack.norm} epsilon {config.attack.epsilon}"
+    ball = config.attack.balls
     method, about = f"{config.title} of ", f" ({parameters} parameters)"
     model = method + path_end(config.model.name, COLUMNS - len(method) - len(about)) + about
     data = f"on {path_end(config.data.name, COLUMNS - len(f'on , {ball}'))}, {ball}"

@@ -17,7 +17,9 @@ def forward_units(config: Config, *, cheap: bool = False) -> float:
     if cheap:
         steps = min(steps, 0 if config.attack.fast == "free" else 1)
     # AT passes attacked images alone, the others clean ones as well; the average has no backward pass
-    training = {"at": 3.0, "adr": 3.0, "score": 3.0, "rebat": 4.0, "hat": 9.0}.get(config.method, 6.0)
+    training = {"at": 3.0, "adr": 3.0, "score": 3.0, "e-at": 3.0, "msd": 3.0, "rebat": 4.0, "hat": 9.0}.get(
+        config.method, 6.0
+    )
     # a teacher counts as a network of the same size, and has no backward pass of its weights
     training += 1.0 if config.method in ("ard", "adaad", "hat") else 0.0
     # these pass clean images once before the attack, and Auto-PGD attacked ones after its last step
@@ -27,6 +29,9 @@ def forward_units(config: Config, *, cheap: bool = False) -> float:
     # the ascent has the first one alone
     views = (parse_arguments(config.method_args) or {}).get("views", 3) if config.method == "dajat" else 1
     attack = 2.0 * steps + (1.0 if once_more and steps else 0.0)
+    if config.method == "msd":
+        # every step tries a point in each ball
+        attack += steps * (1 + len(config.attack.also))
     if not config.awp.enabled:
         ascent = 0.0
     elif config.awp.ascent == "shared":

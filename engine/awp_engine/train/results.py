@@ -41,7 +41,7 @@ def throughput(setup: Setup, images_per_second: float, *, cheap: bool) -> dict[s
 
 def result_title(config: Config) -> str:
     """What a table of results is of."""
-    return f"{config.data.name} test split, {config.attack.norm} epsilon {config.attack.epsilon}"
+    return f"{config.data.name} test split, {config.attack.balls}"
 
 
 def result_row(method: str, config: Config, report: Mapping[str, Any]) -> dict[str, str]:
@@ -102,7 +102,8 @@ def write_results(
             "norm": config.attack.norm,
             "epsilon": config.attack.epsilon,
             "steps": config.evaluation.steps,
-            "step_size": config.evaluation_step_size,
+            "step_size": None if config.attack.norm == "l1" else config.evaluation_step_size,
+            **({"also": list(config.attack.also)} if config.attack.also else {}),
         },
         "device": device_name(setup.device),
         "ranks": setup.ranks.world,
@@ -114,6 +115,12 @@ def write_results(
         "made_by": setup.made_by,
         "config_hash": setup.config_hash,
     }
+    if config.attack.also:
+        # what is above is the worst case over all of them
+        norms = [config.attack.norm, *(ball.norm for ball in config.attack.further)]
+        fields["accuracy_by_norm"] = dict(zip(norms, best[0].robust_by_attack, strict=True))
+        by_norm = (f"{norm} {accuracy:.2%}" for norm, accuracy in fields["accuracy_by_norm"].items())
+        say(f"PGD-{config.evaluation.steps} accuracy in each ball: {', '.join(by_norm)}; in the table in all at once")
     if setup.ranks.is_first:
         described = {"epoch": str(progress.best_epoch), "config_hash": setup.config_hash}
         metadata = setup.description.to_metadata() | described

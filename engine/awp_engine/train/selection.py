@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from awp_engine.attack import Loss, summed_margin
 from awp_engine.data import Split, StreamedSplit
 from awp_engine.distributed.sharding import gathered, scatter_
-from awp_engine.evaluation import Accuracy, evaluate, evaluation_attack, spread
+from awp_engine.evaluation import Accuracy, evaluate, evaluation_attacks, spread
 from awp_engine.models.batch_norm import other_buffers, recompute_statistics
 from awp_engine.models.views import base_set
 from awp_engine.observe.regions import region
@@ -37,7 +37,7 @@ class Selection:
         data, settings = setup.data, setup.config.evaluation
         self._setup, self._check_stop, self._measuring = setup, check_stop, measuring
         self._batch_size = settings.batch_size
-        self._attack = evaluation_attack(setup.config)
+        self._attacks = evaluation_attacks(setup.config)
         self._loss = summed_margin if settings.loss == "margin" else None
         self._held_out = spread(data.held_out, settings.held_out_limit)
         self.test = spread(data.test, settings.test_limit)
@@ -74,7 +74,8 @@ class Selection:
         """Forward passes over training images: clean ones, or those over attacked ones that training itself makes."""
         config, passes, seen = self._setup.config, self._setup.awp_step.passes, 0
         # by the batch's statistics: the running ones are what is being computed
-        attack = dataclasses.replace(self._setup.schedule.full_attack(epoch), bn_mode="train")
+        attack = passes.objective.choose(self._setup.schedule.full_attack(epoch))
+        attack = dataclasses.replace(attack, bn_mode="train")
         seed, clean = mix_seed(config.seed, epoch, _AVERAGE_NOISE), config.average.statistics == "clean"
         with contextlib.closing(self._setup.batches.epoch(epoch)) as batches:
             for batch in batches:
@@ -110,7 +111,7 @@ class Selection:
             return evaluate(
                 model,
                 split,
-                self._attack,
+                self._attacks,
                 batch_size=self._batch_size,
                 loss=loss,
                 class_weights=class_weights,

@@ -1,8 +1,8 @@
 """From settings to objects: the one place that knows both. Nothing below the trainer sees a `Config`."""
 
-import dataclasses
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def choose_precision(config: Config, device: torch.device) -> Precision:
 
 def training_attack(settings: AttackConfig) -> Attack:
     """How training attacks, but for the epochs of a cheap attack."""
-    return Attack(
+    own = Attack(
         kind="apgd" if settings.kind == "apgd" else "pgd",
         epsilon=settings.training_epsilon,
         step_size=settings.step_size_value,
@@ -110,6 +110,11 @@ def training_attack(settings: AttackConfig) -> Attack:
         start=settings.start,
         bn_mode=settings.bn_mode,
     )
+    others = (
+        replace(own, norm=ball.norm, epsilon=float(ball.epsilon), step_size=float(ball.step_size))
+        for ball in settings.further
+    )
+    return replace(own, others=tuple(others))
 
 
 def cheap_attack(settings: AttackConfig) -> Attack:
@@ -208,6 +213,8 @@ def objective_of(
         label_smoothing=config.label_smoothing,
         average_warmup=config.average.warmup,
         epochs=config.epochs,
+        balls=1 + len(config.attack.also),
+        run_seed=config.seed,
         arguments=parse_arguments(config.method_args),
         num_classes=num_classes,
         image_shape=image_shape,
@@ -351,9 +358,12 @@ class Setup:
         self.messages += [*data.notes, *label_notes(data, weighted=config.data.class_weights != "none")]
         try:
             # an l2 ball is too large for images of a size that the configuration does not know
-            ball(math.prod(data.train.shape), epsilon=attack.epsilon_value, norm=attack.norm, clip=(0.0, 1.0))
+            for one in training_attack(replace(attack, kind="pgd")).balls:
+                ball(math.prod(data.train.shape), epsilon=one.epsilon, norm=one.norm, clip=(0.0, 1.0), l1=True)
         except ValueError as error:
             raise ConfigError(f"--attack.{error}") from None
+        if config.deterministic and attack.has_l1 and self.device.type == "cuda":
+            raise ConfigError("--deterministic: expected false with an attack in l1 on a GPU, whose sums have no order")
         self.messages += _doubts(config, data)
         self._extra = extra = None
         if config.data.extra is not None:
@@ -456,7 +466,7 @@ class Setup:
             raise ConfigError(f"--data.{error}") from None
         views = self._objective.views
         # a policy is that of further views alone
-        first = augmentation if views == 1 else dataclasses.replace(augmentation, policy="none", policy_first=False)
+        first = augmentation if views == 1 else replace(augmentation, policy="none", policy_first=False)
         self.batches = Batches(
             data.train,
             first,

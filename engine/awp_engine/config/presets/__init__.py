@@ -12,6 +12,7 @@ from awp_engine.config.presets import (
     generated,
     imagenet,
     imagenet_timm,
+    norms,
     paper,
     perturbed,
     score,
@@ -24,21 +25,8 @@ from awp_engine.config.settings import Config
 DEFAULT = "digits"
 
 _ALL: dict[str, Preset] = {}
-for _family in (
-    digits,
-    paper,
-    perturbed,
-    divergence,
-    fast,
-    fast_benchmark,
-    imagenet,
-    imagenet_timm,
-    generated,
-    augmented,
-    distillation,
-    score,
-    taught,
-):
+_PAPERS = (perturbed, divergence, fast, fast_benchmark, imagenet, imagenet_timm, generated, augmented, distillation)
+for _family in (digits, paper, *_PAPERS, score, taught, norms):
     _ALL |= _family.PRESETS
 
 PRESETS: dict[str, str] = {name: summary for name, (summary, _) in _ALL.items()}

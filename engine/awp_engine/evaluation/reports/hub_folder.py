@@ -237,8 +237,8 @@ def _facts(description: ModelDescription, loaded: LoadedModel, epoch: str | int 
         config = loaded.config
         attack = "without an attack"
         if config.attack.training_epsilon:
-            ball = f"{config.attack.norm} epsilon {config.attack.epsilon}"
-            attack = f"{ball}, {config.attack.steps} steps of {config.attack.step_size}"
+            length = "Auto-PGD" if config.attack.kind == "apgd" else config.attack.step_size
+            attack = f"{config.attack.balls}, {config.attack.steps} steps of {length}"
             if config.attack.step_warmup:
                 attack += f", which grow over the first {config.attack.step_warmup} epochs"
             attack += ", both lengths growing with the epoch" * (config.attack.ramp != "none")

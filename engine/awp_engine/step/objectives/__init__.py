@@ -19,6 +19,7 @@ from awp_engine.step.objectives.mart import Mart
 from awp_engine.step.objectives.objective import Objective
 from awp_engine.step.objectives.rebat import Rebat
 from awp_engine.step.objectives.score import Score, ScoreTrades
+from awp_engine.step.objectives.several_norms import ExtremeNorm, MultiSteepestDescent
 from awp_engine.step.objectives.taught import AdaAd, Ard, Hat, Rslad
 from awp_engine.step.objectives.trades import Trades
 
@@ -29,11 +30,13 @@ __all__ = [
     "AdversarialTraining",
     "Ard",
     "Dajat",
+    "ExtremeNorm",
     "GeneralizedKL",
     "Hat",
     "ImprovedKL",
     "Liet",
     "Mart",
+    "MultiSteepestDescent",
     "Objective",
     "Rebat",
     "Rslad",
@@ -62,9 +65,12 @@ _METHODS: dict[str, Callable[..., Objective]] = {
     "rslad": Rslad,
     "adaad": AdaAd,
     "hat": Hat,
+    "e-at": ExtremeNorm,
+    "msd": MultiSteepestDescent,
 }
 # what is given beside arguments: settings with a flag of their own, and what only the run knows
-_GIVEN = ("beta", "label_smoothing", "average_warmup", "epochs", "num_classes", "image_shape", "device")
+_OF_RUN = ("average_warmup", "epochs", "balls", "run_seed", "num_classes", "image_shape", "device")
+_GIVEN = ("beta", "label_smoothing", *_OF_RUN)
 
 
 def build_objective(
@@ -74,6 +80,8 @@ def build_objective(
     label_smoothing: float = 0.0,
     average_warmup: float = 0.0,
     epochs: int = 1,
+    balls: int = 1,
+    run_seed: int = 0,
     arguments: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
     image_shape: tuple[int, int, int] | None = None,
@@ -88,6 +96,8 @@ def build_objective(
         label_smoothing: part of a label spread over all classes, in [0, 1).
         average_warmup: epochs in which the average of the weights is a copy of them.
         epochs: of the run.
+        balls: that images are attacked in, >= 1.
+        run_seed: of what a method draws.
         arguments: further ones by name, of `--method-args`.
         num_classes: of the images; None where the caller does not know.
         image_shape: of an image, (C, H, W); None likewise.
@@ -104,6 +114,8 @@ def build_objective(
         "average_warmup": average_warmup,
         "epochs": epochs,
         "device": device or torch.device("cpu"),
+        "balls": balls,
+        "run_seed": run_seed,
     }
     given |= {"num_classes": num_classes} if num_classes is not None else {}
     given |= {"image_shape": image_shape} if image_shape is not None else {}

@@ -21,8 +21,8 @@ class Objective(ABC):
     """A method: what the attack climbs, and what weights are trained by.
 
     Whatever else than `losses` is left out makes a method that keeps nothing and does not change in time. In a step
-    these are called, in this order: `begin_step`, `start`, `begin_batch`, `targets`, `attack_loss`, `ascent_losses`,
-    `losses`, `after_step`; and `attack_model` with `attack_loss`.
+    these are called, in this order: `begin_step`, `choose`, `start`, `begin_batch`, `targets`, `attack_loss`,
+    `attack_model`, `ascent_losses`, `losses`, `after_step`.
 
     Attributes:
         uses_average: whether it needs `average`.
@@ -78,6 +78,14 @@ class Objective(ABC):
         """
         return first
 
+    def choose(self, attack: Attack) -> Attack:
+        """How the images of this step are attacked, where the schedule says `attack`; here just so.
+
+        On the host. Between one `begin_step` and the next the same is chosen every time. Where it differs from step to
+        step, `stage` has to differ with it.
+        """
+        return attack
+
     def begin_batch(self, batch: Batch, share: float, ranks: Ranks) -> None:  # noqa: B027
         """What a loss needs to know of the whole batch, once a step: micro-batches are parts of it.
 
@@ -118,8 +126,8 @@ class Objective(ABC):
         """
         return summed_cross_entropy
 
-    def attack_model(self, model: nn.Module) -> nn.Module:
-        """What the attack calls and differentiates, whose outputs its loss gets; here the classifier itself.
+    def attack_model(self, model: nn.Module, y: Tensor) -> nn.Module:
+        """What the attack on images of labels y calls and differentiates, whose outputs its loss gets; here the model.
 
         Its modules are in the attack's mode of batch normalisation.
         """

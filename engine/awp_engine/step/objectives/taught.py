@@ -113,7 +113,7 @@ class AdaAd(Rslad):
     def __init__(self, beta: float = 0.1, alpha: Any = 1.0) -> None:
         super().__init__(beta, alpha)
 
-    def attack_model(self, model: nn.Module) -> nn.Module:
+    def attack_model(self, model: nn.Module, y: Tensor) -> nn.Module:
         """Both networks: the gradient for the images runs through the teacher, too."""
         assert self.teacher is not None
         return _Both(model, self.teacher.attack)

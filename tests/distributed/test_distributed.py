@@ -137,7 +137,7 @@ def trained(config: Config, ranks: Ranks, *, dtype: torch.dtype = torch.float64,
     if frozen:
         model.eval()
     weights = torch.linspace(0.2, 3, 10, dtype=dtype) if config.data.class_weights != "none" else None
-    views = objective_of(config, torch.device("cpu"), 10).views
+    views = objective_of(config, torch.device("cpu"), 10, (1, 8, 8)).views
     if views > 1:
         add_auxiliary_(model)
     step = build_step(config, model, ranks, weights)

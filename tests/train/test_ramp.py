@@ -110,3 +110,14 @@ def test_steps_that_grow_reach_their_length_after_so_many_epochs():
     for wrong in ({"kind": "apgd"}, {"epsilon": "0"}, {"fast": "n-fgsm"}):
         with pytest.raises(ConfigError, match=r"--attack\.step-warmup: expected 0, unless training attacks by"):
             AttackConfig(step_warmup=1, **wrong)
+
+
+def test_steps_grow_in_every_ball():
+    """Of MSD; what grows from 0 in one ball alone would leave the images to the others."""
+    settings = AttackConfig(epsilon="0.1", step_size="0.02", start="none", also=("l2=0.4,0.1", "l1=2"), step_warmup=4)
+    attack = setup.training_attack(settings)
+    schedule = Schedule(config=Config(method="msd", attack=settings), steps=2, attack=attack, cheap=attack)
+    for epoch, part in ((1, 0.0), (3, 0.5), (5, 1.0)):
+        found = schedule(epoch, 0).attack
+        assert [(b.norm, b.epsilon) for b in found.balls] == [("linf", 0.1), ("l2", 0.4), ("l1", 2.0)]
+        assert [b.step_size for b in found.balls] == pytest.approx([0.02 * part, 0.1 * part, 0.4 * part])

@@ -20,7 +20,7 @@ from awp_engine.config.settings import DistributedConfig, EvaluationConfig, Opti
 from awp_engine.data import Batch
 from awp_engine.models import build_model
 from awp_engine.models.trained import load_model
-from awp_engine.models.views import add_auxiliary_, auxiliary_set, base_set
+from awp_engine.models.views import EachView, add_auxiliary_, auxiliary_set, base_set
 from awp_engine.optim.optimizer import build_optimizer
 from awp_engine.step.awp_step import AwpStep
 from awp_engine.step.objectives import build_objective
@@ -143,6 +143,21 @@ def test_whole_steps_agree():
         assert {int(t) for n, t in base_set(held).items() if n.endswith("tracked")} == {2 * (number + 1)}
         assert {int(t) for n, t in of_auto.items() if n.endswith("tracked")} == {4 * (number + 1)}
         assert len(of_auto) == 5 * 7
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_every_pass_has_images_in_the_order_of_the_batch(order):
+    """The ascent's too, which takes the first view alone."""
+    torch.manual_seed(0)
+    model = build_model("preact-resnet-18", 10, (0.5,) * 3, (0.25,) * 3, width=4)
+    add_auxiliary_(model)
+    seen = []
+    model.register_forward_pre_hook(lambda _, given: seen.append(given[0].is_contiguous(memory_format=order)))
+    x, objective = images((2, 9, 8, 8)).contiguous(memory_format=order), Dajat(BETA)
+    for compute, passes in ((objective.losses, 6), (objective.ascent_losses, 2)):
+        seen.clear()
+        compute(EachView(model), x, x, torch.arange(2))
+        assert seen == [True] * passes
 
 
 def test_a_step_that_is_left_out_leaves_both_sets_alone():

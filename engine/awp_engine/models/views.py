@@ -69,7 +69,8 @@ class EachView(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, views * C, H, W], views side by side -> logits [N, views * classes]; one view is the first."""
-        ordered = x.is_contiguous(memory_format=torch.channels_last)
+        # some views of images in channels_last are not contiguous, and are in it still
+        ordered = x.stride(1) == 1 and x.shape[1] > 1
         order = torch.channels_last if ordered else torch.contiguous_format
         answers = []
         for number, view in enumerate(x.split(self.channels, 1)):

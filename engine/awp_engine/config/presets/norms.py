@@ -4,7 +4,7 @@ import dataclasses
 
 from awp_engine.config.presets.paper import paper
 from awp_engine.config.presets.preset import Preset
-from awp_engine.config.settings import AttackConfig, Config, EvaluationConfig, OptimizerConfig
+from awp_engine.config.settings import AttackConfig, Config, EvaluationConfig, ModelConfig, OptimizerConfig
 
 
 def l1() -> Config:
@@ -24,9 +24,10 @@ def e_at() -> Config:
 
     Source: Croce, Hein, ICML 2022, and its public code (fra31/robust-finetuning at 0201a49). What differs:
 
-    - Their own networks have softplus, here ReLU. Running statistics move in the descent's pass, as there.
-    - The rate is constant in an epoch, 0.05, 0.005 and 0.0005. 1,000 training images are held out and choose the
-      epoch; there the last one is kept.
+    - Their own networks have softplus, here ReLU, and take images as they are, here normalised unless the weights to
+      start from say otherwise. Running statistics move in the descent's pass, as there.
+    - The rate, 0.05, 0.005 and 0.0005, falls one step before an epoch ends there. 1,000 training images are held out
+      and choose the epoch; there the last one is kept.
     - [?] The rate: 0.05 is the paper's for CIFAR-10, the code's default is 0.01.
     """
     return dataclasses.replace(
@@ -50,16 +51,18 @@ def msd() -> Config:
       values at 0 and 1 there; here those that it would take to an end of [0, 1].
     - The rate rises to 0.1 over 40% of the epochs and falls to 0, there to 0.005 at epoch 40 of 50 first. Crops are
       padded with zeros, there by reflection. Passes are in fp16 there.
-    - [?] The radius in L2: 0.5 is the paper's, the training call has 0.3. [?] The attack's mode of batch normalisation.
+    - The attack's passes, in train mode as here, move running statistics there.
+    - [?] The radius in L2: 0.5 is the paper's, the training call has 0.3.
     """
     return dataclasses.replace(
         l1(),
         method="msd",
+        model=ModelConfig(name="preact-resnet-18", normalize="none"),
         attack=AttackConfig(
             epsilon="0.03",
             step_size="0.003",
             steps=50,
-            bn_mode="eval",
+            bn_mode="train",
             start="none",
             also=("l2=0.5,0.05", "l1=12,1"),
         ),

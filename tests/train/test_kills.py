@@ -28,10 +28,10 @@ def harness(tmp_path: Path, *arguments: str) -> dict:
 
 
 def test_killed_and_stopped_runs_go_on_and_end_bit_equal(tmp_path):
-    """10 SIGKILLs at random moments, of saves and of perturbed weights too; SIGTERM, SIGINT and SIGUSR1."""
-    found = harness(tmp_path, "--kills", "10", "--signals", "4", "--seed", "1")
+    """25 SIGKILLs at random moments, of saves and of perturbed weights too; SIGTERM, SIGINT and SIGUSR1."""
+    found = harness(tmp_path, "--kills", "25", "--signals", "4", "--seed", "1")
     kills, signals = found["kills"], found["signals"]
-    assert (kills["kills"], kills["wrong"]) == (10, [])
+    assert (kills["kills"], kills["wrong"]) == (25, [])
     assert len({moment["part"] for moment in kills["moments"]}) >= 3
     assert kills["during_a_save"] >= 1
     assert (signals["stopped"], signals["wrong"]) == (4, [])

@@ -35,6 +35,8 @@ KNOWN = {
     "model.std": st.sampled_from([[], [0.25], [0.229, 0.224, 0.225]]),
     "teacher.mean": st.sampled_from([[], [0.5]]),
     "teacher.std": st.sampled_from([[], [0.25]]),
+    "attack.also": st.sampled_from([[], ["l1=12"], ["l1=12,1", "l2=0.5"]]),
+    "optimizer.no_decay": st.sampled_from([[], ["*bn*", "fc.bias"]]),
     "awp.layers": st.sampled_from([[], ["fc.weight", "layer?.*.weight"]]),
     "optimizer.kind": st.sampled_from(["sgd", "adamw", "torch:Adam", "timm:lion"]),
     "optimizer.args": st.sampled_from([[], ["betas=0.9,0.99", "eps=1e-6"]]),

@@ -332,6 +332,7 @@ def test_norms_known_from_the_update_change_no_bit_of_the_next_step(precision):
     assert all(torch.equal(a, b) for a, b in zip(*(r.values() for r in results), strict=True))
 
 
+@pytest.mark.compile
 def test_a_compiled_step_gives_the_same_numbers_and_a_short_batch_compiles_nothing():
     models = []
     for compiled in (False, True):

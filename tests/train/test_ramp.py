@@ -83,14 +83,14 @@ def test_what_cannot_grow_is_refused():
         require_same_run(saved, dataclasses.replace(saved, epochs=5), Path("run"))
 
 
-def test_graphs_of_earlier_balls_are_dropped():
+def test_graphs_that_were_not_used_for_longest_are_dropped():
     graphed = GraphedStep.__new__(GraphedStep)  # what it keeps alone: to capture takes a GPU
     graphed._graphs, graphed._taken = {}, {}
-    for kind in range(7):
-        graphed._graphs[kind], graphed._taken[kind] = ("graph", "result"), 4
-        graphed._drop_oldest()
-        assert kind in graphed._graphs
-    assert list(graphed._graphs) == list(graphed._taken) == [3, 4, 5, 6]
+    for kind in range(11):
+        graphed._graphs[kind], graphed._taken[kind] = ("graph", kind), 4
+        assert graphed._used(kind) == ("graph", kind)
+        assert graphed._used(0) == ("graph", 0)
+    assert set(graphed._graphs) == set(graphed._taken) == {0, *range(4, 11)}
 
 
 def test_steps_that_grow_reach_their_length_after_so_many_epochs():

@@ -20,8 +20,8 @@ class CaptureError(RuntimeError):
 # steps of each kind that are taken one by one first: libraries choose their algorithms and allocate in them
 _WARM_UP = 3
 _Kind = tuple[bool, Attack, Hashable]
-# those of two attacks, each with and without weight perturbation; where the attack changes with the epoch no older ones
-_KEPT = 4
+# those of four attacks, as E-AT may draw, each with and without weight perturbation
+_KEPT = 8
 
 
 class _Captured(NamedTuple):
@@ -94,17 +94,21 @@ class GraphedStep:
         # momentum is a number in its launches
         if kind not in self._graphs or self._graphs[kind].momentum != phase.momentum:
             self._graphs[kind] = self._capture(self._inputs, phase)
-            self._drop_oldest()
-        captured = self._graphs[kind]
+        captured = self._used(kind)
         captured.graph.replay()
         # the next replay writes over the graph's own
         return StepResult(*(tensor.clone() for tensor in captured.result))
 
-    def _drop_oldest(self) -> None:
-        """After a capture: the pool of memory ends with the last of its graphs, and takes no other after that."""
+    def _used(self, kind: _Kind) -> _Captured:
+        """A kind's graph, which is there; the one that was not used for longest goes where there are too many.
+
+        After a capture: the pool of memory ends with the last of its graphs, and takes no other after that.
+        """
+        self._graphs[kind] = captured = self._graphs.pop(kind)
         while len(self._graphs) > _KEPT:
             oldest = next(iter(self._graphs))
             del self._graphs[oldest], self._taken[oldest]
+        return captured
 
     def _take(self, inputs: tuple[Tensor, ...], phase: Phase) -> StepResult:
         images, labels, ids, start = inputs

@@ -7,7 +7,6 @@ import functools
 from typing import NamedTuple, Self
 
 import torch
-from scipy.special import betaincinv
 from torch import Tensor
 
 from awp_engine.data.augment.mixing import Boxes, draw_cutmix
@@ -22,6 +21,9 @@ _QUANTILES = 1 << 16
 def beta_quantiles(alpha: float) -> Tensor:
     """Beta(alpha, alpha) in 65,536 equally likely values: its quantiles at (i + 1/2) / 65536; fp32, on the CPU."""
     places = (torch.arange(_QUANTILES, dtype=torch.float64) + 0.5) / _QUANTILES
+    # a quarter of a second of every start
+    from scipy.special import betaincinv
+
     return torch.from_numpy(betaincinv(alpha, alpha, places.numpy())).float()
 
 

@@ -59,8 +59,12 @@ class Schedule:
         config, attack = self.config, self.attack
         if config.attack.ramp != "none":
             attack = attack.scaled(epoch / config.epochs)
-        if epoch <= config.attack.step_warmup and attack.step_size is not None:
-            attack = replace(attack, step_size=attack.step_size * (epoch - 1) / config.attack.step_warmup)
+        if epoch <= config.attack.step_warmup:
+            first, *others = (
+                replace(ball, step_size=(ball.step_size or 0.0) * (epoch - 1) / config.attack.step_warmup)
+                for ball in attack.balls
+            )
+            attack = replace(first, others=tuple(others))
         return attack
 
     def layer_seed(self, epoch: int, step: int) -> int | None:

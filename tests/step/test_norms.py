@@ -381,6 +381,12 @@ def test_a_growing_ball_grows_in_every_norm():
     assert proportional.others[0].step_size == pytest.approx(2.4)
 
 
+def test_training_without_an_attack_may_be_measured_in_l1():
+    attack = setup.training_attack(AttackConfig(kind="none", norm="l1", epsilon="2"))
+    x = images((2, *SHAPE), torch.float64)
+    assert torch.equal(attack.first(x, sample_ids=torch.arange(2), seed=1), x)
+
+
 def test_steps_that_grow_do_so_in_every_norm():
     attack = setup.training_attack(SETTINGS["msd"])
     config = Config(epochs=3, method="msd", attack=dataclasses.replace(SETTINGS["msd"], step_warmup=2))

@@ -23,6 +23,7 @@ from awp_engine.evaluation import evaluate, evaluation_attacks
 from awp_engine.optim.optimizer import build_optimizer
 from awp_engine.step.objectives import ExtremeNorm, build_objective
 from awp_engine.train import setup
+from awp_engine.train.schedule import Schedule
 from awp_kernels import AdversarialWeightPerturbation
 from awp_kernels.philox import mix_seed
 
@@ -380,6 +381,20 @@ def test_a_growing_ball_grows_in_every_norm():
     assert proportional.others[0].step_size == pytest.approx(2.4)
 
 
+def test_training_without_an_attack_may_be_measured_in_l1():
+    attack = setup.training_attack(AttackConfig(kind="none", norm="l1", epsilon="2"))
+    x = images((2, *SHAPE), torch.float64)
+    assert torch.equal(attack.first(x, sample_ids=torch.arange(2), seed=1), x)
+
+
+def test_steps_that_grow_do_so_in_every_norm():
+    attack = setup.training_attack(SETTINGS["msd"])
+    config = Config(epochs=3, method="msd", attack=dataclasses.replace(SETTINGS["msd"], step_warmup=2))
+    schedule = Schedule(config=config, steps=1, attack=attack, cheap=attack)
+    steps = [[ball.step_size for ball in schedule.full_attack(epoch).balls] for epoch in (1, 2, 3)]
+    assert steps == [[0, 0, 0], [0.01, 0.05, 0.25], [0.02, 0.1, 0.5]]
+
+
 def test_no_attack_looks_at_values_on_the_device():
     """So that a CUDA graph can hold them."""
     x, y, model = torch.empty(2, *SHAPE, device="meta"), torch.empty(2, dtype=torch.int64, device="meta"), network()
@@ -392,6 +407,10 @@ def test_no_attack_looks_at_values_on_the_device():
 WRONG = {
     "l1 by pgd": ({"attack": AttackConfig(norm="l1", epsilon="2", start="none")}, r"--attack\.norm: .*apgd"),
     "e-at alone": ({"method": "e-at"}, r"--attack\.also: expected further balls with --method e-at"),
+    "short steps": (
+        {"method": "msd", "attack": AttackConfig(also=("l1=12,1/255",), start="none")},
+        r"--attack\.also: expected steps that go farther, 10 of them,",
+    ),
     "also alone": ({"attack": AttackConfig(also=("l1=2",), start="none")}, r"--attack\.also: expected none without"),
     "e-at by pgd": (
         {"method": "e-at", "attack": AttackConfig(also=("l1=2",), start="none")},

@@ -68,7 +68,8 @@ class Attack:
         """Where the attack on a batch begins, [N, C, H, W]: all of it that depends on the seed."""
         return starting_point(
             x.detach(),
-            self.start,
+            # images that are left as they are, in any norm
+            self.start if self.epsilon else "none",
             epsilon=self.epsilon if self.start_epsilon is None else self.start_epsilon,
             norm=self.norm,
             sample_ids=sample_ids,

@@ -235,7 +235,7 @@ _COMMON = {
     "epochs": ("N", "passes over the training images"),
     "global_batch_size": ("N", "images a step, over all GPUs"),
     "optimizer.lr": ("X", "learning rate"),
-    "method": ("NAME", "loss: at, trades, mart, rst, ikl or gkl"),
+    "method": ("NAME", "loss: at, trades, mart, ...; docs/methods.md"),
     "awp.gamma": ("X", "size of weight perturbation; 0 turns it off"),
     "attack.norm": ("NAME", "norm of the attack: linf, l2 or l1"),
     "attack.epsilon": ("X", "radius of the attack, exact: 8/255 or 0.2"),

@@ -153,7 +153,8 @@ def _attack(run: Run) -> str:
 def _ball(run: Run) -> tuple[str, Fraction]:
     """Norm and radius; of several balls all are named, as no evaluation in one of them is like such a measurement."""
     attack = run.config.attack
-    return attack.balls if attack.also else attack.norm, parse_amount(attack.epsilon)
+    further = "".join(f" and {norm} {epsilon}" for norm, epsilon, _ in sorted(attack.further))
+    return attack.norm + further, parse_amount(attack.epsilon)
 
 
 def _asked(run: Run) -> tuple:

@@ -134,7 +134,7 @@ def require_views(config: Config) -> None:
         ("distributed.strategy", "ddp"),
     ):
         config.require_value(key, value, reason)
-    like = f"one of AutoAugment {reason}: that of all but the first"
+    like = f"one of AutoAugment, autoaugment-cifar10 or -svhn, {reason}: that of all but the first"
     config.require(config.data.policy.startswith("autoaugment"), "data.policy", like)
     config.require(config.model.source == "built-in", "model.name", f"a built-in model {reason}")
     config.require(config.compile is not True, "compile", f"auto or false {reason}")
@@ -163,6 +163,8 @@ def _require_attack(config: Config) -> None:
     elif several:
         config.require_value("attack.start", "none", f"{reason}, which begins at the image")
         config.require_value("awp.ascent", "exact", f"{reason}, whose last pass has no gradient")
+        far = all(10 * attack.steps * ball.step_size >= ball.epsilon for ball in attack.further)
+        config.require(far, "attack.also", f"steps that go farther, {attack.steps} of them, than a tenth of epsilon")
     else:
         fits = attack.kind != "pgd" or attack.norm != "l1"
         like = "linf or l2 with --attack.kind pgd; apgd, of methods whose attack climbs cross-entropy, knows l1"

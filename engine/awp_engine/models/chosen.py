@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from awp_engine.config import ConfigError
+from awp_engine.models.layers import AUXILIARY
 
 _SHOWN = 3
 
@@ -13,6 +14,11 @@ _SHOWN = 3
 def public_name(name: str) -> str:
     """A parameter's name as the wrapped network itself has it."""
     return name.removeprefix("network.")
+
+
+def _spoken(name: str) -> tuple[str, ...]:
+    """How a pattern may have a name: a second set of batch normalisation goes by its layer's, too."""
+    return name, public_name(name), name.replace(f".{AUXILIARY}", "")
 
 
 def listed(names: Sequence[str]) -> str:
@@ -30,7 +36,7 @@ def chosen(model: nn.Module, patterns: Sequence[str], flag: str) -> set[str]:
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     found: set[str] = set()
     for pattern in patterns:
-        matched = {name for name in names if any(fnmatch.fnmatchcase(n, pattern) for n in (name, public_name(name)))}
+        matched = {name for name in names if any(fnmatch.fnmatchcase(n, pattern) for n in _spoken(name))}
         if not matched:
             known = listed([public_name(name) for name in names])
             raise ConfigError(f"{flag}: no trainable parameter matches {pattern!r}; there are {known}")

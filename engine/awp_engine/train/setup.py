@@ -16,7 +16,7 @@ from awp_engine.attack.checks import ball
 from awp_engine.checkpoint import Checkpoint, CheckpointError
 from awp_engine.config import AttackConfig, Config, ConfigError, choose_speed, config_hash
 from awp_engine.config.rules import require_average, require_views
-from awp_engine.config.schema import parse_arguments
+from awp_engine.config.schema import parse_amount, parse_arguments
 from awp_engine.data import (
     Augmentation,
     Batches,
@@ -30,6 +30,7 @@ from awp_engine.data import (
 from awp_engine.device import choose_convolutions, choose_device
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.sharding import gather, shard
+from awp_engine.evaluation import evaluation_attacks
 from awp_engine.files.run_places import CHECKPOINTS
 from awp_engine.models.batch_norm import set_momentum, synchronize
 from awp_engine.models.checkpointing import checkpoint_activations_
@@ -266,6 +267,8 @@ def capture_step(config: Config, step: AwpStep) -> Step:
 _FEW_HELD_OUT = 30
 # beyond it no published network withstands attacks on colour images; 8/255 and 4/255 are usual
 _LARGE_EPSILON = 0.1
+# in L1, of which one value alone may take as much
+_SMALL_L1 = 1
 # of methods whose papers have another weight than TRADES
 _USUAL_BETA = {"rebat": 1, "ikl": 20, "gkl": 20, "dajat": 11, "score-trades": 3, "hat": 2.5, "liet": 100}
 _USUAL_BETA |= dict.fromkeys(("ard", "rslad", "adaad"), "1 / classes")
@@ -278,6 +281,17 @@ def _doubts(config: Config, data: Dataset) -> list[str]:
         notes.append(
             f"--attack.epsilon {attack.epsilon} is far more than colour images are usually attacked with: try "
             "--attack.epsilon 8/255 --attack.step-size 2/255"
+        )
+    for norm, epsilon in ((attack.norm, attack.epsilon), *((more.norm, more.epsilon) for more in attack.further)):
+        if norm == "l1" and 0 < parse_amount(str(epsilon)) < _SMALL_L1:
+            notes.append(
+                f"epsilon {epsilon} in l1 is the sum of all changes, less than one value by the whole range: is it of "
+                "another norm? 12 is usual on CIFAR"
+            )
+    if attack.step_warmup >= config.epochs:
+        notes.append(
+            f"--attack.step-warmup {attack.step_warmup} leaves none of {config.epochs} epochs whole steps: the first "
+            "one does not attack at all"
         )
     if config.average.kind == "ema" and config.average.warmup >= config.epochs:
         notes.append(
@@ -356,12 +370,14 @@ class Setup:
         loading = data_loading(config.data, self.device).agreed(self.ranks)
         data = self.data = load_data(config.data, loading, self._announce)
         self.messages += [*data.notes, *label_notes(data, weighted=config.data.class_weights != "none")]
-        try:
-            # an l2 ball is too large for images of a size that the configuration does not know
-            for one in training_attack(replace(attack, kind="pgd")).balls:
+        for number, one in enumerate(evaluation_attacks(config)):
+            try:
+                # a ball is too large for images of a size that the configuration does not know
                 ball(math.prod(data.train.shape), epsilon=one.epsilon, norm=one.norm, clip=(0.0, 1.0), l1=True)
-        except ValueError as error:
-            raise ConfigError(f"--attack.{error}") from None
+            except ValueError as error:
+                # a further ball has another flag
+                text = str(error).replace("epsilon", "also", 1) if number else str(error)
+                raise ConfigError(f"--attack.{text}") from None
         if config.deterministic and attack.has_l1 and self.device.type == "cuda":
             raise ConfigError("--deterministic: expected false with an attack in l1 on a GPU, whose sums have no order")
         self.messages += _doubts(config, data)

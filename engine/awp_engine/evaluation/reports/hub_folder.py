@@ -18,7 +18,7 @@ from awp_engine.evaluation.attacks.named import EvaluationError
 from awp_engine.evaluation.model.loaded_model import LoadedModel
 from awp_engine.files.atomic import atomic_write_text, replace_file
 from awp_engine.files.text import printable
-from awp_engine.models.hub import SETTINGS, WEIGHTS
+from awp_engine.models.hub import SETTINGS, WEIGHTS, is_address
 from awp_engine.models.trained import TAMPERED, ModelDescription, read_trained
 from awp_engine.observe.report import CURVES
 
@@ -112,8 +112,8 @@ def export_folder(
 
 
 def _bare(text: str) -> str:
-    """A path, or file.py:NAME, without directories."""
-    return text.rstrip("/").rpartition("/")[2]
+    """A path, or file.py:NAME, without directories; an address of the Hub says nothing of a machine."""
+    return text if is_address(text) else text.rstrip("/").rpartition("/")[2]
 
 
 def without_paths(config: Config) -> Config:

@@ -122,6 +122,11 @@ def test_a_run_is_a_teacher(ended, tmp_path):
     x = images((3, 1, 8, 8))
     torch.testing.assert_close(teacher.model(x), load_model(ended / "run")(x), rtol=0, atol=0)
     assert setup.made_by == {"teacher": sha256_of(ended / "run" / "model.safetensors")}
+    trains_still = shutil.copytree(ended / "run", tmp_path / "other")
+    for name in ("model.safetensors", "report.json"):
+        (trains_still / name).unlink()
+    with pytest.raises(CheckpointError, match=r"--teacher\.weights: .*other: expected a run that has ended"):
+        Setup(dataclasses.replace(config, teacher=TeacherConfig(weights=str(trains_still))), Ranks())
 
 
 def test_weights_of_others_are_named(tmp_path):

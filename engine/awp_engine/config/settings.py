@@ -618,7 +618,7 @@ class Config(Checked):
     beta: Annotated[float, Range("a finite number >= 0", ge=0)] = 6.0
     """Weight of the divergence between attacked and clean images: beta of TRADES and RST, of the squared error in IKL
     and GKL, lambda of MART; of that from the average in ReBAT, whose paper has 1; of the error between both in
-    score-trades (3); of the divergence from the teacher in ard, rslad and adaad (1 / classes); of that in LIET's last
+    score-trades (3); of the divergence from the teacher in ard, rslad and adaad (0.1); of that in LIET's last
     epoch (100)."""
     label_smoothing: Fading = 0.0
     """Part of a label that is spread over all classes, in AT's loss and in TRADES' clean one, and in SCORE's; in LIET

@@ -32,13 +32,25 @@ def teacher_sha256(settings: TeacherConfig) -> str:
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
-    assert settings.weights is not None
     with _by_its_flags():
-        _, weights = find_weights(fetched(settings.weights))
+        weights = _weights(settings)
         try:
             return sha256_of(weights)
         except OSError as error:
             raise CheckpointError(f"{weights}: cannot be read: {error.strerror}") from None
+
+
+def _weights(settings: TeacherConfig) -> Path:
+    """The file that holds them."""
+    assert settings.weights is not None
+    place = fetched(settings.weights)
+    _, weights = find_weights(place)
+    if place not in (weights, weights.parent):
+        # it would hold other weights after an epoch, and this run could not go on
+        raise CheckpointError(
+            f"{place}: expected a run that has ended, one of its checkpoints, or a file"
+        )
+    return weights
 
 
 def load_teacher(
@@ -61,6 +73,7 @@ def load_teacher(
         return None
     where = settings.weights if is_address(settings.weights) else Path(settings.weights)
     with _by_its_flags():
+        _weights(settings)
         if settings.name is None:
             model = load_trained(where, device=device).model
         else:

@@ -22,11 +22,12 @@ def harness(tmp_path: Path, *arguments: str) -> dict:
     """The command's result; its processes are its own, and no server of this process has a part in them."""
     found = tmp_path / "found.json"
     command = [sys.executable, str(HARNESS), *arguments, "--directory", str(tmp_path / "runs"), "--json", str(found)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=580)
     assert result.returncode == 0, result.stdout + result.stderr
     return json.loads(found.read_text())
 
 
+@pytest.mark.timeout(600)
 def test_killed_and_stopped_runs_go_on_and_end_bit_equal(tmp_path):
     """25 SIGKILLs at random moments, of saves and of perturbed weights too; SIGTERM, SIGINT and SIGUSR1."""
     found = harness(tmp_path, "--kills", "25", "--signals", "4", "--seed", "1")

@@ -56,7 +56,8 @@ def tiny(config: Config, root: Path, run_dir: Path) -> Config:
         config,
         data=data,
         teacher=TeacherConfig(weights=str(root / "teacher.safetensors") if config.method in TAUGHT else None),
-        attack=dataclasses.replace(config.attack, steps=1, replays=2),
+        # a step in a further ball has to go a tenth of epsilon
+        attack=dataclasses.replace(config.attack, steps=2 if config.attack.also else 1, replays=2),
         awp=dataclasses.replace(config.awp, warmup=0, ascent_steps=min(config.awp.ascent_steps, 2)),
         average=dataclasses.replace(config.average, warmup=0.0),
         evaluation=EvaluationConfig(steps=1),

@@ -47,9 +47,7 @@ def _weights(settings: TeacherConfig) -> Path:
     _, weights = find_weights(place)
     if place not in (weights, weights.parent):
         # it would hold other weights after an epoch, and this run could not go on
-        raise CheckpointError(
-            f"{place}: expected a run that has ended, one of its checkpoints, or a file"
-        )
+        raise CheckpointError(f"{place}: expected a run that has ended, one of its checkpoints, or a file")
     return weights
 
 

@@ -9,10 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from samples import images
+from small_steps import HostReads, small_batch, small_model
 from steps import TensorStep, make_step
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from awp_engine.config import AttackConfig, AverageConfig, AwpConfig, Config, ConfigError, OptimizerConfig
 from awp_engine.distributed.batch import Batch
@@ -25,20 +24,6 @@ from awp_kernels import AdversarialWeightPerturbation
 EPSILON, STEP_SIZE, STEPS, BETA, GAMMA, DECAY = 8 / 255, 2 / 255, 3, 1.5, 0.005, 0.9
 TAU, LAM = (2.5, 2.0), (0.7, 0.95)
 METHODS = ["adr", "adr-trades", "rebat"]
-
-
-def small_model() -> nn.Module:
-    torch.manual_seed(0)
-    # a bias before batch normalisation has a gradient of rounding errors, whose direction AWP would follow
-    layers = nn.Conv2d(1, 3, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4)
-    model = nn.Sequential(*layers).double().train()
-    model(images((16, 1, 4, 4), torch.float64, seed=50))
-    return model
-
-
-def batch(index: int, n: int = 7) -> tuple[Tensor, Tensor, Tensor]:
-    y = torch.randint(0, 4, (n,), generator=torch.Generator().manual_seed(index))
-    return images((n, 1, 4, 4), torch.float64, seed=index), y, torch.arange(n) + 100 * index
 
 
 def objective_of(method: str) -> Objective:
@@ -122,7 +107,7 @@ def test_steps_are_those_of_the_definition(method):
     teacher, momentum = copy.deepcopy(theirs).eval(), {}
     for index in range(4):
         done, epoch = index / 4, index + 1
-        x, y, ids = batch(index)
+        x, y, ids, _ = small_batch(index)
         phase = dataclasses.replace(step.phase(index, True, False), done=done, epoch=epoch)
         start = phase.attack.first(x, sample_ids=ids, seed=index)
         iterates = plain_attack(method, theirs, teacher, x, y, start, done)
@@ -169,21 +154,11 @@ def test_pieces_of_a_batch_add_up(method):
     for size in (None, 3):
         model = small_model().eval()
         step, average = build_step(model, method, micro_batch_size=size)
-        x, y, ids = batch(1)
+        x, y, ids, _ = small_batch(1)
         step.taken(Batch(x, y, ids, len(x)), dataclasses.replace(step.phase(1, True, False), done=0.5, epoch=3))
         found.append((model, average.model))
     for whole, pieces in zip(*found, strict=True):
         assert difference(whole, pieces) <= 1e-9
-
-
-class _Reads(TorchDispatchMode):
-    """Counts how often the host waits for a value."""
-
-    reads = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.reads += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -192,10 +167,10 @@ def test_a_step_can_be_captured(method):
     counts = []
     for name in ("at", method):
         step, _ = build_step(small_model(), name)
-        x, y, ids = batch(1)
+        x, y, ids, _ = small_batch(1)
         phase = dataclasses.replace(step.phase(1, True, False), epoch=3)
         start = step.step.prepare(Batch(x, y, ids, len(x)), phase)
-        with _Reads() as found:
+        with HostReads() as found:
             step.step(Batch(x, y, ids, len(x)), phase, start)
         counts.append(found.reads)
     assert counts[0] >= counts[1] > 0

@@ -7,14 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from samples import images
+from small_steps import HostReads, small_batch, small_model
 from steps import TensorStep, make_step
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from awp_engine.attack import starting_point
 from awp_engine.config import AttackConfig, AwpConfig, Config, ConfigError, DataConfig, OptimizerConfig
-from awp_engine.distributed.batch import Batch
 from awp_engine.optim.optimizer import build_optimizer
 from awp_engine.step.objectives import Liet, Objective, build_objective
 from awp_engine.step.objectives.liet import jensen_shannon
@@ -24,19 +22,6 @@ from awp_kernels.philox import mix_seed, uniform_integers
 
 EPSILON, BETA, SMOOTHING, GAMMA, EPOCHS, CLASSES = 8 / 255, 100.0, 0.6, 0.005, 4, 5
 CPU = torch.device("cpu")
-
-
-def small_model() -> nn.Module:
-    torch.manual_seed(0)
-    layers = nn.Conv2d(1, 3, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, CLASSES)
-    model = nn.Sequential(*layers).double().train()
-    model(images((16, 1, 4, 4), torch.float64, seed=50))
-    return model
-
-
-def batch(index: int, n: int = 7) -> Batch:
-    y = torch.randint(0, CLASSES, (n,), generator=torch.Generator().manual_seed(index))
-    return Batch(images((n, 1, 4, 4), torch.float64, seed=index), y, torch.arange(n) + 100 * index, n)
 
 
 def objective(smoothing: float = SMOOTHING, every: int = 2) -> Liet:
@@ -102,11 +87,11 @@ def untouched(model: nn.Module, x: Tensor) -> Tensor:
 
 def test_steps_are_those_of_the_definition():
     """Table, start, x', losses, weights and statistics, with AWP, over two epochs: a table serves two steps."""
-    ours, theirs, momentum, made = small_model(), small_model(), {}, objective()
+    ours, theirs, momentum, made = small_model(CLASSES), small_model(CLASSES), {}, objective()
     step, table = build_step(ours, made), torch.zeros(CLASSES, 1, 4, 4, dtype=torch.float64)
     signs = set()
     for epoch, number in ((1, 0), (1, 1), (1, 2), (2, 0), (2, 1)):
-        whole = batch(10 * epoch + number)
+        whole = small_batch(10 * epoch + number, classes=CLASSES)
         x, y, ids, _ = whole
         phase = dataclasses.replace(step.phase(epoch, True, False), epoch=epoch, step=number)
         if number % 2 == 0:
@@ -179,44 +164,34 @@ def test_pieces_of_a_batch_add_up():
     """With frozen statistics; each image keeps its own random numbers."""
     found = []
     for size in (None, 3):
-        model = small_model().eval()
+        model = small_model(CLASSES).eval()
         step = build_step(model, objective(), "eval", micro_batch_size=size)
-        step.taken(batch(1), dataclasses.replace(step.phase(1, True, False), epoch=2))
+        step.taken(small_batch(1, classes=CLASSES), dataclasses.replace(step.phase(1, True, False), epoch=2))
         found.append(model)
     for whole, pieces in zip(*(model.state_dict().values() for model in found), strict=True):
         torch.testing.assert_close(whole, pieces, rtol=1e-9, atol=1e-12)
-
-
-class _Reads(TorchDispatchMode):
-    """Counts how often the host waits for a value."""
-
-    reads = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.reads += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **(kwargs or {}))
 
 
 def test_what_a_captured_step_reads_is_written_in_place():
     """A step of its own inputs, seed and weight: the host reads no more than in AT."""
     counts = []
     for made in (objective(), build_objective("at")):
-        step = build_step(small_model(), made)
+        step = build_step(small_model(CLASSES), made)
         phase = dataclasses.replace(step.phase(1, True, False), epoch=3)
-        start = step.step.prepare(batch(1), phase)
-        with _Reads() as found:
-            step.step(batch(1), phase, start)
+        start = step.step.prepare(small_batch(1, classes=CLASSES), phase)
+        with HostReads() as found:
+            step.step(small_batch(1, classes=CLASSES), phase, start)
         counts.append(found.reads)
     assert 0 < counts[0] <= counts[1]
 
 
 def test_a_table_without_gradients_leaves_noise_alone():
     """As one of weights that are not finite; the step is left out, and says so."""
-    model, made = small_model(), objective()
+    model, made = small_model(CLASSES), objective()
     step = build_step(model, made)
     with torch.no_grad():
         model.get_parameter("4.bias")[0] = torch.nan
-    assert step.taken(batch(1), step.phase(1, True, False)).skipped
+    assert step.taken(small_batch(1, classes=CLASSES), step.phase(1, True, False)).skipped
     assert not made.table.any()
 
 

@@ -8,31 +8,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import images
+from small_steps import small_batch, small_model
 from steps import make_step
 from torch import Tensor, nn
 
 from awp_engine.config import AttackConfig, AwpConfig, Config, ConfigError, OptimizerConfig
-from awp_engine.distributed.batch import Batch
 from awp_engine.optim.optimizer import build_optimizer
 from awp_engine.step.objectives import build_objective
 from awp_kernels import AdversarialWeightPerturbation
 
 EPSILON, STEP_SIZE, STEPS, BETA, GAMMA = 8 / 255, 2 / 255, 3, 3.0, 0.01
 METHODS = ["score", "score-trades"]
-
-
-def small_model() -> nn.Module:
-    torch.manual_seed(0)
-    layers = nn.Conv2d(1, 3, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4)
-    model = nn.Sequential(*layers).double().train()
-    model(images((16, 1, 4, 4), torch.float64, seed=50))
-    return model
-
-
-def batch(index: int, n: int = 7) -> Batch:
-    y = torch.randint(0, 4, (n,), generator=torch.Generator().manual_seed(index))
-    return Batch(images((n, 1, 4, 4), torch.float64, seed=index), y, torch.arange(n) + 100 * index, n)
 
 
 def plain_loss(logits_adv: Tensor, logits: Tensor, target: list[list[float]], clip: float, beta: float | None):
@@ -87,18 +73,20 @@ def test_steps_are_those_of_the_definition(method, clip):
         return losses.mean()
 
     for index in range(2):
-        x, y, ids, _ = batch(index)
+        x, y, ids, _ = small_batch(index)
         phase = step.phase(index, True, False)
         start = phase.attack.first(x, sample_ids=ids, seed=index)
         iterates = plain_attack(method, theirs, x, y, start)
         for count in range(1, STEPS + 1):
-            found = step.passes.attack_whole(dataclasses.replace(phase.attack, steps=count), ours, batch(index), start)
+            found = step.passes.attack_whole(
+                dataclasses.replace(phase.attack, steps=count), ours, small_batch(index), start
+            )
             torch.testing.assert_close(found, iterates[count], rtol=0, atol=1e-12)
         before = int(ours.get_buffer("1.num_batches_tracked"))
         plain_methods.awp_step(
             theirs, momentum, iterates[-1], x, y, kind=loss, beta=0, gamma=GAMMA, lr=0.1, mu=0.9, weight_decay=5e-4
         )
-        assert not step.taken(batch(index), phase).skipped
+        assert not step.taken(small_batch(index), phase).skipped
         assert int(ours.get_buffer("1.num_batches_tracked")) == before + (1 if beta is None else 2)
         for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)

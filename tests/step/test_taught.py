@@ -8,12 +8,11 @@ import plain_methods
 import pytest
 import torch
 from samples import images
+from small_steps import HostReads, small_batch
 from steps import TensorStep, as_teacher, make_step
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from awp_engine.config import AttackConfig, AwpConfig, ConfigError, OptimizerConfig
-from awp_engine.distributed.batch import Batch
 from awp_engine.models import build_model
 from awp_engine.optim.optimizer import build_optimizer
 from awp_engine.step.objectives import build_objective
@@ -39,11 +38,6 @@ def small_model(seed: int = 0) -> nn.Module:
     with torch.no_grad():
         last.weight.mul_(3)
     return model
-
-
-def batch(index: int, n: int = 7) -> Batch:
-    y = torch.randint(0, 4, (n,), generator=torch.Generator().manual_seed(index))
-    return Batch(images((n, 1, 4, 4), torch.float64, seed=index), y, torch.arange(n) + 100 * index, n)
 
 
 def build_step(model: nn.Module, method: str, teacher: WorkingModels, bn_mode: Any = "eval", **given) -> TensorStep:
@@ -104,19 +98,19 @@ def test_steps_are_those_of_the_definition(method):
         return losses[-1]
 
     for index in range(3):
-        x, y, ids, _ = batch(index)
+        x, y, ids, _ = small_batch(index)
         phase = step.phase(index, True, False)
         start = phase.attack.first(x, sample_ids=ids, seed=index)
         iterates = plain_attack(method, theirs, plain, x, y, start)
         for count in range(1, STEPS + 1):
             attack = dataclasses.replace(phase.attack, steps=count)
-            found, *_ = step.passes.attack(attack, batch(index), step.passes.share(len(x), len(x)), start)
+            found, *_ = step.passes.attack(attack, small_batch(index), step.passes.share(len(x), len(x)), start)
             torch.testing.assert_close(found, iterates[count], rtol=0, atol=1e-12)
         before = int(ours.get_buffer("1.num_batches_tracked"))
         plain_methods.awp_step(
             theirs, momentum, iterates[-1], x, y, kind=loss, beta=0, gamma=GAMMA, lr=0.1, mu=0.9, weight_decay=5e-4
         )
-        result = step.taken(batch(index), phase)
+        result = step.taken(small_batch(index), phase)
         torch.testing.assert_close(result.loss, losses[-1].detach(), rtol=1e-9, atol=0)
         # in the descent alone, once for each of its passes
         assert int(ours.get_buffer("1.num_batches_tracked")) == before + (3 if method == "hat" else 2)
@@ -140,7 +134,7 @@ def test_the_teacher_answers_in_eval_mode_where_the_attack_is_in_train_mode(meth
     layer.register_forward_hook(lambda module, inputs, output: asked.append((module.training, inputs[0].requires_grad)))
     before = copy.deepcopy(teacher)
     step = build_step(small_model(), method, as_teacher(teacher), bn_mode="train")
-    x, y, ids, _ = batch(1)
+    x, y, ids, _ = small_batch(1)
     assert not step(x, y, sample_ids=ids).skipped
     # AdaAD's attack alone goes through it
     assert [training for training, _ in asked] == [False] * len(asked)
@@ -158,21 +152,11 @@ def test_pieces_of_a_batch_add_up(method):
             model = small_model().eval()
             options = AwpConfig(gamma=GAMMA, ascent=ascent)
             step = build_step(model, method, as_teacher(small_model(1)), micro_batch_size=size, options=options)
-            x, y, ids, _ = batch(1)
+            x, y, ids, _ = small_batch(1)
             step(x, y, sample_ids=ids)
             found.append(model.state_dict().values())
         for whole, pieces in zip(*found, strict=True):
             torch.testing.assert_close(whole, pieces, rtol=1e-9, atol=1e-12)
-
-
-class _Reads(TorchDispatchMode):
-    """Counts how often the host waits for a value."""
-
-    reads = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.reads += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **(kwargs or {}))
 
 
 def test_steps_can_be_captured():
@@ -181,9 +165,9 @@ def test_steps_can_be_captured():
     for method in ("trades", *METHODS):
         step = build_step(small_model(), method, as_teacher(small_model(1)))
         phase = step.phase(1, True, False)
-        start = step.step.prepare(batch(1), phase)
-        with _Reads() as found:
-            step.step(batch(1), phase, start)
+        start = step.step.prepare(small_batch(1), phase)
+        with HostReads() as found:
+            step.step(small_batch(1), phase, start)
         counts[method] = found.reads
     # ARD's attack is that of AT, whose checks are more
     assert 0 < max(counts.values()) <= max(counts["trades"], counts["ard"]), counts

@@ -39,6 +39,14 @@ def log_probabilities(logits: Tensor) -> Tensor:
     return F.log_softmax(logits, 1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
+def label_probabilities(labels: Tensor, logits: Tensor) -> Tensor:
+    """Labels, int64 [N] or of mixtures [N, classes], as probabilities [N, classes] like logits, at least fp32."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if labels.is_floating_point():
+        return labels.to(dtype)
+    return torch.zeros_like(logits, dtype=dtype).scatter_(1, labels.unsqueeze(1), 1.0)
+
+
 class DivergenceFrom:
     """Summed KL(p || softmax(logits)), which TRADES' attack climbs.
 
@@ -63,10 +71,7 @@ def target_of(loss: Loss, logits: Tensor, labels: Tensor) -> Tensor | None:
         return loss.clean.exp()
     if loss is not summed_cross_entropy:
         return None
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    if labels.is_floating_point():
-        return labels.to(dtype)
-    return torch.zeros_like(logits, dtype=dtype).scatter_(1, labels.unsqueeze(1), 1.0)
+    return label_probabilities(labels, logits)
 
 
 # what is checked to be given logits and labels that fit

@@ -148,9 +148,10 @@ def _flatten(values: Any, source: str, cls: type = Config, prefix: str = "", *, 
                 hint = "expected the group {0}, and {2} inside it".format(*key.partition("."))
             raise ConfigError(f"{source}: {prefix}{show(str(key))[1:-1]}: unknown key; {hint}")
     for key, (hint, _) in known.items():
-        if dataclasses.is_dataclass(hint) and (key in values or (whole and key == "teacher")):
-            # earlier versions had no such group
-            flat |= _flatten(values.get(key, {}), source, typing.cast(type, hint), f"{prefix}{key}.", whole=whole)
+        group = typing.cast(type, hint) if dataclasses.is_dataclass(hint) else None
+        if group is not None and (key in values or (whole and ADDED.keys() >= {f"{key}.{n}" for n in fields(group)})):
+            # earlier versions may have had no such group
+            flat |= _flatten(values.get(key, {}), source, group, f"{prefix}{key}.", whole=whole)
         elif key in values:
             flat[prefix + key] = values[key]
         elif whole and prefix + key in ADDED:

@@ -119,12 +119,16 @@ def require_average(config: Config) -> None:
     config.require(fits, "average.statistics", like)
 
 
+def _require_unmixed(config: Config, reason: str) -> None:
+    for key in ("data.cutmix", "data.mixup"):
+        config.require_value(key, 0, reason)
+
+
 def require_views(config: Config) -> None:
     """Refuse what does not go with a method that has several views of each image."""
     reason = f"with --method {config.method}, whose loss has several views of an image"
+    _require_unmixed(config, reason)
     for key, value in (
-        ("data.cutmix", 0),
-        ("data.mixup", 0),
         ("attack.kind", "pgd"),
         # a norm would be that of all views together
         ("attack.norm", "linf"),
@@ -191,9 +195,10 @@ def _require_reach(config: Config, key: str, step_size: str, steps: int) -> None
 
 
 def _require_step(config: Config) -> None:
-    one_class = config.method in ("mart", "ikl", "gkl", "adr", "adr-trades")
-    for key in ("label_smoothing", "data.cutmix", "data.mixup") if one_class else ():
-        config.require_value(key, 0, f"with --method {config.method}, whose loss needs one right class")
+    if config.method in ("mart", "ikl", "gkl", "adr", "adr-trades"):
+        reason = f"with --method {config.method}, whose loss needs one right class"
+        config.require_value("label_smoothing", 0, reason)
+        _require_unmixed(config, reason)
     if config.method in ("adr", "adr-trades", "rebat"):
         require_average(config)
     if config.method == "dajat":
@@ -201,11 +206,9 @@ def _require_step(config: Config) -> None:
     if config.method == "liet":
         for key, value in (("attack.kind", "pgd"), ("attack.norm", "linf"), ("attack.start", "uniform")):
             config.require_value(key, value, "with --method liet, whose attack begins at signs and uniform noise")
-        for key in ("data.cutmix", "data.mixup"):
-            config.require_value(key, 0, "with --method liet, whose attack begins by one right class")
+        _require_unmixed(config, "with --method liet, whose attack begins by one right class")
     if config.data.class_weights != "none":
-        for key in ("data.cutmix", "data.mixup"):
-            config.require_value(key, 0, "with --data.class-weights: an image of two classes has no one weight")
+        _require_unmixed(config, "with --data.class-weights: an image of two classes has no one weight")
         config.require_value(
             "awp.ascent", "exact", "with --data.class-weights, as the attack's last pass knows no weights"
         )

@@ -613,8 +613,7 @@ class Config(Checked):
     with weights by class for its divergence; adr, adr-trades, rebat, which learn from the weights' average too; ard,
     rslad, adaad, hat, which learn from a frozen network; score, score-trades, AT and TRADES by squared errors; dajat,
     TRADES on several views of each image; liet, for attacks of one step; e-at, msd, at against several balls
-    (--attack.also); or an Objective of your own: file.py:Class or
-    package.module:Class."""
+    (--attack.also); or an Objective of your own: file.py:Class or package.module:Class."""
     beta: Annotated[float, Range("a finite number >= 0", ge=0)] = 6.0
     """Weight of the divergence between attacked and clean images: beta of TRADES and RST, of the squared error in IKL
     and GKL, lambda of MART; of that from the average in ReBAT, whose paper has 1; of the error between both in

@@ -1,7 +1,41 @@
 """What a step costs, for the log and for the benchmarks."""
 
+from typing import NamedTuple
+
 from awp_engine.config import Config
 from awp_engine.config.schema import parse_arguments
+
+
+class _Units(NamedTuple):
+    """What a method passes, in forward passes of an image.
+
+    Attributes:
+        loss: for the loss and its gradient, once in the descent and once in an exact ascent: 3 for every kind of
+            images, 1 for every answer of another network, of the same size and without gradients of its weights.
+        clean_first: whether clean images are passed once before the attack.
+        asked: answers of another network once a step, for attack and loss.
+        asked_each: those in each step of the attack, with their gradients.
+    """
+
+    loss: float = 6.0
+    clean_first: bool = False
+    asked: float = 0.0
+    asked_each: float = 0.0
+
+
+_TRADES = _Units(clean_first=True)
+# of others, also of one's own, attacked and clean images once
+_UNITS = {
+    **dict.fromkeys(("at", "score", "e-at", "msd"), _Units(3.0)),
+    **dict.fromkeys(("trades", "rst", "ikl", "gkl", "dajat", "score-trades"), _TRADES),
+    "adr": _Units(3.0, asked=1.0),
+    "adr-trades": _TRADES._replace(asked=1.0),
+    "rebat": _Units(4.0),
+    "ard": _Units(7.0),
+    "rslad": _Units(asked=1.0),
+    "adaad": _Units(7.0, asked=1.0, asked_each=2.0),
+    "hat": _Units(10.0, clean_first=True),
+}
 
 
 def forward_units(config: Config, *, cheap: bool = False) -> float:
@@ -16,16 +50,9 @@ def forward_units(config: Config, *, cheap: bool = False) -> float:
     steps = config.attack.steps if config.attack.training_epsilon > 0 else 0
     if cheap:
         steps = min(steps, 0 if config.attack.fast == "free" else 1)
-    # AT passes attacked images alone, the others clean ones as well; the average has no backward pass
-    training = {"at": 3.0, "adr": 3.0, "score": 3.0, "e-at": 3.0, "msd": 3.0, "rebat": 4.0, "hat": 9.0}.get(
-        config.method, 6.0
-    )
-    # a teacher counts as a network of the same size, and has no backward pass of its weights
-    training += 1.0 if config.method in ("ard", "adaad", "hat") else 0.0
-    # these pass clean images once before the attack, and Auto-PGD attacked ones after its last step
-    once_more = config.method in ("trades", "rst", "ikl", "gkl", "adr-trades", "dajat", "score-trades", "hat") or (
-        config.attack.kind == "apgd" and not cheap
-    )
+    units = _UNITS.get(config.method, _Units())
+    # Auto-PGD passes attacked images after its last step
+    once_more = units.clean_first or (config.attack.kind == "apgd" and not cheap)
     # the ascent has the first one alone
     views = (parse_arguments(config.method_args) or {}).get("views", 3) if config.method == "dajat" else 1
     attack = 2.0 * steps + (1.0 if once_more and steps else 0.0)
@@ -37,8 +64,6 @@ def forward_units(config: Config, *, cheap: bool = False) -> float:
     elif config.awp.ascent == "shared":
         ascent = 1.0 / config.awp.every
     else:
-        ascent = training * config.awp.ascent_steps / config.awp.every
-    teacher = 1.0 if config.method in ("adr", "adr-trades", "rslad", "adaad") else 0.0
-    if config.method == "adaad":
-        teacher += 2.0 * steps
-    return (views * (attack + training) + ascent) * config.attack.noise_samples + teacher
+        ascent = units.loss * config.awp.ascent_steps / config.awp.every
+    asked = units.asked + units.asked_each * steps
+    return (views * (attack + units.loss) + ascent) * config.attack.noise_samples + asked

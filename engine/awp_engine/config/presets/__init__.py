@@ -25,8 +25,11 @@ from awp_engine.config.settings import Config
 DEFAULT = "digits"
 
 _ALL: dict[str, Preset] = {}
-_PAPERS = (perturbed, divergence, fast, fast_benchmark, imagenet, imagenet_timm, generated, augmented, distillation)
-for _family in (digits, paper, *_PAPERS, score, taught, norms):
+_FAMILIES = (
+    *(digits, paper, perturbed, divergence, fast, fast_benchmark, imagenet, imagenet_timm),
+    *(generated, augmented, distillation, score, taught, norms),
+)
+for _family in _FAMILIES:
     _ALL |= _family.PRESETS
 
 PRESETS: dict[str, str] = {name: summary for name, (summary, _) in _ALL.items()}

@@ -12,7 +12,7 @@ from awp_engine.attack import DivergenceFrom, Loss
 from awp_engine.attack.losses import log_probabilities
 from awp_engine.distributed.batch import Batch
 from awp_engine.distributed.ranks import Ranks
-from awp_engine.step.objectives.objective import Objective, at_least_fp32, require_number
+from awp_engine.step.objectives.objective import Objective, at_least_fp32, counted_part, require_number
 
 
 def weighted_squared_error(logits: Tensor, logits_adv: Tensor, weights: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class ImprovedKL(Objective):
     def begin_batch(self, batch: Batch, share: float, ranks: Ranks) -> None:
         """Nothing is gathered yet; of a batch that every rank computes whole, each counts for a part of it."""
         self._gathered.zero_()
-        self._part = share * batch.whole_size / len(batch.images)
+        self._part = counted_part(batch, share)
 
     def attack_loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Loss:
         """Summed sCE + attack_beta * wMSE; the clean logits do not depend on x' and are computed once."""

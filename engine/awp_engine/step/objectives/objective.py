@@ -1,8 +1,9 @@
 """The interface that all methods share."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -166,6 +167,11 @@ class Objective(ABC):
         return {}
 
 
+def counted_part(batch: Batch, share: float) -> float:
+    """What each image counts for in sums over the ranks: less than 1 where every rank computes a batch whole."""
+    return share * batch.whole_size / len(batch.images)
+
+
 def at_least_fp32(logits: Tensor) -> Tensor:
     """16-bit logits in fp32: divergences and logarithms need its digits."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -177,9 +183,11 @@ def divergence(logits_adv: Tensor, logits_clean: Tensor) -> Tensor:
     return F.kl_div(adv, clean, reduction="none", log_target=True).sum(1)
 
 
-def require_number(name: str, value: object, *, positive: bool = False) -> None:
-    """Refuse an argument of `--method-args` that is not a number >= 0, or > 0, by a `ConfigError`."""
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
-    if not fits or (positive and value == 0):
-        sign = ">" if positive else ">="
-        raise ConfigError(f"--method-args: {name}: expected a number {sign} 0, got {show(value)}")
+def require_number(
+    name: str, value: Any, *, least: float = 0.0, most: float = math.inf, positive: bool = False
+) -> float:
+    """An argument of `--method-args`, refused by a `ConfigError` that is no finite number in [least, most], or > 0."""
+    if type(value) in (int, float) and least <= value <= most and math.isfinite(value) and (value > 0 or not positive):
+        return value
+    bounds = f"{'>' if positive else '>='} {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+    raise ConfigError(f"--method-args: {name}: expected a number {bounds}, got {show(value)}")

@@ -6,10 +6,10 @@ its public code, P2333/SCORE, where they are called LSE.
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from awp_engine.attack import Loss
+from awp_engine.attack.losses import label_probabilities
 from awp_engine.config import ConfigError
 from awp_engine.config.schema import show
 from awp_engine.step.objectives.objective import Objective, at_least_fp32
@@ -43,9 +43,7 @@ class SquaredErrorFrom:
 
 def shares(labels: Tensor, like: Tensor, smoothing: float = 0.0) -> Tensor:
     """Labels, int64 [N] or of mixtures [N, classes], as probabilities; `smoothing` is spread over all classes."""
-    mixed = labels.is_floating_point()
-    told = labels.to(like.dtype) if mixed else torch.zeros_like(like).scatter_(1, labels.unsqueeze(1), 1.0)
-    return (1 - smoothing) * told + smoothing / like.shape[1]
+    return (1 - smoothing) * label_probabilities(labels, like) + smoothing / like.shape[1]
 
 
 class Score(Objective):

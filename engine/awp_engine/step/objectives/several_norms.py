@@ -10,6 +10,7 @@ from awp_engine.distributed.batch import Batch
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.models.answers import predicted
 from awp_engine.step.objectives.adversarial_training import AdversarialTraining
+from awp_engine.step.objectives.objective import counted_part
 from awp_kernels.philox import mix_seed
 
 # what a seed is for
@@ -75,7 +76,7 @@ class ExtremeNorm(AdversarialTraining):
     def begin_batch(self, batch: Batch, share: float, ranks: Ranks) -> None:
         """No image is attacked yet; of a batch that every rank computes whole, each counts for a part of it."""
         self._watched.clear()
-        self._part = share * batch.whole_size / len(batch.images)
+        self._part = counted_part(batch, share)
 
     def attack_model(self, model: nn.Module, y: Tensor) -> nn.Module:
         """The model, whose answers to all iterates are looked at."""

@@ -11,16 +11,11 @@ from torch import Tensor, nn
 
 from awp_engine.attack import Loss
 from awp_engine.attack.losses import log_probabilities
-from awp_engine.config import ConfigError
-from awp_engine.config.schema import show
-from awp_engine.step.objectives.objective import Objective, at_least_fp32, divergence
+from awp_engine.step.objectives.objective import Objective, at_least_fp32, divergence, require_number
 from awp_engine.step.objectives.trades import Trades
 
-
-def _number(name: str, value: Any, least: float, most: float = 1e6) -> float:
-    if type(value) not in (int, float) or not least <= value <= most:
-        raise ConfigError(f"--method-args: {name}: expected a number from {least:g} to {most:g}, got {show(value)}")
-    return value
+# of temperatures, weights and lengths
+_MOST = 1e6
 
 
 class _Taught(Objective):
@@ -50,8 +45,8 @@ class Ard(_Taught):
     """
 
     def __init__(self, beta: float = 0.1, alpha: Any = 1.0, temperature: Any = 30.0) -> None:
-        self.beta, self.alpha = beta, _number("alpha", alpha, 0, 1)
-        self.temperature = _number("temperature", temperature, 0.01)
+        self.beta, self.alpha = beta, require_number("alpha", alpha, most=1)
+        self.temperature = require_number("temperature", temperature, least=0.01, most=_MOST)
 
     def losses(self, model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """T^2 alpha beta KL(t(x) / T || f(x') / T) + (1 - alpha) CE(f(x), y)."""
@@ -76,7 +71,7 @@ class Rslad(_Taught):
     """
 
     def __init__(self, beta: float = 0.1, alpha: Any = 5 / 6) -> None:
-        self.beta, self.alpha = beta, _number("alpha", alpha, 0, 1)
+        self.beta, self.alpha = beta, require_number("alpha", alpha, most=1)
 
     def targets(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """p_t(x), whose cross-entropy the attack climbs: the divergence from it, but for a constant."""
@@ -161,7 +156,8 @@ class Hat(_Taught, Trades):
 
     def __init__(self, beta: float = 2.5, label_smoothing: float = 0.0, gamma: Any = 0.5, extension: Any = 2.0) -> None:
         super().__init__(beta, label_smoothing)
-        self.gamma, self.extension = _number("gamma", gamma, 0), _number("extension", extension, 1)
+        self.gamma = require_number("gamma", gamma, most=_MOST)
+        self.extension = require_number("extension", extension, least=1, most=_MOST)
 
     def losses(self, model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """TRADES' + gamma CE(f(x + extension (x' - x)), argmax h(x')), that image not clipped to [0, 1]."""

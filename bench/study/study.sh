@@ -15,23 +15,23 @@ mkdir -p "$out"
 # no augmentation, small batches, many steps: what makes 500 images overfit within minutes
 common=(--data.name folder --data.root "$data" --data.train-limit 500 --data.pad 0
   --model.width 8 --global-batch-size 32 --awp.warmup 0
-  --evaluation.steps 10 --evaluation.evaluate-every 8 --evaluation.held-out-limit 500 --evaluation.test-limit 1000)
-# of the recipes whose rate falls in steps and whose attack is theirs to choose
-plain="--optimizer.milestones 0.25 0.85 --attack.steps 5 --data.no-flip"
+  --evaluation.steps 10 --evaluation.held-out-limit 500 --evaluation.test-limit 1000)
 
 # name, preset, flags
 case $study in
   overfitting)
-    common+=(--epochs 80) checkpoints="last"
+    common+=(--epochs 80 --evaluation.evaluate-every 8) checkpoints="last"
+    plain="--optimizer.milestones 0.25 0.85 --attack.steps 5 --data.no-flip"
     arms=("at at $plain" "at-awp at-awp $plain" "trades trades $plain" "trades-awp trades-awp $plain") ;;
   recipes)
-    # averages of the last 50 steps or so, since all are but 960
-    common+=(--epochs 60) checkpoints="best last"
+    # IKL's and ACAT's rate and attack are their own; averages of the last 50 steps or so, since all are but 800
+    common+=(--epochs 50 --evaluation.evaluate-every 5 --optimizer.lr 0.1 --optimizer.warmup 2) checkpoints="best last"
+    plain="--optimizer.schedule cosine --attack.steps 3 --attack.step-size 4/255 --data.no-flip"
     arms=("at at $plain" "at-awp at-awp $plain" "at-awp-shared at-awp $plain --awp.ascent shared"
       "at-awp-limited at-awp $plain --awp.gamma 0.2 --awp.max-rise 0.1"
       "adr-awp adr-awp $plain --average.decay 0.98" "idbh-awp at-awp-idbh ${plain% *} --average.decay 0.98"
-      "ikl-awp wrn-34-10-ikl-awp --model.name preact-resnet-18 --optimizer.lr 0.1 --data.no-flip"
-      "acat-awp acat --data.no-flip --optimizer.lr 0.1 --average.decay 0.98 --average.warmup 45") ;;
+      "ikl-awp wrn-34-10-ikl-awp --model.name preact-resnet-18 --data.no-flip"
+      "acat-awp acat --data.no-flip --average.decay 0.98 --average.warmup 37") ;;
   *) echo "bench/study/study.sh: STUDY: expected overfitting or recipes, got '$study'" >&2; exit 2 ;;
 esac
 

@@ -2,13 +2,11 @@
 
 import csv
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -16,7 +14,6 @@ import torch.nn.functional as F
 from commands import run_command
 from digits_model import description, digits
 from image_folders import write_images
-from places import ROOT
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
@@ -442,36 +439,24 @@ def but_for_times(report: dict) -> dict:
 
 
 def test_a_killed_audit_goes_on_to_the_same_bits(tmp_path):
-    environment = os.environ | {
-        "PYTHONPATH": f"{ROOT / 'kernels'}{os.pathsep}{ROOT / 'engine'}",
-        "OMP_NUM_THREADS": "1",
-    }
-
-    def start(out: Path) -> subprocess.Popen[str]:
-        flags = ["--data.name", "digits", "--class", "3", "--methods", "forest", "itsr", "aae", "--threads", "1"]
-        command = [sys.executable, "-m", "awp_engine", "audit", "data", *flags, "--epochs-scale", "0.004"]
-        command += ["--output", str(out)]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    whole, killed = start(tmp_path / "whole"), start(tmp_path / "killed")
+    flags = ["--data.name", "digits", "--class", "3", "--methods", "forest", "itsr", "aae", "--threads", "1"]
+    command = ["-m", "awp_engine", "audit", "data", *flags, "--epochs-scale", "0.004", "--output"]
+    whole, killed = (forked.Program(*command, tmp_path / name) for name in ("whole", "killed"))
     deadline = time.monotonic() + 120
     while not (saved := list((tmp_path / "killed").glob("audit-data-*.jsonl"))) and time.monotonic() < deadline:
         time.sleep(0.01)
     # the networks of the second part are learning now
     time.sleep(0.2)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate(timeout=60)
+    killed.kill()
     lines = saved[0].read_text().splitlines()
     assert 1 <= len(lines) <= 2
     assert not (tmp_path / "killed/audit-data.json").exists()
-    again = start(tmp_path / "killed")
-    out, error = again.communicate(timeout=120)
-    assert (again.returncode, whole.wait(120)) == (0, 0), error
-    assert f"going on after part {len(lines)} of 3" in out
+    again = forked.run(*command, tmp_path / "killed")
+    assert (again.returncode, whole.end().returncode) == (0, 0), again.stderr
+    assert f"going on after part {len(lines)} of 3" in again.stdout
     first, second = (json.loads((tmp_path / name / "audit-data.json").read_text()) for name in ("whole", "killed"))
     assert second["receipt"]["resumed"] == {"parts": len(lines)}
     assert but_for_times(first) == but_for_times(second)
-    whole.communicate()
     # finished: read again
     said: list[str] = []
     torch_threads = torch.get_num_threads()

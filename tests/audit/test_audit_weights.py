@@ -3,14 +3,11 @@
 import dataclasses
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 import time
 from fractions import Fraction
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -422,37 +419,19 @@ def without_resume(path: Path) -> dict:
 
 
 def test_a_killed_audit_goes_on_to_the_same_bits(run_dir, tmp_path):
-    paths = os.pathsep.join(str(ROOT / part) for part in ("kernels", "engine"))
-    settings = {
-        "env": os.environ | {"PYTHONPATH": paths},
-        "text": True,
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.PIPE,
-    }
-    line = [
-        sys.executable,
-        "-m",
-        "awp_engine",
-        "audit",
-        "weights",
-        str(run_dir),
-        *SMALL,
-        "--edit-epochs",
-        "4",
-        "--output",
-    ]
-    with subprocess.Popen([*line, str(tmp_path / "killed")], **settings) as killed:
-        deadline = time.monotonic() + 120
-        while sum(len(file.read_text().splitlines()) for file in tmp_path.glob("killed/audit-weights-*.jsonl")) < 1:
-            assert killed.poll() is None, killed.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        killed.send_signal(signal.SIGKILL)
+    flags = [str(run_dir), *SMALL, "--edit-epochs", "4", "--output"]
+    killed = forked.Program("-m", "awp_engine", "audit", "weights", *flags, tmp_path / "killed")
+    deadline = time.monotonic() + 120
+    while sum(len(file.read_text().splitlines()) for file in tmp_path.glob("killed/audit-weights-*.jsonl")) < 1:
+        assert killed.runs(), killed.said()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    killed.kill()
     assert not list((tmp_path / "killed").glob("*.json"))
-    done = subprocess.run([*line, str(tmp_path / "killed")], check=False, timeout=200, **settings)
+    done = forked.run("-m", "awp_engine", "audit", "weights", *flags, tmp_path / "killed")
     assert done.returncode == 0, done.stderr
     assert "saved answers" in done.stdout
-    assert go(*line[5:], tmp_path / "whole") == 0
+    assert go(*flags, tmp_path / "whole") == 0
     assert without_resume(tmp_path / "killed") == without_resume(tmp_path / "whole")
 
 

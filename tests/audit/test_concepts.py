@@ -1,21 +1,17 @@
 """The audit of concepts: directions by scikit-learn's own, S by its definition, what was planted, and the command."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
 from commands import run_command
 from digits_model import digits, write_run
 from PIL import Image
-from places import ENGINE, ROOT
 from sklearn.linear_model import SGDClassifier
 from torch import Tensor, nn
 
@@ -443,33 +439,23 @@ def without_resume(report: dict) -> dict:
 
 def test_a_killed_audit_goes_on_to_the_same_bits(run_dir, folders, tmp_path):
     flags = ["--concepts", f"pairs:{folders}", "crops:4", "--layers", *LAYERS, "--classes", "3", "5"]
-    command = [sys.executable, "-m", "awp_engine", "audit", "concepts", str(run_dir), *flags, "--nulls", "200"]
-    paths = os.pathsep.join([str(ROOT / "kernels"), str(ENGINE)])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-
-    def start(name: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            [*command, "--output", str(tmp_path / name)], env=environment, text=True, stdout=subprocess.PIPE
-        )
+    command = ["-m", "awp_engine", "audit", "concepts", run_dir, *flags, "--nulls", "200", "--output"]
 
     def report(name: str) -> dict:
         return json.loads((tmp_path / name / "audit-concepts.json").read_text())
 
-    whole, killed = start("whole"), start("killed")
+    whole, killed = (forked.Program(*command, tmp_path / name) for name in ("whole", "killed"))
     ended = time.monotonic() + 120
     while time.monotonic() < ended:
         saved = list((tmp_path / "killed").glob("*.jsonl"))
         if saved and 1 <= len(saved[0].read_text().splitlines()) <= 6:
             break
         time.sleep(0.005)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    assert killed.returncode == -signal.SIGKILL
+    killed.kill()
     assert not list((tmp_path / "killed").glob("*.json"))
-    whole.communicate()
-    assert whole.returncode == 0
-    again = start("killed")
-    assert "going on after test" in again.communicate()[0]
+    assert whole.end().returncode == 0
+    again = forked.run(*command, tmp_path / "killed")
+    assert "going on after test" in again.stdout
     assert again.returncode == 0
     assert 1 <= report("killed")["receipt"]["resumed"]["tests"] < 8
     assert without_resume(report("killed")) == without_resume(report("whole"))

@@ -14,6 +14,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
+import forked
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -240,9 +241,7 @@ for argv in json.loads(sys.argv[1]):
 
 @pytest.mark.parametrize("argv", REAL[:3], ids=" ".join)
 def test_train_as_a_program(argv: list[str]) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(TRAIN), *argv]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    result = forked.run(TRAIN, *argv)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith(f"train.py: error: {argv[0].partition('=')[0]}: ")
     assert result.stderr.count("\n") == 1

@@ -1,10 +1,9 @@
 """Files of 12 kinds that cannot be trained on: they end a run by their names, or are left out after a scan."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 from bad_files import make_folder, plant
 from places import TRAIN
@@ -72,14 +71,7 @@ def _train(root: Path, run_dir: Path, *flags: str) -> subprocess.CompletedProces
         f"digits --data.name folder --data.root {root} --data.pad 1 --epochs 1 --model.width 2 --attack.steps 1 "
         f"--evaluation.steps 1 --global-batch-size 50 --data.workers 1 --run-dir {run_dir}"
     ).split()
-    return subprocess.run(
-        [sys.executable, str(TRAIN), *arguments, *flags],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    return forked.run(TRAIN, *arguments, *flags)
 
 
 def test_a_run_ends_by_a_files_name_and_skips_what_a_scan_listed(tmp_path: Path) -> None:

@@ -6,10 +6,9 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 
+import forked
 import pytest
 from kill_runs import FAULTY, RANKS, SMALL, TRAIN, Torchrun, differences, ranks, store_server, undisturbed_ranks
 from torch.distributed import TCPStore
@@ -176,14 +175,7 @@ def test_words_of_an_earlier_start_are_not_taken_for_those_of_this_one():
 def test_help_and_errors_are_said_once(flags, code, words):
     environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     both = [
-        subprocess.run(
-            [sys.executable, str(TRAIN), *flags],
-            env=environment | {"RANK": rank, "LOCAL_RANK": rank},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        for rank in "01"
+        forked.run(TRAIN, *flags, env=environment | {"RANK": rank, "LOCAL_RANK": rank}, timeout=60) for rank in "01"
     ]
     assert [result.returncode for result in both] == [code, code]
     assert words in both[0].stdout + both[0].stderr

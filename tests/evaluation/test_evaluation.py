@@ -12,6 +12,7 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from commands import run_command
@@ -66,8 +67,7 @@ LEADERBOARD = {
 
 
 def evaluate_command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), *map(str, arguments), "--threads", "1"]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    return forked.run(SCRIPT, *arguments, "--threads", "1")
 
 
 @pytest.fixture(scope="module")

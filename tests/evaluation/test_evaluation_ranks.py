@@ -3,9 +3,9 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -30,12 +30,13 @@ ALL |= {"budget": Budget(iterations=3, queries=9), "restarts": 2, "batch_size": 
 # of least squares, so that a pass takes no time
 NETWORK = """
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 
+from awp_engine.data import load_dataset
+
 def make(num_classes):
-    images, labels = load_digits(return_X_y=True)
-    images, right = torch.tensor(images / 16).float(), torch.eye(num_classes)[torch.tensor(labels)]
+    digits = load_dataset("digits", root=None, held_out_fraction=0, seed=0).train
+    images, right = digits.images.flatten(1) / 255, torch.eye(num_classes)[digits.labels]
     inputs = torch.cat([images, torch.ones(len(images), 1)], 1)
     found = torch.linalg.solve(inputs.T @ inputs + torch.eye(65), inputs.T @ right)
     layer = nn.Linear(64, num_classes)
@@ -163,10 +164,9 @@ def test_ranks_measure_an_object_of_python(tmp_path):
 
 
 def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    given = [*command, *map(str, arguments)]
-    return subprocess.run(given, capture_output=True, text=True, check=False, timeout=240, env=environment)
+    command = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
+    return forked.run(*command, *arguments, env=environment)
 
 
 BAD_ON_RANK_1 = """

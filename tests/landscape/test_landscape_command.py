@@ -3,12 +3,10 @@
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from commands import run_command
@@ -62,13 +60,7 @@ def test_all_modes_on_two_runs(two_runs, tmp_path):
     before = [bits(run) for run in two_runs]
     arguments = ["--mode", "1d,2d,flatness", "--output", tmp_path / "out", "--directions", "2", "--points", "3"]
     arguments += ["--points-2d", "3", "--draws", "2", "--worst-xi", "0.001,0.005", "--epochs", "2", "--attempts", "2"]
-    result = subprocess.run(
-        [sys.executable, COMMAND, *two_runs, *SMALL, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+    result = forked.run(COMMAND, *two_runs, *SMALL, *arguments)
     assert result.returncode == 0, result.stderr
     assert [bits(run) for run in two_runs] == before
     out = tmp_path / "out"

@@ -54,7 +54,7 @@ _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GLOO_SOCK
 # imported once by the server that children are forked from, and computing nothing there
 _PRELOADED = [
     "awp_engine.train.trainer",
-    "sklearn.datasets",
+    "torch._dynamo",
     "matplotlib.pyplot",
     "tensorboard.summary.writer.record_writer",
     "tensorboard.plugins.text.summary_v2",

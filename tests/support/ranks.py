@@ -1,7 +1,6 @@
 """Run a function on several gloo ranks, in processes of their own, from a test."""
 
 import faulthandler
-import multiprocessing
 import os
 import pickle
 import sys
@@ -14,8 +13,8 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-# the server that children are forked from imports these once and computes nothing: OpenMP has no threads there to lose
-_PRELOADED = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "awp_kernels"]
+import forked
+
 # seconds; pytest ends a test after 300, without the stacks of its processes
 _LONGEST = 270
 
@@ -36,16 +35,15 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout
             is not done in time (with the stacks of all that are not: each may wait for another one).
     """
     assert timeout <= _LONGEST, f"timeout: expected at most {_LONGEST} s, got {timeout:g}"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    processes_of = forked.context()
     payload = pickle.dumps((function, arguments, dict(os.environ)))
     with tempfile.TemporaryDirectory() as directory:
         pipes, processes = [], []
         try:
             for rank in range(world):
-                ours, theirs = context.Pipe()
+                ours, theirs = processes_of.Pipe()
                 pipes.append(ours)
-                process = context.Process(
+                process = processes_of.Process(
                     target=_child, args=(rank, world, directory, payload, theirs, timeout), daemon=True
                 )
                 process.start()

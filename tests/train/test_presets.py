@@ -2,10 +2,9 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -67,33 +66,30 @@ def tiny(config: Config, root: Path, run_dir: Path) -> Config:
     )
 
 
-# one preset for each network for CIFAR; in the others it is a small one of its kind
-WHOLE = ("cifar10-preact-resnet18-trades-awp", "cifar10-wrn-34-10-trades-awp", "cifar10-wrn-28-10-rst-awp")
+# one preset for each network for CIFAR, at its depth; in the others it is a small one of its kind
+DEEP = ("cifar10-preact-resnet18-trades-awp", "cifar10-wrn-34-10-trades-awp", "cifar10-wrn-28-10-rst-awp")
 
 
 def test_every_network_is_trained_in_one_preset():
     networks = {name: build_preset(name).model.name for name in PRESETS}
     large = {network for network in networks.values() if network.startswith(("wrn", "preact-resnet-18"))}
-    assert sorted(large) == sorted(networks[name] for name in WHOLE)
+    assert sorted(large) == sorted(networks[name] for name in DEEP)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_two_steps(name, colour_images, tmp_path):
     whole = build_preset(name)
     config = tiny(whole, colour_images, tmp_path / "run")
-    if "wrn-" in config.model.name and name not in WHOLE:
-        kind, _, _ = config.model.name.partition("wrn-")
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=f"{kind}wrn-10-1"))
+    if "wrn-" in config.model.name:
+        kind, _, size = config.model.name.partition("wrn-")
+        network = f"{kind}wrn-{size.partition('-')[0] if name in DEEP else 10}-1"
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=network))
     elif config.model.source == "timm":
         kind = config.model.name.removeprefix("timm:").partition("_")[0]
         small = dataclasses.replace(config.model, name=f"{ROOT / 'tests' / 'support' / 'small_timm.py'}:{kind}")
         config = dataclasses.replace(config, model=small)
-    elif name.startswith("imagenet") or (config.model.name == "preact-resnet-18" and name not in WHOLE):
+    elif name.startswith("imagenet") or (config.model.name == "preact-resnet-18" and name not in DEEP):
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, width=16))
-    elif config.model.name.startswith("wrn"):
-        # one image at a time: a forward pass of WRN-34-10 alone takes 13 GFLOP
-        size = 2 if takes_extra(config) else 1
-        config = dataclasses.replace(config, global_batch_size=size, data=dataclasses.replace(config.data, pad=0))
     trainer = Trainer(config)
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
     results = []
@@ -182,9 +178,7 @@ def test_a_small_run_of_a_recipe_for_larger_images(model, tmp_path):
         "--global-batch-size 8 --micro-batch-size 4 --optimizer.warmup 0 --average.bn-images 8 --evaluation.steps 1 "
         f"--run-dir {tmp_path / 'run'}"
     ).split()
-    done = subprocess.run(
-        [sys.executable, str(TRAIN), *flags], capture_output=True, text=True, check=False, timeout=280
-    )
+    done = forked.run(TRAIN, *flags, timeout=280)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["attack"]["epsilon"] == "4/255"

@@ -2,13 +2,11 @@
 
 import dataclasses
 import json
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -42,19 +40,9 @@ from awp_engine.train.trainer import Trainer
 SMALL = ["--model.width", "2", "--attack.steps", "2", "--evaluation.steps", "3", "--global-batch-size", "256"]
 
 
-def start(*arguments: str | Path, **popen) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(TRAIN), *map(str, arguments)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **popen
-    )
-
-
-def run(*arguments: str | Path, **popen) -> tuple[int, str, str]:
-    process = start(*arguments, **popen)
-    out, err = process.communicate(timeout=240)
-    assert process.returncode is not None
-    return process.returncode, out, err
+def run(*arguments: str | Path, cwd: Path | None = None) -> tuple[int, str, str]:
+    done = forked.run(TRAIN, *arguments, cwd=cwd)
+    return done.returncode, done.stdout, done.stderr
 
 
 def small_config(run_dir: Path, **changes) -> Config:
@@ -127,14 +115,13 @@ def test_starting_a_finished_run_again_trains_nothing(finished):
 
 
 def test_evaluate_command(finished):
-    command = [sys.executable, str(ENGINE / "evaluate.py"), str(finished), "--gates-limit", "20"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = forked.run(ENGINE / "evaluate.py", finished, "--gates-limit", "20")
     # two epochs of a narrow model may well fail a gate
     assert result.returncode in (0, 3), result.stderr
     report = json.loads((finished / "report.json").read_text())
     assert f"{report['clean_accuracy']:.2%}" in result.stdout
     assert f"{report['pgd20_accuracy']:.2%}" in result.stdout
-    missing = subprocess.run([*command[:2], "/nowhere/at/all"], capture_output=True, text=True, check=False)
+    missing = forked.run(ENGINE / "evaluate.py", "/nowhere/at/all")
     assert missing.returncode == 2
     assert missing.stderr.count("\n") == 1
     assert "/nowhere/at/all" in missing.stderr

@@ -110,9 +110,10 @@ def _all_of_a_rank(rank, world):
     results["model"] = model_pass(network, shard(x, rank, world), shard(moved, rank, world)), buffers(network)
     recompute_statistics(network, (network(part) for part in (shard(x, rank, world), shard(moved, rank, world))))
     results["recomputed"] = [], buffers(network)
-    # dynamo breaks its graph there
-    compiled = torch.compile(network, backend="eager")
-    results["compiled"] = model_pass(compiled, shard(x, rank, world), shard(moved, rank, world)), buffers(network)
+    if world == 2:
+        # dynamo breaks its graph there
+        compiled = torch.compile(network, backend="eager")
+        results["compiled"] = model_pass(compiled, shard(x, rank, world), shard(moved, rank, world)), buffers(network)
 
     # no collective may run: rank 0 alone goes through these
     if rank == 0:
@@ -169,7 +170,7 @@ def test_a_model_called_twice_in_one_graph_equals_one_process(ranks):
     plain = model()
     x, moved = (torch.rand(total, 1, 6, 6, dtype=torch.float64, generator=seeded(s)) for s in (3, 4))
     expected = model_pass(plain, x.clone(), moved.clone())
-    for name in ("model", "recomputed", "compiled"):
+    for name in ("model", "recomputed", *(["compiled"] if len(ranks) == 2 else [])):
         outputs, statistics = joined(ranks, name, 3)
         if name == "recomputed":
             # unequal parts: a plain average over forward passes of the whole batch

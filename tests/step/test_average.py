@@ -1,6 +1,7 @@
 """EMA and SWA of the weights, their statistics, and the monitor's warnings."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -306,6 +307,12 @@ def test_a_collapse_is_told_once_and_slow_learning_is_none(epochs, when):
     knew = any(accuracy is not None and accuracy > 0.3 for _, _, accuracy in epochs)
     expected = "training has collapsed: " if knew else "nothing is learnt yet after 6 epochs: "
     assert all(text.startswith(expected) for texts in said.values() for text in texts)
+
+
+def test_a_collapse_is_told_by_the_methods_own_loss_of_guessing():
+    told = history((3.1, 0.2, 0.4), (3.46, 0.1, 0.1), (3.45, 0.1, None))
+    assert not monitor.warnings(told, 10)
+    assert monitor.warnings(told, 10, guessing=1.5 * math.log(10))[0].startswith("training has collapsed: ")
 
 
 def test_some_zero_gradients_make_no_collapse_of_what_knew_nothing():

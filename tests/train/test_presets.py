@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import forked
@@ -101,6 +102,7 @@ def test_two_steps(name, colour_images, tmp_path):
         assert result.loss.numel() == (config.attack.replays if config.attack.fast == "free" else 1)
         assert torch.isfinite(result.loss).all()
         assert not result.skipped.any()
+    assert 0 < trainer.selection.guessing_loss < math.inf
     moved = [key for key, value in trainer.model.state_dict().items() if not torch.equal(value, before[key])]
     assert set(moved) >= {key for key, p in trainer.model.named_parameters() if p.ndim > 1}
     assert (trainer.awp_step.awp is not None) == (whole.awp.gamma > 0)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -27,7 +28,10 @@ from awp_engine.config import (
     from_json,
     to_json,
 )
+from awp_engine.config.rules import TAUGHT
+from awp_engine.data import eval_batches
 from awp_engine.distributed.ranks import Ranks
+from awp_engine.evaluation import spread
 from awp_engine.evaluation.reports.hub_folder import without_paths
 from awp_engine.files.digest import sha256_of
 from awp_engine.train.run_dir import finished_report
@@ -53,6 +57,32 @@ BASE = Config(
 def taught(directory: Path, *, weights: str = "teacher.safetensors", **changed: Any) -> Config:
     teacher = TeacherConfig(weights=str(directory / weights), **changed.pop("teacher", {}))
     return dataclasses.replace(BASE, teacher=teacher, run_dir=directory / "run", **changed)
+
+
+def beside_uniform(logits: torch.Tensor) -> float:
+    """The mean of KL(p || equal answers)."""
+    p = logits.softmax(1)
+    return float((p * (p * p.shape[1]).log()).sum(1).mean())
+
+
+@pytest.mark.parametrize("method", ["at", "mart", "score", "hat", "ard", "rslad"])
+def test_the_loss_of_guessing_is_the_methods_own(method, tmp_path):
+    """What tells a collapse; against the formulas of equal answers."""
+    teacher = write_teacher(tmp_path / "teacher.safetensors").double()
+    own = TeacherConfig(weights=str(tmp_path / "teacher.safetensors") if method in TAUGHT else None)
+    config = dataclasses.replace(BASE, run_dir=tmp_path / "run", method=method, beta=2.0, teacher=own)
+    trainer = Trainer(config)
+    log10, held_out = math.log(10), next(eval_batches(spread(trainer.data.held_out, 8), 8))[0]
+    logits = teacher.eval()(held_out.double()).detach()
+    expected = {
+        "at": log10,
+        "mart": log10 + math.log(10 / 9),
+        "score": 0.9,
+        "hat": 1.5 * log10,
+        "ard": 30**2 * 2 * beside_uniform(logits / 30),
+        "rslad": 2 * beside_uniform(logits),
+    }
+    assert trainer.selection.guessing_loss == pytest.approx(expected[method], rel=1e-3)
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ _RISE = 0.75
 _CONSTANT = 0.99
 
 
-def collapse(epochs: Sequence[Mapping[str, Any]], classes: int) -> str | None:
+def collapse(epochs: Sequence[Mapping[str, Any]], classes: int, guessing_loss: float | None = None) -> str | None:
     """A warning if the network answers alike for every image: it guesses, clean and attacked, at the loss of guessing.
 
     At once where the attack finds no gradient either. Else after two such epochs if the network knew more before. If it
@@ -37,8 +37,10 @@ def collapse(epochs: Sequence[Mapping[str, Any]], classes: int) -> str | None:
     Args:
         epochs: a run's metrics so far, with their loss; held_out_clean_accuracy as it was last measured counts.
         classes: of the data set.
+        guessing_loss: what training's loss is for equal logits; by default cross-entropy's.
     """
-    guessing, uniform = min(_GUESSING / classes, 1 / classes + _POINTS), math.log(classes)
+    guessing = min(_GUESSING / classes, 1 / classes + _POINTS)
+    uniform = math.log(classes) if guessing_loss is None else guessing_loss
     # as it was known after each epoch
     measured = (epoch.get("held_out_clean_accuracy") for epoch in epochs)
     clean = list(itertools.accumulate(measured, lambda before, now: before if now is None else now))
@@ -164,7 +166,12 @@ def skipped_steps(epoch: Mapping[str, Any]) -> str | None:
 
 
 def warnings(
-    epochs: Sequence[Mapping[str, Any]], classes: int, *, attacked: bool = True, weighted: bool = False
+    epochs: Sequence[Mapping[str, Any]],
+    classes: int,
+    *,
+    attacked: bool = True,
+    weighted: bool = False,
+    guessing: float | None = None,
 ) -> list[str]:
     """All that is to be said after the last of `epochs`.
 
@@ -173,10 +180,11 @@ def warnings(
         classes: of the data set.
         attacked: whether images are attacked in training.
         weighted: whether classes have weights in the loss.
+        guessing: the loss of guessing, as `collapse` takes it.
     """
-    last, collapsed = epochs[-1], collapse(epochs, classes)
+    last, collapsed = epochs[-1], collapse(epochs, classes, guessing)
     # without a gradient because it has learnt nothing: no masking. Said once, not after every epoch.
-    repeated = collapsed is not None and len(epochs) > 1 and collapse(epochs[:-1], classes) is not None
+    repeated = collapsed is not None and len(epochs) > 1 and collapse(epochs[:-1], classes, guessing) is not None
     first = gradient_masking(last) if collapsed is None else None if repeated else collapsed
     overfitting = catastrophic_overfitting(epochs, weighted=weighted) if attacked else None
     said = [first, nonfinite_gradients(last), overfitting, rise(last), skipped_steps(last)]

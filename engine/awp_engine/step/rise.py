@@ -3,6 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from awp_engine.distributed.batch import Batch
+from awp_engine.distributed.ranks import Ranks
+from awp_engine.step.objectives.objective import Objective
+
 # of gamma: where it begins, and the least, from which it can grow again
 _FLOOR = 2.0**-10
 # in one step
@@ -19,6 +23,18 @@ class Guess(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits of zero, [N, classes]."""
         return x.new_zeros(len(x), self.classes)
+
+
+@torch.no_grad()
+def guessing_loss(objective: Objective, batch: Batch, classes: int, ranks: Ranks) -> float:
+    """The mean loss of a batch that is not attacked, for a model that gives every class the same probability.
+
+    Called by all ranks alike, with the same batch.
+    """
+    guess, objective.ids = Guess(classes), batch.ids
+    objective.begin_batch(batch, 1 / ranks.world, ranks)
+    targets = objective.targets(guess, batch.images, batch.labels)
+    return objective.ascent_losses(guess, batch.images, batch.images, targets)[0].mean().item()
 
 
 class RiseLimit:

@@ -2,17 +2,21 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from awp_engine.attack import Loss, summed_margin
-from awp_engine.data import Split, StreamedSplit
+from awp_engine.data import Split, StreamedSplit, eval_batches
 from awp_engine.distributed.sharding import gathered, scatter_
 from awp_engine.evaluation import Accuracy, evaluate, evaluation_attacks, spread
 from awp_engine.models.batch_norm import other_buffers, recompute_statistics
 from awp_engine.models.views import base_set
 from awp_engine.observe.regions import region
+from awp_engine.observe.warnings import warnings
+from awp_engine.step.rise import guessing_loss
 from awp_engine.train.progress import Progress
 from awp_engine.train.setup import Setup
 from awp_kernels.philox import mix_seed
@@ -52,6 +56,28 @@ class Selection:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """What `state` gave."""
         self.best_weights = dict(state)
+
+    @functools.cached_property
+    def guessing_loss(self) -> float:
+        """What training's loss is of held-out images for a model that guesses; asked for by all ranks alike."""
+        setup = self._setup
+        with contextlib.closing(eval_batches(self._held_out, self._batch_size)) as batches:
+            found = next(batches)
+        batch = found._replace(labels=found.labels.to(setup.device))
+        return guessing_loss(setup.awp_step.passes.objective, batch, len(setup.data.class_names), setup.ranks)
+
+    def warnings(self, history: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What is to be said after the last epoch of `history`; on all ranks alike."""
+        config = self._setup.config
+        # accuracies under attacks of growing strength tell nothing side by side
+        attacked = config.attack.training_epsilon > 0 and config.attack.ramp == "none"
+        return warnings(
+            history,
+            len(self._setup.data.class_names),
+            attacked=attacked,
+            weighted=config.data.class_weights != "none",
+            guessing=self.guessing_loss,
+        )
 
     def measured_model(self, epoch: int) -> nn.Module:
         """What is measured and kept: the average of the weights where there is one, with its own BN statistics."""

@@ -12,7 +12,6 @@ from awp_engine.data import Batch
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.signals import StoppedError, StopRequest, exit_code, reason_name
 from awp_engine.distributed.watchdog import watching
-from awp_engine.observe import warnings
 from awp_engine.observe.metrics import read_metrics
 from awp_engine.observe.profiler import StepProfiler
 from awp_engine.observe.regions import region
@@ -188,13 +187,10 @@ class Trainer(Setup):
         self.progress.epoch, self.progress.step = epoch, 0
         self.state.tick()
         if self._log is not None:
-            told = metrics | {"seconds": self.progress.seconds}
-            self._log.end_epoch(epoch, told, best=self.progress.best_epoch == epoch)
+            best = self.progress.best_epoch == epoch
+            self._log.end_epoch(epoch, metrics | {"seconds": self.progress.seconds}, best=best)
         self._history.append({"epoch": epoch, **metrics})
-        # accuracies under attacks of growing strength tell nothing side by side
-        attacked = config.attack.training_epsilon > 0 and config.attack.ramp == "none"
-        settings = {"attacked": attacked, "weighted": config.data.class_weights != "none"}
-        for warning in warnings.warnings(self._history, len(self.data.class_names), **settings):
+        for warning in self.selection.warnings(self._history):
             self._say(f"warning: {warning}")
         if epoch % config.checkpoint_every == 0 or last or self._out_of_patience():
             self.state.save()

@@ -14,7 +14,7 @@ pytest.importorskip("nvidia.dali", reason="the extra `dali` is for Linux")
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("ranks", "kills"), [(1, 1), (2, 1)])
+@pytest.mark.parametrize(("ranks", "kills"), [(1, 1), pytest.param(2, 1, marks=pytest.mark.long)])
 def test_killed_in_mid_epoch(tmp_path: Path, ranks: int, kills: int) -> None:
     """A few moments; `python tests/soak/data_kills.py --kills 20` takes more, and its results are in bench/results."""
     write_images(tmp_path / "data", IMAGES, (10, 10))

@@ -55,6 +55,7 @@ def archive(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.compile
 def test_a_check_that_crashes_or_hangs_costs_itself(tmp_path):
     result, outcomes = tmp_path / "first-contact.json", {}
     for checks, hangs in ((["hang"], "2"), (["crash", "cpp restore_", "plain step"], "60")):
@@ -102,6 +103,7 @@ def test_a_stage_that_crashes_or_hangs_costs_itself(tmp_path):
     }
 
 
+@pytest.mark.compile
 def test_both_arms_train_side_by_side(tmp_path, archive):
     settings = {"ARCHIVE": str(archive), "STEP_MS": "30 35", "OUT": str(tmp_path)}
     done = run("bash", "bench/gpu.sh", "train", **settings)

@@ -222,6 +222,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
 
 
+@pytest.mark.compile
 def test_program(tmp_path):
     target = tmp_path / "step.json"
     done = run("--model", "preact-resnet-digits", "--batch-size", "8", "--repeats", "2", "--threads", "1",

@@ -37,6 +37,7 @@ def report(capsys):
     return run
 
 
+@pytest.mark.compile
 def test_from_the_command_to_the_plots(tmp_path, report):
     raw, kept = tmp_path / "bench.json", tmp_path / "kept.json"
     done = pytest_bench("--benchmark-enable", f"--benchmark-json={raw}", "--sizes", "1e3,1e4", "-k",

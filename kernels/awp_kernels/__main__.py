@@ -1,5 +1,6 @@
 """`python -m awp_kernels`: what works when it is called, and which implementation serves which operation."""
 
+import signal
 import sys
 
 import torch
@@ -88,4 +89,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    # where a reader such as `head` has had enough
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -446,6 +447,12 @@ def test_summary_names_every_operation():
         "cpp        available: called, and right",
     ):
         assert name in result.stdout
+    line = f"set -o pipefail; {sys.executable} -m awp_kernels | head -1"
+    cut = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    # it may have written all before `head` is gone
+    assert cut.returncode in (0, 128 + signal.SIGPIPE)
+    assert cut.stderr == ""
+    assert cut.stdout.startswith("awp_kernels with torch")
     if not torch.cuda.is_available():
         assert "cuda       not needed, as torch finds no GPU (" in result.stdout
 

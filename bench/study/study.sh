@@ -30,8 +30,8 @@ case $study in
     arms=("at at $plain" "at-awp at-awp $plain" "at-awp-shared at-awp $plain --awp.ascent shared"
       "at-awp-limited at-awp $plain --awp.gamma 0.2 --awp.max-rise 0.1"
       "adr-awp adr-awp $plain --average.decay 0.98" "idbh-awp at-awp-idbh ${plain% *} --average.decay 0.98"
-      "ikl-awp wrn-34-10-ikl-awp --model.name preact-resnet-18 --data.no-flip"
-      "acat-awp acat --data.no-flip --average.decay 0.98 --average.warmup 37") ;;
+      "ikl-awp wrn-34-10-ikl-awp --model.name preact-resnet-18 --data.no-flip --optimizer.no-per-epoch"
+      "acat-awp acat --data.no-flip --optimizer.no-per-epoch --average.decay 0.98 --average.warmup 37") ;;
   *) echo "bench/study/study.sh: STUDY: expected overfitting or recipes, got '$study'" >&2; exit 2 ;;
 esac
 

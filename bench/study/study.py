@@ -65,6 +65,8 @@ def read_run(run: Path) -> dict[str, Any]:
             "gates_passed": evaluation["gates"]["passed"],
             "receipt": evaluation["receipt"],
         }
+    if result["best"]["epoch"] == report["epochs"] and "evaluation-last" in result:
+        result["evaluation-best"] = result["evaluation-last"]
     if (file := run / "landscape" / "flatness.json").exists():
         flatness = json.loads(file.read_text())["runs"][0]
         result["flatness"] = {

@@ -20,12 +20,12 @@ common=(--data.name folder --data.root "$data" --data.train-limit 500 --data.pad
 # name, preset, flags
 case $study in
   overfitting)
-    common+=(--epochs 80 --evaluation.evaluate-every 8) checkpoints="last"
+    common+=(--epochs 80 --evaluation.evaluate-every 8) checkpoints="last" images=500
     plain="--optimizer.milestones 0.25 0.85 --attack.steps 5 --data.no-flip"
     arms=("at at $plain" "at-awp at-awp $plain" "trades trades $plain" "trades-awp trades-awp $plain") ;;
   recipes)
     # IKL's and ACAT's rate and attack are their own; averages of the last 50 steps or so, since all are but 800
-    common+=(--epochs 50 --evaluation.evaluate-every 5 --optimizer.lr 0.1 --optimizer.warmup 2) checkpoints="best last"
+    common+=(--epochs 50 --evaluation.evaluate-every 5 --optimizer.lr 0.1 --optimizer.warmup 2) checkpoints="last best" images=250
     plain="--optimizer.schedule cosine --attack.steps 3 --attack.step-size 4/255 --data.no-flip"
     arms=("at at $plain" "at-awp at-awp $plain" "at-awp-shared at-awp $plain --awp.ascent shared"
       "at-awp-limited at-awp $plain --awp.gamma 0.2 --awp.max-rise 0.1"
@@ -46,8 +46,10 @@ measure() { # seed name
   local run="$out/$2-seed$1"
   for checkpoint in $checkpoints; do
     local measured="$run/evaluation-$checkpoint"
+    # of the last epoch: measured already
+    [ "$checkpoint" = best ] && grep -q '"selected_epoch": 50,' "$run/report.json" && continue
     [ -e "$measured/evaluation.json" ] ||
-      python "$root/engine/evaluate.py" "$run" --checkpoint "$checkpoint" --attacks clean pgd20 autoattack --limit 500 \
+      python "$root/engine/evaluate.py" "$run" --checkpoint "$checkpoint" --attacks clean pgd20 autoattack --limit "$images" --gates-limit 50 \
         --output "$measured" > "$run-$checkpoint.log" 2>&1 || [ $? = 3 ] # 3: measured, with doubts, which the report names
   done
   [ "$study" = recipes ] || [ -e "$run/landscape/flatness.json" ] ||

@@ -63,8 +63,11 @@ class Selection:
         setup = self._setup
         with contextlib.closing(eval_batches(self._held_out, self._batch_size)) as batches:
             found = next(batches)
-        batch = found._replace(labels=found.labels.to(setup.device))
-        return guessing_loss(setup.awp_step.passes.objective, batch, len(setup.data.class_names), setup.ranks)
+        batch, kept = found._replace(labels=found.labels.to(setup.device)), setup.awp_step.kept()
+        loss = guessing_loss(setup.awp_step.passes.objective, batch, len(setup.data.class_names), setup.ranks)
+        # a network that is asked may count what it sees
+        kept.restore_()
+        return loss
 
     def warnings(self, history: Sequence[Mapping[str, Any]]) -> list[str]:
         """What is to be said after the last epoch of `history`; on all ranks alike."""

@@ -90,6 +90,8 @@ def test_two_steps(name, colour_images, tmp_path):
         config = dataclasses.replace(config, model=small)
     elif name.startswith("imagenet") or (config.model.name == "preact-resnet-18" and name not in DEEP):
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, width=16))
+    if config.method == "lbgat":
+        config = dataclasses.replace(config, method_args=("partner=preact-resnet-digits",))
     trainer = Trainer(config)
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
     results = []

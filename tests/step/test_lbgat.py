@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import plain_methods
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from awp_engine.config import AttackConfig, AverageConfig, AwpConfig, Config, ConfigError, DataConfig, ModelConfig
 from awp_engine.config.settings import DistributedConfig, EvaluationConfig, OptimizerConfig
+from awp_engine.distributed.ranks import Ranks
 from awp_engine.models.trained import load_model
 from awp_engine.optim.optimizer import build_optimizer
 from awp_engine.step.objectives import build_objective
@@ -222,6 +224,22 @@ def test_checkpoints_alone_hold_the_partner(tmp_path, monkeypatch):
     monkeypatch.setattr(state, "check_replicas", lambda ranks, tensors, when: seen.update(tensors))
     trainer.state.check_replicas("now")
     assert {name.removeprefix("partner's ") for name in seen if name.startswith("partner's ")} == expected
+
+
+def test_ranks_begin_with_one_partner(tmp_path, monkeypatch):
+    """The first rank's weights, like the model's; a run without a partner has no such group in its checkpoints."""
+    told: set[int] = set()
+    monkeypatch.setattr(Ranks, "broadcast_", lambda ranks, tensors: told.update(t.data_ptr() for t in tensors))
+    for method in ("lbgat", "at"):
+        told.clear()
+        trainer = Trainer(dataclasses.replace(RUN, method=method, run_dir=tmp_path / method))
+        partner = trainer.awp_step.passes.objective.partner
+        networks = [trainer.model] if partner is None else [trainer.model, partner]
+        assert told >= {p.data_ptr() for network in networks for p in network.parameters()}
+        with trainer.state.writer:
+            path = trainer.state.save(wait=True)
+        assert path is not None
+        assert (Path(path) / "partner.safetensors").exists() == (method == "lbgat") == (partner is not None)
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ CASES = [
     pytest.param(LIET, 1, 3, id="1 rank, table of classes"),
     pytest.param(E_AT, 1, 20, id="1 rank, several norms"),
     pytest.param(LBGAT, 1, 2, id="1 rank, partner"),
-    pytest.param(LBGAT, 2, 3, id="2 ranks, partner", marks=pytest.mark.long),
+    pytest.param(LBGAT, 2, 5, id="2 ranks, partner"),
     pytest.param(AWP_EMA, 2, 10, id="2 ranks, 1 epoch"),
     pytest.param(GKL_EPOCHS, 2, 10, id="2 ranks, GKL, 2 epochs", marks=pytest.mark.long),
     pytest.param(DAJAT, 2, 5, id="2 ranks, views, 2 epochs", marks=pytest.mark.long),

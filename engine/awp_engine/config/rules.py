@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 TAUGHT = ("ard", "rslad", "adaad", "hat")
 """Methods that learn from a frozen network."""
+# whose attack climbs something else
+_NOT_CROSS_ENTROPY = ("trades", "rst", "ikl", "gkl", "adr-trades", "score", "score-trades", "adaad", "hat", "lbgat")
 # adversarial training against several balls
 _SEVERAL_NORMS = ("e-at", "msd")
 
@@ -234,18 +236,7 @@ def _require_step(config: Config) -> None:
         like = "at, or a class of your own, with --attack.kind none or --attack.noise"
         config.require(config.method == "at" or is_code(config.method), "method", like)
     if config.attack.kind == "apgd":
-        if config.method in (
-            "trades",
-            "rst",
-            "ikl",
-            "gkl",
-            "adr-trades",
-            "score",
-            "score-trades",
-            "adaad",
-            "hat",
-            "lbgat",
-        ):
+        if config.method in _NOT_CROSS_ENTROPY:
             config.require_value("attack.kind", "pgd", f"with --method {config.method}: apgd climbs cross-entropy")
         if config.awp.enabled:
             config.require_value("awp.ascent", "exact", "with --attack.kind apgd, whose last pass has no gradient")

@@ -17,13 +17,17 @@ from steps import TensorStep, make_step
 from torch import Tensor, nn
 
 from awp_engine.config import AttackConfig, AverageConfig, AwpConfig, Config, ConfigError, DataConfig, ModelConfig
-from awp_engine.config.settings import DistributedConfig, EvaluationConfig, OptimizerConfig
+from awp_engine.config.settings import DistributedConfig, EvaluationConfig, OptimizerConfig, PrecisionConfig
+from awp_engine.distributed.batch import Batch
 from awp_engine.distributed.ranks import Ranks
+from awp_engine.models import build_model
 from awp_engine.models.trained import load_model
 from awp_engine.optim.optimizer import build_optimizer
 from awp_engine.step.objectives import build_objective
 from awp_engine.step.objectives.lbgat import Lbgat
-from awp_engine.train import state
+from awp_engine.step.precision import LossScale
+from awp_engine.step.values import Phase
+from awp_engine.train import setup, state
 from awp_engine.train.network import build_partner
 from awp_engine.train.setup import objective_of
 from awp_engine.train.trainer import Trainer
@@ -166,6 +170,42 @@ def test_a_step_that_is_left_out_leaves_both_networks_alone():
         networks[1].register_forward_hook(lambda module, inputs, output: output * torch.inf)
     assert step(x, y, sample_ids=ids).skipped
     assert all(torch.equal(a, b) for a, b in zip(held, before, strict=True))
+
+
+def test_the_loss_scale_is_taken_out_of_both_gradients():
+    """A power of two changes no bit."""
+    found = []
+    for scale in (None, 1024.0):
+        networks = small_model(), small_model(1)
+        step = build_step(*networks)
+        if scale is not None:
+            lifted = LossScale(torch.device("cpu"), scale)
+            step.passes.loss_scale = step.step.update._loss_scale = lifted
+        x, y, ids, _ = small_batch(1)
+        assert not step(x, y, sample_ids=ids).skipped
+        found.append([p for network in networks for p in network.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_16_bit_copy_of_the_classifier_is_followed_and_written():
+    """The optimizer's masters are fp32, and so is the partner."""
+    torch.manual_seed(0)
+    model, partner = (build_model("preact-resnet-digits", 10, (0.5,), (0.25,), width=4).train() for _ in range(2))
+    precision = PrecisionConfig(attack="bf16", ascent="bf16", descent="bf16")
+    config = dataclasses.replace(RUN, awp=AwpConfig(gamma=0.0), precision=precision)
+    objective = objective_of(config, torch.device("cpu"), 10, (1, 8, 8))
+    objective.partner = partner
+    before = [p.detach().clone() for network in (model, partner) for p in network.parameters()]
+    step = setup.build_step(config, model, objective=objective)
+    batch = Batch(images((6, 1, 8, 8)), torch.arange(6), torch.arange(6), 6)
+    assert not step(batch, Phase(attack=setup.training_attack(config.attack), perturb=False)).skipped
+    after = [p for network in (model, partner) for p in network.parameters()]
+    assert not any(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert {p.dtype for p in after} == {torch.float32}
+    copied = step.models.updated
+    assert copied is not None
+    assert torch.bfloat16 in {p.dtype for p in copied.parameters()}
+    assert all(torch.equal(c, p.to(c.dtype)) for c, p in zip(copied.parameters(), model.parameters(), strict=True))
 
 
 def test_steps_can_be_captured():

@@ -22,7 +22,7 @@ from awp_engine.models.user_code import told_in_one_line
 from awp_engine.models.wrapped import device_of
 from awp_engine.step.precision import Precision, frozen_view
 
-# sides of images, in pixels, that networks for CIFAR would leave nothing of
+# pixels of a side below which a network for CIFAR, which divides it by 8, has none left to pool
 _SMALL = 16
 
 

@@ -1,7 +1,7 @@
 """LBGAT: a network that is trained along, on clean images, guides the classifier at attacked ones.
 
 Source: Cui, Liu, Wang, Jia: Learnable Boundary Guided Adversarial Training, ICCV 2021, and its public code,
-jiequancui/LBGAT. What is different from that stands in docs/methods.md.
+dvlab-research/LBGAT. What is different from that stands in docs/methods.md.
 """
 
 from typing import Any

@@ -89,6 +89,13 @@ CASES: dict[str, Config] = {
     "hat, micro-batches, frozen statistics": dataclasses.replace(
         BASE, method="hat", distributed=DistributedConfig(), micro_batch_size=2
     ),
+    # 23 images, then 3
+    "lbgat, uneven shares, clipped": dataclasses.replace(
+        BASE, method="lbgat", global_batch_size=23, optimizer=OptimizerConfig(lr=0.05, clip_norm=0.1, decay_norms=False)
+    ),
+    "lbgat, micro-batches, frozen statistics": dataclasses.replace(
+        BASE, method="lbgat", distributed=DistributedConfig(), micro_batch_size=2
+    ),
     "e-at": dataclasses.replace(
         BASE, method="e-at", attack=dataclasses.replace(EVAL_ATTACK, kind="apgd", start="none", also=("l1=2",))
     ),
@@ -137,10 +144,15 @@ def trained(config: Config, ranks: Ranks, *, dtype: torch.dtype = torch.float64,
     if frozen:
         model.eval()
     weights = torch.linspace(0.2, 3, 10, dtype=dtype) if config.data.class_weights != "none" else None
-    views = objective_of(config, torch.device("cpu"), 10, (1, 8, 8)).views
+    objective = objective_of(config, torch.device("cpu"), 10, (1, 8, 8))
+    views = objective.views
     if views > 1:
         add_auxiliary_(model)
-    step = build_step(config, model, ranks, weights)
+    partner = None
+    if objective.partner_name is not None:
+        partner = build_model("preact-resnet-digits", 10, (0.4,), (0.5,), width=3).to(dtype).train(not frozen)
+    objective.partner = partner
+    step = build_step(config, model, ranks, weights, objective)
     average = None
     if config.average.kind == "ema":
         # shards cannot be copied
@@ -193,12 +205,14 @@ def trained(config: Config, ranks: Ranks, *, dtype: torch.dtype = torch.float64,
             numbers = torch.stack([result.loss, result.correct, result.zero_gradients]).double()
             ranks.sum_([numbers])
             losses.append(numbers)
-    buffers = enumerate(step.optimizer.state[p]["momentum_buffer"] for p in model.parameters())
+    trained = [*model.parameters(), *([] if partner is None else partner.parameters())]
+    buffers = enumerate(step.optimizer.state[p]["momentum_buffer"] for p in trained)
     momentum = {f"momentum.{i}": buffer for i, buffer in buffers}
     averaged = {} if average is None else {f"average.{n}": t for n, t in average.state().items()}
     # .clone(): statistics are views of one tensor
     method = step.passes.objective.state()
-    found = {**model.state_dict(), **momentum, **averaged, **method, "numbers": torch.stack(losses)}
+    beside = {} if partner is None else {f"partner.{name}": t for name, t in partner.state_dict().items()}
+    found = {**model.state_dict(), **momentum, **averaged, **method, **beside, "numbers": torch.stack(losses)}
     if step.models.sharded:
         return gather(found, every_rank=True)
     return {name: tensor.detach().clone() for name, tensor in found.items()}
@@ -210,6 +224,7 @@ def trained_on_rank(rank: int, world: int, cases: dict[str, Config]) -> dict[str
 
 # what depends on the number of ranks: shares that differ, batches of fewer images, several all-reduces, shards
 ON_FOUR = ["at", "uneven shares", "extra", "rwp", "gkl", "micro-batches, frozen statistics", "shards, trades, clipped"]
+ON_FOUR.append("lbgat, uneven shares, clipped")
 
 
 @functools.cache

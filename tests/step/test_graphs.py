@@ -7,6 +7,7 @@ import pytest
 import torch
 from samples import images
 from steps import make_step
+from torch import nn
 
 from awp_engine.config import AttackConfig, AverageConfig, AwpConfig, Config, OptimizerConfig
 from awp_engine.models import build_model
@@ -31,10 +32,16 @@ def build_step(device: str, precision: Precision, method: str = "at", options: A
     model.to(memory_format=torch.channels_last)
     options = options or AwpConfig(gamma=0.005)
     models = WorkingModels(model, precision, shared_ascent=options.ascent == "shared")
-    optimizer = build_optimizer(model, OptimizerConfig(), working=models.updated)
+    objective = build_objective(method, num_classes=10, image_shape=(3, 32, 32), device=torch.device(device))
+    trained, copied = model, models.updated
+    if objective.partner_name is not None:
+        partner = build_model("preact-resnet-18", 10, (0.4,) * 3, (0.3,) * 3, width=8).to(device).train()
+        partner.to(memory_format=torch.channels_last)
+        objective.partner = partner
+        trained, copied = nn.ModuleList([model, partner]), None if copied is None else nn.ModuleList([copied])
+    optimizer = build_optimizer(trained, OptimizerConfig(), working=copied)
     average = WeightAverage(model, AverageConfig(kind="ema", statistics="averaged"), epochs=1)
     average.follow(optimizer)
-    objective = build_objective(method, num_classes=10, image_shape=(3, 32, 32), device=torch.device(device))
     objective.average = average.model
     if objective.uses_teacher:
         teacher = build_model("preact-resnet-18", 10, (0.4,) * 3, (0.3,) * 3, width=16).to(device).eval()
@@ -95,7 +102,7 @@ def test_a_step_is_captured_where_there_is_a_gpu(device):
     ("method", "ascent"),
     [
         *itertools.product(
-            ["at", "trades", "adr", "rebat", "score-trades", "adaad", "hat", "liet"], ["exact", "shared"]
+            ["at", "trades", "adr", "rebat", "score-trades", "adaad", "hat", "liet", "lbgat"], ["exact", "shared"]
         ),
         ("dajat", "exact"),
     ],
@@ -119,11 +126,14 @@ def test_graphs_and_plain_steps_give_the_same_numbers(precision, method, ascent,
         if graphed:
             kinds = {(perturbed, attack.steps) for perturbed, attack, _ in step.taken._graphs}
             assert kinds == {(True, 3), (True, 1)}
-        momentum = [step.optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
-        runs.append((model, average.model, momentum, losses))
-    (plain, plain_average, plain_momentum, plain_losses), (model, average, momentum, losses) = runs
+        trained = model
+        if (partner := step.passes.objective.partner) is not None:
+            trained = nn.ModuleList([model, partner])
+        momentum = [step.optimizer.state[p]["momentum_buffer"] for p in trained.parameters()]
+        runs.append((trained, average.model, momentum, losses))
+    (plain, plain_average, plain_momentum, plain_losses), (trained, average, momentum, losses) = runs
     assert torch.equal(torch.stack(plain_losses), torch.stack(losses))
-    for one, other in ((plain, model), (plain_average, average)):
+    for one, other in ((plain, trained), (plain_average, average)):
         pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
     assert all(torch.equal(a, b) for a, b in zip(plain_momentum, momentum, strict=True))

@@ -12,6 +12,7 @@ from awp_engine.data import Batch
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.step.awp_step import Ascent, AwpStep
 from awp_engine.step.free import FreeStep
+from awp_engine.step.objectives import Objective
 from awp_engine.step.precision import WorkingModels
 from awp_engine.step.values import Phase, Step, StepResult
 from awp_engine.train import setup
@@ -83,9 +84,13 @@ def make_step(
 
 
 def build_step(
-    config: Config, model: nn.Module, ranks: Ranks | None = None, class_weights: Tensor | None = None
+    config: Config,
+    model: nn.Module,
+    ranks: Ranks | None = None,
+    class_weights: Tensor | None = None,
+    objective: Objective | None = None,
 ) -> TensorStep:
     """The step that a configuration describes, for ten classes."""
-    objective = setup.objective_of(config, torch.device("cpu"), 10, (1, 8, 8))
+    objective = objective or setup.objective_of(config, torch.device("cpu"), 10, (1, 8, 8))
     given = {"class_weights": class_weights, "objective": objective}
     return TensorStep(setup.build_step(config, model, ranks, **given), config.attack)

@@ -62,6 +62,7 @@ def counted(config: Config) -> float:
     if objective.views > 1:
         model.register_buffer("mean", torch.zeros(1, 3, 1, 1))
         add_auxiliary_(model)
+    objective.partner = network() if objective.partner_name is not None else None
     step = setup.build_step(config, model, objective=objective)
     if config.average.kind == "ema":
         step.passes.objective.average = WeightAverage(model, config.average, config.epochs).model

@@ -19,6 +19,7 @@ from awp_engine.config.presets import PRESETS, build_preset
 from awp_engine.config.rules import TAUGHT
 from awp_engine.models import build_model
 from awp_engine.observe.run_log import RunLog
+from awp_engine.optim.learning_rate import learning_rate
 from awp_engine.train.trainer import Trainer
 
 
@@ -91,6 +92,8 @@ def test_two_steps(name, colour_images, tmp_path):
         config = dataclasses.replace(config, model=small)
     elif name.startswith("imagenet") or (config.model.name == "preact-resnet-18" and name not in DEEP):
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, width=16))
+    if config.method == "lbgat":
+        config = dataclasses.replace(config, method_args=("partner=preact-resnet-digits",))
     trainer = Trainer(config)
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
     results = []
@@ -234,3 +237,20 @@ def test_the_recipes_of_idbh():
     assert (strong.data.policy, strong.awp.gamma) == ("idbh-strong", 0.01)
     assert (weak.data.policy, weak.awp.gamma) == ("idbh-weak", 0)
     assert build_preset("svhn-preact-resnet18-at-awp-idbh").data.policy == "idbh-svhn"
+
+
+def test_the_recipes_of_lbgat():
+    for data, beta in (("cifar10", 0), ("cifar100", 6)):
+        plain, awp = build_preset(f"{data}-wrn-34-10-lbgat"), build_preset(f"{data}-wrn-34-10-lbgat-awp")
+        assert dataclasses.replace(awp, awp=plain.awp, preset=plain.preset) == plain
+        assert (plain.awp.gamma, awp.awp.gamma, awp.awp.warmup) == (0, 0.005, 10)
+        attack, optimizer = plain.attack, plain.optimizer
+        assert (attack.epsilon, attack.step_size, attack.steps, attack.start) == ("8/255", "2/255", 10, "normal")
+        assert (attack.bn_mode, plain.beta, plain.method, plain.model.normalize) == ("eval", beta, "lbgat", "none")
+        assert (optimizer.momentum, optimizer.nesterov, optimizer.weight_decay) == (0.9, False, 2e-4)
+        assert (plain.epochs, plain.global_batch_size, plain.data.pad, plain.data.flip) == (100, 128, 4, True)
+        # by epoch, counted from 1, in its first and its last steps
+        rates = {1: 0.02, 2: 0.1, 75: 0.1, 76: 0.01, 90: 0.01, 91: 0.001, 100: 0.001}
+        for epoch, rate in rates.items():
+            for done in (0.0, 0.99):
+                assert learning_rate(optimizer, 100, epoch - 1 + done) == pytest.approx(rate)

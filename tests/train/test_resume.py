@@ -107,6 +107,11 @@ LIET = dataclasses.replace(
     average=AverageConfig(kind="ema", decay=0.9, bn_images=10),
 )
 
+# a second network and its momentum; whose statistics the average's do not move
+LBGAT = dataclasses.replace(
+    AWP_EMA, global_batch_size=20, method="lbgat", attack=AttackConfig(steps=2, bn_mode="eval", start="normal")
+)
+
 # each step draws its ball by what all steps before have counted
 E_AT = dataclasses.replace(
     AWP_EMA,
@@ -167,6 +172,8 @@ CASES = [
     pytest.param(DAJAT, 1, 5, id="1 rank, views, 2 epochs", marks=pytest.mark.long),
     pytest.param(LIET, 1, 3, id="1 rank, table of classes"),
     pytest.param(E_AT, 1, 20, id="1 rank, several norms"),
+    pytest.param(LBGAT, 1, 2, id="1 rank, partner"),
+    pytest.param(LBGAT, 2, 5, id="2 ranks, partner"),
     pytest.param(AWP_EMA, 2, 10, id="2 ranks, 1 epoch"),
     pytest.param(GKL_EPOCHS, 2, 10, id="2 ranks, GKL, 2 epochs", marks=pytest.mark.long),
     pytest.param(DAJAT, 2, 5, id="2 ranks, views, 2 epochs", marks=pytest.mark.long),

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 TAUGHT = ("ard", "rslad", "adaad", "hat")
 """Methods that learn from a frozen network."""
+# whose attack climbs something else
+_NOT_CROSS_ENTROPY = ("trades", "rst", "ikl", "gkl", "adr-trades", "score", "score-trades", "adaad", "hat", "lbgat")
 # adversarial training against several balls
 _SEVERAL_NORMS = ("e-at", "msd")
 
@@ -147,6 +149,18 @@ def require_views(config: Config) -> None:
     config.require(kept, "average.statistics", f"averaged or live {reason}")
 
 
+def require_partner(config: Config) -> None:
+    """Refuse what does not go with a method that trains a second network beside the model."""
+    reason = f"with --method {config.method}, which trains a second network"
+    config.require_value("distributed.strategy", "ddp", reason)
+    config.require(not config.optimizer.by_name, "optimizer.kind", f"sgd or adamw {reason}")
+    # layers and names are the model's
+    config.require_value("optimizer.layer_decay", 1, reason)
+    config.require(not config.optimizer.no_decay, "optimizer.no_decay", f"nothing {reason}")
+    config.require(config.model.bn_momentum is None, "model.bn_momentum", f"none {reason}")
+    config.require(config.compile is not True, "compile", f"auto or false {reason}")
+
+
 def _always_fast(config: Config) -> bool:
     """Whether every epoch has the cheap attack."""
     attack = config.attack
@@ -203,6 +217,8 @@ def _require_step(config: Config) -> None:
         require_average(config)
     if config.method == "dajat":
         require_views(config)
+    if config.method == "lbgat":
+        require_partner(config)
     if config.method == "liet":
         for key, value in (("attack.kind", "pgd"), ("attack.norm", "linf"), ("attack.start", "uniform")):
             config.require_value(key, value, "with --method liet, whose attack begins at signs and uniform noise")
@@ -220,7 +236,7 @@ def _require_step(config: Config) -> None:
         like = "at, or a class of your own, with --attack.kind none or --attack.noise"
         config.require(config.method == "at" or is_code(config.method), "method", like)
     if config.attack.kind == "apgd":
-        if config.method in ("trades", "rst", "ikl", "gkl", "adr-trades", "score", "score-trades", "adaad", "hat"):
+        if config.method in _NOT_CROSS_ENTROPY:
             config.require_value("attack.kind", "pgd", f"with --method {config.method}: apgd climbs cross-entropy")
         if config.awp.enabled:
             config.require_value("awp.ascent", "exact", "with --attack.kind apgd, whose last pass has no gradient")

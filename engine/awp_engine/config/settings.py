@@ -39,7 +39,7 @@ from awp_engine.config.schema import (
 _PRESET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _METHODS = (
     *("at", "trades", "mart", "rst", "ikl", "gkl", "adr", "adr-trades", "rebat", "dajat", "liet", "e-at", "msd"),
-    *("score", "score-trades", *TAUGHT),
+    *("score", "score-trades", *TAUGHT, "lbgat"),
 )
 _Pixels = Annotated[int, Range("a whole number of pixels, 0 to 1024", ge=0, le=1024)]
 
@@ -611,12 +611,12 @@ class Config(Checked):
     method: str = "at"
     """Loss: at, cross-entropy on the attacked images; trades; mart; rst, TRADES with pseudo-labelled images; ikl, gkl,
     with weights by class for its divergence; adr, adr-trades, rebat, which learn from the weights' average too; ard,
-    rslad, adaad, hat, which learn from a frozen network; score, score-trades, AT and TRADES by squared errors; dajat,
-    TRADES on several views of each image; liet, for attacks of one step; e-at, msd, at against several balls
-    (--attack.also); or an Objective of your own: file.py:Class or package.module:Class."""
+    rslad, adaad, hat, which learn from a frozen network; lbgat, from one trained along; score, score-trades, AT and
+    TRADES by squared errors; dajat, TRADES on several views of each image; liet, for attacks of one step; e-at, msd, at
+    against several balls (--attack.also); or an Objective of your own: file.py:Class or package.module:Class."""
     beta: Annotated[float, Range("a finite number >= 0", ge=0)] = 6.0
-    """Weight of the divergence between attacked and clean images: beta of TRADES and RST, of the squared error in IKL
-    and GKL, lambda of MART; of that from the average in ReBAT, whose paper has 1; of the error between both in
+    """Weight of the divergence between attacked and clean images: beta of TRADES, RST and LBGAT, of the squared error
+    in IKL and GKL, lambda of MART; of that from the average in ReBAT, whose paper has 1; of the error between both in
     score-trades (3); of the divergence from the teacher in ard, rslad and adaad (0.1); of that in LIET's last
     epoch (100)."""
     label_smoothing: Fading = 0.0

@@ -64,7 +64,7 @@ class AwpStep:
 
     Args:
         models: what the parts run on; `WorkingModels(model)` runs all of them on `model`, which is in train mode.
-        optimizer: over the model's parameters, as `build_optimizer` makes it.
+        optimizer: over the parameters of the model and of the objective's partner, as `build_optimizer` makes it.
         objective: what is climbed and minimised.
         awp: the weight perturbation, or None; with `working=models.working`.
         ascent: how its direction is found.
@@ -106,8 +106,8 @@ class AwpStep:
         self._shared = awp is not None and self.ascent.kind == "shared"
         # whether the loss at w is that of the training loss on the whole batch
         known = self.ascent.kind == "exact" and self.ascent.c_min is None and not climbs_another_loss(objective)
-        # losses of others may do more with a model than call it; average and teacher would be called once more
-        asks = objective.uses_average or objective.uses_teacher
+        # losses of others may do more with a model than call it; another network would be called once more
+        asks = objective.uses_average or objective.uses_teacher or objective.partner is not None
         plain = type(objective).__module__.startswith("awp_engine.") and not asks
         self.measures_rise = known and (plain or rise_limit is not None)
         self.rise_limit = rise_limit
@@ -203,7 +203,8 @@ class AwpStep:
     def kept(self) -> Statistics:
         """Copies of all that a step moves beside weights."""
         average = [] if self.update.average is None else self.update.average.statistics
-        return Statistics([*self.models.statistics, *self.passes.objective.state().values(), *average])
+        own = [tensor for models in self.passes.trained for tensor in models.statistics]
+        return Statistics([*own, *self.passes.objective.state().values(), *average])
 
     def finish(self, statistics: Statistics, share: RankShare, skipped: Tensor) -> None:
         """Take in what the passes of all ranks left beside weights; or put it back, where the step is left out."""

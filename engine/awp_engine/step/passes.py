@@ -83,6 +83,7 @@ class Passes:
     The arguments are those of `AwpStep`, and `reduced`: the models whose gradients are averaged over the ranks.
 
     Attributes:
+        trained: the classifier's models, and behind them those of the objective's partner, where it has one.
         loss_scale: of ascent and descent where one of them is in fp16, else None.
         noise: of the step that runs, on the images that the weights are trained by; or None.
     """
@@ -101,6 +102,9 @@ class Passes:
         largest_batch: int | None = None,
     ) -> None:
         self.models, self.objective, self.ranks = models, objective, ranks
+        partner = objective.partner
+        # what a step trains, each with running statistics
+        self.trained = [models] if partner is None else [models, WorkingModels(partner)]
         self._class_weights = class_weights
         self.sync_batch_norm, self._micro_batch_size = sync_batch_norm, micro_batch_size
         half = torch.float16 in (models.precision.ascent, models.precision.descent)
@@ -167,8 +171,9 @@ class Passes:
 
     def clear_gradients(self) -> None:
         """Drop the gradients of all models."""
-        for module in (self.models.model, self.models.ascent, self.models.descent):
-            module.zero_grad(set_to_none=True)
+        for models in self.trained:
+            for module in (models.model, models.ascent, models.descent):
+                module.zero_grad(set_to_none=True)
 
     def share(self, count: int, whole_size: int) -> RankShare:
         """This rank's `count` images of a batch of `whole_size`, in as many pieces on every rank."""
@@ -316,6 +321,7 @@ class Passes:
                 model.set_requires_gradient_sync(last)  # pyright: ignore[reportCallIssue]
             with (
                 batch_norm_mode(model, update_statistics=update_statistics, synchronized=not share.undivided),
+                self._partner_alone(share.undivided),
                 contextlib.nullcontext() if last or reducer is None else reducer.no_sync(),
             ):
                 noisy = self.noisy(x_adv[rows], batch.ids[rows], number)
@@ -342,6 +348,13 @@ class Passes:
                     losses, _ = compute(Guess(logits.shape[1]), noisy, x[rows], targets[rows])
                 guessed = guessed + (losses if weights is None else losses * weights).mean() * part
         return Mean(loss, correct, below, guessed)
+
+    def _partner_alone(self, undivided: bool) -> contextlib.AbstractContextManager[object]:
+        """A block in which the partner synchronises its batch normalisation as the model does."""
+        partner = self.objective.partner
+        if partner is None or not undivided:
+            return contextlib.nullcontext()
+        return batch_norm_mode(partner, update_statistics=True, synchronized=False)
 
     @contextlib.contextmanager
     def _statistics_held(self) -> Iterator[None]:
@@ -377,6 +390,9 @@ class Passes:
                 targets=targets,
             )
         self.models.settle_()
+        if self.objective.partner is not None:
+            # no reducer has seen them
+            self.ranks.mean_([p.grad for p in self.objective.partner.parameters() if p.grad is not None])
         return done.loss, done.correct
 
     @torch.no_grad()
@@ -390,7 +406,8 @@ class Passes:
         self.ranks.broadcast_(self.models.other_buffers)
         if self.sync_batch_norm:
             return
-        statistics = [flat for flat in self.models.batch_statistics if flat.is_floating_point()]
+        flats = [flat for models in self.trained for flat in models.batch_statistics]
+        statistics = [flat for flat in flats if flat.is_floating_point()]
         for flat in statistics:
             flat.mul_(share)
         self.ranks.sum_(statistics)

@@ -15,12 +15,14 @@ class _Units(NamedTuple):
         clean_first: whether clean images are passed once before the attack.
         asked: answers of another network once a step, for attack and loss.
         asked_each: those in each step of the attack, with their gradients.
+        trained: gradients of another network, in the descent.
     """
 
     loss: float = 6.0
     clean_first: bool = False
     asked: float = 0.0
     asked_each: float = 0.0
+    trained: float = 0.0
 
 
 _TRADES = _Units(clean_first=True)
@@ -35,6 +37,7 @@ _UNITS = {
     "rslad": _Units(asked=1.0),
     "adaad": _Units(7.0, asked=1.0, asked_each=2.0),
     "hat": _Units(10.0, clean_first=True),
+    "lbgat": _Units(7.0, clean_first=True, trained=2.0),
 }
 
 
@@ -66,4 +69,4 @@ def forward_units(config: Config, *, cheap: bool = False) -> float:
     else:
         ascent = units.loss * config.awp.ascent_steps / config.awp.every
     asked = units.asked + units.asked_each * steps
-    return (views * (attack + units.loss) + ascent) * config.attack.noise_samples + asked
+    return (views * (attack + units.loss) + ascent) * config.attack.noise_samples + asked + units.trained

@@ -9,6 +9,8 @@ import torch
 
 from awp_engine.attack import checks
 from awp_engine.config import Config, ConfigError
+from awp_engine.config.model_names import source_of
+from awp_engine.config.schema import show
 from awp_engine.data import Dataset
 from awp_engine.device import fast_memory_format
 from awp_engine.files.user_key import KeyFileError
@@ -19,6 +21,9 @@ from awp_engine.models.trained import ModelDescription
 from awp_engine.models.user_code import told_in_one_line
 from awp_engine.models.wrapped import device_of
 from awp_engine.step.precision import Precision, frozen_view
+
+# pixels of a side below which a network for CIFAR, which divides it by 8, has none left to pool
+_SMALL = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +104,36 @@ def build_network(
     # torch's stub does not know the keyword
     model.to(device=device, memory_format=memory_format)  # pyright: ignore[reportCallIssue]
     return Network(model=model.train(), description=description, memory_format=memory_format, messages=messages)
+
+
+def build_partner(name: str, network: Network, data: Dataset, device: torch.device) -> tuple[NormalizedClassifier, str]:
+    """The network that a method trains beside the model, drawn from torch's global generator; and what to tell of it.
+
+    Args:
+        name: of a built-in model, or "auto": `preact-resnet-digits` for images of less than 16 pixels a side, else
+            `preact-resnet-18`.
+        network: beside which; images are normalised as it does.
+        data: what both train on.
+        device: where to put it.
+
+    Returns:
+        It, in train mode and in the memory format of `network`, and a line for the user.
+
+    Raises:
+        ConfigError: another name.
+    """
+    if name != "auto" and (not isinstance(name, str) or source_of(name) != "built-in"):
+        raise ConfigError(f"--method-args: partner: expected auto or the name of a built-in model, got {show(name)}")
+    chosen = name
+    if name == "auto":
+        chosen = "preact-resnet-digits" if min(data.train.shape[1:]) < _SMALL else "preact-resnet-18"
+    described = network.description
+    partner = build_model(chosen, described.num_classes, described.mean, described.std)
+    # torch's stub does not know the keyword
+    partner.to(device=device, memory_format=network.memory_format)  # pyright: ignore[reportCallIssue]
+    count = sum(parameter.numel() for parameter in partner.parameters())
+    told = f"trains {chosen}, {count:,} parameters, beside the model; checkpoints alone hold it"
+    return partner.train(), told
 
 
 def _started(

@@ -15,7 +15,7 @@ from awp_engine.attack import Attack, fast_attack
 from awp_engine.attack.checks import ball
 from awp_engine.checkpoint import Checkpoint, CheckpointError
 from awp_engine.config import AttackConfig, Config, ConfigError, choose_speed, config_hash
-from awp_engine.config.rules import require_average, require_views
+from awp_engine.config.rules import require_average, require_partner, require_views
 from awp_engine.config.schema import parse_amount, parse_arguments
 from awp_engine.data import (
     Augmentation,
@@ -50,7 +50,7 @@ from awp_engine.step.precision import PARTS, Precision, WorkingModels, has_fast_
 from awp_engine.step.rise import RiseLimit
 from awp_engine.step.values import Step
 from awp_engine.train.inputs import fingerprints, made_by, require_same, require_same_code, said
-from awp_engine.train.network import build_network
+from awp_engine.train.network import build_network, build_partner
 from awp_engine.train.perturbed import choice, perturbed_message
 from awp_engine.train.run_dir import known_hashes, prepare_run_dir, require_own_run_dir
 from awp_engine.train.schedule import Schedule
@@ -143,7 +143,7 @@ def build_step(
         precision: as `choose_precision` says if not given.
         largest_batch: images of a full batch, over all ranks; None: that is the first.
         class_weights: of the loss, fp32 [classes] on the model's device, or None.
-        objective: what is climbed and minimised; None: that of `objective_of`.
+        objective: what is climbed and minimised, with its partner if it has one; None: that of `objective_of`.
 
     Raises:
         ConfigError: a precision that the device does not have, or as `require_ranks` and `choose_speed`.
@@ -160,6 +160,11 @@ def build_step(
         sharded=config.distributed.strategy == "fsdp",
     )
     objective = objective or objective_of(config, device)
+    trained, copied = model, models.updated
+    if (partner := objective.partner) is not None:
+        distribute_(config, partner, ranks, precision)
+        # parameters and their copies go by name
+        trained, copied = nn.ModuleList([model, partner]), None if copied is None else nn.ModuleList([copied])
     if awp.enabled and awp.max_rise is not None and climbs_another_loss(objective):
         raise ConfigError(
             f"--awp.max-rise: expected none with --method {config.method}, whose ascent climbs another loss than the "
@@ -179,9 +184,7 @@ def build_step(
         raise ConfigError(f"--awp.{'layers' if awp.layers else 'gamma'}: {error}") from None
     return AwpStep(
         models=models,
-        optimizer=build_optimizer(
-            model, config.optimizer, working=models.updated, layers=layers_with_rates(config, model)
-        ),
+        optimizer=build_optimizer(trained, config.optimizer, working=copied, layers=layers_with_rates(config, model)),
         objective=objective,
         awp=perturbation,
         ascent=Ascent(kind=awp.ascent, steps=awp.ascent_steps, c_min=awp.c_min, sync=config.distributed.ascent_sync),
@@ -206,7 +209,7 @@ def objective_of(
 
     Raises:
         ConfigError: as `build_objective`; or there is no average of the kind that it needs, or what does not go with
-            several views.
+            several views or a partner.
     """
     objective = build_objective(
         config.method,
@@ -225,6 +228,8 @@ def objective_of(
         require_average(config)
     if objective.views > 1:
         require_views(config)
+    if objective.partner_name is not None:
+        require_partner(config)
     return objective
 
 
@@ -357,7 +362,9 @@ class Setup:
         self._build_batches()
         self.forward_flops = forward_flops(self.model, self.data.train.shape)
         # equal seeds give equal weights, but on processors of two kinds
-        ranks.broadcast_(self.model.state_dict().values())
+        for network in (self.model, self._objective.partner):
+            if network is not None:
+                ranks.broadcast_(network.state_dict().values())
         self._build_step()
 
     def _announce(self, line: str) -> None:
@@ -437,6 +444,10 @@ class Setup:
         self.model: nn.Module = built.model
         self.description, self._memory_format = built.description, built.memory_format
         self.messages += built.messages
+        if (name := self._objective.partner_name) is not None:
+            partner, told = build_partner(name, built, self.data, self.device)
+            self._objective.partner = partner
+            self.messages.append(told)
         if self.config.model.checkpoint_activations:
             checkpoint_activations_(built.model, self.data.train.shape, self.config.model.name)
         if self._objective.views > 1:

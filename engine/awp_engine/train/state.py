@@ -19,7 +19,7 @@ from awp_engine.train.progress import Progress
 from awp_engine.train.setup import Setup
 
 # groups that a checkpoint may lack; SGD without momentum has an empty one, which is there
-_OPTIONAL = ("average", "loss_scale", "method", "awp", "auxiliary")
+_OPTIONAL = ("average", "loss_scale", "method", "awp", "auxiliary", "partner")
 Tensors = Mapping[str, Tensor]
 
 
@@ -81,6 +81,7 @@ class RunState:
                 )
             ]
         second = TensorState(self._second_sets)
+        partner = TensorState(self._partner, self._partner)
         limit = setup.awp_step.rise_limit
         method = TensorState(setup.awp_step.passes.objective.state)
         # what each group of tensors in a checkpoint is made of
@@ -94,10 +95,11 @@ class RunState:
             "method": [method] if method.state() else [],
             "awp": [] if limit is None else [TensorState(limit.state)],
             "auxiliary": [second] if second.state() else [],
+            "partner": [partner] if partner.state() else [],
         }
         # what must be equal to the bit on all ranks
         self._replicated = [("", model), ("momentum of ", optimizer), *(("average of ", part) for part in averaged)]
-        self._replicated += [("method's ", method), ("", second)]
+        self._replicated += [("method's ", method), ("", second), ("partner's ", partner)]
         self.progress = Progress()
         self._directory = setup.run_dir / CHECKPOINTS
         self.writer = checkpoint.Writer(self._directory)
@@ -111,6 +113,23 @@ class RunState:
         if self._average is not None:
             held["average"] = self._average.state()
         return {f"{whose}.{name}": t for whose, all_ in held.items() for name, t in auxiliary_set(all_).items()}
+
+    def _partner(self, saved: Tensors | None = None) -> Tensors:
+        """The network that a method trains beside the model, and its part of the optimizer's state; or nothing.
+
+        `saved`: has the names of a state that is to be allocated.
+        """
+        partner, optimizer = self._setup.awp_step.passes.objective.partner, self._setup.optimizer
+        if partner is None:
+            return {}
+        if saved is None:
+            moments = optimizer_tensors(partner, optimizer)
+        else:
+            begins = "optimizer."
+            names = {name.removeprefix(begins): t for name, t in saved.items() if name.startswith(begins)}
+            moments = allocate_optimizer_tensors(partner, optimizer, names)
+        held = {"model": partner.state_dict(), "optimizer": moments}
+        return {f"{part}.{name}": tensor for part, tensors in held.items() for name, tensor in tensors.items()}
 
     def start_clock(self) -> None:
         """Count seconds from now on."""

@@ -12,6 +12,7 @@ from awp_engine.config.presets import (
     generated,
     imagenet,
     imagenet_timm,
+    lbgat,
     norms,
     paper,
     perturbed,
@@ -27,7 +28,7 @@ DEFAULT = "digits"
 _ALL: dict[str, Preset] = {}
 _FAMILIES = (
     *(digits, paper, perturbed, divergence, fast, fast_benchmark, imagenet, imagenet_timm),
-    *(generated, augmented, distillation, score, taught, norms),
+    *(generated, augmented, distillation, score, taught, norms, lbgat),
 )
 for _family in _FAMILIES:
     _ALL |= _family.PRESETS

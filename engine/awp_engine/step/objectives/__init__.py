@@ -14,6 +14,7 @@ from awp_engine.step.objectives.adr import Adr, AdrTrades
 from awp_engine.step.objectives.adversarial_training import AdversarialTraining
 from awp_engine.step.objectives.dajat import Dajat
 from awp_engine.step.objectives.decoupled_kl import GeneralizedKL, ImprovedKL
+from awp_engine.step.objectives.lbgat import Lbgat
 from awp_engine.step.objectives.liet import Liet
 from awp_engine.step.objectives.mart import Mart
 from awp_engine.step.objectives.objective import Objective
@@ -34,6 +35,7 @@ __all__ = [
     "GeneralizedKL",
     "Hat",
     "ImprovedKL",
+    "Lbgat",
     "Liet",
     "Mart",
     "MultiSteepestDescent",
@@ -65,6 +67,7 @@ _METHODS: dict[str, Callable[..., Objective]] = {
     "rslad": Rslad,
     "adaad": AdaAd,
     "hat": Hat,
+    "lbgat": Lbgat,
     "e-at": ExtremeNorm,
     "msd": MultiSteepestDescent,
 }

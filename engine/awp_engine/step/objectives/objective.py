@@ -15,6 +15,7 @@ from awp_engine.config import ConfigError
 from awp_engine.config.schema import show
 from awp_engine.distributed.batch import Batch
 from awp_engine.distributed.ranks import Ranks
+from awp_engine.models.batch_norm import batch_norm_mode
 from awp_engine.step.precision import WorkingModels
 
 
@@ -33,6 +34,10 @@ class Objective(ABC):
         uses_teacher: whether it needs `teacher`.
         teacher: a frozen classifier, in eval mode and without gradients of its weights, for each part of a step in the
             precision of that part.
+        partner_name: which network is trained beside the classifier, as `--model.name` has built-in ones; "auto": one
+            that fits the images; None: none.
+        partner: that network, in train mode and in full precision. It takes the optimizer's steps like the classifier;
+            no weight perturbation moves it.
         descending: whether `losses` is called for the descent, and not for the ascent or to compute statistics anew.
         views: of each image in a batch, side by side as channels. The model that attack and losses get then answers to
             each: see `EachView`.
@@ -46,6 +51,8 @@ class Objective(ABC):
     ids: Tensor | None = None
     uses_teacher: ClassVar[bool] = False
     teacher: WorkingModels | None = None
+    partner_name: str | None = None
+    partner: nn.Module | None = None
     descending: bool = False
     views: int = 1
     stage: Hashable = None
@@ -154,6 +161,17 @@ class Objective(ABC):
         A shared ascent (`--awp.ascent shared`) climbs `attack_loss` instead.
         """
         return self.losses(model, x_adv, x, y)
+
+    def ask_partner(self, x: Tensor) -> Tensor:
+        """What the partner says of images, logits [N, classes].
+
+        In the descent alone that has gradients, and moves the partner's running statistics.
+        """
+        assert self.partner is not None
+        if self.descending:
+            return self.partner(x)
+        with torch.no_grad(), batch_norm_mode(self.partner, update_statistics=False):
+            return self.partner(x)
 
     def after_step(self, ranks: Ranks) -> None:  # noqa: B027
         """Take in what the step has gathered, summed over the ranks (`ranks.sum_`); on all of them alike."""

@@ -342,7 +342,7 @@ class Cold(nn.Module):
         return self.inner(x) / 1e-4
 
 
-def gates_of(model: nn.Module, threat: Threat = THREAT, images: int = 30) -> dict[str, bool]:
+def gates_of(model: nn.Module, threat: Threat = THREAT, images: int = 20) -> dict[str, bool]:
     with measuring(model):
         trial = Trial(model=model, split=spread(digits().test, images), threat=threat, seed=1, batch_size=60)
         report = run_gates(trial, queries=150)

@@ -186,7 +186,11 @@ def test_an_unknown_method_is_named():
 
 @pytest.mark.parametrize(
     ("name", "package"),
-    [("plain_loop", "torch"), ("hugging_face_trainer", "transformers"), ("lightning_module", "lightning")],
+    [
+        ("plain_loop", "torch"),
+        pytest.param("hugging_face_trainer", "transformers", marks=pytest.mark.compile),
+        pytest.param("lightning_module", "lightning", marks=pytest.mark.compile),
+    ],
 )
 def test_as_a_command(name, package, tmp_path):
     declare_operators()

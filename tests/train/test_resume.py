@@ -165,10 +165,10 @@ def resumed_everywhere(rank: int, world: int, directory: Path, config: Config, e
 
 CASES = [
     pytest.param(AWP_EMA, 1, 5, id="1 rank, 1 epoch"),
-    pytest.param(FREE_SWA, 1, 5, id="1 rank, 2 epochs"),
-    pytest.param(GKL_EPOCHS, 1, 5, id="1 rank, GKL, 2 epochs"),
-    pytest.param(WANG, 1, 5, id="1 rank, generated images"),
-    pytest.param(ADR, 1, 5, id="1 rank, teacher"),
+    pytest.param(FREE_SWA, 1, 10, id="1 rank, 2 epochs"),
+    pytest.param(GKL_EPOCHS, 1, 10, id="1 rank, GKL, 2 epochs"),
+    pytest.param(WANG, 1, 10, id="1 rank, generated images"),
+    pytest.param(ADR, 1, 10, id="1 rank, teacher"),
     pytest.param(DAJAT, 1, 5, id="1 rank, views, 2 epochs", marks=pytest.mark.long),
     pytest.param(LIET, 1, 3, id="1 rank, table of classes"),
     pytest.param(E_AT, 1, 20, id="1 rank, several norms"),

@@ -62,7 +62,7 @@ def read_run(run: Path) -> dict[str, Any]:
         evaluation = json.loads(place.read_text())
         result[place.parent.name] = {
             **{row["attack"]: row["accuracy"] for row in evaluation["attacks"]},
-            "gates_passed": evaluation["gates"]["passed"],
+            "gates_passed": evaluation["gates"] and evaluation["gates"]["passed"],
             "receipt": evaluation["receipt"],
         }
     if result["best"]["epoch"] == report["epochs"] and "evaluation-last" in result:
@@ -112,7 +112,9 @@ def table(study: str, results: dict[str, list[dict[str, Any]]], seconds: dict[st
         "AutoAttack": lambda r: f"{r['evaluation-last']['autoattack']:.1%}",
     }
     if study == "recipes":
-        columns["best AutoAttack"] = lambda r: f"{r['evaluation-best']['autoattack']:.1%}"
+        columns["best AutoAttack"] = lambda r: (
+            f"{r['evaluation-best']['autoattack']:.1%}" if "evaluation-best" in r else "-"
+        )
     else:
         for kind in ("average", "worst"):
             columns[f"{kind} flatness"] = lambda r, kind=kind: f"{r['flatness'][kind]['value']:.3f}"

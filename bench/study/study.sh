@@ -20,12 +20,12 @@ common=(--data.name folder --data.root "$data" --data.train-limit 500 --data.pad
 # name, preset, flags
 case $study in
   overfitting)
-    common+=(--epochs 80 --evaluation.evaluate-every 8) checkpoints="last" images=500
+    common+=(--epochs 80 --evaluation.evaluate-every 8) checkpoints="last" few="--limit 500"
     plain="--optimizer.milestones 0.25 0.85 --attack.steps 5 --data.no-flip"
     arms=("at at $plain" "at-awp at-awp $plain" "trades trades $plain" "trades-awp trades-awp $plain") ;;
   recipes)
     # IKL's and ACAT's rate and attack are their own; averages of the last 50 steps or so, since all are but 800
-    common+=(--epochs 50 --evaluation.evaluate-every 5 --optimizer.lr 0.1 --optimizer.warmup 2) checkpoints="last best" images=250
+    common+=(--epochs 50 --evaluation.evaluate-every 5 --optimizer.lr 0.1 --optimizer.warmup 2) checkpoints="last best" few="--limit 250 --no-gates"
     plain="--optimizer.schedule cosine --attack.steps 3 --attack.step-size 4/255 --data.no-flip"
     arms=("at at $plain" "at-awp at-awp $plain" "at-awp-shared at-awp $plain --awp.ascent shared"
       "at-awp-limited at-awp $plain --awp.gamma 0.2 --awp.max-rise 0.1"
@@ -43,15 +43,14 @@ train() { # seed name preset flags...
 }
 
 measure() { # seed name
-  local run="$out/$2-seed$1"
-  for checkpoint in $checkpoints; do
-    local measured="$run/evaluation-$checkpoint"
-    # of the last epoch: measured already
-    [ "$checkpoint" = best ] && grep -q '"selected_epoch": 50,' "$run/report.json" && continue
-    [ -e "$measured/evaluation.json" ] ||
-      python "$root/engine/evaluate.py" "$run" --checkpoint "$checkpoint" --attacks clean pgd20 autoattack --limit "$images" --gates-limit 50 \
-        --output "$measured" > "$run-$checkpoint.log" 2>&1 || [ $? = 3 ] # 3: measured, with doubts, which the report names
-  done
+  local run="$out/$2-seed$1" measured
+  measured="$run/evaluation-$checkpoint"
+  # a best epoch that is the last is measured already
+  if [ ! -e "$measured/evaluation.json" ] && ! { [ "$checkpoint" = best ] && grep -q '"selected_epoch": 50,' "$run/report.json"; }; then
+    # shellcheck disable=SC2086
+    python "$root/engine/evaluate.py" "$run" --checkpoint "$checkpoint" --attacks clean pgd20 autoattack $few \
+      --output "$measured" > "$run-$checkpoint.log" 2>&1 || [ $? = 3 ] # 3: measured, with doubts, which the report names
+  fi
   [ "$study" = recipes ] || [ -e "$run/landscape/flatness.json" ] ||
     python "$root/engine/landscape.py" "$run" --checkpoint last --mode flatness --images 200 --attempts 2 --epochs 10 \
       > "$run-flatness.log" 2>&1
@@ -74,9 +73,14 @@ grid() {
   wait
 }
 
+measure_all() {
+  for checkpoint in $checkpoints; do what=measure grid; done
+}
+
 case $stage in
-  train | measure) what=$stage grid ;;
+  train) what=train grid ;;
+  measure) measure_all ;;
   draw) draw ;;
-  all) what=train grid && what=measure grid && draw ;;
+  all) what=train grid && measure_all && draw ;;
   *) echo "bench/study/study.sh: STAGE: expected train, measure, draw or all, got '$stage'" >&2; exit 2 ;;
 esac

@@ -1,6 +1,7 @@
 """Collects what study.sh left: `python -m bench.study.study STUDY OUT` writes OUT/study.json, a plot and a table."""
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -112,9 +113,7 @@ def table(study: str, results: dict[str, list[dict[str, Any]]], seconds: dict[st
         "AutoAttack": lambda r: f"{r['evaluation-last']['autoattack']:.1%}",
     }
     if study == "recipes":
-        columns["best AutoAttack"] = lambda r: (
-            f"{r['evaluation-best']['autoattack']:.1%}" if "evaluation-best" in r else "-"
-        )
+        columns["best AutoAttack"] = lambda r: f"{r.get('evaluation-best', {}).get('autoattack', math.nan):.1%}"
     else:
         for kind in ("average", "worst"):
             columns[f"{kind} flatness"] = lambda r, kind=kind: f"{r['flatness'][kind]['value']:.3f}"

@@ -57,13 +57,16 @@ def train(out: Path, seeds: tuple[int, ...]) -> None:
 
 
 def report(out: Path) -> None:
-    """Reads what is done, and prints the rows of docs/methods.md."""
+    """Reads what is done, and what the results have of earlier runs, and prints the rows of docs/methods.md."""
     runs: list[dict[str, Any]] = []
+    earlier = json.loads(RESULT.read_text())["runs"] if RESULT.exists() else []
     for method in METHODS:
         for name in settings():
             for seed in SEEDS:
                 run_dir = out / f"{method} {name} {seed}"
                 if not (run_dir / "report.json").exists():
+                    asked = (method, name, seed)
+                    runs += [run for run in earlier if (run["method"], run["choice"], run["seed"]) == asked]
                     continue
                 told = json.loads((run_dir / "report.json").read_text())
                 epochs = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

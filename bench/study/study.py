@@ -102,6 +102,11 @@ def step_seconds(results: dict[str, list[dict[str, Any]]], rounds: int = 21) -> 
     return {name: median(taken[1:]) for name, taken in times.items()}
 
 
+def by_autoattack(run: dict[str, Any], checkpoint: str) -> str:
+    """Accuracy; nan where it is not measured."""
+    return f"{run.get(f'evaluation-{checkpoint}', {}).get('autoattack', math.nan):.1%}"
+
+
 def table(study: str, results: dict[str, list[dict[str, Any]]], seconds: dict[str, float]) -> list[dict[str, str]]:
     """One row a method; the seeds' figures side by side."""
     columns: dict[str, Any] = {
@@ -110,10 +115,10 @@ def table(study: str, results: dict[str, list[dict[str, Any]]], seconds: dict[st
         "test PGD-10": lambda r: f"{r['test_pgd10']:.1%}",
         "gap": lambda r: f"{100 * r['gap']:.1f}",
         "best test PGD-10": lambda r: f"{r['best']['test']:.1%}",
-        "AutoAttack": lambda r: f"{r['evaluation-last']['autoattack']:.1%}",
+        "AutoAttack": lambda r: by_autoattack(r, "last"),
     }
     if study == "recipes":
-        columns["best AutoAttack"] = lambda r: f"{r.get('evaluation-best', {}).get('autoattack', math.nan):.1%}"
+        columns["best AutoAttack"] = lambda r: by_autoattack(r, "best")
     else:
         for kind in ("average", "worst"):
             columns[f"{kind} flatness"] = lambda r, kind=kind: f"{r['flatness'][kind]['value']:.3f}"

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import images, randn
+from steps import require_refused
 from torch import Tensor, nn
 
 from awp_engine.attack import Attack
@@ -27,7 +28,6 @@ from awp_engine.step.objectives import build_objective
 from awp_engine.step.objectives.dajat import Dajat
 from awp_engine.step.precision import WorkingModels
 from awp_engine.step.values import Phase
-from awp_engine.train.setup import objective_of
 from awp_engine.train.trainer import Trainer
 from awp_kernels import AdversarialWeightPerturbation
 
@@ -251,12 +251,7 @@ def test_what_a_run_leaves_is_the_plain_model_by_its_own_set(tmp_path):
 )
 def test_what_does_not_go_with_views_is_refused(tmp_path, wrong, message):
     """Of one's own method of several views, too."""
-    with pytest.raises(ConfigError, match=message + ".* with --method dajat, whose"):
-        dataclasses.replace(RUN, **wrong)
-    (tmp_path / "own.py").write_text("from awp_engine.step.objectives import Dajat\n")
-    own = f"{tmp_path / 'own.py'}:Dajat"
-    with pytest.raises(ConfigError, match=message + ".* with --method .*own.py:Dajat, whose"):
-        objective_of(dataclasses.replace(RUN, method=own, **wrong), torch.device("cpu"))
+    require_refused(RUN, wrong, message, "dajat", "Dajat", "whose", tmp_path)
 
 
 @pytest.mark.parametrize(

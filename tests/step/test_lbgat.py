@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from samples import images, randn
-from small_steps import HostReads, small_batch
-from steps import TensorStep, make_step
+from small_steps import HostReads, small_batch, sure_model
+from steps import TensorStep, make_step, require_refused
 from torch import Tensor, nn
 
 from awp_engine.config import AttackConfig, AverageConfig, AwpConfig, Config, ConfigError, DataConfig, ModelConfig
@@ -83,17 +83,6 @@ def test_the_loss_is_that_of_its_definition(n, classes, seed, scale, beta):
         torch.testing.assert_close(found[2], of_partner, rtol=1e-9, atol=1e-12)
 
 
-def small_model(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    last = nn.Linear(12, 4)
-    layers = nn.Conv2d(1, 3, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), last
-    model = nn.Sequential(*layers).double().train()
-    model(images((16, 1, 4, 4), torch.float64, seed=50 + seed))
-    with torch.no_grad():
-        last.weight.mul_(3)
-    return model
-
-
 def build_step(model: nn.Module, partner: nn.Module | None, method: str = "lbgat", **given) -> TensorStep:
     objective = build_objective(method, beta=BETA)
     objective.partner = partner
@@ -109,7 +98,7 @@ def build_step(model: nn.Module, partner: nn.Module | None, method: str = "lbgat
 @pytest.mark.parametrize("clip", [None, 0.5])
 def test_steps_are_those_of_the_definition(clip):
     """Iterates, losses, both networks' weights and statistics; the partner is asked at weights that are not moved."""
-    ours, theirs = (small_model(), small_model(1)), (small_model(), small_model(1))
+    ours, theirs = (sure_model(), sure_model(1)), (sure_model(), sure_model(1))
     step = build_step(*ours, clip_norm=clip)
     momentum: dict[nn.Parameter, Tensor] = {}
     asked: list[Tensor] = []
@@ -158,7 +147,7 @@ def test_steps_are_those_of_the_definition(clip):
 
 
 def test_a_step_that_is_left_out_leaves_both_networks_alone():
-    networks = small_model(), small_model(1)
+    networks = sure_model(), sure_model(1)
     step = build_step(*networks)
     x, y, ids, _ = small_batch(1)
     step(x, y, sample_ids=ids)
@@ -176,7 +165,7 @@ def test_the_loss_scale_is_taken_out_of_both_gradients():
     """A power of two changes no bit."""
     found = []
     for scale in (None, 1024.0):
-        networks = small_model(), small_model(1)
+        networks = sure_model(), sure_model(1)
         step = build_step(*networks)
         if scale is not None:
             lifted = LossScale(torch.device("cpu"), scale)
@@ -211,8 +200,8 @@ def test_a_16_bit_copy_of_the_classifier_is_followed_and_written():
 def test_steps_can_be_captured():
     """The host reads no more than in TRADES, whose reads are checks that a GPU makes by itself."""
     counts = []
-    for method, partner in (("trades", None), ("lbgat", small_model(1))):
-        step = build_step(small_model(), partner, method)
+    for method, partner in (("trades", None), ("lbgat", sure_model(1))):
+        step = build_step(sure_model(), partner, method)
         phase = step.phase(1, True, False)
         start = step.step.prepare(small_batch(1), phase)
         with HostReads() as found:
@@ -313,12 +302,7 @@ def test_the_partner_fits_the_images(name, size, count):
 )
 def test_what_does_not_go_with_a_partner_is_refused(tmp_path, wrong, message):
     """Of one's own method that trains a network along, too."""
-    with pytest.raises(ConfigError, match=message + ".* with --method lbgat, which trains a second network"):
-        dataclasses.replace(RUN, **wrong)
-    (tmp_path / "own.py").write_text("from awp_engine.step.objectives import Lbgat\n")
-    own = f"{tmp_path / 'own.py'}:Lbgat"
-    with pytest.raises(ConfigError, match=message + ".* with --method .*own.py:Lbgat, which trains a second network"):
-        objective_of(dataclasses.replace(RUN, method=own, **wrong), torch.device("cpu"))
+    require_refused(RUN, wrong, message, "lbgat", "Lbgat", "which trains a second network", tmp_path)
 
 
 def test_an_attack_that_climbs_cross_entropy_is_refused():

@@ -8,7 +8,7 @@ import plain_methods
 import pytest
 import torch
 from samples import images
-from small_steps import HostReads, small_batch
+from small_steps import HostReads, small_batch, sure_model
 from steps import TensorStep, as_teacher, make_step
 from torch import Tensor, nn
 
@@ -27,17 +27,6 @@ ARGUMENTS = {
     "hat": {"gamma": 0.5, "extension": 2.0},
 }
 METHODS = list(ARGUMENTS)
-
-
-def small_model(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    last = nn.Linear(12, 4)
-    layers = nn.Conv2d(1, 3, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), last
-    model = nn.Sequential(*layers).double().train()
-    model(images((16, 1, 4, 4), torch.float64, seed=50 + seed))
-    with torch.no_grad():
-        last.weight.mul_(3)
-    return model
 
 
 def build_step(model: nn.Module, method: str, teacher: WorkingModels, bn_mode: Any = "eval", **given) -> TensorStep:
@@ -89,8 +78,8 @@ def plain_attack(method: str, model: nn.Module, teacher: nn.Module, x: Tensor, y
 @pytest.mark.parametrize("method", METHODS)
 def test_steps_are_those_of_the_definition(method):
     """Iterates, losses, weights, what moves the running statistics; the teacher stays as it is."""
-    ours, theirs, momentum = small_model(), small_model(), {}
-    teacher, plain = small_model(1), small_model(1).eval()
+    ours, theirs, momentum = sure_model(), sure_model(), {}
+    teacher, plain = sure_model(1), sure_model(1).eval()
     step, losses = build_step(ours, method, as_teacher(teacher)), []
 
     def loss(model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor, _: float) -> Tensor:
@@ -129,11 +118,11 @@ def assert_untouched(teacher: nn.Module, before: nn.Module) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_the_teacher_answers_in_eval_mode_where_the_attack_is_in_train_mode(method):
     """Also in a step that is left out."""
-    teacher, asked = small_model(1), []
+    teacher, asked = sure_model(1), []
     layer = teacher.get_submodule("1")
     layer.register_forward_hook(lambda module, inputs, output: asked.append((module.training, inputs[0].requires_grad)))
     before = copy.deepcopy(teacher)
-    step = build_step(small_model(), method, as_teacher(teacher), bn_mode="train")
+    step = build_step(sure_model(), method, as_teacher(teacher), bn_mode="train")
     x, y, ids, _ = small_batch(1)
     assert not step(x, y, sample_ids=ids).skipped
     # AdaAD's attack alone goes through it
@@ -149,9 +138,9 @@ def test_pieces_of_a_batch_add_up(method):
     for ascent in ("exact", "shared"):
         found = []
         for size in (None, 3):
-            model = small_model().eval()
+            model = sure_model().eval()
             options = AwpConfig(gamma=GAMMA, ascent=ascent)
-            step = build_step(model, method, as_teacher(small_model(1)), micro_batch_size=size, options=options)
+            step = build_step(model, method, as_teacher(sure_model(1)), micro_batch_size=size, options=options)
             x, y, ids, _ = small_batch(1)
             step(x, y, sample_ids=ids)
             found.append(model.state_dict().values())
@@ -163,7 +152,7 @@ def test_steps_can_be_captured():
     """The host reads no more than in TRADES, whose reads are checks that a GPU makes by itself."""
     counts = {}
     for method in ("trades", *METHODS):
-        step = build_step(small_model(), method, as_teacher(small_model(1)))
+        step = build_step(sure_model(), method, as_teacher(sure_model(1)))
         phase = step.phase(1, True, False)
         start = step.step.prepare(small_batch(1), phase)
         with HostReads() as found:

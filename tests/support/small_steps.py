@@ -8,13 +8,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from awp_engine.distributed.batch import Batch
 
 
-def small_model(classes: int = 4) -> nn.Sequential:
+def small_model(classes: int = 4, seed: int = 0) -> nn.Sequential:
     """For images of 1 x 4 x 4, in train mode, whose running statistics have seen some."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     # a bias before batch normalisation has a gradient of rounding errors, whose direction AWP would follow
     layers = nn.Conv2d(1, 3, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, classes)
     model = nn.Sequential(*layers).double().train()
-    model(images((16, 1, 4, 4), torch.float64, seed=50))
+    model(images((16, 1, 4, 4), torch.float64, seed=50 + seed))
+    return model
+
+
+@torch.no_grad()
+def sure_model(seed: int = 0) -> nn.Sequential:
+    """The same, whose answers differ more."""
+    model = small_model(seed=seed)
+    model[-1].weight.mul_(3)
     return model
 
 

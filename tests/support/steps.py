@@ -1,13 +1,15 @@
 """Steps, made of settings and called with tensors, as most tests have them."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from awp_engine.attack import Attack
-from awp_engine.config import AttackConfig, AwpConfig, Config
+from awp_engine.config import AttackConfig, AwpConfig, Config, ConfigError
 from awp_engine.data import Batch
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.step.awp_step import Ascent, AwpStep
@@ -94,3 +96,15 @@ def build_step(
     objective = objective or setup.objective_of(config, torch.device("cpu"), 10, (1, 8, 8))
     given = {"class_weights": class_weights, "objective": objective}
     return TensorStep(setup.build_step(config, model, ranks, **given), config.attack)
+
+
+def require_refused(
+    config: Config, wrong: dict[str, Any], message: str, method: str, name: str, reason: str, folder: Path
+) -> None:
+    """What does not go with a method is refused, and with a class of one's own that is the same; `name`: its class."""
+    with pytest.raises(ConfigError, match=f"{message}.* with --method {method}, {reason}"):
+        dataclasses.replace(config, **wrong)
+    (folder / "own.py").write_text(f"from awp_engine.step.objectives import {name}\n")
+    own = f"{folder / 'own.py'}:{name}"
+    with pytest.raises(ConfigError, match=f"{message}.* with --method .*own.py:{name}, {reason}"):
+        setup.objective_of(dataclasses.replace(config, method=own, **wrong), torch.device("cpu"))

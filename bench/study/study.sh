@@ -20,12 +20,14 @@ common=(--data.name folder --data.root "$data" --data.train-limit 500 --data.pad
 # name, preset, flags
 case $study in
   overfitting)
-    common+=(--epochs 80 --evaluation.evaluate-every 8) checkpoints="last" few="--limit 500"
+    epochs=80
+    common+=(--evaluation.evaluate-every 8) checkpoints="last" few="--limit 500"
     plain="--optimizer.milestones 0.25 0.85 --attack.steps 5 --data.no-flip"
     arms=("at at $plain" "at-awp at-awp $plain" "trades trades $plain" "trades-awp trades-awp $plain") ;;
   recipes)
     # IKL's and ACAT's rate and attack are their own; averages of the last 50 steps or so, since all are but 800
-    common+=(--epochs 50 --evaluation.evaluate-every 5 --optimizer.lr 0.1 --optimizer.warmup 2) checkpoints="last best" few="--limit 250 --no-gates"
+    epochs=50
+    common+=(--evaluation.evaluate-every 5 --optimizer.lr 0.1 --optimizer.warmup 2) checkpoints="last best" few="--limit 500 --no-gates"
     plain="--optimizer.schedule cosine --attack.steps 3 --attack.step-size 4/255 --data.no-flip"
     arms=("at at $plain" "at-awp at-awp $plain" "at-awp-shared at-awp $plain --awp.ascent shared"
       "at-awp-limited at-awp $plain --awp.gamma 0.2 --awp.max-rise 0.1"
@@ -34,6 +36,7 @@ case $study in
       "acat-awp acat --data.no-flip --optimizer.no-per-epoch --average.decay 0.98 --average.warmup 37") ;;
   *) echo "bench/study/study.sh: STUDY: expected overfitting or recipes, got '$study'" >&2; exit 2 ;;
 esac
+common+=(--epochs "$epochs")
 
 train() { # seed name preset flags...
   local run="$out/$2-seed$1" preset=cifar10-preact-resnet18-$3
@@ -46,7 +49,7 @@ measure() { # seed name
   local run="$out/$2-seed$1" measured
   measured="$run/evaluation-$checkpoint"
   # a best epoch that is the last is measured already
-  if [ ! -e "$measured/evaluation.json" ] && ! { [ "$checkpoint" = best ] && grep -q '"selected_epoch": 50,' "$run/report.json"; }; then
+  if [ ! -e "$measured/evaluation.json" ] && ! { [ "$checkpoint" = best ] && grep -q "\"selected_epoch\": $epochs," "$run/report.json"; }; then
     # shellcheck disable=SC2086
     python "$root/engine/evaluate.py" "$run" --checkpoint "$checkpoint" --attacks clean pgd20 autoattack $few \
       --output "$measured" > "$run-$checkpoint.log" 2>&1 || [ $? = 3 ] # 3: measured, with doubts, which the report names

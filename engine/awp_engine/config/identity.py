@@ -59,6 +59,7 @@ ADDED: dict[str, Any] = {
     "data.class_weights": "none",
     "data.policy": "none",
     "data.policy_first": False,
+    "data.policy_part": 1.0,
     "data.rotate": 0.0,
     "model.normalize": "auto",
     "model.mean": [],

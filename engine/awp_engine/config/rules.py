@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from awp_engine.config.model_names import is_code
+from awp_engine.config.model_names import TIMM_MODELS, is_code
 from awp_engine.config.schema import ConfigError, parse_amount
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 TAUGHT = ("ard", "rslad", "adaad", "hat")
 """Methods that learn from a frozen network."""
 # whose attack climbs something else
-_NOT_CROSS_ENTROPY = ("trades", "rst", "ikl", "gkl", "adr-trades", "score", "score-trades", "adaad", "hat", "lbgat")
+_NOT_CROSS_ENTROPY = ("trades", "rst", "ikl", "gkl", "adr-trades", "score", "score-trades", "adaad", "hat", "lbgat", "oaat")
 # adversarial training against several balls
 _SEVERAL_NORMS = ("e-at", "msd")
 
@@ -161,6 +161,24 @@ def require_partner(config: Config) -> None:
     config.require(config.compile is not True, "compile", f"auto or false {reason}")
 
 
+def require_growing(config: Config) -> None:
+    """Refuse what does not go with OA-AT, which chooses radius and steps itself and keeps two copies of the weights."""
+    reason = f"with --method {config.method}"
+    for key, value in (
+        ("attack.kind", "pgd"),
+        ("attack.norm", "linf"),
+        ("attack.start", "uniform"),
+        ("attack.ramp", "none"),
+        ("attack.step_warmup", 0),
+    ):
+        config.require_value(key, value, f"{reason}, whose attacks change over the run by themselves")
+    config.require(config.attack.epsilon_value > 0, "attack.epsilon", f"more than 0 {reason}")
+    config.require_value("distributed.strategy", "ddp", f"{reason}, which keeps copies of the weights")
+    config.require(not config.optimizer.by_name, "optimizer.kind", f"sgd or adamw {reason}, which forgets its momentum")
+    stages = config.model.source == "built-in" and config.model.name not in TIMM_MODELS
+    config.require(stages, "model.name", f"preact-resnet or wrn {reason}, which compares features of their stages")
+
+
 def _always_fast(config: Config) -> bool:
     """Whether every epoch has the cheap attack."""
     attack = config.attack
@@ -219,6 +237,8 @@ def _require_step(config: Config) -> None:
         require_views(config)
     if config.method == "lbgat":
         require_partner(config)
+    if config.method == "oaat":
+        require_growing(config)
     if config.method == "liet":
         for key, value in (("attack.kind", "pgd"), ("attack.norm", "linf"), ("attack.start", "uniform")):
             config.require_value(key, value, "with --method liet, whose attack begins at signs and uniform noise")

@@ -39,7 +39,7 @@ from awp_engine.config.schema import (
 _PRESET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _METHODS = (
     *("at", "trades", "mart", "rst", "ikl", "gkl", "adr", "adr-trades", "rebat", "dajat", "liet", "e-at", "msd"),
-    *("score", "score-trades", *TAUGHT, "lbgat"),
+    *("score", "score-trades", *TAUGHT, "lbgat", "oaat"),
 )
 _Pixels = Annotated[int, Range("a whole number of pixels, 0 to 1024", ge=0, le=1024)]
 
@@ -93,6 +93,8 @@ class DataConfig(Checked, section="data."):
     --method dajat that of all views but the first."""
     policy_first: bool = False
     """Do AutoAugment before crops and mirroring, not after them."""
+    policy_part: Share = 1.0
+    """Part of the images, drawn one by one in every epoch, that AutoAugment changes."""
     rotate: Annotated[float, Range("degrees, 0 to 180", ge=0, le=180)] = 0.0
     """Turn every training image by up to as many degrees, to either side; 0 means no rotation."""
     erase: Probability = 0.0
@@ -147,6 +149,9 @@ class DataConfig(Checked, section="data."):
         useful = self.policy.startswith("autoaugment") and (self.pad > 0 or self.flip)
         expected = "false, unless --data.policy is one of AutoAugment, and --data.pad or --data.flip is given"
         self.require(useful or not self.policy_first, "policy_first", expected)
+        useful = self.policy.startswith("autoaugment")
+        like = "1, unless --data.policy is one of AutoAugment"
+        self.require(useful or self.policy_part == 1, "policy_part", like)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

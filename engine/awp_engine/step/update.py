@@ -45,6 +45,14 @@ class Update:
             self.average.before_step()
 
     @torch.no_grad()
+    def forget_(self) -> None:
+        """Have the optimizer go on as if it were a new one: momentum, and whatever else it keeps, is zero."""
+        for state in self.optimizer.state.values():
+            for tensor in state.values():
+                if isinstance(tensor, Tensor):
+                    tensor.zero_()
+
+    @torch.no_grad()
     def __call__(self) -> Tensor:
         """The optimizer's step, left out if a gradient is not finite; returns, on the device, whether it was."""
         optimizer, loss_scale = self.optimizer, self._loss_scale

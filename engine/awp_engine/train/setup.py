@@ -15,7 +15,7 @@ from awp_engine.attack import Attack, fast_attack
 from awp_engine.attack.checks import ball
 from awp_engine.checkpoint import Checkpoint, CheckpointError
 from awp_engine.config import AttackConfig, Config, ConfigError, choose_speed, config_hash
-from awp_engine.config.rules import require_average, require_partner, require_views
+from awp_engine.config.rules import require_average, require_growing, require_partner, require_views
 from awp_engine.config.schema import parse_amount, parse_arguments
 from awp_engine.data import (
     Augmentation,
@@ -209,7 +209,7 @@ def objective_of(
 
     Raises:
         ConfigError: as `build_objective`; or there is no average of the kind that it needs, or what does not go with
-            several views or a partner.
+            several views, a partner or copies of the model.
     """
     objective = build_objective(
         config.method,
@@ -230,6 +230,8 @@ def objective_of(
         require_views(config)
     if objective.partner_name is not None:
         require_partner(config)
+    if type(objective).follow is not Objective.follow:
+        require_growing(config)
     return objective
 
 
@@ -480,7 +482,7 @@ class Setup:
     def _build_batches(self) -> None:
         config, data, extra = self.config, self.data, self._extra
         same = ("pad", "flip", "cutout", "cutmix", "mixup", "mixup_alpha", "rand_augment", "erase")
-        same += ("policy", "policy_first", "rotate")
+        same += ("policy", "policy_first", "policy_part", "rotate")
         augmentation = Augmentation(
             **{name: getattr(config.data, name) for name in same},
             fill=data.mean,
@@ -534,6 +536,8 @@ class Setup:
                 f"epsilon grows in proportion to the epoch, to {attack.epsilon} in epoch {config.epochs}, and the "
                 "attack's steps with it; accuracies under attack in training are those of the epoch's own ball"
             )
+        if (note := self._objective.attack_note) is not None:
+            self.messages.append(note)
         if attack.step_warmup:
             self.messages.append(
                 f"the attack's steps grow from 0 in epoch 1 to {attack.step_size} in epoch {attack.step_warmup + 1}; "

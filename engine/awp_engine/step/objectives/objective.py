@@ -41,6 +41,10 @@ class Objective(ABC):
         descending: whether `losses` is called for the descent, and not for the ascent or to compute statistics anew.
         views: of each image in a batch, side by side as channels. The model that attack and losses get then answers to
             each: see `EachView`.
+        attack_note: how images are attacked over the run, where the strength is not that of the schedule; said to the user,
+            and accuracies under the attack of different epochs are not compared.
+        fresh_optimizer: whether the optimizer forgets its momentum before this step. Set by `begin_step`.
+        skipped: bool scalar on the device, whether the step is left out; set before `after_step`.
         stage: what decides which operations a step consists of, where that changes in time; a CUDA graph is captured
             for each. Set by `begin_step`.
     """
@@ -55,7 +59,17 @@ class Objective(ABC):
     partner: nn.Module | None = None
     descending: bool = False
     views: int = 1
+    attack_note: str | None = None
+    fresh_optimizer: bool = False
+    skipped: Tensor | None = None
     stage: Hashable = None
+
+    def follow(self, models: WorkingModels) -> None:  # noqa: B027
+        """Take what it needs of the classifier in training; called once, before the first step.
+
+        Args:
+            models: of the parts of a step; their masters' tensors stay the same ones.
+        """
 
     def begin_step(self, done: float, epoch: int, step: int) -> None:  # noqa: B027
         """What the host says of the step to come.
@@ -183,6 +197,10 @@ class Objective(ABC):
         left out or fails.
         """
         return {}
+
+    def kept(self) -> list[Tensor]:
+        """Of `state`, what has to be put back where a step is left out or fails; here all of it."""
+        return [*self.state().values()]
 
 
 def counted_part(batch: Batch, share: float) -> float:

@@ -96,6 +96,10 @@ CASES: dict[str, Config] = {
     "lbgat, micro-batches, frozen statistics": dataclasses.replace(
         BASE, method="lbgat", distributed=DistributedConfig(), micro_batch_size=2
     ),
+    "oaat": dataclasses.replace(BASE, method="oaat"),
+    "oaat, micro-batches, frozen statistics": dataclasses.replace(
+        BASE, method="oaat", distributed=DistributedConfig(), micro_batch_size=2
+    ),
     "e-at": dataclasses.replace(
         BASE, method="e-at", attack=dataclasses.replace(EVAL_ATTACK, kind="apgd", start="none", also=("l1=2",))
     ),

@@ -105,6 +105,7 @@ def test_a_step_is_captured_where_there_is_a_gpu(device):
             ["at", "trades", "adr", "rebat", "score-trades", "adaad", "hat", "liet", "lbgat"], ["exact", "shared"]
         ),
         ("dajat", "exact"),
+        ("oaat", "exact"),
     ],
 )
 def test_graphs_and_plain_steps_give_the_same_numbers(precision, method, ascent, monkeypatch):
@@ -121,11 +122,14 @@ def test_graphs_and_plain_steps_give_the_same_numbers(precision, method, ascent,
             set_learning_rate(step.optimizer, 0.1 / (1 + index))
             x, y, ids = batch(index, 7 if index == 9 else 32, "cuda", 9 if method == "dajat" else 3)
             fast, perturb = index in (1, 2, 3, 10, 11), index % 5 != 4
-            result = step(x, y, sample_ids=ids, seed=index // 4, perturb=perturb, fast=fast, done=index / 16)
+            result = step(
+                x, y, sample_ids=ids, seed=index // 4, perturb=perturb, fast=fast, done=index / 16, step=index
+            )
             losses.append(result.loss)
         if graphed:
             kinds = {(perturbed, attack.steps) for perturbed, attack, _ in step.taken._graphs}
-            assert kinds == {(True, 3), (True, 1)}
+            # of OA-AT two kinds take turns, so that fewer of each come
+            assert kinds == ({(True, 3)} if method == "oaat" else {(True, 3), (True, 1)})
         trained = model
         if (partner := step.passes.objective.partner) is not None:
             trained = nn.ModuleList([model, partner])

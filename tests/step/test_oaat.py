@@ -1,4 +1,4 @@
-"""OA-AT against its definition in fp64: the distance, the losses, the schedule, whole runs of steps, what a run leaves."""
+"""OA-AT against its definition in fp64: the distance, the losses, the schedule, whole runs, what a run leaves."""
 
 import copy
 import dataclasses
@@ -257,7 +257,11 @@ def test_a_run_is_that_of_the_definition(climbs):
             moved += 3 if expected.far else 2
             assert int(model.get_buffer("bn.num_batches_tracked")) == 1 + moved
             objective = step.passes.objective
-            networks = (model, f.state_dict()), (objective.tracked, tracked), (objective.guide.model, guide.state_dict())
+            networks = (
+                (model, f.state_dict()),
+                (objective.tracked, tracked),
+                (objective.guide.model, guide.state_dict()),
+            )
             for ours, theirs in networks:
                 for name, t in ours.state_dict().items():
                     torch.testing.assert_close(t, theirs[name], rtol=1e-9, atol=1e-12)
@@ -412,7 +416,10 @@ def test_an_attack_that_does_not_go_with_it_is_refused(tmp_path, wrong, message)
     [
         ({"attack": AttackConfig(epsilon="0")}, r"--attack\.epsilon: expected more than 0 with --method oaat"),
         ({"attack": AttackConfig(kind="apgd")}, r"--attack\.kind: expected pgd with --method oaat"),
-        ({"distributed": DistributedConfig(strategy="fsdp")}, r"--distributed\.strategy: expected ddp with --method oa"),
+        (
+            {"distributed": DistributedConfig(strategy="fsdp")},
+            r"--distributed\.strategy: expected ddp with --method oa",
+        ),
         ({"optimizer": OptimizerConfig(kind="torch:RMSprop")}, r"--optimizer\.kind: expected sgd or adamw with"),
         ({"model": ModelConfig(name="resnet-18")}, r"--model\.name: expected preact-resnet or wrn with --method oaat"),
         ({"model": ModelConfig(name="timm:resnet18")}, r"--model\.name: expected preact-resnet or wrn with"),

@@ -25,6 +25,7 @@ from awp_engine.config import (
     EvaluationConfig,
     ModelConfig,
     OptimizerConfig,
+    PrecisionConfig,
     load_config,
 )
 from awp_engine.distributed.ranks import Ranks
@@ -112,6 +113,17 @@ LBGAT = dataclasses.replace(
     AWP_EMA, global_batch_size=20, method="lbgat", attack=AttackConfig(steps=2, bn_mode="eval", start="normal")
 )
 
+# an average, what it was when the epoch began, in two precisions; momentum that is forgotten before the second epoch
+OAAT = dataclasses.replace(
+    AWP_EMA,
+    epochs=2,
+    global_batch_size=20,
+    method="oaat",
+    attack=AttackConfig(steps=2),
+    awp=AwpConfig(gamma=0.005),
+    precision=PrecisionConfig(attack="bf16"),
+)
+
 # each step draws its ball by what all steps before have counted
 E_AT = dataclasses.replace(
     AWP_EMA,
@@ -173,6 +185,7 @@ CASES = [
     pytest.param(LIET, 1, 3, id="1 rank, table of classes"),
     pytest.param(E_AT, 1, 20, id="1 rank, several norms"),
     pytest.param(LBGAT, 1, 2, id="1 rank, partner"),
+    pytest.param(OAAT, 1, 3, id="1 rank, copies of the model"),
     pytest.param(LBGAT, 2, 5, id="2 ranks, partner"),
     pytest.param(AWP_EMA, 2, 10, id="2 ranks, 1 epoch"),
     pytest.param(GKL_EPOCHS, 2, 10, id="2 ranks, GKL, 2 epochs", marks=pytest.mark.long),

@@ -14,7 +14,19 @@ if TYPE_CHECKING:
 TAUGHT = ("ard", "rslad", "adaad", "hat")
 """Methods that learn from a frozen network."""
 # whose attack climbs something else
-_NOT_CROSS_ENTROPY = ("trades", "rst", "ikl", "gkl", "adr-trades", "score", "score-trades", "adaad", "hat", "lbgat", "oaat")
+_NOT_CROSS_ENTROPY = (
+    "trades",
+    "rst",
+    "ikl",
+    "gkl",
+    "adr-trades",
+    "score",
+    "score-trades",
+    "adaad",
+    "hat",
+    "lbgat",
+    "oaat",
+)
 # adversarial training against several balls
 _SEVERAL_NORMS = ("e-at", "msd")
 

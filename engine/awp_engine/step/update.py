@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from awp_engine.optim.average import WeightAverage
+from awp_engine.optim.by_name import WrappedOptimizer
 from awp_engine.optim.optimizer import Optimizer, set_learning_rate, set_momentum
 from awp_engine.step.precision import LossScale, WorkingModels
 from awp_engine.step.values import Phase
@@ -46,7 +47,8 @@ class Update:
 
     @torch.no_grad()
     def forget_(self) -> None:
-        """Have the optimizer go on as if it were a new one: momentum, and whatever else it keeps, is zero."""
+        """Have SGD or AdamW go on like a new one: momentum, and whatever else it keeps, is zero."""
+        assert not isinstance(self.optimizer, WrappedOptimizer)
         for state in self.optimizer.state.values():
             for tensor in state.values():
                 if isinstance(tensor, Tensor):

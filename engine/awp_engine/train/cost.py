@@ -41,7 +41,16 @@ _UNITS = {
 }
 
 
-def forward_units(config: Config, *, cheap: bool = False) -> float:
+def _of_oaat(config: Config, epoch: int) -> float:
+    """What OA-AT passes in an epoch beside attacks of all steps and two kinds of images in loss and ascent."""
+    steps, kl = config.attack.steps, "climbs=kl" in config.method_args
+    if epoch <= config.epochs // 4:
+        return kl - 2.0 * (steps // 2)
+    # every second batch has a third kind of images, the others features of the guide
+    return kl + (0.5 * (3 + 2 * steps + 1) if 4 * epoch > 3 * config.epochs else 0.0)
+
+
+def forward_units(config: Config, *, cheap: bool = False, epoch: int | None = None) -> float:
     """What one update of a method must compute for an image, in forward passes.
 
     A backward pass costs one unit for the gradient of activations, and one for that of weights.
@@ -49,6 +58,7 @@ def forward_units(config: Config, *, cheap: bool = False) -> float:
     Args:
         config: the run's.
         cheap: with the cheap attack of the first epochs: one step, or none of its own in free training.
+        epoch: from 1, where it differs; None: the mean over the run.
     """
     steps = config.attack.steps if config.attack.training_epsilon > 0 else 0
     if cheap:
@@ -62,6 +72,9 @@ def forward_units(config: Config, *, cheap: bool = False) -> float:
     if config.method == "msd":
         # every step tries a point in each ball
         attack += steps * (1 + len(config.attack.also))
+    if config.method == "oaat":
+        epochs = range(1, config.epochs + 1) if epoch is None else [epoch]
+        attack += sum(_of_oaat(config, number) for number in epochs) / len(epochs)
     if not config.awp.enabled:
         ascent = 0.0
     elif config.awp.ascent == "shared":

@@ -137,14 +137,11 @@ def _table(pairs: _Pairs) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64).view(len(pairs), 2, 4)
 
 
-def draw_auto_augment(
-    ids: Tensor, pairs: _Pairs, *, seed: int, epoch: int, part: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def draw_auto_augment(ids: Tensor, pairs: _Pairs, *, seed: int, epoch: int, part: float = 1.0) -> tuple[Tensor, Tensor]:
     """Which operations, and how strong.
 
     With words of stream 16, the pair is number w0 * 25 // 2^32. Its first operation is done where w1 < probability *
-    2^32, to the negative side where w2 is odd; the second likewise, by w3 and w4. Of a part of the images neither is done where
-    w5 >= part * 2^32.
+    2^32, to the negative side where w2 is odd; the second likewise, by w3 and w4. Where w5 >= part * 2^32, neither is.
 
     Args:
         ids: int64 [B].

@@ -6,7 +6,7 @@ public code, val-iisc/OAAT at 4e6e344. What is different from that stands in doc
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -116,8 +116,8 @@ class Oaat(Trades):
         self._epsilon = 0.0
         self._clean: list[Tensor] = []
         self.attack_note = (
-            f"epsilon is {first:.3g} of the whole in the first quarter of the run, and grows in proportion to the epoch "
-            "after that; accuracies under attack in training are those of the epoch's own ball"
+            f"epsilon is {first:.3g} of the whole in the first quarter of the run, and grows in proportion to the "
+            "epoch after that; accuracies under attack in training are those of the epoch's own ball"
         )
 
     def follow(self, models: WorkingModels) -> None:
@@ -152,7 +152,7 @@ class Oaat(Trades):
             self._fresh = False
 
     def choose(self, attack: Attack) -> Attack:
-        """The attack in the epoch's ball, or the far one; half as many steps of twice the length in the first quarter."""
+        """The attack in the epoch's ball, or the far one; in the first quarter half the steps, of twice the length."""
         quarter = self._epoch <= self._epochs // 4
         first = self._first * attack.epsilon
         self._epsilon = first if quarter else attack.epsilon * self._epoch / self._epochs
@@ -168,7 +168,7 @@ class Oaat(Trades):
         climbed = super().attack_loss(model, x, y) if self._climbs_kl else summed_cross_entropy
         if not self._late or self._far:
             return climbed
-        self._clean = self.guide.attack.features(x)  # pyright: ignore[reportCallIssue]
+        self._clean = self._features(x)
 
         def less_the_distance(answers: Tensor, labels: Tensor) -> Tensor:
             paid = self._lpips.to(answers.dtype) * answers[:, -1]
@@ -178,7 +178,12 @@ class Oaat(Trades):
 
     def attack_model(self, model: nn.Module, y: Tensor) -> nn.Module:
         """The model, or the model and how far images look from the clean ones that `attack_loss` was given."""
-        return model if not self._late or self._far else _WithDistance(model, self.guide.attack, self._clean)
+        return model if not self._late or self._far else _WithDistance(model, self._features, self._clean)
+
+    @property
+    def _features(self) -> Any:
+        """Of the guide, in the attack's precision."""
+        return self.guide.attack.features
 
     def losses(self, model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """CE(f(x), y) + beta KL(f(x) || f(x')); of far images CE + beta KL(a p(x) + (1 - a) p(x') || p(x'')), where x''
@@ -195,7 +200,7 @@ class Oaat(Trades):
         return natural + self.beta * pulled, logits_near
 
     def ascent_losses(self, model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """CE(f(x), y) + beta KL(f(x) || f(x')) without smoothing; up to the last quarter at x + 2 (x' - x) in [0, 1]."""
+        """CE(f(x), y) + beta KL(f(x) || f(x')) without smoothing; before the last quarter at clipped x + 2 (x' - x)."""
         climbed = x_adv if self._late else (x + 2 * (x_adv - x)).clamp(0, 1)
         return self._of_ascent.losses(model, climbed, x, y)
 
@@ -218,20 +223,20 @@ class Oaat(Trades):
 
 
 class _WithDistance(nn.Module):
-    """A classifier's logits, and behind them how far images look from others to a second one: [N, classes + 1].
+    """A classifier's logits, and behind them how far images look from others: [N, classes + 1].
 
     Args:
         model: the classifier.
-        guide: whose features tell.
-        clean: the features of the others.
+        features: those of another network, by which looks are compared.
+        clean: what it gives for the others.
     """
 
-    def __init__(self, model: nn.Module, guide: nn.Module, clean: Sequence[Tensor]) -> None:
+    def __init__(self, model: nn.Module, features: Callable[[Tensor], list[Tensor]], clean: Sequence[Tensor]) -> None:
         super().__init__()
-        # the guide is no module of this one, whose modes an attack sets
-        self.model, self._guide, self._clean = model, (guide,), clean
+        # the other one is no module of this one, whose modes an attack sets
+        self.model, self._features, self._clean = model, features, clean
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, classes + 1]."""
-        distance = perceptual_distance(self._guide[0].features(x), self._clean)
+        distance = perceptual_distance(self._features(x), self._clean)
         return torch.cat([at_least_fp32(self.model(x)), distance.unsqueeze(1)], 1)

@@ -41,8 +41,8 @@ class Objective(ABC):
         descending: whether `losses` is called for the descent, and not for the ascent or to compute statistics anew.
         views: of each image in a batch, side by side as channels. The model that attack and losses get then answers to
             each: see `EachView`.
-        attack_note: how images are attacked over the run, where the strength is not that of the schedule; said to the user,
-            and accuracies under the attack of different epochs are not compared.
+        attack_note: how images are attacked over the run, where the schedule does not say it; the user is told, and
+            accuracies under the attacks of different epochs are not compared.
         fresh_optimizer: whether the optimizer forgets its momentum before this step. Set by `begin_step`.
         skipped: bool scalar on the device, whether the step is left out; set before `after_step`.
         stage: what decides which operations a step consists of, where that changes in time; a CUDA graph is captured

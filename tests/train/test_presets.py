@@ -17,9 +17,11 @@ from teachers import write_teacher
 from awp_engine.config import Config, ConfigError, EvaluationConfig, TeacherConfig, own_images
 from awp_engine.config.presets import PRESETS, build_preset
 from awp_engine.config.rules import TAUGHT
+from awp_engine.config.schema import parse_arguments
 from awp_engine.models import build_model
 from awp_engine.observe.run_log import RunLog
 from awp_engine.optim.learning_rate import learning_rate
+from awp_engine.train.setup import training_attack
 from awp_engine.train.trainer import Trainer
 
 
@@ -254,3 +256,42 @@ def test_the_recipes_of_lbgat():
         for epoch, rate in rates.items():
             for done in (0.0, 0.99):
                 assert learning_rate(optimizer, 100, epoch - 1 + done) == pytest.approx(rate)
+
+
+def test_the_recipes_of_oaat():
+    """The public code's five sets of defaults: the ball, weights, rates and averages, part by part."""
+    table = {
+        "cifar10-preact-resnet18": (110, 16, 1.5, 3, 0.2, 24, 1, "none", 1, 5e-4),
+        "cifar10-wrn-34-10": (200, 16, 2, 3, 0.45, 16, 1, "autoaugment-cifar10", 1, 3e-4),
+        "cifar100-wrn-34-10": (110, 16, 2, 4, 0.2, 24, 2, "autoaugment-cifar10", 0.5, 3e-4),
+        "cifar100-preact-resnet18": (200, 16, 2, 3, 0.25, 24, 3, "autoaugment-cifar10", 0.5, 3e-4),
+        "svhn-preact-resnet18": (110, 12, 4, 4, 0.25, 12, 3, "autoaugment-svhn", 1, 5e-4),
+    }
+    for name, (epochs, radius, beta, end, mixing, far, looks, policy, part, decay) in table.items():
+        config = build_preset(f"{name}-oaat")
+        hundred, svhn, rate = name.startswith("cifar100"), name.startswith("svhn"), config.optimizer
+        arguments = parse_arguments(config.method_args)
+        assert arguments is not None
+        assert (config.epochs, config.beta, config.global_batch_size) == (epochs, beta, 128)
+        assert arguments["beta_end"] == end
+        assert (arguments["mixing"], arguments["lpips_weight"]) == (mixing, looks)
+        assert arguments["far"] * radius == far
+        assert radius * arguments.get("first", 0.25) == pytest.approx(4)
+        assert arguments.get("climbs", "ce") == ("kl" if svhn else "ce")
+        attack = training_attack(config.attack)
+        assert (attack.epsilon, attack.step_size, attack.steps) == (radius / 255, radius / 4 / 255, 10)
+        assert (attack.start, attack.bn_mode, config.model.normalize) == ("uniform", "train", "none")
+        assert (config.data.policy, config.data.policy_part, config.data.policy_first) == (policy, part, False)
+        assert (config.data.pad, config.data.flip) == ((0, False) if svhn else (4, True))
+        # on the right class what the code's 0.9 is
+        assert 1 - config.label_smoothing * 99 / 100 == pytest.approx(0.9 if hundred else 1)
+        assert (config.awp.gamma, config.awp.warmup, rate.weight_decay, rate.momentum) == (0.005, 9, decay, 0.9)
+        average = config.average
+        assert (average.kind, average.decay, average.ramp, average.statistics) == ("ema", 0.9996, False, "averaged")
+        assert average.warmup == int(3 * epochs / 4) + 1
+        top, begun = (0.05 if svhn else 0.2), 10 if hundred else 0
+        for epoch in (begun + 1, epochs // 2, epochs):
+            expected = top * 0.5 * (1 + math.cos((epoch - begun - 1) / (epochs - begun) * math.pi))
+            assert learning_rate(rate, epochs, epoch - 1 + 0.99) == pytest.approx(expected)
+        if hundred:
+            assert learning_rate(rate, epochs, 0.5) == pytest.approx(0.02)

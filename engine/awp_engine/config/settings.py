@@ -617,13 +617,14 @@ class Config(Checked):
     """Loss: at, cross-entropy on the attacked images; trades; mart; rst, TRADES with pseudo-labelled images; ikl, gkl,
     with weights by class for its divergence; adr, adr-trades, rebat, which learn from the weights' average too; ard,
     rslad, adaad, hat, which learn from a frozen network; lbgat, from one trained along; score, score-trades, AT and
-    TRADES by squared errors; dajat, TRADES on several views of each image; liet, for attacks of one step; e-at, msd, at
-    against several balls (--attack.also); or an Objective of your own: file.py:Class or package.module:Class."""
+    TRADES by squared errors; dajat, TRADES on several views of each image; oaat, TRADES in a ball that grows; liet, for
+    attacks of one step; e-at, msd, at against several balls (--attack.also); or an Objective of your own: file.py:Class
+    or package.module:Class."""
     beta: Annotated[float, Range("a finite number >= 0", ge=0)] = 6.0
-    """Weight of the divergence between attacked and clean images: beta of TRADES, RST and LBGAT, of the squared error
-    in IKL and GKL, lambda of MART; of that from the average in ReBAT, whose paper has 1; of the error between both in
-    score-trades (3); of the divergence from the teacher in ard, rslad and adaad (0.1); of that in LIET's last
-    epoch (100)."""
+    """Weight of the divergence between attacked and clean images: beta of TRADES, RST and LBGAT, of OA-AT up to its
+    last quarter (1.5), of the squared error in IKL and GKL, lambda of MART; of that from the average in ReBAT, whose
+    paper has 1; of the error between both in score-trades (3); of the divergence from the teacher in ard, rslad and
+    adaad (0.1); of that in LIET's last epoch (100)."""
     label_smoothing: Fading = 0.0
     """Part of a label that is spread over all classes, in AT's loss and in TRADES' clean one, and in SCORE's; in LIET
     at random over the wrong ones."""

@@ -277,7 +277,7 @@ _LARGE_EPSILON = 0.1
 # in L1, of which one value alone may take as much
 _SMALL_L1 = 1
 # of methods whose papers have another weight than TRADES
-_USUAL_BETA = {"rebat": 1, "ikl": 20, "gkl": 20, "dajat": 11, "score-trades": 3, "hat": 2.5, "liet": 100}
+_USUAL_BETA = {"rebat": 1, "ikl": 20, "gkl": 20, "dajat": 11, "score-trades": 3, "hat": 2.5, "liet": 100, "oaat": 1.5}
 _USUAL_BETA |= dict.fromkeys(("ard", "rslad", "adaad"), "0.1 for CIFAR-10")
 
 

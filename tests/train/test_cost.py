@@ -21,6 +21,7 @@ from awp_engine.step.free import FreeStep
 from awp_engine.step.values import Phase
 from awp_engine.train import setup
 from awp_engine.train.cost import forward_units
+from awp_engine.train.schedule import Schedule
 
 _IMAGES, _IN, _OUT = 8, 5, 7
 RECIPES = (ROOT / "docs" / "recipes.md").read_text()
@@ -47,8 +48,11 @@ def network() -> nn.Module:
     return nn.Sequential(*first, nn.Linear(_IN, _OUT), nn.ReLU(), nn.Linear(_OUT, 10)).train()
 
 
-def counted(config: Config) -> float:
-    """Passes of an update, in forward passes of an image; a backward pass has one part for each kind of gradient."""
+def counted(config: Config, epoch: int = 1) -> float:
+    """Passes of an update, in forward passes of an image; a backward pass has one part for each kind of gradient.
+
+    `epoch`: whose attack it is.
+    """
     config = dataclasses.replace(
         config,
         precision=PrecisionConfig(attack="fp32", ascent="fp32", descent="fp32"),
@@ -71,7 +75,8 @@ def counted(config: Config) -> float:
     x = images((_IMAGES, 3 * objective.views, 8, 8))
     y = torch.arange(_IMAGES) % 10
     free = config.attack.fast == "free"
-    attack = (setup.training_attack if config.attack.fast == "none" else setup.cheap_attack)(config.attack)
+    attack, cheap = setup.training_attack(config.attack), setup.cheap_attack(config.attack)
+    attack = Schedule(config=config, steps=1, attack=attack, cheap=cheap)(epoch, 0).attack
     taken = FreeStep(step, step, replays=1, memory_format=torch.contiguous_format) if free else step
     with _Products() as products:
         # not the first step, which makes LIET's table
@@ -92,6 +97,11 @@ def test_a_step_of_a_method_without_a_preset_costs_what_is_said(method: str, gam
 def test_a_step_of_a_preset_costs_what_is_said(name: str) -> None:
     config = build_preset(name)
     assert counted(config) == forward_units(config, cheap=config.attack.fast != "none")
+
+
+def test_a_stronger_attack_costs_its_own_steps() -> None:
+    config = build_preset("cifar10-preact-resnet18-rebat-pp")
+    assert counted(config, epoch=101) == forward_units(config, steps=12) == 28
 
 
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in RECIPES.splitlines() if line.startswith("| ")]

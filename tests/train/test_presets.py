@@ -225,6 +225,24 @@ def test_the_recipes_with_a_growing_ball():
     assert build_preset(names[3]).method_args == ("alpha=4", "temperature=1", "attack_beta=1", "gamma=0.4")
 
 
+def test_the_recipes_of_rebat():
+    """The two commands of its README for PreActResNet-18, and that for the wide network."""
+    drops = {"preact-resnet18-rebat": 1.5, "preact-resnet18-rebat-pp": 1.7, "wrn-34-10-rebat": 4.0}
+    for name, drop in drops.items():
+        config, wide = build_preset(f"cifar10-{name}"), name.startswith("wrn")
+        attack, average = config.attack, config.average
+        assert (attack.epsilon, attack.step_size, attack.steps, attack.start) == ("8/255", "2/255", 10, "uniform")
+        assert attack.stronger == ((100, 10 / 255, 12) if name.endswith("pp") else None)
+        assert (config.beta, config.data.cutmix, config.awp.gamma) == ((2, 1, 0) if wide else (1, 0, 0))
+        assert (average.decay, average.ramp, average.warmup, average.statistics) == (0.999, False, 105, "averaged")
+        assert config.optimizer.weight_decay == 5e-4
+        rates = [learning_rate(config.optimizer, 200, place) for place in (0, 99.99, 100, 149.99, 150, 199)]
+        assert rates == pytest.approx([0.1, 0.1, *[0.1 / drop] * 2, *[0.1 / drop**2] * 2])
+        assert (config.epochs, config.global_batch_size) == (200, 128)
+    ten, hundred = (build_preset(f"{data}-preact-resnet18-rebat-pp") for data in ("cifar10", "cifar100"))
+    assert dataclasses.replace(hundred, data=ten.data, preset=ten.preset) == ten
+
+
 def test_the_recipes_of_idbh():
     strong, weak = build_preset("cifar10-preact-resnet18-at-awp-idbh"), build_preset("cifar10-wrn-34-10-at-idbh")
     for config in (strong, weak):

@@ -96,6 +96,17 @@ DAJAT = dataclasses.replace(
     average=AverageConfig(kind="epochs", decay=0.9, statistics="averaged"),
 )
 
+# a larger ball, and the average in the loss, from the second epoch on
+REBAT_PP = dataclasses.replace(
+    AWP_EMA,
+    epochs=2,
+    global_batch_size=10,
+    method="rebat",
+    attack=AttackConfig(steps=2, stronger_after=1, stronger_epsilon="0.25", stronger_steps=3),
+    awp=AwpConfig(gamma=0.005),
+    average=AverageConfig(kind="ema", decay=0.9, ramp=False, warmup=1.0, statistics="averaged"),
+)
+
 LIET = dataclasses.replace(
     AWP_EMA,
     global_batch_size=20,
@@ -169,6 +180,7 @@ CASES = [
     pytest.param(GKL_EPOCHS, 1, 10, id="1 rank, GKL, 2 epochs"),
     pytest.param(WANG, 1, 10, id="1 rank, generated images"),
     pytest.param(ADR, 1, 10, id="1 rank, teacher"),
+    pytest.param(REBAT_PP, 1, 10, id="1 rank, stronger attack"),
     pytest.param(DAJAT, 1, 5, id="1 rank, views, 2 epochs", marks=pytest.mark.long),
     pytest.param(LIET, 1, 3, id="1 rank, table of classes"),
     pytest.param(E_AT, 1, 20, id="1 rank, several norms"),

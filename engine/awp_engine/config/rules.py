@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from awp_engine.config.model_names import is_code
-from awp_engine.config.schema import ConfigError, parse_amount
+from awp_engine.config.schema import ConfigError, flag, parse_amount
 
 if TYPE_CHECKING:
     from awp_engine.config.settings import Config
@@ -194,17 +194,19 @@ def _require_attack(config: Config) -> None:
         config.require(evaluation.step_size is None, "evaluation.step_size", like)
     if attack.kind == "pgd" and not _always_fast(config):
         _require_reach(config, "attack.step_size", attack.step_size, attack.steps)
+        if attack.stronger_steps is not None:
+            _require_reach(config, "attack.step_size", attack.step_size, attack.stronger_steps, "stronger_epsilon")
     if evaluation.step_size is not None:
         _require_reach(config, "evaluation.step_size", evaluation.step_size, evaluation.steps)
 
 
-def _require_reach(config: Config, key: str, step_size: str, steps: int) -> None:
+def _require_reach(config: Config, key: str, step_size: str, steps: int, ball: str = "epsilon") -> None:
     """Refuse steps that no attack in the ball can want: most were meant in 255ths, or were left from another."""
-    epsilon = config.attack.epsilon
-    step, radius = parse_amount(step_size), parse_amount(epsilon)
-    expected = f"at most twice --attack.epsilon {epsilon}, as a longer step leaves the ball from wherever it begins"
+    text = getattr(config.attack, ball)
+    step, radius, epsilon = parse_amount(step_size), parse_amount(text), f"{flag(f'attack.{ball}')} {text}"
+    expected = f"at most twice {epsilon}, as a longer step leaves the ball from wherever it begins"
     config.require(step <= 2 * radius or radius == 0, key, expected)
-    expected = f"steps that go farther, {steps} of them, than a tenth of --attack.epsilon {epsilon}"
+    expected = f"steps that go farther, {steps} of them, than a tenth of {epsilon}"
     config.require(10 * steps * step >= radius, key, expected)
 
 

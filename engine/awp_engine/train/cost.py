@@ -41,7 +41,7 @@ _UNITS = {
 }
 
 
-def forward_units(config: Config, *, cheap: bool = False) -> float:
+def forward_units(config: Config, *, cheap: bool = False, steps: int | None = None) -> float:
     """What one update of a method must compute for an image, in forward passes.
 
     A backward pass costs one unit for the gradient of activations, and one for that of weights.
@@ -49,8 +49,9 @@ def forward_units(config: Config, *, cheap: bool = False) -> float:
     Args:
         config: the run's.
         cheap: with the cheap attack of the first epochs: one step, or none of its own in free training.
+        steps: of the attack, which may be a stronger one in later epochs; None: `attack.steps`.
     """
-    steps = config.attack.steps if config.attack.training_epsilon > 0 else 0
+    steps = (steps or config.attack.steps) if config.attack.training_epsilon > 0 else 0
     if cheap:
         steps = min(steps, 0 if config.attack.fast == "free" else 1)
     units = _UNITS.get(config.method, _Units())

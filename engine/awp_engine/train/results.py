@@ -27,10 +27,11 @@ _SHOWN = 6
 _ceiling = functools.cache(matmul_ceiling)
 
 
-def throughput(setup: Setup, images_per_second: float, *, cheap: bool) -> dict[str, float]:
-    """Of the operations that the method needs; what a run does beyond them does not count."""
+def throughput(setup: Setup, images_per_second: float, epoch: int) -> dict[str, float]:
+    """Of the operations that the method needs in `epoch`; what a run does beyond them does not count."""
     ceiling = _ceiling(setup.device, setup.precision.attack or torch.float32)
-    flops = images_per_second * setup.forward_flops * forward_units(setup.config, cheap=cheap)
+    cheap, steps = setup.schedule.is_cheap(epoch), setup.schedule.full_attack(epoch).steps
+    flops = images_per_second * setup.forward_flops * forward_units(setup.config, cheap=cheap, steps=steps)
     return {
         "images_per_second": images_per_second,
         "tflops": flops / 1e12,

@@ -298,6 +298,8 @@ def _doubts(config: Config, data: Dataset) -> list[str]:
             f"--attack.step-warmup {attack.step_warmup} leaves none of {config.epochs} epochs whole steps: the first "
             "one does not attack at all"
         )
+    if attack.stronger is not None and attack.stronger.after >= config.epochs:
+        notes.append(f"--attack.stronger-after {attack.stronger_after} leaves none of {config.epochs} epochs for it")
     if config.average.kind == "ema" and config.average.warmup >= config.epochs:
         notes.append(
             f"--average.warmup {config.average.warmup:g} leaves none of {config.epochs} epochs to average: the average "
@@ -538,6 +540,12 @@ class Setup:
             self.messages.append(
                 f"the attack's steps grow from 0 in epoch 1 to {attack.step_size} in epoch {attack.step_warmup + 1}; "
                 "accuracies under attack in training are those of the epoch's own steps"
+            )
+        if (stronger := attack.stronger) is not None:
+            self.messages.append(
+                f"from epoch {stronger.after + 1} on training attacks in epsilon {attack.stronger_epsilon} by "
+                f"{stronger.steps} steps; accuracies under attack in training are of that ball then, all others of "
+                f"epsilon {attack.epsilon}"
             )
         self.step = capture_step(config, self.awp_step)
         self.free = None

@@ -57,6 +57,15 @@ CASES: dict[str, Config] = {
     "gkl, micro-batches, frozen statistics": dataclasses.replace(
         BASE, method="gkl", method_args=("gamma=0.4",), distributed=DistributedConfig(), micro_batch_size=2
     ),
+    "ikl, two views": dataclasses.replace(BASE, method="ikl", method_args=("aug_weight=0.3",), data=VIEWS),
+    "gkl, two views, micro-batches, frozen statistics": dataclasses.replace(
+        BASE,
+        method="gkl",
+        method_args=("gamma=0.4", "attack_beta=1", "aug_weight=0.5"),
+        data=VIEWS,
+        distributed=DistributedConfig(),
+        micro_batch_size=2,
+    ),
     "shards, gkl": dataclasses.replace(BASE, method="gkl", method_args=("gamma=0.4",), distributed=SHARDED),
     "clipped, nesterov": dataclasses.replace(BASE, optimizer=OptimizerConfig(lr=0.05, nesterov=True, clip_norm=0.1)),
     "cutmix": dataclasses.replace(BASE, data=DataConfig(cutmix=0.8, pad=1, flip=True)),
@@ -153,7 +162,7 @@ def trained(config: Config, ranks: Ranks, *, dtype: torch.dtype = torch.float64,
     weights = torch.linspace(0.2, 3, 10, dtype=dtype) if config.data.class_weights != "none" else None
     objective = objective_of(config, torch.device("cpu"), 10, (1, 8, 8))
     views = objective.views
-    if views > 1:
+    if views > 1 and not objective.joint_views:
         add_auxiliary_(model)
     partner = None
     if objective.partner_name is not None:

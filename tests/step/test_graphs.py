@@ -33,7 +33,10 @@ def build_step(device: str, precision: Precision, method: str = "at", options: A
     model.to(memory_format=torch.channels_last)
     options = options or AwpConfig(gamma=0.005)
     models = WorkingModels(model, precision, shared_ascent=options.ascent == "shared")
-    objective = build_objective(method, num_classes=10, image_shape=(3, 32, 32), device=torch.device(device))
+    name, _, views = method.partition(", ")
+    arguments = {"aug_weight": 0.5, "attack_beta": 1.0} if views else {}
+    given = {"num_classes": 10, "image_shape": (3, 32, 32), "device": torch.device(device), "arguments": arguments}
+    objective = build_objective(name, **given)
     trained, copied = model, models.updated
     if objective.partner_name is not None:
         partner = build_model("preact-resnet-18", 10, (0.4,) * 3, (0.3,) * 3, width=8).to(device).train()
@@ -106,6 +109,7 @@ def test_a_step_is_captured_where_there_is_a_gpu(device):
             ["at", "trades", "adr", "rebat", "score-trades", "adaad", "hat", "liet", "lbgat"], ["exact", "shared"]
         ),
         ("dajat", "exact"),
+        ("gkl, two views", "exact"),
     ],
 )
 def test_graphs_and_plain_steps_give_the_same_numbers(precision, method, ascent, monkeypatch):
@@ -124,7 +128,7 @@ def test_graphs_and_plain_steps_give_the_same_numbers(precision, method, ascent,
         losses = []
         for index in range(16):
             set_learning_rate(step.optimizer, 0.1 / (1 + index))
-            x, y, ids = batch(index, 7 if index == 9 else 32, "cuda", 9 if method == "dajat" else 3)
+            x, y, ids = batch(index, 7 if index == 9 else 32, "cuda", 3 * step.passes.objective.views)
             fast, perturb = index in (1, 2, 3, 10, 11), index % 5 != 4
             changes = {"attack": stronger} if method == "rebat" and index >= 8 and not fast else {}
             result = step(x, y, sample_ids=ids, seed=index // 4, perturb=perturb, fast=fast, done=index / 16, **changes)

@@ -65,6 +65,7 @@ def counted(config: Config, epoch: int = 1) -> float:
     model, objective = network(), setup.objective_of(config, torch.device("cpu"), 10, (3, 8, 8))
     if objective.views > 1:
         model.register_buffer("mean", torch.zeros(1, 3, 1, 1))
+    if objective.views > 1 and not objective.joint_views:
         add_auxiliary_(model)
     objective.partner = network() if objective.partner_name is not None else None
     step = setup.build_step(config, model, objective=objective)

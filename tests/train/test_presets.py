@@ -192,6 +192,7 @@ def test_a_small_run_of_a_recipe_for_larger_images(model, tmp_path):
 
 def test_the_recipes_with_a_growing_ball():
     names = [f"{data}-wrn-34-10-{method}-awp" for data in ("cifar10", "cifar100") for method in ("ikl", "gkl")]
+    names += [name for name in PRESETS if "kl-autoaugment" in name]
     names += [f"{data}-{model}-acat" for data in ("cifar10", "cifar100") for model in ("preact-resnet18", "wrn-34-10")]
     names += [name for name in PRESETS if name.endswith("-dajat")]
     for name in names:
@@ -211,9 +212,9 @@ def test_the_recipes_with_a_growing_ball():
         assert config.epochs == (110 if acat else 200)
         wrong = config.label_smoothing * 99 / 100
         assert wrong == pytest.approx(0.1 if (acat or dajat) and "cifar100" in name else 0.0)
-        assert (config.data.policy, config.data.policy_first) == (
-            ("autoaugment-cifar10", True) if dajat else ("none", False)
-        )
+        policy = "autoaugment-cifar10" if dajat or "autoaugment" in name else "none"
+        # DAJAT's comes before crop and mirror, IKL's after
+        assert (config.data.policy, config.data.policy_first) == (policy, dajat)
     # beta and the weight between views
     of_views = {name: (build_preset(name).beta, *build_preset(name).method_args) for name in names if "dajat" in name}
     assert of_views == {
@@ -223,6 +224,13 @@ def test_the_recipes_with_a_growing_ball():
     }
     assert build_preset(names[0]).method_args == ("alpha=3", "temperature=4", "attack_beta=0")
     assert build_preset(names[3]).method_args == ("alpha=4", "temperature=1", "attack_beta=1", "gamma=0.4")
+    auto = {name: build_preset(name).method_args for name in names if "autoaugment" in name}
+    common = ("alpha=4", "temperature=4")
+    assert auto == {
+        "cifar10-wrn-34-10-gkl-autoaugment-awp": (*common, "attack_beta=0", "gamma=1", "aug_weight=0.5"),
+        "cifar100-wrn-34-10-gkl-autoaugment-awp": (*common, "attack_beta=1", "gamma=1", "aug_weight=0.5"),
+        "cifar100-wrn-34-10-ikl-autoaugment-awp": (*common, "attack_beta=1", "aug_weight=0.3"),
+    }
 
 
 def test_the_recipes_of_rebat():

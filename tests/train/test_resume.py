@@ -63,6 +63,12 @@ GKL_EPOCHS = dataclasses.replace(
     attack=AttackConfig(steps=2, ramp="linear"),
     average=AverageConfig(kind="epochs", decay=0.9, statistics="averaged"),
 )
+# with a second view, and the limit on the rise that its losses tell
+GKL_VIEWS = dataclasses.replace(
+    GKL_EPOCHS,
+    method_args=("gamma=0.4", "attack_beta=1", "aug_weight=0.5"),
+    data=DataConfig(policy="autoaugment-cifar10", pad=1, train_limit=100),
+)
 
 WANG = dataclasses.replace(
     AWP_EMA,
@@ -178,6 +184,7 @@ CASES = [
     pytest.param(AWP_EMA, 1, 5, id="1 rank, 1 epoch"),
     pytest.param(FREE_SWA, 1, 10, id="1 rank, 2 epochs"),
     pytest.param(GKL_EPOCHS, 1, 10, id="1 rank, GKL, 2 epochs"),
+    pytest.param(GKL_VIEWS, 1, 10, id="1 rank, GKL, two views"),
     pytest.param(WANG, 1, 10, id="1 rank, generated images"),
     pytest.param(ADR, 1, 10, id="1 rank, teacher"),
     pytest.param(REBAT_PP, 1, 10, id="1 rank, stronger attack"),

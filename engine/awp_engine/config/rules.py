@@ -144,7 +144,6 @@ def require_views(config: Config) -> None:
     config.require(config.data.policy.startswith("autoaugment"), "data.policy", like)
     config.require(config.model.source == "built-in", "model.name", f"a built-in model {reason}")
     config.require(config.compile is not True, "compile", f"auto or false {reason}")
-    config.require(config.awp.max_rise is None, "awp.max_rise", f"none {reason}, and whose ascent climbs another")
     kept = config.average.kind == "none" or config.average.statistics in ("averaged", "live")
     config.require(kept, "average.statistics", f"averaged or live {reason}")
 
@@ -219,6 +218,8 @@ def _require_step(config: Config) -> None:
         require_average(config)
     if config.method == "dajat":
         require_views(config)
+        like = "none with --method dajat, whose ascent climbs another loss than the descent"
+        config.require(config.awp.max_rise is None, "awp.max_rise", like)
     if config.method == "lbgat":
         require_partner(config)
     if config.method == "liet":

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from awp_engine.config import Config
 from awp_engine.config.schema import parse_arguments
+from awp_engine.step.objectives.dajat import VIEWS
 
 
 class _Units(NamedTuple):
@@ -57,8 +58,8 @@ def forward_units(config: Config, *, cheap: bool = False, steps: int | None = No
     units = _UNITS.get(config.method, _Units())
     # Auto-PGD passes attacked images after its last step
     once_more = units.clean_first or (config.attack.kind == "apgd" and not cheap)
-    # the ascent has the first one alone
-    views = (parse_arguments(config.method_args) or {}).get("views", 3) if config.method == "dajat" else 1
+    arguments = parse_arguments(config.method_args) or {}
+    views = arguments.get("views", VIEWS) if config.method == "dajat" else 2 if "aug_weight" in arguments else 1
     attack = 2.0 * steps + (1.0 if once_more and steps else 0.0)
     if config.method == "msd":
         # every step tries a point in each ball
@@ -68,6 +69,8 @@ def forward_units(config: Config, *, cheap: bool = False, steps: int | None = No
     elif config.awp.ascent == "shared":
         ascent = 1.0 / config.awp.every
     else:
-        ascent = units.loss * config.awp.ascent_steps / config.awp.every
+        # DAJAT's climbs at the first view alone
+        of_views = 1 if config.method == "dajat" else views
+        ascent = of_views * units.loss * config.awp.ascent_steps / config.awp.every
     asked = units.asked + units.asked_each * steps
     return (views * (attack + units.loss) + ascent) * config.attack.noise_samples + asked + units.trained

@@ -165,11 +165,6 @@ def build_step(
         distribute_(config, partner, ranks, precision)
         # parameters and their copies go by name
         trained, copied = nn.ModuleList([model, partner]), None if copied is None else nn.ModuleList([copied])
-    if awp.enabled and awp.max_rise is not None and climbs_another_loss(objective):
-        raise ConfigError(
-            f"--awp.max-rise: expected none with --method {config.method}, whose ascent climbs another loss than the "
-            "descent, so that no rise is known"
-        )
     perturbation = None
     # none given: each has a rule of its own
     chosen: dict[str, Any] = {"select": choice(model, awp.layers)} if awp.layers else {}
@@ -209,7 +204,7 @@ def objective_of(
 
     Raises:
         ConfigError: as `build_objective`; or there is no average of the kind that it needs, or what does not go with
-            several views or a partner.
+            several views, a partner or an ascent of its own.
     """
     objective = build_objective(
         config.method,
@@ -228,6 +223,11 @@ def objective_of(
         require_average(config)
     if objective.views > 1:
         require_views(config)
+    if config.awp.enabled and config.awp.max_rise is not None and climbs_another_loss(objective):
+        raise ConfigError(
+            f"--awp.max-rise: expected none with --method {config.method}, whose ascent climbs another loss than the "
+            "descent, so that no rise is known"
+        )
     if objective.partner_name is not None:
         require_partner(config)
     return objective
@@ -452,7 +452,7 @@ class Setup:
             self.messages.append(told)
         if self.config.model.checkpoint_activations:
             checkpoint_activations_(built.model, self.data.train.shape, self.config.model.name)
-        if self._objective.views > 1:
+        if self._objective.views > 1 and not self._objective.joint_views:
             # what the run starts from has one set
             try:
                 add_auxiliary_(self.model)

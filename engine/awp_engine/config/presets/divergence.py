@@ -114,7 +114,7 @@ PRESETS: dict[str, Preset] = {
     },
     **{
         f"{data}-wrn-34-10-{method}-autoaugment-awp": (
-            f"{method.upper()}-AWP with a view by AutoAugment on {TITLES[data]}, Linf 8/255.",
+            f"{method.upper()}-AWP, AutoAugment, {TITLES[data]}, Linf.",
             functools.partial(kullback_leibler, data, method, autoaugment=True),
         )
         for data, method in (("cifar10", "gkl"), ("cifar100", "ikl"), ("cifar100", "gkl"))

@@ -31,7 +31,8 @@ from awp_engine.models.views import add_auxiliary_
 from awp_engine.optim.average import WeightAverage
 from awp_engine.optim.optimizer import set_learning_rate
 from awp_engine.step.precision import Precision
-from awp_engine.train.setup import Setup, distribute_, objective_of
+from awp_engine.train.schedule import Schedule
+from awp_engine.train.setup import Setup, distribute_, objective_of, training_attack
 
 EVAL_ATTACK = AttackConfig(steps=2, bn_mode="eval", epsilon="0.2", step_size="0.1")
 BASE = Config(
@@ -55,6 +56,15 @@ CASES: dict[str, Config] = {
     "gkl": dataclasses.replace(BASE, method="gkl", method_args=("gamma=0.4", "temperature=1")),
     "gkl, micro-batches, frozen statistics": dataclasses.replace(
         BASE, method="gkl", method_args=("gamma=0.4",), distributed=DistributedConfig(), micro_batch_size=2
+    ),
+    "ikl, two views": dataclasses.replace(BASE, method="ikl", method_args=("aug_weight=0.3",), data=VIEWS),
+    "gkl, two views, micro-batches, frozen statistics": dataclasses.replace(
+        BASE,
+        method="gkl",
+        method_args=("gamma=0.4", "attack_beta=1", "aug_weight=0.5"),
+        data=VIEWS,
+        distributed=DistributedConfig(),
+        micro_batch_size=2,
     ),
     "shards, gkl": dataclasses.replace(BASE, method="gkl", method_args=("gamma=0.4",), distributed=SHARDED),
     "clipped, nesterov": dataclasses.replace(BASE, optimizer=OptimizerConfig(lr=0.05, nesterov=True, clip_norm=0.1)),
@@ -83,6 +93,12 @@ CASES: dict[str, Config] = {
         average=dataclasses.replace(TEACHER, statistics="live"),
         distributed=DistributedConfig(),
         micro_batch_size=2,
+    ),
+    "rebat, stronger attack": dataclasses.replace(
+        BASE,
+        method="rebat",
+        average=TEACHER,
+        attack=dataclasses.replace(EVAL_ATTACK, stronger_after=1, stronger_epsilon="0.3", stronger_steps=3),
     ),
     "liet": dataclasses.replace(BASE, method="liet", beta=100.0, label_smoothing=0.6, method_args=("every=2",)),
     "adaad": dataclasses.replace(BASE, method="adaad", beta=0.1, method_args=("alpha=0.7",)),
@@ -150,7 +166,7 @@ def trained(config: Config, ranks: Ranks, *, dtype: torch.dtype = torch.float64,
     weights = torch.linspace(0.2, 3, 10, dtype=dtype) if config.data.class_weights != "none" else None
     objective = objective_of(config, torch.device("cpu"), 10, (1, 8, 8))
     views = objective.views
-    if views > 1:
+    if views > 1 and not objective.joint_views:
         add_auxiliary_(model)
     partner = None
     if objective.partner_name is not None:
@@ -193,6 +209,8 @@ def trained(config: Config, ranks: Ranks, *, dtype: torch.dtype = torch.float64,
         rank=ranks.rank,
         ranks=ranks.world,
     )
+    attack = training_attack(config.attack)
+    schedule = Schedule(config=config, steps=len(sizes), attack=attack, cheap=attack)
     losses = []
     for epoch in range(1, epochs + 1):
         for number, (batch, size) in enumerate(zip(batches.epoch(epoch), sizes, strict=True)):
@@ -204,7 +222,8 @@ def trained(config: Config, ranks: Ranks, *, dtype: torch.dtype = torch.float64,
                 result = step.free(x, labels, torch.zeros_like(x), of=size)
             else:
                 whole = config.model.bn_momentum is not None and not losses
-                fields = {"epoch": epoch, "step": number, "whole_statistics": whole}
+                attack = schedule.full_attack(epoch)
+                fields = {"epoch": epoch, "step": number, "whole_statistics": whole, "attack": attack}
                 result = step(x, labels, sample_ids=batch.ids, seed=epoch, of=size, **fields)
             numbers = torch.stack([result.loss, result.correct, result.zero_gradients]).double()
             ranks.sum_([numbers])

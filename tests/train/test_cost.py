@@ -21,6 +21,7 @@ from awp_engine.step.free import FreeStep
 from awp_engine.step.values import Phase
 from awp_engine.train import setup
 from awp_engine.train.cost import forward_units
+from awp_engine.train.schedule import Schedule
 
 _IMAGES, _IN, _OUT = 8, 5, 7
 RECIPES = (ROOT / "docs" / "recipes.md").read_text()
@@ -54,8 +55,11 @@ def network() -> nn.Module:
     return _Network(*first, nn.Linear(_IN, _OUT), nn.ReLU(), nn.Linear(_OUT, 10)).train()
 
 
-def counted(config: Config, epoch: int | None = None, number: int = 1) -> float:
-    """Passes of an update, in forward passes of an image; a backward pass has one part for each kind of gradient."""
+def counted(config: Config, epoch: int = 1, number: int = 1) -> float:
+    """Passes of an update, in forward passes of an image; a backward pass has one part for each kind of gradient.
+
+    It is step `number` of `epoch`.
+    """
     config = dataclasses.replace(
         config,
         precision=PrecisionConfig(attack="fp32", ascent="fp32", descent="fp32"),
@@ -68,6 +72,7 @@ def counted(config: Config, epoch: int | None = None, number: int = 1) -> float:
     model, objective = network(), setup.objective_of(config, torch.device("cpu"), 10, (3, 8, 8))
     if objective.views > 1:
         model.register_buffer("mean", torch.zeros(1, 3, 1, 1))
+    if objective.views > 1 and not objective.joint_views:
         add_auxiliary_(model)
     objective.partner = network() if objective.partner_name is not None else None
     step = setup.build_step(config, model, objective=objective)
@@ -78,11 +83,12 @@ def counted(config: Config, epoch: int | None = None, number: int = 1) -> float:
     x = images((_IMAGES, 3 * objective.views, 8, 8))
     y = torch.arange(_IMAGES) % 10
     free = config.attack.fast == "free"
-    attack = (setup.training_attack if config.attack.fast == "none" else setup.cheap_attack)(config.attack)
+    attack, cheap = setup.training_attack(config.attack), setup.cheap_attack(config.attack)
+    attack = Schedule(config=config, steps=1, attack=attack, cheap=cheap)(epoch, 0).attack
     taken = FreeStep(step, step, replays=1, memory_format=torch.contiguous_format) if free else step
     with _Products() as products:
         # not the first step, which makes LIET's table
-        phase = Phase(attack=attack, free=free, epoch=epoch or config.epochs, step=number)
+        phase = Phase(attack=attack, free=free, epoch=epoch, step=number)
         taken(Batch(x, y, torch.arange(_IMAGES), _IMAGES), phase)
     return products.images / _IMAGES
 
@@ -97,18 +103,15 @@ def test_a_step_of_a_method_without_a_preset_costs_what_is_said(method: str, gam
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_step_of_a_preset_costs_what_is_said(name: str) -> None:
+    """In the first and the last epoch of each cost; batches of OA-AT take turns."""
     config = build_preset(name)
-    if config.method != "oaat":
-        assert counted(config) == forward_units(config, cheap=config.attack.fast != "none")
-        return
-    # its parts, whose batches take turns in the last one
-    parts = {1: config.epochs // 4, config.epochs // 2: 3 * config.epochs // 4, config.epochs: config.epochs}
-    done, total = 0, 0.0
-    for epoch, end in parts.items():
-        found = (counted(config, epoch, 0) + counted(config, epoch, 1)) / 2
-        assert found == forward_units(config, epoch=epoch)
-        total, done = total + found * (end - done), end
-    assert forward_units(config) == pytest.approx(total / config.epochs, rel=1e-12)
+    cheap = config.attack.fast != "none"
+    said = [forward_units(config, cheap=cheap, epoch=epoch) for epoch in range(1, config.epochs + 1)]
+    numbers = (1, 2) if config.method == "oaat" else (1,)
+    for units in set(said):
+        for epoch in {said.index(units) + 1, len(said) - said[::-1].index(units)}:
+            assert sum(counted(config, epoch, number) for number in numbers) / len(numbers) == units
+    assert forward_units(config, cheap=cheap) == pytest.approx(sum(said) / len(said), rel=1e-12)
 
 
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in RECIPES.splitlines() if line.startswith("| ")]

@@ -194,6 +194,7 @@ def test_a_small_run_of_a_recipe_for_larger_images(model, tmp_path):
 
 def test_the_recipes_with_a_growing_ball():
     names = [f"{data}-wrn-34-10-{method}-awp" for data in ("cifar10", "cifar100") for method in ("ikl", "gkl")]
+    names += [name for name in PRESETS if "kl-autoaugment" in name]
     names += [f"{data}-{model}-acat" for data in ("cifar10", "cifar100") for model in ("preact-resnet18", "wrn-34-10")]
     names += [name for name in PRESETS if name.endswith("-dajat")]
     for name in names:
@@ -213,9 +214,9 @@ def test_the_recipes_with_a_growing_ball():
         assert config.epochs == (110 if acat else 200)
         wrong = config.label_smoothing * 99 / 100
         assert wrong == pytest.approx(0.1 if (acat or dajat) and "cifar100" in name else 0.0)
-        assert (config.data.policy, config.data.policy_first) == (
-            ("autoaugment-cifar10", True) if dajat else ("none", False)
-        )
+        policy = "autoaugment-cifar10" if dajat or "autoaugment" in name else "none"
+        # DAJAT's comes before crop and mirror, IKL's after
+        assert (config.data.policy, config.data.policy_first) == (policy, dajat)
     # beta and the weight between views
     of_views = {name: (build_preset(name).beta, *build_preset(name).method_args) for name in names if "dajat" in name}
     assert of_views == {
@@ -225,6 +226,31 @@ def test_the_recipes_with_a_growing_ball():
     }
     assert build_preset(names[0]).method_args == ("alpha=3", "temperature=4", "attack_beta=0")
     assert build_preset(names[3]).method_args == ("alpha=4", "temperature=1", "attack_beta=1", "gamma=0.4")
+    auto = {name: build_preset(name).method_args for name in names if "autoaugment" in name}
+    common = ("alpha=4", "temperature=4")
+    assert auto == {
+        "cifar10-wrn-34-10-gkl-autoaugment-awp": (*common, "attack_beta=0", "gamma=1", "aug_weight=0.5"),
+        "cifar100-wrn-34-10-gkl-autoaugment-awp": (*common, "attack_beta=1", "gamma=1", "aug_weight=0.5"),
+        "cifar100-wrn-34-10-ikl-autoaugment-awp": (*common, "attack_beta=1", "aug_weight=0.3"),
+    }
+
+
+def test_the_recipes_of_rebat():
+    """The two commands of its README for PreActResNet-18, and that for the wide network."""
+    drops = {"preact-resnet18-rebat": 1.5, "preact-resnet18-rebat-pp": 1.7, "wrn-34-10-rebat": 4.0}
+    for name, drop in drops.items():
+        config, wide = build_preset(f"cifar10-{name}"), name.startswith("wrn")
+        attack, average = config.attack, config.average
+        assert (attack.epsilon, attack.step_size, attack.steps, attack.start) == ("8/255", "2/255", 10, "uniform")
+        assert attack.stronger == ((100, 10 / 255, 12) if name.endswith("pp") else None)
+        assert (config.beta, config.data.cutmix, config.awp.gamma) == ((2, 1, 0) if wide else (1, 0, 0))
+        assert (average.decay, average.ramp, average.warmup, average.statistics) == (0.999, False, 105, "averaged")
+        assert config.optimizer.weight_decay == 5e-4
+        rates = [learning_rate(config.optimizer, 200, place) for place in (0, 99.99, 100, 149.99, 150, 199)]
+        assert rates == pytest.approx([0.1, 0.1, *[0.1 / drop] * 2, *[0.1 / drop**2] * 2])
+        assert (config.epochs, config.global_batch_size) == (200, 128)
+    ten, hundred = (build_preset(f"{data}-preact-resnet18-rebat-pp") for data in ("cifar10", "cifar100"))
+    assert dataclasses.replace(hundred, data=ten.data, preset=ten.preset) == ten
 
 
 def test_the_recipes_of_idbh():

@@ -64,6 +64,12 @@ GKL_EPOCHS = dataclasses.replace(
     attack=AttackConfig(steps=2, ramp="linear"),
     average=AverageConfig(kind="epochs", decay=0.9, statistics="averaged"),
 )
+# with a second view, and the limit on the rise that its losses tell
+GKL_VIEWS = dataclasses.replace(
+    GKL_EPOCHS,
+    method_args=("gamma=0.4", "attack_beta=1", "aug_weight=0.5"),
+    data=DataConfig(policy="autoaugment-cifar10", pad=1, train_limit=100),
+)
 
 WANG = dataclasses.replace(
     AWP_EMA,
@@ -95,6 +101,17 @@ DAJAT = dataclasses.replace(
     attack=AttackConfig(steps=2, bn_mode="eval", ramp="linear"),
     awp=AwpConfig(gamma=0.005),
     average=AverageConfig(kind="epochs", decay=0.9, statistics="averaged"),
+)
+
+# a larger ball, and the average in the loss, from the second epoch on
+REBAT_PP = dataclasses.replace(
+    AWP_EMA,
+    epochs=2,
+    global_batch_size=10,
+    method="rebat",
+    attack=AttackConfig(steps=2, stronger_after=1, stronger_epsilon="0.25", stronger_steps=3),
+    awp=AwpConfig(gamma=0.005),
+    average=AverageConfig(kind="ema", decay=0.9, ramp=False, warmup=1.0, statistics="averaged"),
 )
 
 LIET = dataclasses.replace(
@@ -179,8 +196,10 @@ CASES = [
     pytest.param(AWP_EMA, 1, 5, id="1 rank, 1 epoch"),
     pytest.param(FREE_SWA, 1, 10, id="1 rank, 2 epochs"),
     pytest.param(GKL_EPOCHS, 1, 10, id="1 rank, GKL, 2 epochs"),
+    pytest.param(GKL_VIEWS, 1, 10, id="1 rank, GKL, two views"),
     pytest.param(WANG, 1, 10, id="1 rank, generated images"),
     pytest.param(ADR, 1, 10, id="1 rank, teacher"),
+    pytest.param(REBAT_PP, 1, 10, id="1 rank, stronger attack"),
     pytest.param(DAJAT, 1, 5, id="1 rank, views, 2 epochs", marks=pytest.mark.long),
     pytest.param(LIET, 1, 3, id="1 rank, table of classes"),
     pytest.param(E_AT, 1, 20, id="1 rank, several norms"),

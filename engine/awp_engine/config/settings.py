@@ -234,6 +234,14 @@ class FurtherBall(NamedTuple):
     step_size: Fraction
 
 
+class StrongerAttack(NamedTuple):
+    """What training attacks by after so many epochs; epsilon on pixels in [0, 1]."""
+
+    after: int
+    epsilon: float
+    steps: int
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherConfig(Checked, section="teacher."):
     """The frozen network that ARD, RSLAD, AdaAD and HAT learn from."""
@@ -299,6 +307,12 @@ class AttackConfig(Checked, section="attack."):
     2022); the evaluation keeps the whole ball."""
     step_warmup: Annotated[int, Range("a whole number of epochs >= 0", ge=0)] = 0
     """Epochs in which PGD's step grows in proportion to the epochs before, from 0 in the first one (ARES: 5)."""
+    stronger_after: OptionalCount = None
+    """Epochs before training attacks in a larger ball and with more steps (ReBAT++: 100); none: never."""
+    stronger_epsilon: OptionalAmount = None
+    """Radius of that ball, at least --attack.epsilon, which the evaluation keeps (ReBAT++: 10/255)."""
+    stronger_steps: OptionalCount = None
+    """Steps of that attack, each as long as before (ReBAT++: 12)."""
     fast: Literal["none", "fgsm-rs", "n-fgsm", "free"] = "none"
     """Cheap attack in the first epochs: one step (Wong 2020; de Jorge 2022), or replayed batches (Shafahi 2019)."""
     fast_epochs: OptionalCount = None
@@ -327,6 +341,21 @@ class AttackConfig(Checked, section="attack."):
         grows = self.kind == "pgd" and self.fast == "none" and self.training_epsilon > 0
         self.require(self.step_warmup == 0 or grows, "step_warmup", "0, unless training attacks by --attack.kind pgd")
         self.require(self.noise > 0 or self.noise_samples == 1, "noise_samples", "1 without --attack.noise")
+        self._check_stronger()
+
+    def _check_stronger(self) -> None:
+        given = {value is not None for value in (self.stronger_after, self.stronger_epsilon, self.stronger_steps)}
+        together = "epochs, --attack.stronger-epsilon and --attack.stronger-steps together, or none of them"
+        self.require(len(given) == 1, "stronger_after", together)
+        if self.stronger is None:
+            return
+        alone = self.fast == "none" and self.training_epsilon > 0 and not self.also
+        like = "none with --attack.fast or --attack.also, or where training does not attack"
+        self.require(alone, "stronger_after", like)
+        most = 1 if self.norm == "linf" else math.inf
+        fits = self.epsilon_value <= self.stronger.epsilon <= most
+        like = f"at least --attack.epsilon {self.epsilon}" + ", at most 1 for linf" * (self.norm == "linf")
+        self.require(fits, "stronger_epsilon", like)
 
     def _check_balls(self) -> None:
         read = [_FURTHER.fullmatch(word) for word in self.also]
@@ -353,6 +382,14 @@ class AttackConfig(Checked, section="attack."):
             radius = parse_amount(match[2])
             found.append(FurtherBall(norm, radius, parse_amount(match[3]) if match[3] else part * radius))
         return found
+
+    @property
+    def stronger(self) -> StrongerAttack | None:
+        """The attack of the later epochs, where it is another one."""
+        after, epsilon, steps = self.stronger_after, self.stronger_epsilon, self.stronger_steps
+        if after is None or epsilon is None or steps is None:
+            return None
+        return StrongerAttack(after, float(parse_amount(epsilon)), steps)
 
     @property
     def balls(self) -> str:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from awp_engine.config import Config
 from awp_engine.config.schema import parse_arguments
+from awp_engine.step.objectives.dajat import VIEWS
 
 
 class _Units(NamedTuple):
@@ -41,15 +42,6 @@ _UNITS = {
 }
 
 
-def _of_oaat(config: Config, epoch: int) -> float:
-    """What OA-AT passes in an epoch beside attacks of all steps and two kinds of images in loss and ascent."""
-    steps, kl = config.attack.steps, "climbs=kl" in config.method_args
-    if epoch <= config.epochs // 4:
-        return kl - 2.0 * (steps // 2)
-    # every second batch has a third kind of images, the others features of the guide
-    return kl + (0.5 * (3 + 2 * steps + 1) if 4 * epoch > 3 * config.epochs else 0.0)
-
-
 def forward_units(config: Config, *, cheap: bool = False, epoch: int | None = None) -> float:
     """What one update of a method must compute for an image, in forward passes.
 
@@ -58,28 +50,34 @@ def forward_units(config: Config, *, cheap: bool = False, epoch: int | None = No
     Args:
         config: the run's.
         cheap: with the cheap attack of the first epochs: one step, or none of its own in free training.
-        epoch: from 1, where it differs; None: the mean over the run.
+        epoch: from 1; None: the mean over the run, where epochs differ.
     """
-    steps = config.attack.steps if config.attack.training_epsilon > 0 else 0
+    if epoch is None:
+        each = [forward_units(config, cheap=cheap, epoch=number) for number in range(1, config.epochs + 1)]
+        return sum(each) / len(each)
+    stronger, steps = config.attack.stronger, config.attack.steps if config.attack.training_epsilon > 0 else 0
+    if stronger is not None and epoch > stronger.after:
+        steps = stronger.steps
     if cheap:
         steps = min(steps, 0 if config.attack.fast == "free" else 1)
     units = _UNITS.get(config.method, _Units())
     # Auto-PGD passes attacked images after its last step
     once_more = units.clean_first or (config.attack.kind == "apgd" and not cheap)
-    # the ascent has the first one alone
-    views = (parse_arguments(config.method_args) or {}).get("views", 3) if config.method == "dajat" else 1
+    arguments = parse_arguments(config.method_args) or {}
+    views = arguments.get("views", VIEWS) if config.method == "dajat" else 2 if "aug_weight" in arguments else 1
     attack = 2.0 * steps + (1.0 if once_more and steps else 0.0)
     if config.method == "msd":
         # every step tries a point in each ball
         attack += steps * (1 + len(config.attack.also))
     if config.method == "oaat":
-        epochs = range(1, config.epochs + 1) if epoch is None else [epoch]
-        attack += sum(_of_oaat(config, number) for number in epochs) / len(epochs)
+        attack += _of_oaat(config, epoch)
     if not config.awp.enabled:
         ascent = 0.0
     elif config.awp.ascent == "shared":
         ascent = 1.0 / config.awp.every
     else:
-        ascent = units.loss * config.awp.ascent_steps / config.awp.every
+        # DAJAT's climbs at the first view alone
+        of_views = 1 if config.method == "dajat" else views
+        ascent = of_views * units.loss * config.awp.ascent_steps / config.awp.every
     asked = units.asked + units.asked_each * steps
     return (views * (attack + units.loss) + ascent) * config.attack.noise_samples + asked + units.trained

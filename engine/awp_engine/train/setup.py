@@ -165,11 +165,6 @@ def build_step(
         distribute_(config, partner, ranks, precision)
         # parameters and their copies go by name
         trained, copied = nn.ModuleList([model, partner]), None if copied is None else nn.ModuleList([copied])
-    if awp.enabled and awp.max_rise is not None and climbs_another_loss(objective):
-        raise ConfigError(
-            f"--awp.max-rise: expected none with --method {config.method}, whose ascent climbs another loss than the "
-            "descent, so that no rise is known"
-        )
     perturbation = None
     # none given: each has a rule of its own
     chosen: dict[str, Any] = {"select": choice(model, awp.layers)} if awp.layers else {}
@@ -209,7 +204,7 @@ def objective_of(
 
     Raises:
         ConfigError: as `build_objective`; or there is no average of the kind that it needs, or what does not go with
-            several views, a partner or copies of the model.
+            several views, a partner, copies of the model or an ascent of its own.
     """
     objective = build_objective(
         config.method,
@@ -228,6 +223,11 @@ def objective_of(
         require_average(config)
     if objective.views > 1:
         require_views(config)
+    if config.awp.enabled and config.awp.max_rise is not None and climbs_another_loss(objective):
+        raise ConfigError(
+            f"--awp.max-rise: expected none with --method {config.method}, whose ascent climbs another loss than the "
+            "descent, so that no rise is known"
+        )
     if objective.partner_name is not None:
         require_partner(config)
     if type(objective).follow is not Objective.follow:
@@ -300,6 +300,8 @@ def _doubts(config: Config, data: Dataset) -> list[str]:
             f"--attack.step-warmup {attack.step_warmup} leaves none of {config.epochs} epochs whole steps: the first "
             "one does not attack at all"
         )
+    if attack.stronger is not None and attack.stronger.after >= config.epochs:
+        notes.append(f"--attack.stronger-after {attack.stronger_after} leaves none of {config.epochs} epochs for it")
     if config.average.kind == "ema" and config.average.warmup >= config.epochs:
         notes.append(
             f"--average.warmup {config.average.warmup:g} leaves none of {config.epochs} epochs to average: the average "
@@ -452,7 +454,7 @@ class Setup:
             self.messages.append(told)
         if self.config.model.checkpoint_activations:
             checkpoint_activations_(built.model, self.data.train.shape, self.config.model.name)
-        if self._objective.views > 1:
+        if self._objective.views > 1 and not self._objective.joint_views:
             # what the run starts from has one set
             try:
                 add_auxiliary_(self.model)
@@ -542,6 +544,12 @@ class Setup:
             self.messages.append(
                 f"the attack's steps grow from 0 in epoch 1 to {attack.step_size} in epoch {attack.step_warmup + 1}; "
                 "accuracies under attack in training are those of the epoch's own steps"
+            )
+        if (stronger := attack.stronger) is not None:
+            self.messages.append(
+                f"from epoch {stronger.after + 1} on training attacks in epsilon {attack.stronger_epsilon} by "
+                f"{stronger.steps} steps; accuracies under attack in training are of that ball then, all others of "
+                f"epsilon {attack.epsilon}"
             )
         self.step = capture_step(config, self.awp_step)
         self.free = None

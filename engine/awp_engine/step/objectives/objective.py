@@ -41,6 +41,7 @@ class Objective(ABC):
         descending: whether `losses` is called for the descent, and not for the ascent or to compute statistics anew.
         views: of each image in a batch, side by side as channels. The model that attack and losses get then answers to
             each: see `EachView`.
+        joint_views: whether it answers to all of them in one pass, by one set of batch normalisation: see `JointViews`.
         attack_note: how images are attacked over the run, where the schedule does not say it; the user is told, and
             accuracies under the attacks of different epochs are not compared.
         fresh_optimizer: whether the optimizer forgets its momentum before this step. Set by `begin_step`.
@@ -59,6 +60,7 @@ class Objective(ABC):
     partner: nn.Module | None = None
     descending: bool = False
     views: int = 1
+    joint_views: ClassVar[bool] = False
     attack_note: str | None = None
     fresh_optimizer: bool = False
     skipped: Tensor | None = None
@@ -206,6 +208,11 @@ class Objective(ABC):
 def counted_part(batch: Batch, share: float) -> float:
     """What each image counts for in sums over the ranks: less than 1 where every rank computes a batch whole."""
     return share * batch.whole_size / len(batch.images)
+
+
+def by_view(logits: Tensor, views: int) -> Tensor:
+    """[N, views * classes] -> [N * views, classes], those of an image one after the other."""
+    return logits.reshape(len(logits) * views, -1)
 
 
 def at_least_fp32(logits: Tensor) -> Tensor:

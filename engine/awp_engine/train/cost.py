@@ -11,7 +11,8 @@ class _Units(NamedTuple):
 
     Attributes:
         loss: for the loss and its gradient, once in the descent and once in an exact ascent: 3 for every kind of
-            images, 1 for every answer of another network, of the same size and without gradients of its weights.
+            images.
+        told: answers of another network in the same places, without gradients of its weights.
         clean_first: whether clean images are passed once before the attack.
         asked: answers of another network once a step, for attack and loss.
         asked_each: those in each step of the attack, with their gradients.
@@ -19,6 +20,7 @@ class _Units(NamedTuple):
     """
 
     loss: float = 6.0
+    told: float = 0.0
     clean_first: bool = False
     asked: float = 0.0
     asked_each: float = 0.0
@@ -32,16 +34,16 @@ _UNITS = {
     **dict.fromkeys(("trades", "rst", "ikl", "gkl", "dajat", "score-trades"), _TRADES),
     "adr": _Units(3.0, asked=1.0),
     "adr-trades": _TRADES._replace(asked=1.0),
-    "rebat": _Units(4.0),
-    "ard": _Units(7.0),
+    "rebat": _Units(3.0, told=1.0),
+    "ard": _Units(told=1.0),
     "rslad": _Units(asked=1.0),
-    "adaad": _Units(7.0, asked=1.0, asked_each=2.0),
-    "hat": _Units(10.0, clean_first=True),
-    "lbgat": _Units(7.0, clean_first=True, trained=2.0),
+    "adaad": _Units(told=1.0, asked=1.0, asked_each=2.0),
+    "hat": _Units(9.0, told=1.0, clean_first=True),
+    "lbgat": _Units(told=1.0, clean_first=True, trained=2.0),
 }
 
 
-def forward_units(config: Config, *, cheap: bool = False) -> float:
+def forward_units(config: Config, *, cheap: bool = False, other: float = 1.0) -> float:
     """What one update of a method must compute for an image, in forward passes.
 
     A backward pass costs one unit for the gradient of activations, and one for that of weights.
@@ -49,6 +51,7 @@ def forward_units(config: Config, *, cheap: bool = False) -> float:
     Args:
         config: the run's.
         cheap: with the cheap attack of the first epochs: one step, or none of its own in free training.
+        other: a forward pass of the network that the method asks or trains along, in those of the classifier.
     """
     steps = config.attack.steps if config.attack.training_epsilon > 0 else 0
     if cheap:
@@ -62,11 +65,11 @@ def forward_units(config: Config, *, cheap: bool = False) -> float:
     if config.method == "msd":
         # every step tries a point in each ball
         attack += steps * (1 + len(config.attack.also))
-    if not config.awp.enabled:
-        ascent = 0.0
-    elif config.awp.ascent == "shared":
+    copies, ascent, passes = config.attack.noise_samples, 0.0, 0.0
+    if config.awp.enabled and config.awp.ascent == "shared":
         ascent = 1.0 / config.awp.every
-    else:
-        ascent = units.loss * config.awp.ascent_steps / config.awp.every
-    asked = units.asked + units.asked_each * steps
-    return (views * (attack + units.loss) + ascent) * config.attack.noise_samples + asked + units.trained
+    elif config.awp.enabled:
+        passes = config.awp.ascent_steps / config.awp.every
+        ascent = units.loss * passes
+    others = units.told * (1 + passes) * copies + units.asked + units.asked_each * steps + units.trained
+    return (views * (attack + units.loss) + ascent) * copies + others * other

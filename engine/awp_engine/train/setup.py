@@ -361,6 +361,11 @@ class Setup:
             prepare_run_dir(config)
         self._build_batches()
         self.forward_flops = forward_flops(self.model, self.data.train.shape)
+        other = self._objective.partner if self._teacher is None else self._teacher
+        # of the network that a method asks or trains along, in the model's passes: an average of it has its size
+        self.other_size = 1.0
+        if other is not None and self.forward_flops:
+            self.other_size = forward_flops(other, self.data.train.shape) / self.forward_flops
         # equal seeds give equal weights, but on processors of two kinds
         for network in (self.model, self._objective.partner):
             if network is not None:

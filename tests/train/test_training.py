@@ -16,7 +16,6 @@ from samples import images
 
 import awp_engine
 from awp_engine.attack import Attack
-from awp_engine.checkpoint import CheckpointError
 from awp_engine.compare.curves import draw_runs
 from awp_engine.config import (
     AttackConfig,
@@ -157,7 +156,7 @@ def test_a_run_starts_from_given_weights(finished, tmp_path):
     assert equal(weights(finished), {name: trainer.model.state_dict()[name] for name in weights(finished)})
     assert f"weights of {given.pretrained}" in trainer.messages
     wrong = dataclasses.replace(given, pretrained=tmp_path / "none.safetensors")
-    with pytest.raises(CheckpointError, match=r"none\.safetensors"):
+    with pytest.raises(ConfigError, match=r"^--model\.pretrained: .*none\.safetensors"):
         Trainer(small_config(tmp_path / "other", model=wrong))
     assert not (tmp_path / "other").exists()
 

@@ -150,6 +150,11 @@ def test_sums_of_an_earlier_version_are_gone_on_from():
         loaded.load({"sums": torch.zeros(11)})
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_says_that_it_starts_anew(tmp_path):
+    told = f"{tmp_path / 'run'} has no checkpoint: the run starts anew"
+    assert [told in Trainer(small_config(tmp_path / "run")).messages for _ in range(2)] == [False, True]
+
+
 def test_a_run_starts_from_given_weights(finished, tmp_path):
     given = ModelConfig(width=2, pretrained=finished / "model.safetensors")
     trainer = Trainer(small_config(tmp_path / "run", model=given))

@@ -31,7 +31,7 @@ from awp_engine.device import choose_convolutions, choose_device
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.sharding import gather, shard
 from awp_engine.evaluation import evaluation_attacks
-from awp_engine.files.run_places import CHECKPOINTS
+from awp_engine.files.run_places import CHECKPOINTS, CONFIG_FILE
 from awp_engine.models.batch_norm import set_momentum, synchronize
 from awp_engine.models.checkpointing import checkpoint_activations_
 from awp_engine.models.depth import layer_numbers
@@ -427,6 +427,8 @@ class Setup:
         if self.ranks.is_first:
             require_own_run_dir(self.config)
             found = checkpoint.load_latest(self.run_dir / CHECKPOINTS)
+            if found is None and (self.run_dir / CONFIG_FILE).exists():
+                self.messages.append(f"{self.run_dir} has no checkpoint: the run starts anew")
         if found is not None:
             before = described(found.state, found.path)
             require_same(found.state, self.fingerprints, self.config, self.data, before.class_names)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import os
+import tempfile
 
 import numpy as np
 import pytest
@@ -272,6 +274,20 @@ def test_ranks_train_what_one_rank_trains(world: int, names: list[str]) -> None:
         worst[name] = max(float((found[key].double() - value.double()).abs().max()) for key, value in expected.items())
     print({name: f"{value:.1e}" for name, value in worst.items()})
     assert max(worst.values()) < 1e-9, worst
+
+
+def _written_by_torch(rank, world):
+    """What goes to the file of stderr in two steps of DAJAT: warnings of torch's C++ pass all of Python by."""
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        trained(CASES["dajat"], Ranks(rank=rank, world=world), epochs=1)
+        file.seek(0)
+        return file.read().decode()
+
+
+def test_views_make_torch_warn_of_nothing():
+    """Neither of parameters that a pass leaves out, nor of a search for them that finds none."""
+    assert not any("unused" in written for written in run_ranks(_written_by_torch, 2))
 
 
 def _another_loader(rank, world):

@@ -1,6 +1,7 @@
 """What a step costs: the passes of every preset counted, layer by layer, against what the log and the docs say."""
 
 import dataclasses
+import itertools
 import math
 import re
 
@@ -42,23 +43,25 @@ class _Products(TorchDispatchMode):
 
 
 class _Network(nn.Sequential):
-    """Its features are those of the layer in the middle."""
+    """Its features are those of the layers in the middle."""
 
     def features(self, x: torch.Tensor) -> list[torch.Tensor]:
-        return [self[:5](x)[..., None, None]]
+        return [self[:-1](x)[..., None, None]]
 
 
-def network() -> nn.Module:
-    """Its layer in the middle needs the gradient of its input in every training pass."""
+def network(size: int = 1) -> nn.Module:
+    """Its layers in the middle need the gradient of their input in every training pass; `size`: how many, odd."""
     torch.manual_seed(0)
     first = (nn.Conv2d(3, _IN, 3), nn.BatchNorm2d(_IN), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return _Network(*first, nn.Linear(_IN, _OUT), nn.ReLU(), nn.Linear(_OUT, 10)).train()
+    sizes = ([_IN, _OUT] * size)[: size + 1]
+    middle = (nn.Sequential(nn.Linear(*pair), nn.ReLU()) for pair in itertools.pairwise(sizes))
+    return _Network(*first, *middle, nn.Linear(_OUT, 10)).train()
 
 
-def counted(config: Config, epoch: int = 1, number: int = 1) -> float:
+def counted(config: Config, epoch: int = 1, number: int = 1, other: int = 1) -> float:
     """Passes of an update, in forward passes of an image; a backward pass has one part for each kind of gradient.
 
-    It is step `number` of `epoch`.
+    It is step `number` of `epoch`; `other`: the size of the network that a method asks or trains along.
     """
     config = dataclasses.replace(
         config,
@@ -74,12 +77,12 @@ def counted(config: Config, epoch: int = 1, number: int = 1) -> float:
         model.register_buffer("mean", torch.zeros(1, 3, 1, 1))
     if objective.views > 1 and not objective.joint_views:
         add_auxiliary_(model)
-    objective.partner = network() if objective.partner_name is not None else None
+    objective.partner = network(other) if objective.partner_name is not None else None
     step = setup.build_step(config, model, objective=objective)
     if config.average.kind == "ema":
         step.passes.objective.average = WeightAverage(model, config.average, config.epochs).model
     if objective.uses_teacher:
-        objective.teacher = as_teacher(network())
+        objective.teacher = as_teacher(network(other))
     x = images((_IMAGES, 3 * objective.views, 8, 8))
     y = torch.arange(_IMAGES) % 10
     free = config.attack.fast == "free"
@@ -99,6 +102,13 @@ def test_a_step_of_a_method_without_a_preset_costs_what_is_said(method: str, gam
     base = build_preset("cifar10-preact-resnet18-rslad")
     config = dataclasses.replace(base, method=method, awp=dataclasses.replace(base.awp, gamma=gamma))
     assert counted(config) == forward_units(config)
+
+
+@pytest.mark.parametrize("name", ["wrn-34-10-lbgat", "preact-resnet18-rslad", "preact-resnet18-hat"])
+def test_a_larger_network_beside_the_model_costs_its_own_passes(name: str) -> None:
+    config = build_preset(f"cifar10-{name}")
+    config = dataclasses.replace(config, awp=dataclasses.replace(config.awp, gamma=0.01, every=1))
+    assert counted(config, other=3) == forward_units(config, other=3.0) > forward_units(config)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -98,4 +98,7 @@ class EachView(Views):
         for number, view in enumerate(self.split(x)):
             with _by_auxiliary(self.model) if number else contextlib.nullcontext():
                 answers.append(self.model(view))
+        if len(answers) == 1:
+            second = auxiliary_set(dict(self.model.named_parameters())).values()
+            answers[0] = answers[0] + 0 * torch.stack([parameter.sum() for parameter in second]).sum()
         return torch.cat(answers, 1)

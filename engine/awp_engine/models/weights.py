@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from awp_engine.checkpoint import CheckpointError
+from awp_engine.config.schema import show
 from awp_engine.models.class_names import to_json
 from awp_engine.models.layers import NormalizedClassifier
 from awp_engine.models.layouts import Network, networks, pairs, state_dicts, wrappers
@@ -132,7 +133,7 @@ def _loaded(
             deepminds='"name": "dm-' in file.metadata.get("model", ""),
         )
     except ValueError as error:
-        raise CheckpointError(f"{source}: {error}") from None
+        raise CheckpointError(f"{source}: {error}{_of_what(file.metadata)}") from None
     if file.inert:
         telling = sorted(file.inert, key=lambda name: name.startswith(("numpy.", "collections.", "torch.")))
         loaded.notes.append(f"left out, and not run: objects of {_some(telling)}")
@@ -147,6 +148,16 @@ def _described(metadata: Mapping[str, str]) -> _Statistics | None:
     except (KeyError, TypeError, ValueError, RecursionError):
         return None
     return mean, std
+
+
+def _of_what(metadata: Mapping[str, str]) -> str:
+    """The model that the header of a file of this program names, to say beside weights that do not fit another."""
+    try:
+        held = json.loads(metadata["model"])
+        name, width = held["name"], held["width"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return ""
+    return f"; the file says that it holds {show(name)}" + (f" of width {show(width)}" if width else "")
 
 
 def _classifier(model: nn.Module) -> tuple[str, ...]:

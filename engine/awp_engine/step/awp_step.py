@@ -207,7 +207,7 @@ class AwpStep:
         """Copies of all that a step moves beside weights."""
         average = [] if self.update.average is None else self.update.average.statistics
         own = [tensor for models in self.passes.trained for tensor in models.statistics]
-        return Statistics([*own, *self.passes.objective.kept(), *average])
+        return Statistics([*own, *self.passes.objective.moved(), *average])
 
     def finish(self, statistics: Statistics, share: RankShare, skipped: Tensor) -> None:
         """Take in what the passes of all ranks left beside weights; or put it back, where the step is left out."""

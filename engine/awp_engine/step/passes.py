@@ -72,8 +72,8 @@ def _reducer(model: nn.Module) -> DistributedDataParallel:
             model,
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
-            # a module of others may have some that it does not use; an ascent by one view needs one set alone
-            find_unused_parameters=isinstance(model, WrappedClassifier | EachView),
+            # a module of others may have some that it does not use
+            find_unused_parameters=isinstance(model, WrappedClassifier),
         )
 
 

@@ -80,6 +80,7 @@ class Selection:
             len(self._setup.data.class_names),
             attacked=attacked,
             weighted=config.data.class_weights != "none",
+            fgsm_rs=config.attack.fast == "fgsm-rs",
             guessing=self.guessing_loss,
         )
 

@@ -31,7 +31,7 @@ from awp_engine.device import choose_convolutions, choose_device
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.sharding import gather, shard
 from awp_engine.evaluation import evaluation_attacks
-from awp_engine.files.run_places import CHECKPOINTS
+from awp_engine.files.run_places import CHECKPOINTS, CONFIG_FILE
 from awp_engine.models.batch_norm import set_momentum, synchronize
 from awp_engine.models.checkpointing import checkpoint_activations_
 from awp_engine.models.depth import layer_numbers
@@ -365,6 +365,11 @@ class Setup:
             prepare_run_dir(config)
         self._build_batches()
         self.forward_flops = forward_flops(self.model, self.data.train.shape)
+        other = self._objective.partner if self._teacher is None else self._teacher
+        # of the network that a method asks or trains along, in the model's passes: an average of it has its size
+        self.other_size = 1.0
+        if other is not None and self.forward_flops:
+            self.other_size = forward_flops(other, self.data.train.shape) / self.forward_flops
         # equal seeds give equal weights, but on processors of two kinds
         for network in (self.model, self._objective.partner):
             if network is not None:
@@ -426,6 +431,8 @@ class Setup:
         if self.ranks.is_first:
             require_own_run_dir(self.config)
             found = checkpoint.load_latest(self.run_dir / CHECKPOINTS)
+            if found is None and (self.run_dir / CONFIG_FILE).exists():
+                self.messages.append(f"{self.run_dir} has no checkpoint: the run starts anew")
         if found is not None:
             before = described(found.state, found.path)
             require_same(found.state, self.fingerprints, self.config, self.data, before.class_names)

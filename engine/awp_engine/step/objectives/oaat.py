@@ -212,7 +212,7 @@ class Oaat(Trades):
             taken = torch.lerp(ours, live, self._taken.to(ours.dtype)) if ours.is_floating_point() else live
             ours.copy_(torch.where(self.skipped, ours, taken))
 
-    def kept(self) -> list[Tensor]:
+    def moved(self) -> list[Tensor]:
         """Nothing: a step that is left out does not write them."""
         return []
 

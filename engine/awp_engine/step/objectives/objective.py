@@ -195,13 +195,12 @@ class Objective(ABC):
     def state(self) -> dict[str, Tensor]:
         """Tensors that are kept between steps, by name; equal on all ranks between two steps.
 
-        The same tensors every time: they are part of checkpoints, written back in place, and put back where a step is
-        left out or fails.
+        The same tensors every time: they are part of checkpoints, and written back in place.
         """
         return {}
 
-    def kept(self) -> list[Tensor]:
-        """Of `state`, what has to be put back where a step is left out or fails; here all of it."""
+    def moved(self) -> list[Tensor]:
+        """Those of `state` that a step moves after `start`: they are put back where it is left out or fails."""
         return [*self.state().values()]
 
 

@@ -167,6 +167,21 @@ def test_a_file_that_knows_its_model_needs_no_name(tmp_path):
         Setup(taught(tmp_path, teacher={"name": "preact-resnet-digits"}), Ranks())
 
 
+def test_a_file_that_knows_another_activation_is_refused(tmp_path):
+    """Its weights would fit, and answer otherwise; as weights to start from, too."""
+    write_teacher(tmp_path / "teacher.safetensors", width=None, activation="silu")
+    named = {"name": "preact-resnet-digits", "normalize": "none"}
+    expected = (
+        r"holds weights of a network with the activation silu, the model has relu: expected --{}\.activation silu$"
+    )
+    with pytest.raises(ConfigError, match=r"^--teacher\.weights: .*" + expected.format("teacher")):
+        Setup(taught(tmp_path, teacher=named), Ranks())
+    started = {"model": ModelConfig(pretrained=str(tmp_path / "teacher.safetensors"))}
+    with pytest.raises(ConfigError, match=r"^--model\.pretrained: .*" + expected.format("model")):
+        Setup(taught(tmp_path, teacher=named | {"activation": "silu"}, **started), Ranks())
+    Setup(taught(tmp_path, teacher=named | {"activation": "silu"}), Ranks())
+
+
 def test_weights_of_others_are_named(tmp_path):
     """What normalises images before them is said, never guessed."""
     model = write_teacher(tmp_path / "teacher.safetensors", width=None)

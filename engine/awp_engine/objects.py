@@ -9,7 +9,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 from torch import nn
 
@@ -68,6 +68,7 @@ def fit(
     preset: str = "digits",
     class_names: Sequence[str] | None = None,
     settings: Mapping[str, Any] | None = None,
+    **unknown: Never,
 ) -> Fitted:
     """Train a model that is a Python object on images that are Python objects, as `awp train` does.
 
@@ -84,12 +85,17 @@ def fit(
         preset: all other settings, as the first argument of `awp train`.
         class_names: in the order of the labels, if the data have none.
         settings: over the preset, by the names of the flags: {"attack.epsilon": "8/255", "epochs": 30}.
+        unknown: refused.
 
     Raises:
         ConfigError, DataError: one line that says what is wrong.
         TrainingError: training cannot go on.
         KeyboardInterrupt: after a checkpoint was written.
     """
+    if unknown:
+        name = next(iter(unknown))
+        hint = did_you_mean(name, inspect.signature(fit).parameters, "settings={...} has what flags say")
+        raise ConfigError(f"fit: has no argument {name!r}; {hint}")
     parts = {"train": train, "test": test, **({} if class_names is None else {"class_names": class_names})}
     with given(model, parts) as make:
         names = {"model.name": name_of(model), "data.name": GIVEN_IMAGES}

@@ -273,6 +273,7 @@ BAD = {
     "--attack.fast-epochs": lambda: AttackConfig(fast_epochs=0),
     "--attack.replays": lambda: AttackConfig(replays=0),
     "--attack.ramp": lambda: AttackConfig(ramp="linear", fast="free"),
+    "--attack.stronger-after": lambda: AttackConfig(stronger_after=3),
     "--attack.start": lambda: AttackConfig(start="x"),
     "--awp.every": lambda: AwpConfig(every=0),
     "--awp.scale": lambda: AwpConfig(scale="x"),

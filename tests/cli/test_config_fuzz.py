@@ -27,7 +27,7 @@ from awp_engine.config.identity import ADDED
 CASES = int(os.environ.get("AWP_FUZZ_CASES", "150"))
 
 HINTS = flags()
-AMOUNTS = ["--attack.epsilon", "--attack.step-size", "--evaluation.step-size"]
+AMOUNTS = ["--attack.epsilon", "--attack.step-size", "--attack.stronger-epsilon", "--evaluation.step-size"]
 
 NOT_NUMBERS = ["nan", "NaN", "-nan", "inf", "-inf", "Infinity", "1e999", "-1", "-0.5", "-9" * 30, "9" * 5000]
 NOT_NUMBERS += ["", " ", "x", "1,5", "1;2", "0x10", "1e", "--1", "1/0", "²", "\x00", "1\n2", "[]", "{}", "true", "ten"]

@@ -169,6 +169,8 @@ def test_a_module_is_measured_as_it_is(data, tmp_path):
         ({"settings": {"attack.epsilon": 8 / 255}}, 'expected text in quotes, such as "8/255" or "0.1", got 0.03137'),
         ({"train": (torch.randn(9, 1, 8, 8), torch.arange(9) % 3)}, "train image 0 has values from"),
         ({"preset": "digtis"}, "did you mean digits"),
+        ({"classnames": ["a", "b"]}, "^fit: has no argument 'classnames'; did you mean class_names\\?$"),
+        ({"epochs": 3}, r"^fit: has no argument 'epochs'; settings=\{...\} has what flags say$"),
     ],
 )
 def test_what_is_wrong_is_one_line(data, tmp_path, change, message):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import os
+import tempfile
 
 import numpy as np
 import pytest
@@ -31,7 +33,8 @@ from awp_engine.models.views import add_auxiliary_
 from awp_engine.optim.average import WeightAverage
 from awp_engine.optim.optimizer import set_learning_rate
 from awp_engine.step.precision import Precision
-from awp_engine.train.setup import Setup, distribute_, objective_of
+from awp_engine.train.schedule import Schedule
+from awp_engine.train.setup import Setup, distribute_, objective_of, training_attack
 
 EVAL_ATTACK = AttackConfig(steps=2, bn_mode="eval", epsilon="0.2", step_size="0.1")
 BASE = Config(
@@ -55,6 +58,15 @@ CASES: dict[str, Config] = {
     "gkl": dataclasses.replace(BASE, method="gkl", method_args=("gamma=0.4", "temperature=1")),
     "gkl, micro-batches, frozen statistics": dataclasses.replace(
         BASE, method="gkl", method_args=("gamma=0.4",), distributed=DistributedConfig(), micro_batch_size=2
+    ),
+    "ikl, two views": dataclasses.replace(BASE, method="ikl", method_args=("aug_weight=0.3",), data=VIEWS),
+    "gkl, two views, micro-batches, frozen statistics": dataclasses.replace(
+        BASE,
+        method="gkl",
+        method_args=("gamma=0.4", "attack_beta=1", "aug_weight=0.5"),
+        data=VIEWS,
+        distributed=DistributedConfig(),
+        micro_batch_size=2,
     ),
     "shards, gkl": dataclasses.replace(BASE, method="gkl", method_args=("gamma=0.4",), distributed=SHARDED),
     "clipped, nesterov": dataclasses.replace(BASE, optimizer=OptimizerConfig(lr=0.05, nesterov=True, clip_norm=0.1)),
@@ -84,6 +96,12 @@ CASES: dict[str, Config] = {
         distributed=DistributedConfig(),
         micro_batch_size=2,
     ),
+    "rebat, stronger attack": dataclasses.replace(
+        BASE,
+        method="rebat",
+        average=TEACHER,
+        attack=dataclasses.replace(EVAL_ATTACK, stronger_after=1, stronger_epsilon="0.3", stronger_steps=3),
+    ),
     "liet": dataclasses.replace(BASE, method="liet", beta=100.0, label_smoothing=0.6, method_args=("every=2",)),
     "adaad": dataclasses.replace(BASE, method="adaad", beta=0.1, method_args=("alpha=0.7",)),
     "hat, micro-batches, frozen statistics": dataclasses.replace(
@@ -95,6 +113,10 @@ CASES: dict[str, Config] = {
     ),
     "lbgat, micro-batches, frozen statistics": dataclasses.replace(
         BASE, method="lbgat", distributed=DistributedConfig(), micro_batch_size=2
+    ),
+    "oaat": dataclasses.replace(BASE, method="oaat"),
+    "oaat, micro-batches, frozen statistics": dataclasses.replace(
+        BASE, method="oaat", distributed=DistributedConfig(), micro_batch_size=2
     ),
     "e-at": dataclasses.replace(
         BASE, method="e-at", attack=dataclasses.replace(EVAL_ATTACK, kind="apgd", start="none", also=("l1=2",))
@@ -146,7 +168,7 @@ def trained(config: Config, ranks: Ranks, *, dtype: torch.dtype = torch.float64,
     weights = torch.linspace(0.2, 3, 10, dtype=dtype) if config.data.class_weights != "none" else None
     objective = objective_of(config, torch.device("cpu"), 10, (1, 8, 8))
     views = objective.views
-    if views > 1:
+    if views > 1 and not objective.joint_views:
         add_auxiliary_(model)
     partner = None
     if objective.partner_name is not None:
@@ -189,6 +211,8 @@ def trained(config: Config, ranks: Ranks, *, dtype: torch.dtype = torch.float64,
         rank=ranks.rank,
         ranks=ranks.world,
     )
+    attack = training_attack(config.attack)
+    schedule = Schedule(config=config, steps=len(sizes), attack=attack, cheap=attack)
     losses = []
     for epoch in range(1, epochs + 1):
         for number, (batch, size) in enumerate(zip(batches.epoch(epoch), sizes, strict=True)):
@@ -200,7 +224,8 @@ def trained(config: Config, ranks: Ranks, *, dtype: torch.dtype = torch.float64,
                 result = step.free(x, labels, torch.zeros_like(x), of=size)
             else:
                 whole = config.model.bn_momentum is not None and not losses
-                fields = {"epoch": epoch, "step": number, "whole_statistics": whole}
+                attack = schedule.full_attack(epoch)
+                fields = {"epoch": epoch, "step": number, "whole_statistics": whole, "attack": attack}
                 result = step(x, labels, sample_ids=batch.ids, seed=epoch, of=size, **fields)
             numbers = torch.stack([result.loss, result.correct, result.zero_gradients]).double()
             ranks.sum_([numbers])
@@ -249,6 +274,20 @@ def test_ranks_train_what_one_rank_trains(world: int, names: list[str]) -> None:
         worst[name] = max(float((found[key].double() - value.double()).abs().max()) for key, value in expected.items())
     print({name: f"{value:.1e}" for name, value in worst.items()})
     assert max(worst.values()) < 1e-9, worst
+
+
+def _written_by_torch(rank, world):
+    """What goes to the file of stderr in two steps of DAJAT: warnings of torch's C++ pass all of Python by."""
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        trained(CASES["dajat"], Ranks(rank=rank, world=world), epochs=1)
+        file.seek(0)
+        return file.read().decode()
+
+
+def test_views_make_torch_warn_of_nothing():
+    """Neither of parameters that a pass leaves out, nor of a search for them that finds none."""
+    assert not any("unused" in written for written in run_ranks(_written_by_torch, 2))
 
 
 def _another_loader(rank, world):

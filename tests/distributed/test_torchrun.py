@@ -114,7 +114,7 @@ def test_a_rank_that_hangs_is_named_with_its_stack(tmp_path):
     )
     assert re.search(named, both[0].said())
     # on a busy machine it may not have come further than the backward pass, or the other one's end sends it home first
-    waits = r"stacks of rank 0, in .*:(?s:.*) in (all_reduce|_engine_run_backward|close)\n"
+    waits = r"stacks of rank 0, in .*:(?s:.*) in (all_reduce|_pre_forward|_engine_run_backward|close)\n"
     assert re.search(waits, both[0].said()), both[0].said()
     assert "in fault_on_purpose" in both[1].said()
     assert "in fault_on_purpose" not in both[0].said()

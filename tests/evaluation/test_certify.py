@@ -237,6 +237,16 @@ def test_what_a_run_under_noise_is_for_is_said(run_dir, tmp_path):
     assert "## Classes\n\n0 z, 1 a, 2 b" in card
 
 
+def test_a_stronger_attack_of_later_epochs_is_told(run_dir, tmp_path):
+    place = shutil.copytree(run_dir, tmp_path / "stronger")
+    attack = AttackConfig(
+        epsilon="8/255", step_size="2/255", stronger_after=4, stronger_epsilon="10/255", stronger_steps=12
+    )
+    (place / CONFIG_FILE).write_text(to_json(dataclasses.replace(load_config(place / CONFIG_FILE), attack=attack)))
+    card = model_card(description(), load_trained(place), None, "", "", curves=False)
+    assert "linf epsilon 8/255, 10 steps of 2/255, from epoch 5 on epsilon 10/255 and 12 steps, 30 epochs" in card
+
+
 def test_the_command_prints_the_table_and_refuses_in_one_line(run_dir, tmp_path, capsys, monkeypatch):
     flags = ("--sigma", 0.1, "--n0", 20, "--n", 60, "--alpha", 0.01, "--images", 5)
     assert run_command("certify", monkeypatch, run_dir, *flags, "--output", tmp_path / "out") == 0

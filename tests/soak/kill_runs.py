@@ -15,7 +15,6 @@ import functools
 import json
 import math
 import mmap
-import multiprocessing
 import os
 import random
 import re
@@ -32,6 +31,9 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+import forked
 
 from awp_engine import checkpoint
 from awp_engine.cli.command_line import parse_train
@@ -51,14 +53,6 @@ SMALL = (
 _TIMES = {"seconds", "images_per_second", "tflops", "share_of_matmul", "memory_gb"}
 # one thread, as torchrun's ranks have, and gloo over loopback: the host's own name may resolve to nothing
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GLOO_SOCKET_IFNAME": "lo"}
-# imported once by the server that children are forked from, and computing nothing there
-_PRELOADED = [
-    "awp_engine.train.trainer",
-    "torch._dynamo",
-    "matplotlib.pyplot",
-    "tensorboard.summary.writer.record_writer",
-    "tensorboard.plugins.text.summary_v2",
-]
 _REGIONS = ("data", "attack", "ascent", "descent", "update", "average", "evaluation")
 _PARTS = ("start", *(part for name in _REGIONS for part in (name, f"after {name}")))
 # the ascent has moved the weights, and the update has not begun to put them back
@@ -193,8 +187,6 @@ class Run:
         flags: tuple[str, ...] = (),
         given: list[str] | None = None,
     ) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOADED)
         self.run_dir = run_dir
         name = f"{run_dir.name}{uuid.uuid4().hex[:4] if arguments else ''}"
         self.output, path = run_dir.with_name(f"{name}.out"), run_dir.with_name(f"{name}.board")
@@ -202,7 +194,7 @@ class Run:
         self.board.write("start", 0, 0, 0)
         given = given or [*SMALL, *flags, "--run-dir", str(run_dir)]
         self.began = time.monotonic()
-        self.process = context.Process(target=child, args=(given, path, self.output, *arguments), daemon=True)
+        self.process = forked.context().Process(target=child, args=(given, path, self.output, *arguments), daemon=True)
         self.process.start()
 
     @property
@@ -460,8 +452,7 @@ def _serve(pipe: Any) -> None:
 
 def store_server() -> tuple[Any, int]:
     """A process that keeps a store as torchrun does, and its port."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    context = forked.context()
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs,), daemon=True)
     process.start()

@@ -211,6 +211,10 @@ def test_catastrophic_overfitting_is_named(pairs, warned):
     if warned:
         assert "epoch 2" in said[0] or "epoch 1" in said[0]
         assert "from 33% to 2%" in said[0] or "from 30% to 2%" in said[0]
+        # other methods, and other norms, refuse it
+        assert said[0].endswith("with more attack steps or a smaller epsilon")
+        (other,) = monitor.warnings(epochs(*pairs), 10, fgsm_rs=True)
+        assert other.endswith("with more attack steps, --attack.fast n-fgsm, or a smaller epsilon")
 
 
 def test_a_fall_without_an_attack_too_is_no_catastrophic_overfitting():

@@ -21,13 +21,14 @@ from awp_engine.config.settings import DistributedConfig, EvaluationConfig, Opti
 from awp_engine.data import Batch
 from awp_engine.models import build_model
 from awp_engine.models.trained import load_model
-from awp_engine.models.views import EachView, add_auxiliary_, auxiliary_set, base_set
+from awp_engine.models.views import EachView, JointViews, add_auxiliary_, auxiliary_set, base_set
 from awp_engine.optim.optimizer import build_optimizer
 from awp_engine.step.awp_step import AwpStep
 from awp_engine.step.objectives import build_objective
 from awp_engine.step.objectives.dajat import Dajat
 from awp_engine.step.precision import WorkingModels
 from awp_engine.step.values import Phase
+from awp_engine.train.banner import banner
 from awp_engine.train.trainer import Trainer
 from awp_kernels import AdversarialWeightPerturbation
 
@@ -147,7 +148,7 @@ def test_whole_steps_agree():
 
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
 def test_every_pass_has_images_in_the_order_of_the_batch(order):
-    """The ascent's too, which takes the first view alone."""
+    """The ascent's too, which takes the first view alone; and where one pass takes all views."""
     torch.manual_seed(0)
     model = build_model("preact-resnet-18", 10, (0.5,) * 3, (0.25,) * 3, width=4)
     add_auxiliary_(model)
@@ -158,6 +159,10 @@ def test_every_pass_has_images_in_the_order_of_the_batch(order):
         seen.clear()
         compute(EachView(model), x, x, torch.arange(2))
         assert seen == [True] * passes
+    alone = torch.cat([model.eval()(view) for view in x.split(3, 1)], 1)
+    seen.clear()
+    torch.testing.assert_close(JointViews(model)(x), alone)
+    assert seen == [True]
 
 
 def test_a_step_that_is_left_out_leaves_both_sets_alone():
@@ -214,6 +219,7 @@ def test_what_a_run_leaves_is_the_plain_model_by_its_own_set(tmp_path):
     averaged = trainer.average.model
     assert plain.state_dict().keys() == base_set(averaged.state_dict()).keys() != averaged.state_dict().keys()
     assert torch.equal(plain(x), averaged(x))
+    assert f"({sum(p.numel() for p in plain.parameters()):,} parameters)" in banner(trainer)[0]
     last = load_model(tmp_path / "run" / "checkpoints" / "epoch-2")
     assert torch.equal(last(x), trainer.model.eval()(x))
     live, mean = (auxiliary_set(model.state_dict()) for model in (trainer.model, averaged))

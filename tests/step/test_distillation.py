@@ -19,11 +19,14 @@ from awp_engine.optim.average import WeightAverage
 from awp_engine.optim.optimizer import build_optimizer
 from awp_engine.step.objectives import Objective, build_objective
 from awp_engine.train import setup
+from awp_engine.train.schedule import Schedule
 from awp_kernels import AdversarialWeightPerturbation
 
 EPSILON, STEP_SIZE, STEPS, BETA, GAMMA, DECAY = 8 / 255, 2 / 255, 3, 1.5, 0.005, 0.9
 TAU, LAM = (2.5, 2.0), (0.7, 0.95)
 METHODS = ["adr", "adr-trades", "rebat"]
+# ReBAT++, whose ball and steps are larger from the third epoch on
+STRONGER = {"stronger_after": 2, "stronger_epsilon": "10/255", "stronger_steps": 5}
 
 
 def objective_of(method: str) -> Objective:
@@ -76,11 +79,14 @@ def plain_loss(method: str, model: nn.Module, teacher: nn.Module, x_adv: Tensor,
     return (soft_cross_entropy(logits, target) + BETA * plain_methods.kl(logits_adv, logits)).mean()
 
 
-def plain_attack(method: str, model: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor, start: Tensor, done: float):
+def plain_attack(
+    method: str, model: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor, start: Tensor, done: float, plus: bool
+):
     model = copy.deepcopy(model).eval()
+    epsilon, steps = (10 / 255, 5) if plus and done >= 0.5 else (EPSILON, STEPS)
     target = rectified(teacher(x).detach(), y, cosine(TAU, done), cosine(LAM, done))
     iterates = [start]
-    for _ in range(STEPS):
+    for _ in range(steps):
         x_adv = iterates[-1].detach().requires_grad_()
         logits = model(x_adv)
         climbed = {
@@ -90,7 +96,7 @@ def plain_attack(method: str, model: nn.Module, teacher: nn.Module, x: Tensor, y
         }[method]()
         (g,) = torch.autograd.grad(climbed.sum(), x_adv)
         moved = x_adv.detach() + STEP_SIZE * g.sign()
-        iterates.append(torch.min(torch.max(moved, x - EPSILON), x + EPSILON).clamp(0, 1))
+        iterates.append(torch.min(torch.max(moved, x - epsilon), x + epsilon).clamp(0, 1))
     return iterates
 
 
@@ -99,20 +105,25 @@ def difference(a: nn.Module, b: nn.Module) -> float:
     return max(float((x.double() - y.double()).norm() / y.double().norm().clamp_min(1e-9)) for x, y in pairs)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_steps_are_those_of_the_definition(method):
+@pytest.mark.parametrize(("method", "plus"), [*((method, False) for method in METHODS), ("rebat", True)])
+def test_steps_are_those_of_the_definition(method, plus):
     """Iterates, losses, weights, statistics and the average, over steps before and after ReBAT's average begins."""
     ours, theirs = small_model(), small_model()
     step, average = build_step(ours, method)
+    settings = dataclasses.replace(step.settings, **STRONGER if plus else {})
+    attack = setup.training_attack(settings)
+    schedule = Schedule(config=Config(attack=settings), steps=1, attack=attack, cheap=attack)
     teacher, momentum = copy.deepcopy(theirs).eval(), {}
     for index in range(4):
         done, epoch = index / 4, index + 1
         x, y, ids, _ = small_batch(index)
-        phase = dataclasses.replace(step.phase(index, True, False), done=done, epoch=epoch)
+        attack = schedule(epoch, 0).attack
+        phase = dataclasses.replace(step.phase(index, True, False), attack=attack, done=done, epoch=epoch)
         start = phase.attack.first(x, sample_ids=ids, seed=index)
-        iterates = plain_attack(method, theirs, teacher, x, y, start, done)
+        iterates = plain_attack(method, theirs, teacher, x, y, start, done, plus)
         step.passes.prepare(phase)
-        for count in range(1, STEPS + 1):
+        assert phase.attack.steps == len(iterates) - 1
+        for count in range(1, len(iterates)):
             attack = dataclasses.replace(phase.attack, steps=count)
             whole = Batch(x, y, ids, len(x))
             found, *_ = step.passes.attack(attack, whole, step.passes.share(len(x), len(x)), start)

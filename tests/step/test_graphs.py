@@ -1,6 +1,7 @@
 """Whole steps in CUDA graphs; they run on a GPU (`pytest -m gpu`)."""
 
 import copy
+import dataclasses
 import itertools
 
 import pytest
@@ -22,6 +23,8 @@ from awp_engine.train import setup
 from awp_kernels import AdversarialWeightPerturbation
 
 HALF = Precision(attack=torch.float16, ascent=torch.float16, descent=torch.float16)
+ATTACK = AttackConfig(epsilon="8/255", step_size="2/255", steps=3, bn_mode="eval", fast="fgsm-rs", fast_epochs=1)
+BALLS = AttackConfig(kind="apgd", epsilon="8/255", also=("l1=12",), steps=3, bn_mode="eval", start="none")
 
 
 def build_step(device: str, precision: Precision, method: str = "at", options: AwpConfig | None = None):
@@ -32,7 +35,10 @@ def build_step(device: str, precision: Precision, method: str = "at", options: A
     model.to(memory_format=torch.channels_last)
     options = options or AwpConfig(gamma=0.005)
     models = WorkingModels(model, precision, shared_ascent=options.ascent == "shared")
-    objective = build_objective(method, num_classes=10, image_shape=(3, 32, 32), device=torch.device(device))
+    name, _, views = method.partition(", ")
+    attack, arguments = BALLS if method == "e-at" else ATTACK, {"aug_weight": 0.5, "attack_beta": 1.0} if views else {}
+    given = {"num_classes": 10, "image_shape": (3, 32, 32), "device": torch.device(device), "arguments": arguments}
+    objective = build_objective(name, balls=1 + len(attack.also), **given)
     trained, copied = model, models.updated
     if objective.partner_name is not None:
         partner = build_model("preact-resnet-18", 10, (0.4,) * 3, (0.3,) * 3, width=8).to(device).train()
@@ -50,7 +56,7 @@ def build_step(device: str, precision: Precision, method: str = "at", options: A
         model,
         optimizer=optimizer,
         objective=objective,
-        attack=AttackConfig(epsilon="8/255", step_size="2/255", steps=3, bn_mode="eval", fast="fgsm-rs", fast_epochs=1),
+        attack=attack,
         average=average,
         awp=AdversarialWeightPerturbation(model, options.gamma, working=models.working),
         options=options,
@@ -105,27 +111,40 @@ def test_a_step_is_captured_where_there_is_a_gpu(device):
             ["at", "trades", "adr", "rebat", "score-trades", "adaad", "hat", "liet", "lbgat"], ["exact", "shared"]
         ),
         ("dajat", "exact"),
+        ("oaat", "exact"),
+        ("gkl, two views", "exact"),
+        ("e-at", "exact"),
     ],
 )
 def test_graphs_and_plain_steps_give_the_same_numbers(precision, method, ascent, monkeypatch):
-    """Weights, momentum, averages and statistics after steps of both kinds, a short batch and changing rates."""
+    """Weights, momentum, averages and statistics after steps of both kinds, a short batch and changing rates.
+
+    ReBAT's attack becomes that of ReBAT++.
+    """
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     options = AwpConfig(gamma=0.005, ascent=ascent)
     runs = []
     for graphed in (False, True):
         model, step, average = build_step("cuda", precision, method, options)
+        stronger = dataclasses.replace(setup.training_attack(step.settings), epsilon=10 / 255, steps=5)
         if graphed:
             step.taken = GraphedStep(step.step)
         losses = []
         for index in range(16):
             set_learning_rate(step.optimizer, 0.1 / (1 + index))
-            x, y, ids = batch(index, 7 if index == 9 else 32, "cuda", 9 if method == "dajat" else 3)
-            fast, perturb = index in (1, 2, 3, 10, 11), index % 5 != 4
-            result = step(x, y, sample_ids=ids, seed=index // 4, perturb=perturb, fast=fast, done=index / 16)
-            losses.append(result.loss)
+            x, y, ids = batch(index, 7 if index == 9 else 32, "cuda", 3 * step.passes.objective.views)
+            # what E-AT draws a ball by, and how batches of OA-AT take turns; LIET would keep a table for it
+            alone = method in ("e-at", "oaat")
+            fast, perturb = not alone and index in (1, 2, 3, 10, 11), index % 5 != 4
+            changes = {"attack": stronger} if method == "rebat" and index >= 8 and not fast else {}
+            changes |= {"seed": index // 4, "done": index / 16, "step": index if alone else 0}
+            losses.append(step(x, y, sample_ids=ids, perturb=perturb, fast=fast, **changes).loss)
         if graphed:
-            kinds = {(perturbed, attack.steps) for perturbed, attack, _ in step.taken._graphs}
-            assert kinds == {(True, 3), (True, 1)}
+            kinds = {(perturbed, attack.steps, stage) for perturbed, attack, stage in step.taken._graphs}
+            same = step.passes.objective.stage
+            ways = {"e-at": ((3, 0), (3, 1)), "oaat": ((3, (1, False)), (3, (1, True)))}
+            ways["rebat"] = (3, same), (1, same), (5, same)
+            assert kinds == {(True, *way) for way in ways.get(method, ((3, same), (1, same)))}
         trained = model
         if (partner := step.passes.objective.partner) is not None:
             trained = nn.ModuleList([model, partner])

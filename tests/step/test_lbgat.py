@@ -22,6 +22,8 @@ from awp_engine.distributed.batch import Batch
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.models import build_model
 from awp_engine.models.trained import load_model
+from awp_engine.observe.metrics import read_metrics
+from awp_engine.observe.throughput import forward_flops
 from awp_engine.optim.optimizer import build_optimizer
 from awp_engine.step.objectives import build_objective
 from awp_engine.step.objectives.lbgat import Lbgat
@@ -234,6 +236,10 @@ def test_checkpoints_alone_hold_the_partner(tmp_path, monkeypatch):
     # steps, in two pieces each
     counts = {int(t) for name, t in objective.partner.state_dict().items() if name.endswith("tracked")}
     assert counts == {4 * 2}
+    # 15 of the model's forward passes an image, 4 of the partner's, which is far larger
+    told, shape = read_metrics(tmp_path / "run")[-1], trainer.data.train.shape
+    expected = 15 * forward_flops(trainer.model, shape) + 4 * forward_flops(objective.partner, shape)
+    assert told["tflops"] * 1e12 == pytest.approx(told["images_per_second"] * expected)
     folder = tmp_path / "run" / "checkpoints" / "epoch-2"
     plain = load_model(folder).state_dict()
     assert trainer.average is not None

@@ -195,6 +195,15 @@ def test_a_table_without_gradients_leaves_noise_alone():
     assert not made.table.any()
 
 
+def test_a_step_copies_no_table():
+    """Nothing after its start writes it: a table of a thousand classes would be copied in every step."""
+    made = objective()
+    kept = build_step(small_model(CLASSES), made).step.kept()
+    made.table.fill_(1)
+    kept.restore_()
+    assert made.table.all()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -1,5 +1,7 @@
 """IKL and GKL written out in plain PyTorch, with all pairs of classes, for the tests to compare with."""
 
+from collections.abc import Callable
+
 import torch
 from plain_methods import cross_entropy, log_probabilities
 from torch import Tensor, nn
@@ -33,6 +35,15 @@ def ikl_loss(n: Tensor, a: Tensor, y: Tensor, means: Tensor, *, alpha: float, be
 def gkl_loss(n: Tensor, a: Tensor, y: Tensor, means: Tensor, *, alpha: float, beta: float, gamma: float) -> Tensor:
     v = pair_weights(means, y, gamma)
     return cross_entropy(n, y).mean() + beta * squared(n, a, v).sum() / v.sum() + alpha * soft(n, a).mean()
+
+
+def of_two_views(loss: Callable[..., Tensor], n: Tensor, a: Tensor, y: Tensor, weight: float) -> Tensor:
+    """Of a batch whose first half are the images and whose second half is augmented more: CE over both halves; what
+    `loss` has beside CE of the first, and of the second with a weight."""
+    total, size = cross_entropy(n, torch.cat((y, y))).mean(), len(y)
+    for half, counted in ((slice(0, size), 1.0), (slice(size, 2 * size), weight)):
+        total = total + counted * (loss(n[half], a[half], y) - cross_entropy(n[half], y).mean())
+    return total
 
 
 def iterates(

@@ -15,11 +15,12 @@ def write_teacher(path: Path, *, channels: int = 1, seed: int = 3, **changed: An
     torch.manual_seed(seed)
     given: dict[str, Any] = {
         "num_classes": 10,
+        "activation": "relu",
         "width": 2,
         "mean": (0.4,) * channels,
         "std": (0.3,) * channels,
     } | changed
-    description = ModelDescription(name="preact-resnet-digits", activation="relu", **given)
+    description = ModelDescription(name="preact-resnet-digits", **given)
     model = description.build()
     export_model(path, model.state_dict(), description.to_metadata())
     return model

@@ -404,8 +404,8 @@ def test_shards_and_graphs_are_refused():
 def test_arguments_are_values_of_python_and_make_another_run():
     config = OptimizerConfig(kind="torch:Adam", args=("betas=0.9,0.99", "eps=1e-6", "amsgrad=True"))
     assert config.arguments == {"betas": (0.9, 0.99), "eps": 1e-6, "amsgrad": True}
-    texts = ("2/255", "None", "l2", "true", "false", "False")
-    assert [parse_value(text) for text in texts] == [2 / 255, None, "l2", True, False, False]
+    texts = ("2/255", "None", "none", "'none'", "l2", "true", "false", "False")
+    assert [parse_value(text) for text in texts] == [2 / 255, None, None, "none", "l2", True, False, False]
     group = built(network(), config).param_groups[0]
     assert (group["betas"], group["eps"], group["amsgrad"]) == ((0.9, 0.99), 1e-6, True)
     other = dataclasses.replace(config, args=("betas=0.9,0.9",))

@@ -17,9 +17,11 @@ from teachers import write_teacher
 from awp_engine.config import Config, ConfigError, EvaluationConfig, TeacherConfig, own_images
 from awp_engine.config.presets import PRESETS, build_preset
 from awp_engine.config.rules import TAUGHT
+from awp_engine.config.schema import parse_arguments
 from awp_engine.models import build_model
 from awp_engine.observe.run_log import RunLog
 from awp_engine.optim.learning_rate import learning_rate
+from awp_engine.train.setup import training_attack
 from awp_engine.train.trainer import Trainer
 
 
@@ -192,6 +194,7 @@ def test_a_small_run_of_a_recipe_for_larger_images(model, tmp_path):
 
 def test_the_recipes_with_a_growing_ball():
     names = [f"{data}-wrn-34-10-{method}-awp" for data in ("cifar10", "cifar100") for method in ("ikl", "gkl")]
+    names += [name for name in PRESETS if "kl-autoaugment" in name]
     names += [f"{data}-{model}-acat" for data in ("cifar10", "cifar100") for model in ("preact-resnet18", "wrn-34-10")]
     names += [name for name in PRESETS if name.endswith("-dajat")]
     for name in names:
@@ -211,9 +214,9 @@ def test_the_recipes_with_a_growing_ball():
         assert config.epochs == (110 if acat else 200)
         wrong = config.label_smoothing * 99 / 100
         assert wrong == pytest.approx(0.1 if (acat or dajat) and "cifar100" in name else 0.0)
-        assert (config.data.policy, config.data.policy_first) == (
-            ("autoaugment-cifar10", True) if dajat else ("none", False)
-        )
+        policy = "autoaugment-cifar10" if dajat or "autoaugment" in name else "none"
+        # DAJAT's comes before crop and mirror, IKL's after
+        assert (config.data.policy, config.data.policy_first) == (policy, dajat)
     # beta and the weight between views
     of_views = {name: (build_preset(name).beta, *build_preset(name).method_args) for name in names if "dajat" in name}
     assert of_views == {
@@ -223,6 +226,31 @@ def test_the_recipes_with_a_growing_ball():
     }
     assert build_preset(names[0]).method_args == ("alpha=3", "temperature=4", "attack_beta=0")
     assert build_preset(names[3]).method_args == ("alpha=4", "temperature=1", "attack_beta=1", "gamma=0.4")
+    auto = {name: build_preset(name).method_args for name in names if "autoaugment" in name}
+    common = ("alpha=4", "temperature=4")
+    assert auto == {
+        "cifar10-wrn-34-10-gkl-autoaugment-awp": (*common, "attack_beta=0", "gamma=1", "aug_weight=0.5"),
+        "cifar100-wrn-34-10-gkl-autoaugment-awp": (*common, "attack_beta=1", "gamma=1", "aug_weight=0.5"),
+        "cifar100-wrn-34-10-ikl-autoaugment-awp": (*common, "attack_beta=1", "aug_weight=0.3"),
+    }
+
+
+def test_the_recipes_of_rebat():
+    """The two commands of its README for PreActResNet-18, and that for the wide network."""
+    drops = {"preact-resnet18-rebat": 1.5, "preact-resnet18-rebat-pp": 1.7, "wrn-34-10-rebat": 4.0}
+    for name, drop in drops.items():
+        config, wide = build_preset(f"cifar10-{name}"), name.startswith("wrn")
+        attack, average = config.attack, config.average
+        assert (attack.epsilon, attack.step_size, attack.steps, attack.start) == ("8/255", "2/255", 10, "uniform")
+        assert attack.stronger == ((100, 10 / 255, 12) if name.endswith("pp") else None)
+        assert (config.beta, config.data.cutmix, config.awp.gamma) == ((2, 1, 0) if wide else (1, 0, 0))
+        assert (average.decay, average.ramp, average.warmup, average.statistics) == (0.999, False, 105, "averaged")
+        assert config.optimizer.weight_decay == 5e-4
+        rates = [learning_rate(config.optimizer, 200, place) for place in (0, 99.99, 100, 149.99, 150, 199)]
+        assert rates == pytest.approx([0.1, 0.1, *[0.1 / drop] * 2, *[0.1 / drop**2] * 2])
+        assert (config.epochs, config.global_batch_size) == (200, 128)
+    ten, hundred = (build_preset(f"{data}-preact-resnet18-rebat-pp") for data in ("cifar10", "cifar100"))
+    assert dataclasses.replace(hundred, data=ten.data, preset=ten.preset) == ten
 
 
 def test_the_recipes_of_idbh():
@@ -254,3 +282,42 @@ def test_the_recipes_of_lbgat():
         for epoch, rate in rates.items():
             for done in (0.0, 0.99):
                 assert learning_rate(optimizer, 100, epoch - 1 + done) == pytest.approx(rate)
+
+
+def test_the_recipes_of_oaat():
+    """The public code's five sets of defaults: the ball, weights, rates and averages, part by part."""
+    table = {
+        "cifar10-preact-resnet18": (110, 16, 1.5, 3, 0.2, 24, 1, "none", 1, 5e-4),
+        "cifar10-wrn-34-10": (200, 16, 2, 3, 0.45, 16, 1, "autoaugment-cifar10", 1, 3e-4),
+        "cifar100-wrn-34-10": (110, 16, 2, 4, 0.2, 24, 2, "autoaugment-cifar10", 0.5, 3e-4),
+        "cifar100-preact-resnet18": (200, 16, 2, 3, 0.25, 24, 3, "autoaugment-cifar10", 0.5, 3e-4),
+        "svhn-preact-resnet18": (110, 12, 4, 4, 0.25, 12, 3, "autoaugment-svhn", 1, 5e-4),
+    }
+    for name, (epochs, radius, beta, end, mixing, far, looks, policy, part, decay) in table.items():
+        config = build_preset(f"{name}-oaat")
+        hundred, svhn, rate = name.startswith("cifar100"), name.startswith("svhn"), config.optimizer
+        arguments = parse_arguments(config.method_args)
+        assert arguments is not None
+        assert (config.epochs, config.beta, config.global_batch_size) == (epochs, beta, 128)
+        assert arguments["beta_end"] == end
+        assert (arguments["mixing"], arguments["lpips_weight"]) == (mixing, looks)
+        assert arguments["far"] * radius == far
+        assert radius * arguments.get("first", 0.25) == pytest.approx(4)
+        assert arguments.get("climbs", "ce") == ("kl" if svhn else "ce")
+        attack = training_attack(config.attack)
+        assert (attack.epsilon, attack.step_size, attack.steps) == (radius / 255, radius / 4 / 255, 10)
+        assert (attack.start, attack.bn_mode, config.model.normalize) == ("uniform", "train", "none")
+        assert (config.data.policy, config.data.policy_part, config.data.policy_first) == (policy, part, False)
+        assert (config.data.pad, config.data.flip) == ((0, False) if svhn else (4, True))
+        # on the right class what the code's 0.9 is
+        assert 1 - config.label_smoothing * 99 / 100 == pytest.approx(0.9 if hundred else 1)
+        assert (config.awp.gamma, config.awp.warmup, rate.weight_decay, rate.momentum) == (0.005, 9, decay, 0.9)
+        average = config.average
+        assert (average.kind, average.decay, average.ramp, average.statistics) == ("ema", 0.9996, False, "averaged")
+        assert average.warmup == int(3 * epochs / 4) + 1
+        top, begun = (0.05 if svhn else 0.2), 10 if hundred else 0
+        for epoch in (begun + 1, epochs // 2, epochs):
+            expected = top * 0.5 * (1 + math.cos((epoch - begun - 1) / (epochs - begun) * math.pi))
+            assert learning_rate(rate, epochs, epoch - 1 + 0.99) == pytest.approx(expected)
+        if hundred:
+            assert learning_rate(rate, epochs, 0.5) == pytest.approx(0.02)

@@ -13,6 +13,7 @@ from awp_engine.attack import starting_point
 from awp_engine.config import (
     AttackConfig,
     AverageConfig,
+    AwpConfig,
     Config,
     ConfigError,
     DataConfig,
@@ -21,11 +22,12 @@ from awp_engine.config import (
     OptimizerConfig,
     PrecisionConfig,
 )
-from awp_engine.config.identity import require_same_run
+from awp_engine.config.identity import config_hash, require_same_run
 from awp_engine.evaluation import evaluation_attack
 from awp_engine.models import build_model
 from awp_engine.step.cuda_graph import GraphedStep
 from awp_engine.train import setup
+from awp_engine.train.results import throughput
 from awp_engine.train.schedule import Schedule
 from awp_engine.train.trainer import Trainer
 
@@ -81,6 +83,59 @@ def test_what_cannot_grow_is_refused():
     saved = dataclasses.replace(SETTINGS, optimizer=OptimizerConfig(schedule="constant"))
     with pytest.raises(ConfigError, match=r"--epochs: .*its epsilon grows over all epochs \(--attack\.ramp linear\)"):
         require_same_run(saved, dataclasses.replace(saved, epochs=5), Path("run"))
+
+
+def test_a_stronger_attack_takes_over_after_so_many_epochs(tmp_path):
+    """In training alone; its cost is that of its own steps. A run says which accuracies are of which ball."""
+    attack = dataclasses.replace(
+        SETTINGS.attack, ramp="none", stronger_after=2, stronger_epsilon="10/255", stronger_steps=7
+    )
+    config = dataclasses.replace(SETTINGS, attack=attack, awp=AwpConfig(gamma=0.0), run_dir=tmp_path / "run")
+    trainer = Trainer(config)
+    attacks = [trainer.schedule(epoch, 1).attack for epoch in range(1, 5)]
+    assert [(a.epsilon, a.step_size, a.steps) for a in attacks] == 2 * [(8 / 255, 4 / 255, 5)] + 2 * [
+        (10 / 255, 4 / 255, 7)
+    ]
+    assert evaluation_attack(trainer.config).epsilon == 8 / 255
+    spent = [throughput(trainer, 1.0, epoch)["tflops"] for epoch in (2, 3)]
+    assert spent[1] / spent[0] == pytest.approx((2 * 7 + 3) / (2 * 5 + 3))
+    assert (
+        "from epoch 3 on training attacks in epsilon 10/255 by 7 steps; accuracies under attack in training are of "
+        "that ball then, all others of epsilon 8/255"
+    ) in trainer.messages
+    late = dataclasses.replace(config, epochs=2, run_dir=tmp_path / "late")
+    assert "--attack.stronger-after 2 leaves none of 2 epochs for it" in Trainer(late).messages
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"stronger_steps": None}, "after: expected epochs, --attack.stronger-epsilon and --attack.stronger-steps"),
+        ({"stronger_after": None}, "after: expected epochs, --attack.stronger-epsilon and --attack.stronger-steps"),
+        ({"stronger_epsilon": "7/255"}, "epsilon: expected at least --attack.epsilon 8/255"),
+        ({"stronger_epsilon": "10"}, "epsilon: .*at most 1 for linf, got '10'"),
+        ({"kind": "none"}, "after: expected none with --attack.fast or --attack.also, or where training does not"),
+        ({"fast": "free"}, "after: expected none with --attack.fast or --attack.also"),
+    ],
+)
+def test_a_stronger_attack_that_means_nothing_is_refused(wrong, message):
+    given = {"epsilon": "8/255", "stronger_after": 2, "stronger_epsilon": "10/255", "stronger_steps": 12}
+    with pytest.raises(ConfigError, match=rf"^--attack\.stronger-{message}[^\n]*$"):
+        AttackConfig(**given | wrong)
+
+
+def test_a_stronger_attack_reaches_its_ball_and_is_part_of_the_run():
+    given = {"epsilon": "8/255", "step_size": "2/255", "stronger_after": 2, "stronger_epsilon": "100/255"}
+    with pytest.raises(
+        ConfigError, match=r"--attack\.step-size: expected .* than a tenth of --attack\.stronger-epsilon"
+    ):
+        Config(attack=AttackConfig(**given, stronger_steps=4))
+    hashes = [
+        config_hash(Config(attack=AttackConfig(**given | {"stronger_epsilon": text}, stronger_steps=steps)))
+        for text, steps in (("10/255", 12), ("20/510", 12), ("10/255", 11), ("11/255", 12))
+    ]
+    assert hashes[0] == hashes[1]
+    assert len({*hashes}) == 3
 
 
 def test_graphs_that_were_not_used_for_longest_are_dropped():

@@ -25,6 +25,7 @@ from awp_engine.config import (
     EvaluationConfig,
     ModelConfig,
     OptimizerConfig,
+    PrecisionConfig,
     load_config,
 )
 from awp_engine.distributed.ranks import Ranks
@@ -63,6 +64,12 @@ GKL_EPOCHS = dataclasses.replace(
     attack=AttackConfig(steps=2, ramp="linear"),
     average=AverageConfig(kind="epochs", decay=0.9, statistics="averaged"),
 )
+# with a second view, and the limit on the rise that its losses tell
+GKL_VIEWS = dataclasses.replace(
+    GKL_EPOCHS,
+    method_args=("gamma=0.4", "attack_beta=1", "aug_weight=0.5"),
+    data=DataConfig(policy="autoaugment-cifar10", pad=1, train_limit=100),
+)
 
 WANG = dataclasses.replace(
     AWP_EMA,
@@ -96,6 +103,17 @@ DAJAT = dataclasses.replace(
     average=AverageConfig(kind="epochs", decay=0.9, statistics="averaged"),
 )
 
+# a larger ball, and the average in the loss, from the second epoch on
+REBAT_PP = dataclasses.replace(
+    AWP_EMA,
+    epochs=2,
+    global_batch_size=10,
+    method="rebat",
+    attack=AttackConfig(steps=2, stronger_after=1, stronger_epsilon="0.25", stronger_steps=3),
+    awp=AwpConfig(gamma=0.005),
+    average=AverageConfig(kind="ema", decay=0.9, ramp=False, warmup=1.0, statistics="averaged"),
+)
+
 LIET = dataclasses.replace(
     AWP_EMA,
     global_batch_size=20,
@@ -110,6 +128,17 @@ LIET = dataclasses.replace(
 # a second network and its momentum; whose statistics the average's do not move
 LBGAT = dataclasses.replace(
     AWP_EMA, global_batch_size=20, method="lbgat", attack=AttackConfig(steps=2, bn_mode="eval", start="normal")
+)
+
+# an average, what it was when the epoch began, in two precisions; momentum that is forgotten before the second epoch
+OAAT = dataclasses.replace(
+    AWP_EMA,
+    epochs=2,
+    global_batch_size=20,
+    method="oaat",
+    attack=AttackConfig(steps=2),
+    awp=AwpConfig(gamma=0.005),
+    precision=PrecisionConfig(attack="bf16"),
 )
 
 # each step draws its ball by what all steps before have counted
@@ -167,12 +196,15 @@ CASES = [
     pytest.param(AWP_EMA, 1, 5, id="1 rank, 1 epoch"),
     pytest.param(FREE_SWA, 1, 10, id="1 rank, 2 epochs"),
     pytest.param(GKL_EPOCHS, 1, 10, id="1 rank, GKL, 2 epochs"),
+    pytest.param(GKL_VIEWS, 1, 10, id="1 rank, GKL, two views"),
     pytest.param(WANG, 1, 10, id="1 rank, generated images"),
     pytest.param(ADR, 1, 10, id="1 rank, teacher"),
+    pytest.param(REBAT_PP, 1, 10, id="1 rank, stronger attack"),
     pytest.param(DAJAT, 1, 5, id="1 rank, views, 2 epochs", marks=pytest.mark.long),
     pytest.param(LIET, 1, 3, id="1 rank, table of classes"),
     pytest.param(E_AT, 1, 20, id="1 rank, several norms"),
     pytest.param(LBGAT, 1, 2, id="1 rank, partner"),
+    pytest.param(OAAT, 1, 3, id="1 rank, copies of the model"),
     pytest.param(LBGAT, 2, 5, id="2 ranks, partner"),
     pytest.param(AWP_EMA, 2, 10, id="2 ranks, 1 epoch"),
     pytest.param(GKL_EPOCHS, 2, 10, id="2 ranks, GKL, 2 epochs", marks=pytest.mark.long),

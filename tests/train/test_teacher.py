@@ -14,7 +14,6 @@ from samples import images
 from teachers import write_teacher
 
 from awp_engine import load_model
-from awp_engine.checkpoint import CheckpointError
 from awp_engine.config import (
     AttackConfig,
     AwpConfig,
@@ -138,8 +137,10 @@ def test_other_weights_make_another_run(ended, tmp_path):
         with pytest.raises(ConfigError, match=r"^--teacher\.weights: .*run learnt from other weights than .*elsewhere"):
             goes_on()
     (directory / "elsewhere.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"^--teacher\.weights: .*expected a run directory, a checkpoint or"):
+    with pytest.raises(ConfigError, match=r"^--teacher\.weights: .*expected a run directory, a checkpoint or"):
         Setup(moved, Ranks())
+    # it trains nothing any more
+    assert finished_report(moved) is not None
     with pytest.raises(ConfigError, match=r"--teacher\.weights: expected .*--method hat learns from, got nothing"):
         dataclasses.replace(moved, teacher=TeacherConfig()).require_files()
 
@@ -155,8 +156,30 @@ def test_a_run_is_a_teacher(ended, tmp_path):
     trains_still = shutil.copytree(ended / "run", tmp_path / "other")
     for name in ("model.safetensors", "report.json"):
         (trains_still / name).unlink()
-    with pytest.raises(CheckpointError, match=r"--teacher\.weights: .*other: expected a run that has ended"):
+    with pytest.raises(ConfigError, match=r"--teacher\.weights: .*other: expected a run that has ended"):
         Setup(dataclasses.replace(config, teacher=TeacherConfig(weights=str(trains_still))), Ranks())
+
+
+def test_a_file_that_knows_its_model_needs_no_name(tmp_path):
+    write_teacher(tmp_path / "teacher.safetensors")
+    says = r"; leave --teacher\.name out: the file says that it holds 'preact-resnet-digits' of width 2"
+    with pytest.raises(ConfigError, match=rf"^--teacher\.weights: .*conv1\.weight \[2, 1, 3, 3\].*{says}$"):
+        Setup(taught(tmp_path, teacher={"name": "preact-resnet-digits"}), Ranks())
+
+
+def test_a_file_that_knows_another_activation_is_refused(tmp_path):
+    """Its weights would fit, and answer otherwise; as weights to start from, too."""
+    write_teacher(tmp_path / "teacher.safetensors", width=None, activation="silu")
+    named = {"name": "preact-resnet-digits", "normalize": "none"}
+    expected = (
+        r"holds weights of a network with the activation silu, the model has relu: expected --{}\.activation silu$"
+    )
+    with pytest.raises(ConfigError, match=r"^--teacher\.weights: .*" + expected.format("teacher")):
+        Setup(taught(tmp_path, teacher=named), Ranks())
+    started = {"model": ModelConfig(pretrained=str(tmp_path / "teacher.safetensors"))}
+    with pytest.raises(ConfigError, match=r"^--model\.pretrained: .*" + expected.format("model")):
+        Setup(taught(tmp_path, teacher=named | {"activation": "silu"}, **started), Ranks())
+    Setup(taught(tmp_path, teacher=named | {"activation": "silu"}), Ranks())
 
 
 def test_weights_of_others_are_named(tmp_path):
@@ -168,11 +191,11 @@ def test_weights_of_others_are_named(tmp_path):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         return Setup(taught(tmp_path, weights="w.pt", teacher=teacher), Ranks())
 
-    with pytest.raises(CheckpointError, match=r"^--teacher\.weights: .*give --teacher\.name NAME --teacher\.weights"):
+    with pytest.raises(ConfigError, match=r"^--teacher\.weights: .*give --teacher\.name NAME --teacher\.weights"):
         set_up()
     with pytest.raises(ConfigError, match=r"^--teacher\.normalize: nothing says by what mean and deviation .*w\.pt"):
         set_up(name="preact-resnet-digits")
-    with pytest.raises(CheckpointError, match=r"^--teacher\.weights: .*w\.pt: state_dict does not fit"):
+    with pytest.raises(ConfigError, match=r"^--teacher\.weights: .*w\.pt: state_dict does not fit"):
         set_up(name="preact-resnet-18", normalize="none")
     x = images((3, 1, 8, 8))
     for given, mean, std in (({"normalize": "none"}, 0.0, 1.0), ({"mean": (0.2,), "std": (0.6,)}, 0.2, 0.6)):

@@ -16,7 +16,6 @@ from samples import images
 
 import awp_engine
 from awp_engine.attack import Attack
-from awp_engine.checkpoint import CheckpointError
 from awp_engine.compare.curves import draw_runs
 from awp_engine.config import (
     AttackConfig,
@@ -151,13 +150,18 @@ def test_sums_of_an_earlier_version_are_gone_on_from():
         loaded.load({"sums": torch.zeros(11)})
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_says_that_it_starts_anew(tmp_path):
+    told = f"{tmp_path / 'run'} has no checkpoint: the run starts anew"
+    assert [told in Trainer(small_config(tmp_path / "run")).messages for _ in range(2)] == [False, True]
+
+
 def test_a_run_starts_from_given_weights(finished, tmp_path):
     given = ModelConfig(width=2, pretrained=finished / "model.safetensors")
     trainer = Trainer(small_config(tmp_path / "run", model=given))
     assert equal(weights(finished), {name: trainer.model.state_dict()[name] for name in weights(finished)})
     assert f"weights of {given.pretrained}" in trainer.messages
     wrong = dataclasses.replace(given, pretrained=tmp_path / "none.safetensors")
-    with pytest.raises(CheckpointError, match=r"none\.safetensors"):
+    with pytest.raises(ConfigError, match=r"^--model\.pretrained: .*none\.safetensors"):
         Trainer(small_config(tmp_path / "other", model=wrong))
     assert not (tmp_path / "other").exists()
 

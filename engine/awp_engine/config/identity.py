@@ -59,6 +59,7 @@ ADDED: dict[str, Any] = {
     "data.class_weights": "none",
     "data.policy": "none",
     "data.policy_first": False,
+    "data.policy_part": 1.0,
     "data.rotate": 0.0,
     "model.normalize": "auto",
     "model.mean": [],
@@ -66,6 +67,9 @@ ADDED: dict[str, Any] = {
     "awp.layers": [],
     "attack.ramp": "none",
     "attack.step_warmup": 0,
+    "attack.stronger_after": None,
+    "attack.stronger_epsilon": None,
+    "attack.stronger_steps": None,
     "optimizer.warmup_lr": 0.0,
     "optimizer.min_lr": 0.0,
     "optimizer.no_decay": [],
@@ -198,6 +202,8 @@ def decisive(config: Config) -> dict[str, Any]:
     quarter = parse_amount(config.attack.epsilon) / 4  # the evaluation's step where none is given
     for key in ("attack.epsilon", "attack.step_size", "evaluation.step_size"):
         values[key] = str(quarter if values[key] is None else parse_amount(values[key]))
+    if config.attack.stronger_epsilon is not None:
+        values["attack.stronger_epsilon"] = str(parse_amount(config.attack.stronger_epsilon))
     values["attack.also"] = [f"{norm}={epsilon},{step}" for norm, epsilon, step in config.attack.further]
     return {key: value for key, value in values.items() if key not in _FREE_ON_RESUME}
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from awp_engine.config.model_names import is_code
-from awp_engine.config.schema import ConfigError, parse_amount
+from awp_engine.config.model_names import TIMM_MODELS, is_code
+from awp_engine.config.schema import ConfigError, flag, parse_amount
 
 if TYPE_CHECKING:
     from awp_engine.config.settings import Config
@@ -14,7 +14,19 @@ if TYPE_CHECKING:
 TAUGHT = ("ard", "rslad", "adaad", "hat")
 """Methods that learn from a frozen network."""
 # whose attack climbs something else
-_NOT_CROSS_ENTROPY = ("trades", "rst", "ikl", "gkl", "adr-trades", "score", "score-trades", "adaad", "hat", "lbgat")
+_NOT_CROSS_ENTROPY = (
+    "trades",
+    "rst",
+    "ikl",
+    "gkl",
+    "adr-trades",
+    "score",
+    "score-trades",
+    "adaad",
+    "hat",
+    "lbgat",
+    "oaat",
+)
 # adversarial training against several balls
 _SEVERAL_NORMS = ("e-at", "msd")
 
@@ -144,7 +156,6 @@ def require_views(config: Config) -> None:
     config.require(config.data.policy.startswith("autoaugment"), "data.policy", like)
     config.require(config.model.source == "built-in", "model.name", f"a built-in model {reason}")
     config.require(config.compile is not True, "compile", f"auto or false {reason}")
-    config.require(config.awp.max_rise is None, "awp.max_rise", f"none {reason}, and whose ascent climbs another")
     kept = config.average.kind == "none" or config.average.statistics in ("averaged", "live")
     config.require(kept, "average.statistics", f"averaged or live {reason}")
 
@@ -159,6 +170,25 @@ def require_partner(config: Config) -> None:
     config.require(not config.optimizer.no_decay, "optimizer.no_decay", f"nothing {reason}")
     config.require(config.model.bn_momentum is None, "model.bn_momentum", f"none {reason}")
     config.require(config.compile is not True, "compile", f"auto or false {reason}")
+
+
+def require_growing(config: Config) -> None:
+    """Refuse what does not go with OA-AT, which chooses radius and steps itself and keeps two copies of the weights."""
+    reason = f"with --method {config.method}"
+    for key, value in (
+        ("attack.kind", "pgd"),
+        ("attack.norm", "linf"),
+        ("attack.start", "uniform"),
+        ("attack.ramp", "none"),
+        ("attack.step_warmup", 0),
+        ("attack.stronger_after", None),
+    ):
+        config.require_value(key, value, f"{reason}, whose attacks change over the run by themselves")
+    config.require(config.attack.epsilon_value > 0, "attack.epsilon", f"more than 0 {reason}")
+    config.require_value("distributed.strategy", "ddp", f"{reason}, which keeps copies of the weights")
+    config.require(not config.optimizer.by_name, "optimizer.kind", f"sgd or adamw {reason}, which forgets its momentum")
+    stages = config.model.source == "built-in" and config.model.name not in TIMM_MODELS
+    config.require(stages, "model.name", f"preact-resnet or wrn {reason}, which compares features of their stages")
 
 
 def _always_fast(config: Config) -> bool:
@@ -194,17 +224,19 @@ def _require_attack(config: Config) -> None:
         config.require(evaluation.step_size is None, "evaluation.step_size", like)
     if attack.kind == "pgd" and not _always_fast(config):
         _require_reach(config, "attack.step_size", attack.step_size, attack.steps)
+        if attack.stronger_steps is not None:
+            _require_reach(config, "attack.step_size", attack.step_size, attack.stronger_steps, "stronger_epsilon")
     if evaluation.step_size is not None:
         _require_reach(config, "evaluation.step_size", evaluation.step_size, evaluation.steps)
 
 
-def _require_reach(config: Config, key: str, step_size: str, steps: int) -> None:
+def _require_reach(config: Config, key: str, step_size: str, steps: int, ball: str = "epsilon") -> None:
     """Refuse steps that no attack in the ball can want: most were meant in 255ths, or were left from another."""
-    epsilon = config.attack.epsilon
-    step, radius = parse_amount(step_size), parse_amount(epsilon)
-    expected = f"at most twice --attack.epsilon {epsilon}, as a longer step leaves the ball from wherever it begins"
+    text = getattr(config.attack, ball)
+    step, radius, epsilon = parse_amount(step_size), parse_amount(text), f"{flag(f'attack.{ball}')} {text}"
+    expected = f"at most twice {epsilon}, as a longer step leaves the ball from wherever it begins"
     config.require(step <= 2 * radius or radius == 0, key, expected)
-    expected = f"steps that go farther, {steps} of them, than a tenth of --attack.epsilon {epsilon}"
+    expected = f"steps that go farther, {steps} of them, than a tenth of {epsilon}"
     config.require(10 * steps * step >= radius, key, expected)
 
 
@@ -217,8 +249,12 @@ def _require_step(config: Config) -> None:
         require_average(config)
     if config.method == "dajat":
         require_views(config)
+        like = "none with --method dajat, whose ascent climbs another loss than the descent"
+        config.require(config.awp.max_rise is None, "awp.max_rise", like)
     if config.method == "lbgat":
         require_partner(config)
+    if config.method == "oaat":
+        require_growing(config)
     if config.method == "liet":
         for key, value in (("attack.kind", "pgd"), ("attack.norm", "linf"), ("attack.start", "uniform")):
             config.require_value(key, value, "with --method liet, whose attack begins at signs and uniform noise")

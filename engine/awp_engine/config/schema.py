@@ -53,10 +53,11 @@ def parse_amount(text: str) -> Fraction:
 
 
 def parse_value(text: str) -> Any:
-    """The value of an argument that a user gave as text: a number, also 2/255, (0.9, 0.99), true; else the text."""
-    # as .yaml files have them; as text, false would count as true
-    if text in ("true", "false"):
-        return text == "true"
+    """The value of an argument given as text: a number, also 2/255, or (0.9, 0.99), true, none; else the text."""
+    # as other settings have them; as text, false and none would count as true
+    constants = {"true": True, "false": False, "none": None}
+    if text in constants:
+        return constants[text]
     with contextlib.suppress(ValueError, SyntaxError):
         return ast.literal_eval(text)
     with contextlib.suppress(ValueError):

@@ -39,7 +39,7 @@ from awp_engine.config.schema import (
 _PRESET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _METHODS = (
     *("at", "trades", "mart", "rst", "ikl", "gkl", "adr", "adr-trades", "rebat", "dajat", "liet", "e-at", "msd"),
-    *("score", "score-trades", *TAUGHT, "lbgat"),
+    *("score", "score-trades", *TAUGHT, "lbgat", "oaat"),
 )
 _Pixels = Annotated[int, Range("a whole number of pixels, 0 to 1024", ge=0, le=1024)]
 
@@ -93,6 +93,8 @@ class DataConfig(Checked, section="data."):
     --method dajat that of all views but the first."""
     policy_first: bool = False
     """Do AutoAugment before crops and mirroring, not after them."""
+    policy_part: Share = 1.0
+    """Part of the images, drawn one by one in every epoch, that AutoAugment changes."""
     rotate: Annotated[float, Range("degrees, 0 to 180", ge=0, le=180)] = 0.0
     """Turn every training image by up to as many degrees, to either side; 0 means no rotation."""
     erase: Probability = 0.0
@@ -147,6 +149,9 @@ class DataConfig(Checked, section="data."):
         useful = self.policy.startswith("autoaugment") and (self.pad > 0 or self.flip)
         expected = "false, unless --data.policy is one of AutoAugment, and --data.pad or --data.flip is given"
         self.require(useful or not self.policy_first, "policy_first", expected)
+        useful = self.policy.startswith("autoaugment")
+        like = "1, unless --data.policy is one of AutoAugment"
+        self.require(useful or self.policy_part == 1, "policy_part", like)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,6 +234,14 @@ class FurtherBall(NamedTuple):
     step_size: Fraction
 
 
+class StrongerAttack(NamedTuple):
+    """What training attacks by after so many epochs; epsilon on pixels in [0, 1]."""
+
+    after: int
+    epsilon: float
+    steps: int
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherConfig(Checked, section="teacher."):
     """The frozen network that ARD, RSLAD, AdaAD and HAT learn from."""
@@ -294,6 +307,12 @@ class AttackConfig(Checked, section="attack."):
     2022); the evaluation keeps the whole ball."""
     step_warmup: Annotated[int, Range("a whole number of epochs >= 0", ge=0)] = 0
     """Epochs in which PGD's step grows in proportion to the epochs before, from 0 in the first one (ARES: 5)."""
+    stronger_after: OptionalCount = None
+    """Epochs before training attacks in a larger ball and with more steps (ReBAT++: 100); none: never."""
+    stronger_epsilon: OptionalAmount = None
+    """Radius of that ball, at least --attack.epsilon, which the evaluation keeps (ReBAT++: 10/255)."""
+    stronger_steps: OptionalCount = None
+    """Steps of that attack, each as long as before (ReBAT++: 12)."""
     fast: Literal["none", "fgsm-rs", "n-fgsm", "free"] = "none"
     """Cheap attack in the first epochs: one step (Wong 2020; de Jorge 2022), or replayed batches (Shafahi 2019)."""
     fast_epochs: OptionalCount = None
@@ -322,6 +341,21 @@ class AttackConfig(Checked, section="attack."):
         grows = self.kind == "pgd" and self.fast == "none" and self.training_epsilon > 0
         self.require(self.step_warmup == 0 or grows, "step_warmup", "0, unless training attacks by --attack.kind pgd")
         self.require(self.noise > 0 or self.noise_samples == 1, "noise_samples", "1 without --attack.noise")
+        self._check_stronger()
+
+    def _check_stronger(self) -> None:
+        given = {value is not None for value in (self.stronger_after, self.stronger_epsilon, self.stronger_steps)}
+        together = "epochs, --attack.stronger-epsilon and --attack.stronger-steps together, or none of them"
+        self.require(len(given) == 1, "stronger_after", together)
+        if self.stronger is None:
+            return
+        alone = self.fast == "none" and self.training_epsilon > 0 and not self.also
+        like = "none with --attack.fast or --attack.also, or where training does not attack"
+        self.require(alone, "stronger_after", like)
+        most = 1 if self.norm == "linf" else math.inf
+        fits = self.epsilon_value <= self.stronger.epsilon <= most
+        like = f"at least --attack.epsilon {self.epsilon}" + ", at most 1 for linf" * (self.norm == "linf")
+        self.require(fits, "stronger_epsilon", like)
 
     def _check_balls(self) -> None:
         read = [_FURTHER.fullmatch(word) for word in self.also]
@@ -348,6 +382,14 @@ class AttackConfig(Checked, section="attack."):
             radius = parse_amount(match[2])
             found.append(FurtherBall(norm, radius, parse_amount(match[3]) if match[3] else part * radius))
         return found
+
+    @property
+    def stronger(self) -> StrongerAttack | None:
+        """The attack of the later epochs, where it is another one."""
+        after, epsilon, steps = self.stronger_after, self.stronger_epsilon, self.stronger_steps
+        if after is None or epsilon is None or steps is None:
+            return None
+        return StrongerAttack(after, float(parse_amount(epsilon)), steps)
 
     @property
     def balls(self) -> str:
@@ -612,13 +654,14 @@ class Config(Checked):
     """Loss: at, cross-entropy on the attacked images; trades; mart; rst, TRADES with pseudo-labelled images; ikl, gkl,
     with weights by class for its divergence; adr, adr-trades, rebat, which learn from the weights' average too; ard,
     rslad, adaad, hat, which learn from a frozen network; lbgat, from one trained along; score, score-trades, AT and
-    TRADES by squared errors; dajat, TRADES on several views of each image; liet, for attacks of one step; e-at, msd, at
-    against several balls (--attack.also); or an Objective of your own: file.py:Class or package.module:Class."""
+    TRADES by squared errors; dajat, TRADES on several views of each image; oaat, TRADES in a ball that grows; liet, for
+    attacks of one step; e-at, msd, at against several balls (--attack.also); or an Objective of your own: file.py:Class
+    or package.module:Class."""
     beta: Annotated[float, Range("a finite number >= 0", ge=0)] = 6.0
-    """Weight of the divergence between attacked and clean images: beta of TRADES, RST and LBGAT, of the squared error
-    in IKL and GKL, lambda of MART; of that from the average in ReBAT, whose paper has 1; of the error between both in
-    score-trades (3); of the divergence from the teacher in ard, rslad and adaad (0.1); of that in LIET's last
-    epoch (100)."""
+    """Weight of the divergence between attacked and clean images: beta of TRADES, RST and LBGAT, of OA-AT up to its
+    last quarter (1.5), of the squared error in IKL and GKL, lambda of MART; of that from the average in ReBAT, whose
+    paper has 1; of the error between both in score-trades (3); of the divergence from the teacher in ard, rslad and
+    adaad (0.1); of that in LIET's last epoch (100)."""
     label_smoothing: Fading = 0.0
     """Part of a label that is spread over all classes, in AT's loss and in TRADES' clean one, and in SCORE's; in LIET
     at random over the wrong ones."""

@@ -264,6 +264,26 @@ class NormalizedClassifier(nn.Module):
                 x, residual = block(x, residual)
         return x, residual
 
+    def stages(self) -> list[list[nn.Module]]:
+        """The blocks of a residual network, stage by stage; of another model none."""
+        return []
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """What each stage of a residual network gives, [N, channels, height, width], of images [N, C, H, W] in [0, 1].
+
+        Raises:
+            ValueError: a model without stages.
+        """
+        stem, stages, found, residual = self.stem, self.stages(), [], None
+        if stem is None or not stages:
+            raise ValueError(f"model: expected a residual network with stages, got {type(self).__name__}")
+        x = stem(self.normalize(images))
+        for blocks in stages:
+            for block in blocks:
+                x, residual = block(x, residual)
+            found.append(x if residual is None else x + residual)
+        return found
+
     @property
     def classifier_names(self) -> tuple[str, ...]:
         """Of the last layer's weight and bias in the state dict."""

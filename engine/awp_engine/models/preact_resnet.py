@@ -1,5 +1,6 @@
 """Pre-activation residual networks (He et al., "Identity Mappings in Deep Residual Networks", 2016)."""
 
+import itertools
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -94,8 +95,11 @@ class PreActResNet(NormalizedClassifier):
         self.bn = ActivatedBatchNorm(channels, activation)
         self.linear = Head(channels, num_classes)
 
+    def stages(self) -> list[list[nn.Module]]:
+        """Its blocks, stage by stage."""
+        return [list(self.get_submodule(f"layer{stage + 1}").children()) for stage in range(self.num_stages)]
+
     def forward(self, images: Tensor | NormalizedImages) -> Tensor:
         """Logits [N, num_classes] of images [N, C, H, W] in [0, 1]."""
-        stages = (self.get_submodule(f"layer{stage + 1}") for stage in range(self.num_stages))
-        blocks = [block for stage in stages for block in stage.children()]
+        blocks = itertools.chain.from_iterable(self.stages())
         return self.linear(pre_activated(self.bn, *self.through(blocks, self.conv1(self.normalize(images))))[1])

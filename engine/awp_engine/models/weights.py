@@ -5,14 +5,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from awp_engine.checkpoint import CheckpointError
+from awp_engine.config.schema import show
 from awp_engine.models.class_names import to_json
-from awp_engine.models.layers import NormalizedClassifier
+from awp_engine.models.layers import ActivatedBatchNorm, Activation, NormalizedClassifier
 from awp_engine.models.layouts import Network, networks, pairs, state_dicts, wrappers
 from awp_engine.models.normalisation import shown
 from awp_engine.models.weights_file import read_weights
@@ -132,7 +133,8 @@ def _loaded(
             deepminds='"name": "dm-' in file.metadata.get("model", ""),
         )
     except ValueError as error:
-        raise CheckpointError(f"{source}: {error}") from None
+        raise CheckpointError(f"{source}: {error}{_of_what(file.metadata)}") from None
+    _require_activation(model, file.metadata, source)
     if file.inert:
         telling = sorted(file.inert, key=lambda name: name.startswith(("numpy.", "collections.", "torch.")))
         loaded.notes.append(f"left out, and not run: objects of {_some(telling)}")
@@ -147,6 +149,30 @@ def _described(metadata: Mapping[str, str]) -> _Statistics | None:
     except (KeyError, TypeError, ValueError, RecursionError):
         return None
     return mean, std
+
+
+def _of_what(metadata: Mapping[str, str]) -> str:
+    """The model that the header of a file of this program names, to say beside weights that do not fit another."""
+    try:
+        held = json.loads(metadata["model"])
+        name, width = held["name"], held["width"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return ""
+    return f"; the file says that it holds {show(name)}" + (f" of width {show(width)}" if width else "")
+
+
+def _require_activation(model: nn.Module, metadata: Mapping[str, str], source: Path | str) -> None:
+    """Refuse weights of a file of this program that says another activation, which fit as well and answer otherwise."""
+    try:
+        told = json.loads(metadata["model"])["activation"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return
+    own = {layer.kind for layer in model.modules() if isinstance(layer, ActivatedBatchNorm)}
+    if own and told in get_args(Activation) and told not in own:
+        raise CheckpointError(
+            f"{source}: holds weights of a network with the activation {told}, the model has {own.pop()}: expected "
+            f"--model.activation {told}"
+        )
 
 
 def _classifier(model: nn.Module) -> tuple[str, ...]:

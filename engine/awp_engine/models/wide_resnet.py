@@ -1,5 +1,6 @@
 """Wide residual networks (Zagoruyko and Komodakis, "Wide Residual Networks", 2016)."""
 
+import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -120,8 +121,11 @@ class WideResNet(NormalizedClassifier):
                 nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
         nn.init.zeros_(self.fc.bias)
 
+    def stages(self) -> list[list[nn.Module]]:
+        """Its blocks, stage by stage."""
+        return [list(stage.get_submodule("layer").children()) for stage in (self.block1, self.block2, self.block3)]
+
     def forward(self, images: Tensor | NormalizedImages) -> Tensor:
         """Logits [N, num_classes] of images [N, C, H, W] in [0, 1]."""
-        stages = (self.block1, self.block2, self.block3)
-        blocks = [block for stage in stages for block in stage.get_submodule("layer").children()]
+        blocks = itertools.chain.from_iterable(self.stages())
         return self.fc(pre_activated(self.bn1, *self.through(blocks, self.conv1(self.normalize(images))))[1])

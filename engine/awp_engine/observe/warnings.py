@@ -105,7 +105,9 @@ def nonfinite_gradients(epoch: Mapping[str, Any]) -> str | None:
     )
 
 
-def catastrophic_overfitting(epochs: Sequence[Mapping[str, Any]], *, weighted: bool = False) -> str | None:
+def catastrophic_overfitting(
+    epochs: Sequence[Mapping[str, Any]], *, weighted: bool = False, fgsm_rs: bool = False
+) -> str | None:
     """A warning if training accuracy under attack jumped while held-out PGD accuracy collapsed.
 
     Compares the last epoch with the best one before: held-out PGD accuracy below a third, and training accuracy under
@@ -116,6 +118,7 @@ def catastrophic_overfitting(epochs: Sequence[Mapping[str, Any]], *, weighted: b
         epochs: a run's metrics so far, with train_pgd_accuracy, held_out_pgd_accuracy and held_out_clean_accuracy
             where they were measured.
         weighted: whether classes have weights in the loss.
+        fgsm_rs: whether the cheap attack is FGSM-RS, which N-FGSM can replace.
 
     Source: Wong, Rice, Kolter: Fast is better than free: Revisiting adversarial training, ICLR 2020.
     """
@@ -136,10 +139,11 @@ def catastrophic_overfitting(epochs: Sequence[Mapping[str, Any]], *, weighted: b
             f"{clean:.0%} without an attack and from {before:.0%} to {held_out:.0%} under PGD; if it stays so, start "
             f"again in a new --run-dir with a smaller --optimizer.lr{milder}"
         )
+    other = ", --attack.fast n-fgsm," if fgsm_rs else ""
     return (
         f"catastrophic overfitting: since epoch {best['epoch']} training accuracy under attack rose from "
         f"{trained_before:.0%} to {trained:.0%} while held-out PGD accuracy fell from {before:.0%} to {held_out:.0%}; "
-        "go back to that epoch with more attack steps, --attack.fast n-fgsm, or a smaller epsilon"
+        f"go back to that epoch with more attack steps{other} or a smaller epsilon"
     )
 
 
@@ -171,6 +175,7 @@ def warnings(
     *,
     attacked: bool = True,
     weighted: bool = False,
+    fgsm_rs: bool = False,
     guessing: float | None = None,
 ) -> list[str]:
     """All that is to be said after the last of `epochs`.
@@ -180,12 +185,13 @@ def warnings(
         classes: of the data set.
         attacked: whether images are attacked in training.
         weighted: whether classes have weights in the loss.
+        fgsm_rs: whether the cheap attack is FGSM-RS.
         guessing: the loss of guessing, as `collapse` takes it.
     """
     last, collapsed = epochs[-1], collapse(epochs, classes, guessing)
     # without a gradient because it has learnt nothing: no masking. Said once, not after every epoch.
     repeated = collapsed is not None and len(epochs) > 1 and collapse(epochs[:-1], classes, guessing) is not None
     first = gradient_masking(last) if collapsed is None else None if repeated else collapsed
-    overfitting = catastrophic_overfitting(epochs, weighted=weighted) if attacked else None
+    overfitting = catastrophic_overfitting(epochs, weighted=weighted, fgsm_rs=fgsm_rs) if attacked else None
     said = [first, nonfinite_gradients(last), overfitting, rise(last), skipped_steps(last)]
     return [text for text in said if text]

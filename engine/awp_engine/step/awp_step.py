@@ -102,6 +102,7 @@ class AwpStep:
         rise_limit: RiseLimit | None = None,
     ) -> None:
         ranks = ranks or Ranks()
+        objective.follow(models)
         self.models, self.awp, self.ascent = models, awp, ascent or Ascent()
         self._shared = awp is not None and self.ascent.kind == "shared"
         # whether the loss at w is that of the training loss on the whole batch
@@ -147,6 +148,8 @@ class AwpStep:
         """All of a step that the host decides; returns where the attack begins, [N, C, H, W]."""
         self.update.prepare(phase)
         self.passes.prepare(phase)
+        if self.passes.objective.fresh_optimizer:
+            self.update.forget_()
         return self.passes.first(self.passes.objective.choose(phase.attack), batch, phase.seed)
 
     def __call__(self, batch: Batch, phase: Phase, start: Tensor | None = None) -> StepResult:
@@ -204,13 +207,14 @@ class AwpStep:
         """Copies of all that a step moves beside weights."""
         average = [] if self.update.average is None else self.update.average.statistics
         own = [tensor for models in self.passes.trained for tensor in models.statistics]
-        return Statistics([*own, *self.passes.objective.state().values(), *average])
+        return Statistics([*own, *self.passes.objective.moved(), *average])
 
     def finish(self, statistics: Statistics, share: RankShare, skipped: Tensor) -> None:
         """Take in what the passes of all ranks left beside weights; or put it back, where the step is left out."""
         self.passes.average_statistics(share.share)
         if self.update.average is not None:
             self.update.average.take_statistics_(self.models.statistics)
+        self.passes.objective.skipped = skipped
         self.passes.objective.after_step(self.passes.ranks)
         first = [buffer.clone() for buffer in self.models.batch_statistics] if self.passes.whole_statistics else []
         statistics.restore_where(skipped)

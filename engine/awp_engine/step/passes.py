@@ -17,7 +17,7 @@ from awp_engine.distributed.share import rank_share
 from awp_engine.models import WrappedClassifier
 from awp_engine.models.answers import predicted
 from awp_engine.models.batch_norm import Statistics, batch_norm_mode, whole_statistics
-from awp_engine.models.views import EachView
+from awp_engine.models.views import EachView, JointViews
 from awp_engine.step.noise import Noise, Smoothed
 from awp_engine.step.objectives import Objective
 from awp_engine.step.precision import LossScale, WorkingModels
@@ -72,8 +72,8 @@ def _reducer(model: nn.Module) -> DistributedDataParallel:
             model,
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
-            # a module of others may have some that it does not use; an ascent by one view needs one set alone
-            find_unused_parameters=isinstance(model, WrappedClassifier | EachView),
+            # a module of others may have some that it does not use
+            find_unused_parameters=isinstance(model, WrappedClassifier),
         )
 
 
@@ -123,7 +123,9 @@ class Passes:
 
     def _seen(self, model: nn.Module) -> nn.Module:
         """A model as the objective calls it."""
-        return EachView(model) if self.objective.views > 1 else model
+        if self.objective.views == 1:
+            return model
+        return JointViews(model) if self.objective.joint_views else EachView(model)
 
     def begin(self, x: Tensor) -> None:
         """Begin a step on images like `x`: without gradients of the one before.
@@ -345,7 +347,8 @@ class Passes:
             correct = correct + (predicted(logits.detach()) == labels).to(x.dtype).mean() * part
             if guess:
                 with torch.no_grad():
-                    losses, _ = compute(Guess(logits.shape[1]), noisy, x[rows], targets[rows])
+                    guess_of = Guess(logits.shape[1], x.shape[1] // objective.views)
+                    losses, _ = compute(guess_of, noisy, x[rows], targets[rows])
                 guessed = guessed + (losses if weights is None else losses * weights).mean() * part
         return Mean(loss, correct, below, guessed)
 

@@ -14,15 +14,15 @@ _SHRINK, _GROW = 0.5, 1.1
 
 
 class Guess(nn.Module):
-    """A classifier that gives every class the same probability."""
+    """A classifier of images of so many channels that gives every class the same probability."""
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self, classes: int, channels: int) -> None:
         super().__init__()
-        self.classes = classes
+        self.classes, self.channels = classes, channels
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of zero, [N, classes]."""
-        return x.new_zeros(len(x), self.classes)
+        """Logits of zero, [N, classes], or [N, views * classes] of several views."""
+        return x.new_zeros(len(x), x.shape[1] // self.channels * self.classes)
 
 
 @torch.no_grad()
@@ -31,10 +31,11 @@ def guessing_loss(objective: Objective, batch: Batch, classes: int, ranks: Ranks
 
     Called by all ranks alike, with the same batch.
     """
-    guess, objective.ids = Guess(classes), batch.ids
+    guess, objective.ids = Guess(classes, batch.images.shape[1]), batch.ids
+    x = batch.images.repeat(1, objective.views, 1, 1)
     objective.begin_batch(batch, 1 / ranks.world, ranks)
-    targets = objective.targets(guess, batch.images, batch.labels)
-    return objective.ascent_losses(guess, batch.images, batch.images, targets)[0].mean().item()
+    targets = objective.targets(guess, x, batch.labels)
+    return objective.ascent_losses(guess, x, x, targets)[0].mean().item()
 
 
 class RiseLimit:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from awp_engine.optim.average import WeightAverage
+from awp_engine.optim.by_name import WrappedOptimizer
 from awp_engine.optim.optimizer import Optimizer, set_learning_rate, set_momentum
 from awp_engine.step.precision import LossScale, WorkingModels
 from awp_engine.step.values import Phase
@@ -43,6 +44,15 @@ class Update:
             set_momentum(self.optimizer, phase.momentum)
         if self.average is not None:
             self.average.before_step()
+
+    @torch.no_grad()
+    def forget_(self) -> None:
+        """Have SGD or AdamW go on like a new one: momentum, and whatever else it keeps, is zero."""
+        assert not isinstance(self.optimizer, WrappedOptimizer)
+        for state in self.optimizer.state.values():
+            for tensor in state.values():
+                if isinstance(tensor, Tensor):
+                    tensor.zero_()
 
     @torch.no_grad()
     def __call__(self) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 
 from awp_engine.device import device_name
 from awp_engine.files.text import path_end, printable
+from awp_engine.models.views import base_set
 from awp_engine.train.setup import Setup
 from awp_kernels._backend import backend_for, problem
 
@@ -16,7 +17,8 @@ def banner(setup: Setup) -> list[str]:
     Of a path that does not fit the beginning is left out, of other names nothing.
     """
     config = setup.config
-    parameters = f"{sum(p.numel() for p in setup.model.parameters()):,}"
+    # a second set of batch normalisation is part of training alone
+    parameters = f"{sum(p.numel() for p in base_set(dict(setup.model.named_parameters())).values()):,}"
     ball = config.attack.balls
     method, about = f"{config.title} of ", f" ({parameters} parameters)"
     model = method + path_end(config.model.name, COLUMNS - len(method) - len(about)) + about

@@ -26,17 +26,25 @@ def fingerprints(config: Config, data: Dataset, extra: str | None) -> dict[str, 
     return found
 
 
-def code_digests(config: Config) -> dict[str, str]:
+def code_digests(config: Config, ended: Mapping[str, Any] | None = None) -> dict[str, str]:
     """SHA-256 of the user's own code, which is run: of "model", "data", "method", "optimizer", where they are such.
 
-    And of the "teacher"'s weights, which are no less a part of what is trained.
+    And of the "teacher"'s weights, which are no less a part of what is trained. `ended`: the same, as the report of a
+    run says that has ended: it learns from nobody any more, and what it says stands for weights that are gone.
     """
     named = {"model": config.model.name, "data": config.data.name, "method": config.method}
     own = {part: name for part, name in named.items() if is_code(name)}
     if optimizer_source(config.optimizer.kind) == "code":
         own["optimizer"] = config.optimizer.kind
     found = {part: load_code(name, _FLAGS[part])[1].sha256 for part, name in own.items()}
-    return found if config.teacher.weights is None else found | {"teacher": teacher_sha256(config.teacher)}
+    if config.teacher.weights is not None:
+        try:
+            found["teacher"] = teacher_sha256(config.teacher)
+        except ConfigError:
+            if ended is None or "teacher" not in ended:
+                raise
+            found["teacher"] = ended["teacher"]
+    return found
 
 
 def made_by(config: Config, before: Mapping[str, Any] | None) -> dict[str, str]:
@@ -141,4 +149,4 @@ def require_same_as_reported(report: Mapping[str, Any], config: Config) -> None:
         # its code may import more when it is called, as it did then
         _, *size = data.train.shape
         build_model(config.model.name, len(data.class_names), data.mean, data.std, image_size=(size[0], size[1]))
-    require_same_code(said(report), code_digests(config), config)
+    require_same_code(said(report), code_digests(config, said(report)), config)

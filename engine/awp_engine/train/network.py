@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from awp_engine.attack import checks
+from awp_engine.checkpoint import CheckpointError
 from awp_engine.config import Config, ConfigError
 from awp_engine.config.model_names import source_of
 from awp_engine.config.schema import show
@@ -56,8 +57,8 @@ def build_network(
         before: of the checkpoint that the run goes on from, whose weights will replace these; none are read then.
 
     Raises:
-        ConfigError: a model that cannot be built, or does not fit the data or what training asks of it.
-        CheckpointError: weights to start from that cannot be read, or do not fit.
+        ConfigError: a model that cannot be built, or does not fit the data or what training asks of it; weights to
+            start from that cannot be read, or do not fit.
     """
     settings, (_, *size) = config.model, data.train.shape
     model = build_model(
@@ -150,7 +151,10 @@ def _started(
         messages.append(f"weights of {source}, a new classifier where the classes are others")
     elif settings.pretrained is not None:
         source = settings.pretrained
-        loaded = load_pretrained(model, source, class_names)
+        try:
+            loaded = load_pretrained(model, source, class_names)
+        except CheckpointError as error:
+            raise ConfigError(f"--model.pretrained: {error}") from None
         new = f"; new, for {len(data.class_names)} classes: {', '.join(loaded.kept)}" if loaded.kept else ""
         messages += [f"weights of {source}{new}", *loaded.notes]
         file = loaded.front

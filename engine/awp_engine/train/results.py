@@ -27,10 +27,12 @@ _SHOWN = 6
 _ceiling = functools.cache(matmul_ceiling)
 
 
-def throughput(setup: Setup, images_per_second: float, *, cheap: bool) -> dict[str, float]:
-    """Of the operations that the method needs; what a run does beyond them does not count."""
+def throughput(setup: Setup, images_per_second: float, epoch: int) -> dict[str, float]:
+    """Of the operations that the method needs in `epoch`; what a run does beyond them does not count."""
     ceiling = _ceiling(setup.device, setup.precision.attack or torch.float32)
-    flops = images_per_second * setup.forward_flops * forward_units(setup.config, cheap=cheap)
+    cheap = setup.schedule.is_cheap(epoch)
+    units = forward_units(setup.config, cheap=cheap, epoch=epoch, other=setup.other_size)
+    flops = images_per_second * setup.forward_flops * units
     return {
         "images_per_second": images_per_second,
         "tflops": flops / 1e12,

@@ -54,9 +54,12 @@ class Schedule:
         """The attack of `epoch` where it has no cheap one.
 
         Sources: of the linear ramp Addepalli et al.: Efficient and Effective Augmentation Strategy for Adversarial
-        Training (DAJAT), NeurIPS 2022; of the step's warm-up the public code of ARES, thu-ml/ares.
+        Training (DAJAT), NeurIPS 2022; of the step's warm-up the public code of ARES, thu-ml/ares; of the stronger
+        attack ReBAT++, of Wang et al.: Balance, Imbalance, and Rebalance, NeurIPS 2023.
         """
         config, attack = self.config, self.attack
+        if (stronger := config.attack.stronger) is not None and epoch > stronger.after:
+            attack = replace(attack, epsilon=stronger.epsilon, steps=stronger.steps)
         if config.attack.ramp != "none":
             attack = attack.scaled(epoch / config.epochs)
         if epoch <= config.attack.step_warmup:

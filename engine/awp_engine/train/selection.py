@@ -73,12 +73,14 @@ class Selection:
         """What is to be said after the last epoch of `history`; on all ranks alike."""
         config = self._setup.config
         # accuracies under attacks of growing strength tell nothing side by side
-        attacked = config.attack.training_epsilon > 0 and config.attack.ramp == "none"
+        grows = config.attack.ramp != "none" or self._setup.awp_step.passes.objective.attack_note is not None
+        attacked = config.attack.training_epsilon > 0 and not grows
         return warnings(
             history,
             len(self._setup.data.class_names),
             attacked=attacked,
             weighted=config.data.class_weights != "none",
+            fgsm_rs=config.attack.fast == "fgsm-rs",
             guessing=self.guessing_loss,
         )
 

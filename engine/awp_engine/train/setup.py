@@ -15,7 +15,7 @@ from awp_engine.attack import Attack, fast_attack
 from awp_engine.attack.checks import ball
 from awp_engine.checkpoint import Checkpoint, CheckpointError
 from awp_engine.config import AttackConfig, Config, ConfigError, choose_speed, config_hash
-from awp_engine.config.rules import require_average, require_partner, require_views
+from awp_engine.config.rules import require_average, require_growing, require_partner, require_views
 from awp_engine.config.schema import parse_amount, parse_arguments
 from awp_engine.data import (
     Augmentation,
@@ -31,7 +31,7 @@ from awp_engine.device import choose_convolutions, choose_device
 from awp_engine.distributed.ranks import Ranks
 from awp_engine.distributed.sharding import gather, shard
 from awp_engine.evaluation import evaluation_attacks
-from awp_engine.files.run_places import CHECKPOINTS
+from awp_engine.files.run_places import CHECKPOINTS, CONFIG_FILE
 from awp_engine.models.batch_norm import set_momentum, synchronize
 from awp_engine.models.checkpointing import checkpoint_activations_
 from awp_engine.models.depth import layer_numbers
@@ -165,11 +165,6 @@ def build_step(
         distribute_(config, partner, ranks, precision)
         # parameters and their copies go by name
         trained, copied = nn.ModuleList([model, partner]), None if copied is None else nn.ModuleList([copied])
-    if awp.enabled and awp.max_rise is not None and climbs_another_loss(objective):
-        raise ConfigError(
-            f"--awp.max-rise: expected none with --method {config.method}, whose ascent climbs another loss than the "
-            "descent, so that no rise is known"
-        )
     perturbation = None
     # none given: each has a rule of its own
     chosen: dict[str, Any] = {"select": choice(model, awp.layers)} if awp.layers else {}
@@ -209,7 +204,7 @@ def objective_of(
 
     Raises:
         ConfigError: as `build_objective`; or there is no average of the kind that it needs, or what does not go with
-            several views or a partner.
+            several views, a partner, copies of the model or an ascent of its own.
     """
     objective = build_objective(
         config.method,
@@ -228,8 +223,15 @@ def objective_of(
         require_average(config)
     if objective.views > 1:
         require_views(config)
+    if config.awp.enabled and config.awp.max_rise is not None and climbs_another_loss(objective):
+        raise ConfigError(
+            f"--awp.max-rise: expected none with --method {config.method}, whose ascent climbs another loss than the "
+            "descent, so that no rise is known"
+        )
     if objective.partner_name is not None:
         require_partner(config)
+    if type(objective).follow is not Objective.follow:
+        require_growing(config)
     return objective
 
 
@@ -275,7 +277,7 @@ _LARGE_EPSILON = 0.1
 # in L1, of which one value alone may take as much
 _SMALL_L1 = 1
 # of methods whose papers have another weight than TRADES
-_USUAL_BETA = {"rebat": 1, "ikl": 20, "gkl": 20, "dajat": 11, "score-trades": 3, "hat": 2.5, "liet": 100}
+_USUAL_BETA = {"rebat": 1, "ikl": 20, "gkl": 20, "dajat": 11, "score-trades": 3, "hat": 2.5, "liet": 100, "oaat": 1.5}
 _USUAL_BETA |= dict.fromkeys(("ard", "rslad", "adaad"), "0.1 for CIFAR-10")
 
 
@@ -298,6 +300,8 @@ def _doubts(config: Config, data: Dataset) -> list[str]:
             f"--attack.step-warmup {attack.step_warmup} leaves none of {config.epochs} epochs whole steps: the first "
             "one does not attack at all"
         )
+    if attack.stronger is not None and attack.stronger.after >= config.epochs:
+        notes.append(f"--attack.stronger-after {attack.stronger_after} leaves none of {config.epochs} epochs for it")
     if config.average.kind == "ema" and config.average.warmup >= config.epochs:
         notes.append(
             f"--average.warmup {config.average.warmup:g} leaves none of {config.epochs} epochs to average: the average "
@@ -361,6 +365,11 @@ class Setup:
             prepare_run_dir(config)
         self._build_batches()
         self.forward_flops = forward_flops(self.model, self.data.train.shape)
+        other = self._objective.partner if self._teacher is None else self._teacher
+        # of the network that a method asks or trains along, in the model's passes: an average of it has its size
+        self.other_size = 1.0
+        if other is not None and self.forward_flops:
+            self.other_size = forward_flops(other, self.data.train.shape) / self.forward_flops
         # equal seeds give equal weights, but on processors of two kinds
         for network in (self.model, self._objective.partner):
             if network is not None:
@@ -422,6 +431,8 @@ class Setup:
         if self.ranks.is_first:
             require_own_run_dir(self.config)
             found = checkpoint.load_latest(self.run_dir / CHECKPOINTS)
+            if found is None and (self.run_dir / CONFIG_FILE).exists():
+                self.messages.append(f"{self.run_dir} has no checkpoint: the run starts anew")
         if found is not None:
             before = described(found.state, found.path)
             require_same(found.state, self.fingerprints, self.config, self.data, before.class_names)
@@ -450,7 +461,7 @@ class Setup:
             self.messages.append(told)
         if self.config.model.checkpoint_activations:
             checkpoint_activations_(built.model, self.data.train.shape, self.config.model.name)
-        if self._objective.views > 1:
+        if self._objective.views > 1 and not self._objective.joint_views:
             # what the run starts from has one set
             try:
                 add_auxiliary_(self.model)
@@ -480,7 +491,7 @@ class Setup:
     def _build_batches(self) -> None:
         config, data, extra = self.config, self.data, self._extra
         same = ("pad", "flip", "cutout", "cutmix", "mixup", "mixup_alpha", "rand_augment", "erase")
-        same += ("policy", "policy_first", "rotate")
+        same += ("policy", "policy_first", "policy_part", "rotate")
         augmentation = Augmentation(
             **{name: getattr(config.data, name) for name in same},
             fill=data.mean,
@@ -534,10 +545,18 @@ class Setup:
                 f"epsilon grows in proportion to the epoch, to {attack.epsilon} in epoch {config.epochs}, and the "
                 "attack's steps with it; accuracies under attack in training are those of the epoch's own ball"
             )
+        if (note := self._objective.attack_note) is not None:
+            self.messages.append(note)
         if attack.step_warmup:
             self.messages.append(
                 f"the attack's steps grow from 0 in epoch 1 to {attack.step_size} in epoch {attack.step_warmup + 1}; "
                 "accuracies under attack in training are those of the epoch's own steps"
+            )
+        if (stronger := attack.stronger) is not None:
+            self.messages.append(
+                f"from epoch {stronger.after + 1} on training attacks in epsilon {attack.stronger_epsilon} by "
+                f"{stronger.steps} steps; accuracies under attack in training are of that ball then, all others of "
+                f"epsilon {attack.epsilon}"
             )
         self.step = capture_step(config, self.awp_step)
         self.free = None

@@ -30,7 +30,7 @@ def teacher_sha256(settings: TeacherConfig) -> str:
     """Of the file that holds the teacher's weights.
 
     Raises:
-        CheckpointError: there is none, or it cannot be read.
+        ConfigError: there is none, or it cannot be read.
     """
     with _by_its_flags():
         weights = _weights(settings)
@@ -63,8 +63,8 @@ def load_teacher(
         say: is told what was taken, and how many of some training images it gets right.
 
     Raises:
-        ConfigError: settings that do not fit, or a network for other images or classes.
-        CheckpointError: weights that cannot be read, or are not of that network.
+        ConfigError: settings that do not fit, weights that cannot be read or are not of that network, or a network for
+            other images or classes.
     """
     settings = config.teacher
     if settings.weights is None:
@@ -130,16 +130,21 @@ def _external(
 
 @contextlib.contextmanager
 def _by_its_flags() -> Iterator[None]:
-    """What loading refuses, it refuses by the flags of other commands."""
+    """What loading refuses, it refuses by the flags of other commands; here it is settings that cannot be used."""
     try:
         yield
     except (CheckpointError, ConfigError, EvaluationError) as error:
         text = _flagged(str(error))
-        text = text if text.startswith("--") else f"--teacher.weights: {text}"
-        raise (CheckpointError if isinstance(error, CheckpointError) else ConfigError)(text) from None
+        raise ConfigError(text if text.startswith("--") else f"--teacher.weights: {text}") from None
 
 
 def _flagged(text: str) -> str:
-    for theirs, ours in (("--weights-key", "--teacher.key"), ("--weights", "--teacher.weights")):
+    changed = {
+        "--weights-key": "--teacher.key",
+        "--weights": "--teacher.weights",
+        "--model.": "--teacher.",
+        "; the file says": "; leave --teacher.name out: the file says",
+    }
+    for theirs, ours in changed.items():
         text = text.replace(theirs, ours)
-    return text.replace("--model.", "--teacher.")
+    return text

@@ -181,7 +181,7 @@ class Trainer(Setup):
         metrics: dict[str, Any] = {**self._sums.metrics(), "lr": self.schedule.lr(epoch, self.schedule.steps - 1)}
         metrics |= self.awp_step.limited()
         if images:
-            metrics |= throughput(self, images / seconds, cheap=self.schedule.is_cheap(epoch))
+            metrics |= throughput(self, images / seconds, epoch)
         if epoch % config.evaluation.evaluate_every == 0 or last:
             metrics |= self.selection.select(epoch, self.progress)
         self.progress.epoch, self.progress.step = epoch, 0

@@ -14,6 +14,7 @@ from awp_engine.config.presets import (
     imagenet_timm,
     lbgat,
     norms,
+    oaat,
     paper,
     perturbed,
     score,
@@ -28,7 +29,7 @@ DEFAULT = "digits"
 _ALL: dict[str, Preset] = {}
 _FAMILIES = (
     *(digits, paper, perturbed, divergence, fast, fast_benchmark, imagenet, imagenet_timm),
-    *(generated, augmented, distillation, score, taught, norms, lbgat),
+    *(generated, augmented, distillation, score, taught, norms, lbgat, oaat),
 )
 for _family in _FAMILIES:
     _ALL |= _family.PRESETS

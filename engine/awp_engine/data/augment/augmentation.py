@@ -40,6 +40,7 @@ class Augmentation:
         mixup_alpha: both parameters of the Beta distribution of the blended shares.
         rotate: degrees; images are turned by up to as many to either side, 0 for not.
         policy: one of `POLICIES`, or "none". An IDBH policy has crops, shifts and erasing of its own.
+        policy_part: part of the images that AutoAugment changes, each drawn by itself.
         policy_first: AutoAugment comes before crop and mirroring.
         rand_augment: magnitude of RandAugment's two operations, 0 to 10; None for none.
         erase: probability that a rectangle of an image is filled with noise; 0 for never.
@@ -60,6 +61,7 @@ class Augmentation:
     rotate: float = 0.0
     policy: str = "none"
     policy_first: bool = False
+    policy_part: float = 1.0
     rand_augment: float | None = None
     erase: float = 0.0
     erase_std: tuple[float, ...] | None = None
@@ -148,7 +150,7 @@ class Augmentation:
             if self.rotate:
                 levels = random_rotation(levels, ids, seed=seed, epoch=epoch, degrees=self.rotate)
             else:
-                levels = apply_policy(self.policy, levels, ids, seed=seed, epoch=epoch)
+                levels = apply_policy(self.policy, levels, ids, seed=seed, epoch=epoch, part=self.policy_part)
             last = self._passes[1]._asdict()
             images = augment(levels.to(torch.uint8), sample_ids=on_device, seed=mix_seed(seed, epoch), **last)
         if self.rand_augment is not None:

@@ -137,26 +137,29 @@ def _table(pairs: _Pairs) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64).view(len(pairs), 2, 4)
 
 
-def draw_auto_augment(ids: Tensor, pairs: _Pairs, *, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+def draw_auto_augment(ids: Tensor, pairs: _Pairs, *, seed: int, epoch: int, part: float = 1.0) -> tuple[Tensor, Tensor]:
     """Which operations, and how strong.
 
     With words of stream 16, the pair is number w0 * 25 // 2^32. Its first operation is done where w1 < probability *
-    2^32, to the negative side where w2 is odd; the second likewise, by w3 and w4.
+    2^32, to the negative side where w2 is odd; the second likewise, by w3 and w4. Where w5 >= part * 2^32, neither is.
 
     Args:
         ids: int64 [B].
         pairs: `CIFAR10` or `SVHN`.
         seed: the run's seed.
         epoch: with seed and id, all that is drawn depends on.
+        part: of the images that are changed, each drawn by itself.
 
     Returns:
         int64 [B, 2], a place in `OPERATIONS`, or -1 for nothing; and fp64 [B, 2], what the operation is given.
     """
-    words = sample_words(ids, 5, seed=mix_seed(seed, epoch), stream=_STREAM)
+    words = sample_words(ids, 6, seed=mix_seed(seed, epoch), stream=_STREAM)
     drawn = _table(pairs).to(ids.device)[(words[:, 0] * len(pairs)) >> 32]  # [B, 2, 4]
     number, limit, start, slope = drawn.unbind(2)
-    choice = torch.where(words[:, 1::2] < limit, number.long(), -1)
-    return choice, start + slope * (1 - 2 * (words[:, 2::2] & 1))
+    choice = torch.where(words[:, 1:4:2] < limit, number.long(), -1)
+    if part < 1:
+        choice = torch.where(words[:, 5:] < round(part * 2**32), choice, -1)
+    return choice, start + slope * (1 - 2 * (words[:, 2:5:2] & 1))
 
 
 def auto_augment(levels: Tensor, choice: Tensor, amount: Tensor) -> None:

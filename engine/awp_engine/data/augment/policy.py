@@ -34,7 +34,7 @@ def least_side(policy: str) -> int:
     return _IDBH[policy].most + 1 if policy in _IDBH else 1
 
 
-def apply_policy(policy: str, levels: Tensor, ids: Tensor, *, seed: int, epoch: int) -> Tensor:
+def apply_policy(policy: str, levels: Tensor, ids: Tensor, *, seed: int, epoch: int, part: float = 1.0) -> Tensor:
     """Do to each image what one of `POLICIES` says.
 
     IDBH (Li, Spratling, ICLR 2023) is CropShift, then one operation of ColorShape, then a rectangle of black; mirroring
@@ -46,12 +46,13 @@ def apply_policy(policy: str, levels: Tensor, ids: Tensor, *, seed: int, epoch: 
         ids: int64 [B] on the CPU, so that nothing waits for the device.
         seed: the run's seed.
         epoch: with seed and id, all that is drawn depends on.
+        part: of the images that AutoAugment changes.
 
     Returns:
         int32 [B, C, H, W].
     """
     if policy in _AUTO_AUGMENT:
-        auto_augment(levels, *draw_auto_augment(ids, _AUTO_AUGMENT[policy], seed=seed, epoch=epoch))
+        auto_augment(levels, *draw_auto_augment(ids, _AUTO_AUGMENT[policy], seed=seed, epoch=epoch, part=part))
         return levels
     idbh, (height, width) = _IDBH[policy], levels.shape[2:]
     shifts = draw_crop_shift(ids, seed=seed, epoch=epoch, most=idbh.most)

@@ -242,6 +242,9 @@ def _facts(description: ModelDescription, loaded: LoadedModel, epoch: str | int 
             if config.attack.step_warmup:
                 attack += f", which grow over the first {config.attack.step_warmup} epochs"
             attack += ", both lengths growing with the epoch" * (config.attack.ramp != "none")
+            if (stronger := config.attack.stronger) is not None:
+                attack += f", from epoch {stronger.after + 1} on epsilon {config.attack.stronger_epsilon} and "
+                attack += f"{stronger.steps} steps"
         if config.attack.noise:
             attack += f", noise of {config.attack.noise:g}"
         gamma = f", gamma {config.awp.gamma:g}" if config.awp.enabled else ""

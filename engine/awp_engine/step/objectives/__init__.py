@@ -17,6 +17,7 @@ from awp_engine.step.objectives.decoupled_kl import GeneralizedKL, ImprovedKL
 from awp_engine.step.objectives.lbgat import Lbgat
 from awp_engine.step.objectives.liet import Liet
 from awp_engine.step.objectives.mart import Mart
+from awp_engine.step.objectives.oaat import Oaat
 from awp_engine.step.objectives.objective import Objective
 from awp_engine.step.objectives.rebat import Rebat
 from awp_engine.step.objectives.score import Score, ScoreTrades
@@ -39,6 +40,7 @@ __all__ = [
     "Liet",
     "Mart",
     "MultiSteepestDescent",
+    "Oaat",
     "Objective",
     "Rebat",
     "Rslad",
@@ -68,6 +70,7 @@ _METHODS: dict[str, Callable[..., Objective]] = {
     "adaad": AdaAd,
     "hat": Hat,
     "lbgat": Lbgat,
+    "oaat": Oaat,
     "e-at": ExtremeNorm,
     "msd": MultiSteepestDescent,
 }

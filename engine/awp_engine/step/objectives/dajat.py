@@ -11,9 +11,11 @@ from awp_engine.attack import DivergenceFrom, Loss
 from awp_engine.attack.losses import log_probabilities
 from awp_engine.config import ConfigError
 from awp_engine.config.schema import show
-from awp_engine.step.objectives.objective import Objective, at_least_fp32, divergence, require_number
+from awp_engine.step.objectives.objective import Objective, at_least_fp32, by_view, divergence, require_number
 from awp_engine.step.objectives.trades import Trades
 
+VIEWS = 3
+"""Of each image, where nothing else is said."""
 # of the mean answer: its logarithm is taken
 _LEAST = 1e-7
 
@@ -35,7 +37,7 @@ class Dajat(Objective):
     """
 
     def __init__(
-        self, beta: float = 11.0, label_smoothing: float = 0.0, js_weight: float = 2.0, views: int = 3
+        self, beta: float = 11.0, label_smoothing: float = 0.0, js_weight: float = 2.0, views: int = VIEWS
     ) -> None:
         require_number("js_weight", js_weight)
         if type(views) is not int or not 2 <= views <= 8:
@@ -45,21 +47,17 @@ class Dajat(Objective):
         self.beta, self.label_smoothing, self.js_weight, self.views = beta, label_smoothing, js_weight, views
         self._of_first = Trades(beta)
 
-    def _by_view(self, logits: Tensor) -> Tensor:
-        """[N, views * classes] -> [N * views, classes]."""
-        return logits.reshape(len(logits) * self.views, -1)
-
     def attack_loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Loss:
         """Summed KL(f(x') vs f(x)) of all views: no view has a part in another's gradient."""
-        of_rows = DivergenceFrom(self._by_view(model(x)))
-        return lambda logits, labels: of_rows(self._by_view(logits), labels)
+        of_rows = DivergenceFrom(by_view(model(x), self.views))
+        return lambda logits, labels: of_rows(by_view(logits, self.views), labels)
 
     def losses(self, model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Mean over views of CE(f(x), y) + beta * KL(f(x') vs f(x)) + js_weight * KL(p || m), [N], gradients through
         all; m is the mean of the views' p = softmax f(x). The logits are those of the first view.
         """
         logits_adv = model(x_adv)
-        adv, clean = (self._by_view(at_least_fp32(logits)) for logits in (logits_adv, model(x)))
+        adv, clean = (by_view(at_least_fp32(logits), self.views) for logits in (logits_adv, model(x)))
         labels = y.repeat_interleave(self.views)
         natural = F.cross_entropy(clean, labels, reduction="none", label_smoothing=self.label_smoothing)
         told = log_probabilities(clean).view(len(x), self.views, -1)

@@ -12,7 +12,7 @@ from awp_engine.attack import DivergenceFrom, Loss
 from awp_engine.attack.losses import log_probabilities
 from awp_engine.distributed.batch import Batch
 from awp_engine.distributed.ranks import Ranks
-from awp_engine.step.objectives.objective import Objective, at_least_fp32, counted_part, require_number
+from awp_engine.step.objectives.objective import Objective, at_least_fp32, by_view, counted_part, require_number
 
 
 def weighted_squared_error(logits: Tensor, logits_adv: Tensor, weights: Tensor) -> Tensor:
@@ -42,6 +42,10 @@ class ImprovedKL(Objective):
     wMSE is weighted by what the network answered on average in the epoch before, to clean images of the same class. In
     the first epoch all weights are equal. A class without an image in an epoch keeps those that it had.
 
+    With `aug_weight` each image has two views, which pass together, with common batch statistics. Cross-entropy is the
+    mean of both; wMSE and sCE of the second are added to those of the first by that weight. The first alone is
+    averaged.
+
     Args:
         beta: weight of wMSE.
         num_classes: of the images.
@@ -49,6 +53,7 @@ class ImprovedKL(Objective):
         alpha: weight of sCE.
         temperature: of the answers that are averaged.
         attack_beta: weight of wMSE in what the attack climbs beside sCE: 0 for CIFAR-10 and 1 for CIFAR-100 there.
+        aug_weight: weight of wMSE and sCE of a second view, by AutoAugment; None: there is one view.
 
     Attributes:
         means: fp64 [classes, classes], the weights; row y is the mean of softmax(logits / temperature) of class y.
@@ -58,6 +63,8 @@ class ImprovedKL(Objective):
         ConfigError: a weight that is no number >= 0, or a temperature that is none > 0.
     """
 
+    joint_views = True
+
     def __init__(
         self,
         beta: float,
@@ -66,7 +73,12 @@ class ImprovedKL(Objective):
         alpha: float = 4.0,
         temperature: float = 4.0,
         attack_beta: float = 0.0,
+        aug_weight: float | None = None,
     ) -> None:
+        if aug_weight is not None:
+            require_number("aug_weight", aug_weight)
+            self.views = 2
+        self.aug_weight = aug_weight
         require_number("alpha", alpha)
         require_number("attack_beta", attack_beta)
         require_number("temperature", temperature, positive=True)
@@ -89,28 +101,36 @@ class ImprovedKL(Objective):
 
     def attack_loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Loss:
         """Summed sCE + attack_beta * wMSE; the clean logits do not depend on x' and are computed once."""
-        clean = at_least_fp32(model(x))
+        clean = by_view(at_least_fp32(model(x)), self.views)
         if self.attack_beta == 0:
             # sCE but for a constant
-            return DivergenceFrom(clean)
-        weights = self.means[y].to(clean.dtype)
+            soft = DivergenceFrom(clean)
+            return soft if self.views == 1 else lambda logits, labels: soft(by_view(logits, self.views), labels)
+        weights = self.means[y.repeat_interleave(self.views)].to(clean.dtype)
 
         def climbed(logits: Tensor, labels: Tensor) -> Tensor:
-            logits = at_least_fp32(logits)
+            logits = by_view(at_least_fp32(logits), self.views)
             squared = weighted_squared_error(clean, logits, weights)
             return (soft_cross_entropy(clean, logits) + self.attack_beta * squared).sum()
 
         return climbed
 
     def losses(self, model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """CE(f(x), y) + beta * wMSE, with gradients through both images, + alpha * sCE, through the attacked one."""
-        logits_adv, logits = model(x_adv), model(x)
-        clean, adv = at_least_fp32(logits), at_least_fp32(logits_adv)
+        """CE(f(x), y) + beta * wMSE, with gradients through both images, + alpha * sCE, through the attacked one.
+
+        The logits are those of the first view.
+        """
+        logits_adv = model(x_adv)
+        clean, adv = (by_view(at_least_fp32(logits), self.views) for logits in (model(x), logits_adv))
         if self.descending:
-            self.gather(clean.detach(), y)
-        natural = F.cross_entropy(clean, y, reduction="none")
-        squared = weighted_squared_error(clean, adv, self.weights(y).to(clean.dtype))
-        return natural + self.beta * squared + self.alpha * soft_cross_entropy(clean, adv), logits_adv
+            self.gather(clean.detach()[:: self.views], y)
+        labels = y.repeat_interleave(self.views)
+        natural = F.cross_entropy(clean, labels, reduction="none")
+        squared = weighted_squared_error(clean, adv, self.weights(labels).to(clean.dtype))
+        apart = self.beta * squared + self.alpha * soft_cross_entropy(clean, adv)
+        if self.aug_weight is not None:
+            natural, apart = natural.view(-1, 2).mean(1), apart[::2] + self.aug_weight * apart[1::2]
+        return natural + apart, logits_adv[:, : clean.shape[1]]
 
     def weights(self, y: Tensor) -> Tensor:
         """Of wMSE, fp64 [N, classes], for labels [N]."""
@@ -144,6 +164,7 @@ class GeneralizedKL(ImprovedKL):
         alpha: weight of sCE.
         temperature: of the answers that are averaged.
         attack_beta: weight of wMSE in what the attack climbs, at the power 1 there.
+        aug_weight: as there.
         gamma: the power; at 1 it is IKL, but for rounding.
 
     Raises:
@@ -158,9 +179,10 @@ class GeneralizedKL(ImprovedKL):
         alpha: float = 4.0,
         temperature: float = 4.0,
         attack_beta: float = 0.0,
+        aug_weight: float | None = None,
         gamma: float = 1.0,
     ) -> None:
-        super().__init__(beta, num_classes, device, alpha, temperature, attack_beta)
+        super().__init__(beta, num_classes, device, alpha, temperature, attack_beta, aug_weight)
         require_number("gamma", gamma)
         self.gamma = gamma
         self._scale = torch.ones((), dtype=torch.float64, device=device)

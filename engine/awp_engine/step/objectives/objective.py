@@ -41,6 +41,11 @@ class Objective(ABC):
         descending: whether `losses` is called for the descent, and not for the ascent or to compute statistics anew.
         views: of each image in a batch, side by side as channels. The model that attack and losses get then answers to
             each: see `EachView`.
+        joint_views: whether it answers to all of them in one pass, by one set of batch normalisation: see `JointViews`.
+        attack_note: how images are attacked over the run, where the schedule does not say it; the user is told, and
+            accuracies under the attacks of different epochs are not compared.
+        fresh_optimizer: whether the optimizer forgets its momentum before this step. Set by `begin_step`.
+        skipped: bool scalar on the device, whether the step is left out; set before `after_step`.
         stage: what decides which operations a step consists of, where that changes in time; a CUDA graph is captured
             for each. Set by `begin_step`.
     """
@@ -55,7 +60,18 @@ class Objective(ABC):
     partner: nn.Module | None = None
     descending: bool = False
     views: int = 1
+    joint_views: ClassVar[bool] = False
+    attack_note: str | None = None
+    fresh_optimizer: bool = False
+    skipped: Tensor | None = None
     stage: Hashable = None
+
+    def follow(self, models: WorkingModels) -> None:  # noqa: B027
+        """Take what it needs of the classifier in training; called once, before the first step.
+
+        Args:
+            models: of the parts of a step; their masters' tensors stay the same ones.
+        """
 
     def begin_step(self, done: float, epoch: int, step: int) -> None:  # noqa: B027
         """What the host says of the step to come.
@@ -179,15 +195,23 @@ class Objective(ABC):
     def state(self) -> dict[str, Tensor]:
         """Tensors that are kept between steps, by name; equal on all ranks between two steps.
 
-        The same tensors every time: they are part of checkpoints, written back in place, and put back where a step is
-        left out or fails.
+        The same tensors every time: they are part of checkpoints, and written back in place.
         """
         return {}
+
+    def moved(self) -> list[Tensor]:
+        """Those of `state` that a step moves after `start`: they are put back where it is left out or fails."""
+        return [*self.state().values()]
 
 
 def counted_part(batch: Batch, share: float) -> float:
     """What each image counts for in sums over the ranks: less than 1 where every rank computes a batch whole."""
     return share * batch.whole_size / len(batch.images)
+
+
+def by_view(logits: Tensor, views: int) -> Tensor:
+    """[N, views * classes] -> [N * views, classes], those of an image one after the other."""
+    return logits.reshape(len(logits) * views, -1)
 
 
 def at_least_fp32(logits: Tensor) -> Tensor:

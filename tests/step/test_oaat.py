@@ -15,6 +15,7 @@ from steps import TensorStep, make_step, require_refused
 from torch import Tensor, nn
 
 from awp_engine.config import AttackConfig, AverageConfig, AwpConfig, Config, ConfigError, DataConfig, ModelConfig
+from awp_engine.config.identity import why_not_longer
 from awp_engine.config.settings import DistributedConfig, EvaluationConfig, OptimizerConfig, PrecisionConfig
 from awp_engine.data import Batch
 from awp_engine.data.augment.auto_augment import CIFAR10, draw_auto_augment
@@ -302,7 +303,7 @@ def test_a_step_that_is_left_out_leaves_the_average_alone():
     assert not all(torch.equal(t, before[name]) for name, t in step.passes.objective.state().items())
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("kind", ["sgd", "adamw", "torch:RMSprop"])
 def test_the_optimizer_is_as_new_where_the_last_quarter_begins(kind):
     """The update from there on is that of a fresh optimizer at the same weights."""
     rates = OptimizerConfig(kind=kind, lr=0.01, weight_decay=0.0)
@@ -380,16 +381,21 @@ RUN = Config(
     model=ModelConfig(width=2),
     attack=AttackConfig(steps=1, bn_mode="eval"),
     awp=AwpConfig(gamma=0.01),
-    average=AverageConfig(kind="ema", warmup=3.0),
+    average=AverageConfig(kind="ema", warmup=3.0, statistics="averaged"),
     evaluation=EvaluationConfig(steps=1, held_out_limit=8, test_limit=8),
     epochs=4,
     global_batch_size=10,
 )
 
 
+OWN = "which attacks by Linf PGD from uniform noise, in a ball of its own each epoch"
+
+
 def test_a_run_says_how_its_ball_grows_and_keeps_both_networks(tmp_path):
     trainer = Trainer(dataclasses.replace(RUN, run_dir=tmp_path / "run"))
-    said = [message for message in trainer.messages if "epsilon is 0.25 of the whole in the first quarter" in message]
+    said = [
+        message for message in trainer.messages if "attacks in 0.25 of --attack.epsilon in the first quarter" in message
+    ]
     assert len(said) == 1
     trainer.run()
     held = trainer.awp_step.passes.objective.state()
@@ -404,11 +410,15 @@ def test_a_run_says_how_its_ball_grows_and_keeps_both_networks(tmp_path):
         ({"attack": AttackConfig(start="normal")}, r"--attack\.start: expected uniform"),
         ({"attack": AttackConfig(ramp="linear")}, r"--attack\.ramp: expected none"),
         ({"attack": AttackConfig(step_warmup=1)}, r"--attack\.step-warmup: expected 0"),
+        (
+            {"attack": AttackConfig(stronger_after=1, stronger_epsilon="0.3", stronger_steps=2)},
+            r"--attack\.stronger-after: expected none",
+        ),
     ],
 )
 def test_an_attack_that_does_not_go_with_it_is_refused(tmp_path, wrong, message):
-    """Of one's own method that follows the model, too."""
-    require_refused(RUN, wrong, message, "oaat", "Oaat", "whose attacks change over the run by themselves", tmp_path)
+    """Of one's own class that is the same, too."""
+    require_refused(RUN, wrong, message, "oaat", "Oaat", OWN, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -417,10 +427,11 @@ def test_an_attack_that_does_not_go_with_it_is_refused(tmp_path, wrong, message)
         ({"attack": AttackConfig(epsilon="0")}, r"--attack\.epsilon: expected more than 0 with --method oaat"),
         ({"attack": AttackConfig(kind="apgd")}, r"--attack\.kind: expected pgd with --method oaat"),
         (
-            {"distributed": DistributedConfig(strategy="fsdp")},
-            r"--distributed\.strategy: expected ddp with --method oa",
+            {"attack": AttackConfig(step_size="0.3")},
+            r"--attack\.step-size: expected at most epsilon with --method oaat",
         ),
-        ({"optimizer": OptimizerConfig(kind="torch:RMSprop")}, r"--optimizer\.kind: expected sgd or adamw with"),
+        ({"awp": AwpConfig(gamma=0.01, every=2)}, r"--awp\.every: expected 1 with --method oaat, whose batches take"),
+        ({"average": AverageConfig(kind="ema")}, r"--average\.statistics: expected averaged or live with --method oa"),
         ({"model": ModelConfig(name="resnet-18")}, r"--model\.name: expected preact-resnet or wrn with --method oaat"),
         ({"model": ModelConfig(name="timm:resnet18")}, r"--model\.name: expected preact-resnet or wrn with"),
         ({"awp": AwpConfig(gamma=0.01, max_rise=0.1)}, r"--awp\.max-rise: expected none with --method oaat"),
@@ -447,6 +458,40 @@ def test_what_does_not_go_with_it_is_refused(tmp_path, wrong, message):
 def test_bad_arguments_are_refused_by_name(name, value, expected):
     with pytest.raises(ConfigError, match=f"--method-args: .*{name}.*{expected}|--method-args: {expected}"):
         build_objective("oaat", epochs=4, arguments={name: value})
+
+
+def test_a_run_that_has_begun_gets_no_more_epochs():
+    """Its parts would be others."""
+    constant = dataclasses.replace(RUN, optimizer=OptimizerConfig(schedule="constant"))
+    assert why_not_longer(dataclasses.replace(constant, method="trades")) is None
+    assert why_not_longer(constant) == "its loss changes over all epochs (--method oaat)"
+
+
+def test_a_graph_is_kept_over_the_first_quarter():
+    """Where the ball does not change; after that each epoch has one, or two that take turns."""
+    objective, stages = Oaat(1.5, epochs=8), []
+    objective.follow(WorkingModels(network()))
+    for epoch in range(1, 9):
+        for step in range(4):
+            objective.begin_step(0.0, epoch, step)
+            stages.append(objective.stage)
+    assert [stages[4 * epoch] for epoch in range(8)] == [(0, False)] * 2 + [(n, n > 6) for n in range(3, 9)]
+    assert len(set(stages)) == 1 + 4 + 2 * 2
+
+
+def test_shards_are_refused_to_whatever_keeps_the_model(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "from awp_engine.step.objectives import Trades\n"
+        "class Own(Trades):\n    def follow(self, models):\n        self.model = models.model\n"
+    )
+    config = dataclasses.replace(RUN, method=f"{tmp_path / 'own.py'}:Own", average=AverageConfig())
+    assert objective_of(dataclasses.replace(config, attack=AttackConfig(norm="l2")), torch.device("cpu")) is not None
+    for one, name in ((config, "own.py:Own"), (RUN, "oaat")):
+        shards = dataclasses.replace(one, distributed=DistributedConfig(strategy="fsdp"))
+        with pytest.raises(
+            ConfigError, match=rf"--distributed\.strategy: expected ddp with .*{name}, which keeps what"
+        ):
+            objective_of(shards, torch.device("cpu"), 10)
 
 
 def test_the_policy_part_needs_a_policy():

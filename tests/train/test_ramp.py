@@ -105,6 +105,11 @@ def test_a_stronger_attack_takes_over_after_so_many_epochs(tmp_path):
     ) in trainer.messages
     late = dataclasses.replace(config, epochs=2, run_dir=tmp_path / "late")
     assert "--attack.stronger-after 2 leaves none of 2 epochs for it" in Trainer(late).messages
+    # larger than all images of that size
+    l2 = dataclasses.replace(attack, norm="l2", epsilon="1", step_size="1", stronger_epsilon="9")
+    measured = dataclasses.replace(config.evaluation, step_size=None)
+    with pytest.raises(ConfigError, match=r"^--attack\.stronger-epsilon: "):
+        Trainer(dataclasses.replace(config, attack=l2, evaluation=measured, run_dir=tmp_path / "l2"))
 
 
 @pytest.mark.parametrize(
@@ -112,6 +117,8 @@ def test_a_stronger_attack_takes_over_after_so_many_epochs(tmp_path):
     [
         ({"stronger_steps": None}, "after: expected epochs, --attack.stronger-epsilon and --attack.stronger-steps"),
         ({"stronger_after": None}, "after: expected epochs, --attack.stronger-epsilon and --attack.stronger-steps"),
+        ({"ramp": "linear"}, "after: expected none with --attack.ramp or --attack.step-warmup"),
+        ({"step_warmup": 1}, "after: expected none with --attack.ramp or --attack.step-warmup"),
         ({"stronger_epsilon": "7/255"}, "epsilon: expected at least --attack.epsilon 8/255"),
         ({"stronger_epsilon": "10"}, "epsilon: .*at most 1 for linf, got '10'"),
         ({"kind": "none"}, "after: expected none with --attack.fast or --attack.also, or where training does not"),

@@ -138,6 +138,7 @@ OAAT = dataclasses.replace(
     method="oaat",
     attack=AttackConfig(steps=2),
     awp=AwpConfig(gamma=0.005),
+    average=AverageConfig(kind="ema", statistics="averaged"),
     precision=PrecisionConfig(attack="bf16"),
 )
 

@@ -231,7 +231,7 @@ def why_not_longer(config: Config) -> str | None:
     schedule = config.optimizer.schedule
     if schedule not in ("constant", "piecewise"):
         return f"its learning rate falls over all epochs (--optimizer.schedule {schedule})"
-    if config.method in ("adr", "adr-trades", "liet"):
+    if config.method in ("adr", "adr-trades", "liet", "oaat"):
         return f"its loss changes over all epochs (--method {config.method})"
     if config.average.kind == "swa":
         return "its average begins after a part of all epochs (--average.kind swa)"

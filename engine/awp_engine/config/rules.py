@@ -173,20 +173,24 @@ def require_partner(config: Config) -> None:
 
 
 def require_growing(config: Config) -> None:
-    """Refuse what does not go with OA-AT, which chooses radius and steps itself and keeps two copies of the weights."""
-    reason = f"with --method {config.method}"
+    """Refuse what does not go with OA-AT, which chooses radius and steps itself."""
+    reason, attack = f"with --method {config.method}", config.attack
+    by = "which attacks by Linf PGD from uniform noise, in a ball of its own each epoch"
     for key, value in (
         ("attack.kind", "pgd"),
         ("attack.norm", "linf"),
         ("attack.start", "uniform"),
         ("attack.ramp", "none"),
         ("attack.step_warmup", 0),
-        ("attack.stronger_after", None),
     ):
-        config.require_value(key, value, f"{reason}, whose attacks change over the run by themselves")
-    config.require(config.attack.epsilon_value > 0, "attack.epsilon", f"more than 0 {reason}")
-    config.require_value("distributed.strategy", "ddp", f"{reason}, which keeps copies of the weights")
-    config.require(not config.optimizer.by_name, "optimizer.kind", f"sgd or adamw {reason}, which forgets its momentum")
+        config.require_value(key, value, f"{reason}, {by}")
+    config.require(attack.stronger_after is None, "attack.stronger_after", f"none {reason}, {by}")
+    config.require(attack.epsilon_value > 0, "attack.epsilon", f"more than 0 {reason}")
+    fits = parse_amount(attack.step_size) <= parse_amount(attack.epsilon)
+    config.require(fits, "attack.step_size", f"at most epsilon {reason}, whose first steps are twice as long")
+    config.require_value("awp.every", 1, f"{reason}, whose batches take turns")
+    kept = config.average.kind == "none" or config.average.statistics in ("averaged", "live")
+    config.require(kept, "average.statistics", f"averaged or live {reason}, whose batches take turns")
     stages = config.model.source == "built-in" and config.model.name not in TIMM_MODELS
     config.require(stages, "model.name", f"preact-resnet or wrn {reason}, which compares features of their stages")
 

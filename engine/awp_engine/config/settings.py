@@ -352,6 +352,8 @@ class AttackConfig(Checked, section="attack."):
         alone = self.fast == "none" and self.training_epsilon > 0 and not self.also
         like = "none with --attack.fast or --attack.also, or where training does not attack"
         self.require(alone, "stronger_after", like)
+        same = self.ramp == "none" and self.step_warmup == 0
+        self.require(same, "stronger_after", "none with --attack.ramp or --attack.step-warmup")
         most = 1 if self.norm == "linf" else math.inf
         fits = self.epsilon_value <= self.stronger.epsilon <= most
         like = f"at least --attack.epsilon {self.epsilon}" + ", at most 1 for linf" * (self.norm == "linf")

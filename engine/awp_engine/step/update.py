@@ -47,8 +47,11 @@ class Update:
 
     @torch.no_grad()
     def forget_(self) -> None:
-        """Have SGD or AdamW go on like a new one: momentum, and whatever else it keeps, is zero."""
-        assert not isinstance(self.optimizer, WrappedOptimizer)
+        """Have the optimizer go on like a new one."""
+        if isinstance(self.optimizer, WrappedOptimizer):
+            self.optimizer.optimizer.state.clear()
+            return
+        # in place, for captured steps
         for state in self.optimizer.state.values():
             for tensor in state.values():
                 if isinstance(tensor, Tensor):

@@ -46,7 +46,7 @@ _UNITS = {
 
 def _of_oaat(config: Config, epoch: int) -> float:
     """What OA-AT passes in an epoch beside attacks of all steps and two kinds of images in loss and ascent."""
-    steps, kl = config.attack.steps, "climbs=kl" in config.method_args
+    steps, kl = config.attack.steps, (parse_arguments(config.method_args) or {}).get("climbs") == "kl"
     if epoch <= config.epochs // 4:
         return kl - 2.0 * (steps // 2)
     # every second batch has a third kind of images, the others features of the guide
@@ -77,7 +77,8 @@ def forward_units(config: Config, *, cheap: bool = False, epoch: int | None = No
     # Auto-PGD passes attacked images after its last step
     once_more = units.clean_first or (config.attack.kind == "apgd" and not cheap)
     arguments = parse_arguments(config.method_args) or {}
-    views = arguments.get("views", VIEWS) if config.method == "dajat" else 2 if "aug_weight" in arguments else 1
+    second = config.method in ("ikl", "gkl") and arguments.get("aug_weight") is not None
+    views = arguments.get("views", VIEWS) if config.method == "dajat" else 1 + second
     attack = 2.0 * steps + (1.0 if once_more and steps else 0.0)
     if config.method == "msd":
         # every step tries a point in each ball

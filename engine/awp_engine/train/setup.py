@@ -45,7 +45,7 @@ from awp_engine.optim.optimizer import build_optimizer
 from awp_engine.step.awp_step import Ascent, AwpStep, climbs_another_loss
 from awp_engine.step.cuda_graph import GraphedStep
 from awp_engine.step.free import FreeStep
-from awp_engine.step.objectives import Objective, build_objective
+from awp_engine.step.objectives import Oaat, Objective, build_objective
 from awp_engine.step.precision import PARTS, Precision, WorkingModels, has_fast_bfloat16
 from awp_engine.step.rise import RiseLimit
 from awp_engine.step.values import Step
@@ -230,8 +230,11 @@ def objective_of(
         )
     if objective.partner_name is not None:
         require_partner(config)
-    if type(objective).follow is not Objective.follow:
+    if isinstance(objective, Oaat):
         require_growing(config)
+    if type(objective).follow is not Objective.follow:
+        reason = f"with --method {config.method}, which keeps what it needs of the whole model"
+        config.require_value("distributed.strategy", "ddp", reason)
     return objective
 
 
@@ -277,7 +280,16 @@ _LARGE_EPSILON = 0.1
 # in L1, of which one value alone may take as much
 _SMALL_L1 = 1
 # of methods whose papers have another weight than TRADES
-_USUAL_BETA = {"rebat": 1, "ikl": 20, "gkl": 20, "dajat": 11, "score-trades": 3, "hat": 2.5, "liet": 100, "oaat": 1.5}
+_USUAL_BETA = {
+    "rebat": 1,
+    "ikl": 20,
+    "gkl": 20,
+    "dajat": 11,
+    "score-trades": 3,
+    "hat": 2.5,
+    "liet": 100,
+    "oaat": "1.5 to 4",
+}
 _USUAL_BETA |= dict.fromkeys(("ard", "rslad", "adaad"), "0.1 for CIFAR-10")
 
 
@@ -386,14 +398,17 @@ class Setup:
         loading = data_loading(config.data, self.device).agreed(self.ranks)
         data = self.data = load_data(config.data, loading, self._announce)
         self.messages += [*data.notes, *label_notes(data, weighted=config.data.class_weights != "none")]
-        for number, one in enumerate(evaluation_attacks(config)):
+        # further balls have another flag
+        balls = [("also", one.norm, one.epsilon) for one in evaluation_attacks(config)]
+        balls[0] = ("epsilon", *balls[0][1:])
+        if attack.stronger is not None:
+            balls.append(("stronger-epsilon", attack.norm, attack.stronger.epsilon))
+        for name, norm, epsilon in balls:
             try:
                 # a ball is too large for images of a size that the configuration does not know
-                ball(math.prod(data.train.shape), epsilon=one.epsilon, norm=one.norm, clip=(0.0, 1.0), l1=True)
+                ball(math.prod(data.train.shape), epsilon=epsilon, norm=norm, clip=(0.0, 1.0), l1=True)
             except ValueError as error:
-                # a further ball has another flag
-                text = str(error).replace("epsilon", "also", 1) if number else str(error)
-                raise ConfigError(f"--attack.{text}") from None
+                raise ConfigError(f"--attack.{str(error).replace('epsilon', name, 1)}") from None
         if config.deterministic and attack.has_l1 and self.device.type == "cuda":
             raise ConfigError("--deterministic: expected false with an attack in l1 on a GPU, whose sums have no order")
         self.messages += _doubts(config, data)

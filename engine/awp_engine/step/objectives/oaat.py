@@ -56,9 +56,10 @@ class Oaat(Trades):
     """OA-AT, in two parts of a run.
 
     In the first three quarters it is TRADES whose radius grows with the epoch; the weight perturbation climbs at images
-    twice as far away. In the last quarter, batches take turns: an attack from farther away, whose images are brought
-    back to the ball and held to a mixture of what is said of the clean and of the far ones; and an attack in the ball
-    that pays for how different the images look to an average of the weights, as it was after the epoch before.
+    twice as far away. In the last quarter, batches take turns: an attack in a larger ball, whose images are brought
+    back to the epoch's and held to a mixture of what is said of the clean and of the far ones; and an attack in the
+    epoch's ball that pays for how different the images look to an average of the weights, as it was after the epoch
+    before.
 
     Args:
         beta: weight of the divergence, up to the last quarter.
@@ -69,8 +70,8 @@ class Oaat(Trades):
         mixing: part of the far images' answers in the mixture, which it comes close to at the end (alpha there).
         far: radius of the far attack, in epsilons, at least 1.
         lpips_weight: of the perceptual distance in the last epoch.
-        first: radius of the ball in the first quarter, as a part of epsilon; the random start of most attacks has at
-            most that.
+        first: radius of the ball in the first quarter, as a part of epsilon; random starts have at most that, but for
+            attacks that pay for looks.
         climbs: what attacks climb, "ce" or "kl", the divergence from clean answers.
 
     Attributes:
@@ -112,12 +113,13 @@ class Oaat(Trades):
         self._first = require_number("first", first, most=1, positive=True)
         self._climbs_kl, self._epochs = climbs == "kl", epochs
         self._of_ascent = Trades(self.beta)
-        self._epoch, self._late, self._far, self._fresh = 1, False, False, True
+        self._epoch, self._quarter, self._late, self._far, self._fresh = 1, False, False, False, True
         self._epsilon = 0.0
         self._clean: list[Tensor] = []
         self.attack_note = (
-            f"epsilon is {first:.3g} of the whole in the first quarter of the run, and grows in proportion to the "
-            "epoch after that; accuracies under attack in training are those of the epoch's own ball"
+            f"training attacks in {first:.3g} of --attack.epsilon in the first quarter of the epochs, then in a ball "
+            f"that grows with the epoch, and in the last quarter every second batch in {far:.3g} epsilons; accuracies "
+            "under attack in training are those of the epoch's own ball"
         )
 
     def follow(self, models: WorkingModels) -> None:
@@ -131,15 +133,15 @@ class Oaat(Trades):
         first = 3 * self._epochs // 4
         number, last = epoch - first, self._epochs - first
         self._epoch, self._late = epoch, 4 * epoch > 3 * self._epochs
-        self._far = self._late and step % 2 == 0
+        self._quarter, self._far = epoch <= self._epochs // 4, self._late and step % 2 == 0
         part = number / last if self._late else 0.0
         self.beta.fill_(self._betas[0] + (self._betas[1] - self._betas[0]) * part)
         self._lpips.fill_(self._lpips_weight * part)
         self._own.fill_(1 - self._mixing * number / (last + 1) if self._late else 1.0)
         self._taken.fill_(1.0 if epoch == 1 else 1 - _DECAY)
         self.fresh_optimizer = self._late and number == 1 and step == 0
-        # an epoch has a radius of its own
-        self.stage = epoch, self._far
+        # an epoch has a radius of its own, but in the first quarter
+        self.stage = 0 if self._quarter else epoch, self._far
         if step == 0:
             with torch.no_grad():
                 for ours, tracked in zip(
@@ -153,8 +155,7 @@ class Oaat(Trades):
 
     def choose(self, attack: Attack) -> Attack:
         """The attack in the epoch's ball, or the far one; in the first quarter half the steps, of twice the length."""
-        quarter = self._epoch <= self._epochs // 4
-        first = self._first * attack.epsilon
+        quarter, first = self._quarter, self._first * attack.epsilon
         self._epsilon = first if quarter else attack.epsilon * self._epoch / self._epochs
         radius = min(self._reach * attack.epsilon, 1.0) if self._far else self._epsilon
         step_size, steps = (attack.step_size or 0.0) * radius / attack.epsilon, attack.steps

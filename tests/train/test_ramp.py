@@ -106,7 +106,7 @@ def test_a_stronger_attack_takes_over_after_so_many_epochs(tmp_path):
     late = dataclasses.replace(config, epochs=2, run_dir=tmp_path / "late")
     assert "--attack.stronger-after 2 leaves none of 2 epochs for it" in Trainer(late).messages
     # larger than all images of that size
-    l2 = dataclasses.replace(attack, norm="l2", epsilon="1", step_size="1", stronger_epsilon="9")
+    l2 = dataclasses.replace(attack, norm="l2", epsilon="1", step_size="1", stronger_epsilon="10")
     measured = dataclasses.replace(config.evaluation, step_size=None)
     with pytest.raises(ConfigError, match=r"^--attack\.stronger-epsilon: "):
         Trainer(dataclasses.replace(config, attack=l2, evaluation=measured, run_dir=tmp_path / "l2"))

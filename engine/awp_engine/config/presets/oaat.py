@@ -77,7 +77,7 @@ def oaat(data: str, model: str) -> Config:
 
 PRESETS: dict[str, Preset] = {
     f"{data}-{short(model)}-oaat": (
-        f"OA-AT with AWP on {TITLES[data]}, Linf {12 if data == 'svhn' else 16}/255.",
+        f"OA-AT on {TITLES[data]}, Linf {12 if data == 'svhn' else 16}/255.",
         functools.partial(oaat, data, model),
     )
     for data, _, model in (key.partition("-") for key in _WEIGHTS)

@@ -15,17 +15,7 @@ TAUGHT = ("ard", "rslad", "adaad", "hat")
 """Methods that learn from a frozen network."""
 # whose attack climbs something else
 _NOT_CROSS_ENTROPY = (
-    "trades",
-    "rst",
-    "ikl",
-    "gkl",
-    "adr-trades",
-    "score",
-    "score-trades",
-    "adaad",
-    "hat",
-    "lbgat",
-    "oaat",
+    *("trades", "rst", "ikl", "gkl", "adr-trades", "score", "score-trades", "adaad", "hat", "lbgat", "oaat"),
 )
 # adversarial training against several balls
 _SEVERAL_NORMS = ("e-at", "msd")
@@ -138,6 +128,12 @@ def _require_unmixed(config: Config, reason: str) -> None:
         config.require_value(key, 0, reason)
 
 
+def _require_kept_statistics(config: Config, reason: str) -> None:
+    """Refuse an average whose statistics are computed anew."""
+    kept = config.average.kind == "none" or config.average.statistics in ("averaged", "live")
+    config.require(kept, "average.statistics", f"averaged or live {reason}")
+
+
 def require_views(config: Config) -> None:
     """Refuse what does not go with a method that has several views of each image."""
     reason = f"with --method {config.method}, whose loss has several views of an image"
@@ -156,8 +152,7 @@ def require_views(config: Config) -> None:
     config.require(config.data.policy.startswith("autoaugment"), "data.policy", like)
     config.require(config.model.source == "built-in", "model.name", f"a built-in model {reason}")
     config.require(config.compile is not True, "compile", f"auto or false {reason}")
-    kept = config.average.kind == "none" or config.average.statistics in ("averaged", "live")
-    config.require(kept, "average.statistics", f"averaged or live {reason}")
+    _require_kept_statistics(config, reason)
 
 
 def require_partner(config: Config) -> None:
@@ -189,8 +184,7 @@ def require_growing(config: Config) -> None:
     fits = parse_amount(attack.step_size) <= parse_amount(attack.epsilon)
     config.require(fits, "attack.step_size", f"at most epsilon {reason}, whose first steps are twice as long")
     config.require_value("awp.every", 1, f"{reason}, whose batches take turns")
-    kept = config.average.kind == "none" or config.average.statistics in ("averaged", "live")
-    config.require(kept, "average.statistics", f"averaged or live {reason}, whose batches take turns")
+    _require_kept_statistics(config, f"{reason}, whose batches take turns")
     stages = config.model.source == "built-in" and config.model.name not in TIMM_MODELS
     config.require(stages, "model.name", f"preact-resnet or wrn {reason}, which compares features of their stages")
 

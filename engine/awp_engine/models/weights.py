@@ -143,30 +143,35 @@ def _loaded(
 
 def _described(metadata: Mapping[str, str]) -> _Statistics | None:
     """Mean and std in the header of a file of this program."""
+    held = _header(metadata)
     try:
-        held = json.loads(metadata["model"])
         mean, std = (tuple(float(value) for value in held[name]) for name in ("mean", "std"))
-    except (KeyError, TypeError, ValueError, RecursionError):
+    except (KeyError, TypeError, ValueError):
         return None
     return mean, std
 
 
-def _of_what(metadata: Mapping[str, str]) -> str:
-    """The model that the header of a file of this program names, to say beside weights that do not fit another."""
+def _header(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What a file of this program says of its model; nothing of any other file."""
     try:
         held = json.loads(metadata["model"])
-        name, width = held["name"], held["width"]
     except (KeyError, TypeError, ValueError, RecursionError):
+        return {}
+    return held if isinstance(held, dict) else {}
+
+
+def _of_what(metadata: Mapping[str, str]) -> str:
+    """The model that the header of a file of this program names, to say beside weights that do not fit another."""
+    held = _header(metadata)
+    if not {"name", "width"} <= held.keys():
         return ""
-    return f"; the file says that it holds {show(name)}" + (f" of width {show(width)}" if width else "")
+    wide = f" of width {show(held['width'])}" if held["width"] else ""
+    return f"; the file says that it holds {show(held['name'])}{wide}"
 
 
 def _require_activation(model: nn.Module, metadata: Mapping[str, str], source: Path | str) -> None:
     """Refuse weights of a file of this program that says another activation, which fit as well and answer otherwise."""
-    try:
-        told = json.loads(metadata["model"])["activation"]
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return
+    told = _header(metadata).get("activation")
     own = {layer.kind for layer in model.modules() if isinstance(layer, ActivatedBatchNorm)}
     if own and told in get_args(Activation) and told not in own:
         raise CheckpointError(

@@ -243,10 +243,8 @@ def _facts(description: ModelDescription, loaded: LoadedModel, epoch: str | int 
                 attack += f", which grow over the first {config.attack.step_warmup} epochs"
             attack += ", both lengths growing with the epoch" * (config.attack.ramp != "none")
             if config.method == "oaat":
-                attack += (
-                    "; in a ball that grows with the epoch, in the last quarter also in a larger one, or less how "
-                )
-                attack += "different images look"
+                attack += "; in a ball that grows with the epoch, in the last quarter also in a larger one, or less how"
+                attack += " different images look"
             if (stronger := config.attack.stronger) is not None:
                 attack += f", from epoch {stronger.after + 1} on epsilon {config.attack.stronger_epsilon} and "
                 attack += f"{stronger.steps} steps"

@@ -279,7 +279,7 @@ def test_answers_that_are_sure_give_finite_losses(step):
     logits = torch.tensor([[400.0, 0.0], [0.0, -300.0]], requires_grad=True)
     offset = torch.tensor([[-500.0, 0.0], [0.0, 500.0]])
     x_adv, x = torch.full((2, 2), 0.7), torch.zeros(2, 2)
-    losses, adv = objective.losses(lambda x: logits + offset * (x > 0.6), x_adv, x, torch.zeros(2).long())  # type: ignore
+    losses, adv = objective.losses(lambda x: logits + offset * (x > 0.6), x_adv, x, torch.zeros(2).long())
     assert losses.isfinite().all()
     (gradient,) = torch.autograd.grad(losses.sum(), logits)
     assert gradient.isfinite().all()
